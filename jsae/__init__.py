@@ -1,0 +1,1 @@
+"""Sparse autoencoders in JAX: architectures, training, checkpoints, export. No torch, no flags, no prints."""

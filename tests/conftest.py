@@ -1,0 +1,20 @@
+"""What every test shares: shape checks switched on, the place of the goldens."""
+
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Shapes in signatures are enforced here and only here.
+install_import_hook(["jsae", "bridge"], "beartype.beartype")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The folder of outputs of upstream's own code; skips, with the reason, in a clone without it."""
+    folder = SHARED / "nanochat" / "goldens"
+    if not folder.is_dir():
+        pytest.skip(f"no goldens: {folder} does not exist in this clone")
+    return folder

@@ -1,0 +1,10 @@
+"""nanochat of every generation in one small PyTorch model: files, tokenizer, text and sampling."""
+
+
+def __getattr__(name: str):
+    # Lazy, so that the package itself, and what needs no weights, is imported without torch.
+    if name in ("load", "Nanochat"):
+        from bridge.nanochat import checkpoint
+
+        return getattr(checkpoint, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

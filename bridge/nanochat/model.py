@@ -1,0 +1,347 @@
+"""The transformer of every nanochat generation, from its first commit (G0) to G7, as one small module."""
+
+import functools
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import relu, rms_norm, scaled_dot_product_attention
+
+from bridge.nanochat.config import GENERATIONS, SMEAR_CHANNELS, GPTConfig
+
+__all__ = ["GENERATIONS", "GPT", "Cache", "GPTConfig"]
+
+Rope = tuple[Tensor, Tensor]  # cos and sin, each (1, T, 1, head_dim / 2)
+
+
+def norm(x: Float[Tensor, "*axes C"]) -> Float[Tensor, "*axes C"]:
+    """Divides x by its root mean square over the last axis; no weights.
+
+    No eps is given: torch then takes float32's, as upstream does. 1e-6 is visibly wrong for small embeddings.
+    """
+    return rms_norm(x, (x.size(-1),))
+
+
+def rotate(x: Float[Tensor, "B T H D"], rope: Rope) -> Float[Tensor, "B T H D"]:
+    """Turns the pairs (d, d + D/2) by minus the angle, the transpose of Llama's rotation."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a mask that was first asked for in inference mode may serve training later
+def window_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Bool[Tensor, "queries keys"]:
+    """True where query t sees key s, that is t - window <= s <= t. The last query is at the last key."""
+    t = torch.arange(keys - queries, keys, device=device)[:, None]
+    s = torch.arange(keys, device=device)
+    causal = s <= t
+    return causal if window is None else causal & (s >= t - window)
+
+
+def attend(
+    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B Hkv S D"], v: Float[Tensor, "B Hkv S D"], window: int | None
+) -> Float[Tensor, "B H T D"]:
+    """softmax(q k^T / sqrt(D)) v over the keys that the window leaves; the last query is at the last key.
+
+    Keys that no query sees are cut off, a single query then needs no mask, and without a cut a window is plain
+    causal attention. For what remains a boolean mask is right everywhere (flex_attention compiles for GPUs only).
+    Key head j serves the query heads j r .. j r + r - 1, without a copy.
+    """
+    queries, keys = q.size(2), k.size(2)
+    unseen = 0 if window is None else max(0, keys - queries - window)
+    k, v, keys = k[:, :, unseen:], v[:, :, unseen:], keys - unseen
+    causal = queries == keys and (window is None or queries <= window + 1)
+    mask = None if causal or queries == 1 else window_mask(queries, keys, window, q.device)
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and queries > 1, enable_gqa=q.size(1) != k.size(1)
+    )
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, and what the next token needs of the last one.
+
+    k, v: (n_layer, B, n_kv_head, max_len, head_dim). No gradient flows through a cache.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k, self.v = k, v
+        self.position = 0  # tokens seen so far
+        self.last_token: Int[Tensor, "B 1"] | None = None
+        self.last_embedding: Float[Tensor, "B 1 C"] | None = None  # normed, before the smear
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self.k.size(1)
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that fit."""
+        return self.k.size(3)
+
+    def append(
+        self, layer: int, k: Float[Tensor, "B Hkv T D"], v: Float[Tensor, "B Hkv T D"]
+    ) -> tuple[Float[Tensor, "B Hkv S D"], Float[Tensor, "B Hkv S D"]]:
+        """Writes one layer's keys and values behind those seen, returns all of them. The position does not move."""
+        end = self.position + k.size(2)
+        self.k[layer, :, :, self.position : end] = k.detach()
+        self.v[layer, :, :, self.position : end] = v.detach()
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def repeat(self, n: int) -> "Cache":
+        """A copy with n rows of a cache with one row: one prompt, read once, then continued n times."""
+        if self.batch_size != 1 or n < 1:
+            raise ValueError(f"repeat makes n >= 1 rows of one row, got n={n} and {self.batch_size} rows")
+        rows = Cache(self.k.repeat(1, n, 1, 1, 1), self.v.repeat(1, n, 1, 1, 1))
+        rows.position = self.position
+        rows.last_token = None if self.last_token is None else self.last_token.repeat(n, 1)
+        rows.last_embedding = None if self.last_embedding is None else self.last_embedding.repeat(n, 1, 1)
+        return rows
+
+
+class Attention(nn.Module):
+    """Causal attention with rope, then normed queries and keys; its output is that of c_proj."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.window = config.window_sizes[layer]
+        self.head_dim = config.head_dim
+        self.qk_scale = config.qk_scale
+        self.gate_mult = config.ve_gate_mult
+        kv_width = config.n_kv_head * config.head_dim
+        self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_k = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.c_v = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        if config.has_value_embedding(layer):
+            self.ve_gate = nn.Linear(config.ve_gate_channels, config.n_kv_head, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "B T C"], ve: Float[Tensor, "B T kv"] | None, rope: Rope, cache: Cache | None
+    ) -> Float[Tensor, "B T C"]:
+        """Reads x, the normed stream, and ve, the layer's value embedding of the same tokens."""
+        B, T, C = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))
+        if ve is not None:
+            gate = self.gate_mult * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))  # (B, T, Hkv)
+            v = v + gate[..., None] * ve.view_as(v)
+        q, k = norm(rotate(q, rope)), norm(rotate(k, rope))
+        if self.qk_scale != 1.0:
+            q, k = q * self.qk_scale, k * self.qk_scale
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = attend(q, k, v, self.window)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """c_proj(relu(c_fc(x))^2)"""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        """Reads the normed stream."""
+        return self.c_proj(relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    """x + attn(norm(x)), then x + mlp(norm(x)). The lambdas mix between blocks, not in here."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Float[Tensor, "B T C"], ve: Float[Tensor, "B T kv"] | None, rope: Rope, cache: Cache | None
+    ) -> Float[Tensor, "B T C"]:
+        """The residual stream after both additions."""
+        x = x + self.attn(norm(x), ve, rope, cache)
+        return x + self.mlp(norm(x))
+
+
+class Bigram(nn.Module):
+    """One embedding row per hashed pair (token, token before it); G4e only."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.embed = nn.Embedding(5 * config.vocab_size, config.n_embd)
+
+    def forward(self, tokens: Int[Tensor, "B T"], before: Int[Tensor, "B 1"] | None) -> Float[Tensor, "B T C"]:
+        """Row ((36313 id_t) xor (27191 id_{t-1})) mod (5V-1); the first token of a text has row 5V-1 to itself."""
+        reserved = self.embed.num_embeddings - 1
+        shifted = torch.cat([tokens[:, :1] if before is None else before, tokens[:, :-1]], dim=1)
+        rows = ((36313 * tokens) ^ (27191 * shifted)) % reserved
+        if before is None:
+            rows[:, 0] = reserved
+        return self.embed(rows)
+
+
+class GPT(nn.Module):
+    """A nanochat; its state_dict has exactly the keys that upstream's has in the config's generation.
+
+        x  = norm(wte[token])                                   then, in G7, the smear
+        x0 = x
+        x  = resid_lambdas[i] x + x0_lambdas[i] x0              before block i, from G2 on
+        x  = transformer.h[i](x)
+        logits = softcap tanh(lm_head(norm(x)) / softcap)       in G7 after x -= backout_lambda * (block n_layer // 2)
+
+    GPT(config) holds torch's own random weights: follow it with init_weights or load_state_dict.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        L, C, V = config.n_layer, config.n_embd, config.padded_vocab
+        blocks = nn.ModuleList(Block(config, layer) for layer in range(L))
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(V, C), "h": blocks})
+        self.lm_head = nn.Linear(C, V, bias=False)
+        if config.lambdas:
+            self.resid_lambdas = nn.Parameter(torch.ones(L))
+            self.x0_lambdas = nn.Parameter(torch.zeros(L))
+        self.value_embeds = nn.ModuleDict(
+            {
+                str(i): nn.Embedding(V, config.n_kv_head * config.head_dim)
+                for i in range(L)
+                if config.has_value_embedding(i)
+            }
+        )
+        if config.bigram:
+            self.bigram_embed = Bigram(config)
+            self.bigram_lambdas = nn.Parameter(torch.zeros(L))
+        if config.smear:
+            self.smear_gate = nn.Linear(SMEAR_CHANNELS, 1, bias=False)
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
+        if config.backout:
+            self.backout_lambda = nn.Parameter(torch.zeros(1))
+        for name, table in zip(("cos", "sin"), rope_tables(config), strict=True):
+            device = self.lm_head.weight.device
+            self.register_buffer(name, table if device.type == "meta" else table.to(device), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fresh weights to train from: unit-variance signals everywhere, and a loss that starts near ln(vocab_size).
+
+        Matrices are normal with variance 1 / fan-in; those that write to the stream are divided by sqrt(2 n_layer)
+        besides, so that the stream's variance does not grow with depth. Token embeddings have unit variance (they are
+        normed at once), value and bigram embeddings that of a matrix. Gates start half open, the paths
+        behind them neutral: residual lambdas 1, of x0 0.1, all others 0.
+        """
+        config = self.config
+        for name, weight in self.named_parameters():
+            if weight.ndim == 1:
+                start = {"resid_lambdas": 1.0, "x0_lambdas": 0.1}
+                weight.fill_(start.get(name, 0.0))
+            elif "gate" in name:
+                weight.zero_()
+            else:
+                std = 1.0 if "wte" in name else weight.size(1) ** -0.5
+                std *= (2 * config.n_layer) ** -0.5 if "c_proj" in name else 1.0
+                std *= 0.01 if "lm_head" in name else 1.0
+                weight.normal_(0.0, std, generator=generator)
+
+    def new_cache(self, batch_size: int, max_len: int | None = None) -> Cache:
+        """An empty cache for max_len tokens (sequence_len unless given) in each of batch_size rows.
+
+        Raises ValueError for a length that the rope tables do not reach.
+        """
+        config, weight = self.config, self.lm_head.weight
+        max_len = config.sequence_len if max_len is None else max_len
+        if batch_size < 1 or not 1 <= max_len <= config.max_positions:
+            raise ValueError(
+                f"a cache needs at least one row and 1 to {config.max_positions} tokens (10 times sequence_len), "
+                f"got batch_size={batch_size}, max_len={max_len}"
+            )
+        shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_dim)
+        k, v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+        return Cache(k, v)
+
+    def forward(self, tokens: Int[Tensor, "B T"], cache: Cache | None = None) -> Float[Tensor, "B T V"]:
+        """Logits in float32, softcapped, without the padded rows of the vocabulary.
+
+        With a cache, tokens are those that follow what the cache has seen, in chunks of any size: the logits are
+        those of the full forward. The cache takes the chunk in when the forward is through.
+
+        Raises TypeError for tokens that are no integers, ValueError for an empty chunk, ids outside of the vocabulary
+        (checked on the CPU alone: elsewhere the check would wait for the device), and more tokens than the cache
+        or the rope tables hold.
+        """
+        start = 0 if cache is None else cache.position
+        self._check(tokens, cache, start)
+        stop = start + tokens.size(1)
+        before = None if cache is None else cache.last_token
+        embedding = norm(self.transformer.wte(tokens))
+        x = self._smear(embedding, None if cache is None else cache.last_embedding) if self.config.smear else embedding
+        rope = (self.cos[None, start:stop, None].to(x.dtype), self.sin[None, start:stop, None].to(x.dtype))
+
+        x = norm(self._blocks(tokens, x, before, rope, cache))
+        logits = self.lm_head(x)[..., : self.config.vocab_size].float()
+
+        if cache is not None:
+            cache.position = stop
+            cache.last_token = tokens[:, -1:]
+            cache.last_embedding = embedding[:, -1:].detach().clone() if self.config.smear else None
+        return self.config.softcap * torch.tanh(logits / self.config.softcap)
+
+    def _blocks(
+        self, tokens: Tensor, x: Float[Tensor, "B T C"], before: Tensor | None, rope: Rope, cache: Cache | None
+    ) -> Float[Tensor, "B T C"]:
+        """The stream from the embedding to the final norm."""
+        config = self.config
+        x0 = x
+        bigram = self.bigram_embed(tokens, before) if config.bigram else None
+        for i, block in enumerate(self.transformer.h):
+            # A lambda is a scalar of a vector: even a float32 one leaves a bfloat16 stream in bfloat16.
+            if config.lambdas:
+                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            if bigram is not None:
+                x = x + self.bigram_lambdas[i] * bigram
+            ve = self.value_embeds[str(i)](tokens) if config.has_value_embedding(i) else None
+            x = block(x, ve, rope, cache)
+            if i == config.n_layer // 2:
+                middle = x
+        return x - self.backout_lambda.to(x.dtype) * middle if config.backout else x
+
+    def _smear(self, x: Float[Tensor, "B T C"], before: Float[Tensor, "B 1 C"] | None) -> Float[Tensor, "B T C"]:
+        """x_t + smear_lambda sigmoid(smear_gate(x_t)) x_{t-1}, where x_{t-1} is not smeared itself."""
+        before = torch.zeros_like(x[:, :1]) if before is None else before
+        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        return x + gate * torch.cat([before, x[:, :-1]], dim=1)
+
+    def _check(self, tokens: Tensor, cache: Cache | None, start: int) -> None:
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"token ids must be int64 or int32, got {tokens.dtype}")
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise ValueError(f"tokens must be (B, T) with B, T >= 1, got shape {tuple(tokens.shape)}")
+        stop = start + tokens.size(1)
+        if stop > self.config.max_positions:
+            raise ValueError(
+                f"{stop} tokens, but positions end at {self.config.max_positions} (10 times sequence_len): give fewer"
+            )
+        if cache is not None and (tokens.size(0) != cache.batch_size or stop > cache.max_len):
+            raise ValueError(
+                f"the cache has {cache.batch_size} rows and room for {cache.max_len} tokens, {start} of them taken; got "
+                f"tokens of shape {tuple(tokens.shape)}: make a larger one with new_cache"
+            )
+        if tokens.device.type == "cpu":
+            low, high = tokens.min().item(), tokens.max().item()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"token ids must be from 0 to {self.config.vocab_size - 1}, got {low} to {high}")
+
+
+def rope_tables(config: GPTConfig) -> tuple[Float[Tensor, "P half"], Float[Tensor, "P half"]]:
+    """The cos and sin of position * rope_base^(-2d / head_dim) in float32, for every position the model reaches.
+
+    Made on the CPU also where the default device is another: a model built on the meta device has real tables.
+    """
+    channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    positions = torch.arange(config.max_positions, dtype=torch.float32, device="cpu")
+    angles = torch.outer(positions, 1.0 / config.rope_base ** (channels / config.head_dim))
+    tables = angles.cos(), angles.sin()
+    return tuple(t.bfloat16().float() for t in tables) if config.rope_table == "bf16" else tables

@@ -1,0 +1,68 @@
+"""The alphabet of axes, which array has which, and how a mesh cuts them.
+
+n: tokens of a batch.  d: the model's width, `d_in`.  f: latents, `d_sae`.  k: active latents of a token.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Both weight matrices keep one row per latent: a latent's encoder and decoder direction are contiguous, and gradients
+# of sparse codes are sums of rows. Exported files hold W_enc the field's way round, (d, f).
+AXES: Mapping[str, tuple[str, ...]] = {
+    "W_enc": ("f", "d"),
+    "W_dec": ("f", "d"),
+    "b_enc": ("f",),
+    "b_gate": ("f",),
+    "b_mag": ("f",),
+    "r_mag": ("f",),
+    "b_dec": ("d",),
+    "since_fired": ("f",),
+    "acts": ("n", "d"),
+}
+
+RULES: Mapping[str, str | None] = {"n": "data", "f": "latent", "d": None, "k": None}
+
+
+def spec(axes: tuple[str, ...]) -> PartitionSpec:
+    """The partition of an array with these axes.
+
+    Raises:
+      KeyError: an axis outside the alphabet.
+      ValueError: two axes that would lie on the same mesh axis.
+    """
+    cut = tuple(RULES[a] for a in axes)
+    used = [c for c in cut if c is not None]
+    if len(set(used)) != len(used):
+        raise ValueError(f"axes {axes} would be cut as {cut}: a mesh axis can cut an array only once")
+    return PartitionSpec(*cut)
+
+
+def make_mesh(latent: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh (data, latent) over all devices of all processes, `latent` of them sharing one copy of the SAE.
+
+    Raises:
+      ValueError: the devices cannot be divided so.
+    """
+    devices = jax.devices() if devices is None else devices
+    if latent < 1 or len(devices) % latent:
+        raise ValueError(f"{len(devices)} devices cannot be divided into groups of {latent} along 'latent'")
+    return jax.make_mesh((len(devices) // latent, latent), ("data", "latent"), devices=devices)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """For every array of `tree` its sharding, found by the array's name in `AXES`; unnamed ones are replicated.
+
+    The moments of an optimiser carry the names of the weights that they belong to, so they are cut alike.
+    """
+
+    def place(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
+        names = [str(getattr(p, "name", getattr(p, "key", ""))) for p in path]
+        axes = next((AXES[n] for n in reversed(names) if n in AXES), None)
+        if axes is None or jax.numpy.ndim(leaf) != len(axes):
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, spec(axes))
+
+    return jax.tree_util.tree_map_with_path(place, tree)

@@ -1,0 +1,202 @@
+"""Where activations come from, and the shuffle that stands between them and the training step.
+
+A `Source` fills blocks of activations. `Shuffled` permutes a block on the device, drains it completely in batches and
+has the source work on the next one meanwhile. The state of the stream is then (block, batch, position of the block's
+first token): resuming is exact and costs one block.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Generator, Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from jsae.config import require
+
+Filling = Generator[float, None, Array]
+"""A block being filled: each `next` does a bounded piece of work and yields the share done so far; returns the block."""
+
+
+class Source(Protocol):
+    """An endless stream of activations of width `d_in`."""
+
+    d_in: int
+
+    def fill(self, rows: int) -> Filling:
+        """Starts the next block, of shape (rows, d_in). A block must be finished before the next one is started."""
+
+    def position(self) -> dict[str, Any]:
+        """Where the next block starts, as JSON values."""
+
+    def seek(self, position: dict[str, Any]) -> None:
+        """Goes back to a `position`: what is filled from there on is the same, number by number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cursor:
+    """The next batch of a stream: its block, its number in the block, and where the block starts in the source."""
+
+    block: int
+    batch: int
+    position: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+class Shuffled:
+    """Batches in an order that mixes all tokens of a block: an iterator of (batch_size, d_in) arrays.
+
+    Args:
+      source: what fills the blocks.
+      batch_size: tokens in a batch.
+      batches_per_block: batches in a block; the block is what is held on the device, twice while the next one fills.
+      seed: of the permutations; block b is permuted by the key `fold_in(key(seed), b)`.
+      num_batches: batches after which nothing more is asked of the source; None is no end.
+      cursor: where to go on, from `cursor()` of an earlier stream with the same arguments; None is the source's place.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        batches_per_block: int,
+        seed: int,
+        num_batches: int | None = None,
+        cursor: Cursor | None = None,
+    ):
+        require(batches_per_block >= 1, f"batches_per_block is {batches_per_block}: it must be at least 1")
+        self._source, self._per_block, self._batch_size = source, batches_per_block, batch_size
+        self._rows = batch_size * batches_per_block
+        self._key = jax.random.key(seed)
+        self._num_batches = num_batches
+        if cursor is not None:
+            require(
+                0 <= cursor.batch < batches_per_block,
+                f"the stream's cursor is at batch {cursor.batch} of a block of {batches_per_block}: "
+                "batch size or block size differ from the run that is resumed",
+            )
+            source.seek(cursor.position)
+        self._cursor = cursor or Cursor(0, 0, source.position())
+        self._block: Array | None = None
+        self._order: Array | None = None
+        self._drained = False
+        self._begin()
+
+    def cursor(self) -> Cursor:
+        """The batch that `next` will give."""
+        return self._cursor
+
+    def peek(self) -> Float[Array, "rows d"]:
+        """The whole current block, in the source's order, without moving on."""
+        if self._block is None:
+            self._advance()
+        return self._block
+
+    def __iter__(self) -> Iterator[Array]:
+        return self
+
+    def __next__(self) -> Float[Array, "n d"]:
+        """The next batch. Before it is cut, the source does its share of work on the block after this one.
+
+        That work runs while the device is still busy with what was dispatched since the last call.
+        """
+        at = self._cursor
+        if self._num_batches is not None and at.block * self._per_block + at.batch >= self._num_batches:
+            raise StopIteration
+        if self._block is None or self._drained:
+            self._advance()
+        else:
+            self._work(at.batch / self._per_block)
+        batch = _cut(self._block, self._order, jax.device_put(np.int32(at.batch)), self._batch_size)
+        self._drained = at.batch + 1 == self._per_block
+        self._cursor = (
+            Cursor(at.block + 1, 0, self._next_position)
+            if self._drained
+            else dataclasses.replace(at, batch=at.batch + 1)
+        )
+        return batch
+
+    def _begin(self) -> None:
+        """Starts filling a block; it starts where the source stands."""
+        self._next_position = self._source.position()
+        self._filling = self._source.fill(self._rows)
+        self._share, self._filled = 0.0, None
+
+    def _work(self, share: float) -> None:
+        """Works on the block that is being filled until this share of it is done."""
+        try:
+            while self._filling is not None and self._share < share:
+                self._share = next(self._filling)
+        except StopIteration as done:
+            self._filling, self._filled = None, done.value
+
+    def _advance(self) -> None:
+        """Makes the block at the cursor the current one, and starts on the one after it if there will be one."""
+        self._block = self._order = None  # lets go of the drained block first
+        self._work(float("inf"))
+        number = self._cursor.block
+        self._block, self._filled = self._filled, None
+        self._order = _permutation(self._key, jax.device_put(np.uint32(number)), self._rows)
+        self._drained = False
+        if self._num_batches is None or (number + 1) * self._per_block < self._num_batches:
+            self._begin()
+        else:
+            self._next_position = self._source.position()
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _permutation(key: Key[Array, ""], block: Int[Array, ""], rows: int) -> Int[Array, " rows"]:
+    return jax.random.permutation(jax.random.fold_in(key, block), rows)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _cut(
+    block: Float[Array, "rows d"], order: Int[Array, " rows"], batch: Int[Array, ""], batch_size: int
+) -> Float[Array, "n d"]:
+    return block[jax.lax.dynamic_slice_in_dim(order, batch * batch_size, batch_size)]
+
+
+class ArraySource:
+    """A source that walks round and round an array in memory, (rows, d_in): for tests and for stored activations."""
+
+    def __init__(self, acts: Float[Array, "rows d"]):
+        require(acts.shape[0] >= 1, f"an array of shape {acts.shape} holds no activations")
+        self._acts, self._start = acts, 0
+        self.d_in = acts.shape[1]
+
+    def fill(self, rows: int) -> Filling:
+        """The next `rows` activations, from the top again where the array ends."""
+        where = (self._start + np.arange(rows)) % self._acts.shape[0]
+        self._start = int((self._start + rows) % self._acts.shape[0])
+        yield 0.0
+        return jnp.asarray(self._acts[where])
+
+    def position(self) -> dict[str, Any]:
+        """The next row."""
+        return {"row": self._start}
+
+    def seek(self, position: dict[str, Any]) -> None:
+        """Goes to a row."""
+        self._start = int(position["row"])
+
+
+def scale_of(acts: Float[Array, "n d"]) -> Float[Array, ""]:
+    """The factor that gives activations a mean squared norm of d."""
+    return jnp.sqrt(acts.shape[1] / jnp.square(acts.astype(jnp.float32)).sum(-1).mean())
+
+
+def geometric_median(x: Float[Array, "n d"], iterations: int = 100) -> Float[Array, " d"]:
+    """The point with the smallest sum of distances to all rows, by Weiszfeld's iteration from the mean."""
+
+    def closer(_: Int[Array, ""], point: Float[Array, " d"]) -> Float[Array, " d"]:
+        weights = 1 / (jnp.linalg.norm(x - point, axis=1) + 1e-6)
+        return (weights @ x) / weights.sum()
+
+    return jax.lax.fori_loop(0, iterations, closer, x.mean(0))

@@ -1,0 +1,115 @@
+"""What is counted: sums that add across batches, divided once, at the end.
+
+Written for any array library with numpy's names (jax inside the training step, torch when an exported SAE is
+evaluated), so that both count the same thing by the same lines.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Sums(NamedTuple):
+    """Sums over tokens. `error` e = x - x_hat; all in the activations' own units."""
+
+    tokens: Any
+    loss: Any
+    """Loss times tokens."""
+    squared_error: Any
+    """sum |e|^2"""
+    squared_norm: Any
+    """sum |x|^2"""
+    squared_norm_hat: Any
+    """sum |x_hat|^2"""
+    inner: Any
+    """sum x . x_hat"""
+    cosine: Any
+    """sum cos(x, x_hat)"""
+    norm_ratio: Any
+    """sum |x_hat| / |x|"""
+    total: Any
+    """sum x, (d,)"""
+    l0: Any
+    """number of latents above zero"""
+    l1: Any
+    """sum of latents"""
+    fired: Any
+    """tokens on which each latent is above zero, (f,)"""
+    nonfinite: Any
+    """activations (numbers) that are NaN or infinite"""
+
+
+def of(x: Any, x_hat: Any, values: Any, fired: Any, *, loss: Any, nonfinite: Any) -> Sums:
+    """The sums of one batch.
+
+    Args:
+      x: activations, (n, d).
+      x_hat: their reconstruction, (n, d).
+      values: latents that are not zero everywhere: (n, k) of sparse codes or (n, f).
+      fired: tokens per latent with a value above zero, (f,).
+      loss: the batch's mean loss.
+      nonfinite: how many numbers of x are not finite.
+    """
+    error = x - x_hat
+    inner = (x * x_hat).sum(-1)
+    norm = (x * x).sum(-1) ** 0.5
+    norm_hat = (x_hat * x_hat).sum(-1) ** 0.5
+    tiny = 1e-30  # a token of norm zero has cosine 0, not NaN
+    return Sums(
+        tokens=(norm * 0 + 1).sum(),
+        loss=loss * x.shape[0],
+        squared_error=(error * error).sum(),
+        squared_norm=(x * x).sum(),
+        squared_norm_hat=(x_hat * x_hat).sum(),
+        inner=inner.sum(),
+        cosine=(inner / (norm * norm_hat + tiny)).sum(),
+        norm_ratio=(norm_hat / (norm + tiny)).sum(),
+        total=x.sum(0),
+        l0=(values > 0).sum(),
+        l1=values.sum(),
+        fired=fired,
+        nonfinite=nonfinite,
+    )
+
+
+def add(a: Sums, b: Sums) -> Sums:
+    """The sums of both batches together."""
+    return Sums(*(p + q for p, q in zip(a, b, strict=True)))
+
+
+def summarize(sums: Sums) -> dict[str, float]:
+    """The metrics of everything that was summed, in float64.
+
+    `fvu` is E|e|^2 / (E|x|^2 - |E x|^2) over the whole set, `explained_variance` 1 minus it; `mse` E|e|^2 (summed over
+    d); `l0`, `l1` per token; `cosine`, `l2_ratio` means over tokens; `relative_reconstruction_bias`
+    E|x_hat|^2 / E[x . x_hat] (Rajamanoharan et al. 2024, gamma); `dead_fraction` the share of latents that never fired
+    in `tokens` tokens.
+
+    Raises:
+      ValueError: nothing was summed.
+    """
+    s = Sums(*(np.asarray(v, np.float64) for v in sums))
+    n = float(s.tokens)
+    if not n > 0:
+        raise ValueError(f"no tokens were summed ({n}): metrics of an empty set do not exist")
+    variance = float(s.squared_norm) / n - float(np.square(s.total / n).sum())
+    fvu = float(s.squared_error) / n / variance if variance > 0 else float("nan")
+    inner = float(s.inner)
+    return {
+        "tokens": n,
+        "loss": float(s.loss) / n,
+        "fvu": fvu,
+        "explained_variance": 1 - fvu,
+        "mse": float(s.squared_error) / n,
+        "l0": float(s.l0) / n,
+        "l1": float(s.l1) / n,
+        "cosine": float(s.cosine) / n,
+        "l2_ratio": float(s.norm_ratio) / n,
+        "relative_reconstruction_bias": float(s.squared_norm_hat) / inner if inner else float("nan"),
+        "dead_fraction": float((s.fired == 0).mean()),
+    }
+
+
+def density(sums: Sums) -> np.ndarray:
+    """The share of tokens on which each latent fired, (f,)."""
+    return np.asarray(sums.fired, np.float64) / float(np.asarray(sums.tokens))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from jsae.config import require
 
 Filling = Generator[float, None, Array]
-"""A block being filled: each `next` does a bounded piece of work and yields the share done so far; returns the block."""
+"""A block being filled: each `next` does a bounded piece of work and yields the share done; it returns the block."""
 
 
 class Source(Protocol):

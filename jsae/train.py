@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
     """The first step whose loss was not finite; -1 while there was none."""
 
 
-class NotFinite(FloatingPointError):
+class NotFiniteError(FloatingPointError):
     """The loss became NaN or infinite: names the step."""
 
 
@@ -109,7 +109,7 @@ def check_finite(state: TrainState, sums: metrics.Sums) -> None:
     """Waits for the device and stops a run that went wrong.
 
     Raises:
-      NotFinite: some step so far had a loss that is NaN or infinite.
+      NotFiniteError: some step so far had a loss that is NaN or infinite.
     """
     step = int(state.bad_step)
     if step >= 0:
@@ -119,7 +119,7 @@ def check_finite(state: TrainState, sums: metrics.Sums) -> None:
             if bad
             else "the activations were finite: lower the learning rate or raise the warm-up"
         )
-        raise NotFinite(f"the loss is not finite at step {step}; {cause}")
+        raise NotFiniteError(f"the loss is not finite at step {step}; {cause}")
 
 
 def _loss(

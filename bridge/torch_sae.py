@@ -1,0 +1,157 @@
+"""Exported SAEs as torch modules: what tracking, steering, evaluation and users run. Reads SAELens directories."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+_SHARED = {"W_enc": ("d_in", "d_sae"), "W_dec": ("d_sae", "d_in"), "b_dec": ("d_in",)}
+_PER_LATENT: Mapping[str, tuple[str, ...]] = {
+    "standard": ("b_enc",),
+    "topk": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "gated": ("b_gate", "r_mag", "b_mag"),
+}
+_MEANT_OTHERWISE = {"normalize_activations": "none", "reshape_activations": "none", "apply_b_dec_to_input": True}
+
+Dense = Float[torch.Tensor, "*tokens f"]
+
+
+class TorchSAE(nn.Module):
+    """A trained SAE. `W_enc` (d_in, d_sae), `W_dec` (d_sae, d_in) with unit rows, `b_dec` (d_in,), biases (d_sae,).
+
+    Takes and gives activations as the model has them. It is frozen; gradients flow through it to its input.
+    """
+
+    def __init__(self, cfg: dict[str, Any], weights: Mapping[str, torch.Tensor]):
+        super().__init__()
+        self.cfg = cfg
+        self.architecture: str = cfg["architecture"]
+        self.d_in: int = cfg["d_in"]
+        self.d_sae: int = cfg["d_sae"]
+        self.metadata: dict[str, Any] = cfg.get("metadata", {})
+        for name, weight in weights.items():
+            setattr(self, name, nn.Parameter(weight, requires_grad=False))
+
+    def encode(self, x: Float[torch.Tensor, "*tokens d"]) -> Dense:
+        """The latents of activations, (..., d_in) to (..., d_sae)."""
+        return _ENCODE[self.architecture](self, x.to(self.W_enc.dtype) - self.b_dec)
+
+    def encode_sparse(
+        self, x: Float[torch.Tensor, "*tokens d"], k: int | None = None
+    ) -> tuple[Float[torch.Tensor, "*tokens k"], Int[torch.Tensor, "*tokens k"]]:
+        """The k largest latents of every token, largest first: values and indices. TopK knows its own k.
+
+        Raises:
+          ValueError: no k for an architecture that has none, or one above d_sae.
+        """
+        k = self.cfg.get("k") if k is None else k
+        if k is None or not 1 <= k <= self.d_sae:
+            raise ValueError(f"k={k} latents of a {self.architecture} SAE with {self.d_sae}: give k between 1 and that")
+        if self.architecture == "topk" and k <= self.cfg["k"]:
+            pre = (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
+            values, indices = pre.topk(k, dim=-1)
+            return values.relu(), indices
+        values, indices = self.encode(x).topk(k, dim=-1)
+        return values, indices
+
+    def decode(self, latents: Dense) -> Float[torch.Tensor, "*tokens d"]:
+        """Activations from latents, (..., d_sae) to (..., d_in)."""
+        return latents @ self.W_dec + self.b_dec
+
+    def decode_sparse(
+        self, values: Float[torch.Tensor, "*tokens k"], indices: Int[torch.Tensor, "*tokens k"]
+    ) -> Float[torch.Tensor, "*tokens d"]:
+        """Activations from sparse latents: only the rows that are used are read."""
+        k = indices.shape[-1]
+        flat = nn.functional.embedding_bag(
+            indices.reshape(-1, k), self.W_dec, per_sample_weights=values.reshape(-1, k), mode="sum"
+        )
+        return flat.reshape(*indices.shape[:-1], self.d_in) + self.b_dec
+
+    def forward(self, x: Float[torch.Tensor, "*tokens d"]) -> Float[torch.Tensor, "*tokens d"]:
+        """The reconstruction of activations, (..., d_in)."""
+        if self.architecture == "topk" and not torch.is_grad_enabled():
+            return self.decode_sparse(*self.encode_sparse(x))
+        return self.decode(self.encode(x))
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> TorchSAE:
+    """Reads a SAELens directory: `cfg.json` and `sae_weights.safetensors`.
+
+    Raises:
+      FileNotFoundError: no such directory, or a file of it is missing.
+      ValueError: an architecture, normalisation, shape or number that this reader does not take; names it.
+    """
+    folder = Path(path)
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no exported SAE: it has no {name}")
+    try:
+        cfg = json.loads((folder / "cfg.json").read_text())
+        weights = load_file(folder / "sae_weights.safetensors", device=str(device))
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds a broken export: {error}") from error
+    _check(folder, cfg, weights)
+    return TorchSAE(cfg, {name: w.float() for name, w in weights.items()}).eval()
+
+
+def _check(folder: Path, cfg: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError unless cfg and weights are what `TorchSAE` computes with."""
+    if not isinstance(cfg, dict) or cfg.get("architecture") not in _PER_LATENT:
+        found = cfg.get("architecture") if isinstance(cfg, dict) else cfg
+        raise ValueError(f"{folder}: architecture {found!r} is not known: {', '.join(_PER_LATENT)} are")
+    for key, only in _MEANT_OTHERWISE.items():
+        if cfg.get(key, only) != only:
+            raise ValueError(f"{folder}: {key} is {cfg[key]!r}: this reader takes {only!r} only; fold it at export")
+    if cfg.get("rescale_acts_by_decoder_norm"):
+        norms = weights["W_dec"].float().norm(dim=-1) if "W_dec" in weights else torch.zeros(1)
+        if not torch.allclose(norms, torch.ones_like(norms), atol=1e-4):
+            raise ValueError(f"{folder}: activations rescaled by decoder norms that are not 1 are not supported")
+    widths = {key: cfg.get(key) for key in ("d_in", "d_sae")}
+    if not all(isinstance(w, int) and w > 0 for w in widths.values()):
+        raise ValueError(f"{folder}: d_in and d_sae must be positive integers, not {widths}")
+    if cfg["architecture"] == "topk" and not (isinstance(cfg.get("k"), int) and 1 <= cfg["k"] <= cfg["d_sae"]):
+        raise ValueError(f"{folder}: k is {cfg.get('k')!r}: it must be an integer between 1 and d_sae={cfg['d_sae']}")
+    expected = dict(_SHARED) | dict.fromkeys(_PER_LATENT[cfg["architecture"]], ("d_sae",))
+    shapes = {name: tuple(widths[axis] for axis in axes) for name, axes in expected.items()}
+    found = {name: tuple(w.shape) for name, w in weights.items()}
+    if found != shapes:
+        raise ValueError(f"{folder}: a {cfg['architecture']} SAE of {widths} has {shapes}, but the file has {found}")
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{folder}: {name} holds numbers that are not finite")
+
+
+def _standard(sae: TorchSAE, u: torch.Tensor) -> torch.Tensor:
+    return (u @ sae.W_enc + sae.b_enc).relu()
+
+
+def _topk(sae: TorchSAE, u: torch.Tensor) -> torch.Tensor:
+    values, indices = (u @ sae.W_enc + sae.b_enc).topk(sae.cfg["k"], dim=-1)
+    return values.new_zeros(*values.shape[:-1], sae.d_sae).scatter(-1, indices, values.relu())
+
+
+def _jumprelu(sae: TorchSAE, u: torch.Tensor) -> torch.Tensor:
+    pre = u @ sae.W_enc + sae.b_enc
+    return torch.where(pre > sae.threshold, pre.relu(), 0)
+
+
+def _gated(sae: TorchSAE, u: torch.Tensor) -> torch.Tensor:
+    h = u @ sae.W_enc
+    magnitude = (h * sae.r_mag.exp() + sae.b_mag).relu()
+    return torch.where(h + sae.b_gate > 0, magnitude, 0)
+
+
+_ENCODE: Mapping[str, Callable[[TorchSAE, torch.Tensor], torch.Tensor]] = {
+    "standard": _standard,
+    "topk": _topk,
+    "jumprelu": _jumprelu,
+    "gated": _gated,
+}

@@ -13,6 +13,8 @@ _LIMITS = {
     "n_kv_head": 2**12,
     "n_embd": 2**16,
 }
+_MAX_ROPE = 2**23  # of sequence_len * head_dim: the rope tables are forty times as many bytes
+_NUMBERS = ("rope_base", "qk_scale", "softcap")
 _SHORT_WINDOW = {
     "half": lambda length: length // 2,
     "third_ceil128": lambda length: -(-length // 3 // 128) * 128,
@@ -77,6 +79,8 @@ class GPTConfig:
     def __post_init__(self):
         self._check_sizes()
         self._check_choices()
+        for name in _NUMBERS:
+            object.__setattr__(self, name, float(getattr(self, name)))  # 20 and 20.0 are one config
 
     @classmethod
     def of(cls, generation: str, **fields) -> "GPTConfig":
@@ -125,6 +129,11 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} over n_head {self.n_head} must give an even whole head size")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        if self.sequence_len * self.head_dim > _MAX_ROPE:
+            raise ValueError(
+                f"sequence_len {self.sequence_len} times a head size of {self.head_dim} is beyond {_MAX_ROPE}, "
+                "and with it the memory for rope tables"
+            )
         if self.ve != "none" and not 1 <= self.ve_gate_channels <= self.n_embd:
             raise ValueError(f"ve_gate_channels must be from 1 to n_embd {self.n_embd}, got {self.ve_gate_channels}")
         if self.smear and self.n_embd < SMEAR_CHANNELS:
@@ -139,7 +148,7 @@ class GPTConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("rope_base", "qk_scale", "softcap", "vocab_pad"):
+        for name in (*_NUMBERS, "vocab_pad"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")

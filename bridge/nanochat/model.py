@@ -176,6 +176,7 @@ class Bigram(nn.Module):
     def forward(self, tokens: Int[Tensor, "B T"], before: Int[Tensor, "B 1"] | None) -> Float[Tensor, "B T C"]:
         """Row ((36313 id_t) xor (27191 id_{t-1})) mod (5V-1); the first token of a text has row 5V-1 to itself."""
         reserved = self.embed.num_embeddings - 1
+        tokens = tokens.long()  # the products are beyond int32
         shifted = torch.cat([tokens[:, :1] if before is None else before, tokens[:, :-1]], dim=1)
         rows = ((36313 * tokens) ^ (27191 * shifted)) % reserved
         if before is None:
@@ -326,8 +327,8 @@ class GPT(nn.Module):
             )
         if cache is not None and (tokens.size(0) != cache.batch_size or stop > cache.max_len):
             raise ValueError(
-                f"the cache has {cache.batch_size} rows and room for {cache.max_len} tokens, {start} of them taken; got "
-                f"tokens of shape {tuple(tokens.shape)}: make a larger one with new_cache"
+                f"the cache has {cache.batch_size} rows and room for {cache.max_len} tokens, {start} of them taken; "
+                f"got tokens of shape {tuple(tokens.shape)}: make a larger one with new_cache"
             )
         if tokens.device.type == "cpu":
             low, high = tokens.min().item(), tokens.max().item()

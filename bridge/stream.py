@@ -1,6 +1,6 @@
 """The live source: text to tokens to nanochat's activations to jax. With `handover`, the only place where both meet."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jsae.data import Filling
 _PATIENCE = 100  # forward passes in a row that may keep nothing
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Token rows to run a model on: `bridge.nanochat.corpus.Corpus` is one."""
 

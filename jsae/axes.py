@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Both weight matrices keep one row per latent: a latent's encoder and decoder direction are contiguous, and gradients
 # of sparse codes are sums of rows. Exported files hold W_enc the field's way round, (d, f).
@@ -49,7 +49,9 @@ def make_mesh(latent: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     if latent < 1 or len(devices) % latent:
         raise ValueError(f"{len(devices)} devices cannot be divided into groups of {latent} along 'latent'")
-    return jax.make_mesh((len(devices) // latent, latent), ("data", "latent"), devices=devices)
+    shape = (len(devices) // latent, latent)
+    # Auto: the compiler places what lies between the arrays of the table.
+    return jax.make_mesh(shape, ("data", "latent"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

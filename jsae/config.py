@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 Architecture = Literal["topk", "relu", "gated"]
 ARCHITECTURES: tuple[str, ...] = get_args(Architecture)
@@ -19,6 +19,9 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+_Config = TypeVar("_Config", bound="Json")
+
+
 class Json:
     """Mixed into frozen dataclasses of plain fields: `to_json()` and `from_json()`, strict about unknown names."""
 
@@ -27,7 +30,7 @@ class Json:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
-    def from_json(cls, values: dict[str, Any] | str) -> Self:
+    def from_json(cls: type[_Config], values: dict[str, Any] | str) -> _Config:
         """The inverse of `to_json`.
 
         Raises:

@@ -8,12 +8,12 @@ first token): resuming is exact and costs one block.
 import dataclasses
 import functools
 from collections.abc import Generator, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt
 
 from jsae.config import require
 
@@ -21,6 +21,7 @@ Filling = Generator[float, None, Array]
 """A block being filled: each `next` does a bounded piece of work and yields the share done; it returns the block."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """An endless stream of activations of width `d_in`."""
 
@@ -152,7 +153,7 @@ class Shuffled:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _permutation(key: Key[Array, ""], block: Int[Array, ""], rows: int) -> Int[Array, " rows"]:
+def _permutation(key: Key[Array, ""], block: UInt[Array, ""], rows: int) -> Int[Array, " rows"]:
     return jax.random.permutation(jax.random.fold_in(key, block), rows)
 
 
@@ -166,7 +167,7 @@ def _cut(
 class ArraySource:
     """A source that walks round and round an array in memory, (rows, d_in): for tests and for stored activations."""
 
-    def __init__(self, acts: Float[Array, "rows d"]):
+    def __init__(self, acts: Float[np.ndarray, "rows d"]):
         require(acts.shape[0] >= 1, f"an array of shape {acts.shape} holds no activations")
         self._acts, self._start = acts, 0
         self.d_in = acts.shape[1]

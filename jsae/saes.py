@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
@@ -170,3 +171,8 @@ ARCHITECTURES: Mapping[str, type[SAE]] = {"topk": TopK, "relu": ReLU, "gated": G
 def make(config: SAEConfig, *, key: Key[Array, ""], b_dec: Float[Array, " d"] | None = None) -> SAE:
     """A freshly initialised SAE of `config.architecture`."""
     return ARCHITECTURES[config.architecture](config, key=key, b_dec=b_dec)
+
+
+def weights(sae: SAE) -> dict[str, np.ndarray]:
+    """The SAE's parameters by name, as numpy arrays in the layout of `jsae.axes.AXES`."""
+    return {name: np.asarray(getattr(sae, name)[...]) for name in ("W_enc", "W_dec", "b_dec", *sae.latent_biases())}

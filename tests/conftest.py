@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
 # Shapes in signatures are enforced here and only here.
 install_import_hook(["jsae", "bridge"], "beartype.beartype")
+
+# Four devices on one processor, so that the sharded step is a real one.
+jax.config.update("jax_num_cpu_devices", 4)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -61,10 +61,10 @@ class GPTConfig:
     n_head: int
     n_kv_head: int
     n_embd: int
-    rope_base: float = 10000.0
+    rope_base: float | int = 10000.0
     rope_table: Literal["bf16", "compute"] = "bf16"  # bf16: cos and sin are rounded to bfloat16 at any precision
-    qk_scale: float = 1.0  # factor on q and on k, after their norms
-    softcap: float = 15.0
+    qk_scale: float | int = 1.0  # factor on q and on k, after their norms
+    softcap: float | int = 15.0
     window: Literal["none", "half", "third_ceil128", "quarter_ceil128"] = "none"  # the length of a short window
     window_pattern: str = "L"  # S (short) or L (sequence_len) per layer, repeated; the last layer is L
     lambdas: bool = False

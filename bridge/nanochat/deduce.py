@@ -90,6 +90,8 @@ def _sizes(shapes: Shapes, told: dict, overrides: Mapping[str, Any], vocab_size:
     if told:
         if missing := [k for k in _SIZES if k not in told]:
             raise ValueError(f"the meta file's model_config lacks {', '.join(missing)}")
+        if wrong := {k: told[k] for k in _SIZES if type(told[k]) is not int}:
+            raise ValueError(f"the meta file's model_config must hold whole numbers, got {wrong}")
         if extra := sorted(told.keys() - {*_SIZES, "window_pattern"}):
             warnings.warn(f"the meta file's model_config has {', '.join(extra)}, unknown here: ignored", stacklevel=4)
         sizes = {k: told[k] for k in _SIZES} | given
@@ -154,7 +156,7 @@ def _missing_pattern(meta: Mapping[str, Any]) -> str:
     return pattern
 
 
-def _g4_or_g5(meta: Mapping[str, Any], softcap: float | None) -> str:
+def _g4_or_g5(meta: Mapping[str, Any], softcap: float | int | None) -> str:
     """G5 is G4 with softcap 20. What tells them apart is when the training script wrote which settings."""
     if softcap is not None:
         return "G5" if softcap == 20 else "G4"

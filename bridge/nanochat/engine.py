@@ -16,7 +16,7 @@ def generate(
     prompt_ids: Sequence[int],
     *,
     max_tokens: int,
-    temperature: float = 1.0,
+    temperature: float | int = 1.0,
     top_k: int | None = None,
     seed: int = 42,
     stop_tokens: Collection[int] = (),
@@ -67,7 +67,7 @@ def _columns(
     model: GPT,
     prompt_ids: list[int],
     max_tokens: int,
-    temperature: float,
+    temperature: float | int,
     top_k: int | None,
     seed: int,
     stop_tokens: frozenset[int],
@@ -96,7 +96,7 @@ def _last_logits(model: GPT, tokens: Int[Tensor, "B T"], cache: Cache) -> Float[
 
 
 def _sample(
-    logits: Float[Tensor, "B V"], temperature: float, top_k: int | None, generator: torch.Generator
+    logits: Float[Tensor, "B V"], temperature: float | int, top_k: int | None, generator: torch.Generator
 ) -> Int[Tensor, " B"]:
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -121,7 +121,12 @@ def _text(tokenizer: Any, columns: Iterator[list[int | None]]) -> Iterator[str]:
 
 
 def _check(
-    model: GPT, prompt_ids: Sequence[int], max_tokens: int, temperature: float, top_k: int | None, num_samples: int
+    model: GPT,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    temperature: float | int,
+    top_k: int | None,
+    num_samples: int,
 ) -> None:
     if not prompt_ids:
         raise ValueError("the prompt is empty: start from the tokenizer's bos_token_id at least")

@@ -40,8 +40,7 @@ def to_jax(acts: torch.Tensor) -> jax.Array:
     if not mine.is_contiguous() or (mine.device.type == "cpu" and mine.data_ptr() % ALIGNMENT):
         mine = mine.clone(memory_format=torch.contiguous_format)
     theirs = jax.dlpack.from_dlpack(mine, copy=False)
-    acts.detach_()
-    acts.set_()  # jax holds the storage; this handle points to it no longer
+    acts.data = acts.new_empty(0)  # jax holds the storage; this handle points to it no longer
     return theirs
 
 

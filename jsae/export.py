@@ -1,7 +1,6 @@
 """The exported SAE: a SAELens directory, with input scale and decoder norms folded into the weights. numpy only."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,8 +80,11 @@ def write(folder: Path, config: SAEConfig, weights: Arrays, scale: float, metada
     unfinished.mkdir(parents=True)
     save_file(folded, unfinished / "sae_weights.safetensors")
     (unfinished / "cfg.json").write_text(json.dumps(cfg, indent=2, allow_nan=False) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
+    outdated = folder.with_name(folder.name + ".outdated")
+    if folder.exists():
+        folder.replace(outdated)
+    unfinished.replace(folder)
+    shutil.rmtree(outdated, ignore_errors=True)
 
 
 def write_sparsity(folder: Path, density: Float[np.ndarray, " f"]) -> None:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sae_lens
 import torch
-from sae_lens import SAE as LensSAE
 
 from bridge import torch_sae
 from jsae import axes, dead, export, metrics, saes, train
@@ -48,8 +48,8 @@ def trained() -> dict[str, tuple[train.TrainState, dict[str, float]]]:
     runs = {}
     for name, config in CASES.items():
         stream, tail = batches(), None
-        state = train.init(config, RUN, stream.peek())
-        for step, state, sums in train.fit(RUN, state, stream):  # noqa: B007 - the last state is what counts
+        initial = train.init(config, RUN, stream.peek())
+        for step, state, sums in train.fit(RUN, initial, stream):
             if step > 0.9 * RUN.num_steps:
                 tail = sums if tail is None else metrics.add(tail, sums)
         train.check_finite(state, tail)
@@ -156,7 +156,7 @@ def test_jax_torch_and_saelens_agree_on_the_export(case, state, tmp_path):
     sae = state.sae
     metadata = {"model_name": "toy", "hook_name": "blocks.0.hook_resid_post", "context_size": 8, "prepend_bos": True}
     export.write(tmp_path / "sae", case, saes.weights(sae), float(state.scale), metadata)
-    ours, lens = torch_sae.load(tmp_path / "sae"), LensSAE.load_from_disk(str(tmp_path / "sae"))
+    ours, lens = torch_sae.load(tmp_path / "sae"), sae_lens.SAE.load_from_disk(str(tmp_path / "sae"))
     x = X[:1000]
     latents = sae.encode(jnp.asarray(x) * state.scale)
     by_jax = dense(latents, case.d_sae) / float(state.scale)

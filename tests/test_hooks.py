@@ -1,0 +1,169 @@
+"""Capture and edit: what they see, what they change, and that nothing of them stays."""
+
+import pytest
+import torch
+from torch import nn
+
+from bridge import hooks
+from bridge.hooks import capture, edit, hook_name
+from bridge.nanochat.config import GPTConfig
+from bridge.nanochat.model import GPT
+
+LAYERS = 4
+SIZES = {"sequence_len": 32, "vocab_size": 64, "n_layer": LAYERS, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+NAMES = [hook_name(layer, site) for layer in range(LAYERS) for site in hooks.SITES]
+
+
+class UpstreamLike(nn.Module):
+    """Another author's model, of which only `transformer.h[i].attn` and `.mlp` are known."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn, self.mlp = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = x + self.attn(x)
+            return x + self.mlp(x)
+
+    def __init__(self):
+        super().__init__()
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(16, 8), "h": nn.ModuleList([self.Block(), self.Block()])})
+
+    def forward(self, tokens):
+        x = self.transformer.wte(tokens)
+        for block in self.transformer.h:
+            x = block(x)
+        return x
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    model = GPT(GPTConfig.of("G7", **SIZES))
+    model.init_weights(torch.Generator().manual_seed(0))
+    for p in model.parameters():  # from scratch, outputs of blocks are zero: make every part say something
+        nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def traces(model: nn.Module) -> list:
+    return [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)]
+
+
+def test_capture_sees_what_plain_forward_hooks_see(model, tokens):
+    seen = {}
+    handles = [
+        hooks.find(model, name).register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, o))
+        for name in NAMES
+    ]
+    logits = model(tokens)
+    for handle in handles:
+        handle.remove()
+    with capture(model, NAMES) as acts:
+        captured_logits = model(tokens)
+    assert torch.equal(logits, captured_logits)
+    assert set(acts) == set(NAMES)
+    for name in NAMES:
+        assert acts[name].shape == (2, 12, 32)
+        assert torch.equal(acts[name], seen[name])
+
+
+def test_stop_ends_the_forward_after_the_deepest_hook_and_not_before(model, tokens):
+    names = ["blocks.2.hook_attn_out", "blocks.1.hook_mlp_out", "blocks.1.hook_resid_post"]
+    ran = []
+    handles = [b.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(model.transformer.h)]
+    try:
+        with capture(model, names, stop=True) as acts:
+            assert model(tokens) is None
+            after = "the block goes on"
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert after
+    assert ran == [0, 1]
+    with capture(model, names) as whole:
+        model(tokens)
+    assert all(torch.equal(acts[n], whole[n]) for n in names)
+
+
+def test_an_edit_reaches_everything_after_it(model, tokens):
+    name = "blocks.1.hook_resid_post"
+    with capture(model, NAMES) as plain:
+        logits = model(tokens)
+    with edit(model, {name: lambda x: x * 2}), capture(model, NAMES) as edited:
+        changed = model(tokens)
+    assert torch.equal(edited[name], plain[name] * 2)
+    assert torch.equal(edited["blocks.0.hook_resid_post"], plain["blocks.0.hook_resid_post"])
+    assert not torch.allclose(edited["blocks.2.hook_attn_out"], plain["blocks.2.hook_attn_out"])
+    assert not torch.allclose(changed, logits)
+    with edit(model, {name: lambda x: x}):
+        assert torch.equal(model(tokens), logits)
+
+
+def test_nested_edits_run_from_the_outside_in(model, tokens):
+    name = "blocks.0.hook_mlp_out"
+    with edit(model, {name: lambda x: x + 1}), edit(model, {name: lambda x: x * 0}), capture(model, [name]) as acts:
+        model(tokens)
+    assert not acts[name].any()
+
+
+def test_nothing_stays_after_the_context_nor_after_an_exception(model, tokens):
+    logits = model(tokens)
+    with capture(model, NAMES, stop=True):
+        model(tokens)
+    with pytest.raises(ZeroDivisionError), edit(model, {NAMES[0]: lambda x: x * (1 / 0)}):
+        model(tokens)
+    with pytest.raises(KeyError), capture(model, [NAMES[0]], stop=True):
+        raise KeyError
+    assert traces(model) == []
+    assert torch.equal(model(tokens), logits)
+
+
+def test_gradients_flow_through_captured_activations(model, tokens):
+    scale = torch.ones((), requires_grad=True)
+    with edit(model, {"blocks.1.hook_mlp_out": lambda x: x * scale}):
+        model(tokens).square().mean().backward()
+    assert scale.grad.abs() > 0
+
+
+def test_another_model_with_the_same_rooms_works_too():
+    model = UpstreamLike()
+    tokens = torch.arange(6).reshape(2, 3)
+    with capture(model, ["blocks.0.hook_resid_post", "blocks.1.hook_attn_out"], stop=True) as acts:
+        assert model(tokens) is None
+    assert acts["blocks.0.hook_resid_post"].shape == (2, 3, 8)
+    with edit(model, {"blocks.1.hook_resid_post": torch.zeros_like}):
+        assert not model(tokens).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("blocks.4.hook_resid_post", "4 layers, 0 to 3"),
+        ("blocks.0.hook_resid_pre", "names are blocks"),
+        ("resid_post", "names are blocks"),
+        ("blocks.-1.hook_mlp_out", "names are blocks"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_refused_with_those_that_do(model, name, complaint):
+    with pytest.raises(ValueError, match=complaint), capture(model, [name]):
+        pass
+    with pytest.raises(ValueError, match=complaint), edit(model, {name: lambda x: x}):
+        pass
+
+
+def test_other_bad_requests_are_refused(model, tokens):
+    with pytest.raises(ValueError, match="at least one"), capture(model, []):
+        pass
+    with pytest.raises(ValueError, match="no hook type 'resid'"):
+        hook_name(0, "resid")
+    with pytest.raises(ValueError, match="hooks need a nanochat"), capture(nn.Linear(2, 2), [NAMES[0]]):
+        pass
+    with pytest.raises(ValueError, match="made"), edit(model, {NAMES[0]: lambda x: x[:, :1]}):
+        model(tokens)
+    assert traces(model) == []

@@ -1,0 +1,159 @@
+"""The live source on a real nanochat: right activations, BOS and sinks left out, exact resume, no hidden copies."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bridge.hooks import capture, hook_name
+from bridge.nanochat.config import GPTConfig
+from bridge.nanochat.model import GPT
+from bridge.stream import ActivationStream
+from jsae import train
+from jsae.config import SAEConfig, TrainConfig
+from jsae.data import Cursor, Shuffled
+
+NAME, BOS, ROW = hook_name(1, "resid_post"), 0, 16
+
+
+class Text:
+    """Rows of random tokens that start with BOS; row i depends on i alone."""
+
+    def __init__(self):
+        self.at = 0
+
+    def next_rows(self, n):
+        rows = [np.random.default_rng(self.at + i).integers(1, 64, ROW) for i in range(n)]
+        self.at += n
+        rows = np.stack(rows).astype(np.int32)
+        rows[:, 0] = BOS
+        return rows
+
+    def position(self):
+        return {"at": self.at}
+
+    def seek(self, position):
+        self.at = position["at"]
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    sizes = {"sequence_len": 32, "vocab_size": 64, "n_layer": 3, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
+    model = GPT(GPTConfig.of("G7", **sizes))
+    model.init_weights(torch.Generator().manual_seed(0))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    return model.eval().requires_grad_(False)
+
+
+def stream(model, **kwargs) -> ActivationStream:
+    return ActivationStream(model, Text(), NAME, bos_token_id=BOS, rows_per_forward=4, **kwargs)
+
+
+def take(source: ActivationStream, rows: int) -> np.ndarray:
+    filling = source.fill(rows)
+    try:
+        while True:
+            share = next(filling)
+            assert 0 <= share <= 1
+    except StopIteration as done:
+        return np.asarray(done.value)
+
+
+def test_the_stream_gives_the_models_own_activations_without_bos(model):
+    with capture(model, [NAME]) as acts:
+        model(torch.from_numpy(Text().next_rows(8).astype(np.int64)))
+    expected = acts[NAME][:, 1:].reshape(-1, 32)
+    np.testing.assert_allclose(take(stream(model), 8 * (ROW - 1)), expected, atol=1e-5)
+
+
+def test_without_a_bos_id_every_token_stays(model):
+    source = ActivationStream(model, Text(), NAME, bos_token_id=None, drop_sinks=False)
+    take(source, 160)
+    assert source.tokens_kept == source.tokens_seen == 256
+
+
+def test_blocks_go_on_where_the_last_one_ended(model):
+    whole = take(stream(model), 300)
+    source = stream(model)
+    np.testing.assert_allclose(
+        np.concatenate([take(source, 70), take(source, 90), take(source, 140)]), whole, atol=1e-5
+    )
+
+
+def test_a_stream_that_went_back_gives_the_same_bits(model):
+    source = stream(model)
+    take(source, 70)
+    position = source.position()
+    expected = take(source, 130)
+    again = stream(model)
+    again.seek(position)
+    np.testing.assert_array_equal(take(again, 130), expected)
+    assert again.position() == source.position()
+
+
+def test_sink_tokens_are_dropped_unless_asked_for(model):
+    def shout(module, inputs, output):
+        output[:, 5] *= 100
+        return output
+
+    handle = model.transformer.h[1].register_forward_hook(shout)
+    try:
+        quiet, loud = take(stream(model), 4 * (ROW - 2)), take(stream(model, drop_sinks=False), 4 * (ROW - 1))
+    finally:
+        handle.remove()
+    assert np.linalg.norm(quiet, axis=1).max() < 0.1 * np.linalg.norm(loud, axis=1).max()
+    assert len(quiet) == 4 * 14
+
+
+def test_a_token_that_is_not_finite_is_no_sink_but_arrives(model):
+    handle = model.transformer.h[1].register_forward_hook(lambda m, i, o: o.index_fill(1, torch.tensor(3), torch.nan))
+    try:
+        block = take(stream(model), 4 * (ROW - 1))
+    finally:
+        handle.remove()
+    assert np.isnan(block).any(axis=1).sum() == 4
+
+
+def test_bfloat16_activations_arrive_as_bfloat16(model):
+    block = take(stream(copy.deepcopy(model).to(torch.bfloat16)), 64)
+    assert block.dtype == jnp.bfloat16
+
+
+def test_text_of_nothing_but_bos_is_refused(model):
+    source = stream(model)
+    source._rows.next_rows = lambda n: np.full((n, ROW), BOS, np.int32)
+    with pytest.raises(ValueError, match="all text is BOS"):
+        take(source, 10)
+
+
+def test_a_layer_that_does_not_exist_is_refused_before_anything_runs(model):
+    with pytest.raises(ValueError, match="3 layers"):
+        ActivationStream(model, Text(), hook_name(3, "mlp"), bos_token_id=BOS)
+
+
+def test_training_from_the_stream_makes_no_silent_transfers_and_resumes_to_the_same_bits(model):
+    sae, run = SAEConfig("topk", 32, 64, k=4), TrainConfig(num_activations=3000, batch_size=100, dead_after=1000)
+
+    def batches(cursor=None):
+        return Shuffled(
+            stream(model), batch_size=100, batches_per_block=7, seed=0, num_batches=run.num_steps, cursor=cursor
+        )
+
+    start = batches()
+    initial = train.init(sae, run, start.peek())
+    midway = None
+    with jax.transfer_guard("disallow"):
+        for step, state, _ in train.fit(run, initial, start):
+            if step == 12:
+                with jax.transfer_guard("allow"):
+                    midway = jax.device_get(state), start.cursor().to_json()
+    assert midway is not None
+    restored = jax.tree.map(jnp.asarray, midway[0])
+    *_, (_, again, _) = train.fit(run, restored, batches(Cursor(**midway[1])))
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

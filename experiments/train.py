@@ -1,0 +1,165 @@
+"""Trains a sparse autoencoder on the activations of a nanochat and exports it for torch and SAELens.
+
+    python -m experiments.train --flagfile=experiments/configs/demo.flags
+
+A run that was stopped or killed goes on, to the same numbers, with the same flags and --resume.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from experiments import flags, rundir
+from jsae.config import Architecture, Json, SAEConfig, TrainConfig, require
+
+if TYPE_CHECKING:
+    from bridge.nanochat import Nanochat
+    from bridge.nanochat.corpus import Corpus
+
+
+def _flag(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class RunConfig(Json):
+    """One training run, as the command line says it."""
+
+    checkpoint: str = _flag("demo", "nanochat checkpoint: a directory, a model_*.pt, or 'demo', which comes along.")
+    step: int | None = _flag(None, "Step of the checkpoint directory; none is the last.")
+    tokenizer: str | None = _flag(None, "Directory of the tokenizer; none looks beside and above the checkpoint.")
+    data: str = _flag("stdlib", "Text: stdlib, parquet shards, .jsonl[.gz] or text files, globs; comma-separated.")
+    layer: int | None = _flag(None, "Layer to read, from 0; none is the middle one.")
+    hook_type: Literal["resid_post", "attn", "mlp"] = _flag("resid_post", "What to read there.")
+    activation: Architecture = _flag("topk", "Architecture of the SAE.")  # noqa: RUF009 - a field like the others
+    expansion_factor: int = _flag(8, "Latents per dimension of the model.")
+    k: int = _flag(32, "Active latents per token (topk).")
+    l1_coefficient: float = _flag(5.0, "Weight of the L1 penalty (relu, gated).")
+    num_activations: int = _flag(10_000_000, "Activations to train on.")
+    batch_size: int = _flag(2048, "Activations per step.")
+    learning_rate: float | None = _flag(None, "Peak rate; none is 2e-4 / sqrt(d_sae / 16384).")
+    dead_after: int | None = _flag(
+        None, "Activations without firing that make a latent dead; none: a tenth of the run."
+    )
+    resample_every: int | None = _flag(None, "Activations between resamplings of dead latents (relu, gated).")
+    seed: int = _flag(0, "Of the weights, the order of the text and the shuffle.")
+    context_size: int | None = _flag(None, "Tokens per row of text; none is the model's sequence_len.")
+    tokens_per_forward: int = _flag(8192, "Tokens in one forward pass of the model.")
+    block_size: int = _flag(65536, "Activations that are held and shuffled together.")
+    drop_sinks: bool = _flag(True, "Leave out tokens whose norm exceeds 10 times the median.")
+    heldout_tokens: int = _flag(200_000, "Held-out tokens for the final metrics.")
+    checkpoint_every: int = _flag(1_000_000, "Activations between checkpoints.")
+    log_every: int = _flag(50, "Steps between reports.")
+    device: str = _flag("cpu", "Where both torch and jax run: cpu, cuda or cuda:N.")
+    jax_memory_fraction: float = _flag(0.4, "Part of the GPU's memory for jax; torch has the rest.")
+    output_dir: str = _flag("runs/sae", "Directory of the run.")
+    resume: bool = _flag(False, "Go on from the last checkpoint in output_dir.")
+    wandb_project: str | None = _flag(None, "Also log to this Weights & Biases project (extra [wandb]).")
+
+    def __post_init__(self) -> None:
+        for name in ("expansion_factor", "tokens_per_forward", "block_size", "heldout_tokens", "log_every"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        require(self.checkpoint_every >= self.batch_size, "checkpoint_every must be at least one batch")
+        require(self.block_size >= self.batch_size, "block_size must be at least one batch")
+        require(
+            self.device == "cpu" or self.device.split(":")[0] == "cuda",
+            f"device is {self.device!r}: torch and jax share either cpu or cuda",
+        )
+        self.train_config()  # complains before anything heavy is imported
+
+    def sae_config(self, d_in: int) -> SAEConfig:
+        """The SAE for a model of width d_in."""
+        d_sae = d_in * self.expansion_factor
+        return SAEConfig(self.activation, d_in, d_sae, k=self.k, l1_coefficient=self.l1_coefficient)
+
+    def train_config(self) -> TrainConfig:
+        """How it is trained."""
+        return TrainConfig(
+            num_activations=self.num_activations,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            dead_after=self.dead_after or min(10_000_000, max(self.num_activations // 10, 1)),
+            resample_every=self.resample_every,
+            seed=self.seed,
+        )
+
+
+def main(config: RunConfig) -> int:
+    """Trains, exports, evaluates what was exported; or stops where it is asked to."""
+    started = time.perf_counter()
+    run = Path(config.output_dir)
+    rundir.claim(run, config)
+    _share_device(config)
+
+    import jax
+
+    import bridge.nanochat
+    from bridge.hooks import find, hook_name
+    from bridge.stream import ActivationStream
+    from experiments.loop import finish, train
+
+    # The model and the text it reads.
+    nano = bridge.nanochat.load(config.checkpoint, config.step, config.device, tokenizer=config.tokenizer)
+    layer = nano.config.n_layer // 2 if config.layer is None else config.layer
+    hook = hook_name(layer, config.hook_type)
+    find(nano.model, hook)
+    sae_config = config.sae_config(nano.config.n_embd)
+    corpus, heldout = _texts(config, nano)
+    print(
+        f"nanochat {config.checkpoint} ({nano.generation}, {nano.config.n_layer} layers of width {sae_config.d_in}), "
+        f"{hook}: a {config.activation} SAE of {sae_config.d_sae} latents from {config.num_activations:,} activations "
+        f"of {config.data!r} on {jax.default_backend()}",
+        flush=True,
+    )
+    rundir.record(run, config, {"model": nano.fingerprint, "data": corpus.fingerprint, "hook_name": hook})
+
+    # The stream of activations and the loop that learns from it.
+    rows = max(config.tokens_per_forward // corpus.row_len, 1)
+    bos = nano.tokenizer.bos_token_id
+    source = ActivationStream(
+        nano.model, corpus, hook, bos_token_id=bos, rows_per_forward=rows, drop_sinks=config.drop_sinks
+    )
+    state = train(run, config, sae_config, source)
+    if state is None:
+        command = " ".join(a for a in sys.argv[1:] if a != "--resume")
+        print(f"stopped and saved; go on with: python -m experiments.train {command} --resume")
+        return 0
+    finish(run, config, state, nano, hook, heldout, rows)
+    print(f"took {time.perf_counter() - started:.0f} s in all")
+    return 0
+
+
+def _share_device(config: RunConfig) -> None:
+    """Decides who gets what of the device, before torch or jax take anything."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu" if config.device == "cpu" else "cuda")
+    if config.device != "cpu":
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{config.jax_memory_fraction:.2f}")
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(max(0.95 - config.jax_memory_fraction, 0.05))
+
+
+def _texts(config: RunConfig, nano: "Nanochat") -> tuple["Corpus", "Corpus"]:
+    """Training and held-out text, in rows as long as the model's context."""
+    from bridge.nanochat.corpus import Corpus
+
+    require(
+        nano.tokenizer is not None,
+        f"no tokenizer lies beside or above {config.checkpoint}: give its directory with --tokenizer",
+    )
+    longest = nano.config.max_positions
+    row_len = config.context_size or nano.config.sequence_len
+    require(2 <= row_len <= longest, f"context_size is {row_len}: this model takes 2 to {longest} tokens")
+    train, heldout = (
+        Corpus(config.data, nano.tokenizer, split=split, row_len=row_len, seed=config.seed)
+        for split in ("train", "heldout")
+    )
+    return train, heldout
+
+
+if __name__ == "__main__":
+    flags.run(RunConfig, main)

@@ -7,7 +7,13 @@ import pytest
 import torch
 from generation_table import TABLE, sample_logits
 from golden_table import capture
-from tiny_nanochat import SIZES, tiny, tokens, write
+from tiny_nanochat import (
+    SIZES,
+    one_thread,  # noqa: F401 (a fixture)
+    tiny,
+    tokens,
+    write,
+)
 
 from bridge import nanochat
 from bridge.nanochat.config import GENERATIONS

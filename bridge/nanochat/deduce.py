@@ -55,11 +55,13 @@ def deduce(
         raise ValueError(f"the meta file's model_config must be a table of sizes, got {told!r}")
     fields = _sizes(shapes, told, overrides, vocab_size)
     pattern = overrides.get("window_pattern", told.get("window_pattern"))
+    if not isinstance(pattern, str | None):
+        raise ValueError(f"window_pattern must be of the letters S and L, got {pattern!r}")
     generation = overrides.get("generation") or _generation(shapes, meta, pattern, fields["vocab_size"])
     if generation == "G4" and "generation" not in overrides:
         generation = _g4_or_g5(meta, overrides.get("softcap"))
     if "window" in GENERATIONS.get(generation, ()):
-        fields["window_pattern"] = _missing_pattern(meta) if pattern is None else str(pattern).upper()
+        fields["window_pattern"] = _missing_pattern(meta) if pattern is None else pattern.upper()
     elif pattern is not None and "generation" not in overrides:
         raise ValueError(f"a window_pattern {pattern!r}, but the weights are of {generation}, which knows no windows")
     arithmetic = {k: v for k, v in overrides.items() if k in ("softcap", "rope_table", "rope_base", "qk_scale")}

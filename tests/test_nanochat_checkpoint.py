@@ -352,6 +352,17 @@ def test_a_truncated_file_is_refused(folder, size):
         nanochat.load(folder)
 
 
+def test_a_compressed_file_is_refused_before_it_fills_the_memory(folder):
+    file = folder / "model_000000.pt"
+    with zipfile.ZipFile(file) as archive:
+        entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries:
+            archive.writestr(name, data)
+    with pytest.raises(ValueError, match="it is compressed"):
+        nanochat.load(folder)
+
+
 def test_a_zip_archive_of_something_else_is_refused(folder):
     with zipfile.ZipFile(folder / "model_000000.pt", "w") as archive:
         archive.writestr("notes.txt", "no weights")

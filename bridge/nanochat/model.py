@@ -46,16 +46,18 @@ def attend(
 
     Keys that no query sees are cut off, a single query then needs no mask, and without a cut a window is plain
     causal attention. For what remains a boolean mask is right everywhere (flex_attention compiles for GPUs only).
-    Key head j serves the query heads j r .. j r + r - 1, without a copy.
+    Key head j serves the query heads j r .. j r + r - 1.
     """
     queries, keys = q.size(2), k.size(2)
     unseen = 0 if window is None else max(0, keys - queries - window)
     k, v, keys = k[:, :, unseen:], v[:, :, unseen:], keys - unseen
     causal = queries == keys and (window is None or queries <= window + 1)
-    mask = None if causal or queries == 1 else window_mask(queries, keys, window, q.device)
-    return scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and queries > 1, enable_gqa=q.size(1) != k.size(1)
-    )
+    groups = q.size(1) // k.size(1)
+    if causal or queries == 1:
+        return scaled_dot_product_attention(q, k, v, is_causal=causal and queries > 1, enable_gqa=groups > 1)
+    # On CUDA enable_gqa and a mask together leave only the kernel that holds all scores, so the heads are copied.
+    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=window_mask(queries, keys, window, q.device))
 
 
 class Cache:
@@ -284,8 +286,8 @@ class GPT(nn.Module):
         self._check(tokens, cache, start)
         stop = start + tokens.size(1)
         before = None if cache is None else cache.last_token
-        embedding = norm(self.transformer.wte(tokens))
-        x = self._smear(embedding, None if cache is None else cache.last_embedding) if self.config.smear else embedding
+        embedded = norm(self.transformer.wte(tokens))
+        x = self._smear(embedded, None if cache is None else cache.last_embedding) if self.config.smear else embedded
         rope = (self.cos[None, start:stop, None].to(x.dtype), self.sin[None, start:stop, None].to(x.dtype))
 
         x = norm(self._blocks(tokens, x, before, rope, cache))
@@ -294,7 +296,7 @@ class GPT(nn.Module):
         if cache is not None:
             cache.position = stop
             cache.last_token = tokens[:, -1:]
-            cache.last_embedding = embedding[:, -1:].detach().clone() if self.config.smear else None
+            cache.last_embedding = embedded[:, -1:].detach().clone() if self.config.smear else None
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
 
     def _blocks(

@@ -1,4 +1,4 @@
-"""The goldens: outputs of upstream's own code, at eleven commits of nine months."""
+"""The goldens: outputs of upstream's own code, at ten commits of nine months."""
 
 import json
 import shutil

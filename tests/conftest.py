@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 # Shapes in signatures are enforced here and only here.
@@ -11,6 +12,9 @@ install_import_hook(["jsae", "bridge"], "beartype.beartype")
 
 # Four devices on one processor, so that the sharded step is a real one.
 jax.config.update("jax_num_cpu_devices", 4)
+
+# Tiny models on one thread: threads that wait for each other cost minutes as soon as another process wants a core.
+torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

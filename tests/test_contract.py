@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sae_lens
 import torch
+import toy
 
 from bridge import torch_sae
 from jsae import axes, dead, export, metrics, saes, train
@@ -16,7 +17,6 @@ from jsae.checkpoint import Checkpoints
 from jsae.config import SAEConfig, TrainConfig
 from jsae.data import ArraySource, Shuffled
 from jsae.topk import Codes
-from tests import toy
 
 CASES = {
     "topk": SAEConfig("topk", toy.D_IN, 64, k=3),
@@ -49,7 +49,7 @@ def trained() -> dict[str, tuple[train.TrainState, dict[str, float]]]:
     for name, config in CASES.items():
         stream, tail = batches(), None
         initial = train.init(config, RUN, stream.peek())
-        for step, state, sums in train.fit(RUN, initial, stream):
+        for step, state, sums in train.fit(RUN, initial, stream):  # noqa: B007 - the last state is wanted
             if step > 0.9 * RUN.num_steps:
                 tail = sums if tail is None else metrics.add(tail, sums)
         train.check_finite(state, tail)

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
+from tiny_nanochat import tiny
 from torch import nn
 
 from bridge import hooks
 from bridge.hooks import capture, edit, hook_name
-from bridge.nanochat.config import GPTConfig
 from bridge.nanochat.model import GPT
 
 LAYERS = 4
-SIZES = {"sequence_len": 32, "vocab_size": 64, "n_layer": LAYERS, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
 NAMES = [hook_name(layer, site) for layer in range(LAYERS) for site in hooks.SITES]
 
 
@@ -39,16 +38,12 @@ class UpstreamLike(nn.Module):
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    model = GPT(GPTConfig.of("G7", **SIZES))
-    model.init_weights(torch.Generator().manual_seed(0))
-    for p in model.parameters():  # from scratch, outputs of blocks are zero: make every part say something
-        nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
-    return model.eval().requires_grad_(False)
+    return tiny("G7")
 
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
-    return torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
 def traces(model: nn.Module) -> list:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from tiny_nanochat import (
     model_config,
-    one_thread,  # noqa: F401 (a fixture)
     tiny,
     tokens,
     write,

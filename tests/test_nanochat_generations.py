@@ -9,7 +9,6 @@ from generation_table import TABLE, sample_logits
 from golden_table import capture
 from tiny_nanochat import (
     SIZES,
-    one_thread,  # noqa: F401 (a fixture)
     tiny,
     tokens,
     write,

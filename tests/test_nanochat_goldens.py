@@ -7,7 +7,6 @@ import pytest
 import torch
 from golden_table import TOLERANCES, cases, differences, gap
 from safetensors.torch import load_file
-from tiny_nanochat import one_thread  # noqa: F401 (a fixture)
 
 from bridge import nanochat
 from bridge.nanochat.engine import generate

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from tiny_nanochat import tiny
 
 from bridge.hooks import capture, hook_name
-from bridge.nanochat.config import GPTConfig
 from bridge.nanochat.model import GPT
 from bridge.stream import ActivationStream
 from jsae import train
@@ -27,7 +26,7 @@ class Text:
         self.at = 0
 
     def next_rows(self, n):
-        rows = [np.random.default_rng(self.at + i).integers(1, 64, ROW) for i in range(n)]
+        rows = [np.random.default_rng(self.at + i).integers(1, 50, ROW) for i in range(n)]
         self.at += n
         rows = np.stack(rows).astype(np.int32)
         rows[:, 0] = BOS
@@ -42,12 +41,7 @@ class Text:
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    sizes = {"sequence_len": 32, "vocab_size": 64, "n_layer": 3, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
-    model = GPT(GPTConfig.of("G7", **sizes))
-    model.init_weights(torch.Generator().manual_seed(0))
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
-    return model.eval().requires_grad_(False)
+    return tiny("G7")
 
 
 def stream(model, **kwargs) -> ActivationStream:
@@ -132,8 +126,8 @@ def test_text_of_nothing_but_bos_is_refused(model):
 
 
 def test_a_layer_that_does_not_exist_is_refused_before_anything_runs(model):
-    with pytest.raises(ValueError, match="3 layers"):
-        ActivationStream(model, Text(), hook_name(3, "mlp"), bos_token_id=BOS)
+    with pytest.raises(ValueError, match="4 layers"):
+        ActivationStream(model, Text(), hook_name(4, "mlp"), bos_token_id=BOS)
 
 
 def test_training_from_the_stream_makes_no_silent_transfers_and_resumes_to_the_same_bits(model):

@@ -5,7 +5,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from bridge.nanochat.model import GPT, GPTConfig
@@ -16,17 +15,6 @@ USER_CONFIG = {
     "G4": {"depth": 4, "eval_tokens": 10485760},
     "G5": {"depth": 4, "eval_tokens": 41943040, "fp8": False},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models on one thread, in every module that imports this: threads that wait for each other cost minutes
-    as soon as another process wants a core.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(generation: str, **fields) -> GPT:

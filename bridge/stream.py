@@ -2,7 +2,6 @@
 
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 import torch
 
@@ -108,19 +107,3 @@ class ActivationStream:
             if len(chunk):
                 return chunk
         raise ValueError(f"{_PATIENCE} forward passes at {self._hook_name} gave no activation to keep: all text is BOS")
-
-
-def share_of_gpu(jax_fraction: float) -> dict[str, str]:
-    """The environment that lets jax and torch live on one GPU; set it before jax starts.
-
-    Args:
-      jax_fraction: the part of the card's memory that jax takes at once; torch gets the rest but a little.
-
-    Raises:
-      ValueError: a fraction outside (0, 1).
-      RuntimeError: jax has started already.
-    """
-    require(0 < jax_fraction < 1, f"jax's share of the GPU is {jax_fraction}: it must lie between 0 and 1")
-    if jax._src.xla_bridge.backends_are_initialized():
-        raise RuntimeError("jax has started: its share of the GPU must be set before")
-    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{jax_fraction:.2f}"}

@@ -121,7 +121,7 @@ def finish(
         "training_tokens": config.num_activations,
     }
     export.write(folder, state.sae.config, saes.weights(state.sae), float(state.scale), metadata)
-    shipped = torch_sae.load(folder, config.device)
+    shipped = torch_sae.load(folder, nano.model.lm_head.weight.device)
     needed = -(-config.heldout_tokens // heldout.row_len)
     batches = _stacked(heldout.one_pass(needed), rows)
     sums = evaluate.reconstruction(

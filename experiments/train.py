@@ -69,6 +69,10 @@ class RunConfig(Json):
             self.device == "cpu" or self.device.split(":")[0] == "cuda",
             f"device is {self.device!r}: torch and jax share either cpu or cuda",
         )
+        require(
+            0 < self.jax_memory_fraction < 0.95,
+            f"jax_memory_fraction is {self.jax_memory_fraction}: it must lie between 0 and 0.95",
+        )
         self.train_config()  # complains before anything heavy is imported
 
     def sae_config(self, d_in: int) -> SAEConfig:
@@ -93,7 +97,7 @@ def main(config: RunConfig) -> int:
     started = time.perf_counter()
     run = Path(config.output_dir)
     rundir.claim(run, config)
-    _share_device(config)
+    device = _share_device(config)
 
     import jax
 
@@ -103,7 +107,7 @@ def main(config: RunConfig) -> int:
     from experiments.loop import finish, train
 
     # The model and the text it reads.
-    nano = bridge.nanochat.load(config.checkpoint, config.step, config.device, tokenizer=config.tokenizer)
+    nano = bridge.nanochat.load(config.checkpoint, config.step, device, tokenizer=config.tokenizer)
     layer = nano.config.n_layer // 2 if config.layer is None else config.layer
     hook = hook_name(layer, config.hook_type)
     find(nano.model, hook)
@@ -133,14 +137,25 @@ def main(config: RunConfig) -> int:
     return 0
 
 
-def _share_device(config: RunConfig) -> None:
-    """Decides who gets what of the device, before torch or jax take anything."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu" if config.device == "cpu" else "cuda")
-    if config.device != "cpu":
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{config.jax_memory_fraction:.2f}")
-        import torch
+def _share_device(config: RunConfig) -> str:
+    """Decides who gets what of the device, before torch or jax take anything; gives torch's name for it."""
+    kind, _, number = config.device.partition(":")
+    os.environ["JAX_PLATFORMS"] = kind
+    if kind == "cpu":
+        return kind
+    if number:
+        os.environ["CUDA_VISIBLE_DEVICES"] = number  # for both alike; it is then the only one
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{config.jax_memory_fraction:.2f}"
+    import jax
+    import torch
 
-        torch.cuda.set_per_process_memory_fraction(max(0.95 - config.jax_memory_fraction, 0.05))
+    require(torch.cuda.is_available(), f"--device={config.device}: torch sees no GPU here; use --device=cpu")
+    torch.cuda.set_per_process_memory_fraction(max(0.95 - config.jax_memory_fraction, 0.05))
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        require(False, f"--device={config.device}: jax has no GPU ({error}); README says which plugin to install")
+    return kind
 
 
 def _texts(config: RunConfig, nano: "Nanochat") -> tuple["Corpus", "Corpus"]:

@@ -1,0 +1,232 @@
+"""Training a nanochat of the newest generation from scratch: the step, and saves that a killed run resumes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor, nn
+
+from bridge.nanochat.corpus import Corpus
+from bridge.nanochat.loss import bits_per_byte, cross_entropy
+from bridge.nanochat.model import GPT
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model learns.
+
+    The rates are those of a model with 128 channels and of batches of some thousand tokens. All of them rise from
+    nothing over warmup_steps, stay, and fall to nothing in a line over the last warmdown part of the steps.
+    """
+
+    steps: int
+    batch_rows: int = 16
+    micro_rows: int = 2
+    matrix_lr: float = 0.02
+    embedding_lr: float = 0.1
+    head_lr: float = 0.01
+    scalar_lr: float = 0.02
+    weight_decay: float = 0.05
+    warmup_steps: int = 40
+    warmdown: float = 0.5
+    grad_clip: float = 1.0
+    bf16: bool = True
+
+    def __post_init__(self):
+        for name in ("steps", "batch_rows", "micro_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_rows % self.micro_rows:
+            raise ValueError(f"batch_rows {self.batch_rows} must be a multiple of micro_rows {self.micro_rows}")
+        for name in ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "grad_clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.weight_decay < 0 or self.warmup_steps < 0 or not 0 <= self.warmdown <= 1:
+            raise ValueError("weight_decay and warmup_steps must not be negative, warmdown must be in 0..1")
+
+    def rate(self, step: int) -> float:
+        """The factor on every learning rate in step number step, counted from 0."""
+        rise = (step + 1) / (self.warmup_steps + 1)
+        fall = (self.steps - step) / max(1.0, self.warmdown * self.steps)
+        return min(1.0, rise, fall)
+
+
+@final
+class Trainer:
+    """A model, its optimisers and its place in the corpus: what a save holds and `restore` brings back.
+
+    Matrices of the blocks learn by Muon (orthogonalised momentum), embeddings, head and scalars by AdamW.
+
+    A step's rows are split into parts of micro_rows, of which `workers` are computed at the same time, each by one
+    thread. On a CPU that is faster than many threads in every small matrix product, and above all it does not stall
+    when something else wants a core. The gradients are added in the order of the rows: workers change no number.
+    """
+
+    def __init__(self, model: GPT, corpus: Corpus, recipe: Recipe, workers: int = 1):
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        self.model, self.corpus, self.recipe = model, corpus, recipe
+        self.step, self.seconds = 0, 0.0
+        self._workers = workers
+        self._optimizers = _optimizers(model, recipe)
+
+    def run(self, last: int | None = None) -> Iterator[dict[str, float]]:
+        """Trains until step number last (the recipe's end if not given) and yields each step's figures.
+
+        These are `loss` (nats per token), `grad_norm` and `seconds`. A generator: whoever draws from it may stop.
+
+        Raises FloatingPointError when the loss is no longer finite; the model is then as after the step before.
+        """
+        while self.step < min(self.recipe.steps, last or self.recipe.steps):
+            begin = time.perf_counter()
+            rows = self.corpus.next_rows(self.recipe.batch_rows)
+            figures = self._update(rows)
+            self.step += 1
+            seconds = time.perf_counter() - begin
+            self.seconds += seconds
+            yield {**figures, "seconds": seconds}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on, of plain types and tensors."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "corpus": json.dumps(self.corpus.position()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where the trainer that gave state stood; the steps are those it would have taken."""
+        self.corpus.seek(json.loads(state["corpus"]))
+        self.model.load_state_dict(state["model"])
+        for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def _update(self, rows: Int32[np.ndarray, "B row_len"]) -> dict[str, float]:
+        recipe, weights = self.recipe, list(self.model.parameters())
+        parts = torch.from_numpy(rows).to(weights[0].device).split(recipe.micro_rows)
+        total, gradients = torch.zeros((), device=weights[0].device), [torch.zeros_like(weight) for weight in weights]
+        with ThreadPoolExecutor(self._workers) as pool:
+            for loss, part in pool.map(self._gradients, parts):
+                total += loss / len(parts)
+                torch._foreach_add_(gradients, part, alpha=1 / len(parts))
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        norm = nn.utils.clip_grad_norm_(weights, recipe.grad_clip)
+        loss, norm = total.item(), norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(f"step {self.step}: loss {loss}, gradient norm {norm}: lower the learning rates")
+        rate = recipe.rate(self.step)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate
+            optimizer.step()
+        return {"loss": loss, "grad_norm": norm}
+
+    def _gradients(self, tokens: Int32[Tensor, "b row_len"]) -> tuple[Float[Tensor, ""], tuple[Tensor, ...]]:
+        """The mean loss of some rows and its gradients."""
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+            loss = cross_entropy(self.model, tokens[:, :-1], tokens[:, 1:]).mean()
+        return loss.detach(), torch.autograd.grad(loss, list(self.model.parameters()))
+
+
+def _optimizers(model: GPT, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    matrices, embeddings, head, scalars = [], [], [], []
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1 or "gate" in name:
+            scalars.append(weight)
+        elif name.startswith("lm_head"):
+            head.append(weight)
+        elif name.startswith("transformer.h."):
+            matrices.append(weight)
+        else:
+            embeddings.append(weight)
+    muon = torch.optim.Muon(matrices, lr=recipe.matrix_lr, momentum=0.95, weight_decay=recipe.weight_decay)
+    groups = [
+        {"params": embeddings, "lr": recipe.embedding_lr},
+        {"params": head, "lr": recipe.head_lr},
+        {"params": scalars, "lr": recipe.scalar_lr},
+    ]
+    adam = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return [muon, adam]
+
+
+def heldout_bits_per_byte(model: GPT, corpus: Corpus, token_bytes: np.ndarray, rows: int, micro_rows: int) -> float:
+    """Bits per byte on the first rows of one pass through corpus, in float32."""
+    device = model.lm_head.weight.device
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        pending: list[np.ndarray] = []
+        for row in corpus.one_pass(rows):
+            pending.append(row)
+            if len(pending) == micro_rows:
+                tokens = torch.from_numpy(np.stack(pending)).to(device)
+                yield tokens[:, :-1], tokens[:, 1:]
+                pending.clear()
+        if pending:
+            tokens = torch.from_numpy(np.stack(pending)).to(device)
+            yield tokens[:, :-1], tokens[:, 1:]
+
+    model.eval()
+    result = bits_per_byte(model, batches(), token_bytes)
+    model.train()
+    return result
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+
+
+def rounded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as a small file holds them: matrices in bfloat16, the few scalars as they are."""
+    return {name: weight.bfloat16() if weight.ndim > 1 else weight for name, weight in weights.items()}
+
+
+def save(directory: Path, weights: dict[str, Tensor], meta: dict[str, Any], state: dict[str, Any] | None) -> Path:
+    """Writes a checkpoint as nanochat does: `model_%06d.pt`, `meta_%06d.json` and, with state, `optim_%06d_rank0.pt`.
+
+    Each file appears whole or not at all, the weights last; then earlier checkpoints of the directory go.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    step = meta["step"]
+    if state is not None:
+        _write(directory / f"optim_{step:06d}_rank0.pt", lambda file: torch.save(state, file))
+    _write(directory / f"meta_{step:06d}.json", lambda file: file.write_text(json.dumps(meta, indent=2)))
+    model = directory / f"model_{step:06d}.pt"
+    _write(model, lambda file: torch.save(weights, file))
+    for pattern in ("model_*.pt", "meta_*.json", "optim_*_rank0.pt"):
+        for old in directory.glob(pattern):
+            if f"_{step:06d}" not in old.name:
+                old.unlink()
+    return model
+
+
+def last_state(directory: Path) -> dict[str, Any] | None:
+    """The state of the last save in directory; None if there is none. Raises ValueError for a file that is broken."""
+    files = sorted(directory.glob("optim_*_rank0.pt"))
+    if not files:
+        return None
+    try:
+        return torch.load(files[-1], map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{files[-1]} cannot be read ({error}); delete it to begin anew") from error
+
+
+def _write(path: Path, write: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    partial.replace(path)

@@ -1,0 +1,352 @@
+"""nanochat's tokenizer: reading its files without trusting them, writing them, and rendering chats.
+
+A nanochat tokenizer is a byte-level BPE: ids 0..255 are the single bytes, then the merges in rank order, then nine
+special tokens. On disk it is a pickle of a `tiktoken.Encoding` and, beside it, a tensor with each token's length in
+bytes. A pickle can run code, so `load` reads only the handful of opcodes such a file needs and checks what they built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import pickle
+import pickletools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import tiktoken
+import torch
+from jaxtyping import Int32
+
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+# A tokenizer of 65,536 tokens takes about one megabyte; anything near these limits is not a tokenizer.
+MAX_FILE_BYTES = 64 * 2**20
+MAX_VOCAB_SIZE = 2**20
+MAX_PATTERN_CHARS = 2048
+
+# A run of white space longer than this is cut before it is split: tiktoken's regex engine overflows its stack (and
+# panics) at about a million.
+_LONGEST_BLANK = 2**19
+
+# What pickling an Encoding at protocol 4 or 5 writes. No REDUCE (calls), no PUT with an index (memory on demand).
+_OPCODES = (
+    "PROTO FRAME STOP MEMOIZE BINGET LONG_BINGET MARK STACK_GLOBAL NEWOBJ BUILD EMPTY_TUPLE EMPTY_DICT "
+    "SETITEM SETITEMS SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT BININT1 BININT2"
+)
+
+
+@final
+class Tokenizer:
+    """A nanochat tokenizer: text to ids and back, and chats to ids.
+
+    Args:
+        ranks: token bytes to id; ids 0..255 are the single bytes, and all ids together are 0..len(ranks)-1.
+        pattern: the regular expression that splits text before merging.
+        token_bytes: (V,) bytes counted per token by bits-per-byte; the true lengths if not given.
+
+    Raises:
+        ValueError: the ranks, the pattern or token_bytes do not make a nanochat tokenizer.
+    """
+
+    def __init__(self, ranks: dict[bytes, int], *, pattern: str = PATTERN, token_bytes: np.ndarray | None = None):
+        _check_ranks(ranks)
+        self.special_tokens: dict[str, int] = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.vocab_size: int = len(ranks) + len(SPECIAL_TOKENS)
+        self.bos_token_id: int = self.special_tokens["<|bos|>"]
+        self._bytes = sorted(ranks, key=ranks.__getitem__) + [name.encode() for name in SPECIAL_TOKENS]
+        self._encoding = _build_encoding(ranks, pattern, self.special_tokens)
+        lengths = np.array([len(b) for b in self._bytes[: len(ranks)]] + [0] * len(SPECIAL_TOKENS), np.int32)
+        self.token_bytes: np.ndarray = lengths if token_bytes is None else _check_token_bytes(token_bytes, lengths)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that name the vocabulary and the split pattern: equal means equal ids for any text."""
+        digest = hashlib.sha256(self._encoding._pat_str.encode())
+        for token in self._bytes:
+            digest.update(len(token).to_bytes(4, "little") + token)
+        return digest.hexdigest()[:16]
+
+    def encode(self, text: str, prepend_bos: bool = False) -> list[int]:
+        """The ids of text. The names of special tokens inside text are ordinary text."""
+        if len(text) > _LONGEST_BLANK:
+            ids = [i for piece in _cut_long_blanks(text) for i in self._encoding.encode_ordinary(piece)]
+        else:
+            ids = self._encoding.encode_ordinary(text)
+        return [self.bos_token_id, *ids] if prepend_bos else ids
+
+    def encode_batch(self, texts: Sequence[str], prepend_bos: bool = False) -> list[list[int]]:
+        """`encode` of every text."""
+        return [self.encode(text, prepend_bos) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id outside 0..V-1."""
+        return b"".join(self.token_bytes_of(i) for i in ids).decode("utf-8", errors="replace")
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; a token that is part of a character becomes U+FFFD."""
+        return self.decode([token_id])
+
+    def token_bytes_of(self, token_id: int) -> bytes:
+        """One token's bytes; for a special token, its name. Raises ValueError for an id outside 0..V-1."""
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(f"token id {token_id} is outside this tokenizer's 0..{self.vocab_size - 1}")
+        return self._bytes[token_id]
+
+    def render_conversation(self, conversation: dict[str, Any], max_tokens: int = 2048) -> tuple[list[int], list[int]]:
+        """A chat as ids, and a mask with 1 where the assistant speaks: what nanochat's chat training sees.
+
+        `conversation` is {"messages": [{"role", "content"}, ...]}: users and assistants by turns, a user first; a
+        system message may come before and is put in front of the first user's text. An assistant's content is text or
+        a list of parts {"type": "text" | "python" | "python_output", "text"}. Tool output has mask 0.
+
+        Returns:
+            (ids, mask), equally long, cut at max_tokens.
+
+        Raises:
+            ValueError: the conversation is not of that form.
+        """
+        special = self.special_tokens
+        pieces: list[tuple[list[int], int]] = [([self.bos_token_id], 0)]
+        for role, content in _turns(conversation):
+            if role == "user":
+                pieces.append(([special["<|user_start|>"], *self.encode(content), special["<|user_end|>"]], 0))
+                continue
+            pieces.append(([special["<|assistant_start|>"]], 0))
+            pieces.extend(self._render_part(part) for part in _parts(content))
+            pieces.append(([special["<|assistant_end|>"]], 1))
+        ids = [i for piece, _ in pieces for i in piece]
+        mask = [m for piece, m in pieces for _ in piece]
+        return ids[:max_tokens], mask[:max_tokens]
+
+    def render_for_completion(self, conversation: dict[str, Any]) -> list[int]:
+        """The prompt for the last assistant message: the chat before it and the token that lets the assistant speak.
+
+        Raises ValueError if the last message is not an assistant's.
+        """
+        messages = _messages(conversation)
+        if messages[-1].get("role") != "assistant":
+            raise ValueError(f"the last message must be the assistant's, got role {messages[-1].get('role')!r}")
+        ids, _ = self.render_conversation({"messages": messages[:-1]})
+        return [*ids, self.special_tokens["<|assistant_start|>"]]
+
+    def _render_part(self, part: dict[str, str]) -> tuple[list[int], int]:
+        ids = self.encode(part["text"])
+        if part["type"] == "text":
+            return ids, 1
+        name, mask = ("python", 1) if part["type"] == "python" else ("output", 0)
+        return [self.special_tokens[f"<|{name}_start|>"], *ids, self.special_tokens[f"<|{name}_end|>"]], mask
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Reads a tokenizer from nanochat's `tokenizer.pkl`, or the directory it lies in.
+
+    `token_bytes.pt` beside it is used if it is there: older files count other lengths than the true ones, and bits per
+    byte is only comparable with the table a run was measured with.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds anything but a nanochat tokenizer. Nothing in it is run.
+    """
+    path = Path(path)
+    file = path / "tokenizer.pkl" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"no tokenizer at {file}; give nanochat's tokenizer directory or its tokenizer.pkl")
+    if file.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes; a tokenizer has at most {MAX_FILE_BYTES}")
+    state = _read_state(file)
+    table = file.parent / "token_bytes.pt"
+    token_bytes = _read_token_bytes(table) if table.is_file() else None
+    try:
+        tokenizer = Tokenizer(state["mergeable_ranks"], pattern=state["pat_str"], token_bytes=token_bytes)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if state["special_tokens"] != tokenizer.special_tokens:
+        raise ValueError(f"{file}: special tokens must be {tokenizer.special_tokens}, nanochat's nine after the merges")
+    return tokenizer
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learns a tokenizer of vocab_size tokens (the nine special ones included) from texts.
+
+    Raises:
+        ImportError: rustbpe, which does the counting, is not installed.
+        ValueError: vocab_size is below 265, or the texts are too few for so many merges.
+    """
+    try:
+        import rustbpe
+    except ImportError as error:
+        raise ImportError("training a tokenizer needs rustbpe: pip install 'jsae[pretrain]'") from error
+    if not 256 + len(SPECIAL_TOKENS) <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"vocab_size must be in 265..{MAX_VOCAB_SIZE}, got {vocab_size}")
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(ranks) + len(SPECIAL_TOKENS) < vocab_size:
+        raise ValueError(
+            f"the texts allow only {len(ranks) + len(SPECIAL_TOKENS)} tokens, {vocab_size} were asked for: "
+            "give more text or a smaller vocab_size"
+        )
+    return Tokenizer(ranks)
+
+
+def save(tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Writes nanochat's own two files, `tokenizer.pkl` and `token_bytes.pt`, into directory (made if missing)."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer._encoding, protocol=4))
+    torch.save(torch.from_numpy(tokenizer.token_bytes.copy()), directory / "token_bytes.pt")
+
+
+# ---- hostile files ------------------------------------------------------------------------------------------------
+
+
+class _State:
+    """Stands where the pickle says tiktoken.core.Encoding: it keeps the state and does nothing with it."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) != ("tiktoken.core", "Encoding"):
+            raise ValueError(f"it asks for {module}.{name}")
+        return _State
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    """The four fields of the pickled Encoding, of the right types; their content is checked by Tokenizer."""
+    data = file.read_bytes()
+    allowed = set(_OPCODES.split())
+    try:
+        for opcode, _, _ in pickletools.genops(data):
+            if opcode.name not in allowed:
+                raise ValueError(f"it holds the pickle opcode {opcode.name}")
+        built = _Reader(io.BytesIO(data)).load()
+    except Exception as error:  # a broken pickle may raise nearly anything
+        raise ValueError(f"{file} is not a nanochat tokenizer (nothing of it was run): {error}") from error
+    state = getattr(built, "state", None)
+    types = {"name": str, "pat_str": str, "mergeable_ranks": dict, "special_tokens": dict}
+    if not (isinstance(built, _State) and isinstance(state, dict) and state.keys() == types.keys()):
+        raise ValueError(f"{file} is not a pickled tiktoken.Encoding with the fields {', '.join(types)}")
+    for field, kind in types.items():
+        if not isinstance(state[field], kind):
+            raise ValueError(f"{file}: field {field} must be a {kind.__name__}, got {type(state[field]).__name__}")
+    return state
+
+
+def _read_token_bytes(file: Path) -> np.ndarray:
+    if file.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes; at most {MAX_FILE_BYTES} are expected")
+    try:
+        table = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{file} is not a tensor that torch.load(weights_only=True) reads: {error}") from error
+    if not isinstance(table, torch.Tensor) or table.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{file} must hold one integer tensor, got {getattr(table, 'dtype', type(table).__name__)}")
+    return table.numpy()
+
+
+def _check_ranks(ranks: dict[bytes, int]) -> None:
+    if not 256 <= len(ranks) <= MAX_VOCAB_SIZE:
+        raise ValueError(f"expected 256..{MAX_VOCAB_SIZE} tokens, got {len(ranks)}")
+    if not all(type(token) is bytes and token and type(rank) is int for token, rank in ranks.items()):
+        raise ValueError("every token must be bytes with an integer id")
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"the ids of the tokens must be 0..{len(ranks) - 1}, each once")
+    if any(ranks.get(bytes([i])) != i for i in range(256)):
+        raise ValueError("ids 0..255 must be the 256 single bytes in order")
+
+
+def _check_token_bytes(table: np.ndarray, lengths: np.ndarray) -> Int32[np.ndarray, " V"]:
+    if table.shape != lengths.shape:
+        raise ValueError(f"token_bytes has shape {table.shape}, the tokenizer needs {lengths.shape}")
+    if table.min() < 0 or table.max() > 2**20 or np.any(table[-len(SPECIAL_TOKENS) :]):
+        raise ValueError("token_bytes must be lengths, with 0 for the special tokens")
+    return table.astype(np.int32)
+
+
+def _build_encoding(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> tiktoken.Encoding:
+    if len(pattern) > MAX_PATTERN_CHARS:
+        raise ValueError(f"the split pattern has {len(pattern)} characters, at most {MAX_PATTERN_CHARS} are read")
+    try:
+        return tiktoken.Encoding(name="rustbpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    except Exception as error:
+        raise ValueError(f"tiktoken refuses the split pattern or the ranks: {error}") from error
+
+
+def _cut_long_blanks(text: str) -> list[str]:
+    """The text in pieces, none with a longer run of white space than tiktoken can take."""
+    pieces, start = [], 0
+    for run in re.finditer(rf"(?<!\s)\s{{{_LONGEST_BLANK},}}", text):
+        for cut in range(run.start() + _LONGEST_BLANK, run.end(), _LONGEST_BLANK):
+            pieces.append(text[start:cut])
+            start = cut
+    return [*pieces, text[start:]]
+
+
+# ---- chats --------------------------------------------------------------------------------------------------------
+
+
+def check_conversation(conversation: dict[str, Any]) -> None:
+    """Raises ValueError unless `Tokenizer.render_conversation` takes the conversation."""
+    for role, content in _turns(conversation):
+        if role == "assistant":
+            _parts(content)
+
+
+def _messages(conversation: dict[str, Any]) -> list[dict[str, Any]]:
+    messages = conversation.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise ValueError('a conversation is {"messages": [{"role": ..., "content": ...}, ...]} with at least one')
+    return messages
+
+
+def _turns(conversation: dict[str, Any]) -> list[tuple[str, Any]]:
+    """(role, content) of users and assistants by turns, the system message merged into the first user's."""
+    turns = [(m.get("role"), m.get("content")) for m in _messages(conversation)]
+    if turns[0][0] == "system":
+        if (
+            len(turns) < 2
+            or turns[1][0] != "user"
+            or not (isinstance(turns[0][1], str) and isinstance(turns[1][1], str))
+        ):
+            raise ValueError("a system message must be text and be followed by a user's text")
+        turns = [("user", f"{turns[0][1]}\n\n{turns[1][1]}"), *turns[2:]]
+    for i, ((role, content), expected) in enumerate(zip(turns, itertools.cycle(("user", "assistant")), strict=False)):
+        if role != expected:
+            raise ValueError(f"turn {i} must be the {expected}'s, got role {role!r}")
+        if role == "user" and not isinstance(content, str):
+            raise ValueError(f"turn {i}: a user's content must be text, got {type(content).__name__}")
+    return turns
+
+
+def _parts(content: Any) -> list[dict[str, str]]:
+    """An assistant's content as a list of {"type", "text"}."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        raise ValueError(f"an assistant's content must be text or a list of parts, got {type(content).__name__}")
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise ValueError('a part of an assistant\'s content is {"type": ..., "text": ...}')
+        if part.get("type") not in ("text", "python", "python_output"):
+            raise ValueError(f"a part's type is text, python or python_output, got {part.get('type')!r}")
+    return parts

@@ -1,0 +1,194 @@
+"""Dataclass to absl flags and back, and how every command starts: help, errors and exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union
+
+from absl import flags
+
+Config = TypeVar("Config")
+
+# What a user can bring about and put right: told in one line, without a traceback. Anything else is our mistake.
+EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+
+
+def define(
+    config_class: type,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    renames: Mapping[str, str] | None = None,
+    help: Mapping[str, str] | None = None,
+    flag_values: flags.FlagValues = flags.FLAGS,
+) -> None:
+    """Defines one flag per field of a dataclass.
+
+    Fields may be bool, int, float, str, a Literal of strings, a tuple of one of these (given as `a,b,c`), or any of
+    these or None (given as `none`). A field without a default is a required flag.
+
+    Args:
+        config_class: the dataclass; a field's help is its metadata["help"].
+        defaults: field name to a default other than the class's.
+        renames: field name to flag name, where they differ.
+        help: field name to a help other than the metadata's.
+        flag_values: where to define the flags.
+
+    Raises:
+        TypeError: a field is of another type.
+    """
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        default = (defaults or {}).get(field.name, _default(field))
+        required = default is dataclasses.MISSING
+        value = None if required else default
+        text = (help or {}).get(field.name, field.metadata.get("help", ""))
+        text = f"{text} ({'required' if required else f'default: {_shown(default)}'})".strip()
+        name = (renames or {}).get(field.name, field.name)
+        parser, serializer = _parser(hints[field.name], field.name)
+        if isinstance(parser, flags.BooleanParser):  # may be written --flag and --noflag, which no parser can do
+            flags.DEFINE_boolean(name, value, text, flag_values, required=required)
+        else:
+            flags.DEFINE_flag(flags.Flag(parser, serializer, name, value, text), flag_values, required=required)
+
+
+def parse(
+    config_class: type[Config], *, renames: Mapping[str, str] | None = None, flag_values: flags.FlagValues = flags.FLAGS
+) -> Config:
+    """The config that the parsed flags say. Raises ValueError where the dataclass itself refuses the values."""
+    names = {field.name: (renames or {}).get(field.name, field.name) for field in dataclasses.fields(config_class)}
+    return config_class(**{field: flag_values[flag].value for field, flag in names.items()})
+
+
+def run(
+    config_class: type[Config],
+    main: Callable[[Config], int | None],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    renames: Mapping[str, str] | None = None,
+    help: Mapping[str, str] | None = None,
+    argv: Sequence[str] | None = None,
+) -> typing.NoReturn:
+    """Runs a command: flags to a frozen config, then main(config); ends the process.
+
+    `--help` prints the flags of this command and nothing else. `--flagfile=FILE` reads flags from a file; what comes
+    later on the line wins. `--debug` shows the traceback of an error that is otherwise told in one line.
+
+    Exit codes: 0 (or what main returns) after success and `--help`, 1 when main fails, 2 for flags that are wrong.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("help", False, "Show this help.", values)
+    flags.DEFINE_boolean("debug", False, "Show the traceback of an error.", values)
+    define(config_class, defaults=defaults, renames=renames, help=help, flag_values=values)
+    if any(argument in ("--help", "-help", "-h") for argument in argv[1:]):
+        _show_help(main, values)
+        sys.exit(0)
+    try:
+        rest = values(argv)[1:]
+        if rest:
+            raise flags.Error(f"unexpected argument {rest[0]!r}: every option is written --name=value")
+        config = parse(config_class, renames=renames, flag_values=values)
+    except (flags.Error, ValueError, OSError) as error:
+        _fail(2, f"{error}\nPass --help to see the flags.")
+    try:
+        sys.exit(main(config))
+    except KeyboardInterrupt:
+        _fail(130, "interrupted")
+    except EXPECTED_ERRORS as error:
+        if values["debug"].value:
+            raise
+        _fail(1, f"{error or type(error).__name__}\nPass --debug to see where.")
+
+
+# ---- types --------------------------------------------------------------------------------------------------------
+
+
+class _TupleParser(flags.ArgumentParser):
+    syntactic_help = "a comma-separated list"
+
+    def __init__(self, item: flags.ArgumentParser):
+        self._item = item
+
+    def parse(self, argument: Any) -> tuple:
+        items = [part.strip() for part in argument.split(",")] if isinstance(argument, str) else argument
+        return tuple(self._item.parse(item) for item in items if item != "")
+
+    def flag_type(self) -> str:
+        return "list"
+
+
+class _OptionalParser(flags.ArgumentParser):
+    def __init__(self, inner: flags.ArgumentParser):
+        self._inner = inner
+        self.syntactic_help = inner.syntactic_help
+
+    def parse(self, argument: Any) -> Any:
+        return None if argument in (None, "none", "None", "") else self._inner.parse(argument)
+
+    def flag_type(self) -> str:
+        return f"{self._inner.flag_type()} or none"
+
+
+_SCALARS = {int: flags.IntegerParser, float: flags.FloatParser, str: flags.ArgumentParser, bool: flags.BooleanParser}
+
+
+def _parser(kind: Any, field: str) -> tuple[flags.ArgumentParser, flags.ArgumentSerializer]:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind in _SCALARS:
+        return _SCALARS[kind](), flags.ArgumentSerializer()
+    if origin is Literal and all(isinstance(arg, str) for arg in args):
+        return flags.EnumParser(list(args)), flags.ArgumentSerializer()
+    if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
+        return _TupleParser(_parser(args[0], field)[0]), _TupleSerializer()
+    if origin in (Union, types.UnionType) and len(args) == 2 and type(None) in args:
+        inner = next(arg for arg in args if arg is not type(None))
+        return _OptionalParser(_parser(inner, field)[0]), flags.ArgumentSerializer()
+    raise TypeError(f"field {field} has type {kind}, which no flag can hold")
+
+
+class _TupleSerializer(flags.ArgumentSerializer):
+    def serialize(self, value: tuple) -> str:
+        return ",".join(map(str, value))
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+# ---- what the user sees -------------------------------------------------------------------------------------------
+
+
+def _show_help(main: Callable, values: flags.FlagValues) -> None:
+    """Prints the command's module docstring and its flags with their defaults."""
+    lines = [inspect.getdoc(sys.modules[main.__module__]) or "", "", "Flags:"]
+    names = [name for name in values if name not in ("help", "debug")]
+    for name in (*names, "help", "debug"):
+        flag = values[name]
+        no = "[no]" if flag.boolean and name in names else ""
+        choices = "|".join(getattr(flag.parser, "enum_values", ())) or flag.flag_type()
+        lines.append(f"  --{no}{name}" + ("" if flag.boolean else f"=<{choices}>"))
+        lines += textwrap.wrap(flag.help, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    lines += ["  --flagfile=<file>", "      Read flags from a file, one a line; what comes later on the line wins."]
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # the reader, such as head, has seen enough; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _shown(default: Any) -> str:
+    """A default as one would write it."""
+    if default is None or isinstance(default, bool):
+        return str(default).lower()
+    return ",".join(map(str, default)) if isinstance(default, tuple) else repr(default)
+
+
+def _fail(code: int, message: str) -> typing.NoReturn:
+    print(f"FATAL {message}", file=sys.stderr)
+    sys.exit(code)

@@ -250,6 +250,8 @@ def _read_state(file: Path) -> dict[str, Any]:
     for field, kind in types.items():
         if not isinstance(state[field], kind):
             raise ValueError(f"{file}: field {field} must be a {kind.__name__}, got {type(state[field]).__name__}")
+    if not all(type(token) is bytes and type(rank) is int for token, rank in state["mergeable_ranks"].items()):
+        raise ValueError(f"{file}: every token must be bytes with an integer id")
     return state
 
 
@@ -268,8 +270,6 @@ def _read_token_bytes(file: Path) -> np.ndarray:
 def _check_ranks(ranks: dict[bytes, int]) -> None:
     if not 256 <= len(ranks) <= MAX_VOCAB_SIZE:
         raise ValueError(f"expected 256..{MAX_VOCAB_SIZE} tokens, got {len(ranks)}")
-    if not all(type(token) is bytes and token and type(rank) is int for token, rank in ranks.items()):
-        raise ValueError("every token must be bytes with an integer id")
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f"the ids of the tokens must be 0..{len(ranks) - 1}, each once")
     if any(ranks.get(bytes([i])) != i for i in range(256)):

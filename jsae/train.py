@@ -32,6 +32,9 @@ class TrainState(NamedTuple):
     """The first step whose loss was not finite; -1 while there was none."""
 
 
+_INIT_ROWS = 16384  # of the sample, for the geometric median
+
+
 class NotFiniteError(FloatingPointError):
     """The loss became NaN or infinite: names the step."""
 
@@ -40,12 +43,19 @@ class NotFiniteError(FloatingPointError):
 def init(sae_config: SAEConfig, config: TrainConfig, sample: Float[Array, "n d"]) -> TrainState:
     """The state before the first step, scaled and centred on a sample of activations (n, d_in).
 
-    `scale` brings the sample's mean squared norm to d_in; `b_dec` starts at the geometric median of its first 16,384
-    rows, so that the SAE does not spend its latents on the mean.
+    `scale` brings the sample's mean squared norm to d_in; `b_dec` starts at the geometric median, so that the SAE does
+    not spend its latents on the mean; `W_enc` starts as `W_dec` times the one factor with which the first
+    reconstruction fits best (Gao et al. 2024, section A.1, make its norm right), or many latents that point the same
+    way add up to several times the input and the first thousand steps go into unlearning that.
     """
     scale = data.scale_of(sample)
-    centre = data.geometric_median(sample[:16384].astype(jnp.float32) * scale)
+    x = sample[:_INIT_ROWS].astype(jnp.float32) * scale
+    centre = data.geometric_median(x)
     sae = saes.make(sae_config, key=jax.random.key(config.seed), b_dec=centre)
+    made = sae.decode(sae.encode(x[:2048])) - centre
+    # Every encoder is homogeneous while its biases are zero: scaling it scales what was made.
+    gain = (made * (x[:2048] - centre)).sum() / jnp.square(made).sum()
+    sae.W_enc[...] = sae.W_enc * gain
     return TrainState(
         sae=sae,
         opt=optimizer(config, sae_config.d_sae).init(sae),

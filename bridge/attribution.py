@@ -1,0 +1,70 @@
+"""What a feature did for an output: activation times gradient."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bridge.hooks import Acts, edit
+from bridge.torch_sae import TorchSAE
+from bridge.tracking import Features, active
+
+Target = Callable[[Float[Tensor, "B T V"]], Tensor] | tuple[int, int]
+"""One number computed from the logits; or a position and a token id, whose logit, summed over the rows, it is."""
+
+
+def attribute(
+    model: nn.Module, sae: TorchSAE, hook: str, tokens: Int[Tensor, "B T"], target: Target, top_k: int | None = None
+) -> Features:
+    """Activation times gradient of the active features at every position, those of the largest size first.
+
+    The SAE's error is kept, so a feature's gradient is that of the activation along its decoder row; to first order
+    the product is what the target loses when the feature is ablated there.
+
+    Args:
+      model: a nanochat.
+      sae: of the hook.
+      hook: whose features.
+      tokens: the text.
+      target: what is explained.
+      top_k: features per position, the most active ones; unless given all that are active.
+
+    Raises:
+      ValueError: a target beyond the text or the vocabulary, not a number, or not depending on the hook.
+    """
+    leaves: list[Acts] = []
+
+    def cut(h: Acts) -> Acts:
+        leaves.append(h.detach().requires_grad_())
+        return leaves[-1]
+
+    with torch.inference_mode(False), torch.enable_grad():
+        with edit(model, {hook: cut}):
+            logits = model(tokens)
+        (gradient,) = torch.autograd.grad(_score(logits, target), leaves, allow_unused=True)
+    if gradient is None:
+        raise ValueError(f"the target does not depend on {hook}")
+    with torch.no_grad():
+        if top_k is None and "k" not in sae.cfg:
+            top_k = max(int((sae.encode(leaves[0]) > 0).sum(-1).max()), 1)
+        values, indices = active(sae, leaves[0], top_k)
+        products = values * (gradient.to(sae.W_dec.dtype) @ sae.W_dec.T).gather(-1, indices)
+        order = products.abs().argsort(dim=-1, descending=True)
+        return Features(products.gather(-1, order), indices.gather(-1, order), sae.d_sae)
+
+
+def _score(logits: Float[Tensor, "B T V"], target: Target) -> Float[Tensor, ""]:
+    """The number that is explained."""
+    if callable(target):
+        score = target(logits)
+        if score.numel() != 1 or not score.requires_grad:
+            raise ValueError("the target must be one number computed from the logits")
+        return score.reshape(())
+    position, token = target
+    _, length, vocabulary = logits.shape
+    if not -length <= position < length or not 0 <= token < vocabulary:
+        raise ValueError(
+            f"no logit at position {position} for token {token}: there are {length} positions and {vocabulary} tokens"
+        )
+    return logits[:, position, token].sum()

@@ -1,0 +1,44 @@
+"""SAEs of every exported form with random weights, the same on every machine; unit decoder rows."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from bridge.torch_sae import TorchSAE
+
+FORMS = ("topk", "standard", "jumprelu", "gated")
+
+
+def toy_sae(architecture: str, d_in: int, d_sae: int, seed: int = 0, k: int = 4, **metadata) -> TorchSAE:
+    """An SAE whose encoder looks along its decoder rows, so that latents fire on what they write."""
+    random = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(random.standard_normal(shape)).float()
+
+    W_dec = torch.nn.functional.normalize(normal(d_sae, d_in), dim=1)
+    weights = {"W_dec": W_dec, "W_enc": W_dec.T.contiguous() * 0.8, "b_dec": 0.1 * normal(d_in)}
+    bias = 0.1 * normal(d_sae) - 0.2
+    if architecture == "gated":
+        weights |= {"b_gate": bias, "b_mag": bias + 0.1, "r_mag": 0.1 * normal(d_sae)}
+    else:
+        weights["b_enc"] = bias
+    if architecture == "jumprelu":
+        weights["threshold"] = 0.2 + 0.1 * normal(d_sae).abs()
+    cfg = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "metadata": metadata}
+    return TorchSAE(cfg | ({"k": k} if architecture == "topk" else {}), weights).eval()
+
+
+def export(sae: TorchSAE, folder: Path) -> Path:
+    """Writes the SAE as a SAELens directory."""
+    folder.mkdir(parents=True)
+    cfg = sae.cfg | {"apply_b_dec_to_input": True, "normalize_activations": "none"}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    save_file(
+        {name: weight.detach().contiguous() for name, weight in sae.named_parameters()},
+        folder / "sae_weights.safetensors",
+    )
+    return folder

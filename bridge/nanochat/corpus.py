@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, final, get_args
 
 import numpy as np
@@ -70,7 +70,10 @@ class Corpus:
             )
         self._order = functools.lru_cache(maxsize=8)(self._order_of_epoch)
         self._process, self._lanes = (process_index, process_count), lanes
-        self._readers = [_Lane(self, r) for r in range(process_index, lanes, process_count)]
+        self._readers = [
+            _Lane(r, lanes, tokenizer.bos_token_id, self._numbered, self._ids)
+            for r in range(process_index, lanes, process_count)
+        ]
         self._turn = 0
 
     @functools.cached_property
@@ -149,19 +152,32 @@ class Corpus:
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._units))
 
-    def unit_documents(self, s: int) -> list[Document]:
-        """The documents of number s of the endless sequence of units."""
+    def _numbered(self, s: int) -> list[Document]:
+        """The documents of number s in the endless sequence of units."""
         epoch, i = divmod(s, len(self._units))
         return self._documents(self._units[self._order(epoch)[i]])
 
 
 @final
 class _Lane:
-    """One reader: state (s, document of the unit, token of the document), and what lies there."""
+    """One reader: its state is (s, document of the unit, token of the document); it holds what lies there.
 
-    def __init__(self, corpus: Corpus, first: int):
-        self._corpus, self._step = corpus, corpus._lanes
-        self._bos = corpus._tokenizer.bos_token_id
+    Args:
+        first, step: it reads the units number first, first + step, first + 2 step, ...
+        bos: the token that rows and documents start with.
+        read: gives the documents of a unit by its number.
+        encode: gives the tokens of a document.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        step: int,
+        bos: int,
+        read: Callable[[int], list[Document]],
+        encode: Callable[[Document], np.ndarray],
+    ):
+        self._step, self._bos, self._read, self._encode = step, bos, read, encode
         self.seek(first, 0, 0)
 
     @property
@@ -193,9 +209,9 @@ class _Lane:
         """The tokens of the document at hand, moving on to the next unit when this one is read."""
         while self._ids is None:
             if self._documents is None:
-                self._documents = self._corpus.unit_documents(self._s)
+                self._documents = self._read(self._s)
             if self._document < len(self._documents):
-                self._ids = self._corpus._ids(self._documents[self._document])
+                self._ids = self._encode(self._documents[self._document])
             else:
                 self.seek(self._s + self._step, 0, 0)
         return self._ids

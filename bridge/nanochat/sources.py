@@ -55,8 +55,7 @@ class Unit:
 def is_heldout(document: Document, fraction: float) -> bool:
     """Whether a document is held out: decided by a hash of its content, so wherever and whenever it is met."""
     text = document if isinstance(document, str) else json.dumps(document["messages"], sort_keys=True)
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return int.from_bytes(_digest(text)[:8], "big") < fraction * 2**64
 
 
 def find_units(spec: str, split: Split, heldout_fraction: float) -> list[Unit]:
@@ -81,7 +80,9 @@ def find_units(spec: str, split: Split, heldout_fraction: float) -> list[Unit]:
             elif file.name.endswith((".jsonl", ".jsonl.gz")):
                 units += _jsonl_units(file)
             else:
-                units += _text_unit(file.name, functools.partial(_read_text, file), wanted)
+                text = _read_text(file)
+                if text and wanted(text):
+                    units.append(_text_unit(file.name, text, functools.partial(_read_text, file)))
     return units
 
 
@@ -107,13 +108,13 @@ def _matches(part: str) -> list[Path]:
     return files
 
 
-def _text_unit(name: str, read: Callable[[], str], wanted: Callable[[Document], bool]) -> list[Unit]:
-    """One document as a unit, or nothing if it is empty or of the other split."""
-    text = read()
-    if not text or not wanted(text):
-        return []
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    return [Unit(f"text {name} {digest}", functools.partial(_alone, read))]
+def _text_unit(name: str, text: str, read: Callable[[], str]) -> Unit:
+    """One document as a unit; the text is read again when its turn comes."""
+    return Unit(f"text {name} {_digest(text).hex()[:12]}", functools.partial(_alone, read))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def _alone(read: Callable[[], str]) -> list[Document]:
@@ -240,24 +241,23 @@ def _stdlib_units(wanted: Callable[[Document], bool]) -> list[Unit]:
     """
     units: list[Unit] = []
     seen: set[bytes] = set()
-    for name, read in (*_stdlib_files(), *_compiled_module_docs(), *_language_reference()):
-        digest = hashlib.sha256(read().encode("utf-8", "surrogatepass")).digest()
-        if digest not in seen:
+    for name, text, read in (*_stdlib_files(), *_documentation()):
+        digest = _digest(text)
+        if text and digest not in seen:
             seen.add(digest)
-            units += _text_unit(name, read, wanted)
+            if wanted(text):
+                units.append(_text_unit(name, text, read))
     return units
 
 
-def _stdlib_files() -> Iterator[tuple[str, Callable[[], str]]]:
+def _stdlib_files() -> Iterator[tuple[str, str, Callable[[], str]]]:
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
         name = file.relative_to(root).as_posix()
         # Third parties' packages; what the machine was built with; the reference, which comes as text below.
         if "-packages/" in name or name.startswith("_sysconfigdata") or name == "pydoc_data/topics.py":
             continue
-        read = functools.partial(_read_source, file)
-        if read():
-            yield name, read
+        yield name, _read_source(file), functools.partial(_read_source, file)
 
 
 def _read_source(file: Path) -> str:
@@ -269,21 +269,32 @@ def _read_source(file: Path) -> str:
         return ""
 
 
-def _compiled_module_docs() -> Iterator[tuple[str, Callable[[], str]]]:
-    """What `help` says of the modules written in C: their docstrings are in no source file."""
+@functools.cache
+def _documentation() -> tuple[tuple[str, str, Callable[[], str]], ...]:
+    """What `help` says of the modules written in C, whose docstrings are in no source file, and of the language."""
+    found = [(f"help({name})", text) for name, text in _compiled_module_docs()]
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        topics = {}
+    found += [(f"topic {name}", text) for name, text in sorted(topics.items())]
+    return tuple((name, text, functools.partial(str, text)) for name, text in found)
+
+
+def _compiled_module_docs() -> Iterator[tuple[str, str]]:
     for name in sorted(sys.stdlib_module_names | set(sys.builtin_module_names)):
         if name.startswith(("_test", "_xx", "xx", "_ctypes_test")):
             continue
         try:
             spec = importlib.util.find_spec(name)
-            if spec is None or (spec.origin or "").endswith((".py", ".pyc")) or not spec.loader:
+            if spec is None or not spec.loader or (spec.origin or "").endswith((".py", ".pyc")):
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # some are deprecated
                 text = _module_doc(importlib.import_module(name), name)
         except Exception:  # a module that this build lacks or that does not import here has nothing to say
             continue
-        yield f"help({name})", functools.partial(str, text)
+        yield name, text
 
 
 def _module_doc(module: Any, name: str) -> str:
@@ -294,13 +305,6 @@ def _module_doc(module: Any, name: str) -> str:
         if own and not key.startswith("_") and (inspect.isclass(member) or inspect.isroutine(member)):
             parts.append(pydoc.plaintext.document(member, key))
     text = re.sub(r".\x08", "", "\n\n".join(parts))
+    # What differs from process to process: the types that happen to be loaded, and addresses.
+    text = re.sub(r"^ *\|  Built-in subclasses:\n(?: *\|   .*\n)+ *\|  \n", "", text, flags=re.MULTILINE)
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
-
-
-def _language_reference() -> Iterator[tuple[str, Callable[[], str]]]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        return
-    for name, text in sorted(topics.items()):
-        yield f"topic {name}", functools.partial(str, text)

@@ -301,7 +301,8 @@ def _module_doc(module: Any, name: str) -> str:
     """The module's docstring and `help` of its own functions and classes; its data are the machine's, not Python's."""
     parts = [f"Help on module {name}:", inspect.getdoc(module) or ""]
     for key, member in sorted(vars(module).items()):
-        own = getattr(member, "__module__", name) in (name, None)
+        # Hooks of sys are there to be replaced: what hangs there is the process's own.
+        own = getattr(member, "__module__", name) in (name, None) and not key.endswith("hook")
         if own and not key.startswith("_") and (inspect.isclass(member) or inspect.isroutine(member)):
             parts.append(pydoc.plaintext.document(member, key))
     text = re.sub(r".\x08", "", "\n\n".join(parts))

@@ -148,8 +148,8 @@ def _parser(kind: Any, field: str) -> tuple[flags.ArgumentParser, flags.Argument
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
         return _TupleParser(_parser(args[0], field)[0]), _TupleSerializer()
     if origin in (Union, types.UnionType) and len(args) == 2 and type(None) in args:
-        inner = next(arg for arg in args if arg is not type(None))
-        return _OptionalParser(_parser(inner, field)[0]), flags.ArgumentSerializer()
+        inner, serializer = _parser(next(arg for arg in args if arg is not type(None)), field)
+        return inner if isinstance(inner, flags.BooleanParser) else _OptionalParser(inner), serializer
     raise TypeError(f"field {field} has type {kind}, which no flag can hold")
 
 

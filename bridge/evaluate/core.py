@@ -1,0 +1,129 @@
+"""All metrics of one SAE under the names that SAEBench and SAELens give them, right where those are not.
+
+`model_behavior_preservation`, `model_performance_preservation`, `reconstruction_quality`, `shrinkage`, `sparsity`,
+`token_stats` and `misc_metrics` are SAEBench's groups and hold its names. What differs, and why:
+
+- `explained_variance` is 1 - E|e|^2 / (E|x|^2 - |E x|^2) over the whole text, in float64. SAEBench 0.6.0 takes the mean
+  of x squared for the mean of x, which makes the value depend on the unit of x. `explained_variance_legacy`, the mean
+  over tokens of 1 - |e|^2 / |x - mean of the batch|^2, is what SAEBench's paper reports; it depends on the batches.
+- `mse` is E|e|^2, summed over the dimensions. SAEBench divides it by the number of tokens once more.
+- `relative_reconstruction_bias` is E|x_hat|^2 / E[x . x_hat] over the whole text, not a mean of batches' ratios.
+- The ablation leaves BOS as it is, and sinks, as the SAE does; see `bridge.evaluate.splice`. `..._with_ablation` is
+  zero ablation; mean ablation has names of its own.
+
+Scores: `ce_loss_score` = (CE_ablation - CE_sae) / (CE_ablation - CE), `kl_div_score` = (KL_ablation - KL_sae) /
+KL_ablation: 1 is a perfect SAE, 0 one no better than the ablation. What is not defined (a division by zero) is NaN.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from bridge.evaluate import latents
+from bridge.evaluate.site import Site
+from bridge.evaluate.splice import Effect, effects
+from bridge.evaluate.survey import Survey, survey
+from bridge.torch_sae import TorchSAE
+from jsae import metrics
+
+
+def measure(
+    site: Site, sae: TorchSAE, rows: Int[np.ndarray, "R T"], token_bytes: Int[np.ndarray, " V"]
+) -> tuple[dict[str, Any], latents.Columns]:
+    """Everything that is measured of one SAE on held-out text.
+
+    Args:
+      site: the activation that the SAE is of, in a model that gives logits.
+      sae: of the model's width, on the model's device.
+      rows: held-out token ids; the model reads them five times, once of these only up to the hook.
+      token_bytes: the length in bytes of every token.
+
+    Returns:
+      The metrics, a table of groups with the plain metrics of `jsae.metrics.summarize` beside them, and the columns of
+      `latents.columns`.
+
+    Raises:
+      ValueError: an SAE of another width, no text, nothing but BOS, or activations that are not finite.
+    """
+    batches = site.batches(rows, max(sae.d_sae, len(token_bytes)))
+    seen = survey(site, sae, batches)
+    if seen.sums.nonfinite:
+        raise ValueError(f"{int(seen.sums.nonfinite)} numbers of {site.hook_name} are not finite: the model is broken")
+    plain = metrics.summarize(seen.sums)
+    mean = np.asarray(seen.sums.total / seen.sums.tokens, np.float32)
+    variants = effects(site, sae, batches, mean, token_bytes)
+    columns = latents.columns(sae, seen)
+    groups = {
+        **_preservation(variants),
+        **_activations(seen, plain),
+        "token_stats": {
+            "total_tokens_eval_reconstruction": rows.size,
+            "total_tokens_eval_sparsity_variance": int(seen.sums.tokens),
+        },
+        "misc_metrics": latents.misc_metrics(columns),
+        "latents": latents.summary(columns),
+        "density_histogram": latents.histogram(columns["feature_density"], plain["tokens"]),
+    }
+    return {name: value for name, value in plain.items() if name != "loss"} | groups, columns
+
+
+def finite(value: Any) -> Any:
+    """The same value for JSON: what is NaN or infinite, JSON has no word for: None. Arrays become lists."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return finite(value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [finite(item) for item in value]
+    if isinstance(value, np.generic):
+        return finite(value.item())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _preservation(variants: dict[str, Effect]) -> dict[str, dict[str, float]]:
+    """What of the model is left, by divergence, loss and bits per byte."""
+    divergence = {name: effect.divergence for name, effect in variants.items()}
+    loss = {name: effect.cross_entropy for name, effect in variants.items()}
+    behavior = {f"kl_div_{name}": value for name, value in divergence.items() if name != "without_sae"}
+    return {
+        "model_behavior_preservation": {
+            "kl_div_score": _score(divergence, "with_ablation"),
+            "kl_div_score_mean_ablation": _score(divergence, "with_mean_ablation"),
+            **behavior,
+        },
+        "model_performance_preservation": {
+            "ce_loss_score": _score(loss, "with_ablation"),
+            "ce_loss_score_mean_ablation": _score(loss, "with_mean_ablation"),
+            **{f"ce_loss_{name}": value for name, value in loss.items()},
+        },
+        "bits_per_byte": {name: effect.bits_per_byte for name, effect in variants.items()},
+    }
+
+
+def _score(values: dict[str, float], ablation: str) -> float:
+    """The share of what the ablation breaks that the SAE keeps."""
+    broken = values[ablation] - values["without_sae"]
+    return (values[ablation] - values["with_sae"]) / broken if broken else math.nan
+
+
+def _activations(seen: Survey, plain: dict[str, float]) -> dict[str, dict[str, float]]:
+    """What of the activations is left, and at what price."""
+    n = plain["tokens"]
+    return {
+        "reconstruction_quality": {
+            "explained_variance": plain["explained_variance"],
+            "explained_variance_legacy": seen.legacy / n,
+            "mse": plain["mse"],
+            "cossim": plain["cosine"],
+        },
+        "shrinkage": {
+            "l2_norm_in": seen.norm / n,
+            "l2_norm_out": seen.norm_hat / n,
+            "l2_ratio": plain["l2_ratio"],
+            "relative_reconstruction_bias": plain["relative_reconstruction_bias"],
+        },
+        "sparsity": {"l0": plain["l0"], "l1": plain["l1"]},
+    }

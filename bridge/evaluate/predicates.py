@@ -1,0 +1,192 @@
+"""A few hundred simple statements about a token: what it is, what stands before it, where it is."""
+
+import builtins
+import dataclasses
+import keyword
+import re
+import string
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from jaxtyping import Bool
+
+from bridge.evaluate import patterns, syntax
+from bridge.evaluate.text import Text
+from bridge.nanochat.tokenizer import Tokenizer
+
+_PYTHON_SHARE = 0.5
+"""Syntax counts where it can be known: if less than this part of the tokens stands in parsed source, it is left out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicates:
+    """Statements by name, simple ones first, and for every token of a text, row after row, whether they hold."""
+
+    names: list[str]
+    truth: Bool[np.ndarray, "N P"]
+
+
+def build(text: Text, tokenizer: Tokenizer) -> Predicates:
+    """All predicates that hold of some token of the text and not of all.
+
+    Syntax is known in documents that parse as Python (`syntax.contexts`), speakers in rendered chats; everything else
+    needs nothing but the tokens and the bytes around them.
+    """
+    found = [
+        *_by_token(text, tokenizer),
+        *_by_place(text),
+        *_by_left(text),
+        *_by_syntax(text),
+        *_by_role(text, tokenizer),
+    ]
+    said = [(name, truth.reshape(-1)) for name, truth in found]
+    told = [(name, truth) for name, truth in said if truth.any() and not truth.all()]
+    columns = [truth for _, truth in told] or [np.zeros(text.tokens.size, bool)]
+    return Predicates([name for name, _ in told] or ["nothing"], np.stack(columns, axis=1))
+
+
+# ---- the token itself ---------------------------------------------------------------------------------------------
+
+
+def _by_token(text: Text, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
+    """What the vocabulary alone says: each statement is decided once per token id."""
+    last = tokenizer.vocab_size - len(tokenizer.special_tokens)
+    tokens = [tokenizer.token_text(i) for i in range(last)]
+
+    def where(holds: Callable[[str], object]) -> np.ndarray:
+        table = np.array([bool(holds(token)) for token in tokens] + [False] * len(tokenizer.special_tokens))
+        return table[text.tokens]
+
+    for name, pattern in patterns.KINDS.items():
+        yield name, where(re.compile(pattern, re.DOTALL).fullmatch)
+    words = {
+        "Python keyword": set(keyword.kwlist),
+        "name that is built in": set(dir(builtins)) - set(keyword.kwlist),
+        "exception": {name for name in dir(builtins) if name.endswith(("Error", "Exception", "Warning"))},
+        "name of a type": {"int", "str", "float", "bool", "bytes", "list", "dict", "set", "tuple", "type", "object"},
+        "True, False or None": {"True", "False", "None"},
+        **{name: set(listed.split()) for name, listed in patterns.ENGLISH.items()},
+    }
+    for name, listed in words.items():
+        yield name, where(lambda token, listed=listed: token.strip() in listed)
+    for ending in patterns.ENDINGS:
+        yield f"ends in -{ending}", where(re.compile(rf"\s?[^\W\d_]{{2,}}{ending}").fullmatch)
+    for beginning in patterns.BEGINNINGS:
+        yield f"begins with {beginning}-", where(re.compile(rf"\s?{beginning}[^\W\d_]{{2,}}", re.IGNORECASE).fullmatch)
+    for letter in string.ascii_lowercase:
+        yield f"begins with the letter {letter}", where(re.compile(rf"\s?{letter}\w*", re.IGNORECASE).fullmatch)
+    yield "part of a character", where(lambda token: "\ufffd" in token)
+
+
+# ---- where it is --------------------------------------------------------------------------------------------------
+
+
+def _by_place(text: Text) -> Iterator[tuple[str, np.ndarray]]:
+    """Place in the row, the line and the document; what was there before."""
+    rows, length = text.tokens.shape
+    position = np.broadcast_to(np.arange(length), (rows, length))
+    for n in (1, 2, 4, 8, 16, 32):
+        if n < length:
+            yield f"among the first {n} of the context" if n > 1 else "first of the context", position <= n
+    yield "in the second half of the context", position > length // 2
+    line, column, indent, last = _lines(text)
+    yield "first of its line", (column == indent) & (text.document >= 0)
+    yield "last of its line", last
+    yield "on the first line of the document", (line == 0) & (text.document >= 0)
+    yield "among the first 10 lines of the document", (line < 10) & (text.document >= 0)
+    for low, high in ((0, 0), (1, 4), (5, 8), (9, 12), (13, 999)):
+        yield f"on a line indented by {low}" + (f" to {high}" if high > low else ""), (indent >= low) & (indent <= high)
+    yield "beyond column 40", column > 40
+    yield "beyond column 70", column > 70
+    previous = np.pad(text.tokens[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    yield "the same token as before", previous == text.tokens
+    yield "seen before in the context", _repeated(text.tokens)
+    yield "seen before after the same token", _repeated(previous.astype(np.int64) * 2**31 + text.tokens)
+
+
+def _lines(text: Text) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of each token: its line, its column and the line's indentation in bytes, whether it is the last of the line."""
+    line, column, indent = (np.full(text.tokens.size, -1) for _ in range(3))
+    for here, source in _tokens_of_documents(text):
+        lines, place = source.split(b"\n"), text.place.reshape(-1)[here]
+        starts = np.cumsum([0, *(len(found) + 1 for found in lines)])
+        indents = np.array([len(found) - len(found.lstrip(b" \t")) for found in lines])
+        line[here] = np.minimum(np.searchsorted(starts, place, side="right") - 1, len(lines) - 1)
+        column[here] = place - starts[line[here]]
+        indent[here] = indents[line[here]]
+    line, column, indent = (found.reshape(text.tokens.shape) for found in (line, column, indent))
+    last = np.zeros(text.tokens.shape, bool)
+    last[:, :-1] = (line[:, :-1] != line[:, 1:]) & (text.document[:, :-1] >= 0)
+    return line, column, indent, last
+
+
+def _repeated(keys: np.ndarray) -> np.ndarray:
+    """Whether each key stood earlier in its row."""
+    seen = np.ones(keys.shape, bool)
+    for row, values in zip(seen, keys, strict=True):
+        row[np.unique(values, return_index=True)[1]] = False
+    return seen
+
+
+# ---- what stands before it ----------------------------------------------------------------------------------------
+
+
+def _by_left(text: Text) -> Iterator[tuple[str, np.ndarray]]:
+    """Tokens whose text begins where a pattern ends."""
+    for name, pattern in patterns.LEFT.items():
+        compiled = re.compile(pattern.encode())
+        truth = np.zeros(text.tokens.shape, bool)
+        for here, source in _tokens_of_documents(text):
+            ends = np.zeros(len(source) + 1, bool)
+            ends[[match.end() for match in compiled.finditer(source)]] = True
+            truth.reshape(-1)[here] = ends[text.place.reshape(-1)[here]]
+        yield name, truth
+
+
+def _tokens_of_documents(text: Text) -> Iterator[tuple[np.ndarray, bytes]]:
+    """The flat indices of every document's tokens, with its bytes."""
+    order = np.argsort(text.document, axis=None, kind="stable")
+    bounds = np.searchsorted(text.document.reshape(-1)[order], np.arange(len(text.sources) + 1))
+    for index, source in enumerate(text.sources):
+        yield order[bounds[index] : bounds[index + 1]], source
+
+
+# ---- what it is part of -------------------------------------------------------------------------------------------
+
+
+def bits(text: Text) -> tuple[np.ndarray, np.ndarray]:
+    """Of every token, flat, the bits of `syntax.contexts`, and whether its document parses as Python."""
+    marks = np.zeros(text.tokens.size, np.uint64)
+    known = np.zeros(text.tokens.size, bool)
+    for here, source in _tokens_of_documents(text):
+        contexts = syntax.contexts(source)
+        if contexts is not None:
+            marks[here] = contexts[text.place.reshape(-1)[here]]
+            known[here] = True
+    return marks, known
+
+
+def _by_syntax(text: Text) -> Iterator[tuple[str, np.ndarray]]:
+    marks, known = bits(text)
+    if known.mean() < _PYTHON_SHARE:
+        return
+    for i, name in enumerate(syntax.CONTEXTS):
+        yield name, (marks & np.uint64(1 << i)) > 0
+
+
+_ROLES = {
+    "<|user_start|>": "in a user's message",
+    "<|assistant_start|>": "in an assistant's message",
+    "<|python_start|>": "in a tool's input",
+    "<|output_start|>": "in a tool's output",
+}
+
+
+def _by_role(text: Text, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
+    """Who speaks in a chat: since the last special token, as far as the row shows."""
+    special = tokenizer.vocab_size - len(tokenizer.special_tokens)
+    marked = np.where(text.tokens >= special, np.arange(text.tokens.shape[1]), 0)
+    last = np.take_along_axis(text.tokens, np.maximum.accumulate(marked, axis=1), axis=1)
+    yield "special token", text.tokens >= special
+    for token, name in _ROLES.items():
+        yield name, last == tokenizer.special_tokens[token]

@@ -1,0 +1,104 @@
+"""What the model makes of it when the SAE takes the place of an activation, beside taking the activation away."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from bridge.evaluate.site import Site
+from bridge.hooks import capture, edit
+from bridge.selection import kept
+from bridge.torch_sae import TorchSAE
+
+VARIANTS = ("without_sae", "with_sae", "with_ablation", "with_mean_ablation")
+"""The model as it is; with the reconstruction; with zeros; with the mean activation of the text."""
+
+
+@dataclasses.dataclass
+class Effect:
+    """How well the model predicts text under one variant, and how far it is from the model as it is."""
+
+    cross_entropy: float
+    """Nats per token, over positions whose own token is not BOS, whatever comes next."""
+    divergence: float
+    """KL(the model as it is || this variant) in nats, over positions whose own token is not BOS."""
+    bits_per_byte: float
+    """nanochat's measure: nats of all targets that are text over ln 2 times their bytes; special tokens count 0."""
+
+
+@torch.no_grad()
+def effects(
+    site: Site,
+    sae: TorchSAE,
+    batches: Iterable[np.ndarray],
+    mean: Float[np.ndarray, " d"],
+    token_bytes: Int[np.ndarray, " V"],
+) -> dict[str, Effect]:
+    """The effect of every one of `VARIANTS`.
+
+    All variants change the same positions: the tokens that the SAE was trained on. BOS and sink tokens keep their
+    activations, in the ablations too, so that variants differ in what the SAE does and not in where. (SAEBench's
+    ablation also zeroes BOS.) Sinks that are not BOS enter the means.
+
+    Args:
+      site: the activation that is replaced, and the tokens at which it is.
+      sae: of the model's width, on the model's device.
+      batches: token ids, (rows, row_len) each.
+      mean: what mean ablation puts there.
+      token_bytes: the length in bytes of every token.
+
+    Raises:
+      ValueError: no tokens at all.
+    """
+    model, hook_name, bos = site.model, site.hook_name, site.bos_token_id
+    lengths = torch.as_tensor(token_bytes, device=site.device).long()
+    constant = torch.as_tensor(mean, device=site.device)
+    total = torch.zeros(len(VARIANTS), 6, dtype=torch.float64)
+    for ids in batches:
+        tokens = torch.from_numpy(ids.astype(np.int64)).to(site.device)
+        with capture(model, [hook_name]) as captured:
+            base = model(tokens).log_softmax(-1)
+        acts = captured[hook_name]
+        mask = kept(acts, tokens, bos, site.drop_sinks)
+        x = acts[mask]
+        counts = torch.ones_like(tokens, dtype=torch.bool) if bos is None else tokens != bos
+        total[0] += _sums(base, base, tokens, counts, lengths)
+        for i, new in enumerate((sae(x.float()), torch.zeros_like(x), constant.expand_as(x)), 1):
+            replaced = acts.clone()
+            replaced[mask] = new.to(acts.dtype)
+            with edit(model, {hook_name: lambda _, replaced=replaced: replaced}):
+                log_probs = model(tokens).log_softmax(-1)
+            total[i] += _sums(log_probs, base, tokens, counts, lengths)
+    if not total.any():
+        raise ValueError("no held-out text to evaluate on")
+    return {name: _effect(*sums.tolist()) for name, sums in zip(VARIANTS, total, strict=True)}
+
+
+def _sums(
+    log_probs: Float[Tensor, "B T V"],
+    base: Float[Tensor, "B T V"],
+    tokens: Int[Tensor, "B T"],
+    counts: Bool[Tensor, "B T"],
+    lengths: Int[Tensor, " V"],
+) -> Float[Tensor, "6"]:
+    """Nats and number of predictions; divergence and number of positions; nats and bytes of text."""
+    targets = tokens[:, 1:]
+    nats = -log_probs[:, :-1].gather(-1, targets[..., None])[..., 0].double()
+    size = lengths[targets]
+    divergence = functional.kl_div(log_probs, base, reduction="none", log_target=True).sum(-1).double()
+    predicts = counts[:, :-1]
+    sums = (nats[predicts].sum(), predicts.sum(), divergence[counts].sum(), counts.sum())
+    return torch.stack([s.double() for s in (*sums, nats[size > 0].sum(), size.sum())]).cpu()
+
+
+def _effect(nats: float, predictions: float, divergence: float, positions: float, text: float, size: float) -> Effect:
+    return Effect(
+        nats / predictions if predictions else math.nan,
+        divergence / positions if positions else math.nan,
+        text / (math.log(2) * size) if size else math.nan,
+    )

@@ -1,0 +1,97 @@
+"""What an SAE makes of a model's activations, summed over text in one pass that ends at the hook."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import nn
+
+from bridge.evaluate.site import Site
+from bridge.torch_sae import TorchSAE
+from jsae import metrics
+
+
+@dataclasses.dataclass
+class Survey:
+    """Sums over the tokens that count: not BOS, no sinks."""
+
+    sums: metrics.Sums
+    """What `jsae.metrics.summarize` and `.density` answer on."""
+    legacy: float
+    """sum 1 - |e|^2 / |x - mean of the batch's x|^2: the variance explained as it was counted of old."""
+    norm: float
+    """sum |x|"""
+    norm_hat: float
+    """sum |x_hat|"""
+    rows_fired: Float[np.ndarray, " f"]
+    """Rows of text in which each latent fired at least once."""
+
+    def __add__(self, other: "Survey") -> "Survey":
+        return Survey(
+            metrics.add(self.sums, other.sums),
+            *(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)[1:]),
+        )
+
+
+def reconstruction(
+    model: nn.Module,
+    sae: TorchSAE,
+    batches: Iterable[np.ndarray],
+    hook_name: str,
+    *,
+    bos_token_id: int | None,
+    drop_sinks: bool = True,
+) -> metrics.Sums:
+    """Sums over all tokens of `batches`, on which `jsae.metrics.summarize` and `.density` answer.
+
+    Args:
+      model: a nanochat.
+      sae: of the model's width, on the model's device.
+      batches: token ids, (rows, row_len) each; BOS and sink tokens are left out as they are in training.
+      hook_name: which activation.
+      bos_token_id: the id left out.
+      drop_sinks: whether tokens of extreme norm are left out.
+
+    Raises:
+      ValueError: an SAE of another width, or no tokens at all.
+    """
+    return survey(Site(model, hook_name, bos_token_id, drop_sinks), sae, batches).sums
+
+
+@torch.no_grad()
+def survey(site: Site, sae: TorchSAE, batches: Iterable[np.ndarray]) -> Survey:
+    """Sums over all tokens of `batches`, (rows, row_len) each.
+
+    Raises:
+      ValueError: an SAE of another width, or no tokens at all.
+    """
+    total: Survey | None = None
+    for _, tokens, acts, mask in site.read(batches):
+        if acts.shape[-1] != sae.d_in:
+            raise ValueError(f"an SAE of width {sae.d_in} cannot read {site.hook_name} of width {acts.shape[-1]}")
+        found = _survey(acts[mask].float(), mask.nonzero()[:, 0], len(tokens), sae)
+        total = found if total is None else total + found
+    if total is None:
+        raise ValueError("no held-out text to evaluate on")
+    return total
+
+
+def _survey(x: Float[torch.Tensor, "n d"], row: Int[torch.Tensor, " n"], rows: int, sae: TorchSAE) -> Survey:
+    """The sums of the tokens that count of one batch; `row` says where each is from."""
+    latents = sae.encode(x)
+    exact: tuple[Any, ...] = (x.double(), sae.decode(latents).double())
+    fired = latents > 0
+    error = (exact[0] - exact[1]).square().sum(-1)
+    sums = metrics.of(*exact, latents, fired.sum(0), loss=error.sum() / max(len(x), 1), nonfinite=(~x.isfinite()).sum())
+    spread = (exact[0] - exact[0].mean(0)).square().sum(-1)
+    in_row = torch.zeros(rows, sae.d_sae, device=x.device).index_add_(0, row, fired.float())
+    return Survey(
+        metrics.Sums(*(value.double().cpu().numpy() for value in sums)),
+        legacy=(1 - error / spread).sum().item(),
+        norm=exact[0].norm(dim=-1).sum().item(),
+        norm_hat=exact[1].norm(dim=-1).sum().item(),
+        rows_fired=(in_row > 0).sum(0).double().cpu().numpy(),
+    )

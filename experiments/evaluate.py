@@ -1,0 +1,163 @@
+"""Measures exported SAEs on held-out text: what of the model they keep, what their latents know, what to call them.
+
+    python -m experiments.evaluate --run_dir=runs/demo
+    python -m experiments.evaluate --run_dir=runs/demo --sae=downloads/other_sae
+    python -m experiments.evaluate --compare=runs/demo,runs/wider
+
+Writes eval.json, latents.json, labels.json and plots/ into the run directory, or into that of --sae. --compare measures
+two runs or exports on the same text, prints them side by side and writes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from experiments import flags
+from jsae.config import require
+
+if TYPE_CHECKING:
+    from bridge.evaluate.text import Text
+    from experiments.subjects import Subject
+
+
+def _flag(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured, on what, and how much of it."""
+
+    run_dir: str | None = _flag(None, "A run: all of its SAEs, on its model and the held-out part of its text.")
+    sae: str | None = _flag(None, "Any SAELens directory for a hook of the run, measured instead of the run's own.")
+    compare: tuple[str, ...] = _flag((), "Two runs or SAELens directories, A,B: prints both side by side.")
+    hook: str | None = _flag(None, "Only the SAE of this hook; of a --sae that does not say it: which hook it is for.")
+    checkpoint: str | None = _flag(None, "The nanochat; none is the one the run was trained on.")
+    step: int | None = _flag(None, "Step of --checkpoint; none is the last.")
+    tokenizer: str | None = _flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
+    data: str | None = _flag(None, "Text, as for training; none is the run's.")
+    split: Literal["heldout", "train", "all"] = _flag("heldout", "Which part of it; 'all' for text of its own.")
+    context_size: int | None = _flag(None, "Tokens per row of text; none is the run's, or the model's sequence_len.")
+    heldout_tokens: int = _flag(200_000, "Tokens for the metrics, and as many for labels and token classes.")
+    probe_tokens: int = _flag(400_000, "Tokens of the passages by which packages of the standard library are told.")
+    drop_sinks: bool | None = _flag(None, "Leave tokens of extreme norm as they are; none is as in the run.")
+    probes: bool = _flag(True, "Sparse probing and TPP (extra [eval]).")
+    labels: bool = _flag(True, "Name every latent by the simple predicate that fits it best.")
+    plots: bool = _flag(True, "Plot densities and training curves (extra [eval]).")
+    output_dir: str | None = _flag(None, "Where to write; none is the run's directory, or that of --sae.")
+    device: str = _flag("cpu", "Where the model runs.")
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.run_dir or self.sae or self.compare), "nothing to measure: give --run_dir, --sae or --compare"
+        )
+        require(len(self.compare) in (0, 2), f"--compare takes two runs or SAEs, A,B, not {len(self.compare)}")
+        require(not (self.compare and self.sae), "--compare names the SAEs itself: leave out --sae")
+        for name in ("heldout_tokens", "probe_tokens"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+
+
+def main(config: EvaluateConfig) -> int:
+    """Measures every SAE, writes what was found, shows it."""
+    output = None if config.compare else Path(config.output_dir or config.sae or config.run_dir)
+    _need(config, output)
+
+    from bridge.evaluate.core import finite
+    from experiments import evaluate_view, subjects
+
+    # What is measured, and on which text.
+    found = subjects.find(config)
+    texts = {id(s.nano): subjects.text_for(config, s.nano) for s in found}
+    data = subjects.told(config, found[0].place)["data"]
+
+    # The measuring.
+    results: list[dict[str, Any]] = []
+    for subject in found:
+        with evaluate_view.busy(f"measuring {subject.place}, {subject.hook}"):
+            results.append(finite(_measure(config, subject, texts[id(subject.nano)], data)))
+
+    # What became of it.
+    evaluate_view.show([(f"{s.place}\n{s.hook}", r["eval"]) for s, r in zip(found, results, strict=True)])
+    if output is not None:
+        hooks = [subject.hook for subject in found]
+        for name in ("eval", "latents", "labels"):
+            _update(output / f"{name}.json", {h: r[name] for h, r in zip(hooks, results, strict=True) if name in r})
+        if config.plots:
+            from experiments.plots import draw
+
+            draw(output, {h: r["eval"] for h, r in zip(hooks, results, strict=True)})
+        evaluate_view.told(output, [(h, r.get("labels", {})) for h, r in zip(hooks, results, strict=True)])
+    return 0
+
+
+def _need(config: EvaluateConfig, output: Path | None) -> None:
+    """Complains of what is missing before anything heavy is done."""
+    for wanted, module, flag in ((config.probes, "sklearn", "noprobes"), (config.plots, "matplotlib", "noplots")):
+        if wanted and importlib.util.find_spec(module) is None:
+            raise ImportError(f"{module} is not installed: pip install 'jsae[eval]', or do without by --{flag}")
+    if output is None:
+        return
+    if config.output_dir:
+        output.mkdir(parents=True, exist_ok=True)
+    require(output.is_dir(), f"{output} is no directory: give a run or an exported SAE")
+    require(os.access(output, os.W_OK), f"{output} cannot be written to: give another --output_dir")
+
+
+def _measure(config: EvaluateConfig, subject: Subject, text: Text, data: str) -> dict[str, Any]:
+    """What the files say of one SAE: metrics, what is known of every latent, labels."""
+    from bridge.evaluate import Site, classes, labels, measure, probing
+
+    nano, sae = subject.nano, subject.sae
+    site = Site(nano.model, subject.hook, nano.tokenizer.bos_token_id, subject.drop_sinks)
+    summary, columns = measure(site, sae, text.tokens, nano.tokenizer.token_bytes)
+    summary["setting"] = {
+        "sae": str(subject.place),
+        "model": nano.fingerprint,
+        "checkpoint": str(nano.path),
+        "split": config.split,
+        "data": data,
+        "text": hashlib.sha256(text.tokens.tobytes()).hexdigest()[:16],
+        "context_size": text.tokens.shape[1],
+        "drop_sinks": subject.drop_sinks,
+    }
+    found: dict[str, Any] = {"eval": summary, "latents": columns}
+    if config.probes:
+        passages = classes.packages(data, nano.tokenizer, config.probe_tokens)
+        examples = {
+            "package": None if passages is None else classes.of_passages(site, sae, passages),
+            "syntax": classes.of_tokens(site, sae, text),
+        }
+        W_dec = sae.W_dec.cpu().numpy()
+        summary["sparse_probing"] = {name: x and probing.sparse_probing(x) for name, x in examples.items()}
+        summary["tpp"] = {name: x and probing.tpp(x, W_dec) for name, x in examples.items()}
+    if config.labels:
+        named = labels.label(labels.firings(site, sae, text), text, nano.tokenizer)
+        summary["labels"] = labels.summary(named)
+        found["labels"] = labels.table(named)
+    return found
+
+
+def _update(path: Path, entries: dict[str, Any]) -> None:
+    """Puts entries into a JSON table, beside those of other hooks; whole or not at all."""
+    if not entries:
+        return
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        kept = {}
+    table = (kept if isinstance(kept, dict) else {}) | entries
+    indent = 2 if path.name == "eval.json" else None
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(table, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    flags.run(EvaluateConfig, main)

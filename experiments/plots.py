@@ -1,0 +1,65 @@
+"""Plots of an evaluation, as PNG files: how dense latents are, how L0 and loss went in training. Needs no display."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+_SIZE = (7, 4)
+
+
+def draw(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+    """Writes `plots/density_HOOK.png` for every entry of eval.json, and `training.png` of a metrics.jsonl."""
+    from matplotlib.figure import Figure
+
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+    for hook, entry in entries.items():
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        _density(figure.subplots(), hook, entry)
+        figure.savefig(plots / f"density_{hook}.png", dpi=150)
+    if curves := _curves(folder / "metrics.jsonl"):
+        figure = Figure(figsize=(_SIZE[0], len(curves) * _SIZE[1]), layout="constrained")
+        panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+        for axes, (name, (steps, values)) in zip(panels, curves.items(), strict=True):
+            axes.plot(steps, values, linewidth=1)
+            axes.set(ylabel=name)
+            if name == "loss" and min(values) > 0:
+                axes.set(yscale="log")
+            else:
+                axes.set(ylim=(0, 1.1 * max(values) or 1))
+            axes.grid(alpha=0.3)
+        panels[-1].set(xlabel="step")
+        figure.savefig(plots / "training.png", dpi=150)
+
+
+def _density(axes: Any, hook: str, entry: dict[str, Any]) -> None:
+    found = entry["density_histogram"]
+    edges = found["log10_edges"]
+    axes.stairs(found["counts"], edges, fill=True)
+    for place, share in ((-2, "1 %"), (-1, "10 %")):
+        axes.axvline(place, linestyle="--", color="grey", linewidth=1)
+        axes.annotate(share, (place, 1), (3, -12), xycoords=("data", "axes fraction"), textcoords="offset points")
+    axes.set(
+        title=f"{hook}: {sum(found['counts']):,} latents that fire, {found['never']:,} that never do",
+        xlabel=f"log10 of the share of {entry['tokens']:,.0f} tokens on which a latent fires",
+        ylabel="latents",
+        xlim=(edges[0], edges[-1]),
+    )
+
+
+def _curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Steps and values of loss and L0 in a run's metrics; nothing where there are none."""
+    if not path.is_file():
+        return {}
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:  # the last line of a run that was killed
+            continue
+    found = {}
+    for name, label in (("loss", "loss"), ("l0", "L0")):
+        points = [(line["step"], line[name]) for line in lines if "step" in line and name in line]
+        if points:
+            found[label] = tuple(map(list, zip(*points, strict=True)))
+    return found

@@ -74,10 +74,13 @@ def main(config: PretrainConfig) -> int:
 
     if config.device == "cpu":
         torch.set_num_threads(1)  # each worker is one
+    elif not torch.cuda.is_available():
+        raise ValueError(f"--device={config.device}, but torch sees no GPU here; use --device=cpu")
     out = Path(config.out)
     state = last_state(out) if config.resume else None
     if state is None and any(out.glob("model_*.pt")):
-        raise ValueError(f"{out} already holds a model: give --resume to go on, or another --out")
+        told = "there is no optim_*_rank0.pt to resume from" if config.resume else "give --resume to go on with it"
+        raise ValueError(f"{out} already holds a model: {told}, or give another --out")
     trainer, heldout, token_bytes = _build(config, out)
     if state is not None:
         trainer.load_state_dict(state)
@@ -108,6 +111,7 @@ def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus, object]:
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
     sizes = ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
     sizes = {name: getattr(config, name) for name in sizes}
+    GPTConfig.of("G7", vocab_size=config.vocab_size, **sizes)  # complains before anything is read
     data = {"row_len": config.sequence_len + 1, "seed": config.seed, "heldout_fraction": config.heldout_fraction}
     made = out / "tokenizer"
     if config.tokenizer or (config.resume and made.is_dir()):

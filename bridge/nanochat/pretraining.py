@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, final
@@ -107,11 +107,19 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where the trainer that gave state stood; the steps are those it would have taken."""
+        """Goes on where the trainer that gave state stood; the steps are those it would have taken.
+
+        Raises ValueError for a state of a model of another shape, or of another corpus.
+        """
+        shapes = {name: tuple(weight.shape) for name, weight in self.model.state_dict().items()}
+        kept = {name: tuple(weight.shape) for name, weight in state["model"].items()}
+        if differing := sorted(name for name in shapes.keys() | kept if shapes.get(name) != kept.get(name)):
+            name = differing[0]
+            raise ValueError(f"the save is of another model: {name} is {kept.get(name)}, here {shapes.get(name)}")
         self.corpus.seek(json.loads(state["corpus"]))
         self.model.load_state_dict(state["model"])
-        for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
+        for optimizer, moments in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(moments)
         self.step, self.seconds = state["step"], state["seconds"]
 
     def _update(self, rows: Int32[np.ndarray, "B row_len"]) -> dict[str, float]:
@@ -226,7 +234,11 @@ def last_state(directory: Path) -> dict[str, Any] | None:
         raise ValueError(f"{files[-1]} cannot be read ({error}); delete it to begin anew") from error
 
 
-def _write(path: Path, write: Any) -> None:
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file that appears only when it is complete."""
     partial = path.with_name(path.name + ".partial")
-    write(partial)
-    partial.replace(path)
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,270 @@
+"""Pretraining learns, saves what nanochat's loaders read, and resumes to the same numbers."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bridge.nanochat
+from bridge.nanochat import pretraining
+from bridge.nanochat.corpus import Corpus
+from bridge.nanochat.model import GPT, GPTConfig
+from bridge.nanochat.pretraining import Recipe, Trainer
+from bridge.nanochat.tokenizer import Tokenizer
+from experiments.pretrain import PretrainConfig, main
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})
+SIZES = {"sequence_len": 32, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "window_pattern": "SL"}
+TINY = {
+    **SIZES,
+    "vocab_size": 270,
+    "batch_rows": 4,
+    "micro_rows": 2,
+    "warmup_steps": 2,
+    "eval_every": 6,
+    "eval_rows": 4,
+    "log_every": 4,
+    "heldout_fraction": 0.3,
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> str:
+    """Thirty texts with an order that a small model learns at once."""
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(f"{i}: " + "the lamp, the boat, the pier; " * 12)
+    return f"{folder}/*.txt"
+
+
+def trainer(texts: str, workers: int = 1, **recipe) -> Trainer:
+    model = GPT(GPTConfig.of("G7", vocab_size=TOKENIZER.vocab_size, **SIZES))
+    model.init_weights(torch.Generator().manual_seed(1))
+    corpus = Corpus(texts, TOKENIZER, split="all", row_len=33)
+    recipe = {"steps": 20, "batch_rows": 4, "micro_rows": 2, "warmup_steps": 2, **recipe}
+    return Trainer(model, corpus, Recipe(**recipe), workers)
+
+
+def weights(of: Trainer) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in of.model.state_dict().items()}
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+
+
+# ---- the trainer --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_loss_falls_and_every_weight_moves(texts, bf16):
+    learner = trainer(texts, bf16=bf16)
+    before = weights(learner)
+    losses = [figures["loss"] for figures in learner.run()]
+    assert len(losses) == learner.step == 20
+    assert losses[0] == pytest.approx(np.log(265), abs=0.3)
+    assert losses[-1] < 0.75 * losses[0]
+    still = [name for name, weight in learner.model.state_dict().items() if torch.equal(weight, before[name])]
+    assert still == []
+
+
+def test_workers_change_no_number(texts):
+    alone, shared = trainer(texts, workers=1, micro_rows=1), trainer(texts, workers=3, micro_rows=1)
+    losses = [[figures["loss"] for figures in learner.run(5)] for learner in (alone, shared)]
+    assert losses[0] == losses[1]
+    assert_equal(weights(alone), weights(shared))
+
+
+def test_a_resumed_trainer_takes_the_steps_of_an_uninterrupted_one(texts, tmp_path):
+    whole = trainer(texts)
+    expected = [figures["loss"] for figures in whole.run()]
+    first = trainer(texts)
+    losses = [figures["loss"] for figures in first.run(7)]
+    pretraining.save(tmp_path, weights(first), {"step": 7}, first.state_dict())
+    second = trainer(texts)
+    list(second.run(3))
+    second.load_state_dict(pretraining.last_state(tmp_path))
+    losses += [figures["loss"] for figures in second.run()]
+    assert losses == expected
+    assert_equal(weights(second), weights(whole))
+
+
+def test_rates_rise_stay_and_fall_to_zero():
+    recipe = Recipe(steps=100, warmup_steps=10, warmdown=0.4)
+    rates = [recipe.rate(step) for step in range(101)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert np.all(np.diff(rates[:11]) > 0)
+    assert rates[10:61] == [1.0] * 51
+    assert np.all(np.diff(rates[60:]) < 0)
+    assert rates[100] == 0
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step_named(texts):
+    learner = trainer(texts)
+    list(learner.run(2))
+    with torch.no_grad():
+        learner.model.lm_head.weight[0, 0] = float("nan")
+    before = weights(learner)
+    with pytest.raises(FloatingPointError, match="step 2: loss nan"):
+        list(learner.run())
+    assert torch.equal(before["transformer.wte.weight"], learner.model.transformer.wte.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch_rows": 5}, "batch_rows 5 must be a multiple of micro_rows 2"),
+        ({"matrix_lr": 0.0}, "matrix_lr must be positive"),
+        ({"head_lr": float("nan")}, "head_lr must be positive"),
+        ({"warmdown": 1.5}, "warmdown must be in"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused(change, told):
+    with pytest.raises(ValueError, match=told):
+        Recipe(**{"steps": 10, "batch_rows": 4, "micro_rows": 2, **change})
+
+
+def test_a_save_of_another_model_is_refused(texts):
+    learner = trainer(texts)
+    state = learner.state_dict()
+    state["model"] = {**state["model"], "lm_head.weight": torch.zeros(3, 3)}
+    with pytest.raises(ValueError, match=r"another model: lm_head\.weight is \(3, 3\), here \(320, 32\)"):
+        learner.load_state_dict(state)
+
+
+def test_a_full_disk_leaves_the_last_save_as_it_was(texts, tmp_path, monkeypatch):
+    learner = trainer(texts)
+    pretraining.save(tmp_path, weights(learner), {"step": 0}, learner.state_dict())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(_, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        pretraining.save(tmp_path, weights(learner), {"step": 1}, learner.state_dict())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_only_the_last_save_is_kept(texts, tmp_path):
+    learner = trainer(texts)
+    for step in (1, 2):
+        pretraining.save(tmp_path, weights(learner), {"step": step}, learner.state_dict())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "meta_000002.json",
+        "model_000002.pt",
+        "optim_000002_rank0.pt",
+    ]
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(texts, tmp_path_factory) -> tuple[PretrainConfig, Path]:
+    """A run of twelve steps from nothing to the end."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    config = PretrainConfig(out=str(out), data=texts, steps=12, **TINY)
+    assert main(config) == 0
+    return config, out
+
+
+def test_a_run_leaves_a_directory_that_nanochats_reader_loads(trained):
+    config, out = trained
+    assert {path.name for path in out.iterdir()} == {
+        "model_000012.pt",
+        "meta_000012.json",
+        "optim_000012_rank0.pt",
+        "tokenizer",
+    }
+    loaded = bridge.nanochat.load(out)
+    assert loaded.generation == "G7"
+    assert loaded.tokenizer.vocab_size == loaded.config.vocab_size == 270
+    assert {name: getattr(loaded.config, name) for name in SIZES} == SIZES
+    meta = json.loads((out / "meta_000012.json").read_text())
+    assert meta["step"] == 12
+    assert meta["user_config"] == dataclasses.asdict(config)
+    assert meta["model_config"] == {**SIZES, "vocab_size": 270}
+
+
+def test_the_file_is_in_bfloat16_and_its_bits_per_byte_are_of_the_file(trained, texts):
+    _, out = trained
+    stored = torch.load(out / "model_000012.pt", weights_only=True)
+    assert {weight.dtype for weight in stored.values() if weight.ndim > 1} == {torch.bfloat16}
+    assert {weight.dtype for weight in stored.values() if weight.ndim == 1} == {torch.float32}
+    loaded = bridge.nanochat.load(out)
+    heldout = Corpus(texts, loaded.tokenizer, split="heldout", row_len=33, heldout_fraction=0.3)
+    bpb = pretraining.heldout_bits_per_byte(loaded.model, heldout, loaded.tokenizer.token_bytes, 16, 2)
+    meta = json.loads((out / "meta_000012.json").read_text())
+    assert meta["val_bpb"] == pytest.approx(bpb, rel=1e-6)
+    assert meta["loop_state"]["val_bpb_float32"] == pytest.approx(bpb, rel=0.01)
+
+
+def test_a_run_that_is_told_to_stop_saves_and_resumes_to_the_same_weights(trained, texts, tmp_path):
+    config, out = trained
+    flags = {**TINY, "out": tmp_path / "tiny", "data": texts, "steps": 12, "log_every": 1, "eval_every": 100}
+    command = [sys.executable, "-m", "experiments.pretrain", *(f"--{name}={value}" for name, value in flags.items())]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 2 "):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 0, rest
+    assert "--resume goes on from here" in rest
+    stopped = pretraining.last_state(tmp_path / "tiny")["step"]
+    assert 2 <= stopped < 12
+    resumed = dataclasses.replace(config, out=str(tmp_path / "tiny"), resume=True)
+    assert main(resumed) == 0
+    assert_equal(
+        torch.load(tmp_path / "tiny" / "model_000012.pt", weights_only=True),
+        torch.load(out / "model_000012.pt", weights_only=True),
+    )
+
+
+def test_a_model_is_not_overwritten_unasked(trained):
+    config, _ = trained
+    with pytest.raises(ValueError, match="already holds a model: give --resume"):
+        main(config)
+
+
+def test_a_broken_save_is_named(tmp_path, texts):
+    (tmp_path / "optim_000005_rank0.pt").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"optim_000005_rank0\.pt cannot be read"):
+        main(PretrainConfig(out=str(tmp_path), data=texts, steps=12, resume=True, **TINY))
+
+
+def test_there_must_be_something_to_resume_from(tmp_path, texts):
+    (tmp_path / "model_000005.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no optim_\*_rank0\.pt to resume from"):
+        main(PretrainConfig(out=str(tmp_path), data=texts, steps=12, resume=True, **TINY))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"n_head": 3}, "n_head"),
+        ({"window_pattern": "SX"}, "window_pattern"),
+        ({"data": "nowhere/*.txt"}, "no file matches"),
+        ({"heldout_fraction": 0.0}, "no document in its heldout split"),
+        ({"tokenizer": "nowhere"}, "no tokenizer at"),
+        ({"vocab_size": 100}, "vocab_size must be"),
+        ({"micro_rows": 3}, "multiple of micro_rows"),
+        ({"workers": 0}, "workers must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_work_end_before_training(tmp_path, texts, change, told):
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
+        main(PretrainConfig(**{"out": str(tmp_path / "run"), "data": texts, "steps": 12, **TINY, **change}))
+    assert not list(tmp_path.rglob("model_*.pt"))

@@ -46,8 +46,6 @@ def attribute(
     if gradient is None:
         raise ValueError(f"the target does not depend on {hook}")
     with torch.no_grad():
-        if top_k is None and "k" not in sae.cfg:
-            top_k = max(int((sae.encode(leaves[0]) > 0).sum(-1).max()), 1)
         values, indices = active(sae, leaves[0], top_k)
         products = values * (gradient.to(sae.W_dec.dtype) @ sae.W_dec.T).gather(-1, indices)
         order = products.abs().argsort(dim=-1, descending=True)

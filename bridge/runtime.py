@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from bridge import torch_sae
 from bridge.attribution import Target, attribute
-from bridge.hooks import Acts, Edit, depth, edit, find, parse
+from bridge.hooks import Acts, Edit, capture, depth, edit, find, parse
 from bridge.nanochat import engine
-from bridge.steering import Reading, Steer, edit_of, mask, masked
+from bridge.steering import LENGTHS, Reading, Steer, edit_of, feature, mask, masked
 from bridge.torch_sae import TorchSAE
 from bridge.tracking import Features, Token, Trace, narrate, watch
 
@@ -153,7 +153,7 @@ class InterpretableModel:
 
         Args:
           hook: which; may be left out where one hook is tracked.
-          top_k: features per position; unless given the k of a TopK SAE, else 32. Values of 0 are padding.
+          top_k: features per position; unless given all that are active. Values of 0 are padding.
           whole_text: of cached decoding, all positions since the text (or the context, if later) began.
 
         Raises:
@@ -249,7 +249,7 @@ class InterpretableModel:
           top_k: sample among the k likeliest tokens only.
           strength_multiplier: see `Steer`.
           stop_tokens: ids that end the text; they are not part of it.
-          features: per hook and token at most; unless given the k of a TopK SAE, else 32.
+          features: per hook and token at most; unless given all that are active.
           echo: whether the tokens of the prompt come too.
 
         Raises:
@@ -277,6 +277,24 @@ class InterpretableModel:
             read_last=True,
         )
         return narrate(ids, columns, traces, self.tokenizer, features, echo)
+
+    def relative_strength(
+        self, steer: Steer, tokens: Int[Tensor, "B T"], strength_multiplier: float | int = 1.0
+    ) -> float | None:
+        """How long a push is next to the activations of a text, special tokens left out: c |d| / mean |h|.
+
+        About one half is a good start ("The Eiffel Tower Llama", 2025). None for modes whose c is a factor.
+        """
+        name, special = self._hook(steer.hook, self.hooks), self._special_tokens
+        if steer.mode not in LENGTHS:
+            return None
+        with torch.no_grad(), capture(self.model, [name], stop=True) as acts:
+            self.model(tokens)
+        norms = acts[name].float().norm(dim=-1)
+        ordinary = torch.ones_like(tokens, dtype=torch.bool) if special is None else ~torch.isin(tokens, special)
+        mean = norms[ordinary if ordinary.any() else ~ordinary].mean()
+        length = feature(self.saes[name], steer.feature).direction.norm()
+        return float(steer.c(strength_multiplier) * length / mean)
 
     # ---- the small print -------------------------------------------------------------------------------------------
 
@@ -323,9 +341,11 @@ class InterpretableModel:
     ) -> dict[str, Edit]:
         """What the requests do at each hook, bound to the forward pass that `reading` will tell of."""
         chains: dict[str, list[Edit]] = {}
-        special = self._special(steers)
+        special = self._special_tokens
         for request in steers:
             name = self._hook(request.hook, self.hooks)
+            if request.positions == "not_special" and special is None:
+                raise ValueError("positions 'not_special' need a tokenizer, which knows the special tokens")
             if request.positions in ("prompt", "generated") and prompt_length is None:
                 raise ValueError(f"positions {request.positions!r} need prompt_length: where the prompt ends")
             change = edit_of(self.saes[name], request, multiplier, self._embedding.dtype)
@@ -334,11 +354,10 @@ class InterpretableModel:
             chains.setdefault(name, []).append(change)
         return {name: _in_order(chain) for name, chain in chains.items()}
 
-    def _special(self, steers: Sequence[Steer]) -> Int[Tensor, " n"] | None:
-        if all(request.positions != "not_special" for request in steers):
-            return None
+    @property
+    def _special_tokens(self) -> Int[Tensor, " n"] | None:
         if self.tokenizer is None:
-            raise ValueError("positions 'not_special' need a tokenizer, which knows the special tokens")
+            return None
         return torch.tensor(sorted(self.tokenizer.special_tokens.values()), device=self._embedding.device)
 
 

@@ -154,6 +154,8 @@ _FORMULAS: Mapping[str, Callable[..., Edit]] = {
 }
 _NEURONPEDIA = ("additive", "orthogonal", "projection_cap")
 MODES = tuple(_FORMULAS)
+LENGTHS = ("additive", "projection_cap", "clamp")
+"""The modes whose c is a length along d; in the others it is a factor."""
 
 
 def edit_of(sae: TorchSAE, steer: Steer, strength_multiplier: float | int, dtype: torch.dtype) -> Edit:

@@ -14,9 +14,6 @@ from bridge.hooks import Acts
 from bridge.steering import Reading
 from bridge.torch_sae import TorchSAE
 
-TOP_K = 32
-"""Features per token where neither the caller nor the SAE says how many."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Features:
@@ -54,13 +51,17 @@ class Token:
 
 
 def active(sae: TorchSAE, acts: Acts, top_k: int | None = None) -> Features:
-    """The features of activations, the largest first: top_k of them, or the SAE's own k, or TOP_K.
+    """The features of activations, the largest first: top_k of them, or else all that are active.
+
+    All are the k of a TopK SAE; of another as many as the position with the most of them has.
 
     Raises:
       ValueError: a top_k that is not between 1 and the number of features.
     """
-    if top_k is None:
-        top_k = min(sae.cfg.get("k", TOP_K), sae.d_sae)
+    if top_k is None and sae.architecture != "topk":
+        latents = sae.encode(acts)
+        widest = max(int((latents > 0).sum(-1).max()), 1)
+        return Features(*latents.topk(widest, dim=-1), sae.d_sae)
     return Features(*sae.encode_sparse(acts, top_k), sae.d_sae)
 
 

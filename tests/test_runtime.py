@@ -67,12 +67,15 @@ def test_active_features_are_the_saes_own(model, form):
         assert torch.equal(im(ids), plain)
         found = im.get_active_features()
         values, indices = found
-        assert values.shape == indices.shape == (2, 30, 4 if form == "topk" else 32)
+        widest = int((latents > 0).sum(-1).max())
+        assert values.shape == indices.shape == (2, 30, widest)
+        assert widest == 4 or form != "topk"
         assert (values[..., :-1] >= values[..., 1:]).all()
         torch.testing.assert_close(latents.gather(-1, indices), values)
-        everything = im.get_active_features(top_k=4 * C)
-    torch.testing.assert_close(everything.dense(), latents)
-    torch.testing.assert_close(found.dense().amax(-1), latents.amax(-1))
+        largest, at = im.get_active_features(top_k=2)
+    assert torch.equal(largest, values[..., :2])
+    assert torch.equal(at, indices[..., :2])
+    torch.testing.assert_close(found.dense(), latents)
 
 
 def test_cached_decoding_sees_what_one_forward_sees(im, model):
@@ -251,6 +254,18 @@ def test_nothing_stays_on_the_model(im, model):
     assert traces(model) == []  # while the generation waits, too
     assert not model._forward_pre_hooks
     assert torch.equal(model(ids), plain)
+
+
+def test_a_strength_is_told_next_to_the_size_of_the_activations(im, model):
+    ids = torch.tensor([[0, 3, 4, 7, 5]])  # 0 and 7 are special
+    with capture(model, [HOOK]) as acts:
+        model(ids)
+    mean = acts[HOOK][0, [1, 2, 4]].norm(dim=-1).mean().item()
+    for mode in ("additive", "projection_cap"):
+        assert im.relative_strength(Steer(HOOK, 3, mode, 2.0), ids, 1.5) == pytest.approx(3.0 / mean)
+    assert im.relative_strength(Steer(HOOK, 3, "clamp", -2.0), ids, 1.5) == pytest.approx(-2.0 / mean)
+    assert im.relative_strength(Steer(HOOK, 3, "scale", 2.0), ids) is None
+    assert im.relative_strength(Steer(HOOK, 3, "additive", 2.0), ids[:, :1]) > 0
 
 
 # ---- generating ----------------------------------------------------------------------------------------------------

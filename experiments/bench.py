@@ -1,0 +1,34 @@
+"""Measures what this project promises: python -m experiments.bench NAME, and NAME --help for its flags.
+
+Every measurement takes --name=value flags, or --flagfile=FILE, and writes its figures to experiments/results/.
+"""
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from experiments import flags
+
+BENCHES: Mapping[str, str] = {
+    "runtime": "experiments.benches.runtime",
+}
+
+
+def main(argv: Sequence[str]) -> NoReturn:
+    """Runs the measurement that is named first."""
+    name = argv[1] if len(argv) > 1 else ""
+    if name in BENCHES:
+        bench = importlib.import_module(BENCHES[name])
+        flags.run(bench.Config, bench.main, argv=[f"{argv[0]} {name}", *argv[2:]])
+    print(__doc__)
+    for known, module in BENCHES.items():
+        print(f"  {known:9} {importlib.import_module(module).__doc__.splitlines()[0]}")
+    if name in ("--help", "-h"):
+        sys.exit(0)
+    print(f"FATAL no measurement {name!r}: choose one of {', '.join(BENCHES)}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,1 @@
+"""What `experiments.bench` measures: a module with a Config and a main for each."""

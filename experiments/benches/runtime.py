@@ -1,0 +1,215 @@
+"""What it costs to look on while a nanochat decodes, and to steer it: against bare decoding, and against SAELens.
+
+Random weights in the shapes of nanochat's d12 and d20, a TopK SAE of 8 times the width at the middle layer, cached
+decoding. Every case decodes the same tokens from the same position; `tracked` reads the features of all of them at
+the end, `tracked, read every token` after every token, `SAELens` encodes in a forward hook of its user's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.benches import timing
+
+if TYPE_CHECKING:
+    from bridge.nanochat.model import GPT
+    from bridge.runtime import InterpretableModel
+
+BARE, TRACKED, EVERY, STEERED, SAELENS = "bare", "tracked", "tracked, read every token", "additive", "SAELens"
+HEAD_DIM = 128
+
+
+def _flag(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is measured, and how often."""
+
+    depths: tuple[int, ...] = _flag((12, 20), "Layers; width is 64 times that.")
+    batches: tuple[int, ...] = _flag((1, 8), "Rows decoded together.")
+    expansion_factor: int = _flag(8, "Latents per channel.")
+    k: int = _flag(32, "Active latents per token.")
+    vocab_size: int = _flag(32768, "Tokens of the vocabulary.")
+    prompt: int = _flag(64, "Tokens in the cache before.")
+    tokens: int = _flag(16, "Tokens decoded per round.")
+    rounds: int = _flag(15, "Rounds that count, at least 2.")
+    device: str = _flag("auto", "auto is cuda where there is one, else cpu.")
+    saelens: bool = _flag(True, "Measure SAELens too (extra [test]).")
+    out: str = _flag("experiments/results/runtime_{device}.json", "Where the figures go.")
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "prompt", "expansion_factor", "k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rounds < 2:
+            raise ValueError(f"rounds must be at least 2, got {self.rounds}")
+
+
+def main(config: Config) -> int:
+    """Measures every shape, prints a table, writes the figures."""
+    import torch
+    from rich.console import Console
+
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+    for depth in config.depths:
+        with tempfile.TemporaryDirectory() as folder:
+            model = _model(config, depth, device)
+            im = _interpretable(config, model, Path(folder), device)
+            theirs = _saelens(Path(folder), device) if config.saelens else None
+            for batch in config.batches:
+                found.append({"depth": depth, "batch": batch, **_measure(config, im, theirs, batch)})
+                Console().print(_table(found[-1]))
+    shape = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("device", "out")}
+    out = config.out.format(device=device.partition(":")[0])
+    timing.write(out, {"machine": timing.machine(device), "settings": shape, "results": found})
+    Console().print(f"figures: {out}", soft_wrap=True)
+    return 0
+
+
+def _model(config: Config, depth: int, device: str) -> GPT:
+    """A nanochat of the newest generation with random weights, in the precision that `bridge.nanochat.load` takes."""
+    import torch
+
+    from bridge.nanochat.model import GPT, GPTConfig
+
+    width = 64 * depth
+    heads = max(width // HEAD_DIM, 1)
+    sizes = {"n_layer": depth, "n_head": heads, "n_kv_head": heads, "n_embd": width, "vocab_size": config.vocab_size}
+    with torch.device(device):
+        model = GPT(GPTConfig.of("G7", sequence_len=2048, **sizes)).eval().requires_grad_(False)
+    for weight in model.parameters() if device != "cpu" else ():
+        weight.data = weight.data.bfloat16() if weight.ndim > 1 else weight.data
+    return model
+
+
+def _interpretable(config: Config, model: GPT, folder: Path, device: str) -> InterpretableModel:
+    """The model with a random SAE, which went through files as a trained one does."""
+    import numpy as np
+
+    from bridge.hooks import hook_name
+    from bridge.runtime import InterpretableModel, load_saes
+    from jsae import export
+    from jsae.config import SAEConfig
+
+    width = model.config.n_embd
+    sae = SAEConfig("topk", width, width * config.expansion_factor, k=config.k)
+    rows = np.random.default_rng(0).standard_normal((sae.d_sae, width), np.float32)
+    weights = {
+        "W_enc": rows,
+        "W_dec": rows,
+        "b_enc": np.zeros(sae.d_sae, np.float32),
+        "b_dec": np.zeros(width, np.float32),
+    }
+    name = hook_name(model.config.n_layer // 2, "resid_post")
+    export.write(folder / name, sae, weights, 1.0, {"hook_name": name})
+    return InterpretableModel(model, load_saes(folder, device))
+
+
+def _saelens(folder: Path, device: str) -> Any:
+    """The same files, read by SAELens."""
+    from sae_lens import SAE
+
+    return SAE.load_from_disk(next(folder.iterdir()), device=device)
+
+
+def _measure(config: Config, im: InterpretableModel, theirs: Any, batch: int) -> dict[str, Any]:
+    """Milliseconds per step of decoding of every case, and their ratios to bare decoding."""
+    seconds = timing.by_turns(_cases(config, im, theirs, batch), config.rounds)
+    steps = {name: [1e3 * s / config.tokens for s in own] for name, own in seconds.items()}
+    return {
+        "ms_per_step": {name: timing.spread(own) for name, own in steps.items()},
+        "ratio_to_bare": timing.ratios(seconds, BARE),
+    }
+
+
+def _cases(config: Config, im: InterpretableModel, theirs: Any, batch: int) -> dict[str, Callable[[], None]]:
+    """What runs by turns: each decodes all tokens once and has at the end what it promises."""
+    import torch
+
+    from bridge.hooks import find
+    from bridge.runtime import Steer
+
+    (hook,) = im.hooks
+    rewind, tokens = _text(config, im.model, batch)
+
+    def decode(after: Callable[[], object] = lambda: None) -> None:
+        cache = rewind()
+        for i in range(config.tokens):
+            im(tokens[:, i : i + 1], cache=cache)
+            after()
+
+    def tracked() -> None:
+        with im.interpretation_enabled():
+            decode()
+            im.get_active_features(whole_text=True)
+
+    def read_every_token() -> None:
+        with im.interpretation_enabled():
+            decode(im.get_active_features)
+
+    def steered() -> None:
+        with im.steering_enabled([Steer(hook, 7, "additive", 2.0)]):
+            decode()
+
+    def saelens() -> None:
+        kept = []
+        handle = find(im.model, hook).register_forward_hook(lambda m, i, output: kept.append(theirs.encode(output)))
+        try:
+            decode()
+        finally:
+            handle.remove()
+
+    cases = {BARE: decode, TRACKED: tracked, EVERY: read_every_token, STEERED: steered, SAELENS: saelens}
+    if theirs is None:
+        del cases[SAELENS]
+
+    def waiting(case: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            with torch.no_grad():
+                case()
+            if im.sae().W_enc.is_cuda:
+                torch.cuda.synchronize()
+
+        return run
+
+    return {name: waiting(case) for name, case in cases.items()}
+
+
+def _text(config: Config, model: GPT, batch: int) -> tuple[Callable[[], Any], Any]:
+    """A function that gives a cache right after the prompt, and the tokens that follow."""
+    import torch
+
+    device = model.lm_head.weight.device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (batch, config.prompt + config.tokens), generator=generator).to(device)
+    cache = model.new_cache(batch, ids.size(1))
+    with torch.no_grad():
+        model(ids[:, : config.prompt], cache=cache)
+    last = cache.last_token, cache.last_embedding
+
+    def rewind() -> Any:
+        cache.position = config.prompt
+        cache.last_token, cache.last_embedding = last
+        return cache
+
+    return rewind, ids[:, config.prompt :]
+
+
+def _table(found: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    title = f"d{found['depth']}, batch {found['batch']}"
+    table = Table("", "ms per step", "over bare decoding", "quartiles", title=title, title_justify="left")
+    for name, step in found["ms_per_step"].items():
+        ratio = found["ratio_to_bare"][name]
+        over, low, high = (f"{100 * (ratio[key] - 1):+.2f} %" for key in ("median", "q1", "q3"))
+        table.add_row(name, f"{step['median']:.3f}", over, f"{low} to {high}")
+    return table

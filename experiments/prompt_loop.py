@@ -1,0 +1,192 @@
+"""Steering by hand: a prompt is continued as it is and as it is pushed; commands say what to push and why it works."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.live import Live
+
+from bridge.nanochat.engine import chat_prompt
+from bridge.runtime import InterpretableModel, Steer, Token
+from experiments import steer_view as view
+from experiments.flags import EXPECTED_ERRORS
+
+if TYPE_CHECKING:
+    from experiments.steer import SteerConfig
+
+
+class Session:
+    """What is being pushed, and the last prompt. `prompt` and the commands print what they find."""
+
+    def __init__(self, im: InterpretableModel, hook: str, config: SteerConfig, steers: list[Steer]):
+        self.im, self.hook, self.config, self.steers = im, hook, config, steers
+        self.console = Console(highlight=False)
+        self._ids: list[int] = []
+        self._default: list[Token] = []
+        for request in steers:
+            self._check(request)
+
+    def prompt(self, text: str) -> None:
+        """Continues a text, without steering and, if there is any, with it, side by side."""
+        ids, stop_tokens = self._render(text)
+        columns = [self._continue(ids, stop_tokens, steers) for steers in ([], self.steers)[: 1 + bool(self.steers)]]
+        told: list[list[Token]] = [[] for _ in columns]
+        with self._live() as show:
+            for row in itertools.zip_longest(*columns):
+                for tokens, token in zip(told, row, strict=True):
+                    tokens.extend([] if token is None else [token])
+                show(view.side_by_side(told, self.steers))
+        if not self.console.is_terminal:
+            self.console.print(view.side_by_side(told, self.steers))
+        self._ids, self._default = ids, told[0]
+        if self.steers:
+            self.console.print(view.summary(self.steers, self._relative(ids), *told))
+        else:
+            self.top()
+
+    def top(self, told: str = "") -> None:
+        """The features that fired most on the last prompt and its default continuation."""
+        self._need_prompt()
+        self.console.print(view.top(self._default, self.hook, _number(told or "10", int)))
+
+    def why(self, told: str = "") -> None:
+        """Which features speak for a token after the last prompt; unless told for the likeliest."""
+        self._need_prompt()
+        tokenizer, tokens = self.im.tokenizer, torch.tensor([self._ids], device=self.config.device)
+        if told:
+            target = tokenizer.encode(told)[0]
+        else:
+            with torch.no_grad():
+                target = int(self.im(tokens)[0, -1].argmax())
+        found = self.im.attribution(tokens, self.hook, (-1, target))
+        texts = [tokenizer.token_text(token) for token in self._ids]
+        self.console.print(view.why(found, texts, tokenizer.token_text(target)))
+
+    def steer(self, told: str = "") -> None:
+        """Pushes a feature besides the others, or only tells what is pushed."""
+        if told:
+            index, strength, mode = (*told.split(), *("", "", "")[len(told.split()) :])
+            strength = _number(strength, float) if strength else self.config.strength[0]
+            mode = mode or self.config.mode
+            request = Steer(self.hook, _number(index, int), mode, strength, self.config.positions)
+            self._check(request)
+            self.steers = [*self.steers, request]
+        for request in self.steers:
+            self.console.print(view.request(request))
+        if not self.steers:
+            self.console.print("nothing is pushed")
+
+    def clear(self, told: str = "") -> None:
+        """Pushes nothing any more."""
+        self.steers = []
+
+    def help(self, told: str = "") -> None:
+        """Tells the commands."""
+        self.console.print(_HELP, markup=False)
+
+    def _check(self, request: Steer) -> None:
+        """Raises ValueError for what the model would refuse when it runs."""
+        with self.im.steering_enabled([request], strength_multiplier=self.config.strength_multiplier, prompt_length=0):
+            pass
+
+    def _need_prompt(self) -> None:
+        if not self._ids:
+            raise ValueError("there is no prompt yet: type a text to continue")
+
+    def _render(self, text: str) -> tuple[list[int], tuple[int, ...]]:
+        """The tokens of a prompt and those that end its continuation."""
+        tokenizer = self.im.tokenizer
+        if self.config.chat:
+            return chat_prompt(self.im.model, tokenizer, [{"role": "user", "content": text}])
+        return tokenizer.encode(text, prepend_bos=True), (tokenizer.bos_token_id,)
+
+    def _continue(self, ids: list[int], stop_tokens: tuple[int, ...], steers: list[Steer]) -> Iterator[Token]:
+        return self.im.generate(
+            ids,
+            steers,
+            max_tokens=self.config.max_tokens,
+            temperature=self.config.temperature,
+            seed=self.config.seed,
+            top_k=self.config.top_k,
+            strength_multiplier=self.config.strength_multiplier,
+            stop_tokens=stop_tokens,
+            echo=True,
+        )
+
+    def _relative(self, ids: list[int]) -> list[float | None]:
+        tokens = torch.tensor([ids], device=self.config.device)
+        return [self.im.relative_strength(s, tokens, self.config.strength_multiplier) for s in self.steers]
+
+    @contextlib.contextmanager
+    def _live(self) -> Iterator[Callable[[object], None]]:
+        """Shows what changes as it changes, where the output is a terminal."""
+        if not self.console.is_terminal:
+            yield lambda table: None
+            return
+        with Live(console=self.console, refresh_per_second=8, vertical_overflow="visible") as live:
+            yield live.update
+
+
+_HELP = """\
+/steer FEATURE [STRENGTH [MODE]]   push a feature besides the others
+/steer                             what is pushed
+/clear                             push nothing any more
+/top [N]                           what fired most on the last prompt and its default continuation
+/why [TOKEN]                       which features speak for TOKEN, or the likeliest, after the last prompt
+/help                              this
+/quit                              end, as the end of the input does
+Any other line is continued; \\n in it is a line break."""
+
+COMMANDS: Mapping[str, Callable[..., None]] = {
+    "steer": Session.steer,
+    "clear": Session.clear,
+    "top": Session.top,
+    "why": Session.why,
+    "help": Session.help,
+}
+
+
+def ask(session: Session) -> None:
+    """Reads lines until /quit or the end of the input. What goes wrong is told, and the next line is asked for."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - editing and history for input()
+    session.console.print("A line is continued; /help tells the commands, /quit ends.")
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return
+        if line.strip() == "/quit":
+            return
+        try:
+            _obey(session, line)
+        except KeyboardInterrupt:
+            session.console.print("stopped")
+        except EXPECTED_ERRORS as error:
+            session.console.print(f"{error}", style="red", markup=False)
+
+
+def _obey(session: Session, line: str) -> None:
+    if not line.startswith("/"):
+        if line:
+            session.prompt(line.replace("\\n", "\n"))
+        return
+    # Only the first space separates: in "/why  self" the token is " self".
+    name, _, told = line[1:].partition(" ")
+    if name not in COMMANDS:
+        raise ValueError(f"no command /{name}: there are {', '.join('/' + known for known in COMMANDS)} and /quit")
+    COMMANDS[name](session, told)
+
+
+def _number(text: str, kind: type) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is no {'whole number' if kind is int else 'number'}; /help tells the commands"
+        ) from None

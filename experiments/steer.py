@@ -1,0 +1,112 @@
+"""Continues a prompt with and without features of a trained SAE being pushed, side by side.
+
+    python -m experiments.steer --run_dir=runs/demo --prompt="def " --feature=123 --strength=8 --mode=clamp
+
+Without --feature it shows what fires on the prompt. --interactive asks for prompts and knows /help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from experiments import flags, rundir
+from jsae.config import require
+
+if TYPE_CHECKING:
+    from bridge.runtime import InterpretableModel, Steer
+
+
+def _flag(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class SteerConfig:
+    """What to continue, and what to push."""
+
+    run_dir: str = dataclasses.field(metadata={"help": "A run directory, or with --checkpoint any exported SAE."})
+    prompt: str = _flag("", "Text to continue; with --chat what the user says.")
+    feature: tuple[int, ...] = _flag((), "Features to push, in this order.")
+    strength: tuple[float, ...] = _flag((8.0,), "One for each feature, or one for all.")
+    mode: Literal["additive", "orthogonal", "projection_cap", "clamp", "scale", "ablate"] = _flag(
+        "additive", "How: see bridge.steering.Steer for the formulas."
+    )
+    positions: Literal["all", "prompt", "generated", "not_special"] = _flag("all", "At which tokens.")
+    strength_multiplier: float = _flag(1.0, "Factor on strengths of additive, orthogonal and projection_cap.")
+    hook: str | None = _flag(None, "Whose features, where a run has several SAEs.")
+    max_tokens: int = _flag(64, "Tokens to generate at most.")
+    temperature: float = _flag(0.5, "Of the sampling; 0 takes the likeliest token.")
+    top_k: int | None = _flag(None, "Sample among so many likeliest tokens; none: all.")
+    seed: int = _flag(16, "Of the sampling, the same for both continuations.")
+    chat: bool = _flag(False, "The prompt is what a user says to a chat checkpoint.")
+    interactive: bool = _flag(False, "Ask for prompts, and for commands such as /steer, /top, /why.")
+    checkpoint: str | None = _flag(None, "The nanochat; none is the one the run was trained on.")
+    step: int | None = _flag(None, "Step of --checkpoint; none is the last.")
+    tokenizer: str | None = _flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
+    device: str = _flag("cpu", "Where the model runs.")
+
+    def __post_init__(self) -> None:
+        given, wanted = len(self.strength), len(self.feature)
+        require(
+            given == 1 or given == wanted,
+            f"--strength has {given} values for {wanted} features: give one for each, or one for all",
+        )
+        require(all(map(math.isfinite, self.strength)), f"--strength is {self.strength}: give finite numbers")
+        require(self.interactive or bool(self.prompt), "the prompt is empty: give --prompt=TEXT, or --interactive")
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """One for each feature."""
+        return self.strength * len(self.feature) if len(self.strength) == 1 else self.strength
+
+
+def main(config: SteerConfig) -> int:
+    """Loads the model and its SAEs, then continues the prompt or asks for some."""
+    im = _load(config)
+    hook = _hook(config, im)
+    from experiments.prompt_loop import Session, ask
+
+    session = Session(im, hook, config, _requests(config, hook))
+    if config.prompt:
+        session.prompt(config.prompt)
+    if config.interactive:
+        ask(session)
+    return 0
+
+
+def _load(config: SteerConfig) -> InterpretableModel:
+    """The checkpoint that the run says, with the run's SAEs."""
+    import bridge.nanochat
+    from bridge.runtime import InterpretableModel, load_saes
+
+    told = {"checkpoint": config.checkpoint, "step": config.step, "tokenizer": config.tokenizer}
+    if config.checkpoint is None:
+        recorded = rundir.read(Path(config.run_dir))["flags"]
+        told = {name: value if value is not None else recorded.get(name) for name, value in told.items()}
+    saes = load_saes(config.run_dir, config.device)
+    nano = bridge.nanochat.load(told["checkpoint"], told["step"], config.device, tokenizer=told["tokenizer"])
+    require(nano.tokenizer is not None, f"no tokenizer lies beside {told['checkpoint']}: give it with --tokenizer")
+    return InterpretableModel.of(nano, saes)
+
+
+def _hook(config: SteerConfig, im: InterpretableModel) -> str:
+    if config.hook is None:
+        require(len(im.hooks) == 1, f"{config.run_dir} has several SAEs: choose one with --hook={'|'.join(im.hooks)}")
+        return im.hooks[0]
+    im.sae(config.hook)
+    return config.hook
+
+
+def _requests(config: SteerConfig, hook: str) -> list[Steer]:
+    from bridge.runtime import Steer
+
+    pairs = zip(config.feature, config.strengths, strict=True)
+    return [Steer(hook, index, config.mode, strength, config.positions) for index, strength in pairs]
+
+
+if __name__ == "__main__":
+    flags.run(SteerConfig, main)

@@ -307,5 +307,5 @@ def _module_doc(module: Any, name: str) -> str:
             parts.append(pydoc.plaintext.document(member, key))
     text = re.sub(r".\x08", "", "\n\n".join(parts))
     # What differs from process to process: the types that happen to be loaded, and addresses.
-    text = re.sub(r"^ *\|  Built-in subclasses:\n(?: *\|   .*\n)+ *\|  \n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^ *\|  Built-in subclasses:\n(?: *\|   +\S.*\n)+ *\| *\n", "", text, flags=re.MULTILINE)
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)

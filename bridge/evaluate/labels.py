@@ -33,8 +33,8 @@ class Firings:
     """Which tokens of the text were looked at: not BOS, no sinks."""
     d_sae: int
 
-    def where(self, chosen: Bool[np.ndarray, " m"]) -> "Firings":
-        """Only the chosen ones."""
+    def where(self, chosen: np.ndarray) -> "Firings":
+        """Only the chosen ones: a mask, or their numbers."""
         return dataclasses.replace(self, latent=self.latent[chosen], token=self.token[chosen], value=self.value[chosen])
 
 
@@ -201,23 +201,18 @@ def _score(
         hits += np.bincount(fires.latent[own][true], minlength=second.d_sae)
         holds[family == i] = kind.frequency[number[family == i]]
 
-    def one(i: int) -> Label:
+    def one(i: int, n: int, hits: int, holds: int) -> Label:
         if not alive[i]:
-            return Label(None, None, None, None, int(n[i]), None)
-        return Label(
-            families[family[i]].name(int(number[i])),
-            _ratio(2 * hits[i], n[i] + holds[i]),
-            _ratio(hits[i], n[i]),
-            _ratio(hits[i], holds[i]),
-            int(n[i]),
-            float(threshold[i]),
-        )
+            return Label(None, None, None, None, n, None)
+        name = families[family[i]].name(int(number[i]))
+        ratios = _ratio(2 * hits, n + holds), _ratio(hits, n), _ratio(hits, holds)
+        return Label(name, *ratios, n, float(threshold[i]))
 
-    return [one(i) for i in range(second.d_sae)]
+    return [one(*numbers) for numbers in zip(range(len(n)), n.tolist(), hits.tolist(), holds.tolist(), strict=True)]
 
 
 def _ratio(part: int, whole: int) -> float | None:
-    return float(part / whole) if whole else None
+    return part / whole if whole else None
 
 
 def _middle(text: Text, counts: np.ndarray) -> int:

@@ -1,0 +1,313 @@
+"""What is known about tokens, against Python sources read by eye; names of latents that fire on known tokens."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bridge.evaluate import Site, labels, predicates, syntax
+from bridge.evaluate import text as texts
+from bridge.nanochat import tokenizer as tokenizers
+from bridge.nanochat.corpus import Corpus
+from bridge.torch_sae import TorchSAE
+
+SOURCE = '''"""Doc."""
+import os, sys  # why é
+@deco(1)
+class A(Base, metaclass=M):
+    """Of A."""
+    x: int = 3
+    def f(self, a: str = "ü", *b) -> dict[str, int]:
+        for i in range(3): y = self.g(a, key=f"v{i}")
+        return [k for k in b if k > 2][0]
+é = "ö"; z = lambda q: q
+'''
+# Every context, and the stretches of SOURCE that it covers, read by eye.
+BY_EYE = {
+    "in a docstring": ['"""Doc."""', '"""Of A."""'],
+    "in a comment": ["# why é"],
+    "in a string": ['"ü"', 'f"v{i}"', '"ö"'],
+    "in an f-string": ['f"v{i}"'],
+    "in a number": ["1", "3", "3", "2", "0"],
+    "in a function signature": ['def f(self, a: str = "ü", *b) -> dict[str, int]'],
+    "in a class header": ["class A(Base, metaclass=M)"],
+    "in a decorator": ["@deco(1)"],
+    "in an import": ["import os, sys  # why é"],
+    "in a return statement": ["return [k for k in b if k > 2][0]"],
+    "in a for or with header": ["for i in range(3)"],
+    "in parentheses": ["1", "Base, metaclass=M", 'self, a: str = "ü", *b', "3", 'a, key=f"v{i}"'],
+    "in square brackets": ["str, int", "k for k in b if k > 2", "0"],
+    "name of a function that is defined": ["f"],
+    "name of a class that is defined": ["A"],
+    "attribute name": ["g"],
+    "name that is called": ["deco", "range", "g"],
+    "parameter name": ["self", "a", "b", "q"],
+    "keyword argument name": ["metaclass", "key"],
+    "annotation": ["int", "str", "dict[str, int]"],
+    "target of an assignment": ["x", "y", "é", "z"],
+    "in a subscript": ["str, int", "0"],
+    "in a comprehension": ["[k for k in b if k > 2]"],
+    "in a lambda": ["lambda q: q"],
+    "in call arguments": ["1", "3", "a", 'key=f"v{i}"'],
+    "in a comparison": ["k > 2"],
+    "in a class body, outside of functions": ['"""Of A."""', "x: int = 3"],
+    "at module level": ['"""Doc."""', "import os, sys", 'é = "ö"', "z = lambda q: q"],
+}
+
+
+def stretches(name: str, source: bytes) -> list[str]:
+    """What of the source a context covers."""
+    bit = np.uint64(1 << syntax.CONTEXTS.index(name))
+    inside = np.pad((syntax.contexts(source)[:-1] & bit) > 0, 1)
+    bounds = np.flatnonzero(inside[1:] != inside[:-1]).reshape(-1, 2)
+    return [source[start:end].decode() for start, end in bounds]
+
+
+@pytest.mark.parametrize("name", BY_EYE)
+def test_syntax_covers_what_the_eye_sees(name):
+    found = stretches(name, SOURCE.encode())
+    if name == "in an f-string" or "{" in "".join(BY_EYE[name]):  # Python 3.12 looks inside f-strings
+        found = [stretch for stretch in found if stretch != "i"]
+    assert found == BY_EYE[name]
+
+
+def test_syntax_knows_the_rest_of_the_statements():
+    source = b"""async def g():
+    if a and (b or [1]):
+        raise E
+    elif c: assert d
+    try: pass
+    except E as e:
+        def h(): return 1
+"""
+    assert stretches("in a function signature", source) == ["def g()", "def h()"]
+    assert stretches("in an if or while condition", source) == ["if a and (b or [1])", "elif c"]
+    assert stretches("in a raise statement", source) == ["raise E"]
+    assert stretches("in an except clause", source) == ["except E as e"]
+    assert stretches("in nested brackets", source) == ["1"]
+    nested = b"def f():\n    def g():\n        x = {1: 2}\n"
+    assert stretches("in a nested function", nested) == ["x = {1: 2}"]
+    assert stretches("in braces", nested) == ["1: 2"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [b"print 'two'\n", b"a prose sentence.", b"x = '\xff'", b"\x00", b"(" * 3000, b"a = 1\rb = 2\n", b"x = 'open"],
+    ids=["Python 2", "prose", "not UTF-8", "a null byte", "too deep", "old line ends", "an open string"],
+)
+def test_what_is_no_python_has_no_syntax(source):
+    assert syntax.contexts(source) is None
+
+
+def test_odd_escapes_and_windows_line_ends_are_python():
+    assert stretches("in a string", rb"x = '\d'" + b"\n") == [r"'\d'"]
+    assert stretches("in a comment", b"a = 1\r\n# b\r\n") == ["# b"]
+
+
+# ---- text ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> tuple[str, tokenizers.Tokenizer]:
+    """A dozen files of the standard library, and a tokenizer of them."""
+    folder = tmp_path_factory.mktemp("text")
+    for i, path in enumerate(sorted(Path(json.__file__).parent.glob("*.py"))):
+        (folder / f"{i}.py").write_text(path.read_text(), newline="")
+    for i in range(12):
+        (folder / f"own{i}.py").write_text(SOURCE * 3 + f"\nself.value = {i}\n" * 20)
+    tokenizer = tokenizers.train([path.read_text() for path in folder.iterdir()], 500)
+    return f"{folder}/*.py", tokenizer
+
+
+def read(corpus, row_len: int = 64, max_tokens: int = 20_000) -> texts.Text:
+    spec, tokenizer = corpus
+    return texts.read(texts.documents(spec, "all", tokenizer), tokenizer, row_len, max_tokens)
+
+
+def test_rows_are_those_of_the_corpus(corpus):
+    spec, tokenizer = corpus
+    rows = np.stack(list(Corpus(spec, tokenizer, split="all", row_len=64).one_pass()))
+    np.testing.assert_array_equal(read(corpus, max_tokens=10**9).tokens, rows)
+    assert len(read(corpus, max_tokens=640).tokens) == 10
+
+
+def test_every_token_knows_its_place(corpus):
+    text, tokenizer = read(corpus), corpus[1]
+    bos = text.tokens == tokenizer.bos_token_id
+    assert (text.document[bos] == -1).all()
+    assert (text.document[~bos] >= 0).all()
+    for token, document, place in zip(text.tokens[~bos], text.document[~bos], text.place[~bos], strict=True):
+        spelled = tokenizer.token_bytes_of(int(token))
+        visible = spelled.lstrip() if spelled.strip() else spelled
+        assert text.sources[document][place:].startswith(visible)
+
+
+def test_text_that_fills_no_row_is_refused(corpus):
+    with pytest.raises(ValueError, match="does not fill one row of 100000 tokens"):
+        read(corpus, row_len=100_000)
+
+
+def test_predicates_say_what_is_so(corpus):
+    text, tokenizer = read(corpus), corpus[1]
+    found = predicates.build(text, tokenizer)
+    assert len(found.names) == len(set(found.names)) > 150
+    truth = dict(zip(found.names, found.truth.T, strict=True))
+    for name, spelled in (("line break", "\n"), ("digits", "3"), ("Python keyword", "import"), ("comma", ",")):
+        (token,) = tokenizer.encode(spelled)
+        assert truth[name][text.tokens.reshape(-1) == token].all(), name
+    place, document = text.place.reshape(-1), text.document.reshape(-1)
+    for name, before in (("after 'self.'", b"self."), ("after 'import'", b"import ")):
+        assert truth[name].any()
+        for i in np.flatnonzero(truth[name])[:50]:
+            assert text.sources[document[i]][: place[i]].endswith(before), name
+    marks, known = predicates.bits(text)
+    assert known[document >= 0].all()
+    bit = np.uint64(1 << syntax.CONTEXTS.index("in a docstring"))
+    np.testing.assert_array_equal(truth["in a docstring"], (marks & bit) > 0)
+
+
+def test_chats_and_other_languages_have_predicates_without_syntax(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a word."}]}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 40)
+    tokenizer = tokenizers.train(["What is it? It is a word."] * 3, 268)
+    text = read((str(tmp_path / "chats.jsonl"), tokenizer), row_len=32)
+    found = predicates.build(text, tokenizer)
+    assert not set(syntax.CONTEXTS) & set(found.names)
+    truth = dict(zip(found.names, found.truth.T, strict=True))
+    spelled = [tokenizer.token_text(int(i)) for i in text.tokens.reshape(-1)]
+    speaking = "".join(s for s, said in zip(spelled, truth["in a user's message"], strict=True) if said)
+    assert "What is it?" in speaking
+    assert "word" not in speaking
+    assert "special token" in truth
+
+
+# ---- labels -------------------------------------------------------------------------------------------------------
+
+
+def firings(fires: list[np.ndarray]) -> labels.Firings:
+    """Latents with the given activations of every token."""
+    table = np.stack(fires, axis=1).astype(np.float32)
+    token, latent = np.nonzero(table > 0)
+    counts = np.ones(len(table), bool)
+    return labels.Firings(latent, token, table[token, latent], counts, table.shape[1])
+
+
+def test_latents_are_named_after_what_they_fire_on(corpus):
+    text, tokenizer = read(corpus, max_tokens=60_000), corpus[1]
+    found = predicates.build(text, tokenizer)
+    truth = dict(zip(found.names, found.truth.T.astype(float), strict=True))
+    ids = text.tokens.reshape(-1)
+    (digit,) = tokenizer.encode("3")
+    (equals,) = tokenizer.encode("=")
+    rng = np.random.default_rng(0)
+    noise = rng.random(len(ids))
+    named = labels.label(
+        firings(
+            [
+                (ids == digit) * 1.0,
+                truth["in a comment"],
+                np.roll(ids == equals, 1) * 1.0,
+                truth["in a docstring"] + 0.1 * (noise < 0.5),  # weak everywhere, strong where it means something
+                truth["name that is called"] * (noise < 0.5),
+                np.zeros(len(ids)),
+            ]
+        ),
+        text,
+        tokenizer,
+    )
+    assert [label.label for label in named[:4]] == ["token '3'", "in a comment", "after '='", "in a docstring"]
+    assert named[0].f1 == named[0].precision == named[0].recall == 1
+    assert named[1].f1 == 1
+    assert named[3].f1 == 1
+    assert named[3].threshold > 0.1
+    assert named[4].label == "name that is called"
+    assert named[4].precision == 1
+    assert named[4].recall == pytest.approx(0.5, abs=0.1)
+    assert named[5] == labels.Label(None, None, None, None, 0, None)
+    table = labels.table(named)
+    assert table["0"] == {"label": "token '3'", "f1": 1.0, "precision": 1.0, "recall": 1.0, "n": named[0].n} | {
+        "threshold": 0.0
+    }
+    json.dumps(table, allow_nan=False)
+    assert labels.summary(named)["labelled"] == 5
+    assert next(iter(labels.best(named, 1)))[1].f1 == 1
+
+
+def test_one_half_chooses_and_the_other_gives_the_numbers():
+    # Eight tokens: in the first half the latent fires with the predicate, in the second never where it holds.
+    found = firings([np.array([1, 1, 1, 0, 1, 1, 1, 0])])
+    holds = predicates.Predicates(["it"], np.array([1, 1, 1, 0, 0, 0, 0, 1], bool)[:, None])
+    (label,) = labels.search(found, holds, {}, str, split=4)
+    assert label == labels.Label("it", 0.0, 0.0, 0.0, 3, 0.0)
+
+
+def test_f1_is_as_worked_out_by_hand():
+    # Second half: fires on tokens 5, 6, 7; the predicate holds on 6, 7, 8, 9.
+    found = firings([np.array([1, 1, 0, 0, 0, 1, 1, 1, 0, 0])])
+    holds = predicates.Predicates(["it"], np.array([1, 1, 0, 0, 0, 0, 1, 1, 1, 1], bool)[:, None])
+    (label,) = labels.search(found, holds, {}, str, split=5)
+    assert (label.precision, label.recall, label.n) == (2 / 3, 2 / 4, 3)
+    assert label.f1 == pytest.approx(4 / 7)
+
+
+def test_a_token_met_once_gives_no_name():
+    ids = {"token": np.array([5, 6, 6, 6, 5, 6, 6, 6])}
+    holds = predicates.Predicates(["it"], np.array([1, 1, 0, 0, 1, 1, 0, 0], bool)[:, None])
+    once, often = firings([np.array([1, 0, 0, 0, 1, 0, 0, 0])]), firings([np.array([0, 1, 1, 1, 0, 1, 1, 1])])
+    assert labels.search(once, holds, ids, str, split=4)[0].label == "it"
+    assert labels.search(often, holds, ids, str, split=4)[0].label == "token '6'"
+
+
+def test_tokens_that_do_not_count_are_in_no_number():
+    found = firings([np.array([1, 1, 1, 0, 1, 1, 0, 0])])
+    found = dataclasses.replace(found, counts=np.array([1, 1, 1, 1, 1, 1, 1, 0], bool))
+    holds = predicates.Predicates(["it"], np.array([1, 1, 1, 0, 1, 1, 0, 1], bool)[:, None])
+    (label,) = labels.search(found, holds, {}, str, split=4)
+    assert label.recall == 1  # the last token, where it holds and nothing fires, does not count
+
+
+class Spelled(nn.Module):
+    """A model whose activation at the hook is the one-hot vector of the token."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.wte = nn.Embedding.from_pretrained(torch.eye(vocab_size))
+        self.transformer = nn.ModuleDict({"h": nn.ModuleList([nn.Identity()])})
+
+    def forward(self, tokens):
+        return self.transformer.h[0](self.wte(tokens))
+
+
+def test_a_model_and_its_sae_are_read_as_they_run(corpus):
+    text, tokenizer = read(corpus), corpus[1]
+    (comma,), (digit,) = tokenizer.encode(","), tokenizer.encode("3")
+    W_enc = torch.zeros(tokenizer.vocab_size, 3)
+    W_enc[comma, 0], W_enc[digit, 1], W_enc[tokenizer.bos_token_id, 2] = 2.0, 3.0, 1.0
+    weights = {"W_enc": W_enc, "W_dec": W_enc.T.contiguous(), "b_enc": torch.zeros(3), "b_dec": torch.zeros(len(W_enc))}
+    sae = TorchSAE({"architecture": "standard", "d_in": len(W_enc), "d_sae": 3}, weights)
+    site = Site(Spelled(len(W_enc)), "blocks.0.hook_resid_post", tokenizer.bos_token_id, tokens_per_forward=640)
+    found = labels.firings(site, sae, text)
+    assert set(found.value.tolist()) == {2.0, 3.0}
+    assert set(text.tokens.reshape(-1)[found.token[found.latent == 0]].tolist()) == {comma}
+    assert found.counts.sum() == (text.document >= 0).sum()
+    named = labels.label(found, text, tokenizer)
+    assert [label.label for label in named] == ["token ','", "token '3'", None]
+    assert named[0].f1 == named[1].f1 == 1
+
+
+def test_the_text_is_cut_where_an_sae_fires_too_often(corpus, monkeypatch):
+    text, tokenizer = read(corpus), corpus[1]
+    monkeypatch.setattr(labels, "MOST_FIRINGS", 700)
+    V = tokenizer.vocab_size
+    weights = {"W_enc": torch.ones(V, 4), "W_dec": torch.ones(4, V), "b_enc": torch.zeros(4), "b_dec": torch.zeros(V)}
+    sae = TorchSAE({"architecture": "standard", "d_in": V, "d_sae": 4}, weights)
+    site = Site(Spelled(V), "blocks.0.hook_resid_post", tokenizer.bos_token_id, tokens_per_forward=64)
+    found = labels.firings(site, sae, text)
+    assert 700 < len(found.token) < 1000
+    assert found.counts.reshape(-1, 64)[:3].any()
+    assert not found.counts.reshape(-1, 64)[4:].any()
+    assert all(label.n > 0 for label in labels.label(found, text, tokenizer))

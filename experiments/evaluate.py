@@ -86,14 +86,13 @@ def main(config: EvaluateConfig) -> int:
     # What became of it.
     evaluate_view.show([(f"{s.place}\n{s.hook}", r["eval"]) for s, r in zip(found, results, strict=True)])
     if output is not None:
-        hooks = [subject.hook for subject in found]
-        for name in ("eval", "latents", "labels"):
-            _update(output / f"{name}.json", {h: r[name] for h, r in zip(hooks, results, strict=True) if name in r})
+        by_hook = {subject.hook: result for subject, result in zip(found, results, strict=True)}
+        _write(output, by_hook)
         if config.plots:
             from experiments.plots import draw
 
-            draw(output, {h: r["eval"] for h, r in zip(hooks, results, strict=True)})
-        evaluate_view.told(output, [(h, r.get("labels", {})) for h, r in zip(hooks, results, strict=True)])
+            draw(output, {hook: result["eval"] for hook, result in by_hook.items()})
+        evaluate_view.told(output, by_hook, config.plots)
     return 0
 
 
@@ -106,7 +105,10 @@ def _need(config: EvaluateConfig, output: Path | None) -> None:
         return
     if config.output_dir:
         output.mkdir(parents=True, exist_ok=True)
-    require(output.is_dir(), f"{output} is no directory: give a run or an exported SAE")
+    if not output.is_dir():
+        nearest = next(p for p in output.absolute().parents if p.is_dir())
+        there = ", ".join(sorted(p.name for p in nearest.iterdir() if p.is_dir())[:12]) or "no directories"
+        raise FileNotFoundError(f"{output} is no directory: give a run or an exported SAE; {nearest} holds {there}")
     require(os.access(output, os.W_OK), f"{output} cannot be written to: give another --output_dir")
 
 
@@ -144,19 +146,19 @@ def _measure(config: EvaluateConfig, subject: Subject, text: Text, data: str) ->
     return found
 
 
-def _update(path: Path, entries: dict[str, Any]) -> None:
-    """Puts entries into a JSON table, beside those of other hooks; whole or not at all."""
-    if not entries:
-        return
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        kept = {}
-    table = (kept if isinstance(kept, dict) else {}) | entries
-    indent = 2 if path.name == "eval.json" else None
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(table, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+def _write(output: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Puts what was found into the JSON tables of the directory, beside other hooks; each whole or not at all."""
+    for name in next(iter(results.values())):
+        path = output / f"{name}.json"
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            kept = {}
+        table = (kept if isinstance(kept, dict) else {}) | {hook: found[name] for hook, found in results.items()}
+        partial = path.with_suffix(".partial")
+        indent = 2 if name == "eval" else None  # the others are long columns
+        partial.write_text(json.dumps(table, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(path)
 
 
 if __name__ == "__main__":

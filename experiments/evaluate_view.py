@@ -97,15 +97,15 @@ def show(columns: Sequence[Column]) -> None:
     console.print(table)
 
 
-def told(output: Path, labels: Sequence[tuple[str, dict[str, Any]]], most: int = 5) -> None:
-    """Prints the best labels, and where everything lies."""
+def told(output: Path, results: dict[str, dict[str, Any]], plots: bool, most: int = 5) -> None:
+    """Prints the best labels of every hook, and where everything lies."""
     console = Console()
-    for hook, found in labels:
-        best = sorted(found.items(), key=lambda item: -(item[1]["f1"] or 0))[:most]
+    for hook, found in results.items():
+        best = sorted(found.get("labels", {}).items(), key=lambda item: -(item[1]["f1"] or 0))[:most]
         for latent, label in best:
             line = f"{hook} {latent:>6}  F1 {label['f1'] or 0:.2f}  {label['label']}"
             console.print(Text(line), soft_wrap=True)
-    written = [name for name in ("eval.json", "latents.json", "labels.json", "plots") if (output / name).exists()]
+    written = [f"{name}.json" for name in next(iter(results.values()))] + ["plots"] * plots
     console.print(Text(f"written to {output}: {', '.join(written)}"), soft_wrap=True)
 
 

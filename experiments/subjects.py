@@ -110,7 +110,7 @@ def _saes(config: EvaluateConfig, place: Path) -> dict[str, TorchSAE]:
 
     if config.hook is not None and (place / "cfg.json").is_file():
         sae = torch_sae.load(place, config.device)
-        recorded = sae.metadata.get("hook_name") or config.hook
+        recorded = (isinstance(sae.metadata, dict) and sae.metadata.get("hook_name")) or config.hook
         require(recorded == config.hook, f"{place} is an SAE of {recorded}, not of --hook={config.hook}")
         saes = {config.hook: sae}
     else:

@@ -79,7 +79,7 @@ class Trace:
 
         One that does not go on where the last ended begins another text.
         """
-        if self._reading.start != self._end or not self._reading.start:
+        if self._reading.start != self._end:
             self._chunks = []
         self._chunks.append(acts)
         self._end = self._reading.start + acts.shape[1]

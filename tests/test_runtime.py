@@ -12,6 +12,7 @@ from test_hooks import UpstreamLike, traces
 from tiny_nanochat import SIZES, tiny, tokens
 from toy_saes import FORMS, export, toy_sae
 
+import bridge.nanochat
 from bridge.hooks import capture, edit
 from bridge.nanochat.engine import generate
 from bridge.nanochat.tokenizer import Tokenizer
@@ -102,6 +103,12 @@ def test_a_new_text_begins_anew(im, model):
         im(tokens(5))
         im(tokens(6))
         assert im.get_active_features(whole_text=True).values.shape == (2, 6, 4)
+        cache = model.new_cache(2)
+        im(tokens(20), cache=cache)
+        cache.position = 8
+        im(tokens(3), cache=cache)
+        im(tokens(2), cache=cache)
+        assert im.get_active_features(whole_text=True).values.shape == (2, 5, 4)
 
 
 def test_several_hooks_are_seen_and_steered_at_once(model):
@@ -135,10 +142,10 @@ def test_features_can_be_read_after_the_context_until_the_next_one(im):
         with pytest.raises(ValueError, match="nothing has been read yet"):
             im.get_active_features()
         im(tokens(8))
-        with im.interpretation_enabled():
-            im(tokens(9))
-            assert im.get_active_features().values.shape == (2, 9, 4)
-        assert im.get_active_features().values.shape == (2, 9, 4)
+        for length in (9, 3):
+            with im.interpretation_enabled():
+                im(tokens(length))
+                assert im.get_active_features().values.shape == (2, length, 4)
         im(tokens(5))
         assert im.get_active_features().values.shape == (2, 5, 4)
 
@@ -347,6 +354,14 @@ def test_text_goes_in_and_whole_characters_come_out(monkeypatch):
     assert [token.text for token in im.generate("x", max_tokens=10)] == ["a", "", "ß", "", "", "→", "", "", "", "😀"]
 
 
+def test_the_packaged_nanochat_says_what_its_tokenizer_decodes():
+    nano = bridge.nanochat.load("demo")
+    im = InterpretableModel.of(nano, {"blocks.0.hook_resid_post": toy_sae("topk", nano.config.n_embd, 256)})
+    told = list(im.generate("def main(argv):\n", max_tokens=40, temperature=0, echo=True))
+    assert "".join(token.text for token in told) == nano.tokenizer.decode(token.id for token in told)
+    assert [token.id for token in told if not token.generated] == nano.tokenizer.encode("def main(argv):\n", True)
+
+
 def test_a_context_around_a_generation_sees_it_before_its_steering(im):
     with im.interpretation_enabled():
         told = list(im.generate([1, 2, 3], [Steer(HOOK, 9, "clamp", 50.0)], max_tokens=4))
@@ -401,6 +416,14 @@ def test_what_comes_later_is_no_cause(im):
     found = im.attribution(tokens(9), HOOK, (4, 3)).dense()
     assert found[:, :5].abs().sum() > 0
     assert not found[:, 5:].any()
+
+
+def test_every_row_has_its_own_causes(im):
+    ids = tokens(9)
+    found = im.attribution(ids, HOOK, (4, 3)).dense()
+    for row in (0, 1):
+        alone = im.attribution(ids[row : row + 1], HOOK, (4, 3)).dense()
+        torch.testing.assert_close(found[row], alone[0], atol=1e-5, rtol=1e-4)
 
 
 def test_attribution_leaves_no_gradient_and_works_without_any(im):

@@ -162,8 +162,8 @@ def test_a_chat_is_rendered_as_the_engine_does(run, im, capsys):
 def test_the_loop_prompts_steers_explains_and_survives_mistakes(run, im):
     lines = [
         "/why", "def ", "/top 3", "/why  x", "/why", "/steer", "/steer 7", "/steer 9 -4.5 scale", "/steer", "a\\nb",
-        "/steer 64", "/steer seven", "/steer 7 nan", "/steer 7 1 push", "/push", "/help", "", "/clear", "/steer",
-        "/quit", "never read",
+        "/steer 64", "/steer seven", "/steer 7 nan", "/steer 7 1 push", "/push", "/help", "", "/top 1", "/clear",
+        "/steer", "/quit", "never read",
     ]  # fmt: skip
     done = process(command(run, interactive=True), "\n".join(lines))
     assert done.returncode == 0, done.stderr
@@ -189,7 +189,10 @@ def test_the_loop_prompts_steers_explains_and_survives_mistakes(run, im):
     assert "no command /push: there are /steer, /clear, /top, /why, /help and /quit" in told[14]
     assert all(f"/{name}" in told[15] for name in ("steer", "clear", "top", "why", "help", "quit"))
     assert told[16] == ""
-    assert "nothing is pushed" in told[18]
+    default = im.generate("a\nb", echo=True, stop_tokens=[im.tokenizer.bos_token_id], **SHORT)
+    assert f"{max(value for token in default for _, value in token.features[HOOK]):.3f}" in told[17]
+    assert told[18] == ""
+    assert "nothing is pushed" in told[19]
     assert "never read" not in done.stdout
 
 

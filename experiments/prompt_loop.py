@@ -69,11 +69,13 @@ class Session:
 
     def steer(self, told: str = "") -> None:
         """Pushes a feature besides the others, or only tells what is pushed."""
-        if told:
-            index, strength, mode = (*told.split(), *("", "", "")[len(told.split()) :])
-            strength = _number(strength, float) if strength else self.config.strength[0]
-            mode = mode or self.config.mode
-            request = Steer(self.hook, _number(index, int), mode, strength, self.config.positions)
+        words = told.split()
+        if len(words) > 3:
+            raise ValueError(f"/steer takes FEATURE [STRENGTH [MODE]], not {len(words)} words")
+        if words:
+            strength = _number(words[1], float) if len(words) > 1 else self.config.strength[0]
+            mode = words[2] if len(words) > 2 else self.config.mode
+            request = Steer(self.hook, _number(words[0], int), mode, strength, self.config.positions)
             self._check(request)
             self.steers = [*self.steers, request]
         for request in self.steers:

@@ -163,7 +163,7 @@ def test_the_loop_prompts_steers_explains_and_survives_mistakes(run, im):
     lines = [
         "/why", "def ", "/top 3", "/why  x", "/why", "/steer", "/steer 7", "/steer 9 -4.5 scale", "/steer", "a\\nb",
         "/steer 64", "/steer seven", "/steer 7 nan", "/steer 7 1 push", "/push", "/help", "", "/top 1", "/clear",
-        "/steer", "/quit", "never read",
+        "/steer", "/steer 7 1 clamp all", "/quit", "never read",
     ]  # fmt: skip
     done = process(command(run, interactive=True), "\n".join(lines))
     assert done.returncode == 0, done.stderr
@@ -193,6 +193,7 @@ def test_the_loop_prompts_steers_explains_and_survives_mistakes(run, im):
     assert f"{max(value for token in default for _, value in token.features[HOOK]):.3f}" in told[17]
     assert told[18] == ""
     assert "nothing is pushed" in told[19]
+    assert "/steer takes FEATURE [STRENGTH [MODE]], not 4 words" in told[20]
     assert "never read" not in done.stdout
 
 

@@ -5,12 +5,15 @@ import math
 
 import numpy as np
 import pytest
+import sae_lens
+import sae_lens.evals
 import torch
 from tiny_nanochat import tiny
 from torch import nn
-from toy_saes import FORMS, toy_sae
+from toy_saes import FORMS, export, toy_sae
 
 from bridge.evaluate import Site, core, latents, measure, reconstruction, splice, survey
+from bridge.hooks import capture, edit
 from bridge.torch_sae import TorchSAE
 
 A, B, BOS, SINK = range(4)
@@ -265,3 +268,64 @@ def test_other_widths_empty_text_and_broken_models_are_refused():
     broken.wte.weight[A] = torch.nan
     with pytest.raises(ValueError, match=r"2 numbers of blocks.0.hook_resid_post are not finite"):
         measure(Site(broken, HOOK, BOS), SHRINKING, np.array([[BOS, A, B]]), BYTES)
+
+
+class AsTransformerLens:
+    """As much of a hooked transformer and of an activation store as SAELens's own evaluation asks for."""
+
+    cfg = None
+
+    def __init__(self, model: nn.Module, rows: np.ndarray):
+        self.model, self.rows = model, torch.from_numpy(rows)
+
+    def __call__(self, tokens, **_):
+        logits = self.model(tokens)
+        nats = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        return logits, nats.view(len(tokens), -1)
+
+    def run_with_hooks(self, tokens, fwd_hooks, **_):
+        ((name, hook),) = fwd_hooks
+        with edit(self.model, {name: lambda acts: hook(acts, hook=None)}):
+            return self(tokens)
+
+    def run_with_cache(self, tokens, names_filter, **_):
+        with capture(self.model, names_filter) as acts:
+            return self.model(tokens), dict(acts)
+
+    def get_batch_tokens(self, n):
+        return self.rows
+
+
+def test_saelens_measures_the_same(tmp_path):
+    name = "blocks.2.hook_resid_post"
+    ours = toy_sae("jumprelu", 32, 64, hook_name=name, sae_lens_version="6.54.12")
+    ours.cfg |= {"dtype": "float32", "device": "cpu"}
+    theirs = sae_lens.SAE.load_from_disk(str(export(ours, tmp_path / "sae")))
+    model, rows = tiny("G5"), np.random.default_rng(0).integers(0, 50, (3, 20))
+    site = Site(model, name, None, drop_sinks=False)  # SAELens ablates everywhere, BOS and sinks too
+    summary, columns = measure(site, ours, rows, np.ones(50, np.int32))
+
+    hooked, scaler = AsTransformerLens(model, rows), sae_lens.evals.ActivationScaler()
+    kept = sae_lens.evals.get_downstream_reconstruction_metrics(
+        theirs, hooked, hooked, scaler, compute_kl=True, compute_ce_loss=True, n_batches=1, eval_batch_size_prompts=3
+    )
+    made, by_latent = sae_lens.evals.get_sparsity_and_variance_metrics(
+        theirs,
+        hooked,
+        hooked,
+        scaler,
+        n_batches=1,
+        compute_l2_norms=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+        compute_featurewise_density_statistics=True,
+        eval_batch_size_prompts=3,
+        model_kwargs={},
+    )
+    found = {name: value for group in summary.values() if isinstance(group, dict) for name, value in group.items()}
+    assert len(kept | made) == 17
+    for name, value in (kept | made).items():
+        assert found[name] == pytest.approx(value, rel=1e-4), name
+    by_latent |= sae_lens.evals.get_featurewise_weight_based_metrics(theirs)
+    for name, values in by_latent.items():
+        np.testing.assert_allclose(columns[name], values, rtol=1e-4, atol=1e-6, err_msg=name)

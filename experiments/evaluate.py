@@ -98,7 +98,8 @@ def main(config: EvaluateConfig) -> int:
 
 def _need(config: EvaluateConfig, output: Path | None) -> None:
     """Complains of what is missing before anything heavy is done."""
-    for wanted, module, flag in ((config.probes, "sklearn", "noprobes"), (config.plots, "matplotlib", "noplots")):
+    plots = config.plots and output is not None
+    for wanted, module, flag in ((config.probes, "sklearn", "noprobes"), (plots, "matplotlib", "noplots")):
         if wanted and importlib.util.find_spec(module) is None:
             raise ImportError(f"{module} is not installed: pip install 'jsae[eval]', or do without by --{flag}")
     if output is None:

@@ -60,27 +60,32 @@ def places(config: EvaluateConfig) -> list[Path]:
 
 
 def told(config: EvaluateConfig, place: Path) -> dict[str, Any]:
-    """What the flags say of model and text, else the run that the place is or lies in, else `--run_dir`.
+    """What the flags say of model and text, and where they say nothing, what the run's said.
 
     Raises:
       ConfigError: nothing says which model.
     """
-    recorded: dict[str, Any] = {}
-    for run in (place, *place.resolve().parents[:2], *([Path(config.run_dir)] if config.run_dir else [])):
-        if (run / "config.json").is_file():
-            recorded = rundir.read(run)["flags"]
-            break
-    else:
-        require(
-            config.checkpoint is not None,
-            f"{place} is no run and lies in none (a run has a config.json): say with --checkpoint which nanochat it "
-            "reads, or with --run_dir a run on the same one",
-        )
+    recorded = _recorded(config, place)
     if config.checkpoint is not None:  # then the run's step and tokenizer are of another one
         recorded = recorded | {"step": None, "tokenizer": None}
     names = ("checkpoint", "step", "tokenizer", "data", "context_size", "drop_sinks")
-    given = {name: getattr(config, name) for name in names}
-    return {name: recorded.get(name, _DEFAULTS.get(name)) if v is None else v for name, v in given.items()}
+    wanted = {name: getattr(config, name) for name in names}
+    return {name: recorded.get(name, _DEFAULTS.get(name)) if v is None else v for name, v in wanted.items()}
+
+
+def _recorded(config: EvaluateConfig, place: Path) -> dict[str, Any]:
+    """The flags of `--run_dir`; of what is compared, or without it, first those of the run at or around the place."""
+    given = [Path(config.run_dir)] if config.run_dir else []
+    around = [place, *place.resolve().parents[:2]] if config.compare or not given else []
+    for run in (*around, *given):
+        if (run / "config.json").is_file():
+            return rundir.read(run)["flags"]
+    require(
+        config.checkpoint is not None,
+        f"{(*around, *given)[0]} is no run and lies in none (a run has a config.json): say with --checkpoint which "
+        "nanochat is read, or with --run_dir a run on the same one",
+    )
+    return {}
 
 
 _DEFAULTS = {"data": "stdlib", "drop_sinks": True}

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sae_lens
 from toy_saes import export, toy_sae
 
 import bridge.nanochat
@@ -135,8 +136,9 @@ def test_two_are_shown_side_by_side_and_nothing_is_written(run, text, tmp_path, 
 
 
 def test_any_saelens_directory_is_measured_on_the_run_and_written_beside_it(run, text, tmp_path, capsys):
-    nano = bridge.nanochat.load("demo")
-    other = export(toy_sae("jumprelu", nano.config.n_embd, 32, 7), tmp_path / "theirs")
+    other = tmp_path / "theirs"
+    width = bridge.nanochat.load("demo").config.n_embd
+    sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig(d_in=width, d_sae=32)).save_model(str(other))
     assert evaluate.main(configured(run_dir=str(run), sae=str(other), hook=HOOKS[1], data=text, labels=True)) == 0
     assert strict(other / "eval.json")[HOOKS[1]]["latents"]["d_sae"] == 32
     assert len(strict(other / "labels.json")[HOOKS[1]]) == 32

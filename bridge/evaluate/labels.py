@@ -16,8 +16,9 @@ from bridge.torch_sae import TorchSAE
 
 LEVELS = (0.0, 0.25, 0.5)
 """What counts as firing: more than this part of the greatest activation that the latent showed."""
-FEWEST_MEETINGS = 3
-"""A latent that met a token less often than this is not named after it: rare tokens meet rare latents by chance."""
+DOUBT = 20
+"""Misses that are added to those of every candidate where labels are chosen: what fits a few tokens may do so by
+chance, and of candidates there are thousands. On the demo, 20 to 40 gave the best F1 where it is measured."""
 MOST_FIRINGS = 2**25
 """The text is cut where the SAE has fired so often: a third of a GiB, 260,000 tokens at L0 128."""
 
@@ -63,7 +64,7 @@ class _Family:
     holds: Callable[[np.ndarray, np.ndarray], np.ndarray]
     """Of token and predicate, alike long: whether it holds."""
     frequency: np.ndarray
-    """How often each predicate holds in the second half."""
+    """How often each predicate holds in the half that gives the numbers."""
     name: Callable[[int], str]
 
 
@@ -92,11 +93,12 @@ def label(found: Firings, text: Text, tokenizer: Tokenizer) -> list[Label]:
     """The best label of every latent.
 
     Candidates are all of `predicates.build`, and "the token is X", "after the token X" and "before the token X" for
-    every token of the vocabulary. The first half of the rows chooses predicate and level (`LEVELS`) by F1, the second
-    half gives the numbers.
+    every token of the vocabulary. Every other row chooses predicate and level (`LEVELS`) by F1, the rows between give
+    the numbers; a single row is halved.
     """
-    split = _middle(text, found.counts)
-    return search(found, build(text, tokenizer), _neighbours(text), tokenizer.token_text, split)
+    rows, length = text.tokens.shape
+    chooses = np.arange(rows * length) // length % 2 == 0 if rows > 1 else np.arange(length) < length // 2
+    return search(found, build(text, tokenizer), _neighbours(text), tokenizer.token_text, chooses)
 
 
 def search(
@@ -104,7 +106,7 @@ def search(
     predicates: Predicates,
     exact: dict[str, Int[np.ndarray, " N"]],
     spelled: Callable[[int], str],
-    split: int,
+    chooses: Bool[np.ndarray, " N"],
 ) -> list[Label]:
     """The best label of every latent out of given candidates.
 
@@ -113,13 +115,10 @@ def search(
       predicates: of the same tokens.
       exact: one more candidate per token id and name: that the id found here is this one (-1 is none).
       spelled: a token id as text.
-      split: tokens before this one choose, the others give the numbers.
+      chooses: the tokens that choose; the others give the numbers.
     """
-    first, second = found.where(found.token < split), found.where(found.token >= split)
-    halves = (
-        found.counts & (np.arange(len(found.counts)) < split),
-        found.counts & (np.arange(len(found.counts)) >= split),
-    )
+    first, second = (found.where(half[found.token]) for half in (chooses, ~chooses))
+    halves = found.counts & chooses, found.counts & ~chooses
     top = np.zeros(found.d_sae, np.float32)
     np.maximum.at(top, first.latent, first.value)
     level, fires = _levels(first, top)
@@ -158,10 +157,9 @@ def _exact(
     width = int(ids.max(initial=0)) + 1
     meets = ids[token] >= 0
     pairs, hits = np.unique(row[meets].astype(np.int64) * width + ids[token[meets]], return_counts=True)
-    often = hits >= FEWEST_MEETINGS
-    (at, which), hits = np.divmod(pairs[often], width), hits[often]
+    at, which = np.divmod(pairs, width)
     frequency = [np.bincount(ids[half & (ids >= 0)], minlength=width) for half in halves]
-    f1 = 2 * hits / (fired[at] + frequency[0][which])
+    f1 = 2 * hits / (fired[at] + frequency[0][which] + DOUBT)
     order = np.lexsort((-which, f1, at))  # the last of each row is its best
     best = np.zeros(len(fired)), np.zeros(len(fired), np.int64)
     best[0][at[order]], best[1][at[order]] = f1[order], which[order]
@@ -178,7 +176,7 @@ def _general(
     fires = torch.sparse_coo_tensor(where, torch.ones(len(row)), (len(fired), end), check_invariants=False)
     hits = torch.sparse.mm(fires, torch.from_numpy(truth[:end].astype(np.float32))).numpy()
     frequency = [truth[half].sum(0) for half in halves]
-    f1 = 2 * hits / np.maximum(fired[:, None] + frequency[0], 1)
+    f1 = 2 * hits / (fired[:, None] + frequency[0] + DOUBT)
     best = f1.max(1), f1.argmax(1)
     return _Family(best, lambda t, p: truth[t, p], frequency[1], lambda p: predicates.names[p])
 
@@ -191,7 +189,7 @@ def _score(
     threshold: np.ndarray,
     alive: np.ndarray,
 ) -> list[Label]:
-    """The labels that were chosen, with their numbers on the second half."""
+    """The labels that were chosen, with their numbers on the other half."""
     fires = second.where(second.value > threshold[second.latent])
     n = np.bincount(fires.latent, minlength=second.d_sae)
     hits, holds = np.zeros(second.d_sae, np.int64), np.zeros(second.d_sae, np.int64)
@@ -213,13 +211,6 @@ def _score(
 
 def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def _middle(text: Text, counts: np.ndarray) -> int:
-    """The token at which the second half of the rows that were looked at begins; of a single row, its second half."""
-    rows, length = text.tokens.shape
-    seen = int(counts.reshape(rows, length).any(1).sum())
-    return length // 2 if seen < 2 else seen // 2 * length
 
 
 def _neighbours(text: Text) -> dict[str, np.ndarray]:

@@ -49,16 +49,21 @@ def build(text: Text, tokenizer: Tokenizer) -> Predicates:
 
 
 def _by_token(text: Text, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
-    """What the vocabulary alone says: each statement is decided once per token id."""
+    """What the vocabulary alone says, of the token and of the one after it: decided once per token id."""
     last = tokenizer.vocab_size - len(tokenizer.special_tokens)
     tokens = [tokenizer.token_text(i) for i in range(last)]
 
-    def where(holds: Callable[[str], object]) -> np.ndarray:
+    for name, holds in _statements():
         table = np.array([bool(holds(token)) for token in tokens] + [False] * len(tokenizer.special_tokens))
-        return table[text.tokens]
+        here = table[text.tokens]
+        yield name, here
+        yield f"before: {name}", np.pad(here[:, 1:], ((0, 0), (0, 1)))
 
+
+def _statements() -> Iterator[tuple[str, Callable[[str], object]]]:
+    """What may be said of a token's text."""
     for name, pattern in patterns.KINDS.items():
-        yield name, where(re.compile(pattern, re.DOTALL).fullmatch)
+        yield name, re.compile(pattern, re.DOTALL).fullmatch
     words = {
         "Python keyword": set(keyword.kwlist),
         "name that is built in": set(dir(builtins)) - set(keyword.kwlist),
@@ -68,14 +73,14 @@ def _by_token(text: Text, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarra
         **{name: set(listed.split()) for name, listed in patterns.ENGLISH.items()},
     }
     for name, listed in words.items():
-        yield name, where(lambda token, listed=listed: token.strip() in listed)
+        yield name, lambda token, listed=listed: token.strip() in listed
     for ending in patterns.ENDINGS:
-        yield f"ends in -{ending}", where(re.compile(rf"\s?[^\W\d_]{{2,}}{ending}").fullmatch)
+        yield f"ends in -{ending}", re.compile(rf"\s?[^\W\d_]{{2,}}{ending}").fullmatch
     for beginning in patterns.BEGINNINGS:
-        yield f"begins with {beginning}-", where(re.compile(rf"\s?{beginning}[^\W\d_]{{2,}}", re.IGNORECASE).fullmatch)
+        yield f"begins with {beginning}-", re.compile(rf"\s?{beginning}[^\W\d_]{{2,}}", re.IGNORECASE).fullmatch
     for letter in string.ascii_lowercase:
-        yield f"begins with the letter {letter}", where(re.compile(rf"\s?{letter}\w*", re.IGNORECASE).fullmatch)
-    yield "part of a character", where(lambda token: "\ufffd" in token)
+        yield f"begins with the letter {letter}", re.compile(rf"\s?{letter}\w*", re.IGNORECASE).fullmatch
+    yield "part of a character", lambda token: "\ufffd" in token
 
 
 # ---- where it is --------------------------------------------------------------------------------------------------

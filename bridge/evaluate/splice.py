@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from bridge.evaluate.site import Site
 from bridge.hooks import capture, edit
@@ -63,17 +62,19 @@ def effects(
         tokens = torch.from_numpy(ids.astype(np.int64)).to(site.device)
         with capture(model, [hook_name]) as captured:
             base = model(tokens).log_softmax(-1)
+        probs = base.exp()
         acts = captured[hook_name]
         mask = kept(acts, tokens, bos, site.drop_sinks)
         x = acts[mask]
         counts = torch.ones_like(tokens, dtype=torch.bool) if bos is None else tokens != bos
-        total[0] += _sums(base, base, tokens, counts, lengths)
+        total[0] += _sums(base, torch.zeros_like(counts, dtype=torch.float64), tokens, counts, lengths)
         for i, new in enumerate((sae(x.float()), torch.zeros_like(x), constant.expand_as(x)), 1):
             replaced = acts.clone()
             replaced[mask] = new.to(acts.dtype)
             with edit(model, {hook_name: lambda _, replaced=replaced: replaced}):
                 log_probs = model(tokens).log_softmax(-1)
-            total[i] += _sums(log_probs, base, tokens, counts, lengths)
+            divergence = (probs * (base - log_probs)).sum(-1).double()
+            total[i] += _sums(log_probs, divergence, tokens, counts, lengths)
     if not total.any():
         raise ValueError("no held-out text to evaluate on")
     return {name: _effect(*sums.tolist()) for name, sums in zip(VARIANTS, total, strict=True)}
@@ -81,7 +82,7 @@ def effects(
 
 def _sums(
     log_probs: Float[Tensor, "B T V"],
-    base: Float[Tensor, "B T V"],
+    divergence: Float[Tensor, "B T"],
     tokens: Int[Tensor, "B T"],
     counts: Bool[Tensor, "B T"],
     lengths: Int[Tensor, " V"],
@@ -90,7 +91,6 @@ def _sums(
     targets = tokens[:, 1:]
     nats = -log_probs[:, :-1].gather(-1, targets[..., None])[..., 0].double()
     size = lengths[targets]
-    divergence = functional.kl_div(log_probs, base, reduction="none", log_target=True).sum(-1).double()
     predicts = counts[:, :-1]
     sums = (nats[predicts].sum(), predicts.sum(), divergence[counts].sum(), counts.sum())
     return torch.stack([s.double() for s in (*sums, nats[size > 0].sum(), size.sum())]).cpu()

@@ -48,7 +48,7 @@ class RunConfig(Json):
     resample_every: int | None = _flag(None, "Activations between resamplings of dead latents (relu, gated).")
     seed: int = _flag(0, "Of the weights, the order of the text and the shuffle.")
     context_size: int | None = _flag(None, "Tokens per row of text; none is the model's sequence_len.")
-    tokens_per_forward: int = _flag(8192, "Tokens in one forward pass of the model.")
+    tokens_per_forward: int = _flag(2048, "Tokens in one forward pass of the model; a GPU wants 16 times as many.")
     block_size: int = _flag(65536, "Activations that are held and shuffled together.")
     drop_sinks: bool = _flag(True, "Leave out tokens whose norm exceeds 10 times the median.")
     heldout_tokens: int = _flag(200_000, "Held-out tokens for the final metrics.")
@@ -142,6 +142,10 @@ def _share_device(config: RunConfig) -> str:
     kind, _, number = config.device.partition(":")
     os.environ["JAX_PLATFORMS"] = kind
     if kind == "cpu":
+        import torch
+
+        # jax computes the step on the other cores meanwhile: threads that share cores wait for each other.
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // 2, 1) if hasattr(os, "sched_getaffinity") else 1)
         return kind
     if number:
         os.environ["CUDA_VISIBLE_DEVICES"] = number  # for both alike; it is then the only one

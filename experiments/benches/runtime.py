@@ -40,13 +40,14 @@ class Config:
     prompt: int = _flag(64, "Tokens in the cache before.")
     tokens: int = _flag(16, "Tokens decoded per round.")
     rounds: int = _flag(15, "Rounds that count, at least 2.")
+    threads: int | None = _flag(None, "Threads of torch on a CPU; none: as many as it takes by itself.")
     device: str = _flag("auto", "auto is cuda where there is one, else cpu.")
     saelens: bool = _flag(True, "Measure SAELens too (extra [test]).")
     out: str = _flag("experiments/results/runtime_{device}.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "prompt", "expansion_factor", "k"):
-            if getattr(self, name) < 1:
+        for name in ("tokens", "prompt", "expansion_factor", "k", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rounds < 2:
             raise ValueError(f"rounds must be at least 2, got {self.rounds}")
@@ -57,6 +58,8 @@ def main(config: Config) -> int:
     import torch
     from rich.console import Console
 
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     found = []
     for depth in config.depths:
@@ -67,7 +70,9 @@ def main(config: Config) -> int:
             for batch in config.batches:
                 found.append({"depth": depth, "batch": batch, **_measure(config, im, theirs, batch)})
                 Console().print(_table(found[-1]))
-    shape = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("device", "out")}
+    shape = {
+        name: value for name, value in dataclasses.asdict(config).items() if name not in ("device", "out", "threads")
+    }
     out = config.out.format(device=device.partition(":")[0])
     timing.write(out, {"machine": timing.machine(device), "settings": shape, "results": found})
     Console().print(f"figures: {out}", soft_wrap=True)

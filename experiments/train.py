@@ -33,7 +33,7 @@ class RunConfig(Json):
     step: int | None = _flag(None, "Step of the checkpoint directory; none is the last.")
     tokenizer: str | None = _flag(None, "Directory of the tokenizer; none looks beside and above the checkpoint.")
     data: str = _flag("stdlib", "Text: stdlib, parquet shards, .jsonl[.gz] or text files, globs; comma-separated.")
-    layer: int | None = _flag(None, "Layer to read, from 0; none is the middle one.")
+    layer: int | None = _flag(None, "Layer to read, from 0; none is half way through the model.")
     hook_type: Literal["resid_post", "attn", "mlp"] = _flag("resid_post", "What to read there.")
     activation: Architecture = _flag("topk", "Architecture of the SAE.")  # noqa: RUF009 - a field like the others
     expansion_factor: int = _flag(8, "Latents per dimension of the model.")
@@ -108,7 +108,7 @@ def main(config: RunConfig) -> int:
 
     # The model and the text it reads.
     nano = bridge.nanochat.load(config.checkpoint, config.step, device, tokenizer=config.tokenizer)
-    layer = nano.config.n_layer // 2 if config.layer is None else config.layer
+    layer = (nano.config.n_layer - 1) // 2 if config.layer is None else config.layer
     hook = hook_name(layer, config.hook_type)
     find(nano.model, hook)
     sae_config = config.sae_config(nano.config.n_embd)

@@ -24,7 +24,7 @@ from jsae import export, saes, train
 from jsae.config import SAEConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-HOOK = "blocks.3.hook_resid_post"
+HOOK = "blocks.2.hook_resid_post"
 SMALL = {
     "num_activations": 24_000,
     "batch_size": 500,

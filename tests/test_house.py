@@ -44,7 +44,7 @@ def test_help_is_quick_and_names_the_flags(command):
 
 
 def test_the_torch_runtime_loads_no_jax():
-    modules = "bridge.torch_sae, bridge.hooks, bridge.evaluate, bridge.nanochat.checkpoint, bridge.nanochat.engine"
+    modules = "bridge.runtime, bridge.evaluate, bridge.torch_sae, bridge.nanochat.checkpoint, bridge.nanochat.engine"
     check = f"import sys, {modules}; assert 'jax' not in sys.modules"
     done = run(sys.executable, "-c", check)
     assert done.returncode == 0, done.stderr

@@ -64,6 +64,16 @@ def find(model: nn.Module, name: str) -> nn.Module:
     return blocks[layer] if site == "resid_post" else getattr(blocks[layer], site)
 
 
+def module_name(name: str) -> str:
+    """Where the module is that `find` gives: `blocks.3.hook_mlp_out` is `transformer.h.3.mlp`.
+
+    Raises:
+      ValueError: not a hook name of this project.
+    """
+    layer, site = parse(name)
+    return f"transformer.h.{layer}" if site == "resid_post" else f"transformer.h.{layer}.{site}"
+
+
 def depth(name: str) -> tuple[int, int]:
     """Sorts hook names by when they run in a forward pass."""
     layer, site = parse(name)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bridge import evaluate, torch_sae
+from bridge.hooks import module_name
 from experiments.report import Reporter
 from experiments.signals import stop_requests
 from jsae import export, metrics, optim, saes
@@ -110,7 +111,7 @@ def finish(
         "model_class_name": "nanochat",
         "model_fingerprint": nano.fingerprint,
         "hook_name": hook,
-        "hf_hook_name": hook.replace("blocks", "transformer.h").replace(".hook_resid_post", ""),
+        "hf_hook_name": module_name(hook),
         "context_size": heldout.row_len,
         "prepend_bos": True,
         "exclude_special_tokens": sorted(nano.tokenizer.special_tokens.values()),

@@ -86,6 +86,11 @@ def test_stop_ends_the_forward_after_the_deepest_hook_and_not_before(model, toke
     assert all(torch.equal(acts[n], whole[n]) for n in names)
 
 
+def test_a_hooks_module_is_named_as_torch_names_it(model):
+    for name in NAMES:
+        assert model.get_submodule(hooks.module_name(name)) is hooks.find(model, name)
+
+
 def test_an_edit_reaches_everything_after_it(model, tokens):
     name = "blocks.1.hook_resid_post"
     with capture(model, NAMES) as plain:

@@ -10,7 +10,6 @@ two runs or exports on the same text, prints them side by side and writes nothin
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import flags
+from experiments.flags import flag
 from jsae.config import require
 
 if TYPE_CHECKING:
@@ -27,32 +27,28 @@ if TYPE_CHECKING:
     from experiments.subjects import Subject
 
 
-def _flag(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class EvaluateConfig:
     """What is measured, on what, and how much of it."""
 
-    run_dir: str | None = _flag(None, "A run: all of its SAEs, on its model and the held-out part of its text.")
-    sae: str | None = _flag(None, "Any SAELens directory for a hook of the run, measured instead of the run's own.")
-    compare: tuple[str, ...] = _flag((), "Two runs or SAELens directories, A,B: prints both side by side.")
-    hook: str | None = _flag(None, "Only the SAE of this hook; of a --sae that does not say it: which hook it is for.")
-    checkpoint: str | None = _flag(None, "The nanochat; none is the one the run was trained on.")
-    step: int | None = _flag(None, "Step of --checkpoint; none is the last.")
-    tokenizer: str | None = _flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
-    data: str | None = _flag(None, "Text, as for training; none is the run's.")
-    split: Literal["heldout", "train", "all"] = _flag("heldout", "Which part of it; 'all' for text of its own.")
-    context_size: int | None = _flag(None, "Tokens per row of text; none is the run's, or the model's sequence_len.")
-    heldout_tokens: int = _flag(200_000, "Tokens for the metrics, and as many for labels and token classes.")
-    probe_tokens: int = _flag(400_000, "Tokens of the passages by which packages of the standard library are told.")
-    drop_sinks: bool | None = _flag(None, "Leave tokens of extreme norm as they are; none is as in the run.")
-    probes: bool = _flag(True, "Sparse probing and TPP (extra [eval]).")
-    labels: bool = _flag(True, "Name every latent by the simple predicate that fits it best.")
-    plots: bool = _flag(True, "Plot densities and training curves (extra [eval]).")
-    output_dir: str | None = _flag(None, "Where to write; none is the run's directory, or that of --sae.")
-    device: str = _flag("cpu", "Where the model runs.")
+    run_dir: str | None = flag(None, "A run: all of its SAEs, on its model and the held-out part of its text.")
+    sae: str | None = flag(None, "Any SAELens directory for a hook of the run, measured instead of the run's own.")
+    compare: tuple[str, ...] = flag((), "Two runs or SAELens directories, A,B: prints both side by side.")
+    hook: str | None = flag(None, "Only the SAE of this hook; of a --sae that does not say it: which hook it is for.")
+    checkpoint: str | None = flag(None, "The nanochat; none is the one the run was trained on.")
+    step: int | None = flag(None, "Step of --checkpoint; none is the last.")
+    tokenizer: str | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
+    data: str | None = flag(None, "Text, as for training; none is the run's.")
+    split: Literal["heldout", "train", "all"] = flag("heldout", "Which part of it; 'all' for text of its own.")
+    context_size: int | None = flag(None, "Tokens per row of text; none is the run's, or the model's sequence_len.")
+    heldout_tokens: int = flag(200_000, "Tokens for the metrics, and as many for labels and token classes.")
+    probe_tokens: int = flag(400_000, "Tokens of the passages by which packages of the standard library are told.")
+    drop_sinks: bool | None = flag(None, "Leave tokens of extreme norm as they are; none is as in the run.")
+    probes: bool = flag(True, "Sparse probing and TPP (extra [eval]).")
+    labels: bool = flag(True, "Name every latent by the simple predicate that fits it best.")
+    plots: bool = flag(True, "Plot densities and training curves (extra [eval]).")
+    output_dir: str | None = flag(None, "Where to write; none is the run's directory, or that of --sae.")
+    device: str = flag("cpu", "Where the model runs.")
 
     def __post_init__(self) -> None:
         require(
@@ -99,9 +95,9 @@ def main(config: EvaluateConfig) -> int:
 def _need(config: EvaluateConfig, output: Path | None) -> None:
     """Complains of what is missing before anything heavy is done."""
     plots = config.plots and output is not None
-    for wanted, module, flag in ((config.probes, "sklearn", "noprobes"), (plots, "matplotlib", "noplots")):
+    for wanted, module, instead in ((config.probes, "sklearn", "noprobes"), (plots, "matplotlib", "noplots")):
         if wanted and importlib.util.find_spec(module) is None:
-            raise ImportError(f"{module} is not installed: pip install 'jsae[eval]', or do without by --{flag}")
+            raise ImportError(f"{module} is not installed: pip install 'jsae[eval]', or do without by --{instead}")
     if output is None:
         return
     if config.output_dir:

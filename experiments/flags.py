@@ -20,6 +20,11 @@ Config = TypeVar("Config")
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
+def flag(default: Any, text: str) -> Any:
+    """A dataclass field with a default and the help that its flag shows."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 def define(
     config_class: type,
     *,

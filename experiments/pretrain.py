@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import flags
+from experiments.flags import flag
 from experiments.signals import stop_requests
 
 if TYPE_CHECKING:
@@ -20,45 +21,41 @@ if TYPE_CHECKING:
     from bridge.nanochat.pretraining import Trainer
 
 
-def _field(default, text: str):
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class PretrainConfig:
     """What one run of pretraining is."""
 
-    out: str = _field("runs/nanochat", "Directory to write: model_*.pt, meta_*.json, tokenizer/.")
-    data: str = _field("stdlib", "What to learn: stdlib, parquet shards, .jsonl[.gz] or text files; comma-separated.")
-    tokenizer: str = _field("", "Directory of a tokenizer to use; empty: train one on the data.")
-    vocab_size: int = _field(4096, "Tokens of a tokenizer that is trained here.")
-    n_layer: int = _field(6, "Layers.")
-    n_embd: int = _field(128, "Channels.")
-    n_head: int = _field(4, "Query heads.")
-    n_kv_head: int = _field(4, "Key and value heads.")
-    sequence_len: int = _field(512, "Tokens the model sees at once.")
-    window_pattern: str = _field("SSSL", "Attention windows of the layers: S short, L long; the last is always L.")
-    steps: int = _field(2000, "Optimiser steps.")
-    batch_rows: int = _field(16, "Rows of sequence_len tokens per step.")
-    micro_rows: int = _field(2, "Rows per forward: memory and speed.")
-    matrix_lr: float = _field(0.02, "Muon's rate for the matrices of the blocks.")
-    embedding_lr: float = _field(0.1, "AdamW's rate for the embeddings.")
-    head_lr: float = _field(0.01, "AdamW's rate for the head.")
-    scalar_lr: float = _field(0.02, "AdamW's rate for gates and scalars.")
-    weight_decay: float = _field(0.05, "Weight decay of the matrices of the blocks.")
-    warmup_steps: int = _field(40, "Steps over which the rates rise.")
-    warmdown: float = _field(0.5, "Part of the steps, at the end, over which the rates fall to zero.")
-    grad_clip: float = _field(1.0, "Largest norm of a gradient.")
-    bf16: bool = _field(True, "Compute in bfloat16 where that is safe; weights stay float32.")
-    save_bf16: bool = _field(True, "Save matrices rounded to bfloat16: half the size.")
-    eval_every: int = _field(200, "Steps between measurements of held-out bits per byte, and saves.")
-    eval_rows: int = _field(64, "Held-out rows per measurement during training; at the end, four times as many.")
-    log_every: int = _field(20, "Steps between lines of progress.")
-    heldout_fraction: float = _field(0.05, "Part of the documents held out.")
-    seed: int = _field(0, "Of the weights and of the order of the data.")
-    workers: int = _field(2, "Forwards at a time on a CPU, one thread each; changes no number.")
-    device: str = _field("cpu", "Where to train.")
-    resume: bool = _field(False, "Go on from the last save in out.")
+    out: str = flag("runs/nanochat", "Directory to write: model_*.pt, meta_*.json, tokenizer/.")
+    data: str = flag("stdlib", "What to learn: stdlib, parquet shards, .jsonl[.gz] or text files; comma-separated.")
+    tokenizer: str = flag("", "Directory of a tokenizer to use; empty: train one on the data.")
+    vocab_size: int = flag(4096, "Tokens of a tokenizer that is trained here.")
+    n_layer: int = flag(6, "Layers.")
+    n_embd: int = flag(128, "Channels.")
+    n_head: int = flag(4, "Query heads.")
+    n_kv_head: int = flag(4, "Key and value heads.")
+    sequence_len: int = flag(512, "Tokens the model sees at once.")
+    window_pattern: str = flag("SSSL", "Attention windows of the layers: S short, L long; the last is always L.")
+    steps: int = flag(2000, "Optimiser steps.")
+    batch_rows: int = flag(16, "Rows of sequence_len tokens per step.")
+    micro_rows: int = flag(2, "Rows per forward: memory and speed.")
+    matrix_lr: float = flag(0.02, "Muon's rate for the matrices of the blocks.")
+    embedding_lr: float = flag(0.1, "AdamW's rate for the embeddings.")
+    head_lr: float = flag(0.01, "AdamW's rate for the head.")
+    scalar_lr: float = flag(0.02, "AdamW's rate for gates and scalars.")
+    weight_decay: float = flag(0.05, "Weight decay of the matrices of the blocks.")
+    warmup_steps: int = flag(40, "Steps over which the rates rise.")
+    warmdown: float = flag(0.5, "Part of the steps, at the end, over which the rates fall to zero.")
+    grad_clip: float = flag(1.0, "Largest norm of a gradient.")
+    bf16: bool = flag(True, "Compute in bfloat16 where that is safe; weights stay float32.")
+    save_bf16: bool = flag(True, "Save matrices rounded to bfloat16: half the size.")
+    eval_every: int = flag(200, "Steps between measurements of held-out bits per byte, and saves.")
+    eval_rows: int = flag(64, "Held-out rows per measurement during training; at the end, four times as many.")
+    log_every: int = flag(20, "Steps between lines of progress.")
+    heldout_fraction: float = flag(0.05, "Part of the documents held out.")
+    seed: int = flag(0, "Of the weights and of the order of the data.")
+    workers: int = flag(2, "Forwards at a time on a CPU, one thread each; changes no number.")
+    device: str = flag("cpu", "Where to train.")
+    resume: bool = flag(False, "Go on from the last save in out.")
 
     def __post_init__(self):
         for name in ("eval_every", "eval_rows", "log_every"):

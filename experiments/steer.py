@@ -11,17 +11,14 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from experiments import flags, rundir
+from experiments.flags import flag
 from jsae.config import require
 
 if TYPE_CHECKING:
     from bridge.runtime import InterpretableModel, Steer
-
-
-def _flag(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -29,25 +26,25 @@ class SteerConfig:
     """What to continue, and what to push."""
 
     run_dir: str = dataclasses.field(metadata={"help": "A run directory, or with --checkpoint any exported SAE."})
-    prompt: str = _flag("", "Text to continue; with --chat what the user says.")
-    feature: tuple[int, ...] = _flag((), "Features to push, in this order.")
-    strength: tuple[float, ...] = _flag((8.0,), "One for each feature, or one for all.")
-    mode: Literal["additive", "orthogonal", "projection_cap", "clamp", "scale", "ablate"] = _flag(
+    prompt: str = flag("", "Text to continue; with --chat what the user says.")
+    feature: tuple[int, ...] = flag((), "Features to push, in this order.")
+    strength: tuple[float, ...] = flag((8.0,), "One for each feature, or one for all.")
+    mode: Literal["additive", "orthogonal", "projection_cap", "clamp", "scale", "ablate"] = flag(
         "additive", "How: see bridge.steering.Steer for the formulas."
     )
-    positions: Literal["all", "prompt", "generated", "not_special"] = _flag("all", "At which tokens.")
-    strength_multiplier: float = _flag(1.0, "Factor on strengths of additive, orthogonal and projection_cap.")
-    hook: str | None = _flag(None, "Whose features, where a run has several SAEs.")
-    max_tokens: int = _flag(64, "Tokens to generate at most.")
-    temperature: float = _flag(0.5, "Of the sampling; 0 takes the likeliest token.")
-    top_k: int | None = _flag(None, "Sample among so many likeliest tokens; none: all.")
-    seed: int = _flag(16, "Of the sampling, the same for both continuations.")
-    chat: bool = _flag(False, "The prompt is what a user says to a chat checkpoint.")
-    interactive: bool = _flag(False, "Ask for prompts, and for commands such as /steer, /top, /why.")
-    checkpoint: str | None = _flag(None, "The nanochat; none is the one the run was trained on.")
-    step: int | None = _flag(None, "Step of --checkpoint; none is the last.")
-    tokenizer: str | None = _flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
-    device: str = _flag("cpu", "Where the model runs.")
+    positions: Literal["all", "prompt", "generated", "not_special"] = flag("all", "At which tokens.")
+    strength_multiplier: float = flag(1.0, "Factor on strengths of additive, orthogonal and projection_cap.")
+    hook: str | None = flag(None, "Whose features, where a run has several SAEs.")
+    max_tokens: int = flag(64, "Tokens to generate at most.")
+    temperature: float = flag(0.5, "Of the sampling; 0 takes the likeliest token.")
+    top_k: int | None = flag(None, "Sample among so many likeliest tokens; none: all.")
+    seed: int = flag(16, "Of the sampling, the same for both continuations.")
+    chat: bool = flag(False, "The prompt is what a user says to a chat checkpoint.")
+    interactive: bool = flag(False, "Ask for prompts, and for commands such as /steer, /top, /why.")
+    checkpoint: str | None = flag(None, "The nanochat; none is the one the run was trained on.")
+    step: int | None = flag(None, "Step of --checkpoint; none is the last.")
+    tokenizer: str | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
+    device: str = flag("cpu", "Where the model runs.")
 
     def __post_init__(self) -> None:
         given, wanted = len(self.strength), len(self.feature)

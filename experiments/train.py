@@ -5,15 +5,15 @@
 A run that was stopped or killed goes on, to the same numbers, with the same flags and --resume.
 """
 
-import dataclasses
 import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from experiments import flags, rundir
+from experiments.flags import flag
 from jsae.config import Architecture, Json, SAEConfig, TrainConfig, require
 
 if TYPE_CHECKING:
@@ -21,44 +21,38 @@ if TYPE_CHECKING:
     from bridge.nanochat.corpus import Corpus
 
 
-def _flag(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class RunConfig(Json):
     """One training run, as the command line says it."""
 
-    checkpoint: str = _flag("demo", "nanochat checkpoint: a directory, a model_*.pt, or 'demo', which comes along.")
-    step: int | None = _flag(None, "Step of the checkpoint directory; none is the last.")
-    tokenizer: str | None = _flag(None, "Directory of the tokenizer; none looks beside and above the checkpoint.")
-    data: str = _flag("stdlib", "Text: stdlib, parquet shards, .jsonl[.gz] or text files, globs; comma-separated.")
-    layer: int | None = _flag(None, "Layer to read, from 0; none is half way through the model.")
-    hook_type: Literal["resid_post", "attn", "mlp"] = _flag("resid_post", "What to read there.")
-    activation: Architecture = _flag("topk", "Architecture of the SAE.")  # noqa: RUF009 - a field like the others
-    expansion_factor: int = _flag(8, "Latents per dimension of the model.")
-    k: int = _flag(32, "Active latents per token (topk).")
-    l1_coefficient: float = _flag(5.0, "Weight of the L1 penalty (relu, gated).")
-    num_activations: int = _flag(10_000_000, "Activations to train on.")
-    batch_size: int = _flag(2048, "Activations per step.")
-    learning_rate: float | None = _flag(None, "Peak rate; none is 2e-4 / sqrt(d_sae / 16384).")
-    dead_after: int | None = _flag(
-        None, "Activations without firing that make a latent dead; none: a tenth of the run."
-    )
-    resample_every: int | None = _flag(None, "Activations between resamplings of dead latents (relu, gated).")
-    seed: int = _flag(0, "Of the weights, the order of the text and the shuffle.")
-    context_size: int | None = _flag(None, "Tokens per row of text; none is the model's sequence_len.")
-    tokens_per_forward: int = _flag(2048, "Tokens in one forward pass of the model; a GPU wants 16 times as many.")
-    block_size: int = _flag(65536, "Activations that are held and shuffled together.")
-    drop_sinks: bool = _flag(True, "Leave out tokens whose norm exceeds 10 times the median.")
-    heldout_tokens: int = _flag(200_000, "Held-out tokens for the final metrics.")
-    checkpoint_every: int = _flag(1_000_000, "Activations between checkpoints.")
-    log_every: int = _flag(50, "Steps between reports.")
-    device: str = _flag("cpu", "Where both torch and jax run: cpu, cuda or cuda:N.")
-    jax_memory_fraction: float = _flag(0.4, "Part of the GPU's memory for jax; torch has the rest.")
-    output_dir: str = _flag("runs/sae", "Directory of the run.")
-    resume: bool = _flag(False, "Go on from the last checkpoint in output_dir.")
-    wandb_project: str | None = _flag(None, "Also log to this Weights & Biases project (extra [wandb]).")
+    checkpoint: str = flag("demo", "nanochat checkpoint: a directory, a model_*.pt, or 'demo', which comes along.")
+    step: int | None = flag(None, "Step of the checkpoint directory; none is the last.")
+    tokenizer: str | None = flag(None, "Directory of the tokenizer; none looks beside and above the checkpoint.")
+    data: str = flag("stdlib", "Text: stdlib, parquet shards, .jsonl[.gz] or text files, globs; comma-separated.")
+    layer: int | None = flag(None, "Layer to read, from 0; none is half way through the model.")
+    hook_type: Literal["resid_post", "attn", "mlp"] = flag("resid_post", "What to read there.")
+    activation: Architecture = flag("topk", "Architecture of the SAE.")  # noqa: RUF009 - a field like the others
+    expansion_factor: int = flag(8, "Latents per dimension of the model.")
+    k: int = flag(32, "Active latents per token (topk).")
+    l1_coefficient: float = flag(5.0, "Weight of the L1 penalty (relu, gated).")
+    num_activations: int = flag(10_000_000, "Activations to train on.")
+    batch_size: int = flag(2048, "Activations per step.")
+    learning_rate: float | None = flag(None, "Peak rate; none is 2e-4 / sqrt(d_sae / 16384).")
+    dead_after: int | None = flag(None, "Activations without firing that make a latent dead; none: a tenth of the run.")
+    resample_every: int | None = flag(None, "Activations between resamplings of dead latents (relu, gated).")
+    seed: int = flag(0, "Of the weights, the order of the text and the shuffle.")
+    context_size: int | None = flag(None, "Tokens per row of text; none is the model's sequence_len.")
+    tokens_per_forward: int = flag(2048, "Tokens in one forward pass of the model; a GPU wants 16 times as many.")
+    block_size: int = flag(65536, "Activations that are held and shuffled together.")
+    drop_sinks: bool = flag(True, "Leave out tokens whose norm exceeds 10 times the median.")
+    heldout_tokens: int = flag(200_000, "Held-out tokens for the final metrics.")
+    checkpoint_every: int = flag(1_000_000, "Activations between checkpoints.")
+    log_every: int = flag(50, "Steps between reports.")
+    device: str = flag("cpu", "Where both torch and jax run: cpu, cuda or cuda:N.")
+    jax_memory_fraction: float = flag(0.4, "Part of the GPU's memory for jax; torch has the rest.")
+    output_dir: str = flag("runs/sae", "Directory of the run.")
+    resume: bool = flag(False, "Go on from the last checkpoint in output_dir.")
+    wandb_project: str | None = flag(None, "Also log to this Weights & Biases project (extra [wandb]).")
 
     def __post_init__(self) -> None:
         for name in ("expansion_factor", "tokens_per_forward", "block_size", "heldout_tokens", "log_every"):

@@ -103,7 +103,7 @@ decode.defvjp(_decode_forward, _decode_backward)
 def pre_activations(
     x: Float[Array, "n d"], W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"], b_dec: Float[Array, " d"]
 ) -> Float[Array, "n f"]:
-    """Pre = (x - b_dec) W_enc^T + b_enc, with b_dec moved into the bias: its gradient needs no n × f × d product."""
+    """(x - b_dec) W_enc^T + b_enc, with b_dec moved into the bias: its gradient needs no n × f × d product."""
     return jnp.matmul(x, W_enc.T, preferred_element_type=jnp.float32) + (b_enc - W_enc @ b_dec)
 
 

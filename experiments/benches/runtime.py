@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.benches import timing
+from experiments.flags import flag
 
 if TYPE_CHECKING:
     from bridge.nanochat.model import GPT
@@ -24,26 +25,22 @@ BARE, TRACKED, EVERY, STEERED, SAELENS = "bare", "tracked", "tracked, read every
 HEAD_DIM = 128
 
 
-def _flag(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Config:
     """What is measured, and how often."""
 
-    depths: tuple[int, ...] = _flag((12, 20), "Layers; width is 64 times that.")
-    batches: tuple[int, ...] = _flag((1, 8), "Rows decoded together.")
-    expansion_factor: int = _flag(8, "Latents per channel.")
-    k: int = _flag(32, "Active latents per token.")
-    vocab_size: int = _flag(32768, "Tokens of the vocabulary.")
-    prompt: int = _flag(64, "Tokens in the cache before.")
-    tokens: int = _flag(16, "Tokens decoded per round.")
-    rounds: int = _flag(15, "Rounds that count, at least 2.")
-    threads: int | None = _flag(None, "Threads of torch on a CPU; none: as many as it takes by itself.")
-    device: str = _flag("auto", "auto is cuda where there is one, else cpu.")
-    saelens: bool = _flag(True, "Measure SAELens too (extra [test]).")
-    out: str = _flag("experiments/results/runtime_{device}.json", "Where the figures go.")
+    depths: tuple[int, ...] = flag((12, 20), "Layers; width is 64 times that.")
+    batches: tuple[int, ...] = flag((1, 8), "Rows decoded together.")
+    expansion_factor: int = flag(8, "Latents per channel.")
+    k: int = flag(32, "Active latents per token.")
+    vocab_size: int = flag(32768, "Tokens of the vocabulary.")
+    prompt: int = flag(64, "Tokens in the cache before.")
+    tokens: int = flag(16, "Tokens decoded per round.")
+    rounds: int = flag(15, "Rounds that count, at least 2.")
+    threads: int | None = flag(None, "Threads of torch on a CPU; none: as many as it takes by itself.")
+    device: str = flag("auto", "auto is cuda where there is one, else cpu.")
+    saelens: bool = flag(True, "Measure SAELens too (extra [test]).")
+    out: str = flag("experiments/results/runtime_{device}.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
         for name in ("tokens", "prompt", "expansion_factor", "k", "threads"):

@@ -9,7 +9,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bridge import evaluate, torch_sae
+from bridge import torch_sae
+from bridge.evaluate import Site
+from bridge.evaluate.core import finite
+from bridge.evaluate.survey import survey
 from bridge.hooks import module_name
 from experiments.report import Reporter
 from experiments.signals import stop_requests
@@ -101,7 +104,6 @@ def finish(
     nano: "Nanochat",
     hook: str,
     heldout: "Corpus",
-    rows: int,
 ) -> None:
     """Exports the SAE, measures the export on held-out text, and says where everything lies."""
     folder = run / "sae" / hook
@@ -124,26 +126,13 @@ def finish(
     export.write(folder, state.sae.config, saes.weights(state.sae), float(state.scale), metadata)
     shipped = torch_sae.load(folder, nano.model.lm_head.weight.device)
     needed = -(-config.heldout_tokens // heldout.row_len)
-    batches = _stacked(heldout.one_pass(needed), rows)
-    sums = evaluate.reconstruction(
-        nano.model, shipped, batches, hook, bos_token_id=nano.tokenizer.bos_token_id, drop_sinks=config.drop_sinks
-    )
+    site = Site(nano.model, hook, nano.tokenizer.bos_token_id, config.drop_sinks, config.tokens_per_forward)
+    sums = survey(site, shipped, site.batches(np.stack(list(heldout.one_pass(needed))))).sums
     export.write_sparsity(folder, metrics.density(sums))
     summary = {name: value for name, value in metrics.summarize(sums).items() if name != "loss"}
-    (run / "eval.json").write_text(json.dumps({hook: summary}, indent=2) + "\n", encoding="utf-8")
+    told = json.dumps(finite({hook: summary}), indent=2, allow_nan=False)
+    (run / "eval.json").write_text(told + "\n", encoding="utf-8")
     _tell(run, folder, hook, summary)
-
-
-def _stacked(rows: Any, n: int) -> Any:
-    """Rows in batches of n; the last one may be smaller."""
-    batch: list[np.ndarray] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == n:
-            yield np.stack(batch)
-            batch = []
-    if batch:
-        yield np.stack(batch)
 
 
 def _tell(run: Path, folder: Path, hook: str, summary: dict[str, float]) -> None:

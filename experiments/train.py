@@ -126,7 +126,7 @@ def main(config: RunConfig) -> int:
         command = " ".join(a for a in sys.argv[1:] if a != "--resume")
         print(f"stopped and saved; go on with: python -m experiments.train {command} --resume")
         return 0
-    finish(run, config, state, nano, hook, heldout, rows)
+    finish(run, config, state, nano, hook, heldout)
     print(f"took {time.perf_counter() - started:.0f} s in all")
     return 0
 
@@ -170,6 +170,11 @@ def _texts(config: RunConfig, nano: "Nanochat") -> tuple["Corpus", "Corpus"]:
     train, heldout = (
         Corpus(config.data, nano.tokenizer, split=split, row_len=row_len, seed=config.seed)
         for split in ("train", "heldout")
+    )
+    require(
+        next(heldout.one_pass(1), None) is not None,
+        f"the held-out part of {config.data!r} is shorter than one row of {row_len} tokens, and the trained SAE is "
+        "measured on it: give more text, or a smaller --context_size",
     )
     return train, heldout
 

@@ -279,6 +279,16 @@ def test_empty_text_is_refused(tmp_path):
     assert "no document" in done.stderr or "no text" in done.stderr
 
 
+def test_held_out_text_that_is_too_short_to_measure_on_is_refused_before_training(text, tmp_path):
+    (tmp_path / "short").mkdir()
+    for i in range(60):
+        (tmp_path / "short" / f"{i}.py").write_text(f"x = {i}\n")
+    done = run_to_the_end(tmp_path / "run", tmp_path / "short", context_size=512)
+    assert done.returncode == 1
+    assert "shorter than one row of 512 tokens" in done.stderr
+    assert not steps(tmp_path / "run")
+
+
 def test_a_tokenizer_of_another_vocabulary_is_refused(goldens, text, tmp_path):
     (other,) = goldens.glob("basedir-*/nanochat/tokenizer")
     done = run_to_the_end(tmp_path / "run", text, tokenizer=other)

@@ -128,7 +128,9 @@ class _Folder:
         self.path = Path(path)
         file = self.path / self._file
         if not file.is_file():
-            raise FileNotFoundError(f"no records at {self.path}: `python -m experiments.explore --run_dir=…` makes them")
+            raise FileNotFoundError(
+                f"no records at {self.path}: `python -m experiments.explore --run_dir=…` makes them"
+            )
         try:
             told = json.loads(file.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -197,7 +199,11 @@ class Texts(_Folder):
     def vocabulary(self) -> list[bytes]:
         """The bytes of every token."""
         data, offsets = self._column("token_bytes").tobytes(), self._column("token_offsets").tolist()
-        if offsets[0] != 0 or offsets[-1] != len(data) or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+        if (
+            offsets[0] != 0
+            or offsets[-1] != len(data)
+            or any(a > b for a, b in zip(offsets, offsets[1:], strict=False))
+        ):
             raise StoreError(f"{self.path}: token_offsets do not partition token_bytes: gather the records anew")
         return [data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
 

@@ -2,19 +2,22 @@
 
     records/texts/   texts.json, tokens.npy, token_offsets.npy, token_bytes.npy
     records/HOOK/    records.json, and one .npy for each column of `COLUMNS`
+    records/HOOK/all/   all.json, and the columns of `ALL_COLUMNS`: every activation by latent; may be left out
 
 Every context is a pointer (row, position) into the one token array that all hooks of a run share. Axes: R rows of T
 tokens, V tokens of the vocabulary, f latents, E examples, A activations within the examples' rows, L logits kept,
-B bins, N neighbours kept.
+B bins, N neighbours kept, M activations in all.
 """
 
+import codecs
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -47,7 +50,7 @@ COLUMNS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "activation_offsets": ("int64", ("E+1",)),  # where the example's latent fires in the example's row
     "activation_position": ("uint16", ("A",)),
     "activation_value": ("float32", ("A",)),
-    "top_logits": ("uint16", ("f", "L")),  # token ids, the most raised first
+    "top_logits": ("uint16", ("f", "L")),  # token ids, the most raised first; values with `direct_path` in them
     "top_logit_values": ("float32", ("f", "L")),
     "bottom_logits": ("uint16", ("f", "L")),  # the most lowered first
     "bottom_logit_values": ("float32", ("f", "L")),
@@ -64,7 +67,13 @@ COLUMNS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "channel_pearson": ("float32", ("f", "3")),
     "channel_cosine": ("float32", ("f", "3")),
 }
-"""Columns: dtype and axes. Padding of a list that is shorter than its axis: the latent itself, or token 0, value NaN."""
+"""Columns: dtype and axes. A list that is shorter than its axis is padded: the latent itself or number 0, value NaN."""
+
+ALL_COLUMNS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "offsets": ("int64", ("f+1",)),  # activations of latent i: offsets[i] to offsets[i + 1], in the order of the text
+    "cell": ("uint32", ("M",)),  # row * T + position
+    "value": ("float16", ("M",)),  # above 65504 it is that
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +117,17 @@ class Header(Json):
     """How the records were gathered: num_tokens, per_group and so on."""
 
 
+@dataclasses.dataclass(frozen=True)
+class AllHeader(Json):
+    """What `all.json` says."""
+
+    version: int
+    d_sae: int
+    rows: int
+    row_length: int
+    sae_sha256: str
+
+
 class StoreError(ValueError):
     """A store that is of another version, of another SAE, or broken."""
 
@@ -119,10 +139,11 @@ def digest(export: Path) -> str:
 
 
 class _Folder:
-    """Columns in a folder, mapped when first asked for."""
+    """Columns in a folder, mapped when first asked for and checked then."""
 
     _columns: Mapping[str, tuple[str, tuple[str, ...]]]
     _file: str
+    _header: type[Any]
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -138,26 +159,71 @@ class _Folder:
         version = told.get("version") if isinstance(told, dict) else told
         if version != VERSION:
             raise StoreError(f"{file} is of version {version!r}, this program reads {VERSION}: gather the records anew")
-        self._told = told
+        try:
+            self.header = self._header.from_json(told)
+        except ValueError as error:
+            raise StoreError(f"{file}: {error}: gather the records anew") from error
+        for field in dataclasses.fields(self.header):
+            value = getattr(self.header, field.name)
+            if field.type is int and not (type(value) is int and value >= 0):
+                raise StoreError(f"{file}: {field.name} is {value!r}, but must be a whole number")
+        self._cache: dict[str, np.ndarray] = {}
 
     def _sizes(self) -> dict[str, int]:
+        """The lengths of axes that the header says."""
         raise NotImplementedError
 
-    def _column(self, name: str) -> np.ndarray:
-        """One column, checked against what it must be."""
-        dtype, axes = self._columns[name]
+    def _below(self) -> dict[str, int]:
+        """Columns of pointers, and what each must be below."""
+        return {}
+
+    _partitions: ClassVar[Mapping[str, str]] = {}
+    """Columns of offsets, and the columns they cut into parts."""
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A column, mapped, its shape and pointers checked once."""
+        if name not in self._cache:
+            column = self._mapped(name)
+            self._check_shape(name, column)
+            self._check_pointers(name, column)
+            self._cache[name] = column
+        return self._cache[name]
+
+    def _mapped(self, name: str) -> np.ndarray:
         file = self.path / f"{name}.npy"
         try:
-            found = np.load(file, mmap_mode="r", allow_pickle=False)
+            return np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise StoreError(f"{file} is missing or broken ({error}): gather the records anew") from error
-        sizes = self._sizes()
-        fits = len(axes) == found.ndim and all(
-            sizes.get(axis, found.shape[i]) == found.shape[i] for i, axis in enumerate(axes)
-        )
-        if found.dtype != dtype or not fits:
-            raise StoreError(f"{file} is {found.dtype}{found.shape}, expected {dtype}({', '.join(axes)}) of {sizes}")
-        return found
+
+    def _check_shape(self, name: str, column: np.ndarray) -> None:
+        dtype, axes = self._columns[name]
+        sizes = [self._length(axis) for axis in axes]
+        if column.dtype != dtype or list(column.shape) != sizes:
+            raise StoreError(
+                f"{self.path / name}.npy is {column.dtype}{column.shape}, expected {dtype}{tuple(sizes)}, "
+                f"({', '.join(axes)}): gather the records anew"
+            )
+
+    def _length(self, axis: str) -> int:
+        """The length of an axis: what the header says, or that of the first column which has it."""
+        known = self._sizes()
+        if axis in known:
+            return known[axis]
+        if axis.endswith("+1"):
+            return self._length(axis.removesuffix("+1")) + 1
+        first, axes = next((name, axes) for name, (_, axes) in self._columns.items() if axis in axes)
+        shape = self._mapped(first).shape
+        return shape[axes.index(axis)] if len(shape) == len(axes) else -1
+
+    def _check_pointers(self, name: str, column: np.ndarray) -> None:
+        below = self._below().get(name)
+        if below is not None and column.size and int(column.max()) >= below:
+            raise StoreError(f"{self.path}: {name} holds {int(column.max())}, but must be below {below}")
+        if name in self._partitions:
+            end = self._length(self._columns[self._partitions[name]][1][0])
+            if column[0] != 0 or column[-1] != end or (column[:-1] > column[1:]).any():
+                raise StoreError(f"{self.path}: {name} does not partition {self._partitions[name]}: gather anew")
 
 
 def _write(folder: Path, file: str, header: Json, columns: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> None:
@@ -180,32 +246,45 @@ class Texts(_Folder):
       StoreError: of another version, or broken.
     """
 
-    _columns, _file = TEXT_COLUMNS, "texts.json"
+    _columns, _file, _header = TEXT_COLUMNS, "texts.json", TextsHeader
+    _partitions: ClassVar = {"token_offsets": "token_bytes"}
 
-    def __init__(self, path: str | Path):
-        super().__init__(path)
-        self.header = TextsHeader.from_json(self._told)
+    header: TextsHeader
 
     def _sizes(self) -> dict[str, int]:
         header = self.header
-        return {"R": header.rows, "T": header.row_length, "V+1": header.vocab_size + 1}
+        return {"R": header.rows, "T": header.row_length, "V": header.vocab_size}
 
-    @cached_property
+    def _below(self) -> dict[str, int]:
+        return {"tokens": self.header.vocab_size}
+
+    @property
     def tokens(self) -> np.ndarray:
         """uint16 (R, T)."""
-        return self._column("tokens")
+        return self["tokens"]
 
     @cached_property
     def vocabulary(self) -> list[bytes]:
         """The bytes of every token."""
-        data, offsets = self._column("token_bytes").tobytes(), self._column("token_offsets").tolist()
-        if (
-            offsets[0] != 0
-            or offsets[-1] != len(data)
-            or any(a > b for a, b in zip(offsets, offsets[1:], strict=False))
-        ):
-            raise StoreError(f"{self.path}: token_offsets do not partition token_bytes: gather the records anew")
-        return [data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+        data, offsets = self["token_bytes"].tobytes(), self["token_offsets"].tolist()
+        return [data[a:b] for a, b in itertools.pairwise(offsets)]
+
+    @cached_property
+    def words(self) -> list[str]:
+        """Every token by itself; bytes that are no UTF-8, such as a part of a character, are U+FFFD."""
+        return [piece.decode("utf-8", "replace") for piece in self.vocabulary]
+
+    def spell(self, ids: Iterable[int]) -> list[str]:
+        """Tokens that follow each other, one string each, which together are the text.
+
+        A character that is split over tokens stands with the token that completes it; the others of its tokens are "".
+        Bytes that complete no character are U+FFFD.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        strings = [decoder.decode(self.vocabulary[i]) for i in ids]
+        if strings:
+            strings[-1] += decoder.decode(b"", final=True)
+        return strings
 
     @staticmethod
     def write(folder: Path, header: TextsHeader, tokens: np.ndarray, vocabulary: list[bytes]) -> None:
@@ -216,6 +295,36 @@ class Texts(_Folder):
             "token_bytes": np.frombuffer(b"".join(vocabulary), np.uint8),
         }
         _write(folder, Texts._file, header, columns, TEXT_COLUMNS)
+
+
+class Activations(_Folder):
+    """Every activation above 0, by latent: the folder `all` of a store.
+
+    Raises:
+      FileNotFoundError: they were not kept.
+      StoreError: of another version, or broken.
+    """
+
+    _columns, _file, _header = ALL_COLUMNS, "all.json", AllHeader
+    _partitions: ClassVar = {"offsets": "cell"}
+
+    header: AllHeader
+
+    def _sizes(self) -> dict[str, int]:
+        return {"f": self.header.d_sae}
+
+    def _below(self) -> dict[str, int]:
+        return {"cell": self.header.rows * self.header.row_length}
+
+    def of(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where a latent fires, cells (row * T + position) in rising order, and how strongly."""
+        start, end = (int(self["offsets"][latent + i]) for i in (0, 1))
+        return self["cell"][start:end], self["value"][start:end]
+
+    @staticmethod
+    def write(folder: Path, header: AllHeader, columns: Mapping[str, np.ndarray]) -> None:
+        """Writes the columns of `ALL_COLUMNS`."""
+        _write(folder, Activations._file, header, columns, ALL_COLUMNS)
 
 
 class Store(_Folder):
@@ -230,11 +339,13 @@ class Store(_Folder):
       StoreError: of another version or SAE, or broken; pointers out of range are found when their column is asked for.
     """
 
-    _columns, _file = COLUMNS, "records.json"
+    _columns, _file, _header = COLUMNS, "records.json", Header
+    _partitions: ClassVar = {"example_offsets": "example_row", "activation_offsets": "activation_position"}
+
+    header: Header
 
     def __init__(self, path: str | Path, sae_sha256: str | None = None):
         super().__init__(path)
-        self.header = Header.from_json(self._told)
         self.texts = Texts(self.path.parent / "texts")
         found = self.header.sae_sha256
         if sae_sha256 is not None and found != sae_sha256:
@@ -242,23 +353,14 @@ class Store(_Folder):
                 f"the records at {self.path} are of the SAE {found[:12]}, not of {sae_sha256[:12]}: "
                 "it was trained again since; gather the records anew"
             )
-        self._cache: dict[str, np.ndarray] = {}
 
     def _sizes(self) -> dict[str, int]:
-        return {"f": self.header.d_sae, "f+1": self.header.d_sae + 1, "2": 2, "3": 3, "6": 6}
+        return {"f": self.header.d_sae, "2": 2, "3": 3, "6": 6}
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        """A column, mapped and checked once."""
-        if name not in self._cache:
-            column = self._column(name)
-            self._check_pointers(name, column)
-            self._cache[name] = column
-        return self._cache[name]
-
-    def _check_pointers(self, name: str, column: np.ndarray) -> None:
-        """Raises StoreError for a pointer that points nowhere."""
+    def _below(self) -> dict[str, int]:
         texts, f = self.texts.header, self.header.d_sae
-        below = {
+        return {
+            "example_group": NON_ACTIVATING + 1,
             "example_row": texts.rows,
             "example_position": texts.row_length,
             "activation_position": texts.row_length,
@@ -268,14 +370,12 @@ class Store(_Folder):
             "together": f,
             "channels": self.header.d_in,
             "correlated_channels": self.header.d_in,
-        }.get(name)
-        if below is not None and column.size and int(column.max()) >= below:
-            raise StoreError(f"{self.path}: {name} holds {int(column.max())}, but must be below {below}")
-        ends = {"example_offsets": "example_row", "activation_offsets": "activation_position"}.get(name)
-        if ends is not None:
-            whole = column[0] == 0 and column[-1] == len(self[ends]) and (np.diff(column) >= 0).all()
-            if not whole:
-                raise StoreError(f"{self.path}: {name} does not partition {ends}: gather the records anew")
+        }
+
+    @cached_property
+    def all(self) -> Activations:
+        """Every activation above 0. Raises FileNotFoundError where they were not kept."""
+        return Activations(self.path / "all")
 
     def examples(self, latent: int) -> range:
         """The examples of a latent, as indices into the example columns."""

@@ -1,0 +1,272 @@
+"""A run with records that fit on a page: eight latents of eight kinds on hostile text, always the same.
+
+Written as plainly as can be, so that what gathers records in earnest can be held against it (`columns`).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from jsae import export
+from jsae.config import SAEConfig
+from jsae.store import (
+    NON_ACTIVATING,
+    TOP,
+    VERSION,
+    Activations,
+    AllHeader,
+    Header,
+    Store,
+    Texts,
+    TextsHeader,
+    digest,
+)
+
+HOOK = "blocks.2.hook_resid_post"
+ORDINARY, DEAD, DENSE, HOSTILE, BLANKS, SPLIT, EMPTY, ONCE = range(8)
+"""What each latent fires on: ` cat`; nothing; every token; a script tag and its like; newline, tab and NUL; both halves
+of é; the token without bytes; a single token of the text."""
+
+WORDS = [" the", " cat", " sat", " on", " mat", "\n", "\t", "\0", "<script>alert(1)</script>", "&amp;", '"', "'", " 語"]
+VOCABULARY = [
+    *(word.encode() for word in WORDS),
+    "é".encode()[:1],
+    "é".encode()[1:],
+    b"",
+    b"\xed\xa0\x80",  # a surrogate, which is no UTF-8
+    b" once",
+    b"<|bos|>",
+    b"<|user_start|>",
+]
+ID = {word: i for i, word in enumerate(WORDS)} | {
+    "é0": 13,
+    "é1": 14,
+    "": 15,
+    "surrogate": 16,
+    " once": 17,
+    "<|bos|>": 18,
+    "<|user_start|>": 19,
+}
+ROWS, LENGTH, D_IN, D_SAE = 40, 12, 8, 8
+LOGITS, BINS, NEAREST, EACH = 6, 50, 4, 3
+
+
+def tokens() -> np.ndarray:
+    """The text, (ROWS, LENGTH) uint16: BOS first, once again in the middle of row 3, ` once` in row 7 alone."""
+    rng = np.random.default_rng(0)
+    chance = np.ones(17)
+    chance[:5] = 5
+    rows = rng.choice(17, (ROWS, LENGTH), p=chance / chance.sum())
+    for row in rows[::2]:  # the halves of é belong together
+        at = rng.integers(1, LENGTH - 1)
+        row[at : at + 2] = ID["é0"], ID["é1"]
+    rows[:, 0] = ID["<|bos|>"]
+    rows[3, 5] = ID["<|bos|>"]
+    rows[5, 4] = ID["<|user_start|>"]
+    rows[7, 9] = ID[" once"]
+    return rows.astype(np.uint16)
+
+
+def activations(text: np.ndarray) -> np.ndarray:
+    """(ROWS, LENGTH, D_SAE) float32, 0 where BOS stands; every second value has its equal somewhere."""
+    rng = np.random.default_rng(1)
+    on = {
+        ORDINARY: [" cat"],
+        HOSTILE: ["<script>alert(1)</script>", "&amp;", '"', "'"],
+        BLANKS: ["\n", "\t", "\0"],
+        SPLIT: ["é0", "é1"],
+        EMPTY: [""],
+        ONCE: [" once"],
+    }
+    acts = np.zeros((*text.shape, D_SAE), np.float32)
+    for latent, words in on.items():
+        fires = np.isin(text, [ID[word] for word in words])
+        acts[fires, latent] = rng.integers(1, 40, fires.sum()) / 4
+    acts[..., DENSE] = 0.5 + rng.integers(0, 40, text.shape) / 8
+    acts[text == ID["<|bos|>"]] = 0
+    return acts
+
+
+def write_store(folder: Path, hook: str = HOOK, everything: bool = True, seed: int = 0) -> Path:
+    """Writes a run of one hook: config.json, labels.json, sae/HOOK, explorer/records. Gives the path of its store.
+
+    May be called again for another hook of the same run.
+
+    Args:
+      folder: the run directory.
+      hook: the SAE's.
+      everything: whether all activations are kept, beside those of the examples.
+      seed: of the SAE's weights.
+    """
+    place = folder / "sae" / hook
+    weights = _weights(seed)
+    metadata = {"hook_name": hook, "model_name": "nanochat-toy", "model_fingerprint": "ab" * 32, "context_size": LENGTH}
+    export.write(place, SAEConfig("topk", D_IN, D_SAE, k=2), weights, 1.0, metadata)
+    text = tokens()
+    acts = activations(text)
+    records = folder / "explorer" / "records"
+    header = TextsHeader(
+        version=VERSION,
+        rows=ROWS,
+        row_length=LENGTH,
+        vocab_size=len(VOCABULARY),
+        bos=ID["<|bos|>"],
+        special=[ID["<|bos|>"], ID["<|user_start|>"]],
+        dataset="toy <b>text</b>",
+        split="all",
+        model="nanochat-toy",
+        fingerprint="ab" * 32,
+        seed=0,
+    )
+    Texts.write(records / "texts", header, text, VOCABULARY)
+    found = Header(
+        version=VERSION,
+        hook=hook,
+        layer=int(hook.split(".")[1]),
+        d_in=D_IN,
+        d_sae=D_SAE,
+        architecture="topk",
+        sae_sha256=digest(place),
+        tokens=int((text != ID["<|bos|>"]).sum()),
+        direct_path=0.5,
+        duplicate_rows=0,
+        settings={"num_tokens": text.size, "context_length": LENGTH, "data": "toy", "split": "all", "seed": 0},
+    )
+    Store.write(records / hook, found, columns(text, acts) | _of_weights(weights["W_dec"]))
+    if everything:
+        _write_all(records / hook / "all", acts, found.sae_sha256)
+    _write_labels(folder, hook)
+    return records / hook
+
+
+def columns(text: np.ndarray, acts: np.ndarray) -> dict[str, np.ndarray]:
+    """What is counted, one latent after the other; the first that fit are the sample of a group."""
+    counted = text != ID["<|bos|>"]
+    found: dict[str, list] = {name: [] for name in ("count", "max", "mean", "hist_range", "hist", "group_share")}
+    examples: list[list[tuple]] = []
+    for latent in range(D_SAE):
+        values = acts[..., latent][acts[..., latent] > 0]
+        top = values.max(initial=0)
+        found["count"].append(len(values))
+        found["max"].append(top)
+        found["mean"].append(values.mean(dtype=float) if len(values) else 0)
+        found["hist_range"].append([values.min(), top] if len(values) else [0, 0])
+        found["hist"].append(np.histogram(values, BINS, found["hist_range"][-1])[0] if len(values) else [0] * BINS)
+        interval = np.array([_interval(v, top) for v in values], int)
+        found["group_share"].append(
+            [np.sum(interval == k) / counted.sum() if k else len(values) / counted.sum() for k in range(6)]
+        )
+        examples.append(_examples(acts[..., latent], counted))
+    fires = (acts > 0).reshape(-1, D_SAE).astype(float)
+    both = fires.T @ fires
+    np.fill_diagonal(both, -1)
+    together = np.argsort(-both, axis=1, kind="stable")[:, :NEAREST]
+    counts = np.maximum(found["count"], 1)[:, None]
+    share = np.take_along_axis(both, together, 1) / counts
+    none = share == 0
+    own = np.broadcast_to(np.arange(D_SAE)[:, None], none.shape)
+    flat = [example for group in examples for example in group]
+    fired = [np.flatnonzero(acts[row, :, i]) for i, group in enumerate(examples) for _, row, _, _ in group]
+    strong = [acts[row, :, i][acts[row, :, i] > 0] for i, group in enumerate(examples) for _, row, _, _ in group]
+    return {
+        **{name: np.array(values) for name, values in found.items()},
+        "example_offsets": np.cumsum([0, *map(len, examples)]),
+        **{
+            f"example_{name}": np.array([example[i] for example in flat])
+            for i, name in enumerate(("group", "row", "position", "value"))
+        },
+        "activation_offsets": np.cumsum([0, *map(len, fired)]),
+        "activation_position": np.concatenate(fired),
+        "activation_value": np.concatenate(strong),
+        "together": np.where(none, own, together),
+        "together_share": np.where(none, np.nan, share),
+    }
+
+
+def _interval(value: float, top: float) -> int:
+    """1 for the uppermost fifth of [0, top], 5 for the lowest."""
+    return int(6 - np.clip(np.searchsorted(np.linspace(0, top, 6), value, side="right"), 1, 5))
+
+
+def _examples(values: np.ndarray, counted: np.ndarray) -> list[tuple[int, int, int, float]]:
+    """(group, row, position, value) of one latent: three strongest rows, then up to three in each interval."""
+    strongest = values.max(1)
+    top = strongest.max()
+    if top == 0:
+        return []
+    order = [int(row) for row in np.argsort(-strongest, kind="stable") if strongest[row] > 0]
+    chosen = [(TOP, row) for row in order[:EACH]]
+    for k in range(1, 6):
+        chosen += [(k, row) for row in order[EACH:] if _interval(strongest[row], top) == k][:EACH]
+    found = [(group, row, int(values[row].argmax()), float(strongest[row])) for group, row in chosen]
+    quiet = np.flatnonzero(strongest == 0)[:EACH]
+    return found + [(NON_ACTIVATING, int(row), int(np.flatnonzero(counted[row])[0]), 0.0) for row in quiet]
+
+
+def _weights(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    W_dec = rng.standard_normal((D_SAE, D_IN))
+    W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
+    zeros = {"b_enc": np.zeros(D_SAE), "b_dec": np.zeros(D_IN)}
+    return {"W_enc": W_dec.copy(), "W_dec": W_dec} | zeros
+
+
+def _of_weights(W_dec: np.ndarray) -> dict[str, np.ndarray]:
+    """What is read off the decoder, with an unembedding of its own."""
+    logits = 0.5 * W_dec @ np.random.default_rng(2).standard_normal((D_IN, len(VOCABULARY)))
+    down = np.argsort(-logits, axis=1)
+    cosines = W_dec @ W_dec.T
+    np.fill_diagonal(cosines, -2)
+    near = np.argsort(-cosines, axis=1)[:, :NEAREST]
+    channels = np.argsort(-W_dec, axis=1)[:, :3]
+    ends = np.stack([logits.min(1), logits.max(1)], 1)
+    entries = np.take_along_axis(W_dec, channels, 1)
+    return {
+        "top_logits": down[:, :LOGITS],
+        "top_logit_values": np.take_along_axis(logits, down[:, :LOGITS], 1),
+        "bottom_logits": down[:, ::-1][:, :LOGITS],
+        "bottom_logit_values": np.take_along_axis(logits, down[:, ::-1][:, :LOGITS], 1),
+        "logit_range": ends,
+        "logit_hist": np.stack([np.histogram(row, BINS, tuple(end))[0] for row, end in zip(logits, ends, strict=True)]),
+        "neighbours": near,
+        "neighbour_cosines": np.take_along_axis(cosines, near, 1),
+        "channels": channels,
+        "channel_values": entries,
+        "channel_shares": abs(entries) / abs(W_dec).sum(1, keepdims=True),
+        "correlated_channels": channels,
+        "channel_pearson": 0.9 * entries,
+        "channel_cosine": 0.8 * entries,
+    }
+
+
+def _write_all(folder: Path, acts: np.ndarray, sae_sha256: str) -> None:
+    latent, cell = acts.reshape(-1, D_SAE).T.nonzero()
+    everything = {
+        "offsets": np.searchsorted(latent, np.arange(D_SAE + 1)),
+        "cell": cell,
+        "value": acts.reshape(-1, D_SAE)[cell, latent],
+    }
+    Activations.write(folder, AllHeader(VERSION, D_SAE, ROWS, LENGTH, sae_sha256), everything)
+
+
+def _write_labels(folder: Path, hook: str) -> None:
+    """labels.json as the evaluation writes it, and the config.json of a run."""
+    names = ["token ' cat'", None, "any token", "token '<script>alert(1)</script>'", None, None, None, "token ' once'"]
+    numbers = {"f1": 0.5, "precision": 0.5, "recall": 0.5, "n": 10, "threshold": 0.25}
+    table = {
+        str(i): {"label": name} | (numbers if name else dict.fromkeys(numbers) | {"n": 0})
+        for i, name in enumerate(names)
+    }
+    file = folder / "labels.json"
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(kept | {hook: table}))
+    flags = {
+        "checkpoint": "demo",
+        "step": None,
+        "tokenizer": None,
+        "data": "stdlib",
+        "context_size": LENGTH,
+        "drop_sinks": True,
+    }
+    (folder / "config.json").write_text(json.dumps({"flags": flags, "facts": {}, "versions": {}}))

@@ -1,0 +1,191 @@
+"""Names of latents: what the evaluation found, and what people wrote; people's names come first."""
+
+import dataclasses
+import json
+import os
+import unicodedata
+import warnings
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+LONGEST_LABEL = 512
+"""Characters of a label: Neuronpedia takes no longer explanation."""
+LONGEST_NOTE = 10_000
+_LARGEST_FILE = 2**28
+_LARGEST_LATENT = 2**31
+_FIELDS = ("hook", "latent", "label", "note", "time")
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """What a latent is called. The numbers are of an automatic label, as `bridge.evaluate.labels.Label` tells."""
+
+    label: str
+    note: str = ""
+    by_person: bool = False
+    f1: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+
+
+class Names:
+    """The names of the latents of one SAE; latents without one are not in it.
+
+    A label that a person gave hides the automatic one, its F1 included; a note alone leaves it as it is.
+    """
+
+    def __init__(self, automatic: Mapping[int, Name], notes: Mapping[int, Mapping[str, Any]]):
+        self._names = dict(automatic)
+        for latent, line in notes.items():
+            known = self._names.get(latent, Name(""))
+            if line["label"]:
+                known = Name(line["label"], by_person=True)
+            self._names[latent] = dataclasses.replace(known, note=line["note"])
+
+    @classmethod
+    def read(cls, run: str | Path, hook: str) -> "Names":
+        """The names of a run's latents at a hook: of `labels.json`, and of `explorer/notes.jsonl` over them.
+
+        Both files may be absent.
+
+        Raises:
+          ValueError: labels.json is broken, or notes.jsonl is no notes at all (too large, not UTF-8).
+        """
+        return cls(_automatic(Path(run) / "labels.json", hook), _last(notes(run), hook))
+
+    def __getitem__(self, latent: int) -> Name:
+        """What is known of a latent; a `Name` without a label where nothing is."""
+        return self._names.get(latent, Name(""))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def label(self, latent: int) -> str:
+        """The label of a latent, "" if it has none."""
+        return self[latent].label
+
+
+def notes_file(run: str | Path) -> Path:
+    """Where people's names are kept: a JSON object per line, the last of a latent counts."""
+    return Path(run) / "explorer" / "notes.jsonl"
+
+
+def notes(run: str | Path) -> list[dict[str, Any]]:
+    """All lines that people wrote, in their order. Lines that are no notes are left out with a warning.
+
+    Raises:
+      ValueError: the file is larger than a quarter of a GiB, or not UTF-8.
+    """
+    file = notes_file(run)
+    if not file.is_file():
+        return []
+    if file.stat().st_size > _LARGEST_FILE:
+        raise ValueError(f"{file} has {file.stat().st_size:,} bytes: too many for notes, move it away")
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}): repair it, or move it away") from error
+    found = []
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict):
+                raise ValueError(f"expected an object, got {type(line).__name__}")
+            found.append(_checked(**{name: line.get(name, "") for name in _FIELDS}))
+        except (ValueError, RecursionError) as error:
+            warnings.warn(f"{file}, line {number} is left out: {str(error) or 'nested too deep'}", stacklevel=2)
+    return found
+
+
+def append(run: str | Path, hook: str, latent: int, label: str, note: str = "") -> dict[str, Any]:
+    """Keeps what a person calls a latent; the line is on the disk when this returns, whole or not at all.
+
+    Args:
+      run: the run's directory.
+      hook: whose latent.
+      latent: its number.
+      label: its name; "" removes the one that a person gave.
+      note: anything else.
+
+    Returns:
+      The line as it was written: hook, latent, label, note, time (ISO 8601, UTC).
+
+    Raises:
+      ValueError: a text that is too long, has control characters or lone surrogates; a latent that is no number.
+    """
+    line = _checked(hook, latent, label, note, datetime.now(UTC).isoformat(timespec="seconds"))
+    file = notes_file(run)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    data = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
+    with open(descriptor, "r+b", buffering=0) as opened:  # noqa: PTH123
+        if opened.seek(0, os.SEEK_END):
+            opened.seek(-1, os.SEEK_END)
+            if opened.read(1) != b"\n":  # a writer was killed in the middle of its line: it stays alone
+                data = b"\n" + data
+        opened.write(data)  # one write to a file opened for appending: lines of several writers do not mix
+        os.fsync(descriptor)
+    return line
+
+
+def _checked(hook: Any, latent: Any, label: Any, note: Any, time: Any) -> dict[str, Any]:
+    """A line as it may stand in the file."""
+    if isinstance(latent, bool) or not isinstance(latent, int) or not 0 <= latent < _LARGEST_LATENT:
+        raise ValueError(f"latent is {_short(latent)}: expected a number from 0")
+    texts = {"hook": (hook, 200), "label": (label, LONGEST_LABEL), "note": (note, LONGEST_NOTE), "time": (time, 64)}
+    for name, (text, longest) in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is {_short(text)}: expected a text")
+        if len(text) > longest:
+            raise ValueError(f"{name} has {len(text):,} characters: at most {longest:,} are kept")
+        odd = next(
+            (c for c in text if unicodedata.category(c) in ("Cc", "Cs") and (c not in "\n\t" or name != "note")), ""
+        )
+        if odd:
+            raise ValueError(
+                f"{name} has the character U+{ord(odd):04X}: control characters and surrogates are refused"
+            )
+    if not hook:
+        raise ValueError("hook is empty: expected the name of one, as in blocks.2.hook_resid_post")
+    return {"hook": hook, "latent": latent, "label": label.strip(), "note": note.strip(), "time": time}
+
+
+def _last(lines: list[dict[str, Any]], hook: str) -> dict[int, dict[str, Any]]:
+    return {line["latent"]: line for line in lines if line["hook"] == hook}
+
+
+def _automatic(file: Path, hook: str) -> dict[int, Name]:
+    """The labels that an evaluation wrote, {hook: {latent: {label, f1, …}}}."""
+    if not file.is_file():
+        return {}
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        table = told.get(hook, {})
+        found = {int(latent): _of_table(line) for latent, line in table.items() if line["label"]}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} is broken ({what}): `python -m experiments.evaluate` writes it anew") from error
+    return found
+
+
+def _of_table(line: Mapping[str, Any]) -> Name:
+    label = line["label"]
+    if not isinstance(label, str):
+        raise TypeError(f"a label is {_short(label)}")
+    numbers = {name: line.get(name) for name in ("f1", "precision", "recall")}
+    for name, value in numbers.items():
+        if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
+            raise ValueError(f"{name} is {_short(value)}, expected 0 to 1")
+    return Name(label.encode("utf-8", "replace").decode(), **numbers)
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "…"

@@ -1,0 +1,322 @@
+"""The records of a run as a page that opens from the disk, without a server and without a network.
+
+    explorer/index.html, explorer.css, *.js       the page itself, the same for every run
+             manifest.js, vocabulary.js           what the run is; the bytes of every token
+             list-H.js                            a line per latent of hook number H
+             shard-H-S.js                         all about the latents S * 64 to S * 64 + 63 of hook number H
+             texts-N.js                           the tokens that the examples show, all hooks' together
+
+A page from the disk may not read files, but it may load scripts: each of these calls `jsae.put(name, data)`. Columns
+are base64 of little-endian numbers. What is shown of a text shrinks until a page needs at most `BYTES_PER_LATENT`.
+"""
+
+import base64
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge.explorer.labels import Names
+from jsae.store import TOP, Store, Texts, digest
+
+BYTES_PER_LATENT = 19_000
+"""So that 500 latents take less than 10 MB; a smaller SAE may take as much as one of 500."""
+RADII = (128, 96, 64, 48, 32, 24, 16, 12, 8)
+"""Tokens that may be shown on either side of an example's strongest one, the first that fits."""
+SHARD = 64
+_CHUNK = 2**19  # tokens of a file of texts
+_BEFORE, _AFTER = 8, 11  # tokens of a snippet in the list
+_LOGITS = 8  # of a latent in the list
+_PEAKS = 6  # distinct tokens on which it is strongest, in the list
+_DATA = ("manifest.js", "vocabulary.js", "list-*.js", "shard-*.js", "texts-*.js")
+
+
+def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
+    """Writes the page of a run's records; gives the path of its `index.html`. The same records give the same bytes.
+
+    Args:
+      run: the run's directory, with its records in explorer/records.
+      hooks: which stores to show; none is all there are, from the lowest layer up.
+
+    Raises:
+      FileNotFoundError: there are no records.
+      StoreError: they are broken, of another version, or of another SAE than the run's export.
+      ValueError: the run's labels or notes are broken.
+    """
+    run = Path(run)
+    folder = run / "explorer"
+    stores = _stores(run, hooks)
+    names = [Names.read(run, store.header.hook) for store in stores]
+    texts = stores[0].texts
+    radius = _radius(stores, texts)
+    shown = _Shown.of(stores, texts, radius)
+    files: set[str] = set()
+
+    def put(name: str, data: Any) -> None:
+        text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+        _replace(folder / f"{name}.js", f'jsae.put("{name}",{text});\n'.encode("ascii"))
+        files.add(f"{name}.js")
+
+    put("vocabulary", _vocabulary(texts))
+    for number, chunk in enumerate(shown.chunks(texts)):
+        put(f"texts-{number}", chunk)
+    for number, (store, named) in enumerate(zip(stores, names, strict=True)):
+        put(f"list-{number}", _list(store, named))
+        for shard, first in enumerate(range(0, store.header.d_sae, SHARD)):
+            put(f"shard-{number}-{shard}", _shard(store, first, radius))
+    put("manifest", _manifest(run, stores, texts, shown, radius))
+    for asset in sorted(resources.files("bridge.explorer").joinpath("assets").iterdir(), key=lambda path: path.name):
+        if asset.is_file() and asset.name != "index.html":
+            _replace(folder / asset.name, asset.read_bytes())
+    _replace(folder / "index.html", resources.files("bridge.explorer").joinpath("assets/index.html").read_bytes())
+    for left in {path for pattern in _DATA for path in folder.glob(pattern) if path.name not in files}:
+        left.unlink()
+    return folder / "index.html"
+
+
+def _stores(run: Path, hooks: Sequence[str] | None) -> list[Store]:
+    """The stores of a run, checked against its exports where it has them."""
+    records = run / "explorer" / "records"
+    if hooks is None:
+        hooks = sorted(path.parent.name for path in records.glob("*/records.json"))
+    if not hooks:
+        raise FileNotFoundError(f"no records in {records}: `python -m experiments.explore --run_dir={run}` makes them")
+    stores = []
+    for hook in hooks:
+        export = run / "sae" / hook
+        known = digest(export) if (export / "sae_weights.safetensors").is_file() else None
+        stores.append(Store(records / hook, known))
+    return sorted(stores, key=lambda store: (store.header.layer, store.header.hook))
+
+
+# ---- what is shown of the texts ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """The cells (row * T + position) of the texts that the page shows: runs of them, from each start so many."""
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    row_length: int
+
+    @classmethod
+    def of(cls, stores: Sequence[Store], texts: Texts, radius: int) -> "_Shown":
+        """All cells within a radius of an example, in its row."""
+        edges = np.zeros(texts.header.rows * texts.header.row_length + 1, np.int64)
+        for store in stores:
+            start, end = _windows(store, radius)
+            edges += np.bincount(start, minlength=len(edges)) - np.bincount(end, minlength=len(edges))
+        kept = np.diff((np.cumsum(edges) > 0).astype(np.int8), prepend=0)
+        starts = np.flatnonzero(kept > 0)
+        return cls(starts, np.flatnonzero(kept < 0) - starts, texts.header.row_length)
+
+    @property
+    def size(self) -> int:
+        return int(self.lengths.sum())
+
+    def cuts(self) -> list[int]:
+        """The cells at which a new file of texts begins, each the first of a row."""
+        cuts, size = [0], 0
+        for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True):
+            position = start
+            while position < start + length:  # a run may reach over many rows
+                end = min(start + length, position - position % self.row_length + self.row_length)
+                row = position - position % self.row_length
+                if size + end - position > _CHUNK and row > cuts[-1]:
+                    cuts.append(row)
+                    size = 0
+                size += end - position
+                position = end
+        return cuts
+
+    def chunks(self, texts: Texts) -> Iterator[dict[str, str]]:
+        """The files of texts: starts and lengths of the runs, and their tokens one after the other."""
+        cuts = self.cuts()
+        flat = texts.tokens.reshape(-1)
+        ends = self.starts + self.lengths
+        for low, high in zip(cuts, [*cuts[1:], flat.size], strict=True):
+            inside = (ends > low) & (self.starts < high)
+            starts, stops = np.maximum(self.starts[inside], low), np.minimum(ends[inside], high)
+            tokens = [flat[a:b] for a, b in zip(starts, stops, strict=True)]
+            joined = np.concatenate(tokens) if tokens else flat[:0]
+            yield {"starts": _b64(starts, "<u4"), "lengths": _b64(stops - starts, "<u4"), "tokens": _b64(joined, "<u2")}
+
+
+def _windows(store: Store, radius: int) -> tuple[np.ndarray, np.ndarray]:
+    """First cell of each example's window, and the one after its last."""
+    length = store.texts.header.row_length
+    row, position = store["example_row"].astype(np.int64), store["example_position"].astype(np.int64)
+    return row * length + np.maximum(position - radius, 0), row * length + np.minimum(position + radius + 1, length)
+
+
+def _radius(stores: Sequence[Store], texts: Texts) -> int:
+    """The largest radius whose page keeps to `BYTES_PER_LATENT`, else the smallest there is."""
+    latents = sum(store.header.d_sae for store in stores)
+    numbers = 4 * (
+        2 * stores[0]["hist"].shape[1] + 3 * stores[0]["top_logits"].shape[1] + 4 * stores[0]["together"].shape[1]
+    )
+    examples = sum(len(store["example_row"]) for store in stores)
+    fixed = 200_000 + 4 / 3 * (len(b"".join(texts.vocabulary)) + 2 * len(texts.vocabulary))
+    fixed += 4 / 3 * (latents * (numbers + 200) + 15 * examples)
+    left = BYTES_PER_LATENT * max(latents, 500) - fixed
+    for radius in RADII:
+        near = sum(int(np.count_nonzero(_near(store, 0, store.header.d_sae, radius))) for store in stores)
+        if 4 / 3 * (2 * _Shown.of(stores, texts, radius).size + 4 * near) <= left:
+            return radius
+    return RADII[-1]
+
+
+def _near(store: Store, first: int, last: int, radius: int) -> np.ndarray:
+    """Which activations of the latents `first` to `last - 1` lie within a radius of their examples."""
+    low, high = int(store["example_offsets"][first]), int(store["example_offsets"][last])
+    offsets = store["activation_offsets"][low : high + 1]
+    centre = np.repeat(store["example_position"][low:high].astype(np.int64), np.diff(offsets))
+    return np.abs(store["activation_position"][offsets[0] : offsets[-1]] - centre) <= radius
+
+
+# ---- the files -----------------------------------------------------------------------------------------------------
+
+
+def _manifest(run: Path, stores: Sequence[Store], texts: Texts, shown: _Shown, radius: int) -> dict[str, Any]:
+    header = texts.header
+    return {
+        "run": run.resolve().name,
+        "model": header.model,
+        "fingerprint": header.fingerprint,
+        "dataset": header.dataset,
+        "split": header.split,
+        "rows": header.rows,
+        "row_length": header.row_length,
+        "special": list(header.special),
+        "radius": radius,
+        "shard": SHARD,
+        "texts": shown.cuts(),
+        "hooks": [
+            {
+                "hook": store.header.hook,
+                "layer": store.header.layer,
+                "d_in": store.header.d_in,
+                "d_sae": store.header.d_sae,
+                "architecture": store.header.architecture,
+                "sae": store.header.sae_sha256,
+                "tokens": store.header.tokens,
+                "direct_path": _number(store.header.direct_path),
+            }
+            for store in stores
+        ],
+    }
+
+
+def _vocabulary(texts: Texts) -> dict[str, str]:
+    return {
+        "lengths": _b64([len(token) for token in texts.vocabulary], "<u2"),
+        "bytes": base64.b64encode(b"".join(texts.vocabulary)).decode("ascii"),
+    }
+
+
+def _list(store: Store, names: Names) -> dict[str, Any]:
+    """A line per latent: numbers, names, and the tokens to find it by."""
+    latents = range(store.header.d_sae)
+    named = [names[i] for i in latents]
+    f1 = [math.nan if name.f1 is None else name.f1 for name in named]
+    snippets = [_snippet(store, i) for i in latents]
+    peaks = [_peaks(store, i) for i in latents]
+    return {
+        "count": _b64(store["count"], "<f8"),
+        "max": _b64(store["max"], "<f4"),
+        "mean": _b64(store["mean"], "<f4"),
+        "f1": _b64(f1, "<f4"),
+        "labels": [name.label for name in named],
+        "by_person": [i for i in latents if named[i].by_person],
+        "notes": [[i, named[i].note] for i in latents if named[i].note],
+        "fit": [[i, name.precision, name.recall] for i, name in enumerate(named) if name.precision is not None],
+        "logits": _b64(store["top_logits"][:, :_LOGITS], "<u2"),
+        "snippet_lengths": _b64([len(tokens) for tokens, _ in snippets], "u1"),
+        "snippet_peaks": _b64([at for _, at in snippets], "u1"),
+        "snippets": _b64(np.concatenate([tokens for tokens, _ in snippets]), "<u2"),
+        "peak_lengths": _b64([len(tokens) for tokens in peaks], "u1"),
+        "peaks": _b64(np.concatenate(peaks), "<u2"),
+    }
+
+
+def _top(store: Store, latent: int) -> slice:
+    """The examples of the first group; it stands before the others."""
+    examples = store.examples(latent)
+    groups = store["example_group"][examples.start : examples.stop]
+    return slice(examples.start, examples.start + int(np.count_nonzero(groups == TOP)))
+
+
+def _snippet(store: Store, latent: int) -> tuple[np.ndarray, int]:
+    """A few tokens around the strongest one of the strongest text, and where among them it is."""
+    top = _top(store, latent)
+    if top.start == top.stop:
+        return np.zeros(0, np.uint16), 0
+    best = top.start + int(np.argmax(store["example_value"][top]))
+    row, position = int(store["example_row"][best]), int(store["example_position"][best])
+    start = max(position - _BEFORE, 0)
+    return np.asarray(store.texts.tokens[row, start : position + _AFTER + 1]), position - start
+
+
+def _peaks(store: Store, latent: int) -> np.ndarray:
+    """The tokens on which a latent is strongest in its strongest texts, each once."""
+    top = _top(store, latent)
+    tokens = store.texts.tokens[store["example_row"][top], store["example_position"][top]]
+    return np.fromiter(dict.fromkeys(tokens.tolist()), np.uint16)[:_PEAKS]
+
+
+def _shard(store: Store, first: int, radius: int) -> dict[str, Any]:
+    """All about some latents. An activation is told in 65535ths of the latent's largest."""
+    last = min(first + SHARD, store.header.d_sae)
+    some = slice(first, last)
+    examples = store["example_offsets"][first : last + 1]
+    low, high = int(examples[0]), int(examples[-1])
+    offsets = store["activation_offsets"][low : high + 1]
+    near = _near(store, first, last, radius)
+    example = np.repeat(np.arange(high - low), np.diff(offsets))
+    owner = np.repeat(np.arange(first, last), np.diff(examples))
+    largest = np.maximum(store["max"], np.finfo(np.float32).tiny)[owner[example]]
+    share = store["activation_value"][offsets[0] : offsets[-1]] / largest
+    return {
+        "first": first,
+        "hist": _b64(store["hist"][some], "<u4"),
+        "hist_range": _b64(store["hist_range"][some], "<f4"),
+        "group_share": _b64(store["group_share"][some], "<f4"),
+        "logit_hist": _b64(store["logit_hist"][some], "<u4"),
+        "logit_range": _b64(store["logit_range"][some], "<f4"),
+        **{name: _b64(store[name][some], "<u2") for name in ("top_logits", "bottom_logits")},
+        **{name: _b64(store[name][some], "<f4") for name in ("top_logit_values", "bottom_logit_values")},
+        **{name: _b64(store[name][some], "<u4") for name in ("neighbours", "together")},
+        **{name: _b64(store[name][some], "<f4") for name in ("neighbour_cosines", "together_share")},
+        "examples": _b64(examples - low, "<u4"),
+        "group": _b64(store["example_group"][low:high], "u1"),
+        "row": _b64(store["example_row"][low:high], "<u4"),
+        "position": _b64(store["example_position"][low:high], "<u2"),
+        "value": _b64(store["example_value"][low:high], "<f4"),
+        "activations": _b64(np.concatenate([[0], np.cumsum(np.bincount(example[near], minlength=high - low))]), "<u4"),
+        "activation_position": _b64(store["activation_position"][offsets[0] : offsets[-1]][near], "<u2"),
+        "activation_share": _b64(np.rint(np.clip(share[near], 0, 1) * 65535), "<u2"),
+    }
+
+
+def _b64(values: Any, dtype: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).astype(dtype).tobytes()).decode("ascii")
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Writes a file at once; one that is the same already is left alone."""
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)

@@ -1,0 +1,213 @@
+"""The latents of a store as both bulk formats tell them: tables, histograms, and texts in groups of strength."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from bridge.neuronpedia import text
+from jsae.store import NON_ACTIVATING, TOP, Store, StoreError, digest
+
+SHOWN = 127
+"""Tokens of a text that are shown: all of a row of 128 but the BOS before them."""
+LOGITS = 10
+_DECIMALS, _VALUE_DECIMALS, _BIN_DECIMALS = 5, 4, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A text that a latent fires on: tokens and its activation at each, and the group it is an example of."""
+
+    tokens: list[str]
+    values: list[float]
+    qualifying: int
+    """Which of the tokens put it into its group."""
+    low: float
+    """The group's interval of activations; -1 for the group of the strongest."""
+    high: float
+    share: float
+    """Share of all tokens in that interval; -1 for the group of the strongest."""
+
+    @property
+    def max(self) -> float:
+        """The largest activation."""
+        return max(self.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Everything the bulk formats say of one latent."""
+
+    index: int
+    tables: dict[str, Any]
+    """The columns that both formats have, under their common names."""
+    contexts: tuple[Context, ...]
+    """The strongest first, then the intervals from the highest down."""
+    neighbours: tuple[list[int], list[float]]
+    """Latents with the most alike decoder rows and the cosines, itself first."""
+    vector: list[float]
+    """The decoder row, [] unless wanted."""
+
+    @property
+    def max(self) -> float:
+        """The largest activation of its texts, 0 of a dead one."""
+        return max((context.max for context in self.contexts), default=0.0)
+
+
+class Latents:
+    """The latents of an SAE, `latents[i]` read from its store when asked for.
+
+    Args:
+      store: the records.
+      sae_dir: the export they are of.
+      vectors: whether to give decoder rows.
+      shown: the most tokens of a text, around the one that counts.
+
+    Raises:
+      FileNotFoundError: there is no export.
+      StoreError: the records are of another SAE.
+    """
+
+    def __init__(self, store: Store, sae_dir: Path, vectors: bool = False, shown: int = SHOWN):
+        check(store, sae_dir)
+        self.store, self._shown = store, shown
+        self._W_dec = load_file(sae_dir / "sae_weights.safetensors")["W_dec"] if vectors else None
+        self._spelled = functools.lru_cache(4096)(self._spell)  # one row is an example of many latents
+
+    def __len__(self) -> int:
+        return self.store.header.d_sae
+
+    def __getitem__(self, index: int) -> Latent:
+        store = self.store
+        near, cosines = _unpadded(store["neighbours"][index], store["neighbour_cosines"][index])
+        return Latent(
+            index=index,
+            tables=self._tables(index),
+            contexts=tuple(self._contexts(index)),
+            neighbours=([index, *near], [1.0, *cosines]),
+            vector=[] if self._W_dec is None else self._W_dec[index].tolist(),
+        )
+
+    def _tables(self, i: int) -> dict[str, Any]:
+        store = self.store
+        aligned, entries, shares = (store[name][i] for name in ("channels", "channel_values", "channel_shares"))
+        channels, pearson = _unpadded(store["correlated_channels"][i], store["channel_pearson"][i])
+        down, lows = self._logits("bottom", i)
+        up, highs = self._logits("top", i)
+        fires = int(store["count"][i]) > 0
+        return {
+            "neuron_alignment_indices": aligned.tolist(),
+            "neuron_alignment_values": _rounded(entries),
+            "neuron_alignment_l1": _rounded(shares),
+            "correlated_neurons_indices": channels,
+            "correlated_neurons_pearson": pearson,
+            "correlated_neurons_l1": _rounded(store["channel_cosine"][i][: len(channels)]),
+            "correlated_features_indices": [],  # of a batch only, and blanked when read
+            "correlated_features_pearson": [],
+            "correlated_features_l1": [],
+            "neg_str": down,
+            "neg_values": lows,
+            "pos_str": up,
+            "pos_values": highs,
+            "frac_nonzero": self.density(i),
+            "freq_hist_data_bar_heights": store["hist"][i].tolist() if fires else [],
+            "freq_hist_data_bar_values": _centres(store["hist_range"][i], store["hist"].shape[1]) if fires else [],
+            "logits_hist_data_bar_heights": store["logit_hist"][i].tolist(),
+            "logits_hist_data_bar_values": _centres(store["logit_range"][i], store["logit_hist"].shape[1]),
+            "decoder_weights_dist": [],  # of attention heads
+        }
+
+    def density(self, i: int) -> float:
+        """Share of the counted tokens on which a latent fires; times their number it is the count again."""
+        return int(self.store["count"][i]) / max(self.store.header.tokens, 1)
+
+    def _logits(self, side: str, i: int) -> tuple[list[str], list[float]]:
+        ids, values = _unpadded(self.store[f"{side}_logits"][i], self.store[f"{side}_logit_values"][i])
+        return [text.word(self.store.texts, token) for token in ids[:LOGITS]], values[:LOGITS]
+
+    def _contexts(self, latent: int) -> list[Context]:
+        """The texts, without those that repeat another or do not fire: a page hides both."""
+        seen: set[tuple[str, ...]] = set()
+        found = []
+        for example in self._order(latent):
+            context = self._context(latent, example)
+            key = tuple(sorted(context.tokens))
+            if key not in seen and context.max > 0:
+                seen.add(key)
+                found.append(context)
+        return found
+
+    def _order(self, latent: int) -> list[int]:
+        """The examples that fire: the strongest in descending order, then by group in the store's order."""
+        examples = self.store.examples(latent)
+        groups, values = (self.store[f"example_{name}"] for name in ("group", "value"))
+        firing = [(int(groups[e]), e) for e in examples if groups[e] != NON_ACTIVATING]
+        return [e for _, e in sorted(firing, key=lambda g: (g[0], -float(values[g[1]]) if g[0] == TOP else 0, g[1]))]
+
+    def _context(self, latent: int, example: int) -> Context:
+        store = self.store
+        row, position, group = (int(store[f"example_{name}"][example]) for name in ("row", "position", "group"))
+        start, end = self._window(row, position)
+        top = float(store["max"][latent])
+        values = [0.0] * (end - start)
+        places = _places(top, _VALUE_DECIMALS)
+        for at, value in zip(*(column.tolist() for column in store.activations(example)), strict=True):
+            if not math.isfinite(value):
+                raise StoreError(f"{store.path}: an activation of latent {latent} is {value}: gather the records anew")
+            if start <= at < end:
+                values[at - start] = round(value, places)
+        low, high, share = -1.0, round(top, _places(top, _BIN_DECIMALS)), -1.0
+        if group != TOP:
+            low, high = (round(top * (k - group) / 5, _places(top, _BIN_DECIMALS)) for k in (5, 6))
+            share = round(float(store["group_share"][latent][group]), _DECIMALS)
+        return Context(self._spelled(row)[start:end], values, position - start, low, high, share)
+
+    def _window(self, row: int, position: int) -> tuple[int, int]:
+        """What is shown of a row: no BOS at its beginning; of a long one the part around a position."""
+        header = self.store.texts.header
+        first = int(self.store.texts.tokens[row, 0] == header.bos)
+        start = max(first, min(position - self._shown // 2, header.row_length - self._shown))
+        return start, min(start + self._shown, header.row_length)
+
+    def _spell(self, row: int) -> list[str]:
+        return text.spell(self.store.texts, self.store.texts.tokens[row].tolist())
+
+
+def check(store: Store, sae_dir: Path) -> None:
+    """Raises FileNotFoundError where there is no export, StoreError if the records are of another SAE."""
+    weights = sae_dir / "sae_weights.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"no exported SAE at {sae_dir}: `python -m experiments.train` writes one when it ends")
+    found = digest(sae_dir)
+    if store.header.sae_sha256 != found:
+        raise StoreError(
+            f"the records at {store.path} are of the SAE {store.header.sae_sha256[:12]}, but {sae_dir} holds "
+            f"{found[:12]}: gather them anew with `python -m experiments.explore --run_dir=…`"
+        )
+
+
+def _places(largest: float, least: int) -> int:
+    """Decimals to round to: `least`, more where the largest number has fewer than four digits in them."""
+    return max(least, 3 - math.floor(math.log10(largest))) if 0 < largest < math.inf else least
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(value, _DECIMALS) for value in values.tolist()]
+
+
+def _unpadded(indices: np.ndarray, values: np.ndarray) -> tuple[list[int], list[float]]:
+    """A list without the padding at its end, which has the value NaN."""
+    length = sum(1 for _ in itertools.takewhile(lambda value: not math.isnan(value), values.tolist()))
+    return indices[:length].tolist(), _rounded(values[:length])
+
+
+def _centres(ends: np.ndarray, bins: int) -> list[float]:
+    """The middles of equal bins."""
+    low, high = (float(end) for end in ends)
+    places = _places(max(abs(low), abs(high)), _DECIMALS)
+    return [round(value, places) for value in (low + (np.arange(bins) + 0.5) * (high - low) / bins).tolist()]

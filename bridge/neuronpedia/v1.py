@@ -1,0 +1,228 @@
+"""Neuronpedia's bulk export: a folder per source, which its importer reads into a database.
+
+    MODEL/SOURCE/release.jsonl, model.jsonl, sourceset.jsonl, source.jsonl
+                 features/batch-N.jsonl.gz, activations/batch-N.jsonl.gz, explanations/batch-N.jsonl.gz
+
+What the importer wants of it: the keys of a file's first line on all its lines, integers where a column holds them,
+ids that never change, and a creator that it knows.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bridge.explorer.labels import Name, Names
+from bridge.neuronpedia.about import About
+from bridge.neuronpedia.ids import CREATOR, Ids
+from bridge.neuronpedia.rows import Context, Latent, Latents
+from bridge.neuronpedia.strict import Lines, replacing, write_line
+from jsae.store import Store
+
+PER_FILE = 1024
+"""Latents per file, as in Neuronpedia's own exports."""
+MOST_FILES = 1000
+"""Per folder: the importer lists no more."""
+
+Row = dict[str, Any]
+
+
+def write(
+    store: Store, sae_dir: Path, out: Path, *, ids: Ids, about: About, names: Names, vectors: bool = False
+) -> list[Path]:
+    """Writes `out/MODEL/SOURCE`, whole or not at all; what stood there is replaced.
+
+    Args:
+      store: the records.
+      sae_dir: the export they are of.
+      out: the folder of all models.
+      ids: where the latents stand.
+      about: what is said of them.
+      names: people's and automatic labels; they become explanations.
+      vectors: whether the decoder rows go along, so that a host of the model steers without the SAE.
+
+    Returns:
+      The files, the four of metadata first.
+
+    Raises:
+      FileNotFoundError, StoreError: no export, or records of another.
+      NotStorableError: a value that Postgres would refuse.
+    """
+    latents = Latents(store, sae_dir, vectors)
+    folder = out / ids.model / ids.source
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as unfinished:
+        cfg = json.loads((sae_dir / "cfg.json").read_text(encoding="utf-8"))
+        for name, row in metadata(store, ids, about, cfg).items():
+            write_line(unfinished / f"{name}.jsonl", row)
+        per_file = max(PER_FILE, -(-len(latents) // MOST_FILES))
+        for number, first in enumerate(range(0, len(latents), per_file)):
+            span = range(first, min(first + per_file, len(latents)))
+            _write_batch(unfinished, f"batch-{number}.jsonl.gz", (latents[i] for i in span), ids, about, names)
+    return sorted(folder.rglob("*.*"), key=lambda path: (path.parent != folder, str(path)))
+
+
+def _write_batch(folder: Path, name: str, latents: Iterable[Latent], ids: Ids, about: About, names: Names) -> None:
+    """Writes the three files of one number: the same latents in each."""
+    kinds = ("features", "activations", "explanations")
+    with contextlib.ExitStack() as stack:
+        features, activations, explanations = (stack.enter_context(Lines(folder / kind / name)) for kind in kinds)
+        for latent in latents:
+            features.add(feature(latent, ids, about))
+            for rank, context in enumerate(latent.contexts):
+                activations.add(activation(latent.index, rank, context, ids, about))
+            if names.label(latent.index):
+                explanations.add(explanation(latent.index, names[latent.index], ids, about))
+
+
+def metadata(store: Store, ids: Ids, about: About, cfg: Row) -> dict[str, Row]:
+    """The rows of release, model, source set and source, by the name of their file.
+
+    Args:
+      store: the records.
+      ids: where the latents stand.
+      about: what is said of them.
+      cfg: the SAE's, as SAELens writes it.
+    """
+    header, texts = store.header, store.texts.header
+    made = {"creatorId": CREATOR, "createdAt": about.time, "visibility": "PUBLIC"}
+    urls = [about.url] if about.url else []
+    release = {
+        "name": ids.release,
+        "description": about.title,
+        "descriptionShort": about.title,
+        "creatorName": about.creator,
+        "creatorNameShort": about.creator,
+        "creatorEmail": None,
+        "isNewUi": False,
+        "featured": False,
+        "urls": urls,
+        "defaultSourceSetName": None,
+        "defaultSourceId": None,
+        "defaultUmapSourceIds": [],
+    }
+    model = {
+        "id": ids.model,
+        "instruct": False,
+        "displayNameShort": ids.model,
+        "displayName": ids.model,
+        "tlensId": None,
+        "dimension": header.d_in,
+        "defaultSourceSetName": None,  # neither exists when the model is read in
+        "defaultSourceId": None,
+        "inferenceEnabled": False,
+        "layers": about.n_layer,
+        "neuronsPerLayer": 4 * header.d_in,
+        "updatedAt": about.time,
+        "owner": about.creator,
+        "website": None,
+    }
+    source_set = {
+        "modelId": ids.model,
+        "name": ids.source_set,
+        "hasDashboards": True,
+        "description": about.description,
+        "type": "",
+        "creatorName": about.creator,
+        "urls": urls,
+        "creatorEmail": None,
+        "releaseName": ids.release,
+        "defaultOfModelId": None,
+        "defaultRange": 1,
+        "defaultShowBreaks": True,
+        "showDfa": False,
+        "showCorrelated": False,
+        "showHeadAttribution": False,
+        "showUmap": False,
+    }
+    source = {
+        "id": ids.source,
+        "modelId": ids.model,
+        "setName": ids.source_set,
+        "hasDashboards": True,
+        "inferenceEnabled": False,
+        "inferenceHosts": [],
+        "saelensConfig": cfg | {"metadata": cfg.get("metadata", {}) | {"neuronpedia_id": ids.link}},
+        "saelensRelease": None,
+        "saelensSaeId": None,
+        "hfRepoId": about.hub_repo,
+        "hfFolderId": header.hook if about.hub_repo else None,
+        "defaultOfModelId": None,
+        "hasUmap": False,
+        "hasUmapLogSparsity": False,
+        "hasUmapClusters": False,
+        "num_prompts": texts.rows,
+        "num_tokens_in_prompt": texts.row_length,
+        "dataset": texts.dataset,
+        "notes": None,
+    }
+    rows = {"release": release, "model": model, "sourceset": source_set, "source": source}
+    return {name: row | made for name, row in rows.items()}
+
+
+def feature(latent: Latent, ids: Ids, about: About) -> Row:
+    """A latent's row of the table Neuron."""
+    near, cosines = latent.neighbours
+    return {
+        "modelId": ids.model,
+        "layer": ids.source,
+        "index": str(latent.index),
+        "creatorId": CREATOR,
+        "createdAt": about.time,
+        "maxActApprox": latent.max,
+        "hasVector": bool(latent.vector),
+        "vector": latent.vector,
+        "vectorLabel": None,
+        "vectorDefaultSteerStrength": latent.max,
+        "hookName": ids.hook,
+        "topkCosSimIndices": near,
+        "topkCosSimValues": cosines,
+        **latent.tables,
+        "sourceSetName": ids.source_set,
+    }
+
+
+def activation(index: int, rank: int, context: Context, ids: Ids, about: About) -> Row:
+    """A text's row of the table Activation; its key says only whose text it is and which of them."""
+    return {
+        "id": ids.activation(index, rank),
+        "tokens": context.tokens,
+        "index": str(index),
+        "layer": ids.source,
+        "modelId": ids.model,
+        "maxValue": context.max,
+        "maxValueTokenIndex": context.values.index(context.max),
+        "minValue": min(context.values),
+        "values": context.values,
+        "creatorId": CREATOR,
+        "dataSource": None,
+        "dataIndex": None,
+        "dfaValues": [],
+        "dfaTargetIndex": None,
+        "dfaMaxValue": None,
+        "createdAt": about.time,
+        "lossValues": [],
+        "logitContributions": None,
+        "binMin": context.low,
+        "binMax": context.high,
+        "binContains": context.share,
+        "qualifyingTokenIndex": context.qualifying,
+    }
+
+
+def explanation(index: int, name: Name, ids: Ids, about: About) -> Row:
+    """A label's row of the table Explanation, of no type and model that the site would have to know."""
+    found = None if name.f1 is None else f"found automatically, F1 {name.f1:.2f}"
+    return {
+        "id": ids.explanation(index),
+        "modelId": ids.model,
+        "layer": ids.source,
+        "index": str(index),
+        "description": name.label,
+        "authorId": CREATOR,
+        "typeName": None,
+        "explanationModelName": None,
+        "notes": name.note or found,
+        "createdAt": about.time,
+    }

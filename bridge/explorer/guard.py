@@ -1,0 +1,170 @@
+"""Who may speak with the server: hosts, origins and tokens are checked on every request, before anything else."""
+
+import hashlib
+import ipaddress
+import logging
+import secrets
+import socket
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bridge.explorer.bodies import Refusal
+
+log = logging.getLogger(__name__)
+
+WIRE = "/v1/"
+"""Where Neuronpedia speaks; it brings its secret in a header of its own."""
+
+_HEADERS: Mapping[str, str] = {
+    "content-security-policy": (
+        "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "x-frame-options": "DENY",
+    "cache-control": "no-store",
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server at the host."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Guard:
+    """The outermost layer: refuses foreigners, adds the headers that browsers obey, keeps errors from showing code.
+
+    A page of another site can make a browser send requests here. They carry that site's name: in Origin, in
+    Sec-Fetch-Site, or, after its DNS entry was turned to this machine's address, in Host.
+
+    Args:
+      app: what is guarded.
+      host: where the server listens. On loopback, requests must name this machine. Elsewhere they may also name any
+        address (an attacker's page comes with a name) or this machine's name, and must bring the token.
+      token: what every request brings as `Authorization: Bearer T`, or as the cookie that `/?token=T` sets. None
+        asks for nothing.
+      secret: what requests below /v1/ may bring instead, as `X-Secret-Key`; given without a token, they must.
+    """
+
+    def __init__(self, app: ASGIApp, host: str = "127.0.0.1", token: str | None = None, secret: str | None = None):
+        self.app = app
+        self._local = is_loopback(host)
+        self._names = {"localhost"} if self._local else {"localhost", host.lower(), socket.gethostname().lower()}
+        self._token, self._secret = token, secret
+        # Cookies are shared by all ports of a host: another server here has another token, and so another name.
+        self._cookie = "jsae-" + hashlib.sha256((token or "").encode()).hexdigest()[:12]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request: passes it on, or refuses it."""
+        if scope["type"] != "http":  # the server's start and end; there are no web sockets
+            await self.app(scope, receive, send)
+            return
+        started = False
+        cookie = self._new_cookie(scope)
+
+        async def sender(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+                if cookie and message["status"] < 400:
+                    headers.append("set-cookie", cookie)
+            await send(message)
+
+        try:
+            self._admit(scope)
+            await self.app(scope, receive, sender)
+        except ClientDisconnect:
+            return
+        except Refusal as refusal:
+            await answer(refusal)(scope, receive, sender)
+        except Exception:
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            if started:  # the connection breaks off, so that nobody takes the half for the whole
+                raise
+            await answer(Refusal(500, "the server failed; its log says how"))(scope, receive, sender)
+
+    def _admit(self, scope: Scope) -> None:
+        """Raises Refusal for a request that may not come in."""
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if not self._is_mine(host):
+            raise Refusal(403, f"the host {host[:100]!r} is not this server: open the address printed at its start")
+        origin = headers.get("origin")
+        if origin is not None and not _same(origin, host):
+            raise Refusal(403, f"a page of {origin[:100]!r} asked: only this server's own may")
+        site = headers.get("sec-fetch-site", "none")
+        if scope["path"] != "/" and site not in ("none", "same-origin"):
+            raise Refusal(
+                403, f"a page of another site asked (Sec-Fetch-Site: {site[:20]}): only this server's own may"
+            )
+        if not self._is_known(scope, headers):
+            raise Refusal(401, "this server asks for its token: open the address printed at its start")
+
+    def _is_mine(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return name in self._names
+        return address.is_loopback or not self._local
+
+    def _is_known(self, scope: Scope, headers: Headers) -> bool:
+        on_wire = scope["path"].startswith(WIRE)
+        if self._token is None and not (on_wire and self._secret is not None):
+            return True
+        request = Request(scope)
+        brought = [request.cookies.get(self._cookie), headers.get("authorization", "").removeprefix("Bearer ")]
+        if scope["path"] == "/":
+            brought.append(request.query_params.get("token"))
+        if _is_any(self._token, brought):
+            return True
+        return on_wire and any(_is_any(known, [headers.get("x-secret-key")]) for known in (self._secret, self._token))
+
+    def _new_cookie(self, scope: Scope) -> str | None:
+        """The cookie for a browser that opened `/?token=T`."""
+        if self._token is None or scope["path"] != "/":
+            return None
+        if not _is_any(self._token, [Request(scope).query_params.get("token")]):
+            return None
+        return f"{self._cookie}={self._token}; Path=/; HttpOnly; SameSite=Strict"
+
+
+def answer(refusal: Refusal) -> JSONResponse:
+    """A refusal as the client gets it."""
+    return JSONResponse({"error": refusal.message}, refusal.status, refusal.headers)
+
+
+def _is_any(known: str | None, brought: list[Any]) -> bool:
+    """Whether what was brought is what is known; takes as long whatever it is."""
+    if known is None:
+        return False
+    return any(secrets.compare_digest(known.encode(), text.encode()) for text in brought if text)
+
+
+def _same(origin: str, host: str) -> bool:
+    """Whether an Origin is that of the page that a Host serves."""
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()

@@ -1,0 +1,196 @@
+"""What the page asks the server for below /api: features of a text, steered continuations, notes."""
+
+import contextlib
+import functools
+import json
+import logging
+import threading
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from anyio import to_thread
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from bridge.explorer import labels
+from bridge.explorer.bodies import Fields, Refusal, read, refusing
+from bridge.explorer.session import Session, Stream
+from bridge.runtime import Steer, Token
+from bridge.steering import MODES, POSITIONS
+
+log = logging.getLogger(__name__)
+
+MOST_FEATURES = 32
+"""Per token, of a text that is read."""
+STRONGEST = 1e6
+"""Largest strength, either way: far beyond what leaves a text, and far from what overflows."""
+_FEATURES_PER_TOKEN = 10  # of a continuation
+_MESSAGES = 64
+_NEUTRAL: Mapping[str, float | None] = {"additive": 0.0, "orthogonal": 1.0, "scale": 1.0}
+_STEER_FIELDS = ("hook", "index", "mode", "strength", "positions")
+
+
+class Api:
+    """What the page asks for below /api, JSON both ways."""
+
+    def __init__(self, session: Session, run: Path):
+        self._session, self._run = session, run
+        self._writing = threading.Lock()
+
+    def routes(self) -> list[Route]:
+        """Where it is all found."""
+        return [
+            Route("/api/info", self.info),
+            Route("/api/activations", self.activations, methods=["POST"]),
+            Route("/api/latent", self.latent, methods=["POST"]),
+            Route("/api/steer", self.steer, methods=["POST"]),
+            Route("/api/notes", self.notes),
+            Route("/api/notes", self.note, methods=["POST"]),
+        ]
+
+    async def info(self, request: Request) -> Response:
+        """What there is: the model, its SAEs, how it can be steered, and the limits."""
+        session, config = self._session, self._session.nano.config
+        return JSONResponse(
+            {
+                "live": True,
+                "model": {
+                    "name": session.nano.path.parent.name,
+                    "n_layer": config.n_layer,
+                    "n_embd": config.n_embd,
+                    "vocab_size": config.vocab_size,
+                    "chat": session.chat,
+                },
+                "saes": [
+                    {"hook": hook, "architecture": sae.architecture, "d_sae": sae.d_sae}
+                    for hook, sae in session.im.saes.items()
+                ],
+                "modes": [
+                    {"name": mode, "needs_strength": mode != "ablate", "neutral": _NEUTRAL.get(mode)} for mode in MODES
+                ],
+                "positions": list(POSITIONS),
+                "limits": {
+                    "prompt_tokens": session.longest_prompt,
+                    "max_tokens": session.limits.max_tokens,
+                    "seconds": session.limits.seconds,
+                    "features": session.limits.features,
+                },
+            }
+        )
+
+    async def activations(self, request: Request) -> Response:
+        """The features that fire most at each token of a text."""
+        fields = await self._fields(request, "text", "hook", "top_k")
+        hook, top_k = self._hook(fields), fields.whole("top_k", 1, MOST_FEATURES, 8)
+        session = self._session
+        with session.readings.take():
+            ids = await session.ids(fields.text("text"))
+            found = await session.run(session.strongest, ids, hook, top_k)
+        # What was put in front of the text is not shown: the model reads BOS, but nobody counts what fires there.
+        features = [[{"index": i, "value": value} for i, value in pairs] for pairs in found[1:]]
+        return JSONResponse({"tokens": self._tokens(ids[1:]), "features": features})
+
+    async def latent(self, request: Request) -> Response:
+        """What one latent does at each token of a text."""
+        fields = await self._fields(request, "text", "hook", "index")
+        hook = self._hook(fields)
+        index = self._index(fields, hook)
+        session = self._session
+        with session.readings.take():
+            ids = await session.ids(fields.text("text"))
+            values = await session.run(session.activation, ids, hook, index)
+        return JSONResponse({"tokens": self._tokens(ids[1:]), "values": values[1:]})
+
+    async def steer(self, request: Request) -> Response:
+        """A continuation as it is and as it is pushed, a line of JSON for each token, by turns."""
+        names = ["prompt", "messages", "steer", "strength_multiplier", "temperature", "max_tokens", "seed"]
+        fields, limits = await self._fields(request, *names), self._session.limits
+        steers = [self._steer(each) for each in fields.objects("steer", limits.features, _STEER_FIELDS)]
+        sampling = {
+            "max_tokens": fields.whole("max_tokens", 1, limits.max_tokens, min(64, limits.max_tokens)),
+            "temperature": fields.number("temperature", 0, 2, 0.5),
+            "seed": fields.whole("seed", 0, 2**63 - 1, 16),
+            "strength_multiplier": fields.number("strength_multiplier", 0, 10, 1.0),
+            "features": _FEATURES_PER_TOKEN,
+        }
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._session.generations.take())
+            ids, stop_tokens = await self._prompt(fields)
+            with refusing():
+                streams = {
+                    which: self._session.im.generate(ids, steers if pushed else [], stop_tokens=stop_tokens, **sampling)
+                    for which, pushed in {"default": False, "steered": True}.items()
+                    if steers or not pushed
+                }
+            lines = self._lines(streams, sampling["max_tokens"])
+            return Stream(lines, "application/x-ndjson", held.pop_all(), limits.seconds)
+
+    async def notes(self, request: Request) -> Response:
+        """What people wrote."""
+        return JSONResponse({"notes": await to_thread.run_sync(labels.notes, self._run)})
+
+    async def note(self, request: Request) -> Response:
+        """Keeps what a person calls a latent."""
+        fields = await self._fields(request, "hook", "latent", "label", "note")
+        hook = self._hook(fields)
+        latent = self._index(fields, hook, "latent")
+        line = functools.partial(
+            labels.append, self._run, hook, latent, fields.text("label", ""), fields.text("note", "")
+        )
+
+        def write() -> dict[str, Any]:
+            with self._writing:
+                return line()
+
+        with refusing():
+            return JSONResponse(await to_thread.run_sync(write))
+
+    async def _fields(self, request: Request, *known: str) -> Fields:
+        return Fields(await read(request, self._session.limits), known=known)
+
+    def _hook(self, fields: Fields) -> str:
+        hooks = self._session.im.hooks
+        return fields.choice("hook", hooks, *hooks[:1] if len(hooks) == 1 else ())
+
+    def _index(self, fields: Fields, hook: str, name: str = "index") -> int:
+        return fields.whole(name, 0, self._session.im.sae(hook).d_sae - 1)
+
+    def _steer(self, fields: Fields) -> Steer:
+        hook = self._hook(fields)
+        mode = fields.choice("mode", MODES, "additive")
+        strength = fields.number("strength", -STRONGEST, STRONGEST, *[0.0] if mode == "ablate" else ())
+        return Steer(hook, self._index(fields, hook), mode, strength, fields.choice("positions", POSITIONS, "all"))
+
+    async def _prompt(self, fields: Fields) -> tuple[list[int], tuple[int, ...]]:
+        """What is continued, and what ends it."""
+        if fields.has("prompt") == fields.has("messages"):
+            raise Refusal(400, "give either a prompt or messages")
+        if fields.has("prompt"):
+            return await self._session.ids(fields.text("prompt")), (self._session.im.tokenizer.bos_token_id,)
+        messages = fields.objects("messages", _MESSAGES, ("role", "content"))
+        told = [{"role": m.choice("role", ("user", "assistant")), "content": m.text("content")} for m in messages]
+        return await self._session.chat_ids(told)
+
+    def _tokens(self, ids: list[int]) -> list[dict[str, Any]]:
+        return [{"id": i, "text": text} for i, text in zip(ids, self._session.spell(ids), strict=True)]
+
+    async def _lines(self, streams: Mapping[str, Iterator[Token]], max_tokens: int) -> AsyncGenerator[str, None]:
+        """Lines of JSON for what generations make; the last says that all is done, or what went wrong."""
+        try:
+            async for which, made in self._session.interleave(streams, max_tokens):
+                yield _line({"which": which, "end": made} if isinstance(made, str) else _told(which, made))
+            yield _line({"done": True})
+        except Exception:  # the status is out: this is the only way to tell
+            log.exception("a generation failed")
+            yield _line({"error": "the generation failed; the server's log says how"})
+
+
+def _told(which: str, token: Token) -> dict[str, Any]:
+    features = {hook: [{"index": i, "value": v} for i, v in pairs] for hook, pairs in token.features.items()}
+    return {"which": which, "id": token.id, "text": token.text, "features": features}
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"

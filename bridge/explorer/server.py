@@ -1,0 +1,186 @@
+"""The web app: the static page of a run, and live what it asks for. Starlette and uvicorn, extra [web]."""
+
+import contextlib
+import functools
+import logging
+import secrets
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.requests import Request
+    from starlette.responses import FileResponse, Response
+    from starlette.routing import Route
+except ImportError as error:
+    raise ImportError("the live explorer needs starlette and uvicorn: pip install 'jsae[web]'") from error
+
+from bridge.explorer import wire
+from bridge.explorer.bodies import Limits, Refusal
+from bridge.explorer.guard import Guard, answer, is_loopback
+from bridge.explorer.live import Api
+from bridge.explorer.session import Session
+from bridge.nanochat import Nanochat
+from bridge.runtime import InterpretableModel
+
+log = logging.getLogger(__name__)
+
+_PAGE = {
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+}
+"""What a page is made of. Everything else in its folder stays unseen."""
+
+
+def app(
+    run: Path,
+    im: InterpretableModel,
+    nano: Nanochat,
+    *,
+    host: str = "127.0.0.1",
+    token: str | None = None,
+    secret: str | None = None,
+    limits: Limits | None = None,
+    chat: bool | None = None,
+) -> Starlette:
+    """The app of a run: its page, the live part below /api, Neuronpedia's inference wire below /v1.
+
+    Args:
+      run: the run's directory; its explorer/ holds the page, and people's notes.
+      im: the model with the run's SAEs; the app is the only one to run it from now on.
+      nano: the checkpoint.
+      host: where it will listen, see `Guard`.
+      token: what clients must bring; needed unless the host is loopback.
+      secret: what Neuronpedia must bring, see `Guard`.
+      limits: what requests may ask.
+      chat: whether the model can chat; unless given, what its path says.
+
+    Raises:
+      ValueError: no token where others reach the host, or a model without a tokenizer.
+    """
+    if token is None and not is_loopback(host):
+        raise ValueError(f"others can reach a server at {host}: give it a token")
+    session = Session(im, nano, limits or Limits(), chat)
+    everything_else = Route("/{name:path}", functools.partial(page, run / "explorer"))
+    routes = [*Api(session, run).routes(), *wire.routes(session), everything_else]
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(Guard, host=host, token=token, secret=secret)],
+        exception_handlers={HTTPException: _not_taken},
+    )
+
+
+def serve(
+    run: str | Path,
+    load: Callable[[], tuple[InterpretableModel, Nanochat]],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    secret: str | None = None,
+    limits: Limits | None = None,
+    chat: bool | None = None,
+    say: Callable[[str], Any] = log.info,
+) -> None:
+    """Serves a run until it is interrupted (SIGINT, SIGTERM).
+
+    Args:
+      run: the run's directory.
+      load: makes the model with its SAEs; called when the port is ours.
+      host: where to listen. Anything but loopback makes a token, which the address said at the start holds.
+      port: where; 0 takes any that is free.
+      secret: what Neuronpedia must bring in `X-Secret-Key`.
+      limits: what requests may ask.
+      chat: whether the model can chat; unless given, what its path says.
+      say: tells the person who started it the address to open.
+
+    Raises:
+      FileNotFoundError: no such run.
+      OSError: the port is in use, or the host is none of this machine.
+    """
+    if not Path(run).is_dir():
+        raise FileNotFoundError(f"no run at {run}: give the directory of one")
+    token = None if is_loopback(host) else secrets.token_urlsafe(32)
+    with contextlib.closing(listen(host, port)) as listener:
+        im, nano = load()
+        served = app(Path(run), im, nano, host=host, token=token, secret=secret, limits=limits, chat=chat)
+        say(f"explorer at {address(host, listener.getsockname()[1], token)}")
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config(served)).run(sockets=[listener])
+
+
+def config(served: Starlette) -> uvicorn.Config:
+    """How uvicorn runs the app: plain HTTP, no log of requests, a client that is late does not keep it from ending."""
+    return uvicorn.Config(
+        served,
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=128,
+        timeout_graceful_shutdown=2,
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+      OSError: the port is in use, or the host is none of this machine; says what to do.
+    """
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise OSError(f"{host!r} is no address of this machine ({error}): give 127.0.0.1, or one it has") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(128)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise OSError(f"cannot listen at {host}, port {port} ({error}): give another, or 0 for any free one") from error
+    return listener
+
+
+def address(host: str, port: int, token: str | None) -> str:
+    """What a person opens."""
+    name = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
+    name = f"[{name}]" if ":" in name else name
+    return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
+
+
+async def page(folder: Path, request: Request) -> Response:
+    """A file of the page, which all lie in one folder: records, notes and what is outside are as if not there."""
+    name = request.path_params["name"] or "index.html"
+    file = folder / name
+    try:
+        there = not name.startswith(".") and file.suffix in _PAGE and file.resolve().parent == folder.resolve()
+        there = there and file.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    if there:
+        return FileResponse(file, headers={"cache-control": "no-cache"}, media_type=_PAGE[file.suffix])
+    if name == "index.html":
+        raise Refusal(404, f"{folder} has no index.html: `python -m experiments.explore --run_dir=…` makes the page")
+    raise Refusal(404, f"there is nothing at {request.url.path[:200]!r}")
+
+
+async def _not_taken(request: Request, error: HTTPException) -> Response:
+    """What the routes themselves refuse: a method that an address does not take."""
+    told = f"{request.method} {request.url.path[:200]} is not served: {error.detail}"
+    return answer(Refusal(error.status_code, told, error.headers))

@@ -1,1 +1,14 @@
 """Neuronpedia: its bulk export, SAEDashboard's batches, the upload and a local database."""
+
+from typing import Any
+
+_NAMES = {"NeuronpediaUploader": "upload", "create_neuronpedia_metadata": "metadata"}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that checking an id does not import what uploads.
+    if name in _NAMES:
+        import importlib
+
+        return getattr(importlib.import_module(f"bridge.neuronpedia.{_NAMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

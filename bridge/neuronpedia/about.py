@@ -3,8 +3,10 @@
 import dataclasses
 import re
 from datetime import UTC, datetime
+from pathlib import PurePath
 
 from jsae.config import require
+from jsae.store import Store
 
 CREATED_AT = "2026-01-01T00:00:00Z"
 """When an export says it was made unless told otherwise. No clock: the same run gives the same bytes on any day."""
@@ -56,6 +58,12 @@ class About:
         assert found is not None
         utc = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
         return utc.strftime("%Y-%m-%dT%H:%M:%S.") + f"{utc.microsecond // 1000:03d}Z"
+
+
+def dataset(store: Store) -> str:
+    """What text the records are of; of a path on this machine only the name."""
+    parts = (part.strip() for part in store.texts.header.dataset.split(","))
+    return ",".join(PurePath(part).name if part.startswith(("/", "~", ".")) else part for part in parts)
 
 
 def _check_text(name: str, text: str, longest: int) -> None:

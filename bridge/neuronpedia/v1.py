@@ -8,13 +8,12 @@ ids that never change, and a creator that it knows.
 """
 
 import contextlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bridge.explorer.labels import Name, Names
-from bridge.neuronpedia.about import About
+from bridge.neuronpedia.about import About, dataset
 from bridge.neuronpedia.ids import CREATOR, Ids
 from bridge.neuronpedia.rows import Context, Latent, Latents
 from bridge.neuronpedia.strict import Lines, replacing, write_line
@@ -53,8 +52,7 @@ def write(
     folder = out / ids.model / ids.source
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as unfinished:
-        cfg = json.loads((sae_dir / "cfg.json").read_text(encoding="utf-8"))
-        for name, row in metadata(store, ids, about, cfg).items():
+        for name, row in metadata(store, ids, about).items():
             write_line(unfinished / f"{name}.jsonl", row)
         per_file = max(PER_FILE, -(-len(latents) // MOST_FILES))
         for number, first in enumerate(range(0, len(latents), per_file)):
@@ -76,14 +74,13 @@ def _write_batch(folder: Path, name: str, latents: Iterable[Latent], ids: Ids, a
                 explanations.add(explanation(latent.index, names[latent.index], ids, about))
 
 
-def metadata(store: Store, ids: Ids, about: About, cfg: Row) -> dict[str, Row]:
+def metadata(store: Store, ids: Ids, about: About) -> dict[str, Row]:
     """The rows of release, model, source set and source, by the name of their file.
 
     Args:
       store: the records.
       ids: where the latents stand.
       about: what is said of them.
-      cfg: the SAE's, as SAELens writes it.
     """
     header, texts = store.header, store.texts.header
     made = {"creatorId": CREATOR, "createdAt": about.time, "visibility": "PUBLIC"}
@@ -143,7 +140,6 @@ def metadata(store: Store, ids: Ids, about: About, cfg: Row) -> dict[str, Row]:
         "hasDashboards": True,
         "inferenceEnabled": False,
         "inferenceHosts": [],
-        "saelensConfig": cfg | {"metadata": cfg.get("metadata", {}) | {"neuronpedia_id": ids.link}},
         "saelensRelease": None,
         "saelensSaeId": None,
         "hfRepoId": about.hub_repo,
@@ -154,7 +150,7 @@ def metadata(store: Store, ids: Ids, about: About, cfg: Row) -> dict[str, Row]:
         "hasUmapClusters": False,
         "num_prompts": texts.rows,
         "num_tokens_in_prompt": texts.row_length,
-        "dataset": texts.dataset,
+        "dataset": dataset(store),
         "notes": None,
     }
     rows = {"release": release, "model": model, "sourceset": source_set, "source": source}

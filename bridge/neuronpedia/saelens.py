@@ -1,0 +1,37 @@
+"""The exported SAE once more, with the place in its metadata where SAELens finds its latents on Neuronpedia."""
+
+import json
+import shutil
+from pathlib import Path
+
+from bridge import torch_sae
+from bridge.neuronpedia.ids import Ids
+from bridge.neuronpedia.strict import replacing, write_json
+
+
+def write(sae_dir: Path, out: Path, *, ids: Ids) -> list[Path]:
+    """Writes `out/HOOK`, a SAELens directory with `metadata.neuronpedia_id`; whole or not at all.
+
+    SAELens' dashboards and quick lists go by that id.
+
+    Args:
+      sae_dir: the export.
+      out: the folder of all hooks.
+      ids: where the latents stand.
+
+    Returns:
+      The files.
+
+    Raises:
+      FileNotFoundError, ValueError: no export, or a broken one.
+    """
+    torch_sae.load(sae_dir)  # refuses what is none
+    cfg = json.loads((sae_dir / "cfg.json").read_text(encoding="utf-8"))
+    cfg["metadata"] = cfg.get("metadata", {}) | {"neuronpedia_id": ids.link}
+    folder = out / ids.hook
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as unfinished:
+        for file in sorted(sae_dir.glob("*.safetensors")):
+            shutil.copyfile(file, unfinished / file.name)
+        write_json(unfinished / "cfg.json", cfg, indent=2)
+    return sorted(folder.iterdir())

@@ -1,0 +1,141 @@
+"""The SAEs of a run as Neuronpedia's sources: where they and their records lie, what they are called."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bridge.neuronpedia import ids as names
+from bridge.neuronpedia.about import CREATED_AT, About
+from bridge.neuronpedia.ids import Ids
+from jsae.config import require
+from jsae.store import Store, digest
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a user wants things to be called; None is the default, which says model and SAEs by their hashes."""
+
+    model_id: str | None = None
+    source_set: str | None = None
+    release: str | None = None
+    title: str | None = None
+    creator: str = "jsae"
+    url: str | None = None
+    created_at: str = CREATED_AT
+    hub_repo: str | None = None
+    layers: int | None = None
+    """Of the whole model; None asks its checkpoint."""
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.model_id, names.check_model),
+            (self.source_set, names.check_source_set),
+            (self.release, names.check_release),
+        )
+        for name, check in checks:
+            if name is not None:
+                check(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One SAE of a run."""
+
+    sae_dir: Path
+    records: Path
+    ids: Ids
+    about: About
+
+    def store(self) -> Store:
+        """Its records.
+
+        Raises:
+          FileNotFoundError: none were gathered.
+          StoreError: of another version or SAE, or broken.
+        """
+        return Store(self.records, digest(self.sae_dir))
+
+
+def of_run(run: Path, wanted: Wanted, hook: str | None = None) -> list[Source]:
+    """The exported SAEs of a run, or that of one hook, with names that Neuronpedia takes. Reads no records.
+
+    Raises:
+      FileNotFoundError: the run has no export, or none of the hook; says what to run.
+      ConfigError: a name that would be refused, or one for two SAEs.
+    """
+    exports = {path.parent.name: path.parent for path in sorted((run / "sae").glob("*/cfg.json"))}
+    if not exports:
+        raise FileNotFoundError(
+            f"{run} holds no exported SAE: `python -m experiments.train --output_dir={run}` writes one when it ends"
+        )
+    if hook is not None and hook not in exports:
+        raise FileNotFoundError(f"{run} has no SAE of {hook}: there are {', '.join(exports)}")
+    digests = [digest(folder) for folder in exports.values()]
+    n_layer = _layers(run) if wanted.layers is None else wanted.layers
+    found = [
+        _source(run, name, folder, wanted, n_layer, digests) for name, folder in exports.items() if hook in (None, name)
+    ]
+    links = [source.ids.link for source in found]
+    twice = next((link for link in links if links.count(link) > 1), None)
+    require(twice is None, f"two SAEs of {run} would be {twice}: export one --hook after the other, under two sets")
+    return found
+
+
+def _source(run: Path, hook: str, folder: Path, wanted: Wanted, n_layer: int, digests: list[str]) -> Source:
+    cfg = _json(folder / "cfg.json")
+    metadata = cfg.get("metadata")
+    fingerprint = metadata.get("model_fingerprint") if isinstance(metadata, dict) else None
+    require(
+        wanted.model_id is not None or isinstance(fingerprint, str),
+        f"{folder} does not say which model it is of: give --model_id",
+    )
+    model = wanted.model_id or names.default_model(n_layer, str(fingerprint))
+    d_sae = cfg.get("d_sae")
+    require(
+        isinstance(d_sae, int) and d_sae > 0, f"{folder}/cfg.json: d_sae is {d_sae!r}, expected a number of latents"
+    )
+    description = names.describe(hook, d_sae)
+    ids = Ids(
+        model,
+        wanted.source_set or names.default_source_set(hook, d_sae, digests),
+        wanted.release or names.default_release(model, digests),
+        hook,
+    )
+    require(ids.layer < n_layer, f"{folder} is of layer {ids.layer}, but the model has {n_layer} layers")
+    about = About(
+        n_layer,
+        wanted.title or f"Sparse autoencoders of {model}",
+        description,
+        wanted.creator,
+        wanted.url,
+        wanted.created_at,
+        wanted.hub_repo,
+    )
+    return Source(folder, run / "explorer" / "records" / hook, ids, about)
+
+
+def _layers(run: Path) -> int:
+    """How many layers the model of a run has; its checkpoint knows."""
+    import bridge.nanochat
+
+    flags: Mapping[str, Any] = _json(run / "config.json").get("flags") or {}
+    checkpoint = flags.get("checkpoint")
+    require(isinstance(checkpoint, str), f"{run}/config.json names no checkpoint: give --layers, those of the model")
+    try:
+        return bridge.nanochat.load(checkpoint, flags.get("step"), tokenizer=flags.get("tokenizer")).config.n_layer
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. Without the checkpoint, give --layers, those of the model") from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A JSON table, empty where there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is broken: {error}") from error
+    require(isinstance(told, dict), f"{file} holds {type(told).__name__}, expected a table")
+    return told

@@ -13,7 +13,6 @@ import codecs
 import dataclasses
 import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +20,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jsae.config import Json, require
+from jsae.columns import VERSION, Folder, Growing, StoreError, write, write_header
+from jsae.config import Json
 
-VERSION = 1
+__all__ = [
+    "VERSION",
+    "Activations",
+    "ActivationsWriter",
+    "AllHeader",
+    "Header",
+    "Store",
+    "StoreError",
+    "Texts",
+    "TextsHeader",
+    "digest",
+]
 
 TOP, NON_ACTIVATING = 0, 6
 """Groups of examples: 0 the strongest texts, 1 to 5 the fifths of [0, max] from the highest down, 6 texts without."""
@@ -128,117 +139,13 @@ class AllHeader(Json):
     sae_sha256: str
 
 
-class StoreError(ValueError):
-    """A store that is of another version, of another SAE, or broken."""
-
-
 def digest(export: Path) -> str:
     """sha256 of an exported SAE: of its weights' file."""
     with (export / "sae_weights.safetensors").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _Folder:
-    """Columns in a folder, mapped when first asked for and checked then."""
-
-    _columns: Mapping[str, tuple[str, tuple[str, ...]]]
-    _file: str
-    _header: type[Any]
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        file = self.path / self._file
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"no records at {self.path}: `python -m experiments.explore --run_dir=…` makes them"
-            )
-        try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise StoreError(f"{file} is broken: {error}") from error
-        version = told.get("version") if isinstance(told, dict) else told
-        if version != VERSION:
-            raise StoreError(f"{file} is of version {version!r}, this program reads {VERSION}: gather the records anew")
-        try:
-            self.header = self._header.from_json(told)
-        except ValueError as error:
-            raise StoreError(f"{file}: {error}: gather the records anew") from error
-        for field in dataclasses.fields(self.header):
-            value = getattr(self.header, field.name)
-            if field.type is int and not (type(value) is int and value >= 0):
-                raise StoreError(f"{file}: {field.name} is {value!r}, but must be a whole number")
-        self._cache: dict[str, np.ndarray] = {}
-
-    def _sizes(self) -> dict[str, int]:
-        """The lengths of axes that the header says."""
-        raise NotImplementedError
-
-    def _below(self) -> dict[str, int]:
-        """Columns of pointers, and what each must be below."""
-        return {}
-
-    _partitions: ClassVar[Mapping[str, str]] = {}
-    """Columns of offsets, and the columns they cut into parts."""
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """A column, mapped, its shape and pointers checked once."""
-        if name not in self._cache:
-            column = self._mapped(name)
-            self._check_shape(name, column)
-            self._check_pointers(name, column)
-            self._cache[name] = column
-        return self._cache[name]
-
-    def _mapped(self, name: str) -> np.ndarray:
-        file = self.path / f"{name}.npy"
-        try:
-            return np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise StoreError(f"{file} is missing or broken ({error}): gather the records anew") from error
-
-    def _check_shape(self, name: str, column: np.ndarray) -> None:
-        dtype, axes = self._columns[name]
-        sizes = [self._length(axis) for axis in axes]
-        if column.dtype != dtype or list(column.shape) != sizes:
-            raise StoreError(
-                f"{self.path / name}.npy is {column.dtype}{column.shape}, expected {dtype}{tuple(sizes)}, "
-                f"({', '.join(axes)}): gather the records anew"
-            )
-
-    def _length(self, axis: str) -> int:
-        """The length of an axis: what the header says, or that of the first column which has it."""
-        known = self._sizes()
-        if axis in known:
-            return known[axis]
-        if axis.endswith("+1"):
-            return self._length(axis.removesuffix("+1")) + 1
-        first, axes = next((name, axes) for name, (_, axes) in self._columns.items() if axis in axes)
-        shape = self._mapped(first).shape
-        return shape[axes.index(axis)] if len(shape) == len(axes) else -1
-
-    def _check_pointers(self, name: str, column: np.ndarray) -> None:
-        below = self._below().get(name)
-        if below is not None and column.size and int(column.max()) >= below:
-            raise StoreError(f"{self.path}: {name} holds {int(column.max())}, but must be below {below}")
-        if name in self._partitions:
-            end = self._length(self._columns[self._partitions[name]][1][0])
-            if column[0] != 0 or column[-1] != end or (column[:-1] > column[1:]).any():
-                raise StoreError(f"{self.path}: {name} does not partition {self._partitions[name]}: gather anew")
-
-
-def _write(folder: Path, file: str, header: Json, columns: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> None:
-    """Writes a folder; the header last, so that one without it is no store."""
-    require(set(columns) == set(known), f"a store has the columns {sorted(known)}, got {sorted(columns)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / file).unlink(missing_ok=True)
-    for name, column in columns.items():
-        np.save(folder / f"{name}.npy", np.asarray(column, known[name][0]), allow_pickle=False)
-    partial = folder / f"{file}.partial"
-    partial.write_text(json.dumps(header.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(folder / file)
-
-
-class Texts(_Folder):
+class Texts(Folder):
     """The token rows that all records of a run point into, and the vocabulary's bytes to show them by.
 
     Raises:
@@ -294,10 +201,10 @@ class Texts(_Folder):
             "token_offsets": np.cumsum([0, *map(len, vocabulary)]),
             "token_bytes": np.frombuffer(b"".join(vocabulary), np.uint8),
         }
-        _write(folder, Texts._file, header, columns, TEXT_COLUMNS)
+        write(folder, Texts._file, header, columns, TEXT_COLUMNS)
 
 
-class Activations(_Folder):
+class Activations(Folder):
     """Every activation above 0, by latent: the folder `all` of a store.
 
     Raises:
@@ -321,13 +228,33 @@ class Activations(_Folder):
         start, end = (int(self["offsets"][latent + i]) for i in (0, 1))
         return self["cell"][start:end], self["value"][start:end]
 
-    @staticmethod
-    def write(folder: Path, header: AllHeader, columns: Mapping[str, np.ndarray]) -> None:
-        """Writes the columns of `ALL_COLUMNS`."""
-        _write(folder, Activations._file, header, columns, ALL_COLUMNS)
+
+class ActivationsWriter:
+    """Writes the columns of `ALL_COLUMNS` piece by piece; without `finish` there is no store."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._files = {name: Growing(folder / f"{name}.npy", ALL_COLUMNS[name][0]) for name in ("cell", "value")}
+
+    def append(self, cells: np.ndarray, values: np.ndarray) -> None:
+        """Takes activations by latent, each latent's cells rising."""
+        self._files["cell"].append(cells)
+        self._files["value"].append(np.minimum(values, np.finfo(np.float16).max))
+
+    def finish(self, header: AllHeader, counts: np.ndarray) -> None:
+        """Says how many of them are each latent's."""
+        self.close()
+        np.save(self._folder / "offsets.npy", np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
+        write_header(self._folder / Activations._file, header)
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self._files.values():
+            file.close()
 
 
-class Store(_Folder):
+class Store(Folder):
     """The records of one SAE; `store["max"]` is a column, `store.texts` what the examples point into.
 
     Args:
@@ -390,4 +317,4 @@ class Store(_Folder):
     @staticmethod
     def write(folder: Path, header: Header, columns: Mapping[str, np.ndarray]) -> None:
         """Writes the columns of `COLUMNS`, all of them."""
-        _write(folder, Store._file, header, columns, COLUMNS)
+        write(folder, Store._file, header, columns, COLUMNS)

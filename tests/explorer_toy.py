@@ -14,7 +14,7 @@ from jsae.store import (
     NON_ACTIVATING,
     TOP,
     VERSION,
-    Activations,
+    ActivationsWriter,
     AllHeader,
     Header,
     Store,
@@ -242,12 +242,9 @@ def _of_weights(W_dec: np.ndarray) -> dict[str, np.ndarray]:
 
 def _write_all(folder: Path, acts: np.ndarray, sae_sha256: str) -> None:
     latent, cell = acts.reshape(-1, D_SAE).T.nonzero()
-    everything = {
-        "offsets": np.searchsorted(latent, np.arange(D_SAE + 1)),
-        "cell": cell,
-        "value": acts.reshape(-1, D_SAE)[cell, latent],
-    }
-    Activations.write(folder, AllHeader(VERSION, D_SAE, ROWS, LENGTH, sae_sha256), everything)
+    writer = ActivationsWriter(folder)
+    writer.append(cell, acts.reshape(-1, D_SAE)[cell, latent])
+    writer.finish(AllHeader(VERSION, D_SAE, ROWS, LENGTH, sae_sha256), np.bincount(latent, minlength=D_SAE))
 
 
 def _write_labels(folder: Path, hook: str) -> None:

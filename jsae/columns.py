@@ -1,0 +1,148 @@
+"""Folders of .npy columns under a JSON header: mapped, not read, and checked against what they must be. numpy only."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from jsae.config import Json, require
+
+VERSION = 1
+
+
+class StoreError(ValueError):
+    """A store that is of another version, of another SAE, or broken."""
+
+
+class Folder:
+    """Columns in a folder, mapped when first asked for and checked then."""
+
+    _columns: Mapping[str, tuple[str, tuple[str, ...]]]
+    _file: str
+    _header: type[Any]
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        file = self.path / self._file
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"no records at {self.path}: `python -m experiments.explore --run_dir=…` makes them"
+            )
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise StoreError(f"{file} is broken: {error}") from error
+        version = told.get("version") if isinstance(told, dict) else told
+        if version != VERSION:
+            raise StoreError(f"{file} is of version {version!r}, this program reads {VERSION}: gather the records anew")
+        try:
+            self.header = self._header.from_json(told)
+        except ValueError as error:
+            raise StoreError(f"{file}: {error}: gather the records anew") from error
+        for field in dataclasses.fields(self.header):
+            value = getattr(self.header, field.name)
+            if field.type is int and not (type(value) is int and value >= 0):
+                raise StoreError(f"{file}: {field.name} is {value!r}, but must be a whole number")
+        self._cache: dict[str, np.ndarray] = {}
+
+    def _sizes(self) -> dict[str, int]:
+        """The lengths of axes that the header says."""
+        raise NotImplementedError
+
+    def _below(self) -> dict[str, int]:
+        """Columns of pointers, and what each must be below."""
+        return {}
+
+    _partitions: ClassVar[Mapping[str, str]] = {}
+    """Columns of offsets, and the columns they cut into parts."""
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A column, mapped, its shape and pointers checked once."""
+        if name not in self._cache:
+            column = self._mapped(name)
+            self._check_shape(name, column)
+            self._check_pointers(name, column)
+            self._cache[name] = column
+        return self._cache[name]
+
+    def _mapped(self, name: str) -> np.ndarray:
+        file = self.path / f"{name}.npy"
+        try:
+            return np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise StoreError(f"{file} is missing or broken ({error}): gather the records anew") from error
+
+    def _check_shape(self, name: str, column: np.ndarray) -> None:
+        dtype, axes = self._columns[name]
+        sizes = [self._length(axis) for axis in axes]
+        if column.dtype != dtype or list(column.shape) != sizes:
+            raise StoreError(
+                f"{self.path / name}.npy is {column.dtype}{column.shape}, expected {dtype}{tuple(sizes)}, "
+                f"({', '.join(axes)}): gather the records anew"
+            )
+
+    def _length(self, axis: str) -> int:
+        """The length of an axis: what the header says, or that of the first column which has it."""
+        known = self._sizes()
+        if axis in known:
+            return known[axis]
+        if axis.endswith("+1"):
+            return self._length(axis.removesuffix("+1")) + 1
+        first, axes = next((name, axes) for name, (_, axes) in self._columns.items() if axis in axes)
+        shape = self._mapped(first).shape
+        return shape[axes.index(axis)] if len(shape) == len(axes) else -1
+
+    def _check_pointers(self, name: str, column: np.ndarray) -> None:
+        below = self._below().get(name)
+        if below is not None and column.size and int(column.max()) >= below:
+            raise StoreError(f"{self.path}: {name} holds {int(column.max())}, but must be below {below}")
+        if name in self._partitions:
+            end = self._length(self._columns[self._partitions[name]][1][0])
+            if column[0] != 0 or column[-1] != end or (column[:-1] > column[1:]).any():
+                raise StoreError(f"{self.path}: {name} does not partition {self._partitions[name]}: gather anew")
+
+
+def write(folder: Path, file: str, header: Json, columns: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> None:
+    """Writes a folder; the header last, so that one without it is no store."""
+    require(set(columns) == set(known), f"a store has the columns {sorted(known)}, got {sorted(columns)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / file).unlink(missing_ok=True)
+    for name, column in columns.items():
+        np.save(folder / f"{name}.npy", np.asarray(column, known[name][0]), allow_pickle=False)
+    write_header(folder / file, header)
+
+
+def write_header(path: Path, header: Json) -> None:
+    """Writes the JSON that makes a folder of columns a store, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(header.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+class Growing:
+    """A .npy file of one axis that is written piece by piece; `close` makes it readable."""
+
+    def __init__(self, path: Path, dtype: str):
+        self._dtype, self._length = np.dtype(dtype), 0
+        self._file = path.open("wb")
+        self._head()
+
+    def _head(self) -> None:
+        """Says how long the array is. numpy leaves room for any length, so the header's own size stays."""
+        told = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._length,)}
+        np.lib.format.write_array_header_1_0(self._file, told)
+
+    def append(self, values: np.ndarray) -> None:
+        """Writes more of the array."""
+        self._file.write(np.ascontiguousarray(values, self._dtype).data)
+        self._length += len(values)
+
+    def close(self) -> None:
+        """Writes what the header could not know before."""
+        if not self._file.closed:
+            self._file.seek(0)
+            self._head()
+            self._file.close()

@@ -24,6 +24,11 @@ from jsae.columns import VERSION, Folder, Growing, StoreError, write, write_head
 from jsae.config import Json
 
 __all__ = [
+    "ALL_COLUMNS",
+    "COLUMNS",
+    "NON_ACTIVATING",
+    "TEXT_COLUMNS",
+    "TOP",
     "VERSION",
     "Activations",
     "ActivationsWriter",
@@ -227,6 +232,11 @@ class Activations(Folder):
         """Where a latent fires, cells (row * T + position) in rising order, and how strongly."""
         start, end = (int(self["offsets"][latent + i]) for i in (0, 1))
         return self["cell"][start:end], self["value"][start:end]
+
+    @staticmethod
+    def write(folder: Path, header: AllHeader, columns: Mapping[str, np.ndarray]) -> None:
+        """Writes the columns of `ALL_COLUMNS` where they are at hand; `ActivationsWriter` takes them as they come."""
+        write(folder, Activations._file, header, columns, ALL_COLUMNS)
 
 
 class ActivationsWriter:

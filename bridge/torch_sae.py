@@ -37,6 +37,8 @@ class TorchSAE(nn.Module):
         self.d_sae: int = cfg["d_sae"]
         self.metadata: dict[str, Any] = cfg.get("metadata", {})
         for name, weight in weights.items():
+            if name == "W_enc":  # laid out latent by latent, in which few tokens are encoded fastest
+                weight = weight.T.contiguous().T
             setattr(self, name, nn.Parameter(weight, requires_grad=False))
 
     def encode(self, x: Float[torch.Tensor, "*tokens d"]) -> Dense:

@@ -2,7 +2,7 @@
 
     python -m experiments.evaluate --run_dir=runs/demo
     python -m experiments.evaluate --run_dir=runs/demo --sae=downloads/other_sae
-    python -m experiments.evaluate --compare=runs/demo,runs/wider
+    python -m experiments.evaluate --compare runs/demo runs/wider
 
 Writes eval.json, latents.json, labels.json and plots/ into the run directory, or into that of --sae. --compare measures
 two runs or exports on the same text, prints them side by side and writes nothing.
@@ -33,7 +33,7 @@ class EvaluateConfig:
 
     run_dir: str | None = flag(None, "A run: all of its SAEs, on its model and the held-out part of its text.")
     sae: str | None = flag(None, "Any SAELens directory for a hook of the run, measured instead of the run's own.")
-    compare: tuple[str, ...] = flag((), "Two runs or SAELens directories, A,B: prints both side by side.")
+    compare: tuple[str, ...] = flag((), "Two runs or SAELens directories, A B: prints both side by side.")
     hook: str | None = flag(None, "Only the SAE of this hook; of a --sae that does not say it: which hook it is for.")
     checkpoint: str | None = flag(None, "The nanochat; none is the one the run was trained on.")
     step: int | None = flag(None, "Step of --checkpoint; none is the last.")
@@ -54,7 +54,7 @@ class EvaluateConfig:
         require(
             bool(self.run_dir or self.sae or self.compare), "nothing to measure: give --run_dir, --sae or --compare"
         )
-        require(len(self.compare) in (0, 2), f"--compare takes two runs or SAEs, A,B, not {len(self.compare)}")
+        require(len(self.compare) in (0, 2), f"--compare takes two runs or SAEs, A B, not {len(self.compare)}")
         require(not (self.compare and self.sae), "--compare names the SAEs itself: leave out --sae")
         for name in ("heldout_tokens", "probe_tokens"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")

@@ -96,7 +96,7 @@ def run(
         _show_help(main, values)
         sys.exit(0)
     try:
-        rest = values(argv)[1:]
+        rest = values(_joined(argv, values))[1:]
         if rest:
             raise flags.Error(f"unexpected argument {rest[0]!r}: every option is written --name=value")
         config = parse(config_class, renames=renames, flag_values=values)
@@ -110,6 +110,19 @@ def run(
         if values["debug"].value:
             raise
         _fail(1, f"{error or type(error).__name__}\nPass --debug to see where.")
+
+
+def _joined(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
+    """The line with `--list A B` written as `--list=A,B`, of which absl would read A alone."""
+    lists = {f"--{name}" for name in values if isinstance(values[name].parser, _TupleParser)}
+    words, reading = [], False
+    for word in argv:
+        if reading and not word.startswith("--"):
+            words[-1] += ("" if words[-1].endswith("=") else ",") + word
+        else:
+            reading = word in lists
+            words.append(f"{word}=" if reading else word)
+    return words
 
 
 # ---- types --------------------------------------------------------------------------------------------------------

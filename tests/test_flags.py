@@ -91,6 +91,16 @@ def test_each_kind_of_field_is_read(arguments, change):
     assert parsed(*arguments) == dataclasses.replace(Sample(), **change)
 
 
+def test_a_list_may_be_written_in_several_words():
+    config = parsed("--words", "a", "b,c", "--layers", "3", "4", "--k", "5")
+    assert (config.words, config.layers, config.k) == (("a", "b", "c"), (3, 4), 5)
+
+
+def test_a_word_after_a_flag_that_is_no_list_is_refused(capsys):
+    assert refused("--k", "5", "6") == 2
+    assert "'6'" in capsys.readouterr().err
+
+
 def test_numbers_keep_their_types():
     config = parsed("--k=5", "--rate=1", "--layers=3")
     assert (type(config.k), type(config.rate), type(config.layers[0])) == (int, float, int)

@@ -1,0 +1,356 @@
+"""A run's exported SAEs on the Hugging Face hub: SAELens layout, one folder per hook, and a card. No torch, no jax.
+
+Needs the extra [hub] to push; the card and the plan need nothing. The layout is the one that
+`sae_lens.SAE.from_pretrained("owner/name", "blocks.2.hook_resid_post")` reads.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_LOG = logging.getLogger(__name__)
+
+_REQUIRED, _OPTIONAL = ("cfg.json", "sae_weights.safetensors"), ("sparsity.safetensors",)
+_UNFINISHED = (".unfinished", ".outdated")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,39}")
+_TAGS = ("sparse-autoencoder", "saelens", "interpretability", "nanochat", "jsae")
+
+_METRICS: Mapping[str, str] = {
+    "fraction of variance unexplained": "fvu",
+    "explained variance": "explained_variance",
+    "active latents per token (L0)": "l0",
+    "latents that never fire": "dead_fraction",
+    "cosine of input and reconstruction": "cosine",
+    "relative reconstruction bias": "relative_reconstruction_bias",
+    "loss recovered, over zero ablation": "model_performance_preservation.ce_loss_score",
+    "loss of the model": "model_performance_preservation.ce_loss_without_sae",
+    "loss with the SAE in place": "model_performance_preservation.ce_loss_with_sae",
+    "bits per byte of the model": "bits_per_byte.without_sae",
+    "bits per byte with the SAE in place": "bits_per_byte.with_sae",
+}
+"""What the card calls a figure of eval.json, and where it stands there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Upload:
+    """One file that a push sends."""
+
+    path: str
+    """Its place in the repository."""
+    content: Path | bytes
+    size: int
+    """In bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Export:
+    """An exported SAE of a run."""
+
+    hook: str
+    folder: Path
+    cfg: dict[str, Any]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        told = self.cfg.get("metadata")
+        return told if isinstance(told, dict) else {}
+
+
+def push(
+    run: str | Path,
+    repo_id: str,
+    *,
+    license: str,
+    private: bool = False,
+    dry_run: bool = False,
+    api: "HfApi | None" = None,
+    token: str | None = None,
+) -> list[Upload]:
+    """Sends a run's exports and their card to the hub in one commit; says before what it sends and how large it is.
+
+    Only what `plan` names is sent. A repository that is there is added to, other files in it stay.
+
+    Args:
+      run: the run directory.
+      repo_id: "owner/name".
+      license: the hub's name of a licence, "mit" or "apache-2.0" for example.
+      private: a repository that is made now shall be private, and a public one that is there is refused.
+      dry_run: only says what would be sent; nothing is asked of the network.
+      api: a `huggingface_hub.HfApi`; none: made with the token.
+      token: a write token; none: the one of `hf auth login` or HF_TOKEN.
+
+    Returns: what was sent, or would be.
+
+    Raises:
+      ValueError: a repository's or licence's name that the hub would refuse, a broken export, no token, or `private`
+        and a repository that is public.
+      FileNotFoundError: the run has no export.
+      ModuleNotFoundError: the extra [hub] is not installed.
+    """
+    uploads = plan(run, repo_id, license=license)
+    for upload in uploads:
+        _LOG.info("%s %s: %s bytes", "would send" if dry_run else "sending", upload.path, f"{upload.size:,}")
+    if dry_run:
+        return uploads
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("pushing to the hub needs huggingface_hub: pip install 'jsae[hub]'") from error
+    if api is None:
+        token = token or huggingface_hub.get_token()
+        if token is None:
+            raise ValueError("no token to write to the hub with: run `hf auth login`, or set HF_TOKEN")
+        api = huggingface_hub.HfApi(token=token)
+    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: as the owner's settings say
+    if private and not api.repo_info(repo_id).private:
+        raise ValueError(f"{repo_id} is public already, but was to be private: nothing was sent; make it private first")
+    operations = [huggingface_hub.CommitOperationAdd(upload.path, upload.content) for upload in uploads]
+    hooks = [upload.path.partition("/")[0] for upload in uploads if upload.path.endswith("/cfg.json")]
+    api.create_commit(repo_id, operations, commit_message=f"Add sparse autoencoders of {', '.join(hooks)}")
+    return uploads
+
+
+def plan(run: str | Path, repo_id: str, *, license: str) -> list[Upload]:
+    """What `push` would send: README.md, and of every hook its config, weights and densities; nothing else of a run.
+
+    Paths of this machine that stand in a config (the data's place, for example) are cut to their last part.
+
+    Raises: as `push`.
+    """
+    _check_names(repo_id, license)
+    exports = _exports(Path(run))
+    text = _card(Path(run), exports, repo_id, license).encode()
+    uploads = [Upload("README.md", text, len(text))]
+    for export in exports:
+        for name in (*_REQUIRED, *_OPTIONAL):
+            file = export.folder / name
+            if name == "cfg.json":
+                content = (json.dumps(_portable(export.cfg), indent=2, allow_nan=False) + "\n").encode()
+                uploads.append(Upload(f"{export.hook}/{name}", content, len(content)))
+            elif file.is_file():
+                uploads.append(Upload(f"{export.hook}/{name}", file, file.stat().st_size))
+    return uploads
+
+
+def card(run: str | Path, repo_id: str, *, license: str) -> str:
+    """The model card of a run: what the SAEs are of, trained on and measured at, how to load them, the licence.
+
+    Raises:
+      ValueError: a repository's or licence's name that the hub would refuse, or a broken export.
+      FileNotFoundError: the run has no export.
+    """
+    _check_names(repo_id, license)
+    return _card(Path(run), _exports(Path(run)), repo_id, license)
+
+
+def _card(run: Path, exports: Sequence[_Export], repo_id: str, license: str) -> str:
+    hooks = [export.hook for export in exports]
+    sections = [
+        "\n".join(
+            ["---", f'license: "{license}"', "library_name: saelens", "tags:", *(f"- {t}" for t in _TAGS), "---"]
+        ),
+        f"# {repo_id.partition('/')[2]}",
+        f"Sparse autoencoders of the activations of a nanochat, {_told(exports, 'model_name')}, trained with jsae.",
+        _shapes(exports),
+        "## Data\n\n" + _data(exports, _json(run / "config.json")),
+        "## Metrics\n\n" + _measured(hooks, _json(run / "eval.json"), _last_line(run / "metrics.jsonl")),
+        "## The model they belong to\n\n" + _base(exports),
+        "## Use\n\n" + _use(repo_id, hooks[0]),
+        f"## Licence\n\nThe weights in this repository: `{license}`.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _check_names(repo_id: str, license: str) -> None:
+    """Refuses what the hub would: before anything is read or asked for."""
+    owner, slash, name = repo_id.partition("/")
+    part = re.compile(r"[A-Za-z0-9]([\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
+    fits = slash and part.fullmatch(owner) and part.fullmatch(name) and len(repo_id) <= 96
+    if not fits or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
+        raise ValueError(
+            f"{repo_id!r} is no repository of the hub: expected owner/name of letters, digits, '-', '_' and '.', "
+            "at most 96 of them, without '--', '..' or '.git' at the end"
+        )
+    if not _LICENSE.fullmatch(license):
+        raise ValueError(
+            f"{license!r} is no licence of the hub: expected an identifier such as mit, apache-2.0 or cc-by-4.0 "
+            "(https://huggingface.co/docs/hub/repositories-licenses)"
+        )
+
+
+def _exports(run: Path) -> list[_Export]:
+    """The finished exports of a run, by hook."""
+    folders = sorted(file.parent for file in (run / "sae").glob("*/cfg.json"))
+    found = [_read(folder) for folder in folders if folder.suffix not in _UNFINISHED]
+    if not found:
+        raise FileNotFoundError(f"no exported SAE in {run / 'sae'}: `python -m experiments.train` writes it at its end")
+    return found
+
+
+def _read(folder: Path) -> _Export:
+    """An export whose files are whole."""
+    if not re.fullmatch(r"[\w.-]+", folder.name, re.ASCII):
+        raise ValueError(f"{folder} cannot be a folder on the hub: name it as the hook, blocks.2.hook_resid_post")
+    cfg = _json(folder / "cfg.json")
+    weights = folder / _REQUIRED[1]
+    missing = [name for name in ("architecture", "d_in", "d_sae") if name not in cfg]
+    if missing or not weights.is_file():
+        raise ValueError(
+            f"{folder} is no whole export: {', '.join(missing) or weights.name} is missing; train it again"
+        )
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            shape = file.get_slice("W_dec").get_shape()
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is broken ({error}): nothing is sent; export the SAE again") from error
+    if list(shape) != [cfg["d_sae"], cfg["d_in"]]:
+        raise ValueError(f"{weights} holds W_dec {shape}, but cfg.json says [{cfg['d_sae']}, {cfg['d_in']}]")
+    return _Export(folder.name, folder, cfg)
+
+
+def _portable(value: Any) -> Any:
+    """The same JSON, with paths of this machine cut to their last part."""
+    if isinstance(value, dict):
+        return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    if isinstance(value, str):
+        for kind in (PurePosixPath, PureWindowsPath):
+            if kind(value).is_absolute() or value.startswith(("~", "..")):
+                return kind(value).name
+    return value
+
+
+# ---- the card's parts --------------------------------------------------------------------------------------------
+
+
+def _shapes(exports: Sequence[_Export]) -> str:
+    rows = []
+    for e in exports:
+        seen = e.metadata.get("training_tokens")
+        sizes = (e.cfg["architecture"], e.cfg["d_in"], e.cfg["d_sae"], e.cfg.get("k", "–"))
+        rows.append((f"`{e.hook}`", *sizes, f"{seen:,}" if isinstance(seen, int) else "–"))
+    return _table(("folder and hook", "architecture", "d_in", "d_sae", "k", "activations seen in training"), rows)
+
+
+def _data(exports: Sequence[_Export], config: Mapping[str, Any]) -> str:
+    names = _told(exports, "dataset_path")
+    lines = [f"- trained on activations over: {names or 'text that the files do not name'}"]
+    if lengths := _told(exports, "context_size"):
+        lines.append(f"- tokens in a row: {lengths}; each row begins with BOS, where nothing was trained or measured")
+    facts = config.get("facts")
+    if isinstance(facts, dict) and isinstance(facts.get("data"), str):
+        lines.append(f"- fingerprint of the text: `{_cell(facts['data'])}`")
+    return "\n".join(lines)
+
+
+def _measured(hooks: Sequence[str], told: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+    """A column of figures per hook, of the exported weights on held-out text; else what the training last said."""
+    hooks = [hook for hook in hooks if isinstance(told.get(hook), dict)]
+    if hooks:
+        rows = [
+            (label, *(_number(_find(told[hook], place)) for hook in hooks))
+            for label, place in _METRICS.items()
+            if any(_find(told[hook], place) is not None for hook in hooks)
+        ]
+        rows.append(("tokens measured", *(_number(_find(told[hook], "tokens")) for hook in hooks)))
+        return _table(("of the exported weights, on held-out text", *(f"`{hook}`" for hook in hooks)), rows)
+    rows = [(label, _number(_find(last, place))) for label, place in _METRICS.items() if _find(last, place) is not None]
+    if rows:
+        return _table(("at the end of training, not on held-out text", ""), rows)
+    return "None were measured."
+
+
+def _base(exports: Sequence[_Export]) -> str:
+    prints = _told(exports, "model_fingerprint")
+    return (
+        f"{_told(exports, 'model_name') or 'A nanochat'}{f', sha256 of the checkpoint {prints}' * bool(prints)}. These "
+        "autoencoders are of that checkpoint's activations only; its weights are not in this repository."
+    )
+
+
+def _told(exports: Sequence[_Export], name: str) -> str:
+    """What the exports' metadata says under a name, once."""
+    told = (e.metadata[name] for e in exports if isinstance(e.metadata.get(name), str | int))
+    return ", ".join(f"`{_cell(_portable(value))}`" for value in dict.fromkeys(told))
+
+
+def _use(repo_id: str, hook: str) -> str:
+    return f"""With [SAELens](https://github.com/decoderesearch/SAELens):
+
+```python
+from sae_lens import SAE
+
+sae = SAE.from_pretrained("{repo_id}", "{hook}")
+```
+
+With jsae, which runs the nanochat too:
+
+```python
+import huggingface_hub
+
+from bridge import nanochat
+from bridge.runtime import InterpretableModel, load_saes
+
+saes = load_saes(huggingface_hub.snapshot_download("{repo_id}"))
+im = InterpretableModel.of(nanochat.load("path/to/its/checkpoint"), saes)
+```"""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    """Text that stays within its place on the card."""
+    return re.sub(r"[\s`|<>\[\]*]+", " ", str(value)).strip()[:200]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _find(told: Mapping[str, Any], place: str) -> float | None:
+    """A finite number at a dotted place."""
+    value: Any = told
+    for key in place.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if number else None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """An object of JSON, empty where there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is broken: {error}") from error
+    if not isinstance(told, dict):
+        raise ValueError(f"{file} holds {type(told).__name__}, expected an object")
+    return told
+
+
+def _last_line(file: Path) -> dict[str, Any]:
+    """The last whole line of a file of JSON lines, empty where there is none."""
+    last: dict[str, Any] = {}
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):  # a run that was killed leaves half a line
+            told = json.loads(line)
+            last = told if isinstance(told, dict) else last
+    return last

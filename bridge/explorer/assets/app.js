@@ -1,0 +1,112 @@
+/* Puts the page together: what the address says, the keyboard, the theme, and whether a server is there. */
+"use strict";
+
+(() => {
+  const { el } = jsae;
+  const main = document.getElementById("main");
+  const at = { hook: 0, latent: null, view: "" };
+  let turn = 0;
+
+  /* ---- addresses: #latent=3, #hook=blocks.2.hook_resid_post&latent=3, #view=text ---- */
+
+  const hookNumber = (name) => jsae.data.manifest.hooks.findIndex((one) => one.hook === name);
+
+  function link(latent, hook = at.hook) {
+    const { hooks } = jsae.data.manifest;
+    return hooks.length > 1 ? `#hook=${encodeURIComponent(hooks[hook].hook)}&latent=${latent}` : `#latent=${latent}`;
+  }
+
+  function latentLink(list, latent) {
+    return el("a", { class: "other", href: link(latent, list.hook) }, el("span", { class: "id" }, `#${latent}`),
+      el("span", { class: list.labels[latent] ? "label" : "label none" }, jsae.tokens.shown(list.title(latent))));
+  }
+
+  function read() {
+    const told = new URLSearchParams(location.hash.slice(1));
+    const hook = told.has("hook") ? hookNumber(told.get("hook")) : at.hook;
+    const latent = /^\d+$/.test(told.get("latent") ?? "") ? Number(told.get("latent")) : null;
+    return { hook, latent, view: told.get("view") ?? "", asked: told };
+  }
+
+  async function route() {
+    const mine = ++turn;
+    const still = () => mine === turn;
+    const { hook, latent, view, asked } = read();
+    try {
+      if (hook < 0) throw new Error(`no activation ${asked.get("hook")} in this run`);
+      const list = await jsae.data.list(hook);
+      if (!still()) return;
+      if (jsae.list.current !== list) jsae.list.show(list);
+      Object.assign(at, { hook, latent, view });
+      document.getElementById("hook").value = String(hook);
+      for (const tab of document.querySelectorAll("#tabs a")) tab.toggleAttribute("aria-current", tab.dataset.view === view);
+      document.body.dataset.view = latent !== null || view ? "main" : "list";
+      jsae.list.choose(latent ?? -1);
+      if (asked.has("latent") && (latent === null || latent >= list.size)) {
+        throw new Error(`no latent ${asked.get("latent")}: this SAE has latents 0 to ${list.size - 1}`);
+      }
+      document.title = `${latent === null ? "" : `#${latent} ${list.labels[latent]} · `}${jsae.data.manifest.run} · jsae`;
+      if (latent !== null) await jsae.latent.show(main, hook, latent, still);
+      else if (view && jsae.live) ({ text: jsae.trace, steer: jsae.steer })[view]?.show(main, list);
+      else jsae.overview.show(main, list);
+    } catch (error) {
+      if (still()) main.replaceChildren(el("p", { class: "pad bad", role: "alert" }, error.message));
+    }
+  }
+
+  /* ---- keyboard ---- */
+
+  const KEYS = [["j or →", "next latent of the list"], ["k or ←", "previous latent"], ["/", "search"], ["Enter", "open the first that is found"],
+    ["Esc", "leave the search; back to the overview"], ["f", "snippets or full texts"], ["t", "light or dark"], ["?", "this help"]];
+
+  function press(event) {
+    const { target, key } = event;
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (target.closest("input, textarea, select") || document.querySelector("dialog[open]")) return;
+    const step = { j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1 }[key];
+    if (step) location.hash = link(jsae.list.step(at.latent ?? -1, step));
+    else if (key === "/") jsae.list.focus();
+    else if (key === "Escape") location.hash = "#";
+    else if (key === "t") turnTheme();
+    else if (key === "f") document.querySelector(".segmented [aria-pressed=false]")?.click();
+    else if (key === "?") help();
+    else return;
+    event.preventDefault();
+  }
+
+  function help() {
+    const box = document.getElementById("keys");
+    box.replaceChildren(el("h2", {}, "Keyboard"), el("dl", {}, KEYS.map(([key, what]) => [el("dt", {}, el("kbd", {}, key)), el("dd", {}, what)])),
+      el("form", { method: "dialog" }, el("button", { class: "plain" }, "Close")));
+    box.showModal();
+  }
+
+  function turnTheme() {
+    const { dataset } = document.documentElement;
+    const dark = dataset.theme ? dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    dataset.theme = dark ? "light" : "dark";
+    jsae.remembered.set("theme", dataset.theme);
+  }
+
+  /* ---- start ---- */
+
+  async function start() {
+    const manifest = await jsae.data.open();
+    document.getElementById("run").textContent = manifest.run;
+    const choice = document.getElementById("hook");
+    choice.append(...manifest.hooks.map((one, i) => el("option", { value: i }, one.hook)));
+    choice.addEventListener("change", () => { location.hash = `#hook=${encodeURIComponent(manifest.hooks[Number(choice.value)].hook)}`; });
+    choice.parentElement.hidden = manifest.hooks.length < 2;
+    jsae.list.build();
+    jsae.watchTips();
+    document.addEventListener("keydown", press);
+    document.getElementById("theme").addEventListener("click", turnTheme);
+    document.getElementById("help").addEventListener("click", help);
+    window.addEventListener("hashchange", route);
+    await jsae.connect?.();
+    await route();
+  }
+
+  Object.assign(jsae, { link, latentLink, route });
+  start().catch((error) => main.replaceChildren(el("p", { class: "pad bad", role: "alert" }, error.message)));
+})();

@@ -1,0 +1,182 @@
+/* What every part of the page uses: elements, numbers as people read them, and the scripts that bring data. */
+"use strict";
+
+window.jsae = {};
+
+(() => {
+  /* Makes an element. Text always goes in as text: nothing on this page is ever parsed as markup. */
+  function el(tag, props, ...children) {
+    return fill(document.createElement(tag), props, children);
+  }
+
+  function svg(tag, props, ...children) {
+    return fill(document.createElementNS("http://www.w3.org/2000/svg", tag), props, children);
+  }
+
+  function fill(node, props, children) {
+    for (const [name, value] of Object.entries(props ?? {})) {
+      if (value === null || value === undefined || value === false) continue;
+      if (name === "on") for (const [event, act] of Object.entries(value)) node.addEventListener(event, act);
+      else if (name === "vars") for (const [key, one] of Object.entries(value)) node.style.setProperty(key, one);
+      else if (name === "tip") tips.set(node, value);
+      else if (name === "value" || name === "checked" || name === "disabled") node[name] = value;
+      else node.setAttribute(name, value === true ? "" : String(value));
+    }
+    node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+    return node;
+  }
+
+  /* ---- numbers ---- */
+
+  const whole = new Intl.NumberFormat("en");
+
+  function number(value) {
+    if (!Number.isFinite(value)) return "–";
+    if (value === 0) return "0";
+    const size = Math.abs(value);
+    if (size >= 1e5 || size < 1e-3) return value.toExponential(1).replace("e+", "e");
+    return Number(value.toPrecision(3)).toString();
+  }
+
+  function percent(share) {
+    if (!Number.isFinite(share)) return "–";
+    if (share === 0) return "0 %";
+    const value = share * 100;
+    if (value < 0.001) return "< 0.001 %";
+    return `${value >= 10 ? value.toFixed(1) : Number(value.toPrecision(2))} %`;
+  }
+
+  function short(count) {
+    if (count >= 1e6) return `${Number((count / 1e6).toPrecision(3))} M`;
+    return count >= 1e4 ? `${Number((count / 1e3).toPrecision(3))} k` : whole.format(count);
+  }
+
+  /* ---- data ---- */
+
+  const arrived = new Map();
+  const asked = new Map();
+
+  /* What the data files call. */
+  jsae.put = (name, data) => arrived.set(name, data);
+
+  /* The data of a file beside the page, brought by a script: a page from the disk may not fetch. */
+  function load(name) {
+    if (!asked.has(name)) {
+      asked.set(name, new Promise((resolve, reject) => {
+        const script = document.createElement("script");
+        script.src = `${name}.js`;
+        script.onload = () => {
+          script.remove();
+          if (arrived.has(name)) resolve(arrived.get(name));
+          else reject(new Error(`${name}.js holds no data: write the page anew`));
+          arrived.delete(name);
+        };
+        script.onerror = () => {
+          asked.delete(name);
+          reject(new Error(`${name}.js is not beside this page: write the page anew`));
+        };
+        document.head.append(script);
+      }));
+    }
+    return asked.get(name);
+  }
+
+  /* ---- what hovers and what is said in passing ---- */
+
+  const tips = new WeakMap();
+
+  /* Shows what `tips` knows of the element under the pointer: an array of [name, value] or a function that gives one. */
+  function watchTips() {
+    const tip = document.getElementById("tip");
+    const show = (event) => {
+      let node = event.target;
+      while (node && !tips.has(node)) node = node.parentElement;
+      if (!node) {
+        tip.hidden = true;
+        return;
+      }
+      const told = tips.get(node);
+      tip.replaceChildren(...(typeof told === "function" ? told() : told).map(([name, value]) =>
+        el("div", {}, name && el("span", {}, name), el("b", {}, String(value)))));
+      tip.hidden = false;
+      place(tip, node.getClientRects()[0] ?? node.getBoundingClientRect(), event);
+    };
+    document.addEventListener("pointerover", show);
+    document.addEventListener("focusin", show);
+    document.addEventListener("scroll", () => { tip.hidden = true; }, true);
+    document.addEventListener("keydown", () => { tip.hidden = true; });
+  }
+
+  function place(tip, box, event) {
+    const wide = tip.offsetWidth;
+    const middle = box.width > 300 && event.clientX ? event.clientX : box.left + box.width / 2;
+    const left = Math.min(Math.max(8, middle - wide / 2), document.documentElement.clientWidth - wide - 8);
+    const above = box.top - tip.offsetHeight - 6;
+    tip.style.left = `${left}px`;
+    tip.style.top = `${above > 4 ? above : box.bottom + 6}px`;
+  }
+
+  let fading = 0;
+
+  function toast(text, bad = false) {
+    const box = document.getElementById("toast");
+    box.textContent = text;
+    box.classList.toggle("bad", bad);
+    box.hidden = false;
+    clearTimeout(fading);
+    fading = setTimeout(() => { box.hidden = true; }, bad ? 8000 : 1800);
+  }
+
+  async function copy(text, what) {
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      const box = el("textarea", { value: text, class: "away" });
+      document.body.append(box);
+      box.select();
+      document.execCommand("copy");
+      box.remove();
+    }
+    toast(`${what} copied`);
+  }
+
+  /* Runs `act` once things have been quiet for a while. */
+  function later(act, milliseconds) {
+    let timer = 0;
+    return (...told) => {
+      clearTimeout(timer);
+      timer = setTimeout(() => act(...told), milliseconds);
+    };
+  }
+
+  /* A choice of one out of few, as buttons. */
+  function segmented(name, options, chosen, act) {
+    const group = el("div", { class: "segmented", role: "group", "aria-label": name });
+    const choose = (value) => {
+      for (const button of group.children) button.setAttribute("aria-pressed", String(button.dataset.value === value));
+    };
+    group.append(...options.map(([value, text, title]) => el("button", {
+      type: "button", "data-value": value, title, on: { click: () => { choose(value); act(value); } },
+    }, text)));
+    choose(chosen);
+    return group;
+  }
+
+  const remembered = {
+    get(key) {
+      try { return localStorage.getItem(`jsae.${key}`); } catch { return null; }
+    },
+    set(key, value) {
+      try { localStorage.setItem(`jsae.${key}`, value); } catch { /* private windows keep nothing */ }
+    },
+  };
+
+  /* The theme is set before anything is drawn. */
+  const theme = remembered.get("theme");
+  if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
+
+  Object.assign(jsae, {
+    el, svg, number, percent, short, whole: (value) => whole.format(value), load, watchTips, toast, copy, later,
+    segmented, remembered,
+  });
+})();

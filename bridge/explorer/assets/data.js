@@ -1,0 +1,206 @@
+/* The records as the page reads them: base64 columns to typed arrays, files brought when they are asked for. */
+"use strict";
+
+(() => {
+  const { load } = jsae;
+
+  function bytes(base64) {
+    const text = atob(base64);
+    const found = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) found[i] = text.charCodeAt(i);
+    return found;
+  }
+
+  const column = (base64, Type) => new Type(bytes(base64).buffer);
+
+  /* Offsets of parts of these lengths. */
+  function offsets(lengths) {
+    const found = new Uint32Array(lengths.length + 1);
+    for (let i = 0; i < lengths.length; i++) found[i + 1] = found[i] + lengths[i];
+    return found;
+  }
+
+  const data = { manifest: null };
+  const lists = new Map();
+  const texts = new Map();
+
+  /* Reads what the run is and its vocabulary. */
+  data.open = async () => {
+    const [manifest, vocabulary] = await Promise.all([load("manifest"), load("vocabulary")]);
+    jsae.tokens.use(bytes(vocabulary.bytes), offsets(column(vocabulary.lengths, Uint16Array)), manifest.special);
+    data.manifest = manifest;
+    return manifest;
+  };
+
+  /* The latents of hook number `hook`, a line each. */
+  data.list = (hook) => {
+    if (!lists.has(hook)) lists.set(hook, load(`list-${hook}`).then((told) => new Latents(hook, told)));
+    return lists.get(hook);
+  };
+
+  class Latents {
+    constructor(hook, told) {
+      this.hook = hook;
+      this.info = data.manifest.hooks[hook];
+      this.size = this.info.d_sae;
+      this.count = column(told.count, Float64Array);
+      this.max = column(told.max, Float32Array);
+      this.mean = column(told.mean, Float32Array);
+      this.f1 = column(told.f1, Float32Array);
+      this.labels = told.labels;
+      this.byPerson = new Set(told.by_person);
+      this.notes = new Map(told.notes);
+      this.fit = new Map(told.fit.map(([latent, precision, recall]) => [latent, { precision, recall }]));
+      this.automatic = new Map();
+      this.logits = column(told.logits, Uint16Array);
+      this.perLatent = this.logits.length / this.size;
+      this.snippets = column(told.snippets, Uint16Array);
+      this.snippetOffsets = offsets(bytes(told.snippet_lengths));
+      this.snippetPeaks = bytes(told.snippet_peaks);
+      this.peaks = column(told.peaks, Uint16Array);
+      this.peakOffsets = offsets(bytes(told.peak_lengths));
+      this.haystacks = new Array(this.size);
+    }
+
+    density(latent) {
+      return this.info.tokens ? this.count[latent] / this.info.tokens : 0;
+    }
+
+    dead(latent) {
+      return this.count[latent] === 0;
+    }
+
+    dense(latent) {
+      return this.density(latent) > 0.1;
+    }
+
+    /* The label, else what there is to say of a latent without one. */
+    title(latent) {
+      return this.labels[latent] || (this.dead(latent) ? "never fires" : "no label");
+    }
+
+    snippet(latent) {
+      const [start, end] = [this.snippetOffsets[latent], this.snippetOffsets[latent + 1]];
+      return { ids: this.snippets.subarray(start, end), peak: this.snippetPeaks[latent] };
+    }
+
+    /* The snippet as tokens with their texts. */
+    spelled(latent) {
+      return jsae.tokens.spell(this.snippet(latent).ids, { before: true, after: true });
+    }
+
+    /* The tokens that it raises, most first. */
+    raised(latent) {
+      return this.logits.subarray(latent * this.perLatent, (latent + 1) * this.perLatent);
+    }
+
+    /* All that a latent can be found by, in small letters. */
+    haystack(latent) {
+      if (this.haystacks[latent] === undefined) {
+        const peaks = this.peaks.subarray(this.peakOffsets[latent], this.peakOffsets[latent + 1]);
+        const words = (ids) => Array.from(ids, (id) => jsae.tokens.word(id)).join("\n");
+        const text = this.spelled(latent).map((token) => token.text).join("");
+        this.haystacks[latent] = [
+          `#${latent}`, this.labels[latent], this.notes.get(latent) ?? "", words(peaks), text, words(this.raised(latent)),
+        ].join("\n").toLowerCase();
+      }
+      return this.haystacks[latent];
+    }
+
+    /* Takes a name that a person gave; "" gives the automatic one back. */
+    name({ latent, label, note }) {
+      if (latent >= this.size) return;
+      if (!this.byPerson.has(latent)) this.automatic.set(latent, [this.labels[latent], this.f1[latent]]);
+      const [old, f1] = this.automatic.get(latent) ?? ["", NaN];
+      this.labels[latent] = label || old;
+      this.f1[latent] = label ? NaN : f1;
+      if (label) this.byPerson.add(latent);
+      else this.byPerson.delete(latent);
+      if (note) this.notes.set(latent, note);
+      else this.notes.delete(latent);
+      this.haystacks[latent] = undefined;
+    }
+  }
+
+  /* All about one latent, with the tokens of its examples. */
+  data.latent = async (hook, latent) => {
+    const list = await data.list(hook);
+    const size = data.manifest.shard;
+    const shard = await opened(`shard-${hook}-${Math.floor(latent / size)}`);
+    const at = latent - shard.first;
+    const examples = [];
+    for (let e = shard.examples[at]; e < shard.examples[at + 1]; e++) examples.push(example(shard, e, list.max[latent]));
+    await Promise.all(examples.map(async (one) => Object.assign(one, await window_(one.row, one.position))));
+    const row = (name) => shard[name].subarray(at * shard[name].length / shard.size, (at + 1) * shard[name].length / shard.size);
+    const pairs = (ids, values) => Array.from(row(ids), (id, i) => ({ id, value: row(values)[i] }))
+      .filter((pair) => Number.isFinite(pair.value));
+    return {
+      latent, list, examples,
+      hist: row("hist"), histRange: row("hist_range"), shares: row("group_share"),
+      logitHist: row("logit_hist"), logitRange: row("logit_range"),
+      top: pairs("top_logits", "top_logit_values"), bottom: pairs("bottom_logits", "bottom_logit_values"),
+      neighbours: pairs("neighbours", "neighbour_cosines"), together: pairs("together", "together_share"),
+    };
+  };
+
+  const SHARD_COLUMNS = {
+    hist: Uint32Array, hist_range: Float32Array, group_share: Float32Array, logit_hist: Uint32Array,
+    logit_range: Float32Array, top_logits: Uint16Array, bottom_logits: Uint16Array, top_logit_values: Float32Array,
+    bottom_logit_values: Float32Array, neighbours: Uint32Array, together: Uint32Array, neighbour_cosines: Float32Array,
+    together_share: Float32Array, examples: Uint32Array, group: Uint8Array, row: Uint32Array, position: Uint16Array,
+    value: Float32Array, activations: Uint32Array, activation_position: Uint16Array, activation_share: Uint16Array,
+  };
+  const shards = new Map();
+
+  async function opened(name) {
+    if (!shards.has(name)) {
+      const told = await load(name);
+      const columns = Object.entries(SHARD_COLUMNS).map(([key, Type]) => [key, column(told[key], Type)]);
+      const shard = { first: told.first, ...Object.fromEntries(columns) };
+      shards.set(name, { ...shard, size: shard.examples.length - 1 });
+    }
+    return shards.get(name);
+  }
+
+  function example(shard, e, max) {
+    const values = new Map();
+    for (let a = shard.activations[e]; a < shard.activations[e + 1]; a++) {
+      values.set(shard.activation_position[a], shard.activation_share[a] / 65535 * max);
+    }
+    return { group: shard.group[e], row: shard.row[e], position: shard.position[e], value: shard.value[e], values };
+  }
+
+  /* The tokens around a position of a row, as far as the page holds them. */
+  async function window_(row, position) {
+    const { row_length: length, radius, texts: cuts } = data.manifest;
+    const from = Math.max(position - radius, 0);
+    const to = Math.min(position + radius + 1, length);
+    const file = await text(last(cuts, row * length + from));
+    const run = last(file.starts, row * length + from);
+    const start = file.offsets[run] + row * length + from - file.starts[run];
+    return { from, ids: file.tokens.subarray(start, start + to - from), cut: { before: from > 0, after: to < length } };
+  }
+
+  function text(number) {
+    if (!texts.has(number)) {
+      texts.set(number, load(`texts-${number}`).then((told) => ({
+        starts: column(told.starts, Uint32Array), offsets: offsets(column(told.lengths, Uint32Array)),
+        tokens: column(told.tokens, Uint16Array),
+      })));
+    }
+    return texts.get(number);
+  }
+
+  /* The index of the last of some rising numbers that is not above `value`. */
+  function last(rising, value) {
+    let [low, high] = [0, rising.length - 1];
+    while (low < high) {
+      const middle = (low + high + 1) >> 1;
+      if (rising[middle] <= value) low = middle;
+      else high = middle - 1;
+    }
+    return low;
+  }
+
+  jsae.data = data;
+})();

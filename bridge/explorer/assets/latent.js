@@ -1,0 +1,154 @@
+/* The page of one latent: its numbers, its histograms, what it writes, whom it is like, and the texts it fires on. */
+"use strict";
+
+(() => {
+  const { el, number, percent, whole, segmented } = jsae;
+  const GROUPS = 7; // the strongest, five fifths of [0, max], texts without
+  const view = { size: "snippet", breaks: jsae.remembered.get("breaks") === "yes" };
+
+  async function show(main, hook, latent, still) {
+    const found = await jsae.data.latent(hook, latent);
+    if (!still()) return;
+    const texts = el("div", { class: "groups" });
+    main.replaceChildren(el("article", { class: "page latent", "data-latent": latent },
+      head(found),
+      el("div", { class: "columns" },
+        el("div", { class: "texts" }, jsae.trace?.card(found), contexts(found, texts)),
+        el("aside", { class: "side", "aria-label": "Numbers" }, fires(found), writes(found), alike(found)))));
+    main.scrollTop = 0;
+  }
+
+  /* ---- what it is ---- */
+
+  function head({ list, latent }) {
+    const label = list.labels[latent];
+    const { manifest } = jsae.data;
+    const step = (by, name, sign) => el("a", { class: "icon", href: jsae.link(jsae.list.step(latent, by)), "aria-label": name, title: name }, sign);
+    const title = el("h1", { class: label ? "" : "none" }, jsae.tokens.shown(list.title(latent)));
+    const note = list.notes.get(latent);
+    const density = list.density(latent);
+    return el("header", { class: "title" },
+      el("div", { class: "line" }, el("a", { class: "plain back", href: "#" }, "‹ All"),
+        el("span", { class: "id" }, `#${latent}`), step(-1, "Previous (k)", "‹"), step(1, "Next (j)", "›"), el("span", { class: "grow" }),
+        jsae.live && el("button", { type: "button", class: "plain", id: "rename", on: { click: () => jsae.trace.rename(list, latent) } }, "Name it"),
+        jsae.live && el("button", { type: "button", class: "plain strong", id: "push", on: { click: () => jsae.steer.add(list, latent) } }, "Steer with it"),
+        el("button", { type: "button", class: "plain", on: { click: () => jsae.copy(location.href, "Link") } }, "Copy link")),
+      title,
+      el("p", { class: "origin quiet" }, origin(list, latent)),
+      note && el("p", { class: "note" }, jsae.tokens.shown(note)),
+      el("dl", { class: "facts" },
+        fact("Density", percent(density), density ? `1 in ${whole(Math.max(1, Math.round(1 / density)))} tokens` : "never fires"),
+        fact("Largest", number(list.max[latent]), "activation"),
+        fact("Mean", number(list.mean[latent]), "where it fires"),
+        fact("Fired", jsae.short(list.count[latent]), `times in ${jsae.short(list.info.tokens)} tokens`),
+        manifest.hooks.length > 1 && fact("Layer", String(list.info.layer), list.info.hook)));
+  }
+
+  const fact = (name, value, note) => el("div", {}, el("dt", {}, name), el("dd", {}, el("b", {}, value), el("small", {}, note)));
+
+  function origin(list, latent) {
+    if (list.byPerson.has(latent)) return "named by a person";
+    if (!list.labels[latent]) return list.dead(latent) ? "it fired on no token of the text that was read" : "no label was found";
+    const fit = list.fit.get(latent);
+    const told = [jsae.list.badge(list, latent), " F1 of this automatic label on text that had no part in choosing it"];
+    return fit ? [...told, ` · precision ${number(fit.precision ?? NaN)} · recall ${number(fit.recall ?? NaN)}`] : ["automatic label"];
+  }
+
+  /* ---- the side: histograms, logits, other latents ---- */
+
+  const card = (title, note, ...children) => el("section", { class: "card" }, el("h2", {}, title, note && el("small", {}, note)), children);
+
+  function fires({ list, latent, hist, histRange }) {
+    if (list.dead(latent)) return null;
+    const [from, to] = histRange;
+    const middle = (i) => (from + ((to - from) * (i + 0.5)) / hist.length) / list.max[latent];
+    return card("Activations", "tokens by strength, zeros left out", jsae.charts.histogram(hist, [from, to], {
+      label: `Histogram of ${whole(list.count[latent])} activations from ${number(from)} to ${number(to)}`, unit: "tokens",
+      tone: (i) => ({ kind: "warm", share: middle(i) }), marks: [1, 2, 3, 4].map((k) => (list.max[latent] * k) / 5),
+    }));
+  }
+
+  function writes({ list, logitHist, logitRange, top, bottom }) {
+    const [from, to] = logitRange;
+    const far = Math.max(Math.abs(from), Math.abs(to)) || 1;
+    const middle = (i) => from + ((to - from) * (i + 0.5)) / logitHist.length;
+    const turned = list.info.direct_path;
+    return card("Logits", "what it writes, straight to the output",
+      jsae.charts.histogram(logitHist, [from, to], {
+        label: `Histogram of the logits of all tokens from ${number(from)} to ${number(to)}`, unit: "tokens of the vocabulary",
+        tone: (i) => ({ kind: middle(i) < 0 ? "cool" : "warm", share: 0.35 + (0.65 * Math.abs(middle(i))) / far }),
+      }),
+      el("div", { class: "logits" }, logits("Raised", top, far, "warm"), logits("Lowered", bottom, far, "cool")),
+      turned !== null && turned !== 1 && el("p", { class: "quiet small" }, `The model passes this layer's stream on to its output times ${number(turned)}; the values have that factor.`));
+  }
+
+  const logits = (name, pairs, far, kind) => el("table", { class: "numbers" }, el("caption", {}, name), el("tbody", {}, pairs.map(({ id, value }) => el("tr", {},
+    el("td", {}, jsae.tokens.chip(id)), el("td", { class: "number" }, jsae.charts.bar(Math.abs(value) / far, kind), value.toFixed(2))))));
+
+  function alike({ list, neighbours, together }) {
+    const others = (name, note, pairs, told) => pairs.length > 0 && card(name, note, el("ol", { class: "picks" }, pairs.map(({ id, value }) =>
+      el("li", {}, jsae.latentLink(list, id), el("span", { class: "number" }, jsae.charts.bar(value, "plain"), told(value))))));
+    return [
+      others("Neighbours", "cosine of the directions they write", neighbours, (value) => value.toFixed(2)),
+      others("Fires together with", "share of this latent's tokens", together, percent),
+    ];
+  }
+
+  /* ---- the texts ---- */
+
+  function contexts(found, groups) {
+    const { list, latent } = found;
+    const draw = () => groups.replaceChildren(...Array.from({ length: GROUPS }, (_, group) => texts(found, group)).filter(Boolean));
+    const breaks = el("label", { class: "check" }, el("input", {
+      type: "checkbox", id: "breaks", checked: view.breaks, on: { change: (event) => {
+        view.breaks = event.target.checked;
+        jsae.remembered.set("breaks", view.breaks ? "yes" : "no");
+        draw();
+      } },
+    }), "Line breaks");
+    draw();
+    if (!found.examples.length) groups.append(el("p", { class: "quiet pad" }, `#${latent} fired on none of the ${jsae.short(list.info.tokens)} tokens that were read.`));
+    return el("section", { class: "contexts" }, el("div", { class: "bartop" }, el("h2", {}, "Texts"), el("span", { class: "grow" }),
+      segmented("Size of the context", [["snippet", "Snippet"], ["full", "Full"]], view.size, (size) => {
+        view.size = size;
+        draw();
+      }), breaks), groups);
+  }
+
+  function texts(found, group) {
+    const { list, latent, shares } = found;
+    const max = list.max[latent];
+    const some = found.examples.filter((example) => example.group === group);
+    if (!some.length) return null;
+    const edge = (k) => number((max * k) / 5);
+    const [name, note] = group === 0 ? ["Strongest", `up to ${number(max)}`]
+      : group === GROUPS - 1 ? ["Silent here", "texts in which it does not fire"]
+        : [`${edge(5 - group)} to ${edge(6 - group)}`, `${percent(shares[group])} of all tokens`];
+    return el("section", { class: "group", "data-group": group }, el("h3", {}, name, el("small", {}, note)),
+      el("ul", {}, some.map((example) => text(example, max))));
+  }
+
+  function text(example, max) {
+    let size = view.size;
+    let told = "";
+    const place = el("div", { class: "place" });
+    const draw = () => {
+      const { node, text: raw } = jsae.tokens.context(example, max, { size, breaks: view.breaks });
+      place.replaceChildren(node);
+      told = raw;
+      value.setAttribute("aria-expanded", String(size === "full"));
+    };
+    const value = el("button", {
+      type: "button", class: "value", title: "All of this text, or a line of it",
+      on: { click: () => {
+        size = size === "full" ? "snippet" : "full";
+        draw();
+      } },
+    }, example.value ? number(example.value) : "0");
+    draw();
+    return el("li", { class: "example" }, value, place,
+      el("button", { type: "button", class: "icon copy", "aria-label": "Copy this text", title: "Copy this text", on: { click: () => jsae.copy(told, "Text") } }, "⧉"));
+  }
+
+  jsae.latent = { show };
+})();

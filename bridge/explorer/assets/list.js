@@ -1,0 +1,248 @@
+/* The list of latents: search, sort, filter, and as many rows as there are without drawing more than fit. */
+"use strict";
+
+(() => {
+  const { el, svg, number, percent, whole, later } = jsae;
+  const ROW = 62; // pixels, as in explorer.css
+  const FLOOR = 1e-6; // the least density that the range tells from none
+
+  const SORTS = {
+    index: ["Number", (list, i) => i, 1],
+    density: ["Density", (list, i) => list.count[i], -1],
+    max: ["Largest activation", (list, i) => list.max[i], -1],
+    mean: ["Mean activation", (list, i) => list.mean[i], -1],
+    label: ["Label", (list, i) => list.labels[i].toLowerCase() || "\uffff", 1],
+    f1: ["F1 of the label", (list, i) => (Number.isNaN(list.f1[i]) ? -1 : list.f1[i]), -1],
+  };
+  const STATES = {
+    alive: ["Alive", (list, i) => !list.dead(i), "fire somewhere in the text"],
+    dead: ["Dead", (list, i) => list.dead(i), "fire nowhere in the text"],
+    dense: ["Dense", (list, i) => list.dense(i), "fire on more than a tenth of the tokens"],
+    labelled: ["Labelled", (list, i) => list.labels[i] !== "", "have a label"],
+    named: ["Named", (list, i) => list.byPerson.has(i) || list.notes.has(i), "named or noted by a person"],
+  };
+  const fresh = () => ({ query: "", sort: "index", turned: false, states: new Set(), low: 0, high: 1, logit: "" });
+
+  const view = { list: null, order: [], chosen: -1, state: fresh(), open: false };
+  let parts = {};
+
+  /* Draws the pane once; `show` fills it with the latents of a hook. */
+  function build() {
+    parts = {
+      search: el("input", {
+        type: "search", id: "search", placeholder: "Search labels, tokens, numbers", "aria-label": "Search latents",
+        autocomplete: "off", spellcheck: "false", on: { input: later(() => set({ query: parts.search.value }), 80), keydown: enter },
+      }),
+      sort: el("select", { "aria-label": "Sort by", id: "sort", on: { change: () => set({ sort: parts.sort.value, turned: false }) } },
+        Object.entries(SORTS).map(([key, [name]]) => el("option", { value: key }, name))),
+      turn: el("button", {
+        type: "button", class: "icon", id: "turn", "aria-label": "Turn the order round", title: "Turn the order round",
+        on: { click: () => set({ turned: !view.state.turned }) },
+      }, "⇅"),
+      filters: el("button", { type: "button", class: "plain", id: "filters", "aria-expanded": "false", on: { click: unfold } }, "Filter"),
+      count: el("span", { class: "count", role: "status" }),
+      panel: el("div", { class: "filters", hidden: true }),
+      inner: el("div", { class: "inner", role: "list" }),
+    };
+    parts.rows = el("div", { class: "rows", tabindex: -1, on: { scroll: draw } }, parts.inner);
+    document.getElementById("list").replaceChildren(
+      el("div", { class: "tools" }, el("div", { class: "search" }, parts.search, el("kbd", { "aria-hidden": "true" }, "/")),
+        el("div", { class: "line" }, parts.sort, parts.turn, parts.filters, el("span", { class: "grow" }), parts.count)),
+      parts.panel, parts.rows);
+    new ResizeObserver(draw).observe(parts.rows);
+  }
+
+  function show(list) {
+    view.list = list;
+    drawFilters();
+    set({});
+  }
+
+  function set(change) {
+    Object.assign(view.state, change);
+    const { list, state } = view;
+    view.order = find(list, state);
+    parts.sort.value = state.sort;
+    parts.inner.style.height = `${view.order.length * ROW}px`;
+    parts.count.textContent = view.order.length === list.size ? `${whole(list.size)} latents` : `${whole(view.order.length)} of ${whole(list.size)}`;
+    const active = state.states.size > 0 || state.low > 0 || state.high < 1 || state.logit !== "";
+    parts.filters.classList.toggle("on", active);
+    if (!("chosen" in change)) parts.rows.scrollTop = 0;
+    draw();
+  }
+
+  /* The latents that the state lets through, in its order; with equal keys the lower number first. */
+  function find(list, { query, sort, turned, states, low, high, logit }) {
+    const words = query.toLowerCase().trim();
+    const token = logit.toLowerCase();
+    const [from, to] = [unscale(low), unscale(high)];
+    const [, key, direction] = SORTS[sort];
+    const found = [];
+    for (let i = 0; i < list.size; i++) {
+      if ([...states].some((name) => !STATES[name][1](list, i))) continue;
+      if ((low > 0 && list.density(i) < from) || (high < 1 && list.density(i) > to)) continue;
+      if (token && !Array.from(list.raised(i)).some((id) => matches(jsae.tokens.word(id).toLowerCase(), token))) continue;
+      if (words && !named(list, i, words)) continue;
+      found.push(i);
+    }
+    const keys = found.map((i) => key(list, i));
+    const sign = turned ? -direction : direction;
+    const compare = (a, b) => (keys[a] < keys[b] ? -sign : keys[a] > keys[b] ? sign : found[a] - found[b]);
+    return found.map((_, i) => i).sort(compare).map((i) => found[i]);
+  }
+
+  const named = (list, i, words) => (/^#?\d+$/.test(words) && String(i).startsWith(words.replace("#", ""))) || list.haystack(i).includes(words);
+
+  /* A token is found by itself whole, or by a part of it that is longer than a letter. */
+  const matches = (word, token) => word === token || word.trim() === token.trim() || (token.trim().length > 1 && word.includes(token));
+
+  /* ---- filters ---- */
+
+  const scale = (density) => (density > FLOOR ? 1 + Math.log10(density) / 6 : 0);
+  const unscale = (share) => 10 ** ((share - 1) * 6);
+
+  function unfold() {
+    view.open = !view.open;
+    parts.panel.hidden = !view.open;
+    parts.filters.setAttribute("aria-expanded", String(view.open));
+  }
+
+  function drawFilters() {
+    const { state } = view;
+    const chips = Object.entries(STATES).map(([key, [name, , title]]) => {
+      const button = el("button", {
+        type: "button", class: "pill", "data-state": key, title, "aria-pressed": String(state.states.has(key)), on: { click: () => {
+          if (!state.states.delete(key)) state.states.add(key);
+          button.setAttribute("aria-pressed", String(state.states.has(key)));
+          set({});
+        } },
+      }, name);
+      return button;
+    });
+    const logit = el("input", {
+      type: "text", id: "logit", value: state.logit, placeholder: "e.g. return", autocomplete: "off", spellcheck: "false",
+      on: { input: later(() => set({ logit: logit.value }), 80) },
+    });
+    parts.panel.replaceChildren(
+      el("div", { class: "pills", role: "group", "aria-label": "Only latents that are" }, chips),
+      densityRange(),
+      el("label", { class: "field" }, "Raises the token", logit),
+      el("button", { type: "button", class: "plain", id: "clear", on: { click: clear } }, "Clear all"));
+  }
+
+  function clear() {
+    view.state = { ...fresh(), sort: view.state.sort, turned: view.state.turned };
+    parts.search.value = "";
+    drawFilters();
+    set({});
+  }
+
+  /* Two handles on how often the latents fire, over a picture of it. */
+  function densityRange() {
+    const { list, state } = view;
+    const bins = new Array(48).fill(0);
+    for (let i = 0; i < list.size; i++) if (!list.dead(i)) bins[Math.min(47, Math.floor(scale(list.density(i)) * 48))]++;
+    const most = Math.max(1, ...bins);
+    const bars = bins.map((count, i) => svg("rect", { x: i, y: 20 - (count / most) * 20, width: 0.8, height: (count / most) * 20 }));
+    const told = el("output", {});
+    const tell = () => {
+      told.textContent = `${state.low > 0 ? percent(unscale(state.low)) : "0 %"} – ${percent(unscale(state.high))}`;
+      bars.forEach((bar, i) => bar.classList.toggle("out", (i + 0.5) / 48 < state.low || (i + 0.5) / 48 > state.high));
+    };
+    const handle = (key, name) => el("input", {
+      type: "range", min: 0, max: 1, step: 0.005, value: state[key], "aria-label": name, id: `density-${key}`,
+      on: { input: (event) => {
+        const value = Number(event.target.value);
+        state[key] = key === "low" ? Math.min(value, state.high) : Math.max(value, state.low);
+        event.target.value = state[key];
+        tell();
+        set({});
+      } },
+    });
+    tell();
+    return el("div", { class: "range" }, el("div", { class: "field" }, el("span", {}, "Density"), told),
+      svg("svg", { viewBox: "0 0 48 20", preserveAspectRatio: "none", "aria-hidden": "true" }, bars),
+      el("div", { class: "handles" }, handle("low", "Fires at least"), handle("high", "Fires at most")));
+  }
+
+  /* ---- rows ---- */
+
+  function draw() {
+    if (!view.list) return;
+    const first = Math.max(0, Math.floor(parts.rows.scrollTop / ROW) - 4);
+    const last = Math.min(view.order.length, first + Math.ceil(parts.rows.clientHeight / ROW) + 9);
+    const rows = [];
+    for (let at = first; at < last; at++) rows.push(row(view.order[at], at));
+    if (!view.order.length) rows.push(el("p", { class: "quiet pad" }, "No latent is like that."));
+    parts.inner.replaceChildren(...rows);
+  }
+
+  function row(latent, at) {
+    const { list } = view;
+    const { ids, peak } = list.snippet(latent);
+    const spans = list.spelled(latent).map((token, i) => jsae.tokens.span(token, { heat: i === peak ? 1 : 0, peak: i === peak }));
+    const label = list.labels[latent];
+    return el("a", {
+      class: `row${latent === view.chosen ? " chosen" : ""}`, href: jsae.link(latent), role: "listitem", "data-latent": latent,
+      "aria-posinset": at + 1, "aria-setsize": view.order.length, "aria-current": latent === view.chosen ? "true" : null,
+      vars: { top: `${at * ROW}px` },
+    },
+    el("span", { class: "head" }, el("span", { class: "id" }, `#${latent}`),
+      el("span", { class: label ? "label" : "label none" }, jsae.tokens.shown(list.title(latent))),
+      list.byPerson.has(latent) && el("span", { class: "mine", title: "named by a person" }, "✎"),
+      badge(list, latent)),
+    ids.length ? el("span", { class: "kwic" }, el("span", { class: "left" }, el("span", {}, spans.slice(0, peak))),
+      el("span", { class: "right" }, spans.slice(peak))) : el("span", { class: "kwic" }),
+    el("span", { class: "foot" }, el("span", {}, percent(list.density(latent))), el("span", {}, `max ${number(list.max[latent])}`)));
+  }
+
+  /* How well an automatic label fits. */
+  function badge(list, latent) {
+    const f1 = list.f1[latent];
+    if (Number.isNaN(f1)) return null;
+    const kind = f1 >= 0.8 ? "good" : f1 >= 0.5 ? "fair" : "poor";
+    return el("span", { class: `badge ${kind}`, title: `F1 of the label: ${f1.toFixed(2)}` }, f1.toFixed(2));
+  }
+
+  /* Marks a latent as the one that is open, and brings its row into view. */
+  function choose(latent) {
+    view.chosen = latent;
+    const at = view.order.indexOf(latent);
+    if (at >= 0) {
+      const top = at * ROW;
+      if (top < parts.rows.scrollTop || top + ROW > parts.rows.scrollTop + parts.rows.clientHeight) {
+        parts.rows.scrollTop = Math.max(0, top - parts.rows.clientHeight / 3);
+      }
+    }
+    draw();
+  }
+
+  /* The latent that stands so many rows further, in the order of the list. */
+  function step(latent, by) {
+    const at = view.order.indexOf(latent);
+    if (at < 0) return view.order[0];
+    return view.order[Math.max(0, Math.min(view.order.length - 1, at + by))];
+  }
+
+  function enter(event) {
+    if (event.key === "Enter" && view.list) {
+      set({ query: parts.search.value });
+      if (view.order.length) location.hash = jsae.link(view.order[0]);
+    }
+    if (event.key === "Escape") {
+      parts.search.value = "";
+      parts.search.blur();
+      set({ query: "" });
+    }
+  }
+
+  jsae.list = {
+    build, show, choose, step, set, badge, find, fresh,
+    redraw: draw,
+    focus() {
+      parts.search.focus();
+      parts.search.select();
+    },
+    get current() { return view.list; },
+  };
+})();

@@ -1,0 +1,107 @@
+/* Tokens as text: characters that are split over tokens joined, what could mislead made visible, heat and hover. */
+"use strict";
+
+(() => {
+  const { el, number } = jsae;
+  let vocabulary = new Uint8Array();
+  let starts = new Uint32Array(1);
+  let special = new Set();
+
+  const raw = (id) => vocabulary.subarray(starts[id], starts[id + 1]);
+  const decoder = () => new TextDecoder("utf-8", { ignoreBOM: true });
+
+  /* Tokens that follow each other, [{id, text, special}]; their texts together are the text.
+
+     A character split over tokens stands with the token that completes it, and the others have "". Where the tokens
+     are cut out of a text, half a character at either end is left out. */
+  function spell(ids, { before = false, after = false } = {}) {
+    let stream = decoder();
+    let inside = before;
+    const told = [];
+    for (const id of ids) {
+      if (special.has(id)) {
+        if (told.length) told[told.length - 1].text += stream.decode();
+        stream = decoder();
+        told.push({ id, text: decoder().decode(raw(id)), special: true });
+        inside = false;
+        continue;
+      }
+      let data = raw(id);
+      while (inside && data.length && (data[0] & 0xc0) === 0x80) data = data.subarray(1);
+      if (data.length) inside = false;
+      told.push({ id, text: stream.decode(data, { stream: true }), special: false });
+    }
+    if (told.length && !after) told[told.length - 1].text += stream.decode();
+    return told;
+  }
+
+  /* A token by itself; bytes that are no character are written out. */
+  function word(id) {
+    try {
+      return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(raw(id));
+    } catch {
+      return Array.from(raw(id), (byte) => (byte < 0x80 ? String.fromCharCode(byte) : `\\x${byte.toString(16)}`)).join("");
+    }
+  }
+
+  /* What a reader could not see, or would be misled by: control characters, and those that turn the writing round. */
+  const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/gu;
+
+  function shown(text) {
+    return text.replace(HIDDEN, (c) => {
+      const code = c.codePointAt(0);
+      if (code < 0x20) return String.fromCodePoint(0x2400 + code);
+      return code === 0x7f ? "\u2421" : `⟨${code.toString(16).padStart(4, "0")}⟩`;
+    });
+  }
+
+  /* A text with its line ends marked, and broken there or not. */
+  const lines = (text, breaks) => shown(text).replaceAll("\n", breaks ? "↵\n" : "↵");
+
+  /* A token by itself, in a frame that shows its blanks. */
+  function chip(id) {
+    const text = word(id);
+    return el("code", { class: special.has(id) ? "chip special" : "chip" }, text === "" ? "∅" : lines(text).replaceAll("\t", "⇥"));
+  }
+
+  const quoted = (text) => (text === "" ? "a part of a character, or nothing" : `“${lines(text).replaceAll("\t", "⇥")}”`);
+
+  /* A token in a text. `heat` is its share of the strongest activation. */
+  function span(token, { heat = 0, peak = false, breaks = false, tip, on } = {}) {
+    const classes = ["tok", heat > 0 && "hot", peak && "peak", token.special && "special", token.text === "" && "part"];
+    return el("span", {
+      class: classes.filter(Boolean).join(" "), vars: heat > 0 ? { "--h": Math.min(heat, 1).toFixed(3) } : {}, tip, on,
+    }, lines(token.text, breaks));
+  }
+
+  /* An example of a latent: in one line around its strongest token, or as running text. */
+  function context(example, max, { size, breaks }) {
+    const tokens = spell(example.ids, example.cut);
+    const peak = example.position - example.from;
+    const [low, high] = size === "full" ? [0, tokens.length] : [Math.max(peak - 24, 0), Math.min(peak + 25, tokens.length)];
+    const spans = tokens.slice(low, high).map((token, i) => {
+      const position = example.from + low + i;
+      const value = example.values.get(position) ?? 0;
+      return span(token, {
+        heat: max > 0 ? value / max : 0, peak: low + i === peak, breaks,
+        tip: [["", quoted(tokenText(tokens, low + i))], ["activation", number(value)],
+          ["position", `${position} of text ${example.row}`], ["token", token.id]],
+      });
+    });
+    const text = tokens.slice(low, high).map((token) => token.text).join("");
+    if (size === "full" || breaks) return { node: el("div", { class: "text" }, spans), text };
+    const middle = peak - low;
+    return { node: el("div", { class: "kwic" }, el("div", { class: "left" }, el("div", {}, spans.slice(0, middle))),
+      el("div", { class: "right" }, spans.slice(middle))), text };
+  }
+
+  /* Tokens of half a character are told by their bytes. */
+  const tokenText = (tokens, i) => tokens[i].text || word(tokens[i].id);
+
+  jsae.tokens = {
+    use(bytes, offsets, specials) {
+      [vocabulary, starts, special] = [bytes, offsets, new Set(specials)];
+    },
+    spell, word, shown, lines, chip, quoted, span, context,
+  };
+})();

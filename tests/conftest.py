@@ -1,6 +1,8 @@
 """What every test shares: shape checks switched on, the place of the goldens."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -26,3 +28,12 @@ def goldens() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no goldens: {folder} does not exist in this clone")
     return folder
+
+
+@pytest.fixture(scope="session")
+def neuronpedia_reference() -> dict[str, Any]:
+    """Neuronpedia's formats as JSON Schemas, by file; skips, with the reason, in a clone without them."""
+    file = SHARED / "reference" / "neuronpedia.schema.json"
+    if not file.is_file():
+        pytest.skip(f"no reference: {file} does not exist in this clone; tests/neuronpedia_schema.py is held to anyway")
+    return json.loads(file.read_text(encoding="utf-8"))["$defs"]

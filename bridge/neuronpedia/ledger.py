@@ -1,0 +1,102 @@
+"""What an upload has sent so far, kept on disk so that a killed one goes on without sending anything twice."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+State = Literal["sending", "accepted"]
+
+
+class LedgerError(ValueError):
+    """A ledger that cannot be relied on."""
+
+
+class Ledger:
+    """A JSONL file of what was sent to one source of one server; other sources may share the file.
+
+    A line is written and synced before a batch is sent ("sending") and after the server took it ("accepted"). A
+    feature whose last line is "sending" may or may not have arrived: the server must be asked.
+
+    Used as a context manager, it is held against a second upload.
+
+    Args:
+      path: the file; made when first written to.
+      key: server, model and source.
+
+    Raises:
+      LedgerError: a line is broken (a torn last one is forgotten: it was never acted upon), or another upload holds it.
+    """
+
+    def __init__(self, path: Path, key: tuple[str, str, str]):
+        self.path = path
+        self._key = dict(zip(("server", "model", "source"), key, strict=True))
+        self._features: dict[int, tuple[State, str]] = {}
+        self._descriptor: int | None = None
+        self.last_sent = 0.0
+        """When something was last sent to this source from here, seconds of `time.time`; 0 for never."""
+
+    def __enter__(self) -> "Ledger":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._read()
+        except BlockingIOError:
+            self._close()
+            raise LedgerError(f"another upload is writing {self.path}: wait until it has ended") from None
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def state(self, feature: int, content: str) -> State | Literal["changed"] | None:
+        """What became of a feature: None for never sent, "changed" when it arrived with other content than this."""
+        state, sent = self._features.get(feature, (None, ""))
+        return "changed" if state == "accepted" and sent != content else state
+
+    def write(self, state: State, features: Mapping[int, str]) -> None:
+        """Keeps what becomes of features (index to hash of content); on the disk when it returns."""
+        assert self._descriptor is not None, "a ledger is written inside its with block"
+        line = {**self._key, "state": state, "time": round(time.time(), 3), "features": features}
+        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        if os.write(self._descriptor, data) != len(data):
+            raise OSError(f"{self.path} could not be written whole: is the disk full?")
+        os.fsync(self._descriptor)
+        self._take(line)
+
+    def _read(self) -> None:
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.ftruncate(self._descriptor, whole)
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                self._take(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise LedgerError(
+                    f"{self.path}, line {number} is no line of a ledger ({error}); without it features may be "
+                    "uploaded twice, so move the file away only if nothing was uploaded"
+                ) from error
+
+    def _take(self, line: dict[str, Any]) -> None:
+        state, features = line["state"], line["features"]
+        if state not in ("sending", "accepted"):
+            raise ValueError(f"state {state!r}")
+        if all(line[name] == value for name, value in self._key.items()):
+            self.last_sent = float(line["time"])
+            self._features |= {int(index): (state, str(content)) for index, content in features.items()}
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

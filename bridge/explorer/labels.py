@@ -37,7 +37,7 @@ class Names:
     """
 
     def __init__(self, automatic: Mapping[int, Name], notes: Mapping[int, Mapping[str, Any]]):
-        self._names = dict(automatic)
+        self._automatic, self._names = dict(automatic), dict(automatic)
         for latent, line in notes.items():
             known = self._names.get(latent, Name(""))
             if line["label"]:
@@ -64,6 +64,10 @@ class Names:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def automatic(self, latent: int) -> Name:
+        """What the evaluation calls a latent, whatever people do."""
+        return self._automatic.get(latent, Name(""))
 
     def label(self, latent: int) -> str:
         """The label of a latent, "" if it has none."""

@@ -233,7 +233,7 @@ def _list(store: Store, names: Names) -> dict[str, Any]:
         "mean": _b64(store["mean"], "<f4"),
         "f1": _b64(f1, "<f4"),
         "labels": [name.label for name in named],
-        "by_person": [i for i in latents if named[i].by_person],
+        "by_person": [[i, names.automatic(i).label, names.automatic(i).f1] for i in latents if named[i].by_person],
         "notes": [[i, named[i].note] for i in latents if named[i].note],
         "fit": [[i, name.precision, name.recall] for i, name in enumerate(named) if name.precision is not None],
         "logits": _b64(store["top_logits"][:, :_LOGITS], "<u2"),

@@ -68,7 +68,7 @@
     else if (key === "/") jsae.list.focus();
     else if (key === "Escape") location.hash = "#";
     else if (key === "t") turnTheme();
-    else if (key === "f") document.querySelector(".segmented [aria-pressed=false]")?.click();
+    else if (key === "f") document.querySelector(".contexts .segmented [aria-pressed=false]")?.click();
     else if (key === "?") help();
     else return;
     event.preventDefault();

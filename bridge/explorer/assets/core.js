@@ -103,8 +103,9 @@ window.jsae = {};
     };
     document.addEventListener("pointerover", show);
     document.addEventListener("focusin", show);
-    document.addEventListener("scroll", () => { tip.hidden = true; }, true);
-    document.addEventListener("keydown", () => { tip.hidden = true; });
+    for (const event of ["wheel", "touchmove", "keydown", "hashchange"]) {
+      window.addEventListener(event, () => { tip.hidden = true; }, { passive: true });
+    }
   }
 
   function place(tip, box, event) {
@@ -149,6 +150,9 @@ window.jsae = {};
     };
   }
 
+  /* A small picture: lines in a square of 24. */
+  const icon = (path) => svg("svg", { viewBox: "0 0 24 24", width: 15, height: 15, "aria-hidden": "true", class: "lines" }, svg("path", { d: path }));
+
   /* A choice of one out of few, as buttons. */
   function segmented(name, options, chosen, act) {
     const group = el("div", { class: "segmented", role: "group", "aria-label": name });
@@ -177,6 +181,6 @@ window.jsae = {};
 
   Object.assign(jsae, {
     el, svg, number, percent, short, whole: (value) => whole.format(value), load, watchTips, toast, copy, later,
-    segmented, remembered,
+    icon, segmented, remembered,
   });
 })();

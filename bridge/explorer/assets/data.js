@@ -20,7 +20,7 @@
     return found;
   }
 
-  const data = { manifest: null };
+  const data = { manifest: null, notes: [] }; // notes: those that a server knows, of people
   const lists = new Map();
   const texts = new Map();
 
@@ -34,7 +34,13 @@
 
   /* The latents of hook number `hook`, a line each. */
   data.list = (hook) => {
-    if (!lists.has(hook)) lists.set(hook, load(`list-${hook}`).then((told) => new Latents(hook, told)));
+    if (!lists.has(hook)) {
+      lists.set(hook, load(`list-${hook}`).then((told) => {
+        const list = new Latents(hook, told);
+        for (const note of data.notes) if (note.hook === list.info.hook) list.name(note);
+        return list;
+      }));
+    }
     return lists.get(hook);
   };
 
@@ -48,10 +54,10 @@
       this.mean = column(told.mean, Float32Array);
       this.f1 = column(told.f1, Float32Array);
       this.labels = told.labels;
-      this.byPerson = new Set(told.by_person);
+      this.byPerson = new Set(told.by_person.map(([latent]) => latent));
+      this.automatic = new Map(told.by_person.map(([latent, label, f1]) => [latent, [label, f1 ?? NaN]]));
       this.notes = new Map(told.notes);
       this.fit = new Map(told.fit.map(([latent, precision, recall]) => [latent, { precision, recall }]));
-      this.automatic = new Map();
       this.logits = column(told.logits, Uint16Array);
       this.perLatent = this.logits.length / this.size;
       this.snippets = column(told.snippets, Uint16Array);

@@ -3,6 +3,8 @@
 
 (() => {
   const { el, number, percent, whole, segmented } = jsae;
+  const COPY = "M9 9h11v11H9zM15 9V4H4v11h5";
+  const FIRST = 10; // entries of a table before one asks for more
   const GROUPS = 7; // the strongest, five fifths of [0, max], texts without
   const view = { size: "snippet", breaks: jsae.remembered.get("breaks") === "yes" };
 
@@ -82,12 +84,24 @@
       turned !== null && turned !== 1 && el("p", { class: "quiet small" }, `The model passes this layer's stream on to its output times ${number(turned)}; the values have that factor.`));
   }
 
-  const logits = (name, pairs, far, kind) => el("table", { class: "numbers" }, el("caption", {}, name), el("tbody", {}, pairs.map(({ id, value }) => el("tr", {},
-    el("td", {}, jsae.tokens.chip(id)), el("td", { class: "number" }, jsae.charts.bar(Math.abs(value) / far, kind), value.toFixed(2))))));
+  function logits(name, pairs, far, kind) {
+    const rows = pairs.map(({ id, value }) => el("tr", {}, el("td", {}, jsae.tokens.chip(id)),
+      el("td", { class: "number" }, jsae.charts.bar(Math.abs(value) / far, kind), value.toFixed(2))));
+    const table = (some, ...caption) => el("table", { class: "numbers" }, caption, el("tbody", {}, some));
+    return el("div", {}, table(rows.slice(0, FIRST), el("caption", {}, name)), more(rows.slice(FIRST), (rest) => table(rest)));
+  }
+
+  /* What does not fit the first look. */
+  const more = (rest, made) => rest.length > 0 && el("details", { class: "more" }, el("summary", {}, `${rest.length} more`), made(rest));
 
   function alike({ list, neighbours, together }) {
-    const others = (name, note, pairs, told) => pairs.length > 0 && card(name, note, el("ol", { class: "picks" }, pairs.map(({ id, value }) =>
-      el("li", {}, jsae.latentLink(list, id), el("span", { class: "number" }, jsae.charts.bar(value, "plain"), told(value))))));
+    const rows = (pairs, told) => pairs.map(({ id, value }) =>
+      el("li", {}, jsae.latentLink(list, id), el("span", { class: "number" }, jsae.charts.bar(value, "grey"), told(value))));
+    const table = (some) => el("ol", { class: "picks" }, some);
+    const others = (name, note, pairs, told) => {
+      const all = rows(pairs, told);
+      return all.length > 0 && card(name, note, table(all.slice(0, FIRST)), more(all.slice(FIRST), table));
+    };
     return [
       others("Neighbours", "cosine of the directions they write", neighbours, (value) => value.toFixed(2)),
       others("Fires together with", "share of this latent's tokens", together, percent),
@@ -147,7 +161,7 @@
     }, example.value ? number(example.value) : "0");
     draw();
     return el("li", { class: "example" }, value, place,
-      el("button", { type: "button", class: "icon copy", "aria-label": "Copy this text", title: "Copy this text", on: { click: () => jsae.copy(told, "Text") } }, "⧉"));
+      el("button", { type: "button", class: "icon copy", "aria-label": "Copy this text", title: "Copy this text", on: { click: () => jsae.copy(told, "Text") } }, jsae.icon(COPY)));
   }
 
   jsae.latent = { show };

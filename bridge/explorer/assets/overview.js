@@ -3,6 +3,7 @@
 
 (() => {
   const { el, number, percent, whole, short } = jsae;
+  const KINDS = { topk: "TopK", batchtopk: "BatchTopK", standard: "ReLU", relu: "ReLU", jumprelu: "JumpReLU", gated: "Gated", matryoshka: "Matryoshka" };
 
   function show(main, list) {
     const { manifest } = jsae.data;
@@ -15,7 +16,7 @@
     main.replaceChildren(
       el("div", { class: "page overview" },
         el("header", {}, el("h1", {}, `What ${whole(list.size)} latents fire on`),
-          el("p", { class: "quiet" }, `${info.architecture} SAE on `, el("code", {}, info.hook), ` of ${manifest.model}, read over ${short(info.tokens)} tokens of ${manifest.dataset}`,
+          el("p", { class: "quiet" }, `${KINDS[info.architecture] ?? info.architecture} SAE on `, el("code", {}, info.hook), ` of ${manifest.model}, read over ${short(info.tokens)} tokens of ${manifest.dataset}`,
             manifest.split === "all" ? "" : ` (${manifest.split})`, ".")),
         el("div", { class: "tiles" },
           tile(whole(alive.length), "alive", alive.length === list.size ? "all of them" : `${whole(list.size - alive.length)} never fire`),
@@ -91,7 +92,7 @@
     for (const value of logs) [low, high] = [Math.min(low, value), Math.max(high, value)];
     if (high - low < 0.2) [low, high] = [low - 0.1, high + 0.1];
     const marks = [];
-    const fine = high - low < 1.5 ? [0, Math.log10(2), Math.log10(5)] : [0];
+    const fine = high - low < 2.2 ? [0, Math.log10(2), Math.log10(5)] : [0];
     for (let power = Math.floor(low); power <= high; power++) {
       for (const part of fine) if (power + part >= low && power + part <= high) marks.push(power + part);
     }

@@ -55,16 +55,22 @@
     });
   }
 
-  /* A text with its line ends marked, and broken there or not. */
-  const lines = (text, breaks) => shown(text).replaceAll("\n", breaks ? "↵\n" : "↵");
+  /* A text in one line, its line ends and tabs marked. */
+  const line = (text) => shown(text).replaceAll("\n", "↵").replaceAll("\t", "⇥");
+
+  /* A text with its line ends marked, beside the text, and broken there or not. */
+  function lines(text, breaks) {
+    const parts = shown(text).split("\n");
+    return parts.flatMap((part, i) => (i ? [el("i", { class: "end" }), breaks && "\n", part] : [part]));
+  }
 
   /* A token by itself, in a frame that shows its blanks. */
   function chip(id) {
     const text = word(id);
-    return el("code", { class: special.has(id) ? "chip special" : "chip" }, text === "" ? "∅" : lines(text).replaceAll("\t", "⇥"));
+    return el("code", { class: special.has(id) ? "chip special" : "chip" }, text === "" ? "∅" : line(text));
   }
 
-  const quoted = (text) => (text === "" ? "a part of a character, or nothing" : `“${lines(text).replaceAll("\t", "⇥")}”`);
+  const quoted = (text) => (text === "" ? "a part of a character, or nothing" : `“${line(text)}”`);
 
   /* A token in a text. `heat` is its share of the strongest activation. */
   function span(token, { heat = 0, peak = false, breaks = false, tip, on } = {}) {
@@ -102,6 +108,6 @@
     use(bytes, offsets, specials) {
       [vocabulary, starts, special] = [bytes, offsets, new Set(specials)];
     },
-    spell, word, shown, lines, chip, quoted, span, context,
+    spell, word, shown, line, chip, quoted, span, context,
   };
 })();

@@ -1,0 +1,253 @@
+/* Steering: features that are pushed, and what the model writes with and without them, side by side. */
+"use strict";
+
+(() => {
+  const { el, number, segmented } = jsae;
+  const SIDES = [["default", "Default"], ["steered", "Steered"]];
+  const ENDS = { length: "as long as asked for", stop: "came to its end", time: "ran out of time" };
+  const MODES = {
+    additive: "adds strength times the direction", orthogonal: "multiplies what lies along the direction",
+    projection_cap: "caps what lies along the direction", clamp: "sets the activation", scale: "multiplies the activation", ablate: "takes the feature out",
+  };
+  const state = {
+    pushed: [], prompt: "", chat: false, talk: [], follow: "steered",
+    settings: { temperature: 0.5, max_tokens: 64, seed: 16, strength_multiplier: 1 },
+  };
+  let running = null;
+  let parts = {};
+
+  /* ---- what is asked for ---- */
+
+  const mode = (name) => jsae.live.modes.find((one) => one.name === name);
+  const factor = (name) => mode(name).neutral === 1;
+
+  /* Adds a latent to those that are pushed, at its largest activation, and shows them. */
+  function add(list, latent) {
+    const most = jsae.live.limits.features;
+    if (state.pushed.length >= most) {
+      jsae.toast(`at most ${most} features are pushed at once`, true);
+      return;
+    }
+    const name = mode("clamp") ? "clamp" : jsae.live.modes[0].name;
+    state.pushed.push({ list, latent, mode: name, strength: usual(list, latent, name), positions: jsae.live.positions[0] });
+    if (location.hash === "#view=steer") drawPushed();
+    else location.hash = "#view=steer";
+  }
+
+  const usual = (list, latent, name) => (factor(name) ? 2 : Number((list.max[latent] || 10).toPrecision(3)));
+  const reach = (one) => (factor(one.mode) ? 6 : Math.max(10, Math.ceil(3 * one.list.max[one.latent])));
+
+  function request(messages) {
+    const steer = state.pushed.map(({ list, latent, mode: name, strength, positions }) =>
+      ({ hook: list.info.hook, index: latent, mode: name, strength, positions }));
+    return { ...(messages ? { messages } : { prompt: state.prompt }), steer, ...state.settings };
+  }
+
+  /* ---- the page ---- */
+
+  function show(main, list) {
+    const { limits, model } = jsae.live;
+    state.settings.max_tokens = Math.min(state.settings.max_tokens, limits.max_tokens);
+    parts = {
+      pushed: el("div", { class: "pushed" }), answers: el("div", { class: "answers", "aria-live": "off" }),
+      prompt: el("textarea", {
+        id: "prompt", rows: 4, "aria-label": "Prompt", spellcheck: "false", value: state.prompt,
+        on: { input: (event) => { state.prompt = event.target.value; }, keydown: (event) => {
+          if (event.key === "Enter" && (event.ctrlKey || event.metaKey || state.chat) && !event.shiftKey) {
+            event.preventDefault();
+            go();
+          }
+        } },
+      }),
+      go: el("button", { type: "button", class: "plain strong", id: "go", on: { click: go } }, "Write"),
+      stop: el("button", { type: "button", class: "plain", id: "stop", disabled: true, on: { click: stop } }, "Stop"),
+    };
+    main.replaceChildren(el("div", { class: "page steer" },
+      el("header", { class: "title" }, el("h1", {}, "Push features, read what it writes"),
+        el("p", { class: "quiet" }, `${jsae.data.manifest.model} continues the same text with the same seed, as it is and with features pushed.`)),
+      el("div", { class: "desk" }, el("div", { class: "controls" },
+        el("section", { class: "card" }, el("h2", {}, "Features"), parts.pushed, finder(list)),
+        el("section", { class: "card settings" }, el("h2", {}, "Sampling"),
+          setting("temperature", "Temperature", 0, 2, 0.1), setting("max_tokens", "Tokens", 1, limits.max_tokens, 1),
+          setting("seed", "Seed", 0, 999999, 1), setting("strength_multiplier", "Strength ×", 0, 10, 0.1))),
+      el("div", { class: "paper" }, el("section", { class: "card ask" },
+        model.chat && segmented("Continue a text, or chat", [["text", "Continue"], ["chat", "Chat"]], state.chat ? "chat" : "text", (kind) => {
+          state.chat = kind === "chat";
+          stop();
+          talkAnew();
+        }), parts.prompt, el("div", { class: "line" }, parts.go, parts.stop, el("span", { class: "grow" }),
+          el("span", { class: "quiet small" }, `at most ${limits.prompt_tokens} tokens of prompt`))), parts.answers))));
+    drawPushed();
+    talkAnew();
+  }
+
+  function setting(key, name, min, max, step) {
+    return el("label", { class: "field" }, name, el("input", {
+      type: "number", id: `set-${key}`, min, max, step, value: state.settings[key], on: { change: (event) => {
+        const value = Number(event.target.value);
+        state.settings[key] = Math.min(max, Math.max(min, step === 1 ? Math.round(value) : value));
+        event.target.value = state.settings[key];
+      } },
+    }));
+  }
+
+  function drawPushed() {
+    const none = el("p", { class: "quiet small" }, "None yet: find one below, or choose “Steer with it” on its page.");
+    parts.pushed.replaceChildren(...(state.pushed.length ? state.pushed.map(push) : [none]));
+  }
+
+  /* One pushed feature: what, how, how strongly, where. */
+  function push(one) {
+    const { needs_strength: strong } = mode(one.mode);
+    const [low, high] = [-reach(one), reach(one)];
+    const slider = el("input", { type: "range", min: low, max: high, step: (high - low) / 400, value: one.strength, "aria-label": `Strength of #${one.latent}` });
+    const exact = el("input", { type: "number", step: "any", value: one.strength, "aria-label": `Strength of #${one.latent}, exactly` });
+    const take = (from) => () => {
+      const value = Number(from.value);
+      if (!Number.isFinite(value)) return;
+      one.strength = Number(value.toPrecision(4));
+      for (const box of [slider, exact]) if (box !== from) box.value = one.strength;
+    };
+    slider.addEventListener("input", take(slider));
+    exact.addEventListener("input", take(exact));
+    const choice = (name, options, chosen, act) => el("select", { "aria-label": `${name} of #${one.latent}`, value: chosen, on: { change: (event) => act(event.target.value) } },
+      options.map((option) => el("option", { value: option, selected: option === chosen, title: MODES[option] ?? "" }, option.replace("_", " "))));
+    return el("div", { class: "push", "data-latent": one.latent }, el("div", { class: "line" }, jsae.latentLink(one.list, one.latent),
+      el("button", { type: "button", class: "icon", "aria-label": `Take #${one.latent} away`, title: "Take it away", on: { click: () => {
+        state.pushed.splice(state.pushed.indexOf(one), 1);
+        drawPushed();
+      } } }, "×")),
+    el("div", { class: "line" }, choice("Mode", jsae.live.modes.map(({ name }) => name), one.mode, (name) => {
+      if (factor(name) !== factor(one.mode)) one.strength = usual(one.list, one.latent, name);
+      one.mode = name;
+      drawPushed();
+    }), choice("Tokens", jsae.live.positions, one.positions, (positions) => { one.positions = positions; })),
+    strong && el("div", { class: "line" }, slider, exact),
+    el("p", { class: "quiet small" }, MODES[one.mode] ?? ""));
+  }
+
+  /* A box that finds latents to push by their names and tokens. */
+  function finder(list) {
+    const found = el("ul", { class: "found", role: "listbox", "aria-label": "Latents found", hidden: true });
+    const choose = (latent) => {
+      box.value = "";
+      found.hidden = true;
+      add(list, latent);
+    };
+    const look = () => {
+      const query = box.value.trim();
+      const order = query ? jsae.list.find(list, { ...jsae.list.fresh(), query, sort: "f1" }) : [];
+      const first = order.filter((i) => String(i) === query.replace("#", ""));
+      found.replaceChildren(...[...new Set([...first, ...order])].slice(0, 6).map((latent) => el("li", { role: "option" },
+        el("button", { type: "button", on: { click: () => choose(latent) } }, el("span", { class: "id" }, `#${latent}`), " ", jsae.tokens.shown(list.title(latent))))));
+      found.hidden = !found.children.length;
+    };
+    const box = el("input", {
+      type: "search", id: "find", placeholder: "Add a feature: label, token, number", "aria-label": "Find a feature to push", autocomplete: "off",
+      on: { input: jsae.later(look, 80), keydown: (event) => {
+        if (event.key !== "Enter") return;
+        look();
+        found.querySelector("button")?.click();
+      } },
+    });
+    return el("div", { class: "finder" }, box, found);
+  }
+
+  /* ---- what is written ---- */
+
+  function talkAnew() {
+    state.talk = [];
+    parts.prompt.placeholder = state.chat ? "Say something" : "Text to continue";
+    parts.go.textContent = state.chat ? "Send" : "Write";
+    const rest = el("p", { class: "quiet rest" }, state.chat ? "Both answers appear here; the conversation goes on from the one you choose." : "Both continuations appear here, token by token.");
+    parts.answers.replaceChildren(rest);
+  }
+
+  function stop() {
+    running?.abort();
+  }
+
+  /* Asks for both continuations and shows them as they come. */
+  async function go() {
+    if (!state.prompt.trim()) {
+      parts.prompt.focus();
+      return;
+    }
+    stop();
+    const mine = new AbortController();
+    running = mine;
+    const said = state.prompt;
+    const messages = state.chat ? [...history(), { role: "user", content: said }] : null;
+    const pages = state.pushed.length ? SIDES : SIDES.slice(0, 1);
+    const sheets = Object.fromEntries(pages.map(([which, name]) => [which, sheet(name, state.chat ? "" : said)]));
+    const turn = el("div", { class: "turn" }, state.chat && el("p", { class: "said" }, jsae.tokens.shown(said)),
+      el("div", { class: "sheets" }, Object.values(sheets).map(({ node }) => node)));
+    if (state.chat && state.talk.length) parts.answers.append(turn);
+    else parts.answers.replaceChildren(turn);
+    [parts.stop.disabled, parts.go.disabled] = [false, false];
+    try {
+      for await (const line of jsae.api.lines(await jsae.api.steer(request(messages), mine.signal))) take(sheets, line);
+      if (state.chat) remember(said, sheets, turn);
+    } catch (error) {
+      const told = error.name === "AbortError" ? "stopped" : error.message;
+      for (const one of Object.values(sheets)) one.finish(told, error.name !== "AbortError");
+    } finally {
+      if (running === mine) parts.stop.disabled = true;
+    }
+  }
+
+  function take(sheets, line) {
+    if (line.error) throw new Error(line.error);
+    const one = sheets[line.which];
+    if (line.end) one?.finish(ENDS[line.end] ?? line.end);
+    else if (line.which) one?.write(line);
+  }
+
+  /* A continuation on its sheet; the brighter a token, the more the pushed features fire on it. */
+  function sheet(name, before) {
+    const text = el("div", { class: "text" }, before && el("span", { class: "before" }, jsae.tokens.shown(before)));
+    const end = el("small", { class: "writing" }, "writing …");
+    const pushed = [...state.pushed];
+    const told = { name, text: "" };
+    return {
+      told,
+      node: el("section", { class: "card sheet", "data-which": name.toLowerCase() }, el("h2", {}, name, end), text),
+      write(line) {
+        told.text += line.text;
+        const features = line.features ?? {};
+        const share = Math.max(0, ...pushed.map(({ list, latent }) => {
+          const value = features[list.info.hook]?.find((one) => one.index === latent)?.value ?? 0;
+          return list.max[latent] ? value / list.max[latent] : 0;
+        }));
+        const shown = jsae.tokens.span({ id: line.id, text: line.text }, { heat: share, tip: () => hover(line, features) });
+        shown.textContent = jsae.tokens.shown(line.text);
+        text.append(shown);
+      },
+      finish(why, bad = false) {
+        end.className = bad ? "bad" : "";
+        end.textContent = why;
+      },
+    };
+  }
+
+  const hover = (line, features) => [["", jsae.tokens.quoted(line.text)], ...Object.values(features).flatMap((some) =>
+    some.slice(0, 4).map(({ index, value }) => [`#${index}`, number(value)])), ["token", line.id]];
+
+  /* ---- conversations ---- */
+
+  /* The conversation so far, as the chosen side led it. */
+  const history = () => state.talk.flatMap(({ said, answers }) =>
+    [{ role: "user", content: said }, { role: "assistant", content: answers[state.follow] ?? answers.default }]);
+
+  function remember(said, sheets, turn) {
+    state.talk.push({ said, answers: Object.fromEntries(Object.entries(sheets).map(([which, { told }]) => [which, told.text])) });
+    state.prompt = "";
+    parts.prompt.value = "";
+    parts.answers.querySelector(".follow")?.remove();
+    turn.append(el("div", { class: "line follow" }, el("span", { class: "quiet small" }, "Go on from"),
+      segmented("Whose conversation goes on", SIDES, state.follow, (side) => { state.follow = side; }),
+      el("button", { type: "button", class: "plain", on: { click: talkAnew } }, "Start anew")));
+  }
+
+  jsae.steer = { show, add, stop };
+})();

@@ -74,7 +74,7 @@ COLUMNS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "logit_hist": ("uint32", ("f", "B")),  # tokens of the vocabulary per bin of that range
     "neighbours": ("uint32", ("f", "N")),  # latents with the most alike decoder rows, itself not among them
     "neighbour_cosines": ("float32", ("f", "N")),
-    "together": ("uint32", ("f", "N")),  # latents that most often fire on the same token
+    "together": ("uint32", ("f", "N")),  # latents that fire on the same tokens most often beyond their share of all
     "together_share": ("float32", ("f", "N")),  # on what share of this latent's tokens
     "channels": ("uint32", ("f", "3")),  # channels of the stream with the largest entries of the decoder row
     "channel_values": ("float32", ("f", "3")),

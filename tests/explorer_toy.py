@@ -158,14 +158,15 @@ def columns(text: np.ndarray, acts: np.ndarray) -> dict[str, np.ndarray]:
             [np.sum(interval == k) / counted.sum() if k else len(values) / counted.sum() for k in range(6)]
         )
         examples.append(_examples(acts[..., latent], counted))
-    fires = (acts > 0).reshape(-1, D_SAE).astype(float)
-    both = fires.T @ fires
-    np.fill_diagonal(both, -1)
-    together = np.argsort(-both, axis=1, kind="stable")[:, :NEAREST]
-    counts = np.maximum(found["count"], 1)[:, None]
-    share = np.take_along_axis(both, together, 1) / counts
-    none = share == 0
-    own = np.broadcast_to(np.arange(D_SAE)[:, None], none.shape)
+    fires = (acts > 0)[counted].astype(float)
+    with np.errstate(invalid="ignore"):
+        shares = np.nan_to_num(fires.T @ fires / fires.sum(0)[:, None])
+    np.fill_diagonal(shares, 0)
+    more = shares - fires.mean(0)
+    order = np.argsort(-more, axis=1, kind="stable")[:, :NEAREST]
+    there = np.take_along_axis(more, order, 1) > 0
+    together = np.where(there, order, np.arange(D_SAE)[:, None])
+    share = np.where(there, np.take_along_axis(shares, order, 1), np.nan)
     flat = [example for group in examples for example in group]
     fired = [np.flatnonzero(acts[row, :, i]) for i, group in enumerate(examples) for _, row, _, _ in group]
     strong = [acts[row, :, i][acts[row, :, i] > 0] for i, group in enumerate(examples) for _, row, _, _ in group]
@@ -179,8 +180,8 @@ def columns(text: np.ndarray, acts: np.ndarray) -> dict[str, np.ndarray]:
         "activation_offsets": np.cumsum([0, *map(len, fired)]),
         "activation_position": np.concatenate(fired),
         "activation_value": np.concatenate(strong),
-        "together": np.where(none, own, together),
-        "together_share": np.where(none, np.nan, share),
+        "together": together,
+        "together_share": share,
     }
 
 

@@ -1,0 +1,325 @@
+"""Runs nanochat over text once and writes what all latents of all SAEs of a run fire on."""
+
+import contextlib
+import dataclasses
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Integer, UInt16
+
+from bridge.explorer import weights
+from bridge.hooks import capture, parse
+from bridge.nanochat import Nanochat
+from bridge.nanochat.corpus import Corpus
+from bridge.nanochat.sources import Split
+from bridge.selection import kept
+from bridge.torch_sae import TorchSAE
+from jsae.config import Json, require
+from jsae.correlation import Moments
+from jsae.records import Recorder, Settings, distinct
+from jsae.store import VERSION, ActivationsWriter, AllHeader, Header, Store, StoreError, Texts, TextsHeader
+
+Tell = Callable[[str, float], None]
+"""Gets what is being done and which share of it is."""
+
+_MOST_NUMBERS = 2**27  # in a batch of latents: half a GiB
+_PER_FORWARD = {"cpu": 2048}  # tokens: what stays in a processor's cache; elsewhere `_MANY`
+_MANY = 2**14
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Json):
+    """Which text is read, how much of it, and what is kept."""
+
+    data: str
+    split: Split
+    num_tokens: int
+    """At most so many are read, BOS and repeated rows among them."""
+    context_length: int
+    """Tokens per row, BOS first."""
+    drop_sinks: bool
+    """Whether tokens of extreme norm are left out, as in training."""
+    keep_activations: bool = True
+    """Whether every activation is kept, six bytes each, and not only those of the examples."""
+    records: Settings = dataclasses.field(default_factory=Settings)
+
+    def settings(self) -> dict[str, object]:
+        """As the header of a store says them, flat."""
+        told = self.to_json()
+        return told | told.pop("records")
+
+
+def unfit(folder: Path, digests: Mapping[str, str], nano: Nanochat, plan: Plan) -> str | None:
+    """Why `folder` does not hold records of these SAEs, this model and this plan; None if it does.
+
+    More kept than wanted is well.
+    """
+    kept_or_not = {"keep_activations": True}
+    wanted = plan.settings() | kept_or_not
+    try:
+        for hook, digest in digests.items():
+            store = Store(folder / hook, digest)
+            found = store.header.settings | kept_or_not
+            other = [f"{n} was {found.get(n)}" for n, value in wanted.items() if found.get(n) != value]
+            if other:
+                return f"those of {hook} were gathered otherwise: {', '.join(other)}"
+            if store.texts.header.fingerprint != nano.fingerprint:
+                return f"those of {hook} are of another model"
+            if plan.keep_activations:
+                store.all  # noqa: B018 - raises where there are none
+    except FileNotFoundError:
+        return f"not all of them are in {folder}"
+    except StoreError as error:
+        return str(error)
+    return None
+
+
+def gather(
+    nano: Nanochat,
+    saes: Mapping[str, TorchSAE],
+    digests: Mapping[str, str],
+    folder: Path,
+    plan: Plan,
+    tell: Tell = lambda what, share: None,
+) -> None:
+    """Writes the records of SAEs, by hook name, into `folder`: whole or not at all. What was there is replaced.
+
+    Args:
+      nano: with its tokenizer.
+      saes: of hooks of this model.
+      digests: `jsae.store.digest` of the export of each.
+      folder: `explorer/records` of a run.
+      plan: what to read and keep.
+      tell: is told how far it is.
+
+    Raises:
+      ConfigError: rows the model does not take, a vocabulary above 65,536.
+      FileNotFoundError, ValueError: no such text, or too little of it.
+    """
+    _check(nano, plan)
+    for hook in saes:
+        factor = weights.direct_path(nano.model, hook)
+        if factor <= 0:
+            warnings.warn(
+                f"{hook}: nanochat's lambdas and backout multiply the direct path to the logits by {factor:.3g}: "
+                "what such a latent writes lowers the logits that its decoder row points to, and tables say so",
+                stacklevel=2,
+            )
+    with _replacing(folder) as partial:
+        tell("reading text", 0.0)
+        tokens, dropped = read(nano, plan)
+        names = {
+            hook: str((sae.metadata or {}).get("model_name") or nano.path.parent.name) for hook, sae in saes.items()
+        }
+        _write_texts(partial / "texts", nano, tokens, plan, next(iter(names.values())))
+        with contextlib.ExitStack() as stack:
+            gatherers = {}
+            for hook, sae in saes.items():
+                scratch = partial / hook / "scratch"
+                scratch.mkdir(parents=True)
+                gatherers[hook] = _Gatherer(sae, Recorder(scratch, tokens, sae.d_sae, plan.records))
+                stack.callback(gatherers[hook].recorder.close)
+            run(nano, gatherers, tokens, plan.drop_sinks, tell)
+            for hook, gatherer in gatherers.items():
+                _write(partial / hook, nano, hook, gatherer, digests[hook], dropped, plan, tell)
+
+
+def read(nano: Nanochat, plan: Plan) -> tuple[UInt16[np.ndarray, "R T"], int]:
+    """The rows of text, each once, and how many repetitions were dropped.
+
+    Raises:
+      FileNotFoundError, ValueError: no such text, or not even one row of it.
+    """
+    length = plan.context_length
+    corpus = Corpus(plan.data, nano.tokenizer, split=plan.split, row_len=length)
+    rows = list(corpus.one_pass(max(plan.num_tokens // length, 1)))
+    require(
+        bool(rows),
+        f"the {plan.split} part of {plan.data} does not fill one row of {length} tokens: give more text, another "
+        "--split or a smaller --context_length",
+    )
+    tokens = distinct(np.stack(rows).astype(np.uint16))
+    return tokens, len(rows) - len(tokens)
+
+
+class _Gatherer:
+    """What is gathered of one SAE."""
+
+    def __init__(self, sae: TorchSAE, recorder: Recorder):
+        self.sae, self.recorder = sae, recorder
+        self._tokens = 0
+        self._shift: torch.Tensor | None = None
+
+    def add(self, first: int, acts: Float[torch.Tensor, "B T d"], counts: torch.Tensor) -> None:
+        """Takes a forward pass whose first token is number `first` of the text; `counts` (B, T) says which count."""
+        cells = counts.flatten().nonzero()[:, 0]
+        x = acts.flatten(0, 1)[cells].float()
+        if not len(x):
+            return
+        token, latent, value = codes(self.sae, x)
+        lengths = torch.bincount(token, minlength=len(x))
+        self._sum(x, token, latent, value)
+        columns = (cells + first, lengths, latent, value)
+        self.recorder.add(*(column.cpu().numpy() for column in columns))
+
+    def _sum(self, x: torch.Tensor, token: torch.Tensor, latent: torch.Tensor, value: torch.Tensor) -> None:
+        """Adds up what `Moments` holds, where the model is."""
+        if self._shift is None:
+            self._shift = x.mean(0)
+            self._total, self._square = (torch.zeros_like(x[0], dtype=torch.float64) for _ in range(2))
+            self._product = x.new_zeros(self.sae.d_sae, x.shape[1])
+        centred = x - self._shift
+        self._tokens += len(x)
+        self._total += centred.sum(0)
+        self._square += centred.square().sum(0)
+        where = torch.stack([latent, token])
+        fires = torch.sparse_coo_tensor(where, value, (self.sae.d_sae, len(x)), check_invariants=False)
+        self._product += torch.sparse.mm(fires, centred)
+
+    def moments(self) -> Moments:
+        """The sums."""
+        if self._shift is None:
+            none = np.zeros(self.sae.d_in)
+            return Moments(0, none, none, none, np.zeros((self.sae.d_sae, self.sae.d_in)))
+        parts = (self._shift, self._total, self._square, self._product)
+        return Moments(self._tokens, *(part.cpu().double().numpy() for part in parts))
+
+
+@torch.no_grad()
+def run(
+    nano: Nanochat,
+    gatherers: Mapping[str, _Gatherer],
+    tokens: UInt16[np.ndarray, "R T"],
+    drop_sinks: bool,
+    tell: Tell,
+) -> None:
+    """One pass: the model up to the deepest hook, and every SAE on what it reads there."""
+    device = nano.model.lm_head.weight.device
+    widest = max(gatherer.sae.d_sae for gatherer in gatherers.values())
+    most = min(_PER_FORWARD.get(device.type, _MANY), _MOST_NUMBERS // widest)
+    length = tokens.shape[1]
+    step = max(most // length, 1)
+    for start in range(0, len(tokens), step):
+        batch = torch.from_numpy(tokens[start : start + step].astype(np.int64)).to(device)
+        with capture(nano.model, list(gatherers), stop=True) as captured:
+            nano.model(batch)
+        for hook, gatherer in gatherers.items():
+            counts = kept(captured[hook], batch, nano.tokenizer.bos_token_id, drop_sinks)
+            gatherer.add(start * length, captured[hook], counts)
+        tell("running the model", min((start + step) / len(tokens), 1.0))
+
+
+def codes(
+    sae: TorchSAE, x: Float[torch.Tensor, "n d"]
+) -> tuple[Int[torch.Tensor, " m"], Int[torch.Tensor, " m"], Float[torch.Tensor, " m"]]:
+    """What fires on each token: number of the token (rising), latent, value above 0."""
+    if sae.architecture != "topk":
+        latents = sae.encode(x)
+        token, latent = latents.nonzero(as_tuple=True)
+        return token, latent, latents[token, latent]
+    if x.device.type == "cpu":
+        values, indices = _largest(((x - sae.b_dec) @ sae.W_enc + sae.b_enc), sae.cfg["k"])
+    else:
+        values, indices = sae.encode_sparse(x)
+    fires = values > 0
+    return fires.nonzero()[:, 0], indices[fires], values[fires]
+
+
+def _largest(pre: Float[torch.Tensor, "n f"], k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pre.topk(k)` in no order: numpy selects on a processor in a third of the time that torch takes."""
+    if k == pre.shape[1]:
+        return pre, torch.arange(k).expand_as(pre)
+    dense = pre.numpy()
+    indices = np.argpartition(dense, -k, axis=1)[:, -k:]
+    return torch.from_numpy(np.take_along_axis(dense, indices, 1)), torch.from_numpy(indices)
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------
+
+
+def _check(nano: Nanochat, plan: Plan) -> None:
+    size, longest = nano.config.vocab_size, nano.config.max_positions
+    require(size <= 2**16, f"this model has {size} tokens; records hold tokens in 16 bits, up to {2**16}")
+    require(
+        2 <= plan.context_length <= longest,
+        f"context_length is {plan.context_length}: this model takes 2 to {longest} tokens",
+    )
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, that takes the place of `folder` when all went well and is removed when not."""
+    partial, outdated = (folder.with_name(f"{folder.name}.{word}") for word in ("partial", "outdated"))
+    for left in (partial, outdated):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            folder.replace(outdated)
+        partial.replace(folder)
+    finally:
+        for left in (partial, outdated):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _write_texts(folder: Path, nano: Nanochat, tokens: Integer[np.ndarray, "R T"], plan: Plan, name: str) -> None:
+    tokenizer = nano.tokenizer
+    header = TextsHeader(
+        version=VERSION,
+        rows=tokens.shape[0],
+        row_length=tokens.shape[1],
+        vocab_size=tokenizer.vocab_size,
+        bos=tokenizer.bos_token_id,
+        special=sorted(tokenizer.special_tokens.values()),
+        dataset=plan.data,
+        split=plan.split,
+        model=name,
+        fingerprint=nano.fingerprint,
+        seed=plan.records.seed,
+    )
+    Texts.write(folder, header, tokens, [tokenizer.token_bytes_of(i) for i in range(tokenizer.vocab_size)])
+
+
+def _write(
+    folder: Path,
+    nano: Nanochat,
+    hook: str,
+    gatherer: _Gatherer,
+    digest: str,
+    dropped: int,
+    plan: Plan,
+    tell: Tell,
+) -> None:
+    """Writes the records of one hook, the header last."""
+    sae, recorder, settings = gatherer.sae, gatherer.recorder, plan.records
+    everything = ActivationsWriter(folder / "all") if plan.keep_activations else None
+    columns = recorder.finish(
+        gatherer.moments(),
+        everything.append if everything else lambda cells, values: None,
+        lambda latents: tell(f"counting {hook}", latents / sae.d_sae),
+    )
+    if everything:
+        rows, length = recorder.shape
+        everything.finish(AllHeader(VERSION, sae.d_sae, rows, length, digest), columns["count"])
+    tell(f"reading the weights of {hook}", 0.0)
+    columns |= weights.columns(nano.model, hook, sae, nearest=settings.nearest, bins=settings.bins)
+    shutil.rmtree(folder / "scratch")
+    header = Header(
+        version=VERSION,
+        hook=hook,
+        layer=parse(hook)[0],
+        d_in=sae.d_in,
+        d_sae=sae.d_sae,
+        architecture=sae.architecture,
+        sae_sha256=digest,
+        tokens=recorder.counted,
+        direct_path=weights.direct_path(nano.model, hook),
+        duplicate_rows=dropped,
+        settings=plan.settings(),
+    )
+    Store.write(folder, header, columns)

@@ -1,0 +1,96 @@
+"""What the weights alone say of each latent: the tokens it raises and lowers, its neighbours, its channels."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from bridge.hooks import parse
+from bridge.nanochat.model import GPT
+from bridge.torch_sae import TorchSAE
+
+LOGITS, CHANNELS = 20, 3
+_MOST_NUMBERS = 2**25  # in a block of logits or cosines
+
+
+def direct_path(model: GPT, hook_name: str) -> float:
+    """The factor with which what is added to an activation reaches the final norm if no later block reacts to it.
+
+    From G2 on nanochat multiplies the stream by `resid_lambdas[i]` before block i; G7 subtracts `backout_lambda` times
+    the output of block n_layer // 2 from the last one's. A factor below 0 turns a latent's logits round.
+    """
+    layer, _ = parse(hook_name)
+    config = model.config
+    lambdas = model.resid_lambdas.float().tolist() if config.lambdas else [1.0] * config.n_layer
+    factor = math.prod(lambdas[layer + 1 :])
+    middle = config.n_layer // 2
+    if config.backout and layer <= middle:
+        factor -= model.backout_lambda.float().item() * math.prod(lambdas[layer + 1 : middle + 1])
+    return factor
+
+
+@torch.no_grad()
+def columns(model: GPT, hook_name: str, sae: TorchSAE, *, nearest: int, bins: int) -> dict[str, np.ndarray]:
+    """The columns of `jsae.store.COLUMNS` that come from the weights.
+
+    Logits are `direct_path * W_dec lm_head^T` over the vocabulary without its padding, and neither the final norm nor
+    the softcap is in them: the field's convention but for the factor, by which they can be divided.
+    """
+    unembed = model.lm_head.weight[: model.config.vocab_size].float() * direct_path(model, hook_name)
+    parts = [_logits(logits, bins) for logits in _blocks(sae.W_dec, unembed)]
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return found | _neighbours(sae.W_dec, nearest) | _channels(sae.W_dec)
+
+
+def _blocks(rows: Float[torch.Tensor, "f d"], others: Float[torch.Tensor, "n d"]) -> Iterator[torch.Tensor]:
+    """The products of `rows` with `others`, some rows at a time."""
+    for part in rows.split(max(_MOST_NUMBERS // len(others), 1)):
+        yield part @ others.T
+
+
+def _logits(logits: Float[torch.Tensor, "f V"], bins: int) -> dict[str, np.ndarray]:
+    most = min(LOGITS, logits.shape[1])
+    top, bottom = logits.topk(most), logits.topk(most, largest=False)
+    low, high = logits.aminmax(dim=1, keepdim=True)
+    scaled = (logits - low) * (bins / (high - low).clamp_min(torch.finfo(torch.float32).tiny))
+    bin_of = scaled.long().clamp_(0, bins - 1) + bins * torch.arange(len(logits), device=logits.device)[:, None]
+    heights = torch.bincount(bin_of.flatten(), minlength=bins * len(logits)).view(-1, bins)
+    found = {
+        "top_logits": top.indices,
+        "top_logit_values": top.values,
+        "bottom_logits": bottom.indices,
+        "bottom_logit_values": bottom.values,
+        "logit_range": torch.cat([low, high], 1),
+        "logit_hist": heights,
+    }
+    return {name: column.cpu().numpy() for name, column in found.items()}
+
+
+def _neighbours(W_dec: Float[torch.Tensor, "f d"], nearest: int) -> dict[str, np.ndarray]:
+    """The rows of largest cosine with each; where there are too few, the row itself and NaN."""
+    rows = nn.functional.normalize(W_dec, dim=1)
+    most = min(nearest, len(rows) - 1)
+    names = np.repeat(np.arange(len(rows))[:, None], nearest, axis=1)
+    cosines = np.full(names.shape, np.nan, np.float32)
+    first = 0
+    for block in _blocks(rows, rows):
+        own = torch.arange(len(block), device=block.device)
+        block[own, own + first] = -torch.inf
+        near = block.topk(most)
+        part = slice(first, first + len(block))
+        names[part, :most], cosines[part, :most] = near.indices.cpu().numpy(), near.values.cpu().numpy()
+        first += len(block)
+    return {"neighbours": names, "neighbour_cosines": cosines}
+
+
+def _channels(W_dec: Float[torch.Tensor, "f d"]) -> dict[str, np.ndarray]:
+    """The largest entries of each row, signed, and their part of the sum of all sizes."""
+    largest = W_dec.topk(min(CHANNELS, W_dec.shape[1]))
+    shares = largest.values.abs() / W_dec.abs().sum(1, keepdim=True)
+    short = ((0, 0), (0, CHANNELS - largest.values.shape[1]))
+    padded = (np.pad(x.cpu().numpy(), short, constant_values=np.nan) for x in (largest.values, shares))
+    columns = np.pad(largest.indices.cpu().numpy(), short), *padded
+    return dict(zip(("channels", "channel_values", "channel_shares"), columns, strict=True))

@@ -1,0 +1,137 @@
+"""Shows what every latent of a run means: gathers what it fires on, writes a page of it, and serves the page live.
+
+    python -m experiments.explore --run_dir=runs/demo
+    python -m experiments.explore --run_dir=runs/demo --serve
+
+Writes explorer/index.html, which opens without a server and a network, and explorer/records/ into the run directory.
+Records that fit are not gathered again. With --serve (extra [web]) a person can also type text, steer and take notes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from experiments import flags
+from experiments.flags import flag
+from jsae.config import require
+
+if TYPE_CHECKING:
+    from bridge.explorer.gather import Plan
+    from experiments.subjects import Subject
+
+
+@dataclass(frozen=True)
+class ExploreConfig:
+    """Which run, what text, how much of it, and whether it is served."""
+
+    run_dir: str | None = flag(None, "The run: all of its SAEs, on its model and its text.")
+    num_tokens: int = flag(1_000_000, "Tokens of text to read.")
+    context_length: int = flag(128, "Tokens of a row of text, BOS first.")
+    data: str | None = flag(None, "Text, as for training; none is the run's.")
+    split: Literal["all", "train", "heldout"] = flag("all", "Which part of it.")
+    seed: int = flag(0, "Of the random samples of texts.")
+    keep_activations: bool = flag(
+        True, "Keep every activation, 6 bytes each: --format=delphi of the export is of them."
+    )
+    force: bool = flag(False, "Gather again though the records fit.")
+    checkpoint: str | None = flag(None, "The nanochat; none is the one the run was trained on.")
+    step: int | None = flag(None, "Step of --checkpoint; none is the last.")
+    tokenizer: str | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
+    drop_sinks: bool | None = flag(None, "Do not count tokens of extreme norm; none is as in the run.")
+    device: str = flag("cpu", "Where the model runs.")
+    serve: bool = flag(False, "Serve the page, with text and steering live (extra [web]).")
+    host: str = flag("127.0.0.1", "Where --serve listens. Anything but loopback asks for a token that it prints.")
+    port: int = flag(8000, "Where --serve listens; 0 is any that is free.")
+
+    def __post_init__(self) -> None:
+        require(bool(self.run_dir), "nothing to explore: give --run_dir")
+        require(self.num_tokens >= 1, f"num_tokens is {self.num_tokens}: it must be at least 1")
+        require(self.seed >= 0, f"seed is {self.seed}: it must not be negative")
+        require(0 <= self.port < 2**16, f"port is {self.port}: it must be from 0 to {2**16 - 1}")
+
+
+def main(config: ExploreConfig) -> int:
+    """Gathers unless there is nothing to gather, writes the page, serves it."""
+    run = Path(config.run_dir)
+    if config.serve:
+        _can_serve(config)
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from bridge.explorer import gather, page
+    from experiments import explore_view
+    from jsae.store import digest
+
+    console = Console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(Text(text), soft_wrap=True)
+
+    # The SAEs, their model, and what is wanted of them.
+    subjects, plan = _found(config)
+    nano = subjects[0].nano
+    saes = {subject.hook: subject.sae for subject in subjects}
+    digests = {hook: digest(run / "sae" / hook) for hook in saes}
+    records = run / "explorer" / "records"
+
+    # The records.
+    reason = "--force" if config.force else gather.unfit(records, digests, nano, plan)
+    if reason is None:
+        say(f"the records in {records} fit: --force gathers them again")
+    else:
+        say(f"gathering records: {reason}")
+        before = time.perf_counter()
+        with explore_view.progress(console) as tell:
+            gather.gather(nano, saes, digests, records, plan, tell)
+        say(f"gathered in {time.perf_counter() - before:.0f} s")
+    for hook in saes:
+        say(explore_view.summary(records, hook))
+
+    # The page.
+    with console.status("writing the page"):
+        index = page.write(run, list(saes))
+    say(f"written to {index}")
+    if config.serve:
+        from bridge.explorer.server import serve
+        from bridge.runtime import InterpretableModel
+
+        serve(run, lambda: (InterpretableModel.of(nano, saes), nano), host=config.host, port=config.port, say=print)
+    return 0
+
+
+def _can_serve(config: ExploreConfig) -> None:
+    """Complains of a missing extra and of a port in use before anything is done."""
+    from bridge.explorer.server import listen
+
+    listen(config.host, config.port).close()
+
+
+def _found(config: ExploreConfig) -> tuple[list[Subject], Plan]:
+    """The SAEs of the run with their model, and what is read on which text."""
+    from bridge.explorer.gather import Plan
+    from experiments import subjects
+    from experiments.evaluate import EvaluateConfig
+    from jsae.records import Settings
+
+    place = Path(config.run_dir)
+    shared = ("run_dir", "checkpoint", "step", "tokenizer", "data", "drop_sinks", "device")
+    asked = EvaluateConfig(**{name: getattr(config, name) for name in shared})
+    told = subjects.told(asked, place)
+    plan = Plan(
+        data=told["data"],
+        split=config.split,
+        num_tokens=config.num_tokens,
+        context_length=config.context_length,
+        drop_sinks=told["drop_sinks"],
+        keep_activations=config.keep_activations,
+        records=Settings(seed=config.seed),
+    )
+    return subjects.find(asked), plan
+
+
+if __name__ == "__main__":
+    flags.run(ExploreConfig, main)

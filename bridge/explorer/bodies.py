@@ -144,24 +144,47 @@ class Fields:
             raise self._wrong(name, f"a number from {low:g} to {high:g}")
         return float(value)
 
-    def list(self, name: str, at_most: int, default: Any = _REQUIRED) -> Any:
+    def index(self, name: str, below: int) -> int:
+        """A number below another one, which may come as a text of digits."""
+        value = self._get(name, _REQUIRED)
+        if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 9:
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < below:
+            raise self._wrong(name, f"a whole number from 0 to {below - 1}")
+        return value
+
+    def items(self, name: str, at_most: int, default: Any = _REQUIRED) -> Any:
         """A list of anything, not too long."""
         value = self._get(name, default)
         if value is not default and not (isinstance(value, list) and len(value) <= at_most):
             raise self._wrong(name, f"a list of at most {at_most}")
         return value
 
-    def numbers(self, name: str, length: int, largest: float | int) -> "list[float]":
+    def indices(self, name: str, below: int) -> list[int]:
+        """A list of whole numbers below another one; none where the field is not there."""
+        values = self.items(name, below, [])
+        if not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < below for v in values):
+            raise self._wrong(name, f"whole numbers from 0 to {below - 1}")
+        return values
+
+    def texts(self, name: str, at_most: int, default: Any = _REQUIRED) -> list[str]:
+        """A list of texts."""
+        values = self.items(name, at_most, default)
+        if not all(isinstance(value, str) for value in values):
+            raise self._wrong(name, "a list of texts")
+        return values
+
+    def numbers(self, name: str, length: int, largest: float | int) -> list[float]:
         """A list of so many numbers."""
-        values = self.list(name, length)
+        values = self.items(name, length)
         fit = [isinstance(v, int | float) and not isinstance(v, bool) and -largest <= v <= largest for v in values]
         if len(values) != length or not all(fit):
             raise self._wrong(name, f"{length} numbers from {-largest:g} to {largest:g}")
         return [float(v) for v in values]
 
-    def objects(self, name: str, at_most: int, known: Collection[str] | None = None) -> "list[Fields]":
+    def objects(self, name: str, at_most: int, known: Collection[str] | None = None) -> list["Fields"]:
         """A list of objects; none where the field is not there."""
-        values = self.list(name, at_most, [])
+        values = self.items(name, at_most, [])
         return [Fields(value, f"{self._where}{name}[{i}].", known) for i, value in enumerate(values)]
 
     def _get(self, name: str, default: Any) -> Any:
@@ -172,7 +195,7 @@ class Fields:
 
     def _wrong(self, name: str, expected: str) -> Refusal:
         value = self._value[name]
-        told = f"{len(value)} long" if isinstance(value, list) else _short(value)
+        told = _short(value)
         return Refusal(400, f"{self._where}{name} is {told}: expected {expected}")
 
 

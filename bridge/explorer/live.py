@@ -179,8 +179,9 @@ class Api:
     async def _lines(self, streams: Mapping[str, Iterator[Token]], max_tokens: int) -> AsyncGenerator[str, None]:
         """Lines of JSON for what generations make; the last says that all is done, or what went wrong."""
         try:
-            async for which, made in self._session.interleave(streams, max_tokens):
-                yield _line({"which": which, "end": made} if isinstance(made, str) else _told(which, made))
+            async with contextlib.aclosing(self._session.interleave(streams, max_tokens)) as events:
+                async for which, made in events:
+                    yield _line({"which": which, "end": made} if isinstance(made, str) else _told(which, made))
             yield _line({"done": True})
         except Exception:  # the status is out: this is the only way to tell
             log.exception("a generation failed")

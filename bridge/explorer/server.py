@@ -50,6 +50,7 @@ def app(
     secret: str | None = None,
     limits: Limits | None = None,
     chat: bool | None = None,
+    model_id: str | None = None,
 ) -> Starlette:
     """The app of a run: its page, the live part below /api, Neuronpedia's inference wire below /v1.
 
@@ -62,6 +63,7 @@ def app(
       secret: what Neuronpedia must bring, see `Guard`.
       limits: what requests may ask.
       chat: whether the model can chat; unless given, what its path says.
+      model_id: what Neuronpedia calls the model; None takes any name.
 
     Raises:
       ValueError: no token where others reach the host, or a model without a tokenizer.
@@ -70,7 +72,7 @@ def app(
         raise ValueError(f"others can reach a server at {host}: give it a token")
     session = Session(im, nano, limits or Limits(), chat)
     everything_else = Route("/{name:path}", functools.partial(page, run / "explorer"))
-    routes = [*Api(session, run).routes(), *wire.routes(session), everything_else]
+    routes = [*Api(session, run).routes(), *wire.routes(session, model_id), everything_else]
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, host=host, token=token, secret=secret)],
@@ -87,6 +89,7 @@ def serve(
     secret: str | None = None,
     limits: Limits | None = None,
     chat: bool | None = None,
+    model_id: str | None = None,
     say: Callable[[str], Any] = log.info,
 ) -> None:
     """Serves a run until it is interrupted (SIGINT, SIGTERM).
@@ -99,6 +102,7 @@ def serve(
       secret: what Neuronpedia must bring in `X-Secret-Key`.
       limits: what requests may ask.
       chat: whether the model can chat; unless given, what its path says.
+      model_id: what Neuronpedia calls the model; None takes any name.
       say: tells the person who started it the address to open.
 
     Raises:
@@ -110,7 +114,9 @@ def serve(
     token = None if is_loopback(host) else secrets.token_urlsafe(32)
     with contextlib.closing(listen(host, port)) as listener:
         im, nano = load()
-        served = app(Path(run), im, nano, host=host, token=token, secret=secret, limits=limits, chat=chat)
+        served = app(
+            Path(run), im, nano, host=host, token=token, secret=secret, limits=limits, chat=chat, model_id=model_id
+        )
         say(f"explorer at {address(host, listener.getsockname()[1], token)}")
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config(served)).run(sockets=[listener])
@@ -139,6 +145,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
       OSError: the port is in use, or the host is none of this machine; says what to do.
     """
+    if not 0 <= port < 2**16:
+        raise OSError(f"there is no port {port}: ports are 0 (any that is free) to 65535")
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -148,7 +156,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
         listener.listen(128)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
         raise OSError(f"cannot listen at {host}, port {port} ({error}): give another, or 0 for any free one") from error
     return listener
@@ -169,8 +177,8 @@ async def page(folder: Path, request: Request) -> Response:
     name = request.path_params["name"] or "index.html"
     file = folder / name
     try:
-        there = not name.startswith(".") and file.suffix in _PAGE and file.resolve().parent == folder.resolve()
-        there = there and file.is_file()
+        there = name == file.name and not name.startswith(".") and file.suffix in _PAGE
+        there = there and file.resolve().parent == folder.resolve() and file.is_file()
     except (OSError, ValueError):  # a name that no file can have
         there = False
     if there:

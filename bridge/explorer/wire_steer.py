@@ -1,0 +1,190 @@
+"""Steering as Neuronpedia's inference wire asks for it: features or directions, whole or streamed."""
+
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from bridge.explorer.bodies import Fields, Refusal, refusing
+from bridge.explorer.session import Session, Stream
+from bridge.explorer.sources import Sources
+from bridge.runtime import InterpretableModel, Steer, Token
+from bridge.steering import feature
+from bridge.torch_sae import TorchSAE
+
+LARGEST = 1e6
+"""Strengths and entries of vectors, either way: far beyond what leaves a text, and far from what overflows."""
+_METHODS: Mapping[str, str] = {
+    "SIMPLE_ADDITIVE": "additive",
+    "ORTHOGONAL_DECOMP": "orthogonal",
+    "PROJECTION_CAP": "projection_cap",
+}
+_TYPES = ("STEERED", "DEFAULT")
+_ROLES: Mapping[str, str] = {"user": "user", "assistant": "assistant", "model": "assistant", "system": "system"}
+_MESSAGES = 64
+
+Push = tuple[str, torch.Tensor, float]
+"""Hook, direction (C,), strength."""
+Outputs = Mapping[str, str]
+"""What each type has written so far."""
+
+
+class Steering:
+    """The endpoints that write. Frequency penalties and log-probabilities are read and ignored, as there."""
+
+    def __init__(self, session: Session, sources: Sources):
+        self._session, self._sources = session, sources
+
+    async def completion(self, request: Request) -> Response:
+        """Continues a text; the outputs do not repeat it."""
+        fields = await self._sources.fields(request)
+        if fields.has("features") == fields.has("vectors"):
+            raise Refusal(400, "exactly one of features or vectors must be provided")
+        ids = await self._session.ids(fields.text("prompt").removeprefix("<|bos|>"))
+        stop_tokens = (self._session.im.tokenizer.bos_token_id,)
+
+        def told(outputs: Outputs) -> dict[str, Any]:
+            return {"outputs": [{"type": kind, "output": text} for kind, text in outputs.items()]}
+
+        return await self._generate(request, fields, ids, stop_tokens, "all", told)
+
+    async def completion_chat(self, request: Request) -> Response:
+        """Lets the assistant answer; the outputs are whole chats, as messages and as the text that the model read."""
+        fields = await self._sources.fields(request)
+        if fields.has("features") and fields.has("vectors"):
+            raise Refusal(400, "provide at most one of features or vectors")
+        messages = [
+            {"role": m.choice("role", tuple(_ROLES)), "content": m.text("content")}
+            for m in fields.objects("prompt", _MESSAGES)
+        ]
+        ids, stop_tokens = await self._session.chat_ids([m | {"role": _ROLES[m["role"]]} for m in messages])
+        raw = self._session.im.tokenizer.decode(ids)
+
+        def told(outputs: Outputs) -> dict[str, Any]:
+            answers = [
+                {
+                    "chatTemplate": [*messages, {"role": "assistant", "content": text}],
+                    "raw": raw + text,
+                    "type": kind,
+                }
+                for kind, text in outputs.items()
+            ]
+            return {"outputs": answers, "input": {"chatTemplate": messages, "raw": raw}}
+
+        positions = "all" if fields.flag("steerSpecialTokens", True) else "not_special"
+        return await self._generate(request, fields, ids, stop_tokens, positions, told)
+
+    async def _generate(
+        self,
+        request: Request,
+        fields: Fields,
+        ids: list[int],
+        stop_tokens: Sequence[int],
+        positions: str,
+        told: Callable[[Outputs], dict[str, Any]],
+    ) -> Response:
+        """Runs the types that are asked for by turns; every frame of a stream holds all that was written so far."""
+        limits = self._session.limits
+        types = dict.fromkeys(fields.texts("types", len(_TYPES)))
+        if not types or not set(types) <= set(_TYPES):
+            raise Refusal(400, f"types must be some of {', '.join(_TYPES)}")
+        mode = _METHODS[fields.choice("steerMethod", tuple(_METHODS))]
+        sampling = {
+            "max_tokens": min(fields.whole("nCompletionTokens", 1, 2**31), limits.max_tokens),
+            "temperature": fields.number("temperature", 0, 100),
+            "seed": int(fields.number("seed", -1e15, 1e15)),
+            "strength_multiplier": fields.number("strengthMultiplier", -1000, 1000),
+            "stop_tokens": stop_tokens,
+            "features": 1,  # nobody sees them
+        }
+        pushes, streamed = self._pushes(fields), fields.flag("stream", False)
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._session.generations.take())
+            with refusing():
+                im, steers = _with_directions(self._session.im, pushes, mode, positions)
+                streams = {kind: im.generate(ids, steers if kind == "STEERED" else [], **sampling) for kind in types}
+            outputs = self._outputs(streams, sampling["max_tokens"])
+            if streamed:
+                return Stream(_events(outputs, told), "text/event-stream", held.pop_all(), limits.seconds)
+            return JSONResponse(told(await _last(outputs, request)))
+
+    async def _outputs(self, streams: Mapping[str, Iterator[Token]], max_tokens: int) -> AsyncGenerator[Outputs, None]:
+        """What was written so far, after every token and at the end."""
+        outputs = dict.fromkeys(streams, "")
+        async with contextlib.aclosing(self._session.interleave(streams, max_tokens)) as events:
+            async for kind, made in events:
+                if isinstance(made, Token):
+                    outputs[kind] += made.text
+                yield outputs
+
+    def _pushes(self, fields: Fields) -> list[Push]:
+        """What is pushed: features as their decoder rows, vectors as they are, unit length on request."""
+        most, width = self._session.limits.features, self._session.nano.config.n_embd
+        pushes: list[Push] = []
+        for asked in fields.objects("features", most):
+            self._sources.check_model(asked)
+            hook = self._sources.hook(asked.text("source"))
+            sae = self._session.im.sae(hook)
+            with refusing():
+                direction = feature(sae, asked.index("index", sae.d_sae)).direction
+            pushes.append((hook, direction, asked.number("strength", -LARGEST, LARGEST)))
+        for asked in fields.objects("vectors", most):
+            vector = torch.tensor(asked.numbers("steeringVector", width, LARGEST))
+            pushes.append((asked.text("hook"), vector, asked.number("strength", -LARGEST, LARGEST)))
+        if fields.flag("normalizeSteering", False):
+            pushes = [(hook, vector / vector.norm(), strength) for hook, vector, strength in pushes]
+        return pushes
+
+
+def _with_directions(
+    im: InterpretableModel, pushes: Sequence[Push], mode: str, positions: str
+) -> tuple[InterpretableModel, list[Steer]]:
+    """The model with a dictionary of nothing but the directions, and the requests that push them.
+
+    A TopK SAE's rows are pushed as they are, without being made unit first, as Neuronpedia does with vectors.
+
+    Raises:
+      ValueError: a hook that the model does not have.
+    """
+    rows: dict[str, list[torch.Tensor]] = {}
+    steers = []
+    for hook, direction, strength in pushes:
+        steers.append(Steer(hook, len(rows.setdefault(hook, [])), mode, strength, positions))
+        rows[hook].append(direction.to(im.model.lm_head.weight.device))
+    saes = {hook: _dictionary(torch.stack(directions)) for hook, directions in rows.items()}
+    return InterpretableModel(im.model, saes, im.tokenizer) if saes else im, steers
+
+
+def _dictionary(W_dec: torch.Tensor) -> TorchSAE:
+    n, width = W_dec.shape
+    weights = {
+        "W_dec": W_dec,
+        "W_enc": torch.zeros_like(W_dec.T),
+        "b_enc": W_dec.new_zeros(n),
+        "b_dec": W_dec.new_zeros(width),
+    }
+    return TorchSAE({"architecture": "topk", "d_in": width, "d_sae": n, "k": 1}, weights)
+
+
+async def _last(outputs: AsyncGenerator[Outputs, None], request: Request) -> Outputs:
+    """What was written in the end; stops when the client has gone."""
+    written: Outputs = {}
+    async with contextlib.aclosing(outputs):
+        async for so_far in outputs:
+            written = so_far
+            if await request.is_disconnected():
+                raise ClientDisconnect
+    return written
+
+
+async def _events(
+    outputs: AsyncGenerator[Outputs, None], told: Callable[[Outputs], dict[str, Any]]
+) -> AsyncGenerator[str, None]:
+    """Server-sent events."""
+    async with contextlib.aclosing(outputs):
+        async for so_far in outputs:
+            yield f"data: {json.dumps(told(so_far), ensure_ascii=False, allow_nan=False)}\n\n"

@@ -1,0 +1,85 @@
+"""The explorer's server as people run it: the demo nanochat with two random SAEs, uvicorn, a port of its own."""
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from toy_saes import export, toy_sae
+
+import bridge.nanochat
+from bridge.explorer import server
+from bridge.nanochat import Nanochat
+from bridge.runtime import InterpretableModel, load_saes
+
+RESID, MLP = "blocks.2.hook_resid_post", "blocks.4.hook_mlp_out"
+C = 128
+
+
+def write_run(run: Path) -> Path:
+    """A run with SAEs at two hooks, and something of everything that lies beside a page."""
+    export(toy_sae("topk", C, 256, hook_name=RESID), run / "sae" / RESID)
+    export(toy_sae("jumprelu", C, 192, hook_name=MLP), run / "sae" / MLP)
+    page = run / "explorer"
+    (page / "records" / "texts").mkdir(parents=True)
+    (page / "index.html").write_text("<!doctype html><title>a page</title>")
+    (page / "core.js").write_text("var jsae = {};")
+    (page / ".hidden.js").write_text("hidden")
+    (page / "notes.jsonl").write_text("")
+    (page / "records" / "texts" / "texts.json").write_text("{}")
+    (page / "records" / "loose.js").write_text("a record")
+    (run / "outside.js").write_text("outside")
+    (page / "link.js").symlink_to(run / "outside.js")
+    return run
+
+
+def load(run: Path) -> tuple[InterpretableModel, Nanochat]:
+    """The demo with a run's SAEs."""
+    nano = bridge.nanochat.load("demo")
+    return InterpretableModel.of(nano, load_saes(run)), nano
+
+
+@contextlib.contextmanager
+def served(run: Path, im: InterpretableModel, nano: Nanochat, **settings: Any) -> Iterator[httpx.Client]:
+    """A client of a server that runs as long as the context."""
+    with (
+        listening(server.app(run, im, nano, **settings)) as port,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client,
+    ):
+        yield client
+
+
+@contextlib.contextmanager
+def listening(app: Any) -> Iterator[int]:
+    """The port at which an app is served."""
+    with contextlib.closing(server.listen("127.0.0.1", 0)) as listener:
+        running = uvicorn.Server(server.config(app))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            running.should_exit = True
+            thread.join()
+
+
+def lines(client: httpx.Client, **body: Any) -> list[dict[str, Any]]:
+    """All that a steered continuation streams."""
+    with client.stream("POST", "/api/steer", json=body) as response:
+        assert response.status_code == 200, response.read()
+        return [json.loads(line) for line in response.iter_lines()]
+
+
+def raw(client: httpx.Client, request: str) -> str:
+    """The answer to a request that no client would send."""
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as connection:
+        connection.sendall(request.encode("latin-1"))
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    return answer.decode("utf-8", "replace")

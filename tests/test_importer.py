@@ -4,15 +4,21 @@ import gzip
 import itertools
 import json
 import logging
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import psycopg
 import pytest
+from explorer_toy import HOOK, write_store
 from postgres import CREATOR, TABLES, cluster
 
-from bridge.neuronpedia import importer
+from bridge.explorer.labels import Names
+from bridge.neuronpedia import importer, sources, v1
 from bridge.neuronpedia.importer import Counts, ImportRefusedError, import_folder
 
+ROOT = Path(__file__).resolve().parents[1]
 WHO = {"creatorId": CREATOR, "createdAt": "2026-01-01T00:00:00.000Z"}
 MODEL, SOURCE = "nanochat-d2-toy", "1-res-1k"
 KEY = {"modelId": MODEL, "layer": SOURCE}
@@ -96,10 +102,14 @@ def metadata() -> dict[str, dict]:
     }
 
 
-def write(folder: Path, file: str, *lines: dict | str) -> Path:
+def lines(file: Path) -> list[bytes]:
+    return gzip.decompress(file.read_bytes()).splitlines()
+
+
+def write(folder: Path, file: str, *told: dict | str) -> Path:
     path = folder / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines).encode()
+    data = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in told).encode()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
 
@@ -143,6 +153,39 @@ def test_every_row_is_there_as_the_folder_has_it(export, database):
         (["<script>", "\n"], [0.0, 2.5], -1.0)
     ]
     assert rows(database, """SELECT "description", "scoreV1" FROM "Explanation" """) == [("the word “cat”", 0.0)]
+
+
+def test_the_command_imports_what_a_run_exports(server, tmp_path):
+    run = tmp_path / "run"
+    write_store(run)
+    (source,) = sources.of_run(run, sources.Wanted(layers=4))
+    names = Names.read(run, HOOK)
+    v1.write(source.store(), source.sae_dir, tmp_path / "v1", ids=source.ids, about=source.about, names=names)
+    database = new_database(server, TABLES, f"""INSERT INTO "User" VALUES ('{CREATOR}', 'bot')""")
+
+    def command() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "experiments.publish", f"--import_to={database}", f"--folder={tmp_path / 'v1'}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    done = command()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"Neuron +8 new, 0 there before", done.stdout)
+    assert re.search(r"Explanation +4 new, 0 there before", done.stdout)
+    found = rows(database, """SELECT "index", "tokens", "values", "binMax" FROM "Activation" ORDER BY "id" """)
+    exported = [
+        (row["index"], row["tokens"], row["values"], row["binMax"])
+        for file in tmp_path.rglob("activations/*.gz")
+        for row in sorted(map(json.loads, lines(file)), key=lambda row: row["id"])
+    ]
+    assert found == exported
+    assert len(found) > 8
+    assert re.search(rf"Activation +0 new, {len(found)} there before", command().stdout)
 
 
 def test_a_second_import_changes_nothing(export, database):

@@ -109,8 +109,8 @@ def _batches(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(found[1]), path) for found, path in numbered if found)]
 
 
-def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a .jsonl or .jsonl.gz with their line numbers."""
+def _lines(file: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+    """The lines of a .jsonl or .jsonl.gz: number, text, row."""
     number = 0
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
         try:
@@ -120,7 +120,7 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 row = json.loads(line, parse_constant=_refuse_constant) if line.strip() else None
                 require(isinstance(row, dict | None), "no JSON object")
                 if row is not None:
-                    yield number, row
+                    yield number, line.strip(), row
         except (ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
             raise ImportRefusedError(f"{file}, line {number} is broken ({error}): export it anew") from error
 
@@ -140,10 +140,22 @@ def _clean(value: Any) -> Any:
     return value
 
 
+def _ready(line: bytes, row: dict[str, Any], table: str) -> tuple[dict[str, Any], bytes]:
+    """The row as the table wants it, and its JSON.
+
+    Raises:
+      ValueError, TypeError: a lone surrogate, or indices of attention that are no pair of lists.
+    """
+    if table == "Activation" and "zIndices" in row:
+        row = _split_z(row)
+    elif b"\\u" not in line:
+        return row, line  # as it is: nothing escaped, so neither NUL nor surrogate
+    row = _clean(row)
+    return row, json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+
+
 def _split_z(row: dict[str, Any]) -> dict[str, Any]:
     """An activation whose `zIndices`, keys and queries of attention, are two columns as in the table."""
-    if "zIndices" not in row:
-        return row
     keys, queries = row["zIndices"] or ((), ())
     return {k: v for k, v in row.items() if k != "zIndices"} | {"zKIndices": list(keys), "zQIndices": list(queries)}
 
@@ -169,10 +181,9 @@ class _Chunk:
 def _chunks(file: Path, table: str) -> Iterator[_Chunk]:
     """The rows of a file as the table wants them."""
     chunk: _Chunk | None = None
-    for number, row in _lines(file):
+    for number, line, row in _lines(file):
         try:
-            row = _clean(_split_z(row) if table == "Activation" else row)
-            encoded = json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+            row, encoded = _ready(line, row, table)
         except (ValueError, TypeError) as error:
             raise ImportRefusedError(f"{file}, line {number} cannot be stored ({error}): export it anew") from error
         if chunk is not None and (len(chunk.rows) == CHUNK_ROWS or chunk.size + len(encoded) > CHUNK_BYTES):

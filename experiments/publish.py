@@ -208,7 +208,8 @@ def _read(sources: list[Source], config: PublishConfig) -> int:
             for found in client.explanations(source.ids.model, source.ids.source, index):
                 by = ", ".join(part for part in (found.method, found.model) if part)
                 scores = "".join(f"   {kind} {value:.2f}" for kind, value in found.scores)
-                print(f"{source.ids.link}/{index}   {found.text}" + (f"   ({by})" if by else "") + scores)
+                told = f"{source.ids.link}/{index}   {found.text}" + (f"   ({by})" if by else "") + scores
+                print("".join(c if c.isprintable() else " " for c in told))  # others' text: no codes for the terminal
     return 0
 
 

@@ -187,6 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("content-length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
+            self.wfile.flush()
 
     def log_message(self, *arguments: object) -> None:
         """Says nothing."""

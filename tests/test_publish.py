@@ -30,6 +30,12 @@ IDS = Ids("nanochat-toy", "res-1k", "toy", "blocks.1.hook_resid_post")
 TARGET = Target(IDS, layers=2, description="Residual Stream - 1k")
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    """No proxy of the environment stands between the tests and their site."""
+    monkeypatch.setenv("NO_PROXY", "*")
+
+
 @pytest.fixture
 def site():
     with serving() as found:
@@ -512,7 +518,9 @@ def test_ctrl_c_says_how_to_go_on_and_ends_with_130(site, run):
         go.wait(30)
 
     site.faults = [hang]
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it may be ignored
     process = start(*of(run, site, "--yes"))
+    signal.signal(signal.SIGINT, kept)
     assert came.wait(60), process.communicate()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -586,6 +594,8 @@ def test_on_a_terminal_the_user_is_asked(site, run):
 
 def test_explanations_are_shown(site, run):
     assert command(*of(run, site, "--yes"))[0] == 0
+    (key,) = [key for key in site.stored if key[2] == 0]
+    site.explanations[key].append({"description": "\x1b[31mred", "typeName": "np_max-act", "explanationModelName": "m"})
     code, out, _ = command(*of(run, site, "--explanations=0"), key="")
     assert code == 0
-    assert out.rstrip().endswith("/0   token ' cat'")
+    assert [line.split("   ", 1)[1] for line in out.splitlines()] == ["token ' cat'", " [31mred   (np_max-act, m)"]

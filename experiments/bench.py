@@ -11,6 +11,7 @@ from typing import NoReturn
 from experiments import flags
 
 BENCHES: Mapping[str, str] = {
+    "dashboard": "experiments.benches.dashboard",
     "runtime": "experiments.benches.runtime",
 }
 

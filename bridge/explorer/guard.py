@@ -5,7 +5,7 @@ import ipaddress
 import logging
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -55,15 +55,24 @@ class Guard:
       app: what is guarded.
       host: where the server listens. On loopback, requests must name this machine. Elsewhere they may also name any
         address (an attacker's page comes with a name) or this machine's name, and must bring the token.
+      names: other names by which this machine is known, such as host.docker.internal.
       token: what every request brings as `Authorization: Bearer T`, or as the cookie that `/?token=T` sets. None
         asks for nothing.
       secret: what requests below /v1/ may bring instead, as `X-Secret-Key`; given without a token, they must.
     """
 
-    def __init__(self, app: ASGIApp, host: str = "127.0.0.1", token: str | None = None, secret: str | None = None):
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str = "127.0.0.1",
+        names: Collection[str] = (),
+        token: str | None = None,
+        secret: str | None = None,
+    ):
         self.app = app
         self._local = is_loopback(host)
-        self._names = {"localhost"} if self._local else {"localhost", host.lower(), socket.gethostname().lower()}
+        own = () if self._local else (host, socket.gethostname())
+        self._names = {name.lower() for name in ("localhost", *own, *names)}
         self._token, self._secret = token, secret
         # Cookies are shared by all ports of a host: another server here has another token, and so another name.
         self._cookie = "jsae-" + hashlib.sha256((token or "").encode()).hexdigest()[:12]

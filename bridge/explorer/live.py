@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from bridge.explorer import labels
 from bridge.explorer.bodies import Fields, Refusal, read, refusing
-from bridge.explorer.session import Session, Stream
+from bridge.explorer.session import Session, Stream, while_there
 from bridge.runtime import Steer, Token
 from bridge.steering import MODES, POSITIONS
 
@@ -87,7 +87,7 @@ class Api:
         session = self._session
         with session.readings.take():
             ids = await session.ids(fields.text("text"))
-            found = await session.run(session.strongest, ids, hook, top_k)
+            found = await while_there(request, lambda: session.run(session.strongest, ids, hook, top_k))
         # What was put in front of the text is not shown: the model reads BOS, but nobody counts what fires there.
         features = [[{"index": i, "value": value} for i, value in pairs] for pairs in found[1:]]
         return JSONResponse({"tokens": self._tokens(ids[1:]), "features": features})
@@ -100,7 +100,7 @@ class Api:
         session = self._session
         with session.readings.take():
             ids = await session.ids(fields.text("text"))
-            values = await session.run(session.activation, ids, hook, index)
+            values = await while_there(request, lambda: session.run(session.activation, ids, hook, index))
         return JSONResponse({"tokens": self._tokens(ids[1:]), "values": values[1:]})
 
     async def steer(self, request: Request) -> Response:

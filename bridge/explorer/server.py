@@ -5,7 +5,7 @@ import functools
 import logging
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ def app(
     nano: Nanochat,
     *,
     host: str = "127.0.0.1",
+    names: Collection[str] = (),
     token: str | None = None,
     secret: str | None = None,
     limits: Limits | None = None,
@@ -59,6 +60,7 @@ def app(
       im: the model with the run's SAEs; the app is the only one to run it from now on.
       nano: the checkpoint.
       host: where it will listen, see `Guard`.
+      names: other names of this machine, see `Guard`.
       token: what clients must bring; needed unless the host is loopback.
       secret: what Neuronpedia must bring, see `Guard`.
       limits: what requests may ask.
@@ -75,7 +77,7 @@ def app(
     routes = [*Api(session, run).routes(), *wire.routes(session, model_id), everything_else]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, host=host, token=token, secret=secret)],
+        middleware=[Middleware(Guard, host=host, names=names, token=token, secret=secret)],
         exception_handlers={HTTPException: _not_taken},
     )
 
@@ -86,6 +88,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    names: Collection[str] = (),
     secret: str | None = None,
     limits: Limits | None = None,
     chat: bool | None = None,
@@ -99,6 +102,7 @@ def serve(
       load: makes the model with its SAEs; called when the port is ours.
       host: where to listen. Anything but loopback makes a token, which the address said at the start holds.
       port: where; 0 takes any that is free.
+      names: other names of this machine that requests may use.
       secret: what Neuronpedia must bring in `X-Secret-Key`.
       limits: what requests may ask.
       chat: whether the model can chat; unless given, what its path says.
@@ -115,7 +119,16 @@ def serve(
     with contextlib.closing(listen(host, port)) as listener:
         im, nano = load()
         served = app(
-            Path(run), im, nano, host=host, token=token, secret=secret, limits=limits, chat=chat, model_id=model_id
+            Path(run),
+            im,
+            nano,
+            host=host,
+            names=names,
+            token=token,
+            secret=secret,
+            limits=limits,
+            chat=chat,
+            model_id=model_id,
         )
         say(f"explorer at {address(host, listener.getsockname()[1], token)}")
         with contextlib.suppress(KeyboardInterrupt):

@@ -3,7 +3,7 @@
 import codecs
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ import anyio
 import torch
 from anyio import to_thread
 from jaxtyping import Float
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -142,6 +143,34 @@ class Session:
                     continue
                 running.remove(which)
                 yield which, "time" if late else "length" if made[which] == max_tokens else "stop"
+
+
+async def while_there(request: Request, make: Callable[[], Awaitable[Value]]) -> Value:
+    """What is made for a client whose body was read; the making ends when the client has gone.
+
+    Raises:
+      ClientDisconnect: it has.
+    """
+    made: list[Value] = []
+    failed: list[Exception] = []
+    async with anyio.create_task_group() as tasks:
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            tasks.cancel_scope.cancel()
+
+        tasks.start_soon(watch)
+        try:
+            made.append(await make())
+        except Exception as error:  # raised below, where no group wraps it
+            failed.append(error)
+        tasks.cancel_scope.cancel()
+    for error in failed:
+        raise error
+    if not made:
+        raise ClientDisconnect
+    return made[0]
 
 
 class Slots:

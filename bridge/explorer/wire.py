@@ -13,9 +13,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bridge.explorer.bodies import Fields, Refusal, refusing
-from bridge.explorer.session import Session, dense
+from bridge.explorer.session import Session, dense, while_there
 from bridge.explorer.sources import Sources
-from bridge.explorer.wire_steer import LARGEST, Steering
+from bridge.explorer.wire_steer import BOS, LARGEST, Steering
 from bridge.hooks import find
 
 MOST_RESULTS = 1000
@@ -67,8 +67,9 @@ class Wire:
 
         async def endpoint(request: Request) -> Response:
             fields = await self._sources.fields(request)
+            prompt = fields.text("prompt")
             with self._session.readings.take():
-                return JSONResponse(await self._answer(answer, fields, fields.text("prompt")))
+                return JSONResponse(await while_there(request, lambda: self._answer(answer, fields, prompt)))
 
         return endpoint
 
@@ -78,13 +79,17 @@ class Wire:
         async def endpoint(request: Request) -> Response:
             fields = await self._sources.fields(request)
             prompts = fields.texts("prompts", _PROMPTS)
+
+            async def every() -> list[dict[str, Any]]:
+                return [await self._answer(answer, fields, prompt) for prompt in prompts]
+
             with self._session.readings.take():
-                return JSONResponse({"results": [await self._answer(answer, fields, prompt) for prompt in prompts]})
+                return JSONResponse({"results": await while_there(request, every)})
 
         return endpoint
 
     async def _answer(self, answer: Answer, fields: Fields, prompt: str) -> dict[str, Any]:
-        ids = await self._session.ids(without_bos(prompt))
+        ids = await self._session.ids(prompt.removeprefix(BOS))
         return await self._session.run(answer(fields, ids))
 
     def single(self, fields: Fields, ids: Sequence[int]) -> Callable[[], dict[str, Any]]:
@@ -210,11 +215,6 @@ class Wire:
     async def health(self, request: Request) -> Response:
         """That it is there."""
         return JSONResponse({"status": "healthy"})
-
-
-def without_bos(prompt: str) -> str:
-    """A prompt without the BOS that some clients write in front of it: it gets one anyway."""
-    return prompt.removeprefix("<|bos|>")
 
 
 def _strongest(source: str, latents: torch.Tensor, sort: list[int], most: int) -> list[dict[str, Any]]:

@@ -6,16 +6,18 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from typing import Any
 
 import torch
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bridge.explorer.bodies import Fields, Refusal, refusing
-from bridge.explorer.session import Session, Stream
+from bridge.explorer.session import Session, Stream, while_there
 from bridge.explorer.sources import Sources
 from bridge.runtime import InterpretableModel, Steer, Token
 from bridge.steering import feature
 from bridge.torch_sae import TorchSAE
 
+BOS = "<|bos|>"
+"""Some clients write it in front of a prompt, which gets one anyway."""
 LARGEST = 1e6
 """Strengths and entries of vectors, either way: far beyond what leaves a text, and far from what overflows."""
 _METHODS: Mapping[str, str] = {
@@ -44,7 +46,7 @@ class Steering:
         fields = await self._sources.fields(request)
         if fields.has("features") == fields.has("vectors"):
             raise Refusal(400, "exactly one of features or vectors must be provided")
-        ids = await self._session.ids(fields.text("prompt").removeprefix("<|bos|>"))
+        ids = await self._session.ids(fields.text("prompt").removeprefix(BOS))
         stop_tokens = (self._session.im.tokenizer.bos_token_id,)
 
         def told(outputs: Outputs) -> dict[str, Any]:
@@ -110,7 +112,7 @@ class Steering:
             outputs = self._outputs(streams, sampling["max_tokens"])
             if streamed:
                 return Stream(_events(outputs, told), "text/event-stream", held.pop_all(), limits.seconds)
-            return JSONResponse(told(await _last(outputs, request)))
+            return JSONResponse(told(await while_there(request, lambda: _last(outputs))))
 
     async def _outputs(self, streams: Mapping[str, Iterator[Token]], max_tokens: int) -> AsyncGenerator[Outputs, None]:
         """What was written so far, after every token and at the end."""
@@ -170,14 +172,12 @@ def _dictionary(W_dec: torch.Tensor) -> TorchSAE:
     return TorchSAE({"architecture": "topk", "d_in": width, "d_sae": n, "k": 1}, weights)
 
 
-async def _last(outputs: AsyncGenerator[Outputs, None], request: Request) -> Outputs:
-    """What was written in the end; stops when the client has gone."""
+async def _last(outputs: AsyncGenerator[Outputs, None]) -> Outputs:
+    """What was written in the end."""
     written: Outputs = {}
     async with contextlib.aclosing(outputs):
         async for so_far in outputs:
             written = so_far
-            if await request.is_disconnected():
-                raise ClientDisconnect
     return written
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,16 @@ VERSION = 1
 
 class StoreError(ValueError):
     """A store that is of another version, of another SAE, or broken."""
+
+
+_KINDS: Mapping[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a whole number from 0", lambda x: type(x) is int and x >= 0),
+    float: ("a number with a point", lambda x: type(x) is float),
+    str: ("text", lambda x: isinstance(x, str)),
+    list[int]: ("a list of whole numbers", lambda x: isinstance(x, list) and all(type(i) is int for i in x)),
+    dict[str, Any]: ("a table", lambda x: isinstance(x, dict)),
+}
+"""What the fields of a header may be."""
 
 
 class Folder:
@@ -38,14 +48,13 @@ class Folder:
         version = told.get("version") if isinstance(told, dict) else told
         if version != VERSION:
             raise StoreError(f"{file} is of version {version!r}, this program reads {VERSION}: gather the records anew")
+        for field in dataclasses.fields(self._header):
+            if field.name in told and not _KINDS[field.type][1](told[field.name]):
+                raise StoreError(f"{file}: {field.name} is {told[field.name]!r}, not {_KINDS[field.type][0]}")
         try:
             self.header = self._header.from_json(told)
         except ValueError as error:
             raise StoreError(f"{file}: {error}: gather the records anew") from error
-        for field in dataclasses.fields(self.header):
-            value = getattr(self.header, field.name)
-            if field.type is int and not (type(value) is int and value >= 0):
-                raise StoreError(f"{file}: {field.name} is {value!r}, but must be a whole number")
         self._cache: dict[str, np.ndarray] = {}
 
     def _sizes(self) -> dict[str, int]:
@@ -85,12 +94,15 @@ class Folder:
             )
 
     def _length(self, axis: str) -> int:
-        """The length of an axis: what the header says, or that of the first column which has it."""
+        """The length of an axis: what the header says, or the offsets, or else the first column which has it."""
         known = self._sizes()
         if axis in known:
             return known[axis]
         if axis.endswith("+1"):
             return self._length(axis.removesuffix("+1")) + 1
+        for offsets, parted in self._partitions.items():
+            if self._columns[parted][1] == (axis,):
+                return int(self._mapped(offsets).reshape(-1)[-1:].sum())
         first, axes = next((name, axes) for name, (_, axes) in self._columns.items() if axis in axes)
         shape = self._mapped(first).shape
         return shape[axes.index(axis)] if len(shape) == len(axes) else -1
@@ -100,7 +112,7 @@ class Folder:
         if below is not None and column.size and int(column.max()) >= below:
             raise StoreError(f"{self.path}: {name} holds {int(column.max())}, but must be below {below}")
         if name in self._partitions:
-            end = self._length(self._columns[self._partitions[name]][1][0])
+            end = self._mapped(self._partitions[name]).size
             if column[0] != 0 or column[-1] != end or (column[:-1] > column[1:]).any():
                 raise StoreError(f"{self.path}: {name} does not partition {self._partitions[name]}: gather anew")
 

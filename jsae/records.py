@@ -76,8 +76,8 @@ class Recorder:
     def finish(
         self,
         moments: Moments,
-        keep: Callable[[np.ndarray, np.ndarray], None] = lambda cells, values: None,
-        tell: Callable[[int], None] = lambda latents: None,
+        keep: Callable[[np.ndarray, np.ndarray], None] | None = None,
+        tell: Callable[[int], None] | None = None,
     ) -> dict[str, np.ndarray]:
         """The columns; to be called once.
 
@@ -90,21 +90,23 @@ class Recorder:
           ValueError: no token was looked at.
         """
         self._spill.close()
-        require(self.counted > 0, "no token of this text counts: give more text")
+        counted = self.counted
+        require(counted > 0, "no token of this text counts: give more text")
         text = _Text(self._tokens, self._spill.counted.reshape(self._tokens.shape), self._settings.window)
         found = _Columns(self._spill.d_sae, self._settings)
         partners = _Partners(self._spill, self._settings)
         for block in self._spill.blocks():
-            keep(block.cells, block.values)
+            if keep is not None:
+                keep(block.cells, block.values)
             for latent, cells, values in _latents(block):
                 random = np.random.default_rng([self._settings.seed, latent])
                 if len(cells):
-                    found.describe(latent, values, self.counted)
+                    found.describe(latent, values, counted)
                     found.place(text.examples(cells, values, self._settings, random))
                     found.together[latent], found.together_share[latent] = partners.of(latent, cells, random)
                 else:
                     found.place([])
-                if latent % 64 == 63:
+                if tell is not None and latent % 64 == 63:
                     tell(latent + 1)
         return found.columns(self._spill.counts) | correlated(moments, found.sum, found.square)
 
@@ -180,7 +182,7 @@ class _Text:
         strong = np.argsort(-rows.strongest, kind="stable")
         found = list(pick(TOP, strong, settings.top))
         drawn = random.permutation(len(rows.row))
-        of = interval(rows.strongest, values.max())[drawn]
+        of = interval(rows.strongest, float(values.max()))[drawn]
         for group in range(1, INTERVALS + 1):
             found += pick(group, drawn[of == group], settings.per_interval)
         return found + list(self._without(rows.row, settings.non_activating, seen, random))
@@ -281,13 +283,13 @@ class _Columns:
 
     def describe(self, latent: int, values: np.ndarray, tokens: int) -> None:
         """Takes all activations of a latent, at least one."""
-        low, top = values.min(), values.max()
+        low, top = float(values.min()), float(values.max())
         self.max[latent] = top
         exact = values.astype(np.float64)
         self.sum[latent], self.square[latent] = exact.sum(), exact @ exact
         self.mean[latent] = self.sum[latent] / len(values)
         self.hist_range[latent] = low, top
-        self.hist[latent] = np.histogram(values, self.hist.shape[1], (low, top))[0]
+        self.hist[latent] = np.histogram(exact, self.hist.shape[1], (low, top))[0]
         shares = np.bincount(interval(values, top), minlength=INTERVALS + 1)
         shares[0] = len(values)
         self.group_share[latent] = shares / tokens

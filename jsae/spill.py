@@ -15,7 +15,7 @@ class Block(NamedTuple):
     """All activations of the latents `first` to `first + len(offsets) - 1`, each latent's in the order of the text."""
 
     first: int
-    offsets: Int64[np.ndarray, " latents+1"]
+    offsets: Int64[np.ndarray, " latents_and_one"]
     """Those of latent `first + i` are `offsets[i]` to `offsets[i + 1]`."""
     cells: Integer[np.ndarray, " m"]
     values: Float32[np.ndarray, " m"]
@@ -139,7 +139,7 @@ class Spill:
                 parts.append(np.fromfile(file, dtype, end - start))
         return np.concatenate(parts)
 
-    def codes(self) -> tuple[Int64[np.ndarray, " cells+1"], Integer[np.ndarray, " m"]]:
+    def codes(self) -> tuple[Int64[np.ndarray, " cells_and_one"], Integer[np.ndarray, " m"]]:
         """What fires on each cell: offsets, and latents, which are mapped, not read."""
         offsets = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
         if not offsets[-1]:

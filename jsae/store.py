@@ -102,7 +102,7 @@ class TextsHeader(Json):
     vocab_size: int
     bos: int
     """Its id; where it stands no latent is counted."""
-    special: tuple[int, ...] | list[int]
+    special: list[int]
     """Ids of the special tokens, BOS among them."""
     dataset: str
     split: str

@@ -146,11 +146,11 @@ def columns(text: np.ndarray, acts: np.ndarray) -> dict[str, np.ndarray]:
     found: dict[str, list] = {name: [] for name in ("count", "max", "mean", "hist_range", "hist", "group_share")}
     examples: list[list[tuple]] = []
     for latent in range(D_SAE):
-        values = acts[..., latent][acts[..., latent] > 0]
+        values = acts[..., latent][acts[..., latent] > 0].astype(float)
         top = values.max(initial=0)
         found["count"].append(len(values))
         found["max"].append(top)
-        found["mean"].append(values.mean(dtype=float) if len(values) else 0)
+        found["mean"].append(values.mean() if len(values) else 0)
         found["hist_range"].append([values.min(), top] if len(values) else [0, 0])
         found["hist"].append(np.histogram(values, BINS, found["hist_range"][-1])[0] if len(values) else [0] * BINS)
         interval = np.array([_interval(v, top) for v in values], int)

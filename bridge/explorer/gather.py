@@ -160,6 +160,8 @@ class _Gatherer:
         x = acts.flatten(0, 1)[cells].float()
         if not len(x):
             return
+        if not x.isfinite().all():
+            raise FloatingPointError(f"the model's activations on tokens {first} and on are not finite")
         token, latent, value = codes(self.sae, x)
         lengths = torch.bincount(token, minlength=len(x))
         self._sum(x, token, latent, value)
@@ -297,15 +299,17 @@ def _write(
 ) -> None:
     """Writes the records of one hook, the header last."""
     sae, recorder, settings = gatherer.sae, gatherer.recorder, plan.records
-    everything = ActivationsWriter(folder / "all") if plan.keep_activations else None
-    columns = recorder.finish(
-        gatherer.moments(),
-        everything.append if everything else lambda cells, values: None,
-        lambda latents: tell(f"counting {hook}", latents / sae.d_sae),
-    )
-    if everything:
-        rows, length = recorder.shape
-        everything.finish(AllHeader(VERSION, sae.d_sae, rows, length, digest), columns["count"])
+    moments = gatherer.moments()
+
+    def counted(latents: int) -> None:
+        tell(f"counting {hook}", latents / sae.d_sae)
+
+    if plan.keep_activations:
+        with contextlib.closing(ActivationsWriter(folder / "all")) as everything:
+            columns = recorder.finish(moments, everything.append, counted)
+            everything.finish(AllHeader(VERSION, sae.d_sae, *recorder.shape, digest), columns["count"])
+    else:
+        columns = recorder.finish(moments, tell=counted)
     tell(f"reading the weights of {hook}", 0.0)
     columns |= weights.columns(nano.model, hook, sae, nearest=settings.nearest, bins=settings.bins)
     shutil.rmtree(folder / "scratch")

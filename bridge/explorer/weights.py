@@ -25,10 +25,10 @@ def direct_path(model: GPT, hook_name: str) -> float:
     layer, _ = parse(hook_name)
     config = model.config
     lambdas = model.resid_lambdas.float().tolist() if config.lambdas else [1.0] * config.n_layer
-    factor = math.prod(lambdas[layer + 1 :])
+    factor = math.prod(lambdas[layer + 1 :], start=1.0)
     middle = config.n_layer // 2
     if config.backout and layer <= middle:
-        factor -= model.backout_lambda.float().item() * math.prod(lambdas[layer + 1 : middle + 1])
+        factor -= model.backout_lambda.float().item() * math.prod(lambdas[layer + 1 : middle + 1], start=1.0)
     return factor
 
 

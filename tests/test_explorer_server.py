@@ -17,7 +17,7 @@ import pytest
 import torch
 from live_explorer import MLP, RESID, lines, listening, load, raw, served, write_run
 
-from bridge.explorer import server
+from bridge.explorer import bodies, server
 from bridge.explorer.bodies import Limits
 from bridge.explorer.session import Session
 from bridge.hooks import capture
@@ -468,6 +468,14 @@ def test_a_body_that_is_too_long_is_refused(client):
     chunks = (long[i : i + 65536] for i in range(0, len(long), 65536))
     assert "shorter" in told(client.post("/api/activations", content=chunks, headers=headers), 413)
     assert client.get("/api/info").status_code == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(client, monkeypatch):
+    monkeypatch.setattr(bodies, "_SECONDS_TO_SEND", 0.2)
+    head = "POST /api/latent HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
+    answer = raw(client, head + "Connection: close\r\n\r\n{")
+    assert answer.startswith("HTTP/1.1 408 ")
+    assert "send it at once" in answer
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])

@@ -68,7 +68,7 @@ def _write(store: Store, folder: Path, scan: str, context: int) -> list[Path]:
             told = _json(feature(store, latent, scan, context), store.path)
             written.append(folder / f"{pairing(layer, latent)}.json")
             written[-1].write_text(told, encoding="utf-8")
-            part = gzip.compress(told.encode(), mtime=0)
+            part = gzip.compress(told.encode(), 6, mtime=0)  # 9 takes twenty times as long for a twentieth less
             file.write(struct.pack("<I", len(part)) + part)
             offsets.append(file.tell())
     index = folder / "features" / "index.json.gz"
@@ -147,8 +147,8 @@ def _example(store: Store, example: int, context: int) -> dict[str, Any]:
     values[positions] = strengths
     start, stop = max(at - context, 0), at + context + 1
     return {
-        "tokens": [_token(store.texts.vocabulary[i]) for i in row[start:stop]],
-        "tokens_acts_list": [_short(value) for value in values[start:stop]],
+        "tokens": [_token(store.texts.vocabulary[i]) for i in row[start:stop].tolist()],
+        "tokens_acts_list": [_short(value) for value in values[start:stop].tolist()],
         "train_token_ind": at - start,
         "is_repeated_datapoint": False,  # the records hold no text twice
     }
@@ -156,7 +156,7 @@ def _example(store: Store, example: int, context: int) -> dict[str, Any]:
 
 def _logits(store: Store, side: str, latent: int) -> list[str]:
     ids, values = store[f"{side}_logits"][latent], store[f"{side}_logit_values"][latent]
-    return [_token(store.texts.vocabulary[i]) for i in ids[~np.isnan(values)]]
+    return [_token(store.texts.vocabulary[i]) for i in ids[~np.isnan(values)].tolist()]
 
 
 def _token(piece: bytes) -> str:

@@ -114,8 +114,8 @@ def test_a_line_that_was_cut_off_spoils_no_other(run):
 
 def test_a_file_that_is_no_notes_at_all_says_so(run, monkeypatch):
     labels.append(run, HOOK, 0, "cats")
-    with monkeypatch.context() as small, pytest.raises(ValueError, match="too many for notes"):
-        small.setattr(labels, "_LARGEST_FILE", 10)
+    monkeypatch.setattr(labels, "_LARGEST_FILE", 10)
+    with pytest.raises(ValueError, match="too many for notes"):
         labels.notes(run)
     labels.notes_file(run).write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="not UTF-8"):

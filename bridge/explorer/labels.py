@@ -42,7 +42,8 @@ class Names:
             known = self._names.get(latent, Name(""))
             if line["label"]:
                 known = Name(line["label"], by_person=True)
-            self._names[latent] = dataclasses.replace(known, note=line["note"])
+            if known.label or line["note"]:
+                self._names[latent] = dataclasses.replace(known, note=line["note"])
 
     @classmethod
     def read(cls, run: str | Path, hook: str) -> "Names":

@@ -59,10 +59,13 @@
   const KEYS = [["j or →", "next latent of the list"], ["k or ←", "previous latent"], ["/", "search"], ["Enter", "open the first that is found"],
     ["Esc", "leave the search; back to the overview"], ["f", "snippets or full texts"], ["t", "light or dark"], ["?", "this help"]];
 
+  const TYPED = "textarea, select, input:not([type=checkbox]):not([type=range])";
+
   function press(event) {
     const { target, key } = event;
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (target.closest("input, textarea, select") || document.querySelector("dialog[open]")) return;
+    if (target.closest(TYPED) || document.querySelector("dialog[open]")) return;
+    if (target.type === "range" && key.startsWith("Arrow")) return;
     const step = { j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1 }[key];
     if (step) location.hash = link(jsae.list.step(at.latent ?? -1, step));
     else if (key === "/") jsae.list.focus();

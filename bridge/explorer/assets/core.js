@@ -22,7 +22,7 @@ window.jsae = {};
       else if (name === "value" || name === "checked" || name === "disabled") node[name] = value;
       else node.setAttribute(name, value === true ? "" : String(value));
     }
-    node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+    node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
     return node;
   }
 

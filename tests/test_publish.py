@@ -323,7 +323,7 @@ def test_a_second_upload_sends_nothing(site, tmp_path):
     upload(site, tmp_path, features)
     before = len(site.requests)
     assert upload(site, tmp_path, features) == Progress(6, 6, 0)
-    assert len(site.requests) == before
+    assert site.requests[before:] == [("GET", "/api/source-set/nanochat-toy/res-1k")]
     upload(site, tmp_path, [*features, feature(6)])
     assert counts(site) == dict.fromkeys(range(7), 1)
 
@@ -352,8 +352,29 @@ def test_without_its_ledger_the_site_is_asked_for_every_feature(site, tmp_path):
     with pytest.raises(ApiError):
         upload(site, tmp_path, features, Waits().client(site, attempts=1))
     (tmp_path / "ledger.jsonl").unlink()
+    site.faults = [behave.drop_before]
+    with pytest.raises(ApiError):  # the new ledger knows of a part only
+        upload(site, tmp_path, features, Waits().client(site, attempts=1))
     upload(site, tmp_path, features)
     assert counts(site) == dict.fromkeys(range(6), 1)
+
+
+def test_a_second_layer_of_a_source_set_made_here_is_sent_without_asking(site, tmp_path):
+    upload(site, tmp_path, [feature(0)])
+    ids = Ids(IDS.model, IDS.source_set, "toy", "blocks.0.hook_resid_post")
+    uploader = NeuronpediaUploader(Target(ids, layers=2))
+    plan = uploader.prepare_sae_for_upload([feature(0)], tmp_path / "other")
+    with Waits().client(site) as client, Ledger(tmp_path / "ledger.jsonl", (site.url, *ids.link.split("/"))) as ledger:
+        uploader.upload(plan, client, ledger)
+    assert site.activations == {(IDS.model, "1-res-1k", 0): 1, (IDS.model, "0-res-1k", 0): 1}
+    assert not [path for method, path in site.requests if method == "GET" and "/feature/" in path]
+
+
+def test_a_site_that_was_emptied_is_told(site, tmp_path):
+    upload(site, tmp_path, [feature(0)])
+    site.source_sets.clear()
+    with pytest.raises(ApiError, match=r"has no source set nanochat-toy/res-1k, but .*ledger.jsonl says"):
+        upload(site, tmp_path, [feature(0)])
 
 
 def test_a_feature_without_its_texts_is_sent_and_one_with_some_is_told(site, tmp_path, caplog):
@@ -473,6 +494,12 @@ def command(*arguments: str, key: str = KEY) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def until(event: threading.Event, process: subprocess.Popen) -> None:
+    """Waits for something that the process brings about, unless it ends before."""
+    while not event.wait(0.02):
+        assert process.poll() is None, process.communicate()
+
+
 def of(run: Path, site: Site | None, *more: str) -> list[str]:
     where = [f"--base_url={site.url}"] if site else []
     return [f"--run_dir={run}", "--layers=3", "--batch_features=2", "--settle=0", *where, *more]
@@ -488,7 +515,7 @@ def test_a_killed_upload_goes_on_to_one_set_of_texts_each(site, run):
 
     site.faults = [None, take_and_hang]
     process = start(*of(run, site, "--yes"))
-    assert came.wait(60), process.communicate()
+    until(came, process)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     go.set()
@@ -521,7 +548,7 @@ def test_ctrl_c_says_how_to_go_on_and_ends_with_130(site, run):
     kept = signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it may be ignored
     process = start(*of(run, site, "--yes"))
     signal.signal(signal.SIGINT, kept)
-    assert came.wait(60), process.communicate()
+    until(came, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     go.set()

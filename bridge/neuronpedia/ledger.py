@@ -35,8 +35,11 @@ class Ledger:
     def __init__(self, path: Path, key: tuple[str, str, str]):
         self.path = path
         self._key = dict(zip(("server", "model", "source"), key, strict=True))
+        self._source_set = key[2].partition("-")[2]
         self._features: dict[int, tuple[State, str]] = {}
         self._descriptor: int | None = None
+        self.complete = False
+        """Whether the source set was made under this ledger, which then knows of all that was ever sent to it."""
         self.last_sent = 0.0
         """When something was last sent to this source from here, seconds of `time.time`; 0 for never."""
 
@@ -66,8 +69,15 @@ class Ledger:
 
     def write(self, state: State, features: Mapping[int, str]) -> None:
         """Keeps what becomes of features (index to hash of content); on the disk when it returns."""
+        self._append({**self._key, "state": state, "features": features})
+
+    def created(self) -> None:
+        """Keeps that the source set was made just now, for all of its sources."""
+        self._append({**self._key, "source": self._source_set, "state": "created"})
+
+    def _append(self, told: dict[str, Any]) -> None:
         assert self._descriptor is not None, "a ledger is written inside its with block"
-        line = {**self._key, "state": state, "time": round(time.time(), 3), "features": features}
+        line = told | {"time": round(time.time(), 3)}
         data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
         if os.write(self._descriptor, data) != len(data):
             raise OSError(f"{self.path} could not be written whole: is the disk full?")
@@ -89,12 +99,14 @@ class Ledger:
                 ) from error
 
     def _take(self, line: dict[str, Any]) -> None:
-        state, features = line["state"], line["features"]
-        if state not in ("sending", "accepted"):
+        place, state, when = tuple(line[name] for name in self._key), line["state"], float(line["time"])
+        if state not in ("created", "sending", "accepted"):
             raise ValueError(f"state {state!r}")
-        if all(line[name] == value for name, value in self._key.items()):
-            self.last_sent = float(line["time"])
-            self._features |= {int(index): (state, str(content)) for index, content in features.items()}
+        if state == "created":
+            self.complete |= place == (*tuple(self._key.values())[:2], self._source_set)
+        elif place == tuple(self._key.values()):
+            self.last_sent = when
+            self._features |= {int(index): (state, str(content)) for index, content in line["features"].items()}
 
     def _close(self) -> None:
         if self._descriptor is not None:

@@ -35,7 +35,7 @@ class NeuronpediaUploader:
 
     The server adds the activations of a feature that it has already a second time. So what may have arrived is asked
     for before it is sent again: after a dropped connection or a 5xx, when a killed upload goes on (the ledger knows
-    what was under way), and when the source set was there before the ledger.
+    what was under way), and when the source set was not made by an upload of this ledger.
 
     Args:
       target: where the features go.
@@ -112,40 +112,40 @@ class NeuronpediaUploader:
         """
         missing = self.missing(plan, ledger, keep)
         done = plan.features - sum(len(indices) for _, indices in missing)
-        known = ledger.last_sent > 0
-        existed = self._make(client) if missing else True
+        self._make(client, ledger)
         sent = 0
         for batch, indices in missing:
-            sent += self._send(plan, batch, indices, client, ledger, doubtful=existed and not known)
+            sent += self._send(plan, batch, indices, client, ledger)
             done += len(indices)
             told(Progress(done, plan.features, sent))
         return Progress(done, plan.features, sent)
 
-    def _make(self, client: Client) -> bool:
-        """Makes what is missing; whether the source set was there before."""
+    def _make(self, client: Client, ledger: Ledger) -> None:
+        """Makes model and source set where they are missing."""
         ids = self.target.ids
         found = client.source_set(ids.model, ids.source_set)
         if found is None:
+            if ledger.last_sent:
+                raise ApiError(
+                    f"{client.base_url} has no source set {ids.model}/{ids.source_set}, but {ledger.path} says that "
+                    "features were uploaded to it: if the site was emptied, move that file away"
+                )
             if not client.create_model(self.target):
                 _log.warning("the model %s exists already: the source set is added to it", ids.model)
-            created = client.create_source_set(self.target)
+            if client.create_source_set(self.target):
+                ledger.created()
             found = client.source_set(ids.model, ids.source_set) or {}
-        else:
-            created = False
         sources = found.get("sources") or ()
         if not any(isinstance(source, dict) and source.get("id") == ids.source for source in sources):
             raise ApiError(
                 f"{client.base_url} has {ids.model}/{ids.source_set} without the source {ids.source}: is it another's, "
                 "or has its model fewer layers? Choose another --model_id or --source_set"
             )
-        return not created
 
-    def _send(
-        self, plan: Plan, batch: Batch, indices: list[int], client: Client, ledger: Ledger, doubtful: bool
-    ) -> int:
+    def _send(self, plan: Plan, batch: Batch, indices: list[int], client: Client, ledger: Ledger) -> int:
         """Sends the features of a batch that are not there; bytes sent."""
         contents = {index: batch.contents[index] for index in indices}
-        asked = indices if doubtful else [i for i in indices if ledger.state(i, contents[i]) == "sending"]
+        asked = [i for i in indices if not ledger.complete or ledger.state(i, contents[i]) == "sending"]
         if asked:
             client.pause(max(0.0, ledger.last_sent + client.patience.settle - time.time()))
         absent = set(indices) - self._present(batch, asked, client)

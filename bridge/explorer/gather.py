@@ -121,7 +121,7 @@ def gather(
             for hook, sae in saes.items():
                 scratch = partial / hook / "scratch"
                 scratch.mkdir(parents=True)
-                gatherers[hook] = _Gatherer(sae, Recorder(scratch, tokens, sae.d_sae, plan.records))
+                gatherers[hook] = Gatherer(sae, Recorder(scratch, tokens, sae.d_sae, plan.records))
                 stack.callback(gatherers[hook].recorder.close)
             run(nano, gatherers, tokens, plan.drop_sinks, tell)
             for hook, gatherer in gatherers.items():
@@ -146,7 +146,7 @@ def read(nano: Nanochat, plan: Plan) -> tuple[UInt16[np.ndarray, "R T"], int]:
     return tokens, len(rows) - len(tokens)
 
 
-class _Gatherer:
+class Gatherer:
     """What is gathered of one SAE."""
 
     def __init__(self, sae: TorchSAE, recorder: Recorder):
@@ -194,7 +194,7 @@ class _Gatherer:
 @torch.no_grad()
 def run(
     nano: Nanochat,
-    gatherers: Mapping[str, _Gatherer],
+    gatherers: Mapping[str, Gatherer],
     tokens: UInt16[np.ndarray, "R T"],
     drop_sinks: bool,
     tell: Tell,
@@ -291,7 +291,7 @@ def _write(
     folder: Path,
     nano: Nanochat,
     hook: str,
-    gatherer: _Gatherer,
+    gatherer: Gatherer,
     digest: str,
     dropped: int,
     plan: Plan,

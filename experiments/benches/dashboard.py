@@ -207,7 +207,7 @@ def _ours(config: Config, folder: Path) -> float:
     settings = Settings()
     start = time.perf_counter()
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder) as scratch:
-        gatherer = gather._Gatherer(sae, Recorder(Path(scratch), tokens, config.d_sae, settings))
+        gatherer = gather.Gatherer(sae, Recorder(Path(scratch), tokens, config.d_sae, settings))
         first = 0
         for file in _in_order(folder / "activations"):
             acts = torch.load(file, weights_only=True)[config.hook]

@@ -1,0 +1,230 @@
+"""Exploring as its user does it: a real process on the packaged nanochat; what it writes, keeps, serves and refuses."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from toy_saes import export, toy_sae
+
+import bridge.nanochat
+from experiments import explore
+from experiments.explore import ExploreConfig
+from jsae.config import ConfigError
+from jsae.store import Store, digest
+
+ROOT = Path(__file__).resolve().parents[1]
+HOOKS = ("blocks.1.hook_mlp_out", "blocks.2.hook_resid_post")
+SMALL = {"num_tokens": 6000, "context_length": 64}
+
+
+def make_run(folder: Path, data: str = "stdlib") -> Path:
+    """A run on the demo with SAEs of two hooks, as training leaves it."""
+    nano = bridge.nanochat.load("demo")
+    for i, hook in enumerate(HOOKS):
+        sae = toy_sae("topk", nano.config.n_embd, 48, i, hook_name=hook, model_fingerprint=nano.fingerprint)
+        export(sae, folder / "sae" / hook)
+    flags = {"checkpoint": "demo", "step": None, "tokenizer": None, "data": data, "drop_sinks": True}
+    record = {"flags": flags | {"context_size": 512}, "facts": {}, "versions": {}}
+    (folder / "config.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    """A few files that are quick to read."""
+    folder = tmp_path_factory.mktemp("text")
+    for path in sorted(Path(json.__file__).parent.glob("*.py")):
+        shutil.copy(path, folder)
+    return f"{folder}/*.py"
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "two", text)
+
+
+def line(**flags: object) -> list[str]:
+    told = [f"--{name}" if value is True else f"--{name}={value}" for name, value in (SMALL | flags).items()]
+    return [sys.executable, "-W", "error", "-m", "experiments.explore", *told]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command(**flags: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        line(**flags), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def explored(run) -> subprocess.CompletedProcess[str]:
+    return command(run_dir=run)
+
+
+def stores(run: Path) -> list[Store]:
+    return [Store(run / "explorer" / "records" / hook, digest(run / "sae" / hook)) for hook in HOOKS]
+
+
+def test_a_run_is_gathered_and_its_page_written(explored, run):
+    assert explored.returncode == 0, explored.stderr
+    found = stores(run)
+    for store in found:
+        assert store.header.settings["num_tokens"] == SMALL["num_tokens"]
+        assert store.header.settings["split"] == "all"
+        assert store.texts.header.row_length == SMALL["context_length"]
+        assert store["count"].sum() == store["hist"].sum() == store.all["offsets"][-1] > 0
+        assert f"{store.header.hook}: 48 latents" in explored.stderr
+    assert found[0].header.tokens <= SMALL["num_tokens"]
+    assert "<script" in (run / "explorer" / "index.html").read_text()
+    assert f"written to {run / 'explorer' / 'index.html'}" in explored.stderr
+
+
+def test_records_that_fit_are_not_gathered_again(explored, run):
+    before = {path: path.stat().st_mtime_ns for path in (run / "explorer" / "records").rglob("*.npy")}
+    again = command(run_dir=run)
+    assert again.returncode == 0, again.stderr
+    assert "fit: --force gathers them again" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_records_that_were_gathered_otherwise_are_gathered_anew(explored, run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    small = SMALL | {"run_dir": str(copy), "context_length": 32}
+    assert explore.main(ExploreConfig(**small)) == 0
+    assert "context_length was 64" in capsys.readouterr().err
+    assert {store.texts.header.row_length for store in stores(copy)} == {32}
+    assert explore.main(ExploreConfig(**small, force=True)) == 0
+    assert "gathering records: --force" in capsys.readouterr().err
+    assert explore.main(ExploreConfig(**small, keep_activations=False)) == 0
+    assert "fit" in capsys.readouterr().err
+
+
+def test_an_sae_that_was_trained_again_is_gathered_anew(explored, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(copy / "sae" / HOOKS[0])
+    export(toy_sae("topk", 128, 32, 7, hook_name=HOOKS[0]), copy / "sae" / HOOKS[0])
+    done = command(run_dir=copy)
+    assert done.returncode == 0, done.stderr
+    assert "trained again" in done.stderr
+    assert stores(copy)[0].header.d_sae == 32
+
+
+def test_a_killed_gathering_leaves_the_old_records(explored, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    # So much that it cannot be through; the partial folder says when it has begun.
+    process = subprocess.Popen(
+        line(run_dir=copy, data="stdlib", num_tokens=10_000_000), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    partial = copy / "explorer" / "records.partial"
+    _wait(lambda: partial.is_dir(), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert partial.is_dir()
+    assert stores(copy)[1].header.settings["num_tokens"] == SMALL["num_tokens"]
+    done = command(run_dir=copy, seed=3)
+    assert done.returncode == 0, done.stderr
+    assert stores(copy)[1].texts.header.seed == 3
+    assert sorted(path.name for path in (copy / "explorer").iterdir() if path.is_dir()) == ["records"]
+
+
+def test_a_run_is_served_until_it_is_interrupted(explored, run):
+    with _serving(run) as (address, process):
+        with urllib.request.urlopen(address, timeout=20) as answer:
+            assert b"<script" in answer.read()
+        with urllib.request.urlopen(f"{address}api/info", timeout=20) as answer:
+            info = json.load(answer)
+        assert [sae["hook"] for sae in info["saes"]] == list(HOOKS)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+
+
+@contextlib.contextmanager
+def _serving(run: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The address of a server of the run, and its process."""
+    process = subprocess.Popen(
+        line(run_dir=run, serve=True, port=0), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        told = process.stdout.readline()
+        assert "http://127.0.0.1:" in told
+        yield told.split()[-1], process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _wait(holds, process: subprocess.Popen, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert process.poll() is None, "the command ended before it began to gather"
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def refused(**flags: object) -> str:
+    with pytest.raises((ConfigError, ValueError, OSError)) as error:
+        explore.main(ExploreConfig(**(SMALL | flags)))
+    return str(error.value)
+
+
+def test_runs_that_cannot_be_explored_are_refused_before_long_work(run, text, tmp_path):
+    assert "is no run" in refused(run_dir=str(tmp_path / "missing"))
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    shutil.copy(run / "config.json", unfinished)
+    assert "config.json" in refused(run_dir=str(unfinished))
+    assert "finished" in refused(run_dir=str(unfinished))
+    other_model = make_run(tmp_path / "other", text)
+    shutil.rmtree(other_model / "sae" / HOOKS[0])
+    export(toy_sae("topk", 128, 8, hook_name=HOOKS[0], model_fingerprint="0123"), other_model / "sae" / HOOKS[0])
+    assert "0123" in refused(run_dir=str(other_model))
+    there = make_run(tmp_path / "there", text)
+    assert "this model takes 2 to" in refused(run_dir=str(there), context_length=100_000)
+    assert "nowhere.txt" in refused(run_dir=str(there), data="nowhere.txt")
+    (tmp_path / "short.txt").write_text("Too short.")
+    assert "does not fill one row of 64 tokens" in refused(run_dir=str(there), data=str(tmp_path / "short.txt"))
+    assert not (there / "explorer" / "records").exists()
+
+
+def test_a_port_in_use_is_told_before_anything_is_gathered(text, tmp_path):
+    folder = make_run(tmp_path / "run", text)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = command(run_dir=folder, serve=True, port=port)
+    assert done.returncode == 1
+    assert str(port) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "explorer").exists()
+
+
+def test_flags_that_make_no_sense_are_refused():
+    for flags, complaint in (
+        ({}, "--run_dir"),
+        ({"run_dir": "a", "num_tokens": 0}, "num_tokens is 0"),
+        ({"run_dir": "a", "seed": -1}, "seed is -1"),
+        ({"run_dir": "a", "port": 65_536}, "port is 65536"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            ExploreConfig(**flags)
+
+
+def test_no_jax_is_loaded():
+    check = (
+        "import sys, bridge.explorer.gather, bridge.explorer.page, bridge.explorer.server, experiments.explore,"
+        "experiments.explore_view; assert 'jax' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

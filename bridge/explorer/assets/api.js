@@ -63,9 +63,13 @@
       const info = await (await ask("info")).json();
       if (info.live !== true) return;
       jsae.live = info;
-      jsae.data.notes = (await (await ask("notes")).json()).notes;
     } catch {
       return; // the same files on a server of plain files
+    }
+    try {
+      jsae.data.notes = (await (await ask("notes")).json()).notes;
+    } catch (error) {
+      jsae.toast(error.message, true);
     }
     document.getElementById("tabs").append(...[["", "Latents", "#"], ["text", "Your text", "#view=text"], ["steer", "Steer", "#view=steer"]]
       .map(([view, name, href]) => el("a", { href, "data-view": view }, name)));

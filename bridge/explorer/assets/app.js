@@ -57,7 +57,7 @@
   /* ---- keyboard ---- */
 
   const KEYS = [["j or →", "next latent of the list"], ["k or ←", "previous latent"], ["/", "search"], ["Enter", "open the first that is found"],
-    ["Esc", "leave the search; back to the overview"], ["f", "snippets or full texts"], ["t", "light or dark"], ["?", "this help"]];
+    ["Esc", "leave the search; back to the overview"], ["f", "snippets or full texts"], ["r", "any latent that fires"], ["t", "light or dark"], ["?", "this help"]];
 
   const TYPED = "textarea, select, input:not([type=checkbox]):not([type=range])";
 
@@ -70,6 +70,7 @@
     if (step) location.hash = link(jsae.list.step(at.latent ?? -1, step));
     else if (key === "/") jsae.list.focus();
     else if (key === "Escape") location.hash = "#";
+    else if (key === "r") location.hash = link(jsae.list.any());
     else if (key === "t") turnTheme();
     else if (key === "f") document.querySelector(".contexts .segmented [aria-pressed=false]")?.click();
     else if (key === "?") help();
@@ -79,6 +80,7 @@
 
   function help() {
     const box = document.getElementById("keys");
+    box.setAttribute("aria-label", "Keyboard");
     box.replaceChildren(el("h2", {}, "Keyboard"), el("dl", {}, KEYS.map(([key, what]) => [el("dt", {}, el("kbd", {}, key)), el("dd", {}, what)])),
       el("form", { method: "dialog" }, el("button", { class: "plain" }, "Close")));
     box.showModal();
@@ -98,7 +100,10 @@
     document.getElementById("run").textContent = manifest.run;
     const choice = document.getElementById("hook");
     choice.append(...manifest.hooks.map((one, i) => el("option", { value: i }, one.hook)));
-    choice.addEventListener("change", () => { location.hash = `#hook=${encodeURIComponent(manifest.hooks[Number(choice.value)].hook)}`; });
+    choice.addEventListener("change", () => {
+      const hook = encodeURIComponent(manifest.hooks[Number(choice.value)].hook);
+      location.hash = at.view ? `#hook=${hook}&view=${at.view}` : `#hook=${hook}`;
+    });
     choice.parentElement.hidden = manifest.hooks.length < 2;
     jsae.list.build();
     jsae.watchTips();

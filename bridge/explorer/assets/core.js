@@ -43,7 +43,7 @@ window.jsae = {};
     if (share === 0) return "0 %";
     const value = share * 100;
     if (value < 0.001) return "< 0.001 %";
-    return `${value >= 10 ? value.toFixed(1) : Number(value.toPrecision(2))} %`;
+    return `${Number(value >= 10 ? value.toFixed(1) : value.toPrecision(2))} %`;
   }
 
   function short(count) {

@@ -154,6 +154,7 @@
     };
     const value = el("button", {
       type: "button", class: "value", title: "All of this text, or a line of it",
+      "aria-label": `Activation ${number(example.value)}: show all of this text, or a line of it`,
       on: { click: () => {
         size = size === "full" ? "snippet" : "full";
         draw();

@@ -182,10 +182,9 @@
     const { ids, peak } = list.snippet(latent);
     const spans = list.spelled(latent).map((token, i) => jsae.tokens.span(token, { heat: i === peak ? 1 : 0, peak: i === peak }));
     const label = list.labels[latent];
-    return el("a", {
-      class: `row${latent === view.chosen ? " chosen" : ""}`, href: jsae.link(latent), role: "listitem", "data-latent": latent,
-      "aria-posinset": at + 1, "aria-setsize": view.order.length, "aria-current": latent === view.chosen ? "true" : null,
-      vars: { top: `${at * ROW}px` },
+    const link = el("a", {
+      class: `row${latent === view.chosen ? " chosen" : ""}`, href: jsae.link(latent), "data-latent": latent,
+      "aria-current": latent === view.chosen ? "true" : null,
     },
     el("span", { class: "head" }, el("span", { class: "id" }, `#${latent}`),
       el("span", { class: label ? "label" : "label none" }, jsae.tokens.shown(list.title(latent))),
@@ -194,6 +193,8 @@
     ids.length ? el("span", { class: "kwic" }, el("span", { class: "left" }, el("span", {}, spans.slice(0, peak))),
       el("span", { class: "right" }, spans.slice(peak))) : el("span", { class: "kwic" }),
     el("span", { class: "foot" }, el("span", {}, percent(list.density(latent))), el("span", {}, `max ${number(list.max[latent])}`)));
+    const place = { role: "listitem", "aria-posinset": at + 1, "aria-setsize": view.order.length, vars: { top: `${at * ROW}px` } };
+    return el("div", { class: "slot", ...place }, link);
   }
 
   /* How well an automatic label fits. */
@@ -224,6 +225,13 @@
     return view.order[Math.max(0, Math.min(view.order.length - 1, at + by))];
   }
 
+  /* Any latent of the list that fires, else any at all. */
+  function any() {
+    const alive = view.order.filter((i) => !view.list.dead(i));
+    const some = alive.length ? alive : view.order.length ? view.order : [0];
+    return some[Math.floor(Math.random() * some.length)];
+  }
+
   function enter(event) {
     if (event.key === "Enter" && view.list) {
       set({ query: parts.search.value });
@@ -237,7 +245,7 @@
   }
 
   jsae.list = {
-    build, show, choose, step, set, badge, find, fresh,
+    build, show, choose, step, any, set, badge, find, fresh,
     redraw: draw,
     focus() {
       parts.search.focus();

@@ -30,7 +30,7 @@
     }
     const name = mode("clamp") ? "clamp" : jsae.live.modes[0].name;
     state.pushed.push({ list, latent, mode: name, strength: usual(list, latent, name), positions: jsae.live.positions[0] });
-    if (location.hash === "#view=steer") drawPushed();
+    if (parts.pushed?.isConnected) drawPushed();
     else location.hash = "#view=steer";
   }
 
@@ -49,7 +49,7 @@
     const { limits, model } = jsae.live;
     state.settings.max_tokens = Math.min(state.settings.max_tokens, limits.max_tokens);
     parts = {
-      pushed: el("div", { class: "pushed" }), answers: el("div", { class: "answers", "aria-live": "off" }),
+      pushed: el("div", { class: "pushed" }), answers: parts.answers ?? el("div", { class: "answers" }),
       prompt: el("textarea", {
         id: "prompt", rows: 4, "aria-label": "Prompt", spellcheck: "false", value: state.prompt,
         on: { input: (event) => { state.prompt = event.target.value; }, keydown: (event) => {
@@ -60,7 +60,7 @@
         } },
       }),
       go: el("button", { type: "button", class: "plain strong", id: "go", on: { click: go } }, "Write"),
-      stop: el("button", { type: "button", class: "plain", id: "stop", disabled: true, on: { click: stop } }, "Stop"),
+      stop: el("button", { type: "button", class: "plain", id: "stop", disabled: running === null, on: { click: stop } }, "Stop"),
     };
     main.replaceChildren(el("div", { class: "page steer" },
       el("header", { class: "title" }, el("h1", {}, "Push features, read what it writes"),
@@ -78,7 +78,14 @@
         }), parts.prompt, el("div", { class: "line" }, parts.go, parts.stop, el("span", { class: "grow" }),
           el("span", { class: "quiet small" }, `at most ${limits.prompt_tokens} tokens of prompt`))), parts.answers))));
     drawPushed();
-    talkAnew();
+    if (parts.answers.children.length) said(state.chat);
+    else talkAnew();
+  }
+
+  /* What one is asked for. */
+  function said(chat) {
+    parts.prompt.placeholder = chat ? "Say something" : "Text to continue";
+    parts.go.textContent = chat ? "Send" : "Write";
   }
 
   function setting(key, name, min, max, step) {
@@ -110,7 +117,7 @@
     };
     slider.addEventListener("input", take(slider));
     exact.addEventListener("input", take(exact));
-    const choice = (name, options, chosen, act) => el("select", { "aria-label": `${name} of #${one.latent}`, value: chosen, on: { change: (event) => act(event.target.value) } },
+    const choice = (name, options, chosen, act) => el("select", { "aria-label": `${name} of #${one.latent}`, on: { change: (event) => act(event.target.value) } },
       options.map((option) => el("option", { value: option, selected: option === chosen, title: MODES[option] ?? "" }, option.replace("_", " "))));
     return el("div", { class: "push", "data-latent": one.latent }, el("div", { class: "line" }, jsae.latentLink(one.list, one.latent),
       el("button", { type: "button", class: "icon", "aria-label": `Take #${one.latent} away`, title: "Take it away", on: { click: () => {
@@ -121,14 +128,15 @@
       if (factor(name) !== factor(one.mode)) one.strength = usual(one.list, one.latent, name);
       one.mode = name;
       drawPushed();
+      parts.pushed.children[state.pushed.indexOf(one)].querySelector("select").focus();
     }), choice("Tokens", jsae.live.positions, one.positions, (positions) => { one.positions = positions; })),
     strong && el("div", { class: "line" }, slider, exact),
-    el("p", { class: "quiet small" }, MODES[one.mode] ?? ""));
+    el("p", { class: "quiet small" }, MODES[one.mode] ?? "", jsae.data.manifest.hooks.length > 1 && ` · ${one.list.info.hook}`));
   }
 
   /* A box that finds latents to push by their names and tokens. */
   function finder(list) {
-    const found = el("ul", { class: "found", role: "listbox", "aria-label": "Latents found", hidden: true });
+    const found = el("ul", { class: "found", "aria-label": "Latents found", hidden: true });
     const choose = (latent) => {
       box.value = "";
       found.hidden = true;
@@ -138,7 +146,7 @@
       const query = box.value.trim();
       const order = query ? jsae.list.find(list, { ...jsae.list.fresh(), query, sort: "f1" }) : [];
       const first = order.filter((i) => String(i) === query.replace("#", ""));
-      found.replaceChildren(...[...new Set([...first, ...order])].slice(0, 6).map((latent) => el("li", { role: "option" },
+      found.replaceChildren(...[...new Set([...first, ...order])].slice(0, 6).map((latent) => el("li", {},
         el("button", { type: "button", on: { click: () => choose(latent) } }, el("span", { class: "id" }, `#${latent}`), " ", jsae.tokens.shown(list.title(latent))))));
       found.hidden = !found.children.length;
     };
@@ -157,8 +165,7 @@
 
   function talkAnew() {
     state.talk = [];
-    parts.prompt.placeholder = state.chat ? "Say something" : "Text to continue";
-    parts.go.textContent = state.chat ? "Send" : "Write";
+    said(state.chat);
     const rest = el("p", { class: "quiet rest" }, state.chat ? "Both answers appear here; the conversation goes on from the one you choose." : "Both continuations appear here, token by token.");
     parts.answers.replaceChildren(rest);
   }
@@ -176,23 +183,26 @@
     stop();
     const mine = new AbortController();
     running = mine;
-    const said = state.prompt;
-    const messages = state.chat ? [...history(), { role: "user", content: said }] : null;
+    const told = state.prompt;
+    const messages = state.chat ? [...history(), { role: "user", content: told }] : null;
     const pages = state.pushed.length ? SIDES : SIDES.slice(0, 1);
-    const sheets = Object.fromEntries(pages.map(([which, name]) => [which, sheet(name, state.chat ? "" : said)]));
-    const turn = el("div", { class: "turn" }, state.chat && el("p", { class: "said" }, jsae.tokens.shown(said)),
+    const sheets = Object.fromEntries(pages.map(([which, name]) => [which, sheet(name, state.chat ? "" : told)]));
+    const turn = el("div", { class: "turn" }, state.chat && el("p", { class: "said" }, jsae.tokens.shown(told)),
       el("div", { class: "sheets" }, Object.values(sheets).map(({ node }) => node)));
     if (state.chat && state.talk.length) parts.answers.append(turn);
     else parts.answers.replaceChildren(turn);
-    [parts.stop.disabled, parts.go.disabled] = [false, false];
+    parts.stop.disabled = false;
     try {
       for await (const line of jsae.api.lines(await jsae.api.steer(request(messages), mine.signal))) take(sheets, line);
-      if (state.chat) remember(said, sheets, turn);
+      if (messages) remember(told, sheets, turn);
     } catch (error) {
-      const told = error.name === "AbortError" ? "stopped" : error.message;
-      for (const one of Object.values(sheets)) one.finish(told, error.name !== "AbortError");
+      const stopped = error.name === "AbortError";
+      for (const one of Object.values(sheets)) one.finish(stopped ? "stopped" : error.message, !stopped);
     } finally {
-      if (running === mine) parts.stop.disabled = true;
+      if (running === mine) {
+        running = null;
+        parts.stop.disabled = true;
+      }
     }
   }
 
@@ -224,6 +234,7 @@
         text.append(shown);
       },
       finish(why, bad = false) {
+        if (end.className !== "writing") return; // it came to its own end before
         end.className = bad ? "bad" : "";
         end.textContent = why;
       },

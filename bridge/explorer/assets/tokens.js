@@ -6,6 +6,7 @@
   let vocabulary = new Uint8Array();
   let starts = new Uint32Array(1);
   let special = new Set();
+  let words = []; // of tokens by themselves, as they are asked for
 
   const raw = (id) => vocabulary.subarray(starts[id], starts[id + 1]);
   const decoder = () => new TextDecoder("utf-8", { ignoreBOM: true });
@@ -37,10 +38,17 @@
 
   /* A token by itself; bytes that are no character are written out. */
   function word(id) {
+    words[id] ??= strictly(raw(id));
+    return words[id];
+  }
+
+  const strict = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+
+  function strictly(bytes) {
     try {
-      return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(raw(id));
+      return strict.decode(bytes);
     } catch {
-      return Array.from(raw(id), (byte) => (byte < 0x80 ? String.fromCharCode(byte) : `\\x${byte.toString(16)}`)).join("");
+      return Array.from(bytes, (byte) => (byte < 0x80 ? String.fromCharCode(byte) : `\\x${byte.toString(16)}`)).join("");
     }
   }
 
@@ -106,7 +114,7 @@
 
   jsae.tokens = {
     use(bytes, offsets, specials) {
-      [vocabulary, starts, special] = [bytes, offsets, new Set(specials)];
+      [vocabulary, starts, special, words] = [bytes, offsets, new Set(specials), new Array(offsets.length - 1)];
     },
     spell, word, shown, line, chip, quoted, span, context,
   };

@@ -112,6 +112,7 @@
         failed.textContent = error.message;
       }
     };
+    box.setAttribute("aria-label", `Name latent ${latent}`);
     box.replaceChildren(el("form", { class: "form", on: { submit: keep } }, el("h2", {}, `Name #${latent}`),
       el("label", {}, "Label", label), el("label", {}, "Note", note),
       el("p", { class: "quiet small" }, "Kept in explorer/notes.jsonl of the run. An empty label gives the automatic one back."), failed,

@@ -258,7 +258,8 @@ class _Partners:
         share = np.bincount(there, minlength=len(self._shares)) / len(cells)
         share[latent] = 0
         more = share - self._shares
-        others = np.flatnonzero(more > 0)
+        least = np.partition(more, -self._nearest)[-self._nearest] if self._nearest < len(more) else 0
+        others = np.flatnonzero((more > 0) & (more >= least))
         others = others[np.argsort(-more[others], kind="stable")][: self._nearest]
         names, shares = np.full(self._nearest, latent), np.full(self._nearest, np.nan)
         names[: len(others)], shares[: len(others)] = others, share[others]
@@ -286,7 +287,7 @@ class _Columns:
         low, top = float(values.min()), float(values.max())
         self.max[latent] = top
         exact = values.astype(np.float64)
-        self.sum[latent], self.square[latent] = exact.sum(), exact @ exact
+        self.sum[latent], self.square[latent] = exact.sum(), np.square(exact).sum()
         self.mean[latent] = self.sum[latent] / len(values)
         self.hist_range[latent] = low, top
         self.hist[latent] = np.histogram(exact, self.hist.shape[1], (low, top))[0]

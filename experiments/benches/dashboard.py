@@ -6,7 +6,7 @@ every latent counts, histograms, the strongest and some of each fifth's texts, l
 and latents, and writes what it found; jsae also draws texts without the latent, drops texts that repeat and ranks
 neighbours. `records` ends there; `files` also has the batch-N.json of Neuronpedia, which both write.
 
-SAEDashboard lives in an environment of its own, --peer_env, which is made when it is not there (pip, about 3 GB).
+SAEDashboard lives in an environment of its own, --peer_env, which is made when it is not there (pip, about 2 GB).
 """
 
 from __future__ import annotations

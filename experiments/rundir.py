@@ -9,7 +9,11 @@ from typing import Any
 from jsae.config import Json, require
 
 # What may differ between a run and its continuation without changing a number.
-_FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fraction", "heldout_tokens"}
+_FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fraction", "heldout_tokens"} | {
+    "prepare_neuronpedia",
+    "model_id",
+    "source_set",
+}
 _VERSIONS = ("jsae", "jax", "flax", "optax", "orbax-checkpoint", "torch", "numpy")
 
 

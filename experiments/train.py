@@ -53,6 +53,11 @@ class RunConfig(Json):
     output_dir: str = flag("runs/sae", "Directory of the run.")
     resume: bool = flag(False, "Go on from the last checkpoint in output_dir.")
     wandb_project: str | None = flag(None, "Also log to this Weights & Biases project (extra [wandb]).")
+    prepare_neuronpedia: bool = flag(False, "At the end, also gather records and write Neuronpedia's bulk export.")
+    model_id: str | None = flag(None, "Of --prepare_neuronpedia: the model's id; none is nanochat-dDEPTH-HASH.")
+    source_set: str | None = flag(
+        None, "Of --prepare_neuronpedia: none is SITE-WIDTH-HASH, res-16k-1a2b3c for example."
+    )
 
     def __post_init__(self) -> None:
         for name in ("expansion_factor", "tokens_per_forward", "block_size", "heldout_tokens", "log_every"):
@@ -67,7 +72,19 @@ class RunConfig(Json):
             0 < self.jax_memory_fraction < 0.95,
             f"jax_memory_fraction is {self.jax_memory_fraction}: it must lie between 0 and 0.95",
         )
+        self._check_neuronpedia()
         self.train_config()  # complains before anything heavy is imported
+
+    def _check_neuronpedia(self) -> None:
+        """Refuses names that Neuronpedia would refuse when the training is over."""
+        from bridge.neuronpedia import ids
+
+        given = {"model_id": ids.check_model, "source_set": ids.check_source_set}
+        for name, check in given.items():
+            value = getattr(self, name)
+            if value is not None:
+                require(self.prepare_neuronpedia, f"--{name} is of --prepare_neuronpedia, which is not given")
+                check(value)
 
     def sae_config(self, d_in: int) -> SAEConfig:
         """The SAE for a model of width d_in."""
@@ -127,6 +144,8 @@ def main(config: RunConfig) -> int:
         print(f"stopped and saved; go on with: python -m experiments.train {command} --resume")
         return 0
     finish(run, config, state, nano, hook, heldout)
+    if config.prepare_neuronpedia:
+        _prepare_neuronpedia(run, config, device)
     print(f"took {time.perf_counter() - started:.0f} s in all")
     return 0
 
@@ -177,6 +196,14 @@ def _texts(config: RunConfig, nano: "Nanochat") -> tuple["Corpus", "Corpus"]:
         "measured on it: give more text, or a smaller --context_size",
     )
     return train, heldout
+
+
+def _prepare_neuronpedia(run: Path, config: RunConfig, device: str) -> None:
+    """What `experiments.explore` and `experiments.export` do by themselves, with their defaults."""
+    from experiments import explore, export
+
+    explore.main(explore.ExploreConfig(run_dir=str(run), device=device))
+    export.main(export.ExportConfig(run_dir=str(run), model_id=config.model_id, source_set=config.source_set))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import explorer_toy as toy
@@ -10,9 +12,11 @@ from sae_lens import SAE
 
 from experiments import export
 from experiments.export import ExportConfig
+from experiments.train import RunConfig
 from jsae.config import ConfigError
 from jsae.store import StoreError
 
+ROOT = Path(__file__).resolve().parents[1]
 EVERY = ("sae_lens", "neuronpedia", "saedashboard", "delphi", "circuit_tracer")
 
 
@@ -177,3 +181,47 @@ def test_the_hub_gets_what_the_run_has(run, monkeypatch, capsys):
     (file,) = run.rglob("source.jsonl")
     source = json.loads(file.read_text())
     assert (source["hfRepoId"], source["hfFolderId"]) == ("me/saes", toy.HOOK)
+
+
+# ---- at the end of a training -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"prepare_neuronpedia": True, "model_id": "No"}, "--model_id"),
+        ({"prepare_neuronpedia": True, "source_set": "a--b"}, "--source_set"),
+        ({"model_id": "fine"}, "--prepare_neuronpedia"),
+    ],
+)
+def test_a_training_that_could_not_be_exported_is_refused_before_it_starts(flags, told):
+    with pytest.raises(ConfigError, match=told):
+        RunConfig(**flags)
+
+
+def test_a_training_leaves_an_export_when_it_is_asked_to(tmp_path):
+    for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:60:5]:
+        shutil.copy(path, tmp_path)
+    flags = {
+        "data": f"{tmp_path}/*.py",
+        "output_dir": tmp_path / "run",
+        "num_activations": 4000,
+        "batch_size": 500,
+        "block_size": 2000,
+        "context_size": 64,
+        "checkpoint_every": 4000,
+        "heldout_tokens": 300,
+        "expansion_factor": 1,
+        "k": 4,
+        "model_id": "mine",
+        "source_set": "me-res",
+    }
+    told = [f"--{name}={value}" for name, value in flags.items()]
+    command = [sys.executable, "-m", "experiments.train", "--prepare_neuronpedia", *told]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run" / "neuronpedia" / "v1" / "mine" / "2-me-res"
+    assert f"neuronpedia     {folder}" in done.stdout
+    assert json.loads((folder / "source.jsonl").read_text())["dataset"] == "*.py"
+    assert (folder / "activations" / "batch-0.jsonl.gz").stat().st_size > 1000
+    assert (tmp_path / "run" / "explorer" / "index.html").is_file()

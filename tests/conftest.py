@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import pytest
 import torch
+from chromium import browser, visit  # noqa: F401
 from jaxtyping import install_import_hook
 
 # Shapes in signatures are enforced here and only here.

@@ -110,9 +110,10 @@ window.jsae = {};
 
   function place(tip, box, event) {
     const wide = tip.offsetWidth;
-    const middle = box.width > 300 && event.clientX ? event.clientX : box.left + box.width / 2;
+    const broad = box.width > 300 && event.clientX; // then the pointer says where
+    const middle = broad ? event.clientX : box.left + box.width / 2;
     const left = Math.min(Math.max(8, middle - wide / 2), document.documentElement.clientWidth - wide - 8);
-    const above = box.top - tip.offsetHeight - 6;
+    const above = (broad ? event.clientY - 4 : box.top) - tip.offsetHeight - 6;
     tip.style.left = `${left}px`;
     tip.style.top = `${above > 4 ? above : box.bottom + 6}px`;
   }

@@ -241,8 +241,12 @@
     };
   }
 
-  const hover = (line, features) => [["", jsae.tokens.quoted(line.text)], ...Object.values(features).flatMap((some) =>
-    some.slice(0, 4).map(({ index, value }) => [`#${index}`, number(value)])), ["token", line.id]];
+  function hover(line, features) {
+    const { info, labels } = jsae.list.current;
+    const strongest = Object.entries(features).flatMap(([hook, some]) => some.slice(0, 4).map(({ index, value }) =>
+      [`#${index} ${hook === info.hook ? labels[index].slice(0, 28) : hook}`, number(value)]));
+    return [["", jsae.tokens.quoted(line.text)], ...strongest, ["token", line.id]];
+  }
 
   /* ---- conversations ---- */
 

@@ -82,7 +82,7 @@
 
   /* A token in a text. `heat` is its share of the strongest activation. */
   function span(token, { heat = 0, peak = false, breaks = false, tip, on } = {}) {
-    const classes = ["tok", heat > 0 && "hot", peak && "peak", token.special && "special", token.text === "" && "part"];
+    const classes = ["tok", heat > 0 && "hot", peak && "peak", token.special && "special", token.text === "" ? "part" : token.text.trim() === "" && "blank"];
     return el("span", {
       class: classes.filter(Boolean).join(" "), vars: heat > 0 ? { "--h": Math.min(heat, 1).toFixed(3) } : {}, tip, on,
     }, lines(token.text, breaks));

@@ -77,20 +77,26 @@
   /* A card on a latent's page: where it fires on a text of one's own. Nothing without a server. */
   function card({ list, latent }) {
     if (!jsae.live) return null;
-    const result = el("div", { class: "text strip", "aria-live": "polite" });
+    const strip = el("div", { class: "text strip" });
+    const told = el("p", { class: "quiet small told", role: "status" });
     const ask = jsae.api.latest("latent", ({ tokens, values }) => {
       const max = Math.max(list.max[latent], ...values);
-      result.replaceChildren(...tokens.map((token, i) => jsae.tokens.span(token, {
+      const fires = values.filter((value) => value > 0).length;
+      told.textContent = fires ? `fires on ${whole(fires)} of ${whole(values.length)} tokens, at most ${number(Math.max(...values))}` : "it does not fire here";
+      strip.replaceChildren(...tokens.map((token, i) => jsae.tokens.span(token, {
         heat: max ? values[i] / max : 0, breaks: true,
         tip: [["", jsae.tokens.quoted(token.text)], ["activation", number(values[i])], ["position", i], ["token", token.id]],
-      })), el("p", { class: "quiet small" }, values.some((value) => value > 0) ? `fires on ${whole(values.filter((value) => value > 0).length)} of ${whole(values.length)} tokens, at most ${number(Math.max(...values))}` : "it does not fire here"));
-    }, (error) => result.replaceChildren(el("p", { class: "bad", role: "alert" }, error.message)));
+      })));
+    }, (error) => {
+      strip.replaceChildren();
+      told.replaceChildren(el("span", { class: "bad", role: "alert" }, error.message));
+    });
     const read = () => {
       if (state.text) ask({ text: state.text, hook: list.info.hook, index: latent });
-      else result.replaceChildren();
+      else for (const box of [strip, told]) box.replaceChildren();
     };
     read();
-    return el("section", { class: "card try" }, el("h2", {}, "Try it"), input(`Text to see where #${latent} fires`, 2, later(read, PAUSE)), result);
+    return el("section", { class: "card try" }, el("h2", {}, "Try it"), input(`Text to see where #${latent} fires`, 2, later(read, PAUSE)), strip, told);
   }
 
   /* ---- names ---- */

@@ -1,0 +1,104 @@
+"""A real Chromium for tests: the system's own, driven by Playwright, and what is looked for on the explorer's page."""
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LAUNCH = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PHONE = {"width": 390, "height": 844}
+
+Visit = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One Chromium for all; without one the test is skipped, or fails where JSAE_REQUIRE_BROWSER says so."""
+    missing = [] if PROGRAM else ["no chromium is installed (Debian: apt-get install chromium)"]
+    if importlib.util.find_spec("playwright") is None:
+        missing.append("no playwright is installed (pip install playwright)")
+    if missing:
+        told = "; ".join(missing)
+        if os.environ.get("JSAE_REQUIRE_BROWSER") == "1":
+            pytest.fail(told)
+        pytest.skip(told)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=PROGRAM, args=LAUNCH)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser) -> Iterator[Visit]:
+    """Opens pages; none may say anything on the console, ask for anything elsewhere, or open a dialog."""
+    problems: list[str] = []
+    contexts = []
+
+    def opened(url: str, expected: str = "", **settings: Any) -> Any:
+        context = browser.new_context(**({"viewport": {"width": 1400, "height": 900}} | settings))
+        contexts.append(context)
+        tab = context.new_page()
+        tab.set_default_timeout(15_000)
+        home = url.partition("#")[0].rpartition("/")[0]
+
+        def said(message: Any) -> None:
+            if not (expected and expected in message.text):
+                problems.append(f"console: {message.text}")
+
+        def asked(request: Any) -> None:
+            if not request.url.startswith((home, "data:")):
+                problems.append(f"asked for {request.url}")
+
+        tab.on("console", said)
+        tab.on("pageerror", lambda error: problems.append(f"error: {error}"))
+        tab.on("request", asked)
+        tab.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        tab.goto(url)
+        tab.wait_for_selector(".row, [role=alert]", state="attached")
+        return tab
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def shown(tab: Any) -> list[int]:
+    """The latents of the list, in its order."""
+    return [int(row.get_attribute("data-latent")) for row in tab.query_selector_all(".row")]
+
+
+def wait_for(tab: Any, latents: list[int]) -> None:
+    """Waits until the list shows just these."""
+    tab.wait_for_function(
+        "wanted => JSON.stringify([...document.querySelectorAll('.row')].map(r => +r.dataset.latent)) == wanted",
+        arg=json.dumps(latents, separators=(",", ":")),
+    )
+
+
+def open_latent(tab: Any, latent: int) -> None:
+    tab.wait_for_selector(f".latent[data-latent='{latent}']")
+
+
+def assert_fits(tab: Any, *places: str) -> None:
+    """Nothing of these elements has to be scrolled sideways on a phone."""
+    for place in ("html", *places):
+        wide, room = tab.evaluate(
+            "place => [document.querySelector(place).scrollWidth, document.querySelector(place).clientWidth]", place
+        )
+        assert wide <= room <= PHONE["width"], place

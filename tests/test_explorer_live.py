@@ -1,0 +1,250 @@
+"""The explorer's page with the running model behind it: a real server in a process of its own, a real Chromium."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import explorer_toy as toy
+import pytest
+from chromium import PHONE, assert_fits, open_latent
+from toy_saes import export, toy_sae
+
+import bridge.nanochat
+from bridge.explorer import labels, page
+from experiments import rundir
+from experiments.train import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+OTHER = "blocks.1.hook_mlp_out"
+C = 128
+
+
+@pytest.fixture(scope="module")
+def live(browser, tmp_path_factory) -> Iterator[tuple[str, Path]]:
+    """The address of a real `experiments.explore --serve`, on the demo as a chat checkpoint, and its run."""
+    folder = tmp_path_factory.mktemp("live")
+    demo = Path(bridge.nanochat.__file__).parent / "demo"
+    checkpoint = folder / "chatsft_checkpoints" / "demo"
+    shutil.copytree(demo, checkpoint)
+    run = folder / "runs" / "live"
+    fingerprint = bridge.nanochat.load(checkpoint).fingerprint
+    for hook, seed in ((toy.HOOK, 0), (OTHER, 1)):
+        sae = toy_sae("topk", C, 192, seed=seed, k=8, hook_name=hook, model_fingerprint=fingerprint)
+        export(sae, run / "sae" / hook)
+    text = folder / "text.txt"
+    text.write_text("\n".join(path.read_text() for path in sorted((ROOT / "jsae").glob("*.py"))[:4]))
+    rundir.record(run, RunConfig(checkpoint=str(checkpoint), data=str(text)), {"model": fingerprint})
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.explore",
+        f"--run_dir={run}",
+        "--num_tokens=6000",
+        "--serve",
+        "--port=0",
+    ]
+    with server(command) as url:
+        yield url, run
+
+
+@contextlib.contextmanager
+def server(command: list[str]) -> Iterator[str]:
+    """The address that a serving process prints; the process ends with the context."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            told = []
+            for line in process.stdout:
+                told.append(line)
+                if found := re.search(r"explorer at (http://\S+)", line):
+                    break
+            else:
+                pytest.fail("the server did not start: " + "".join(told))
+            yield found[1]
+        finally:
+            process.terminate()
+            process.communicate(timeout=20)
+
+
+def test_a_page_on_a_server_of_plain_files_is_the_static_one(visit, tmp_path):
+    toy.write_store(tmp_path)
+    folder = page.write(tmp_path).parent
+    with contextlib.ExitStack() as stack:
+        command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "-d", str(folder)]
+        process = stack.enter_context(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        )
+        stack.callback(process.terminate)
+        port = re.search(r"port (\d+)", process.stdout.readline())[1]
+        tab = visit(f"http://127.0.0.1:{port}/index.html#latent=0", expected="404")
+        open_latent(tab, 0)
+        assert tab.locator("#tabs a").count() == 0
+        assert tab.locator("#push, #rename, .try").count() == 0
+
+
+def test_typed_text_shows_the_strongest_features_of_every_token(visit, live):
+    tab = visit(f"{live[0]}#hook={toy.HOOK}&view=text")
+    tab.fill("#typed", "def mean(values):\n    return <script>alert(1)</script> é")
+    tab.wait_for_selector(".perToken li")
+    strip = tab.locator(".strip .tok")
+    assert "".join(strip.all_text_contents()).startswith("def mean(values):\n    return <script>alert(1)")
+    assert tab.locator(".perToken li").count() == strip.count()
+    values = [float(v) for v in tab.locator(".perToken li >> nth=2").locator(".number").all_inner_texts()]
+    assert len(values) == 5
+    assert values == sorted(values, reverse=True)
+    strip.nth(2).hover()
+    assert "position" in tab.inner_text("#tip")
+    first = tab.locator(".perToken .feature").first
+    latent = int(first.locator(".id").inner_text().removeprefix("#"))
+    first.click()
+    open_latent(tab, latent)
+    tab.wait_for_selector(".try .hot")  # the text is still there, now with this latent's part in it
+    assert "fires on" in tab.inner_text(".try")
+
+
+def test_a_latent_is_tried_on_a_text_of_ones_own(visit, live):
+    tab = visit(f"{live[0]}#hook={OTHER}&latent=5")
+    open_latent(tab, 5)
+    tab.fill(".try textarea", "class Store:\n    pass " * 4)
+    tab.wait_for_selector(".try .tok")
+    tab.hover(".try .tok >> nth=1")
+    assert "activation" in tab.inner_text("#tip")
+    assert re.search("fires on [0-9]+ of|does not fire", tab.inner_text(".try"))
+
+
+def test_steering_writes_both_continuations_side_by_side(visit, live):
+    tab = visit(f"{live[0]}#hook={toy.HOOK}&latent=3")
+    open_latent(tab, 3)
+    tab.click("#push")
+    tab.wait_for_selector(".push[data-latent='3']")
+    tab.fill("#find", "#7")
+    tab.click(".found button >> nth=0")
+    tab.wait_for_selector(".push[data-latent='7']")
+    tab.click("text=Continue")
+    tab.fill("#prompt", "def read(self):")
+    tab.fill("#set-max_tokens", "24")
+    tab.fill("[aria-label='Strength of #3, exactly']", "60")
+    assert float(tab.input_value("[aria-label='Strength of #3']")) > 0
+    tab.select_option("[aria-label='Mode of #7']", "ablate")
+    assert tab.locator("[aria-label='Strength of #7']").count() == 0
+    tab.click("#go")
+    texts = [written(tab, which) for which in ("default", "steered")]
+    assert texts[0] != texts[1]
+    assert all(text.startswith("def read(self):") and len(text) > 20 for text in texts)
+    assert tab.locator(".sheet[data-which=steered] .hot").count() > 0
+    tab.hover(".sheet[data-which=steered] .tok >> nth=1")
+    assert "token" in tab.inner_text("#tip")
+    tab.click("[aria-label='Take #3 away']")
+    tab.click("[aria-label='Take #7 away']")
+    tab.click("#go")
+    assert written(tab, "default") == texts[0]  # without features there is one continuation, the same
+    assert tab.locator(".sheet").count() == 1
+
+
+def written(tab: Any, which: str) -> str:
+    """The text of a sheet that is finished."""
+    sheet = f".sheet[data-which={which}]"
+    tab.wait_for_selector(f"{sheet} h2 small:not(.writing)")
+    return tab.locator(f"{sheet} .text").text_content()
+
+
+def test_a_continuation_streams_and_is_stopped(visit, live):
+    tab = visit(f"{live[0]}#hook={toy.HOOK}&latent=3")
+    open_latent(tab, 3)
+    tab.click("#push")
+    tab.wait_for_selector(".push")
+    tab.fill("#prompt", "import ")
+    tab.fill("#set-max_tokens", "256")
+    tab.click("#go")
+    tab.wait_for_selector(".sheet[data-which=steered] .tok")
+    assert tab.locator("#stop").is_enabled()
+    tab.click("#stop")
+    tab.wait_for_selector("text=stopped")
+    count = tab.locator(".sheet .tok").count()
+    assert 0 < count < 512
+    tab.wait_for_timeout(300)
+    assert tab.locator(".sheet .tok").count() == count
+    assert tab.locator("#stop").is_disabled()
+
+
+def test_a_chat_goes_on_from_the_side_that_is_chosen(visit, live):
+    tab = visit(f"{live[0]}#view=steer")
+    tab.wait_for_selector("#find")
+    tab.fill("#find", "#11")
+    tab.click(".found button >> nth=0")
+    tab.click("text=Chat")
+    tab.fill("#set-max_tokens", "8")
+    asked: list[dict[str, Any]] = []
+    tab.on(
+        "request", lambda request: asked.append(request.post_data_json) if request.url.endswith("/api/steer") else None
+    )
+    for said in ("What is a list?", "And a <b>tuple</b>?"):
+        tab.fill("#prompt", said)
+        tab.keyboard.press("Enter")
+        tab.wait_for_selector(f".turn:has-text('{said}') .follow")
+    assert tab.locator(".said").all_inner_texts() == ["What is a list?", "And a <b>tuple</b>?"]
+    first = tab.locator(".turn").first.locator(".sheet[data-which=steered] .text").text_content()
+    assert [m["role"] for m in asked[1]["messages"]] == ["user", "assistant", "user"]
+    assert jsae_shown(tab, asked[1]["messages"][1]["content"]) == first
+    tab.click("text=Start anew")
+    assert tab.locator(".turn").count() == 0
+
+
+def jsae_shown(tab: Any, text: str) -> str:
+    return tab.evaluate("text => jsae.tokens.shown(text)", text)
+
+
+def test_a_name_is_kept_in_the_file_and_on_the_page(visit, live):
+    url, run = live
+    tab = visit(f"{url}#hook={toy.HOOK}&latent=9")
+    open_latent(tab, 9)
+    tab.click("#rename")
+    tab.fill("#label", "a name <i>of mine</i>")
+    tab.fill("#note", "two\nlines")
+    tab.click("#keep")
+    tab.wait_for_selector("h1:has-text('a name <i>of mine</i>')")
+    assert labels.Names.read(run, toy.HOOK)[9] == labels.Name("a name <i>of mine</i>", "two\nlines", by_person=True)
+    assert "a name <i>of mine</i>" in tab.inner_text(".row[data-latent='9']")
+    tab.reload()  # the files of the page are older than the name: the server tells it
+    tab.wait_for_selector("h1:has-text('a name <i>of mine</i>')")
+    assert "two\nlines" in tab.inner_text(".note")
+    tab.click("#rename")
+    tab.fill("#label", "")
+    tab.fill("#note", "")
+    tab.click("#keep")
+    tab.wait_for_selector("h1:has-text('no label')")
+    assert len(labels.Names.read(run, toy.HOOK)) == 0
+
+
+def test_what_the_server_refuses_is_shown(visit, live):
+    tab = visit(f"{live[0]}#hook={toy.HOOK}&view=text", expected="status of 4")
+    tab.fill("#typed", "word " * 3000)
+    tab.wait_for_selector(".traced [role=alert]")
+    assert "1024" in tab.inner_text(".traced [role=alert]").replace(",", "")
+    tab.goto(f"{live[0]}#view=steer")
+    tab.click("text=Continue")
+    tab.fill("#prompt", "word " * 3000)
+    tab.click("#go")
+    tab.wait_for_selector(".sheet h2 .bad")
+
+
+@pytest.mark.parametrize("view", ["text", "steer"])
+def test_the_live_part_fits_a_phone(visit, live, view):
+    tab = visit(f"{live[0]}#view={view}", viewport=PHONE, has_touch=True, is_mobile=True)
+    tab.wait_for_selector("#typed, #prompt")
+    if view == "text":
+        tab.fill("#typed", "for name in names: pass")
+        tab.wait_for_selector(".perToken li")
+    else:
+        tab.fill("#find", "#1")
+        tab.click(".found button >> nth=0")
+        tab.wait_for_selector(".push")
+    assert_fits(tab, "main")

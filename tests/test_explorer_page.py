@@ -237,6 +237,15 @@ def test_the_keyboard_walks_the_list_as_it_is_sorted_and_finds(home):
     assert "next latent" in home.inner_text("dialog[open]")
 
 
+def test_the_skip_link_leaves_the_latent_open(visit, address):
+    tab = visit(f"{address}{DEEP}{toy.DENSE}")
+    open_latent(tab, toy.DENSE)
+    tab.keyboard.press("Tab")
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("document.activeElement.id") == "main"
+    assert tab.url.endswith(f"latent={toy.DENSE}")
+
+
 def test_neighbours_and_those_that_fire_together_lead_on(visit, address, run):
     tab = visit(f"{address}{DEEP}{toy.ORDINARY}")
     open_latent(tab, toy.ORDINARY)

@@ -110,6 +110,10 @@
     document.addEventListener("keydown", press);
     document.getElementById("theme").addEventListener("click", turnTheme);
     document.getElementById("help").addEventListener("click", help);
+    document.querySelector(".skip").addEventListener("click", (event) => {
+      event.preventDefault(); // the address is the latent's
+      main.focus();
+    });
     window.addEventListener("hashchange", route);
     await jsae.connect?.();
     await route();

@@ -80,7 +80,9 @@ def main(config: ExportConfig) -> int:
     found = sources.of_run(run, config.wanted(), config.hook)
     if set(config.format) - {"sae_lens"}:
         for source in found:
-            source.store()
+            store = source.store()
+            if "delphi" in config.format:
+                store.all.of(0)
     out = Path(config.out) if config.out else run / "neuronpedia"
     for source in found:
         for name in config.format:

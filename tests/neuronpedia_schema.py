@@ -1,6 +1,11 @@
 """What Neuronpedia and SAEDashboard take, as JSON Schemas: stricter than they are, as every key must be there."""
 
+import gzip
+import json
+from pathlib import Path
 from typing import Any
+
+import jsonschema
 
 STRING, INTEGER, NUMBER, BOOLEAN = ({"type": kind} for kind in ("string", "integer", "number", "boolean"))
 NOTHING: dict[str, Any] = {"type": "null"}
@@ -245,3 +250,37 @@ SHARED = {
     "skipped": "skipped_indexes",
 }
 """Where the same is said in the reference that lies beside a clone."""
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl or .jsonl.gz."""
+    data = file.read_bytes()
+    data = gzip.decompress(data) if file.suffix == ".gz" else data
+    assert data.endswith(b"\n")
+    return [json.loads(line) for line in data.decode().split("\n")[:-1]]
+
+
+def hold(folder: Path, every: int = 1) -> None:
+    """Asserts that a v1 folder keeps the contract; of schemas, which are slow, one line in `every`."""
+    for name in ("release", "model", "sourceset", "source"):
+        (row,) = read(folder / f"{name}.jsonl")
+        jsonschema.validate(row, SCHEMAS[name])
+    keys: set[str] = set()
+    for features in (folder / "features").iterdir():
+        largest = {row["index"]: row["maxActApprox"] for row in read(features)}
+        found: dict[str, float] = {}
+        for row in read(folder / "activations" / features.name):
+            assert len(row["tokens"]) == len(row["values"])
+            assert row["maxValue"] == max(row["values"]) == row["values"][row["qualifyingTokenIndex"]]
+            assert row["binMin"] == -1 or row["binMin"] - 1e-3 <= row["maxValue"] <= row["binMax"] + 1e-3
+            assert row["id"] not in keys
+            keys.add(row["id"])
+            found[row["index"]] = max(row["maxValue"], found.get(row["index"], 0))
+        assert found == {index: most for index, most in largest.items() if most > 0}
+    for kind in ("features", "activations", "explanations"):
+        for file in (folder / kind).glob("*"):
+            lines = read(file)
+            assert lines
+            assert all(list(row) == list(lines[0]) for row in lines)
+            for row in lines[::every]:
+                jsonschema.validate(row, SCHEMAS[kind])

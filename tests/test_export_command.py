@@ -8,6 +8,7 @@ from pathlib import Path
 
 import explorer_toy as toy
 import pytest
+from neuronpedia_schema import hold
 from sae_lens import SAE
 
 from experiments import export
@@ -94,6 +95,12 @@ def test_a_run_without_an_export_is_told_what_to_run(run):
         export.main(ExportConfig(run_dir=str(run / "nowhere")))
 
 
+def test_what_a_killed_training_left_beside_an_export_is_no_sae(run):
+    shutil.copytree(run / "sae" / toy.HOOK, run / "sae" / f"{toy.HOOK}.unfinished")
+    export.main(ExportConfig(run_dir=str(run), format=("sae_lens",)))
+    assert [path.name for path in (run / "neuronpedia" / "sae_lens").iterdir()] == [toy.HOOK]
+
+
 def test_a_run_without_records_is_told_what_to_run_and_still_gives_saelens(run):
     shutil.rmtree(run / "explorer")
     with pytest.raises(FileNotFoundError, match=r"experiments\.explore --run_dir"):
@@ -106,6 +113,13 @@ def test_a_run_without_records_is_told_what_to_run_and_still_gives_saelens(run):
 def test_records_of_another_sae_are_refused_before_anything_is_written(run):
     shutil.copytree(toy_of(run.parent / "other", seed=1) / "sae", run / "sae", dirs_exist_ok=True)
     with pytest.raises(StoreError, match="trained again since"):
+        export.main(ExportConfig(run_dir=str(run), format=EVERY))
+    assert not (run / "neuronpedia").exists()
+
+
+def test_delphi_without_every_activation_is_refused_before_anything_is_written(run):
+    shutil.rmtree(run / "explorer" / "records" / toy.HOOK / "all")
+    with pytest.raises(FileNotFoundError, match=r"experiments\.explore"):
         export.main(ExportConfig(run_dir=str(run), format=EVERY))
     assert not (run / "neuronpedia").exists()
 
@@ -223,5 +237,5 @@ def test_a_training_leaves_an_export_when_it_is_asked_to(tmp_path):
     folder = tmp_path / "run" / "neuronpedia" / "v1" / "mine" / "2-me-res"
     assert f"neuronpedia     {folder}" in done.stdout
     assert json.loads((folder / "source.jsonl").read_text())["dataset"] == "*.py"
-    assert (folder / "activations" / "batch-0.jsonl.gz").stat().st_size > 1000
+    hold(folder, every=50)
     assert (tmp_path / "run" / "explorer" / "index.html").is_file()

@@ -144,10 +144,13 @@ class Latents:
 
     def _order(self, latent: int) -> list[int]:
         """The examples that fire: the strongest in descending order, then by group in the store's order."""
-        examples = self.store.examples(latent)
         groups, values = (self.store[f"example_{name}"] for name in ("group", "value"))
-        firing = [(int(groups[e]), e) for e in examples if groups[e] != NON_ACTIVATING]
-        return [e for _, e in sorted(firing, key=lambda g: (g[0], -float(values[g[1]]) if g[0] == TOP else 0, g[1]))]
+
+        def place(example: int) -> tuple[int, float]:
+            group = int(groups[example])
+            return group, -float(values[example]) if group == TOP else 0.0
+
+        return sorted((e for e in self.store.examples(latent) if groups[e] != NON_ACTIVATING), key=place)
 
     def _context(self, latent: int, example: int) -> Context:
         store = self.store

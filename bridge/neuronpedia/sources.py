@@ -65,7 +65,8 @@ def of_run(run: Path, wanted: Wanted, hook: str | None = None) -> list[Source]:
       FileNotFoundError: the run has no export, or none of the hook; says what to run.
       ConfigError: a name that would be refused, or one for two SAEs.
     """
-    exports = {path.parent.name: path.parent for path in sorted((run / "sae").glob("*/cfg.json"))}
+    folders = sorted(path.parent for path in (run / "sae").glob("*/cfg.json"))
+    exports = {folder.name: folder for folder in folders if folder.suffix not in (".unfinished", ".outdated")}
     if not exports:
         raise FileNotFoundError(
             f"{run} holds no exported SAE: `python -m experiments.train --output_dir={run}` writes one when it ends"

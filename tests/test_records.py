@@ -409,6 +409,15 @@ def test_records_of_the_demo_are_what_its_activations_are(nano, parts, folder):
             assert store[name].dtype == COLUMNS[name][0]
 
 
+def test_the_same_run_gives_the_same_records(nano, parts, folder, tmp_path):
+    gather.gather(nano, *parts[:2], tmp_path / "records", parts[2])
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert files == sorted(
+        p.relative_to(tmp_path / "records") for p in (tmp_path / "records").rglob("*") if p.is_file()
+    )
+    assert all((folder / file).read_bytes() == (tmp_path / "records" / file).read_bytes() for file in files)
+
+
 def test_texts_are_the_rows_each_once_and_the_vocabulary_as_bytes(nano, parts, folder):
     texts = Texts(folder / "texts")
     assert texts.header.row_length == 64

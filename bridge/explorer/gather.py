@@ -1,10 +1,11 @@
 """Runs nanochat over text once and writes what all latents of all SAEs of a run fire on."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -199,20 +200,51 @@ def run(
     drop_sinks: bool,
     tell: Tell,
 ) -> None:
-    """One pass: the model up to the deepest hook, and every SAE on what it reads there."""
+    """One pass: the model up to the deepest hook, and every SAE on what it reads there.
+
+    The SAEs work in a thread of their own while the model reads the next batch. On a processor each gets half of
+    torch's threads: the products are small, and where other programs want the cores too, threads that share one
+    product wait for each other: the demo then took six times as long.
+    """
     device = nano.model.lm_head.weight.device
-    widest = max(gatherer.sae.d_sae for gatherer in gatherers.values())
-    most = min(_PER_FORWARD.get(device.type, _MANY), _MOST_NUMBERS // widest)
     length = tokens.shape[1]
-    step = max(most // length, 1)
-    for start in range(0, len(tokens), step):
-        batch = torch.from_numpy(tokens[start : start + step].astype(np.int64)).to(device)
-        with capture(nano.model, list(gatherers), stop=True) as captured:
-            nano.model(batch)
+    step = max(_batch(device, gatherers.values()) // length, 1)
+
+    @torch.no_grad()  # which holds for a thread
+    def encode(first: int, ids: torch.Tensor, acts: Mapping[str, torch.Tensor]) -> None:
         for hook, gatherer in gatherers.items():
-            counts = kept(captured[hook], batch, nano.tokenizer.bos_token_id, drop_sinks)
-            gatherer.add(start * length, captured[hook], counts)
-        tell("running the model", min((start + step) / len(tokens), 1.0))
+            counts = kept(acts[hook], ids, nano.tokenizer.bos_token_id, drop_sinks)
+            gatherer.add(first, acts[hook], counts)
+
+    with _half_the_threads(device), concurrent.futures.ThreadPoolExecutor(1) as other:
+        encoding: concurrent.futures.Future[None] | None = None
+        for start in range(0, len(tokens), step):
+            batch = torch.from_numpy(tokens[start : start + step].astype(np.int64)).to(device)
+            with capture(nano.model, list(gatherers), stop=True) as captured:
+                nano.model(batch)
+            if encoding is not None:
+                encoding.result()
+            encoding = other.submit(encode, start * length, batch, captured)
+            tell("running the model", min((start + step) / len(tokens), 1.0))
+        if encoding is not None:
+            encoding.result()
+
+
+def _batch(device: torch.device, gatherers: Iterable[Gatherer]) -> int:
+    """Tokens of a forward pass."""
+    widest = max(gatherer.sae.d_sae for gatherer in gatherers)
+    return min(_PER_FORWARD.get(device.type, _MANY), _MOST_NUMBERS // widest)
+
+
+@contextlib.contextmanager
+def _half_the_threads(device: torch.device) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(max(before // 2, 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def codes(

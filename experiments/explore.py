@@ -9,6 +9,7 @@ Records that fit are not gathered again. With --serve (extra [web]) a person can
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,9 @@ def main(config: ExploreConfig) -> int:
         from bridge.explorer.server import serve
         from bridge.runtime import InterpretableModel
 
-        serve(run, lambda: (InterpretableModel.of(nano, saes), nano), host=config.host, port=config.port, say=print)
+        address = functools.partial(print, flush=True)  # at once, also into a pipe
+        loaded = InterpretableModel.of(nano, saes), nano
+        serve(run, lambda: loaded, host=config.host, port=config.port, say=address)
     return 0
 
 

@@ -58,7 +58,7 @@ def line(**flags: object) -> list[str]:
     return [sys.executable, "-W", "error", "-m", "experiments.explore", *told]
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def command(**flags: object) -> subprocess.CompletedProcess[str]:

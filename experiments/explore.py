@@ -2,9 +2,11 @@
 
     python -m experiments.explore --run_dir=runs/demo
     python -m experiments.explore --run_dir=runs/demo --serve
+    python -m experiments.explore --run_dir=runs/demo --serve --port=5002 --secret=localhost-secret
 
 Writes explorer/index.html, which opens without a server and a network, and explorer/records/ into the run directory.
-Records that fit are not gathered again. With --serve (extra [web]) a person can also type text, steer and take notes.
+Records that fit are not gathered again. With --serve (extra [web]) a person can also type text, steer and take notes,
+and a local Neuronpedia can drive the model: the last line is for one with USE_LOCALHOST_INFERENCE=true.
 """
 
 from __future__ import annotations
@@ -46,12 +48,20 @@ class ExploreConfig:
     serve: bool = flag(False, "Serve the page, with text and steering live (extra [web]).")
     host: str = flag("127.0.0.1", "Where --serve listens. Anything but loopback asks for a token that it prints.")
     port: int = flag(8000, "Where --serve listens; 0 is any that is free.")
+    names: tuple[str, ...] = flag(
+        (), "Other names by which browsers may call --host, host.docker.internal for example."
+    )
+    chat: bool | None = flag(None, "Whether the page offers to chat; none asks where the checkpoint lies.")
+    secret: str | None = flag(None, "What a Neuronpedia that asks the server brings as its INFERENCE_SERVER_SECRET.")
+    model_id: str | None = flag(None, "What that Neuronpedia calls the model; none takes any name.")
 
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "nothing to explore: give --run_dir")
         require(self.num_tokens >= 1, f"num_tokens is {self.num_tokens}: it must be at least 1")
         require(self.seed >= 0, f"seed is {self.seed}: it must not be negative")
         require(0 <= self.port < 2**16, f"port is {self.port}: it must be from 0 to {2**16 - 1}")
+        for name in ("names", "chat", "secret", "model_id"):
+            require(self.serve or getattr(self, name) in (None, ()), f"--{name} is of --serve, which is not given")
 
 
 def main(config: ExploreConfig) -> int:
@@ -102,7 +112,8 @@ def main(config: ExploreConfig) -> int:
 
         address = functools.partial(print, flush=True)  # at once, also into a pipe
         loaded = InterpretableModel.of(nano, saes), nano
-        serve(run, lambda: loaded, host=config.host, port=config.port, say=address)
+        settings = {name: getattr(config, name) for name in ("host", "port", "names", "chat", "secret", "model_id")}
+        serve(run, lambda: loaded, **settings, say=address)
     return 0
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,15 +146,39 @@ def test_a_run_is_served_until_it_is_interrupted(explored, run):
         with urllib.request.urlopen(f"{address}api/info", timeout=20) as answer:
             info = json.load(answer)
         assert [sae["hook"] for sae in info["saes"]] == list(HOOKS)
+        assert info["model"]["chat"] is False
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
 
 
+def test_a_neuronpedia_drives_the_model_with_the_secret_and_the_name_it_was_told(explored, run):
+    flags = {"secret": "s", "model_id": "mine", "names": "neuronpedia.test", "chat": True}
+    with _serving(run, **flags) as (address, _):
+
+        def asked(path: str, **headers: str) -> tuple[int, dict]:
+            body = None if path.startswith("api") else b'{"model": "%b", "text": "def"}' % model
+            headers |= {"Content-Type": "application/json"}
+            try:
+                with urllib.request.urlopen(urllib.request.Request(address + path, body, headers), timeout=20) as got:
+                    return got.status, json.load(got)
+            except urllib.error.HTTPError as error:
+                return error.code, json.load(error)
+
+        model = b"mine"
+        assert asked("v1/tokenize")[0] == 401
+        assert asked("v1/tokenize", **{"X-Secret-Key": "s"})[0] == 200
+        model = b"other"
+        status, told = asked("v1/tokenize", **{"X-Secret-Key": "s"})
+        assert (status, "mine" in told["error"]) == (400, True)
+        assert asked("api/info", Host="neuronpedia.test")[1]["model"]["chat"] is True
+        assert asked("api/info", Host="elsewhere.test")[0] == 403
+
+
 @contextlib.contextmanager
-def _serving(run: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def _serving(run: Path, **flags: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address of a server of the run, and its process."""
     process = subprocess.Popen(
-        line(run_dir=run, serve=True, port=0), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+        line(run_dir=run, serve=True, port=0, **flags), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
     )
     try:
         told = process.stdout.readline()
@@ -216,6 +241,8 @@ def test_flags_that_make_no_sense_are_refused():
         ({"run_dir": "a", "num_tokens": 0}, "num_tokens is 0"),
         ({"run_dir": "a", "seed": -1}, "seed is -1"),
         ({"run_dir": "a", "port": 65_536}, "port is 65536"),
+        ({"run_dir": "a", "secret": "s"}, "--secret is of --serve"),
+        ({"run_dir": "a", "chat": False}, "--chat is of --serve"),
     ):
         with pytest.raises(ConfigError, match=complaint):
             ExploreConfig(**flags)

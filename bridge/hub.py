@@ -72,6 +72,7 @@ def push(
     repo_id: str,
     *,
     license: str,
+    hooks: Sequence[str] | None = None,
     private: bool = False,
     dry_run: bool = False,
     api: "HfApi | None" = None,
@@ -85,6 +86,7 @@ def push(
       run: the run directory.
       repo_id: "owner/name".
       license: the hub's name of a licence, "mit" or "apache-2.0" for example.
+      hooks: whose SAEs; none: all that the run has.
       private: a repository that is made now shall be private, and a public one that is there is refused.
       dry_run: only says what would be sent; nothing is asked of the network.
       api: a `huggingface_hub.HfApi`; none: made with the token.
@@ -95,10 +97,10 @@ def push(
     Raises:
       ValueError: a repository's or licence's name that the hub would refuse, a broken export, no token, or `private`
         and a repository that is public.
-      FileNotFoundError: the run has no export.
+      FileNotFoundError: the run has no export, or none of a hook.
       ModuleNotFoundError: the extra [hub] is not installed.
     """
-    uploads = plan(run, repo_id, license=license)
+    uploads = plan(run, repo_id, license=license, hooks=hooks)
     for upload in uploads:
         _LOG.info("%s %s: %s bytes", "would send" if dry_run else "sending", upload.path, f"{upload.size:,}")
     if dry_run:
@@ -116,12 +118,12 @@ def push(
     if private and not api.repo_info(repo_id).private:
         raise ValueError(f"{repo_id} is public already, but was to be private: nothing was sent; make it private first")
     operations = [huggingface_hub.CommitOperationAdd(upload.path, upload.content) for upload in uploads]
-    hooks = [upload.path.partition("/")[0] for upload in uploads if upload.path.endswith("/cfg.json")]
-    api.create_commit(repo_id, operations, commit_message=f"Add sparse autoencoders of {', '.join(hooks)}")
+    added = [upload.path.partition("/")[0] for upload in uploads if upload.path.endswith("/cfg.json")]
+    api.create_commit(repo_id, operations, commit_message=f"Add sparse autoencoders of {', '.join(added)}")
     return uploads
 
 
-def plan(run: str | Path, repo_id: str, *, license: str) -> list[Upload]:
+def plan(run: str | Path, repo_id: str, *, license: str, hooks: Sequence[str] | None = None) -> list[Upload]:
     """What `push` would send: README.md, and of every hook its config, weights and densities; nothing else of a run.
 
     Paths of this machine that stand in a config (the data's place, for example) are cut to their last part.
@@ -129,7 +131,7 @@ def plan(run: str | Path, repo_id: str, *, license: str) -> list[Upload]:
     Raises: as `push`.
     """
     _check_names(repo_id, license)
-    exports = _exports(Path(run))
+    exports = _exports(Path(run), hooks)
     text = _card(Path(run), exports, repo_id, license).encode()
     uploads = [Upload("README.md", text, len(text))]
     for export in exports:
@@ -189,10 +191,14 @@ def _check_names(repo_id: str, license: str) -> None:
         )
 
 
-def _exports(run: Path) -> list[_Export]:
+def _exports(run: Path, hooks: Sequence[str] | None = None) -> list[_Export]:
     """The finished exports of a run, by hook."""
     folders = sorted(file.parent for file in (run / "sae").glob("*/cfg.json"))
-    found = [_read(folder) for folder in folders if folder.suffix not in _UNFINISHED]
+    folders = [folder for folder in folders if folder.suffix not in _UNFINISHED]
+    if missing := sorted(set(hooks or ()) - {folder.name for folder in folders}):
+        there = ", ".join(folder.name for folder in folders) or "none"
+        raise FileNotFoundError(f"{run} has no SAE of {', '.join(missing)}: there are {there}")
+    found = [_read(folder) for folder in folders if hooks is None or folder.name in hooks]
     if not found:
         raise FileNotFoundError(f"no exported SAE in {run / 'sae'}: `python -m experiments.train` writes it at its end")
     return found

@@ -45,12 +45,14 @@ class ExportConfig:
     hub_repo: str | None = flag(None, "Also push the SAEs to this repository of the Hugging Face hub (extra [hub]).")
     license: str | None = flag(None, "Licence of --hub_repo, mit or apache-2.0 for example.")
     private: bool = flag(False, "Make --hub_repo a private one.")
+    dry_run: bool = flag(False, "Say what --hub_repo would get, and send nothing.")
 
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "nothing to export: give --run_dir")
         require(bool(self.format or self.hub_repo), "nothing to write: give --format or --hub_repo")
         require(not (self.hub_repo and not self.license), "--hub_repo publishes: say under which --license")
-        require(bool(self.hub_repo) or not self.private, "--private is of --hub_repo, which is not given")
+        for name in ("private", "dry_run"):
+            require(bool(self.hub_repo) or not getattr(self, name), f"--{name} is of --hub_repo, which is not given")
         self.wanted()
 
     def wanted(self) -> Wanted:
@@ -72,12 +74,15 @@ class ExportConfig:
 
 def main(config: ExportConfig) -> int:
     """Writes every format for every SAE; before that, everything that can be refused is."""
+    from bridge import hub
     from bridge.neuronpedia import sources
 
     run = Path(config.run_dir)
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is no run: there is no such directory")
     found = sources.of_run(run, config.wanted(), config.hook)
+    hooks = [source.ids.hook for source in found]
+    uploads = hub.plan(run, config.hub_repo, license=config.license, hooks=hooks) if config.hub_repo else []
     if set(config.format) - {"sae_lens"}:
         for source in found:
             store = source.store()
@@ -91,7 +96,9 @@ def main(config: ExportConfig) -> int:
             size = sum(file.stat().st_size for file in files)
             print(f"{name:<15} {_common(files)}   {len(files)} files, {size / 2**20:.1f} MiB", flush=True)
     if config.hub_repo:
-        _push(run, config)
+        for upload in uploads:
+            print(f"{'hub':<15} {upload.path}   {upload.size:,} bytes", flush=True)
+        _push(run, hooks, config)
     return 0
 
 
@@ -148,11 +155,14 @@ FORMATS: Mapping[str, tuple[str, Callable[[Source, Path, ExportConfig], list[Pat
 """Formats: the folder of each, and what writes it."""
 
 
-def _push(run: Path, config: ExportConfig) -> None:
+def _push(run: Path, hooks: list[str], config: ExportConfig) -> None:
     from bridge import hub
 
-    sent = hub.push(run, config.hub_repo, license=config.license, private=config.private)
-    print(f"{'hub':<15} https://huggingface.co/{config.hub_repo}   {len(sent)} files")
+    sent = hub.push(
+        run, config.hub_repo, license=config.license, hooks=hooks, private=config.private, dry_run=config.dry_run
+    )
+    told = "would go to" if config.dry_run else "are at"
+    print(f"{'hub':<15} {len(sent)} files {told} https://huggingface.co/{config.hub_repo}")
 
 
 if __name__ == "__main__":

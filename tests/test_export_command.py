@@ -138,6 +138,7 @@ def toy_of(folder: Path, seed: int) -> Path:
         ({"format": ()}, "--format"),
         ({"hub_repo": "me/mine"}, "--license"),
         ({"private": True}, "--hub_repo"),
+        ({"dry_run": True}, "--hub_repo"),
         ({"run_dir": None}, "--run_dir"),
     ],
 )
@@ -183,18 +184,42 @@ def test_an_sae_that_does_not_say_its_model_asks_for_an_id(run):
     export.main(ExportConfig(run_dir=str(run), model_id="mine"))
 
 
-def test_the_hub_gets_what_the_run_has(run, monkeypatch, capsys):
+def test_the_hub_gets_what_was_told_before(run, monkeypatch, capsys):
     from bridge import hub
 
+    toy.write_store(run, hook="blocks.4.hook_resid_post", seed=1)
     sent = []
-    monkeypatch.setattr(hub, "push", lambda *args, **more: sent.append((args, more)) or ["README.md"])
-    config = ExportConfig(run_dir=str(run), format=("neuronpedia",), hub_repo="me/saes", license="mit", private=True)
-    export.main(config)
-    assert sent == [((run, "me/saes"), {"license": "mit", "private": True})]
-    assert "huggingface.co/me/saes" in capsys.readouterr().out
+    monkeypatch.setattr(hub, "push", lambda *args, **more: sent.append((args, more)) or [None] * 4)
+    shared = {"run_dir": str(run), "format": ("neuronpedia",), "hub_repo": "me/saes", "license": "mit"}
+    export.main(ExportConfig(**shared, private=True, hook=toy.HOOK))
+    assert sent == [
+        ((run, "me/saes"), {"license": "mit", "hooks": [toy.HOOK], "private": True, "dry_run": False}),
+    ]
+    told = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("hub")]
+    assert [line[1] for line in told[:-1]] == [
+        "README.md",
+        *(f"{toy.HOOK}/{name}" for name in ("cfg.json", "sae_weights.safetensors")),
+    ]
+    assert all(int(line[2].replace(",", "")) > 100 for line in told[:-1])
+    assert told[-1][-1] == "https://huggingface.co/me/saes"
     (file,) = run.rglob("source.jsonl")
     source = json.loads(file.read_text())
     assert (source["hfRepoId"], source["hfFolderId"]) == ("me/saes", toy.HOOK)
+
+
+def test_a_dry_run_says_what_the_hub_would_get_and_asks_nobody(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    flags = {"run_dir": str(run), "format": ("sae_lens",), "hub_repo": "me/saes", "license": "mit"}
+    assert export.main(ExportConfig(**flags, dry_run=True)) == 0
+    assert "would go to https://huggingface.co/me/saes" in capsys.readouterr().out
+
+
+def test_what_the_hub_would_refuse_is_refused_before_anything_is_written(run):
+    flags = {"run_dir": str(run), "hub_repo": "me/saes"}
+    for wrong, told in ({"hub_repo": "me/a--b"}, "no repository"), ({"license": "My Licence"}, "no licence"):
+        with pytest.raises(ValueError, match=told):
+            export.main(ExportConfig(**flags | {"license": "mit"} | wrong))
+    assert not (run / "neuronpedia").exists()
 
 
 # ---- at the end of a training -------------------------------------------------------------------------------------

@@ -164,6 +164,14 @@ def test_densities_go_along_where_there_are_some(run):
     assert set(uploads) == NAMES | {f"{toy.HOOK}/sparsity.safetensors"}
 
 
+def test_only_the_asked_for_hooks_are_sent(run, local_hub):
+    hub.push(run, REPO, license="mit", hooks=[OTHER], api=local_hub.api)
+    assert {name.partition("/")[0] for name in local_hub.files} == {"README.md", OTHER}
+    assert toy.HOOK.encode() not in local_hub.files["README.md"]
+    with pytest.raises(FileNotFoundError, match=f"no SAE of blocks.5.hook_mlp_out: there are {OTHER}, {toy.HOOK}"):
+        hub.plan(run, REPO, license="mit", hooks=["blocks.5.hook_mlp_out"])
+
+
 def test_a_second_push_goes_to_the_same_repository(run, local_hub):
     hub.push(run, REPO, license="mit", api=local_hub.api)
     hub.push(run, REPO, license="apache-2.0", api=local_hub.api)

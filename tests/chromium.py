@@ -102,3 +102,32 @@ def assert_fits(tab: Any, *places: str) -> None:
             "place => [document.querySelector(place).scrollWidth, document.querySelector(place).clientWidth]", place
         )
         assert wide <= room <= PHONE["width"], place
+
+
+ENOUGH = 4.5
+"""The contrast that reading needs: WCAG 2.2, 1.4.3."""
+
+_CONTRASTS = """() => {
+  const numbers = color => color.match(/[\\d.]+/g).map(Number);
+  const parts = color => numbers(color).map((v, i) => color.startsWith("color(") && i < 3 ? 255 * v : v);
+  const over = ([r, g, b, a = 1], under) => [r, g, b].map((v, i) => v * a + under[i] * (1 - a));
+  const channel = v => v <= 10.3 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b) + 0.05;
+  const ground = node => node
+    ? over(parts(getComputedStyle(node).backgroundColor), ground(node.parentElement)) : [255, 255, 255];
+  const told = (node, text, part) => {
+    const under = ground(node);
+    const [a, b] = [light(over(parts(getComputedStyle(node, part).color), under)), light(under)];
+    return [Math.max(a, b) / Math.min(a, b), node.className, text];
+  };
+  const own = node => [...node.childNodes].filter(one => one.nodeType === 3).map(one => one.data).join("").trim();
+  const seen = [...document.querySelectorAll("body *")].filter(
+    node => node.getClientRects().length && !node.closest("select, svg, :disabled"));
+  return [...seen.filter(own).map(node => told(node, own(node))),
+    ...seen.filter(node => node.placeholder && !node.value).map(node => told(node, node.placeholder, "::placeholder"))];
+}"""
+
+
+def contrasts(tab: Any) -> list[tuple[float, str, str]]:
+    """How every text that is to be seen stands out from what is behind it: contrast, class, text."""
+    return tab.evaluate(_CONTRASTS)

@@ -57,7 +57,7 @@
   /* ---- keyboard ---- */
 
   const KEYS = [["j or →", "next latent of the list"], ["k or ←", "previous latent"], ["/", "search"], ["Enter", "open the first that is found"],
-    ["Esc", "leave the search; back to the overview"], ["f", "snippets or full texts"], ["r", "any latent that fires"], ["t", "light or dark"], ["?", "this help"]];
+    ["Esc", "leave the search; back to the overview"], ["Tab, ← → ↑ ↓", "through the tokens of the texts"], ["f", "snippets or full texts"], ["r", "any latent that fires"], ["t", "light or dark"], ["?", "this help"]];
 
   const TYPED = "textarea, select, input:not([type=checkbox]):not([type=range])";
 

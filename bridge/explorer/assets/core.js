@@ -95,6 +95,7 @@ window.jsae = {};
         tip.hidden = true;
         return;
       }
+      if (event.type === "focusin") node.setAttribute("aria-describedby", "tip");
       const told = tips.get(node);
       tip.replaceChildren(...(typeof told === "function" ? told() : told).map(([name, value]) =>
         el("div", {}, name && el("span", {}, name), el("b", {}, String(value)))));
@@ -104,7 +105,7 @@ window.jsae = {};
     document.addEventListener("pointerover", show);
     document.addEventListener("focusin", show);
     for (const event of ["wheel", "touchmove", "keydown", "hashchange"]) {
-      window.addEventListener(event, () => { tip.hidden = true; }, { passive: true });
+      window.addEventListener(event, () => { tip.hidden = true; }, { passive: true, capture: true });
     }
   }
 

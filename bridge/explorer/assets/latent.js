@@ -11,7 +11,7 @@
   async function show(main, hook, latent, still) {
     const found = await jsae.data.latent(hook, latent);
     if (!still()) return;
-    const texts = el("div", { class: "groups" });
+    const texts = jsae.tokens.walk(el("div", { class: "groups" }), "Texts");
     main.replaceChildren(el("article", { class: "page latent", "data-latent": latent },
       head(found),
       el("div", { class: "columns" },

@@ -19,7 +19,7 @@
           el("p", { class: "quiet" }, `${KINDS[info.architecture] ?? info.architecture} SAE on `, el("code", {}, info.hook), ` of ${manifest.model}, read over ${short(info.tokens)} tokens of ${manifest.dataset}`,
             manifest.split === "all" ? "" : ` (${manifest.split})`, ".")),
         el("div", { class: "tiles" },
-          tile(whole(alive.length), "alive", alive.length === list.size ? "all of them" : `${whole(list.size - alive.length)} never fire`),
+          tile(whole(alive.length), "alive", alive.length === list.size ? "all of them" : `${whole(list.size - alive.length)} never ${list.size - alive.length === 1 ? "fires" : "fire"}`),
           tile(densities.length ? percent(densities[densities.length >> 1]) : "–", "median density", "share of tokens on which a latent fires"),
           tile(whole(all.filter((i) => list.dense(i)).length), "dense", "fire on more than a tenth of the tokens"),
           tile(whole(labelled), "labelled", fitting ? `${whole(fitting)} with F1 of 0.5 or more` : "by people and by the evaluation")),

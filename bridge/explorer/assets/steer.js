@@ -215,7 +215,7 @@
 
   /* A continuation on its sheet; the brighter a token, the more the pushed features fire on it. */
   function sheet(name, before) {
-    const text = el("div", { class: "text" }, before && el("span", { class: "before" }, jsae.tokens.shown(before)));
+    const text = jsae.tokens.walk(el("div", { class: "text" }, before && el("span", { class: "before" }, jsae.tokens.shown(before))), `${name} continuation`);
     const end = el("small", { class: "writing" }, "writing …");
     const pushed = [...state.pushed];
     const told = { name, text: "" };

@@ -109,6 +109,63 @@
       el("div", { class: "right" }, spans.slice(middle))), text };
   }
 
+  /* Lets the keyboard walk through the tokens of a box: ← and → along a text, ↑ and ↓ from one to the next, Esc out.
+
+     The box takes one stop of the Tab key, its tokens none: there are thousands. */
+  function walk(box, name) {
+    let pointed = false; // a click into the texts leaves the arrows to the list
+    box.tabIndex = 0;
+    box.setAttribute("role", "group");
+    box.setAttribute("aria-label", `${name}: arrows go from token to token`);
+    box.addEventListener("pointerdown", () => { pointed = true; });
+    box.addEventListener("focusout", () => { pointed = false; });
+    box.addEventListener("keydown", (event) => {
+      const here = event.target.closest(".tok");
+      const mine = here || (event.target === box && !pointed);
+      const next = mine && !event.ctrlKey && !event.metaKey && !event.altKey && reached(box, here, event.key);
+      if (!next) return;
+      event.preventDefault();
+      event.stopPropagation();
+      if (next === here && event.key === "Enter") here.click();
+      else meet(next);
+    });
+    return box;
+  }
+
+  const LINES = ".kwic, .text";
+
+  /* Where a key leads from a token, or from the box as such; nothing for keys that lead nowhere. */
+  function reached(box, here, key) {
+    const lines = box.matches(LINES) ? [box] : [...box.querySelectorAll(LINES)];
+    if (!here) return key === "ArrowRight" || key === "ArrowDown" ? entrance(lines[0]) : null;
+    const line = here.closest(LINES);
+    const along = { ArrowRight: 1, ArrowLeft: -1 }[key];
+    const across = { ArrowDown: 1, ArrowUp: -1 }[key];
+    if (along) return beside(seen(line), here, along);
+    if (across) return lines.length > 1 && beside(lines, line, across) !== line ? entrance(beside(lines, line, across)) : here;
+    return { Escape: box, Enter: here }[key];
+  }
+
+  const beside = (all, one, by) => all[Math.max(0, Math.min(all.length - 1, all.indexOf(one) + by))];
+  const entrance = (line) => line && (line.querySelector(".peak") ?? seen(line)[0]);
+
+  /* The tokens of a line that are not cut off at its ends. */
+  function seen(line) {
+    const { left, right } = line.getBoundingClientRect();
+    return [...line.querySelectorAll(".tok")].filter((token) => {
+      const box = token.getBoundingClientRect();
+      return box.right > left && box.left < right;
+    });
+  }
+
+  function meet(node) {
+    if (node.matches(".tok")) {
+      node.tabIndex = -1;
+      (node.closest(".kwic") ?? node).scrollIntoView({ block: "nearest", inline: "nearest" });
+    }
+    node.focus({ preventScroll: true });
+  }
+
   /* Tokens of half a character are told by their bytes. */
   const tokenText = (tokens, i) => tokens[i].text || word(tokens[i].id);
 
@@ -116,6 +173,6 @@
     use(bytes, offsets, specials) {
       [vocabulary, starts, special, words] = [bytes, offsets, new Set(specials), new Array(offsets.length - 1)];
     },
-    spell, word, shown, line, chip, quoted, span, context,
+    spell, word, shown, line, chip, quoted, span, context, walk,
   };
 })();

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import explorer_toy as toy
+import numpy as np
 import pytest
-from chromium import PHONE, assert_fits, open_latent
+from chromium import ENOUGH, PHONE, assert_fits, contrasts, open_latent
 from toy_saes import export, toy_sae
 
 import bridge.nanochat
 from bridge.explorer import labels, page
 from experiments import rundir
 from experiments.train import RunConfig
+from jsae.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 OTHER = "blocks.1.hook_mlp_out"
@@ -97,17 +99,33 @@ def test_typed_text_shows_the_strongest_features_of_every_token(visit, live):
     strip = tab.locator(".strip .tok")
     assert "".join(strip.all_text_contents()).startswith("def mean(values):\n    return <script>alert(1)")
     assert tab.locator(".perToken li").count() == strip.count()
+    store = Store(live[1] / "explorer" / "records" / toy.HOOK)
+    sparse = set(np.flatnonzero(store["count"] <= 0.1 * store.header.tokens).tolist())
+    assert shown_features(tab) <= sparse  # those that fire nearly everywhere tell little
+    tab.check("#dense")
+    assert not shown_features(tab) <= sparse
     values = [float(v) for v in tab.locator(".perToken li >> nth=2").locator(".number").all_inner_texts()]
     assert len(values) == 5
     assert values == sorted(values, reverse=True)
     strip.nth(2).hover()
     assert "position" in tab.inner_text("#tip")
+    told = tab.inner_text("#tip")
+    tab.focus(".strip")
+    for _ in range(3):
+        tab.keyboard.press("ArrowRight")
+    assert tab.inner_text("#tip") == told
+    assert [one for one in contrasts(tab) if one[0] < ENOUGH] == []
     first = tab.locator(".perToken .feature").first
     latent = int(first.locator(".id").inner_text().removeprefix("#"))
     first.click()
     open_latent(tab, latent)
     tab.wait_for_selector(".try .hot")  # the text is still there, now with this latent's part in it
     assert "fires on" in tab.inner_text(".try")
+
+
+def shown_features(tab: Any) -> set[int]:
+    """The latents that stand beside the tokens of a text."""
+    return {int(told.removeprefix("#")) for told in tab.locator(".perToken .feature .id").all_inner_texts()}
 
 
 def test_a_latent_is_tried_on_a_text_of_ones_own(visit, live):
@@ -140,6 +158,7 @@ def test_steering_writes_both_continuations_side_by_side(visit, live):
     assert texts[0] != texts[1]
     assert all(text.startswith("def read(self):") and len(text) > 20 for text in texts)
     assert tab.locator(".sheet[data-which=steered] .hot").count() > 0
+    assert [one for one in contrasts(tab) if one[0] < ENOUGH] == []
     tab.hover(".sheet[data-which=steered] .tok >> nth=1")
     assert "token" in tab.inner_text("#tip")
     tab.click("[aria-label='Take #3 away']")

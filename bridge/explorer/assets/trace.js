@@ -4,15 +4,15 @@
 (() => {
   const { el, number, later, whole } = jsae;
   const PAUSE = 300; // milliseconds without a key
-  const TOP = 16; // features of a token that are asked for
+  const TOP = 32; // features of a token that are asked for
   const SHOWN = 5; // and shown beside it
-  const state = { text: "" };
+  const state = { text: "", dense: false };
 
   /* ---- all features ---- */
 
   function show(main, list) {
-    const result = el("div", { class: "traced", "aria-live": "polite" });
-    const ask = jsae.api.latest("activations", (reply) => result.replaceChildren(...traced(list, reply)),
+    const result = el("div", { class: "traced" });
+    const ask = jsae.api.latest("activations", (reply) => draw(result, list, reply),
       (error) => result.replaceChildren(el("p", { class: "bad", role: "alert" }, error.message)));
     const read = () => {
       if (state.text) ask({ text: state.text, hook: list.info.hook, top_k: TOP });
@@ -36,13 +36,27 @@
     } },
   });
 
-  function traced(list, { tokens, features }) {
+  /* What was found, with or without the latents that fire nearly everywhere. */
+  function draw(result, list, reply) {
+    const left = reply.features.map((some) => some.filter(({ index }) => state.dense || !list.dense(index)));
+    const dense = el("label", { class: "check", title: "Latents that fire on more than a tenth of all tokens" }, el("input", {
+      type: "checkbox", id: "dense", checked: state.dense, on: { change: (event) => {
+        state.dense = event.target.checked;
+        draw(result, list, reply);
+        document.getElementById("dense").focus();
+      } },
+    }), "Dense latents too");
+    result.replaceChildren(...traced(list, { tokens: reply.tokens, features: left }, dense));
+  }
+
+  function traced(list, { tokens, features }, dense) {
     const share = ({ index, value }) => (list.max[index] ? value / list.max[index] : 0); // of its largest: what is rare shows
-    const strip = el("div", { class: "card text strip" });
+    const strip = jsae.tokens.walk(el("div", { class: "card text strip" }), "Your text");
+    // Nearly every token has a feature at half of its largest: the power lets those stand out that have one at its height.
     const light = (index) => strip.replaceChildren(...tokens.map((token, i) => {
       const some = index === null ? features[i] : features[i].filter((one) => one.index === index);
       return jsae.tokens.span(token, {
-        heat: Math.max(0, ...some.map(share)), breaks: true, tip: () => hover(list, token, i, features[i]),
+        heat: Math.max(0, ...some.map(share)) ** (index === null ? 3 : 1), breaks: true, tip: () => hover(list, token, i, features[i]),
         on: { click: () => rows.children[i].scrollIntoView({ block: "center" }) },
       });
     }));
@@ -56,9 +70,9 @@
     };
     const rows = el("ol", { class: "perToken" }, tokens.map((token, i) => el("li", {},
       el("code", { class: "chip" }, token.text === "" ? "◌" : jsae.tokens.line(token.text)),
-      el("div", { class: "features" }, features[i].slice(0, SHOWN).map(link), !features[i].length && el("span", { class: "quiet" }, "nothing fires")))));
+      el("div", { class: "features" }, features[i].slice(0, SHOWN).map(link), !features[i].length && el("span", { class: "quiet" }, state.dense ? "nothing fires" : "none that is not dense")))));
     light(null);
-    return [strip, el("div", { class: "columns" }, el("section", { class: "card" }, el("h2", {}, "Token by token"), rows),
+    return [strip, el("div", { class: "columns" }, el("section", { class: "card" }, el("div", { class: "line" }, el("h2", {}, "Token by token"), el("span", { class: "grow" }), dense), rows),
       el("section", { class: "card" }, el("h2", {}, "Strongest in this text"), strongestOf(features).map(link)))];
   }
 
@@ -77,7 +91,7 @@
   /* A card on a latent's page: where it fires on a text of one's own. Nothing without a server. */
   function card({ list, latent }) {
     if (!jsae.live) return null;
-    const strip = el("div", { class: "text strip" });
+    const strip = jsae.tokens.walk(el("div", { class: "text strip" }), "Your text");
     const told = el("p", { class: "quiet small told", role: "status" });
     const ask = jsae.api.latest("latent", ({ tokens, values }) => {
       const max = Math.max(list.max[latent], ...values);

@@ -51,7 +51,7 @@ def write(
     if context < 0:
         raise ValueError(f"context must not be negative, got {context}")
     if digest(Path(sae_dir)) != store.header.sae_sha256:
-        raise StoreError(f"the records at {store.path} are not of {sae_dir}: gather the records anew")
+        raise StoreError(f"the records at {store.path} are not of {sae_dir}")
     folder = Path(out) / scan
     packed = folder / "features"
     packed.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def _activations(store: Store, sae_dir: Path) -> Activations:
     expected = (found, told.d_sae, texts.rows, texts.row_length)
     header = acts.header
     if told.sae_sha256 != found or (header.sae_sha256, header.d_sae, header.rows, header.row_length) != expected:
-        raise StoreError(f"the activations at {acts.path} are not those of {sae_dir}: gather the records anew")
+        raise StoreError(f"the activations at {acts.path} are not those of {sae_dir}")
     return acts
 
 

@@ -14,7 +14,11 @@ VERSION = 1
 
 
 class StoreError(ValueError):
-    """A store that is of another version, of another SAE, or broken."""
+    """A store that is of another version, of another SAE, or broken; `what` says it, the message also what to do."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what}: gather the records anew with `python -m experiments.explore --run_dir=…`")
+        self.what = what
 
 
 _KINDS: Mapping[Any, tuple[str, Callable[[Any], bool]]] = {
@@ -47,14 +51,14 @@ class Folder:
             raise StoreError(f"{file} is broken: {error}") from error
         version = told.get("version") if isinstance(told, dict) else told
         if version != VERSION:
-            raise StoreError(f"{file} is of version {version!r}, this program reads {VERSION}: gather the records anew")
+            raise StoreError(f"{file} is of version {version!r}, this program reads {VERSION}")
         for field in dataclasses.fields(self._header):
             if field.name in told and not _KINDS[field.type][1](told[field.name]):
                 raise StoreError(f"{file}: {field.name} is {told[field.name]!r}, not {_KINDS[field.type][0]}")
         try:
             self.header = self._header.from_json(told)
         except ValueError as error:
-            raise StoreError(f"{file}: {error}: gather the records anew") from error
+            raise StoreError(f"{file}: {error}") from error
         self._cache: dict[str, np.ndarray] = {}
 
     def _sizes(self) -> dict[str, int]:
@@ -82,7 +86,7 @@ class Folder:
         try:
             return np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise StoreError(f"{file} is missing or broken ({error}): gather the records anew") from error
+            raise StoreError(f"{file} is missing or broken ({error})") from error
 
     def _check_shape(self, name: str, column: np.ndarray) -> None:
         dtype, axes = self._columns[name]
@@ -90,7 +94,7 @@ class Folder:
         if column.dtype != dtype or list(column.shape) != sizes:
             raise StoreError(
                 f"{self.path / name}.npy is {column.dtype}{column.shape}, expected {dtype}{tuple(sizes)}, "
-                f"({', '.join(axes)}): gather the records anew"
+                f"({', '.join(axes)})"
             )
 
     def _length(self, axis: str) -> int:
@@ -114,7 +118,7 @@ class Folder:
         if name in self._partitions:
             end = self._mapped(self._partitions[name]).size
             if column[0] != 0 or column[-1] != end or (column[:-1] > column[1:]).any():
-                raise StoreError(f"{self.path}: {name} does not partition {self._partitions[name]}: gather anew")
+                raise StoreError(f"{self.path}: {name} does not partition {self._partitions[name]}")
 
 
 def write(folder: Path, file: str, header: Json, columns: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> None:

@@ -288,7 +288,7 @@ class Store(Folder):
         if sae_sha256 is not None and found != sae_sha256:
             raise StoreError(
                 f"the records at {self.path} are of the SAE {found[:12]}, not of {sae_sha256[:12]}: "
-                "it was trained again since; gather the records anew"
+                "it was trained again since"
             )
 
     def _sizes(self) -> dict[str, int]:

@@ -73,9 +73,9 @@ def unfit(folder: Path, digests: Mapping[str, str], nano: Nanochat, plan: Plan) 
             if plan.keep_activations:
                 store.all  # noqa: B018 - raises where there are none
     except FileNotFoundError:
-        return f"not all of them are in {folder}"
+        return f"not all of them are in {folder} yet"
     except StoreError as error:
-        return str(error)
+        return error.what
     return None
 
 

@@ -161,7 +161,7 @@ class Latents:
         places = _places(top, _VALUE_DECIMALS)
         for at, value in zip(*(column.tolist() for column in store.activations(example)), strict=True):
             if not math.isfinite(value):
-                raise StoreError(f"{store.path}: an activation of latent {latent} is {value}: gather the records anew")
+                raise StoreError(f"{store.path}: an activation of latent {latent} is {value}")
             if start <= at < end:
                 values[at - start] = round(value, places)
         low, high, share = -1.0, round(top, _places(top, _BIN_DECIMALS)), -1.0
@@ -190,7 +190,7 @@ def check(store: Store, sae_dir: Path) -> None:
     if store.header.sae_sha256 != found:
         raise StoreError(
             f"the records at {store.path} are of the SAE {store.header.sae_sha256[:12]}, but {sae_dir} holds "
-            f"{found[:12]}: gather them anew with `python -m experiments.explore --run_dir=…`"
+            f"{found[:12]}"
         )
 
 

@@ -614,7 +614,7 @@ def test_records_of_another_sae_or_version_are_refused(tmp_path):
     place = toy.write_store(tmp_path)
     toy.write_store(tmp_path / "other", seed=1)
     store = Store(place)
-    with pytest.raises(StoreError, match=r"are of the SAE .* gather them anew"):
+    with pytest.raises(StoreError, match=r"are of the SAE .* gather the records anew"):
         rows.Latents(store, tmp_path / "other" / "sae" / toy.HOOK)
     with pytest.raises(FileNotFoundError, match="no exported SAE"):
         rows.Latents(store, tmp_path / "nowhere")

@@ -1,8 +1,8 @@
 """Reading and changing activations in a running nanochat: context managers that leave no trace.
 
 Hook names are TransformerLens's: `blocks.{L}.hook_resid_post` is the output of block L, `blocks.{L}.hook_attn_out` and
-`blocks.{L}.hook_mlp_out` what its two halves add to the residual stream. They are found on any module with
-`transformer.h[L].attn` and `.mlp`: this project's model, and upstream's own `GPT`.
+`blocks.{L}.hook_mlp_out` what its two halves add to the residual stream, `blocks.{L}.ln2.hook_normalized` what its MLP
+reads. They are found on any module with `transformer.h[L].attn` and `.mlp`: this project's model, and upstream's `GPT`.
 """
 
 import contextlib
@@ -12,14 +12,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from jaxtyping import Float
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 Acts = Float[torch.Tensor, "B T C"]
 Edit = Callable[[Acts], Acts]
 
-SITES: Mapping[str, str] = {"attn": "hook_attn_out", "mlp": "hook_mlp_out", "resid_post": "hook_resid_post"}
+SITES: Mapping[str, str] = {
+    "attn": "hook_attn_out",
+    "mlp_in": "ln2.hook_normalized",
+    "mlp": "hook_mlp_out",
+    "resid_post": "hook_resid_post",
+}
 """Short names to hook names, in the order in which a block runs them."""
 
-_NAME = re.compile(r"blocks\.(\d+)\.(hook_\w+)")
+_NAME = re.compile(r"blocks\.(\d+)\.((?:ln2\.)?hook_\w+)")
+
+
+_MODULES = {"attn": "attn", "mlp_in": "mlp", "mlp": "mlp"}
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
@@ -52,7 +61,7 @@ def parse(name: str) -> tuple[int, str]:
 
 
 def find(model: nn.Module, name: str) -> nn.Module:
-    """The module whose output the hook name means.
+    """The module whose output the hook name means; of what an MLP reads, the MLP.
 
     Raises:
       ValueError: no such name, a layer that the model does not have, or no nanochat.
@@ -61,7 +70,7 @@ def find(model: nn.Module, name: str) -> nn.Module:
     blocks = _blocks(model)
     if layer >= len(blocks):
         raise ValueError(f"{name}: the model has {len(blocks)} layers, 0 to {len(blocks) - 1}")
-    return blocks[layer] if site == "resid_post" else getattr(blocks[layer], site)
+    return blocks[layer] if site == "resid_post" else getattr(blocks[layer], _MODULES[site])
 
 
 def module_name(name: str) -> str:
@@ -71,7 +80,7 @@ def module_name(name: str) -> str:
       ValueError: not a hook name of this project.
     """
     layer, site = parse(name)
-    return f"transformer.h.{layer}" if site == "resid_post" else f"transformer.h.{layer}.{site}"
+    return f"transformer.h.{layer}" if site == "resid_post" else f"transformer.h.{layer}.{_MODULES[site]}"
 
 
 def depth(name: str) -> tuple[int, int]:
@@ -92,21 +101,22 @@ def capture(model: nn.Module, names: Sequence[str], stop: bool = False) -> Itera
     """
     if not names:
         raise ValueError("capture of no activations: give at least one hook name")
-    modules = {name: find(model, name) for name in names}
+    for name in names:
+        find(model, name)
     deepest = max(names, key=depth)
     acts: dict[str, Acts] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-            acts[name] = output
+    def keep(name: str) -> Callable[[Acts], None]:
+        def hook(found: Acts) -> None:
+            acts[name] = found
             if stop and name == deepest:
                 raise _Stop
 
         return hook
 
     with contextlib.ExitStack() as stack:
-        for name, module in modules.items():
-            stack.callback(module.register_forward_hook(keep(name)).remove)
+        for name in dict.fromkeys(names):
+            stack.callback(_attach(model, name, keep(name)).remove)
         if stop:
             stack.enter_context(_quiet(model))
         yield acts
@@ -122,21 +132,30 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     Raises:
       ValueError: a name that the model does not have; in the forward pass, a function that returns another shape.
     """
-    modules = {name: find(model, name) for name in edits}
+    for name in edits:
+        find(model, name)
 
-    def change(name: str) -> Callable[..., Acts]:
-        def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> Acts:
-            new = edits[name](output)
-            if new.shape != output.shape:
-                raise ValueError(f"the edit of {name} made {tuple(new.shape)} of {tuple(output.shape)}")
-            return new.to(output.dtype)
+    def change(name: str) -> Callable[[Acts], Acts]:
+        def hook(found: Acts) -> Acts:
+            new = edits[name](found)
+            if new.shape != found.shape:
+                raise ValueError(f"the edit of {name} made {tuple(new.shape)} of {tuple(found.shape)}")
+            return new.to(found.dtype)
 
         return hook
 
     with contextlib.ExitStack() as stack:
-        for name, module in modules.items():
-            stack.callback(module.register_forward_hook(change(name)).remove)
+        for name in edits:
+            stack.callback(_attach(model, name, change(name)).remove)
         yield
+
+
+def _attach(model: nn.Module, name: str, hook: Callable[[Acts], Acts | None]) -> RemovableHandle:
+    """Has every forward pass call the hook with the activations of a name; what it returns takes their place."""
+    module = find(model, name)
+    if parse(name)[1] == "mlp_in":
+        return module.register_forward_pre_hook(lambda module, inputs: hook(inputs[0]))
+    return module.register_forward_hook(lambda module, inputs, output: hook(output))
 
 
 @contextlib.contextmanager

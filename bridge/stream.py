@@ -1,9 +1,11 @@
 """The live source: text to tokens to nanochat's activations to jax. With `handover`, the only place where both meet."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 
 from bridge import handover
 from bridge.hooks import capture, find
@@ -11,12 +13,13 @@ from bridge.selection import kept
 from jsae.config import require
 from jsae.data import Filling
 
-_PATIENCE = 100  # forward passes in a row that may keep nothing
-
 
 @runtime_checkable
 class Rows(Protocol):
     """Token rows to run a model on: `bridge.nanochat.corpus.Corpus` is one."""
+
+    row_len: int
+    """Tokens in a row."""
 
     def next_rows(self, n: int) -> np.ndarray:
         """The next n rows, (n, row_len) int32."""
@@ -29,81 +32,94 @@ class Rows(Protocol):
 
 
 class ActivationStream:
-    """A `jsae.data.Source` that runs a nanochat up to one hook and keeps what is worth learning from.
+    """A `jsae.data.Source` that runs a nanochat and keeps activations that are worth learning from.
+
+    A block is made of a fixed number of tokens of text. The places of tokens that are left out (BOS, and sinks at one
+    of the hooks of a site) are filled with the block's first other tokens once more. So a block of a site depends on
+    nothing but its text, whatever else is read in the same pass, and no shape depends on the data.
 
     Args:
       model: a nanochat, on its device, in the dtype it computes in.
       rows: where token rows come from.
-      hook_name: which activation.
+      sites: for every SAE the hooks that it reads, of the same tokens: one, or a transcoder's two, or a crosscoder's.
       bos_token_id: dropped from the stream; None keeps every token.
       rows_per_forward: rows in one forward pass.
       drop_sinks: whether to drop tokens of extreme norm.
 
     Raises:
-      ValueError: a hook that the model does not have.
+      ValueError: a hook that the model does not have, or none at all.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         rows: Rows,
-        hook_name: str,
+        sites: Sequence[Sequence[str]],
         *,
         bos_token_id: int | None,
         rows_per_forward: int = 16,
         drop_sinks: bool = True,
     ):
-        find(model, hook_name)
+        self._sites = tuple(tuple(site) for site in sites)
+        self._hooks = tuple(dict.fromkeys(name for site in self._sites for name in site))
+        require(bool(self._sites) and all(self._sites), "a stream needs at least one hook for every SAE")
+        for name in self._hooks:
+            find(model, name)
         require(rows_per_forward >= 1, f"rows_per_forward is {rows_per_forward}: it must be at least 1")
         self.d_in = model.config.n_embd
         self.tokens_seen = 0
-        self.tokens_kept = 0
-        self._model, self._rows, self._hook_name = model, rows, hook_name
+        self._model, self._rows = model, rows
         self._bos, self._rows_per_forward, self._drop_sinks = bos_token_id, rows_per_forward, drop_sinks
         self._device = next(model.parameters()).device
-        self._place = rows.position()  # of the chunk at hand, or of the next one
-        self._chunk: torch.Tensor | None = None
-        self._used = 0  # activations of the chunk at hand that went into earlier blocks
 
     def fill(self, rows: int) -> Filling:
-        """The next block of activations, (rows, d_in), in the model's dtype; one forward pass a step."""
-        block: torch.Tensor | None = None
+        """The next block: for every site a tuple of (rows, d_in) in the model's dtype; one forward pass a step."""
+        blocks: dict[str, torch.Tensor] = {}
+        keep = torch.empty(len(self._sites), rows, dtype=torch.bool, device=self._device)
         have = 0
         while have < rows:
-            if self._chunk is None:
-                self._chunk = self._forward()
-            if block is None:
-                block = torch.empty(rows, self.d_in, dtype=self._chunk.dtype, device=self._chunk.device)
-            new = self._chunk[self._used : self._used + rows - have]
-            block[have : have + len(new)] = new
-            have += len(new)
-            self._used += len(new)
-            if self._used >= len(self._chunk):
-                self._chunk, self._used, self._place = None, 0, self._rows.position()
+            acts, masks = self._forward(min(self._rows_per_forward, -(-(rows - have) // self._rows.row_len)))
+            new = min(masks.shape[1], rows - have)
+            for name, found in acts.items():
+                if name not in blocks:
+                    blocks[name] = torch.empty(rows, self.d_in, dtype=found.dtype, device=found.device)
+                blocks[name][have : have + new] = found.reshape(-1, self.d_in)[:new]
+            keep[:, have : have + new] = masks[:, :new]
+            have += new
             yield have / rows
-        return handover.to_jax(block)
+        return tuple(
+            tuple(handover.to_jax(part) for part in _packed([blocks[name] for name in site], keep[i], site))
+            for i, site in enumerate(self._sites)
+        )
 
     def position(self) -> dict[str, Any]:
-        """Where the chunk at hand starts in the text, and how much of it is used."""
-        return {"text": self._place, "used": self._used}
+        """Where the next block's text starts."""
+        return self._rows.position()
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Goes back to a position; the chunk there is computed again."""
-        self._rows.seek(position["text"])
-        self._place, self._chunk, self._used = position["text"], None, int(position["used"])
+        """Goes back to a position."""
+        self._rows.seek(position)
 
     @torch.no_grad()
-    def _forward(self) -> torch.Tensor:
-        """One forward pass, up to the hook: the activations of the tokens kept, (kept, C)."""
-        for _ in range(_PATIENCE):
-            ids = self._rows.next_rows(self._rows_per_forward)
-            tokens = torch.from_numpy(ids.astype(np.int64)).to(self._device, non_blocking=True)
-            with capture(self._model, [self._hook_name], stop=True) as captured:
-                self._model(tokens)
-            acts = captured[self._hook_name]
-            chunk = acts[kept(acts, tokens, self._bos, self._drop_sinks)]
-            self.tokens_seen += tokens.numel()
-            self.tokens_kept += len(chunk)
-            if len(chunk):
-                return chunk
-        raise ValueError(f"{_PATIENCE} forward passes at {self._hook_name} gave no activation to keep: all text is BOS")
+    def _forward(self, n: int) -> tuple[dict[str, Float[torch.Tensor, "B T C"]], Bool[torch.Tensor, "S n"]]:
+        """One forward pass of n rows, up to the deepest hook: activations, and for every site the tokens that stay."""
+        ids = self._rows.next_rows(n)
+        tokens = torch.from_numpy(ids.astype(np.int64)).to(self._device, non_blocking=True)
+        with capture(self._model, self._hooks, stop=True) as acts:
+            self._model(tokens)
+        stay = {name: kept(found, tokens, self._bos, self._drop_sinks).flatten() for name, found in acts.items()}
+        self.tokens_seen += tokens.numel()
+        masks = [torch.stack([stay[name] for name in site]).all(0) for site in self._sites]
+        return dict(acts), torch.stack(masks)
+
+
+def _packed(
+    parts: list[Float[torch.Tensor, "rows d"]], keep: Bool[torch.Tensor, " rows"], site: tuple[str, ...]
+) -> list[Float[torch.Tensor, "rows d"]]:
+    """The rows that stay, in order, and the first of them once more in the places of the others."""
+    count = keep.sum()
+    if not count:
+        raise ValueError(f"{len(keep)} tokens at {', '.join(site)} gave no activation to keep: all text is BOS")
+    order = torch.argsort(~keep, stable=True)
+    order = order[torch.arange(len(keep), device=keep.device) % count]
+    return [part[order] for part in parts]

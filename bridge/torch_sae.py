@@ -11,22 +11,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-_SHARED = {"W_enc": ("d_in", "d_sae"), "W_dec": ("d_sae", "d_in"), "b_dec": ("d_in",)}
 _PER_LATENT: Mapping[str, tuple[str, ...]] = {
     "standard": ("b_enc",),
     "topk": ("b_enc",),
+    "abstopk": ("b_enc",),
     "jumprelu": ("b_enc", "threshold"),
     "gated": ("b_gate", "r_mag", "b_mag"),
 }
-_MEANT_OTHERWISE = {"normalize_activations": "none", "reshape_activations": "none", "apply_b_dec_to_input": True}
+_TRANSCODERS: Mapping[str, str] = {
+    "transcoder": "standard",
+    "skip_transcoder": "standard",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+_MEANT_OTHERWISE = {"normalize_activations": "none", "reshape_activations": "none"}
 
 Dense = Float[torch.Tensor, "*tokens f"]
 
 
 class TorchSAE(nn.Module):
-    """A trained SAE. `W_enc` (d_in, d_sae), `W_dec` (d_sae, d_in) with unit rows, `b_dec` (d_in,), biases (d_sae,).
+    """A trained SAE. `W_enc` (d_in, d_sae), `W_dec` (d_sae, d_out) with unit rows, `b_dec` (d_out,), biases (d_sae,).
 
-    Takes and gives activations as the model has them. It is frozen; gradients flow through it to its input.
+    Takes and gives activations as the model has them. It is frozen; gradients flow through it to its input. `d_out` is
+    `d_in` but of a transcoder, which gives another activation than it takes, and may have `W_skip` (d_out, d_in).
     """
 
     def __init__(self, cfg: dict[str, Any], weights: Mapping[str, torch.Tensor]):
@@ -35,6 +42,9 @@ class TorchSAE(nn.Module):
         self.architecture: str = cfg["architecture"]
         self.d_in: int = cfg["d_in"]
         self.d_sae: int = cfg["d_sae"]
+        self.d_out: int = cfg.get("d_out", cfg["d_in"])
+        self.is_transcoder: bool = self.architecture in _TRANSCODERS
+        self._encode = _ENCODE[_TRANSCODERS.get(self.architecture, self.architecture)]
         self.metadata: dict[str, Any] = cfg.get("metadata", {})
         for name, weight in weights.items():
             if name == "W_enc":  # laid out latent by latent, in which few tokens are encoded fastest
@@ -43,12 +53,14 @@ class TorchSAE(nn.Module):
 
     def encode(self, x: Float[torch.Tensor, "*tokens d"]) -> Dense:
         """The latents of activations, (..., d_in) to (..., d_sae)."""
-        return _ENCODE[self.architecture](self, x.to(self.W_enc.dtype) - self.b_dec)
+        return self._encode(self, self._centred(x))
 
     def encode_sparse(
         self, x: Float[torch.Tensor, "*tokens d"], k: int | None = None
     ) -> tuple[Float[torch.Tensor, "*tokens k"], Int[torch.Tensor, "*tokens k"]]:
-        """The k largest latents of every token, largest first: values and indices. TopK knows its own k.
+        """The k latents of every token with the largest magnitude, largest first: values and indices.
+
+        TopK and AbsTopK know their own k.
 
         Raises:
           ValueError: no k for an architecture that has none, or one above d_sae.
@@ -57,31 +69,40 @@ class TorchSAE(nn.Module):
         if k is None or not 1 <= k <= self.d_sae:
             raise ValueError(f"k={k} latents of a {self.architecture} SAE with {self.d_sae}: give k between 1 and that")
         if self.architecture == "topk" and k <= self.cfg["k"]:
-            pre = (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
-            values, indices = pre.topk(k, dim=-1)
+            values, indices = (self._centred(x) @ self.W_enc + self.b_enc).topk(k, dim=-1)
             return values.relu(), indices
-        values, indices = self.encode(x).topk(k, dim=-1)
-        return values, indices
+        latents = self.encode(x)
+        indices = latents.abs().topk(k, dim=-1).indices
+        return latents.gather(-1, indices), indices
 
-    def decode(self, latents: Dense) -> Float[torch.Tensor, "*tokens d"]:
-        """Activations from latents, (..., d_sae) to (..., d_in)."""
+    def decode(self, latents: Dense) -> Float[torch.Tensor, "*tokens o"]:
+        """Activations from latents, (..., d_sae) to (..., d_out); without the skip path, which reads the input."""
         return latents @ self.W_dec + self.b_dec
 
     def decode_sparse(
         self, values: Float[torch.Tensor, "*tokens k"], indices: Int[torch.Tensor, "*tokens k"]
-    ) -> Float[torch.Tensor, "*tokens d"]:
+    ) -> Float[torch.Tensor, "*tokens o"]:
         """Activations from sparse latents: only the rows that are used are read."""
         k = indices.shape[-1]
         flat = nn.functional.embedding_bag(
             indices.reshape(-1, k), self.W_dec, per_sample_weights=values.reshape(-1, k), mode="sum"
         )
-        return flat.reshape(*indices.shape[:-1], self.d_in) + self.b_dec
+        return flat.reshape(*indices.shape[:-1], self.d_out) + self.b_dec
 
-    def forward(self, x: Float[torch.Tensor, "*tokens d"]) -> Float[torch.Tensor, "*tokens d"]:
-        """The reconstruction of activations, (..., d_in)."""
+    def forward(self, x: Float[torch.Tensor, "*tokens d"]) -> Float[torch.Tensor, "*tokens o"]:
+        """The reconstruction of activations, (..., d_out)."""
         if self.architecture == "topk" and not torch.is_grad_enabled():
             return self.decode_sparse(*self.encode_sparse(x))
-        return self.decode(self.encode(x))
+        return self.made(self.encode(x), x)
+
+    def made(self, latents: Dense, x: Float[torch.Tensor, "*tokens d"]) -> Float[torch.Tensor, "*tokens o"]:
+        """The reconstruction from latents, and of a transcoder with a skip path from its input too."""
+        y_hat = self.decode(latents)
+        return y_hat + x.to(y_hat.dtype) @ self.W_skip.T if "skip" in self.architecture else y_hat
+
+    def _centred(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.W_enc.dtype)
+        return x if self.is_transcoder else x - self.b_dec
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> TorchSAE:
@@ -100,15 +121,39 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> TorchSAE:
         weights = load_file(folder / "sae_weights.safetensors", device=str(device))
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds a broken export: {error}") from error
+    if isinstance(cfg, dict) and cfg.get("architecture") == "crosscoder":
+        cfg, weights = _side_by_side(folder, cfg, weights)
     _check(folder, cfg, weights)
     return TorchSAE(cfg, {name: w.float() for name, w in weights.items()}).eval()
 
 
+def _side_by_side(
+    folder: Path, cfg: dict[str, Any], weights: dict[str, torch.Tensor]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A crosscoder as the SAE that it is of its layers side by side: `d_in` becomes their widths together.
+
+    Raises:
+      ValueError: arrays that are not what `jsae.export.write` says of a crosscoder.
+    """
+    layers, d, f = (cfg.get(name) for name in ("layers", "d_in", "d_sae"))
+    expected = {"W_enc": (layers, d, f), "W_dec": (f, layers, d), "b_dec": (layers, d)}
+    found = {name: tuple(weights[name].shape) if name in weights else None for name in expected}
+    if found != expected:
+        raise ValueError(f"{folder}: a crosscoder of {layers} layers of width {d} has {expected}, but the file {found}")
+    flat = {"W_enc": (layers * d, f), "W_dec": (f, layers * d), "b_dec": (layers * d,)}
+    weights = weights | {name: weights[name].reshape(shape) for name, shape in flat.items()}
+    return cfg | {"architecture": cfg.get("activation"), "d_in": layers * d}, weights
+
+
 def _check(folder: Path, cfg: Any, weights: Mapping[str, torch.Tensor]) -> None:
     """Raises ValueError unless cfg and weights are what `TorchSAE` computes with."""
-    if not isinstance(cfg, dict) or cfg.get("architecture") not in _PER_LATENT:
+    known = (*_PER_LATENT, *_TRANSCODERS)
+    if not isinstance(cfg, dict) or cfg.get("architecture") not in known:
         found = cfg.get("architecture") if isinstance(cfg, dict) else cfg
-        raise ValueError(f"{folder}: architecture {found!r} is not known: {', '.join(_PER_LATENT)} are")
+        raise ValueError(f"{folder}: architecture {found!r} is not known: {', '.join(known)} are")
+    transcoder = cfg["architecture"] in _TRANSCODERS
+    if cfg.get("apply_b_dec_to_input", True) == transcoder:
+        raise ValueError(f"{folder}: apply_b_dec_to_input must be {str(not transcoder).lower()} here")
     for key, only in _MEANT_OTHERWISE.items():
         if cfg.get(key, only) != only:
             raise ValueError(f"{folder}: {key} is {cfg[key]!r}: this reader takes {only!r} only; fold it at export")
@@ -116,12 +161,17 @@ def _check(folder: Path, cfg: Any, weights: Mapping[str, torch.Tensor]) -> None:
         norms = weights["W_dec"].float().norm(dim=-1) if "W_dec" in weights else torch.zeros(1)
         if not torch.allclose(norms, torch.ones_like(norms), atol=1e-4):
             raise ValueError(f"{folder}: activations rescaled by decoder norms that are not 1 are not supported")
-    widths = {key: cfg.get(key) for key in ("d_in", "d_sae")}
+    widths = {key: cfg.get(key) for key in ("d_in", "d_sae")} | {"d_out": cfg.get("d_out", cfg.get("d_in"))}
     if not all(isinstance(w, int) and w > 0 for w in widths.values()):
-        raise ValueError(f"{folder}: d_in and d_sae must be positive integers, not {widths}")
-    if cfg["architecture"] == "topk" and not (isinstance(cfg.get("k"), int) and 1 <= cfg["k"] <= cfg["d_sae"]):
+        raise ValueError(f"{folder}: d_in, d_sae and d_out must be positive integers, not {widths}")
+    if cfg["architecture"] in ("topk", "abstopk") and not (
+        isinstance(cfg.get("k"), int) and 1 <= cfg["k"] <= cfg["d_sae"]
+    ):
         raise ValueError(f"{folder}: k is {cfg.get('k')!r}: it must be an integer between 1 and d_sae={cfg['d_sae']}")
-    expected = dict(_SHARED) | dict.fromkeys(_PER_LATENT[cfg["architecture"]], ("d_sae",))
+    expected = {"W_enc": ("d_in", "d_sae"), "W_dec": ("d_sae", "d_out"), "b_dec": ("d_out",)}
+    if "skip" in cfg["architecture"]:
+        expected["W_skip"] = ("d_out", "d_in")
+    expected |= dict.fromkeys(_PER_LATENT[_TRANSCODERS.get(cfg["architecture"], cfg["architecture"])], ("d_sae",))
     shapes = {name: tuple(widths[axis] for axis in axes) for name, axes in expected.items()}
     found = {name: tuple(w.shape) for name, w in weights.items()}
     if found != shapes:
@@ -140,6 +190,12 @@ def _topk(sae: TorchSAE, u: torch.Tensor) -> torch.Tensor:
     return values.new_zeros(*values.shape[:-1], sae.d_sae).scatter(-1, indices, values.relu())
 
 
+def _abstopk(sae: TorchSAE, u: torch.Tensor) -> torch.Tensor:
+    pre = u @ sae.W_enc + sae.b_enc
+    indices = pre.abs().topk(sae.cfg["k"], dim=-1).indices
+    return torch.zeros_like(pre).scatter(-1, indices, pre.gather(-1, indices))
+
+
 def _jumprelu(sae: TorchSAE, u: torch.Tensor) -> torch.Tensor:
     pre = u @ sae.W_enc + sae.b_enc
     return torch.where(pre > sae.threshold, pre.relu(), 0)
@@ -154,6 +210,7 @@ def _gated(sae: TorchSAE, u: torch.Tensor) -> torch.Tensor:
 _ENCODE: Mapping[str, Callable[[TorchSAE, torch.Tensor], torch.Tensor]] = {
     "standard": _standard,
     "topk": _topk,
+    "abstopk": _abstopk,
     "jumprelu": _jumprelu,
     "gated": _gated,
 }

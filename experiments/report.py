@@ -2,26 +2,40 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from experiments.plan import Trainee
 
 
 class Reporter:
     """Writes metrics of a run that goes on from step `start`; a context manager.
 
-    Lines of `metrics.jsonl` beyond `start`, left by a run that was killed, are dropped: they will come again.
+    Every SAE has a line in the `metrics.jsonl` of its folder. Lines beyond `start`, left by a run that was killed, are
+    dropped: they will come again.
     """
 
-    def __init__(self, run: Path, start: int, num_steps: int, wandb_project: str | None = None):
+    def __init__(
+        self,
+        run: Path,
+        trainees: Sequence["Trainee"],
+        start: int,
+        num_steps: int,
+        wandb_project: str | None = None,
+    ):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._lines = run / "metrics.jsonl"
-        _keep_until(self._lines, start)
-        self._file = self._lines.open("a", encoding="utf-8")
+        self._trainees = trainees
+        folders = dict.fromkeys(trainee.folder for trainee in trainees)
+        for folder in folders:
+            _keep_until(folder / "metrics.jsonl", start)
+        self._files = {folder: (folder / "metrics.jsonl").open("a", encoding="utf-8") for folder in folders}
         self._events = SummaryWriter(run / "tb", purge_step=start + 1)
         self._wandb = None if wandb_project is None else _wandb(wandb_project, run)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
@@ -37,28 +51,43 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        self._file.close()
+        for file in self._files.values():
+            file.close()
         self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
 
-    def report(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics; `activations` in `values` since the last report becomes a rate."""
+    def report(self, step: int, values: Sequence[dict[str, Any]], tokens: int) -> None:
+        """One line of metrics for every SAE; `activations` and `tokens` since the last report become rates."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        rates = {f"{name}_per_second": values.pop(name) / seconds for name in ("activations", "tokens")}
-        line = {"step": step, **values, **rates}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in line.items():
-            self._events.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(line, step=step)
-        told = (
-            f"FVU {line['fvu']:.3f}  L0 {line['l0']:.1f}  dead {line['dead_fraction']:.1%}  "
-            f"{line['activations_per_second']:,.0f} activations/s"
-        )
-        self._progress.update(self._task, completed=step, description=told)
+        activations = values[0]["activations"]
+        rates = {"activations_per_second": activations / seconds, "tokens_per_second": tokens / seconds}
+        for trainee, found in zip(self._trainees, values, strict=True):
+            told = {name: value for name, value in found.items() if name != "activations"} | rates
+            line = {"step": step, "hook": trainee.name, **told}
+            self._files[trainee.folder].write(json.dumps(line) + "\n")
+            prefix = f"{trainee.label}/" if len(self._trainees) > 1 else ""
+            for name, value in told.items():
+                self._events.add_scalar(prefix + name, value, step)
+            if self._wandb is not None:
+                self._wandb.log({prefix + name: value for name, value in told.items()}, step=step)
+        for file in self._files.values():
+            file.flush()
+        self._progress.update(self._task, completed=step, description=_told(values, rates["activations_per_second"]))
+
+
+def _told(values: Sequence[dict[str, Any]], rate: float) -> str:
+    """A line for the progress bar: of several SAEs from the least to the most."""
+
+    def ends(name: str, form: str) -> str:
+        found = [value[name] for value in values]
+        return " to ".join(dict.fromkeys(format(end, form) for end in (min(found), max(found))))
+
+    return (
+        f"FVU {ends('fvu', '.3f')}  L0 {ends('l0', '.1f')}  dead {ends('dead_fraction', '.1%')}  "
+        f"{rate:,.0f} activations/s"
+    )
 
 
 def _keep_until(lines: Path, step: int) -> None:

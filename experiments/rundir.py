@@ -34,9 +34,11 @@ def claim(run: Path, config: Json) -> None:
         run.mkdir(parents=True, exist_ok=True)
         return
     require(record.is_file(), f"{run} holds no run to resume: leave out --resume to start one")
-    before, now = read(run)["flags"], config.to_json()
+    before, now = read(run)["flags"], json.loads(json.dumps(config.to_json()))
     differing = [name for name in sorted(set(now) | set(before)) if now.get(name) != before.get(name)]
-    told = ", ".join(f"--{n}={before.get(n)} (now {now.get(n)})" for n in differing if n not in _FREE)
+    told = ", ".join(
+        f"--{n}={_written(before.get(n))} (now {_written(now.get(n))})" for n in differing if n not in _FREE
+    )
     require(not told, f"the run in {run} was started with {told}: resume it with its own flags")
 
 
@@ -75,6 +77,11 @@ def read(run: Path) -> dict[str, Any]:
         require(False, f"{path} is broken: {error}")
     require(isinstance(found, dict) and {"flags", "facts"} <= set(found), f"{path} is not what a run writes")
     return found
+
+
+def _written(value: Any) -> str:
+    """A flag's value as one writes it."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _version(name: str) -> str | None:

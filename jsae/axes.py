@@ -1,6 +1,7 @@
 """The alphabet of axes, which array has which, and how a mesh cuts them.
 
-n: tokens of a batch.  d: the model's width, `d_in`.  f: latents, `d_sae`.  k: active latents of a token.
+n: tokens of a batch.  d: what is read, `d_in`.  o: what is made, `d_in` too unless it is a transcoder.
+f: latents, `d_sae`.  k: active latents of a token.
 """
 
 from collections.abc import Mapping
@@ -13,17 +14,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 # of sparse codes are sums of rows. Exported files hold W_enc the field's way round, (d, f).
 AXES: Mapping[str, tuple[str, ...]] = {
     "W_enc": ("f", "d"),
-    "W_dec": ("f", "d"),
+    "W_dec": ("f", "o"),
+    "W_skip": ("o", "d"),
     "b_enc": ("f",),
     "b_gate": ("f",),
     "b_mag": ("f",),
     "r_mag": ("f",),
-    "b_dec": ("d",),
+    "threshold": ("f",),
+    "log_threshold": ("f",),
+    "b_dec": ("o",),
     "since_fired": ("f",),
     "acts": ("n", "d"),
 }
 
-RULES: Mapping[str, str | None] = {"n": "data", "f": "latent", "d": None, "k": None}
+RULES: Mapping[str, str | None] = {"n": "data", "f": "latent", "d": None, "o": None, "k": None}
 
 
 def spec(axes: tuple[str, ...]) -> PartitionSpec:

@@ -9,14 +9,14 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jsae.config import ConfigError
-from jsae.train import TrainState
+from jsae.sweep import States
 
 
 class Restored(NamedTuple):
     """What a checkpoint held."""
 
     step: int
-    state: TrainState
+    states: States
     notes: dict[str, Any]
 
 
@@ -52,15 +52,15 @@ class Checkpoints:
         """The last step there is a checkpoint of."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, notes: dict[str, Any], fvu: float) -> None:
-        """Saves the state and JSON notes (the stream's cursor); returns as soon as the state may be donated again.
+    def save(self, step: int, states: States, notes: dict[str, Any], fvu: float) -> None:
+        """Saves the states and JSON notes (the stream's cursor); returns as soon as the states may be donated again.
 
         Raises:
           OSError: an earlier save failed to write (a full disk); earlier checkpoints are whole.
         """
         # Orbax may still read the buffers after it returns, and the next step reuses them: hand it a copy.
-        mine = jax.tree.map(jnp.copy, state)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(mine), notes=ocp.args.JsonSave(notes))
+        mine = jax.tree.map(jnp.copy, states)
+        args = ocp.args.Composite(states=ocp.args.StandardSave(mine), notes=ocp.args.JsonSave(notes))
         self._manager.save(step, args=args, metrics={"fvu": fvu}, force=True)
 
     def wait(self) -> None:
@@ -71,12 +71,12 @@ class Checkpoints:
         """
         self._manager.wait_until_finished()
 
-    def restore(self, like: TrainState, step: int | None = None) -> Restored:
+    def restore(self, like: States, step: int | None = None) -> Restored:
         """The checkpoint of a step (None: the latest) in the shapes and shardings of `like`, which may be abstract.
 
         Raises:
           FileNotFoundError: there is none.
-          ConfigError: it holds a state of other shapes, so another configuration.
+          ConfigError: it holds states of other shapes, so another configuration.
         """
         step = self.latest() if step is None else step
         if step is None or step not in self._manager.all_steps():
@@ -84,11 +84,11 @@ class Checkpoints:
                 f"no checkpoint of step {step} in {self._folder}; there are {list(self._manager.all_steps())}"
             )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore())
+        args = ocp.args.Composite(states=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore())
         try:
             found = self._manager.restore(step, args=args)
         except (ValueError, KeyError) as error:
             raise ConfigError(
                 f"the checkpoint of step {step} in {self._folder} does not fit this configuration: {error}"
             ) from error
-        return Restored(step, found["state"], found["notes"])
+        return Restored(step, found["states"], found["notes"])

@@ -17,7 +17,10 @@ from jaxtyping import Array, Float, Int, Key, UInt
 
 from jsae.config import require
 
-Filling = Generator[float, None, Array]
+Block = Array | tuple[Any, ...]
+"""Activations, (rows, d); or a tree of tuples of such, of the same tokens: for every site what its SAE reads."""
+
+Filling = Generator[float, None, Block]
 """A block being filled: each `next` does a bounded piece of work and yields the share done; it returns the block."""
 
 
@@ -85,7 +88,7 @@ class Shuffled:
             )
             source.seek(cursor.position)
         self._cursor = cursor or Cursor(0, 0, source.position())
-        self._block: Array | None = None
+        self._block: Block | None = None
         self._order: Array | None = None
         self._drained = False
         self._begin()
@@ -94,16 +97,16 @@ class Shuffled:
         """The batch that `next` will give."""
         return self._cursor
 
-    def peek(self) -> Float[Array, "rows d"]:
+    def peek(self) -> Block:
         """The whole current block, in the source's order, without moving on."""
         if self._block is None:
             self._advance()
         return self._block
 
-    def __iter__(self) -> Iterator[Array]:
+    def __iter__(self) -> Iterator[Block]:
         return self
 
-    def __next__(self) -> Float[Array, "n d"]:
+    def __next__(self) -> Block:
         """The next batch. Before it is cut, the source does its share of work on the block after this one.
 
         That work runs while the device is still busy with what was dispatched since the last call.
@@ -158,26 +161,27 @@ def _permutation(key: Key[Array, ""], block: UInt[Array, ""], rows: int) -> Int[
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _cut(
-    block: Float[Array, "rows d"], order: Int[Array, " rows"], batch: Int[Array, ""], batch_size: int
-) -> Float[Array, "n d"]:
-    return block[jax.lax.dynamic_slice_in_dim(order, batch * batch_size, batch_size)]
+def _cut(block: Block, order: Int[Array, " rows"], batch: Int[Array, ""], batch_size: int) -> Block:
+    rows = jax.lax.dynamic_slice_in_dim(order, batch * batch_size, batch_size)
+    return jax.tree.map(lambda acts: acts[rows], block)
 
 
 class ArraySource:
-    """A source that walks round and round an array in memory, (rows, d_in): for tests and for stored activations."""
+    """A source that walks round and round arrays in memory, (rows, d) each: for tests and for stored activations."""
 
-    def __init__(self, acts: Float[np.ndarray, "rows d"]):
-        require(acts.shape[0] >= 1, f"an array of shape {acts.shape} holds no activations")
+    def __init__(self, *acts: Float[np.ndarray, "rows _"]):
+        require(len(acts) >= 1 and len(acts[0]) >= 1, "a source of arrays needs at least one, with at least one row")
         self._acts, self._start = acts, 0
-        self.d_in = acts.shape[1]
+        self.d_in = acts[0].shape[1]
 
     def fill(self, rows: int) -> Filling:
         """The next `rows` activations, from the top again where the array ends."""
-        where = (self._start + np.arange(rows)) % self._acts.shape[0]
-        self._start = int((self._start + rows) % self._acts.shape[0])
+        size = len(self._acts[0])
+        where = (self._start + np.arange(rows)) % size
+        self._start = int((self._start + rows) % size)
         yield 0.0
-        return jnp.asarray(self._acts[where])
+        block = tuple(jnp.asarray(acts[where]) for acts in self._acts)
+        return block if len(block) > 1 else block[0]
 
     def position(self) -> dict[str, Any]:
         """The next row."""
@@ -188,9 +192,13 @@ class ArraySource:
         self._start = int(position["row"])
 
 
-def scale_of(acts: Float[Array, "n d"]) -> Float[Array, ""]:
-    """The factor that gives activations a mean squared norm of d."""
-    return jnp.sqrt(acts.shape[1] / jnp.square(acts.astype(jnp.float32)).sum(-1).mean())
+def scale_of(acts: Float[Array, "n d"], layers: int = 1) -> Float[Array, "*d"]:
+    """The factor that gives activations a mean squared norm of d; for several layers side by side one each, (d,)."""
+    n, d = acts.shape
+    width = d // layers
+    squares = jnp.square(acts.astype(jnp.float32)).reshape(n, layers, width).sum(-1).mean(0)
+    scales = jnp.sqrt(width / squares)
+    return scales[0] if layers == 1 else jnp.repeat(scales, width)
 
 
 def geometric_median(x: Float[Array, "n d"], iterations: int = 100) -> Float[Array, " d"]:

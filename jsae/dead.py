@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jsae.axes import AXES
+from jsae.codes import Codes
 from jsae.saes import SAE, Latents
-from jsae.topk import Codes
 
 _LONGEST = 2**30  # the counter stops here instead of running over
 
 
 def times_fired(latents: Latents, d_sae: int) -> Int[Array, " f"]:
-    """On how many tokens each latent is above zero. A latent that was picked with value 0 did not fire."""
+    """On how many tokens each latent is not zero. A latent that was picked with value 0 did not fire."""
     if isinstance(latents, Codes):
-        return jnp.zeros(d_sae, jnp.int32).at[latents.indices].add(latents.values > 0)
-    return (latents > 0).sum(0, dtype=jnp.int32)
+        return jnp.zeros(d_sae, jnp.int32).at[latents.indices].add(latents.values != 0)
+    return (latents != 0).sum(0, dtype=jnp.int32)
 
 
 def after(since_fired: Int[Array, " f"], fired: Int[Array, " f"], tokens: int) -> Int[Array, " f"]:
@@ -26,29 +26,35 @@ def after(since_fired: Int[Array, " f"], fired: Int[Array, " f"], tokens: int) -
 
 
 def resample(
-    sae: SAE, moments: Any, dead: Bool[Array, " f"], x: Float[Array, "n d"], key: Key[Array, ""]
+    sae: SAE,
+    moments: Any,
+    dead: Bool[Array, " f"],
+    x: Float[Array, "n d"],
+    y: Float[Array, "n o"],
+    key: Key[Array, ""],
 ) -> tuple[SAE, Any]:
     """Gives every dead latent the direction of a badly reconstructed token, and forgets its Adam moments.
 
     After Bricken et al. 2023 ("Neuron resampling"): tokens are drawn with probability proportional to the square of
-    their loss, without replacement; the decoder row becomes the token's direction from `b_dec`, the encoder row the
-    same at 0.2 times the mean norm of the living, the biases zero.
+    their loss, without replacement; the decoder row becomes the direction of what is to be made of the token, from
+    `b_dec`, the encoder row that of the token at 0.2 times the mean norm of the living, the biases where they start.
 
     Args:
       sae: the SAE.
       moments: any tree whose leaves carry the names of the weights (the optimiser's state).
       dead: which latents to resample, (f,).
       x: scaled activations, (n, d).
+      y: what is to be made of them, (n, o): x itself unless it is a transcoder.
       key: for the draw.
     """
-    losses = jnp.square(x - sae.decode(sae.encode(x))).sum(-1)
+    losses = jnp.square(y - sae.decode(sae.activate(x)[0], x)).sum(-1)
     order = jnp.argsort(-(2 * jnp.log(losses + 1e-30) + jax.random.gumbel(key, losses.shape)))
     token = order[(jnp.cumsum(dead) - 1) % x.shape[0]]  # the i-th dead latent takes the i-th token drawn
-    centred = x - sae.b_dec
-    directions = (centred / (jnp.linalg.norm(centred, axis=1, keepdims=True) + 1e-30))[token]
     alive = jnp.linalg.norm(sae.W_enc[...], axis=1)
     mean_norm = jnp.where(dead, 0, alive).sum() / jnp.maximum((~dead).sum(), 1)
-    fresh = {"W_dec": directions, "W_enc": 0.2 * mean_norm * directions}
+    read = x if sae.b_in is None else x - sae.b_in
+    fresh = {"W_dec": _directions(y - sae.b_dec)[token], "W_enc": 0.2 * mean_norm * _directions(read)[token]}
+    fresh |= sae.latent_arrays(sae.config)
 
     def renew(path: tuple[Any, ...], leaf: Array) -> Array:
         name = _latent_array(path)
@@ -68,3 +74,7 @@ def _latent_array(path: tuple[Any, ...]) -> str | None:
 
 def _column(dead: Bool[Array, " f"], like: Array) -> Array:
     return dead.reshape(dead.shape + (1,) * (like.ndim - 1))
+
+
+def _directions(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    return x / (jnp.linalg.norm(x, axis=1, keepdims=True) + 1e-30)

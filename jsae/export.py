@@ -15,13 +15,39 @@ from jsae.config import SAEConfig, require
 SAELENS_VERSION = "6.54.12"
 """The version of the file format; SAELens reads a file without one as a much older form."""
 
-ARCHITECTURES: Mapping[str, str] = {"topk": "topk", "relu": "standard", "gated": "gated"}
-"""Names here to names in SAELens."""
+ARCHITECTURES: Mapping[str, str] = {
+    "topk": "topk",
+    "batchtopk": "jumprelu",
+    "matryoshka": "jumprelu",
+    "abstopk": "abstopk",
+    "relu": "standard",
+    "gated": "gated",
+    "jumprelu": "jumprelu",
+}
+"""Names here to names in SAELens: of what is left for inference."""
+
+TRANSCODERS: Mapping[str, str] = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
+"""The same of transcoders; with a skip path `_transcoder` becomes `_skip_transcoder`."""
 
 Arrays = Mapping[str, np.ndarray]
+Scale = float | np.ndarray
 
 
-def fold(weights: Arrays, scale: float) -> dict[str, np.ndarray]:
+def architecture(config: SAEConfig) -> str:
+    """SAELens's name for what an SAE of this configuration leaves as.
+
+    Raises:
+      ConfigError: SAELens has no form of it.
+    """
+    name = ARCHITECTURES[config.architecture]
+    if not config.is_transcoder:
+        return name
+    possible = ", ".join(a for a, form in ARCHITECTURES.items() if form in TRANSCODERS)
+    require(name in TRANSCODERS, f"there is no exported form of a {config.architecture} transcoder: use {possible}")
+    return TRANSCODERS[name].replace("transcoder", "skip_transcoder") if config.skip else TRANSCODERS[name]
+
+
+def fold(weights: Arrays, scale: Scale, scale_out: Scale) -> dict[str, np.ndarray]:
     """The same SAE for activations as the model has them, with unit decoder rows, W_enc turned to (d_in, d_sae).
 
     Trained on `scale * x`. With W_enc' = scale W_enc, W_dec' = W_dec / scale and b_dec' = b_dec / scale the latents
@@ -29,7 +55,8 @@ def fold(weights: Arrays, scale: float) -> dict[str, np.ndarray]:
 
     Args:
       weights: by name, in the trainer's layout (`jsae.axes.AXES`).
-      scale: the factor on activations in training.
+      scale: the factor on what is read in training, one number or one per dimension.
+      scale_out: the factor on what is made, which is the same unless it is a transcoder's.
 
     Raises:
       ConfigError: a weight that is not finite, or a decoder row of norm 0.
@@ -37,44 +64,68 @@ def fold(weights: Arrays, scale: float) -> dict[str, np.ndarray]:
     exact = {name: np.asarray(w, np.float64) for name, w in weights.items()}
     for name, w in exact.items():
         require(bool(np.isfinite(w).all()), f"{name} holds numbers that are not finite: this SAE cannot be exported")
-    exact["W_dec"] = exact["W_dec"] / scale
-    exact["b_dec"] = exact["b_dec"] / scale
+    scale = np.asarray(scale, np.float64)
+    scale_out = np.asarray(scale_out, np.float64)
+    exact["W_dec"] = exact["W_dec"] / scale_out
+    exact["b_dec"] = exact["b_dec"] / scale_out
+    if "W_skip" in exact:
+        exact["W_skip"] = exact["W_skip"] * scale / np.reshape(scale_out, (-1, 1))
     norms = np.linalg.norm(exact["W_dec"], axis=1)
     require(bool((norms > 0).all()), f"{int((norms == 0).sum())} decoder rows have norm 0: they cannot be normalised")
     exact["W_dec"] = exact["W_dec"] / norms[:, None]
     exact["W_enc"] = (exact["W_enc"] * scale * norms[:, None]).T
-    for name in set(exact) - {"W_enc", "W_dec", "b_dec", "r_mag"}:  # r_mag is the log of a ratio of weights
+    for name in set(exact) - {"W_enc", "W_dec", "b_dec", "W_skip", "r_mag"}:  # r_mag is the log of a ratio of weights
         exact[name] = exact[name] * norms
     return {name: np.ascontiguousarray(w, np.float32) for name, w in exact.items()}
 
 
-def write(folder: Path, config: SAEConfig, weights: Arrays, scale: float, metadata: Mapping[str, Any]) -> None:
+def write(
+    folder: Path,
+    config: SAEConfig,
+    weights: Arrays,
+    scale: Scale,
+    scale_out: Scale,
+    metadata: Mapping[str, Any],
+) -> None:
     """Writes `cfg.json` and `sae_weights.safetensors` into `folder`, whole or not at all.
+
+    A crosscoder's directory has the same files in a layout of its own: architecture `crosscoder` with the encoder's
+    form under `activation`, `W_enc` (layers, d, d_sae), `W_dec` (d_sae, layers, d), `b_dec` (layers, d), and `d_in` the
+    width of one layer; a decoder row has norm 1 over all its layers.
 
     Args:
       folder: made new; an export that is there is replaced.
       config: the SAE's.
       weights: in the trainer's layout.
-      scale: the factor on activations in training.
+      scale: the factor on what is read in training.
+      scale_out: the factor on what is made in training.
       metadata: what SAELens keeps about an SAE: model_name, hook_name, context_size, prepend_bos and more.
 
     Raises:
-      ConfigError: weights that cannot be folded.
+      ConfigError: weights that cannot be folded, or an architecture without an exported form.
     """
     cfg: dict[str, Any] = {
-        "architecture": ARCHITECTURES[config.architecture],
+        "architecture": architecture(config),
         "d_in": config.d_in,
         "d_sae": config.d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": not config.is_transcoder,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": SAELENS_VERSION, **metadata},
     }
-    if config.architecture == "topk":
+    if config.is_transcoder:
+        cfg |= {"d_out": config.width_out}
+    if cfg["architecture"] in ("topk", "abstopk"):
         cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
-    folded = fold(weights, scale)
+    folded = fold(weights, scale, scale_out)
+    if config.layers > 1:
+        cfg |= {"architecture": "crosscoder", "activation": cfg["architecture"], "layers": config.layers}
+        cfg["d_in"] = d = config.d_in // config.layers
+        folded["W_enc"] = folded["W_enc"].reshape(config.layers, d, config.d_sae)
+        folded["W_dec"] = folded["W_dec"].reshape(config.d_sae, config.layers, d)
+        folded["b_dec"] = folded["b_dec"].reshape(config.layers, d)
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

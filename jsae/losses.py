@@ -1,10 +1,12 @@
 """Reconstruction, sparsity, and AuxK."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jsae import topk
+from jsae import codes, topk
 
 
 def squared_error(x: Float[Array, "n d"], x_hat: Float[Array, "n d"]) -> Float[Array, ""]:
@@ -12,18 +14,18 @@ def squared_error(x: Float[Array, "n d"], x_hat: Float[Array, "n d"]) -> Float[A
     return jnp.square(x - x_hat).sum(-1).mean()
 
 
-def l1(latents: Float[Array, "n f"], W_dec: Float[Array, "f d"]) -> Float[Array, ""]:
+def l1(latents: Float[Array, "n f"], W_dec: Float[Array, "f o"]) -> Float[Array, ""]:
     """mean_n sum_i latents_i |W_dec,i|, for latents that are not negative."""
     return (latents @ jnp.linalg.norm(W_dec, axis=1)).mean()
 
 
 def auxk(
     x: Float[Array, "n d"],
-    residual: Float[Array, "n d"],
+    residual: Float[Array, "n o"],
     W_enc: Float[Array, "f d"],
     b_enc: Float[Array, " f"],
-    W_dec: Float[Array, "f d"],
-    b_dec: Float[Array, " d"],
+    W_dec: Float[Array, "f o"],
+    b_in: Float[Array, " d"] | None,
     dead: Bool[Array, " f"],
     k: int,
 ) -> Float[Array, ""]:
@@ -38,19 +40,43 @@ def auxk(
     e = lax.stop_gradient(residual)
     n_dead = dead.sum()
 
-    def none() -> Float[Array, "n d"]:
+    def none() -> Float[Array, "n o"]:
         return jnp.zeros_like(e)
 
-    def all_of_them() -> Float[Array, "n d"]:
+    def all_of_them() -> Float[Array, "n o"]:
         (rows,) = jnp.nonzero(dead, size=k, fill_value=0)
         real = jnp.arange(k) < n_dead
-        pre = topk.pre_activations(x, W_enc[rows], b_enc[rows], b_dec)
+        pre = codes.pre_activations(x, W_enc[rows], b_enc[rows], b_in)
         return jnp.where(real, pre, 0) @ W_dec[rows]
 
-    def the_largest() -> Float[Array, "n d"]:
-        return topk.decode(topk.encode(x, W_enc, b_enc, b_dec, dead, k), W_dec)
+    def the_largest() -> Float[Array, "n o"]:
+        picked = codes.encode(x, W_enc, b_enc, b_in, dead, None, functools.partial(topk.top_k, k=k))
+        return codes.decode(picked, W_dec, len(x))
 
     branch = (n_dead > 0).astype(jnp.int32) + (n_dead > k)
     e_hat = lax.switch(branch, (none, all_of_them, the_largest))
     variance = jnp.square(e - e.mean(0)).sum(-1).mean()
     return jnp.minimum(n_dead / k, 1) * jnp.nan_to_num(squared_error(e, e_hat) / variance)
+
+
+def nested(
+    y: Float[Array, "n o"],
+    latents: codes.Codes,
+    W_dec: Float[Array, "f o"],
+    b_dec: Float[Array, " o"],
+    widths: tuple[int, ...],
+) -> Float[Array, ""]:
+    """sum_w mean_n |y - (f[:w] W_dec[:w] + b_dec)|^2 over the inner widths w, all but the last, which is d_sae.
+
+    Bussmann et al. 2025, "Learning multi-level features with Matryoshka sparse autoencoders" (arXiv 2503.17547),
+    equation 3. A code counts from the first width that holds its latent: all levels are decoded in one pass, each code
+    into its own level, and added up.
+    """
+    n = len(y)
+    level = jnp.searchsorted(jnp.asarray(widths[:-1]), latents.indices, side="right")
+    tokens = jnp.arange(n)[:, None] if latents.rows is None else latents.rows
+    inner = level < len(widths) - 1
+    moved = codes.Codes(jnp.where(inner, latents.values, 0), latents.indices, jnp.where(inner, level, 0) * n + tokens)
+    parts = codes.decode(moved, W_dec, n * (len(widths) - 1)).reshape(len(widths) - 1, n, -1)
+    errors = y - b_dec - jnp.cumsum(parts, axis=0)
+    return jnp.square(errors).sum(-1).mean(1).sum()

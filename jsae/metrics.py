@@ -30,11 +30,11 @@ class Sums(NamedTuple):
     total: Any
     """sum x, (d,)"""
     l0: Any
-    """number of latents above zero"""
+    """number of latents other than zero"""
     l1: Any
-    """sum of latents"""
+    """sum of their magnitudes"""
     fired: Any
-    """tokens on which each latent is above zero, (f,)"""
+    """tokens on which each latent is not zero, (f,)"""
     nonfinite: Any
     """activations (numbers) that are NaN or infinite"""
 
@@ -65,8 +65,8 @@ def of(x: Any, x_hat: Any, values: Any, fired: Any, *, loss: Any, nonfinite: Any
         cosine=(inner / (norm * norm_hat + tiny)).sum(),
         norm_ratio=(norm_hat / (norm + tiny)).sum(),
         total=x.sum(0),
-        l0=(values > 0).sum(),
-        l1=values.sum(),
+        l0=(values != 0).sum(),
+        l1=abs(values).sum(),
         fired=fired,
         nonfinite=nonfinite,
     )

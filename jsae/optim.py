@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 from jsae.config import TrainConfig
 
+_THRESHOLD_RATE = 10.0  # learning rate of thresholds, relative to the rest's
+
 
 def schedule(config: TrainConfig, d_sae: int) -> optax.Schedule:
     """Linear warm-up, a plateau, then linear decay to zero over the last part of the run; step to learning rate."""
@@ -26,12 +28,16 @@ def schedule(config: TrainConfig, d_sae: int) -> optax.Schedule:
 
 
 def optimizer(config: TrainConfig, d_sae: int) -> optax.GradientTransformation:
-    """Clip, project decoder gradients on the sphere, Adam, learning rate, back on the sphere."""
+    """Clip, project decoder gradients on the sphere, Adam, learning rate (thresholds get more), back on the sphere.
+
+    Adam moves the logarithm of a threshold by at most the learning rate a step, far less than a direction turns.
+    """
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         tangent_rows(),
         optax.scale_by_adam(config.beta1, config.beta2),
         optax.scale_by_learning_rate(schedule(config, d_sae)),
+        _on("log_threshold", lambda u, _: _THRESHOLD_RATE * u),
         unit_rows(),
     )
 
@@ -42,7 +48,7 @@ def tangent_rows() -> optax.GradientTransformation:
     def project(g: Float[Array, "f d"], row: Float[Array, "f d"]) -> Float[Array, "f d"]:
         return g - (g * row).sum(-1, keepdims=True) * row / jnp.square(row).sum(-1, keepdims=True)
 
-    return _on_decoder(project)
+    return _on("W_dec", project)
 
 
 def unit_rows() -> optax.GradientTransformation:
@@ -52,14 +58,14 @@ def unit_rows() -> optax.GradientTransformation:
         moved = row + u
         return moved / jnp.linalg.norm(moved, axis=-1, keepdims=True) - row
 
-    return _on_decoder(bend)
+    return _on("W_dec", bend)
 
 
-def _on_decoder(change: Callable[[Array, Array], Array]) -> optax.GradientTransformation:
-    """A stateless link that applies `change(update, parameter)` to `W_dec` and leaves the rest alone."""
+def _on(name: str, change: Callable[[Array, Array], Array]) -> optax.GradientTransformation:
+    """A stateless link that applies `change(update, parameter)` to one weight and leaves the rest alone."""
 
     def at(path: tuple[Any, ...], update: Array, parameter: Array) -> Array:
-        mine = any(getattr(p, "name", getattr(p, "key", None)) == "W_dec" for p in path)
+        mine = any(getattr(p, "name", getattr(p, "key", None)) == name for p in path)
         return change(update, parameter) if mine else update
 
     return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(at, updates, params))

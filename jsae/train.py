@@ -9,12 +9,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jsae import axes, data, dead, losses, metrics, saes
+from jsae import axes, control, data, dead, losses, metrics, saes
+from jsae.codes import Codes
 from jsae.config import SAEConfig, TrainConfig
+from jsae.control import Control
 from jsae.optim import optimizer
-from jsae.topk import Codes
 
-Step = Callable[["TrainState", Array], tuple["TrainState", metrics.Sums]]
+Acts = Float[Array, "n d"] | tuple[Float[Array, "n _"], ...]
+"""Activations of n tokens: of one hook, of a transcoder's input and target, or of every layer of a crosscoder."""
+
+_INIT_ROWS = 16384  # of the sample
 
 
 class TrainState(NamedTuple):
@@ -22,17 +26,23 @@ class TrainState(NamedTuple):
 
     sae: saes.SAE
     opt: Any
+    average: saes.SAE | None
+    """The exponential mean of the weights, where one is kept."""
     since_fired: Int[Array, " f"]
-    """Tokens since each latent last had a value above zero."""
-    scale: Float[Array, ""]
+    """Tokens since each latent last had a value other than zero."""
+    scale: Float[Array, "*d"]
     """The factor on activations, estimated once; the SAE's weights live in scaled units until export."""
+    scale_out: Float[Array, "*d"]
+    """The same of what is reconstructed: another one for a transcoder."""
+    control: Control
+    """What the sparsity penalty is multiplied with, and how it is led."""
     step: Int[Array, ""]
     """Steps taken."""
     bad_step: Int[Array, ""]
     """The first step whose loss was not finite; -1 while there was none."""
 
 
-_INIT_ROWS = 16384  # of the sample, for the geometric median
+Step = Callable[[TrainState, Acts], tuple[TrainState, metrics.Sums]]
 
 
 class NotFiniteError(FloatingPointError):
@@ -40,27 +50,29 @@ class NotFiniteError(FloatingPointError):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def init(sae_config: SAEConfig, config: TrainConfig, sample: Float[Array, "n d"]) -> TrainState:
-    """The state before the first step, scaled and centred on a sample of activations (n, d_in).
+def init(sae_config: SAEConfig, config: TrainConfig, sample: Acts) -> TrainState:
+    """The state before the first step, scaled and centred on a sample of activations.
 
-    `scale` brings the sample's mean squared norm to d_in; `b_dec` starts at the geometric median, so that the SAE does
-    not spend its latents on the mean; `W_enc` starts as `W_dec` times the one factor with which the first
-    reconstruction fits best (Gao et al. 2024, section A.1, make its norm right), or many latents that point the same
-    way add up to several times the input and the first thousand steps go into unlearning that.
+    `scale` brings the sample's mean squared norm to its width, in a crosscoder layer by layer; `b_dec` starts at the
+    geometric median of what is to be made, so that the SAE does not spend its latents on the mean; `W_enc` starts as
+    `W_dec` times the one factor with which the first reconstruction fits best (Gao et al. 2024, section A.1, make its
+    norm right), or many latents that point the same way add up to several times the input and the first thousand steps
+    go into unlearning that.
     """
-    scale = data.scale_of(sample)
-    x = sample[:_INIT_ROWS].astype(jnp.float32) * scale
-    centre = data.geometric_median(x)
+    x, y = ends(sae_config, sample)
+    scale, scale_out = (data.scale_of(a, sae_config.layers) for a in (x, y))
+    x, y = (a[:_INIT_ROWS].astype(jnp.float32) * s for a, s in ((x, scale), (y, scale_out)))
+    centre = data.geometric_median(y)
     sae = saes.make(sae_config, key=jax.random.key(config.seed), b_dec=centre)
-    made = sae.decode(sae.encode(x[:2048])) - centre
-    # Every encoder is homogeneous while its biases are zero: scaling it scales what was made.
-    gain = (made * (x[:2048] - centre)).sum() / jnp.square(made).sum()
-    sae.W_enc[...] = sae.W_enc * gain
+    sae.fit(x, y - centre)
     return TrainState(
         sae=sae,
         opt=optimizer(config, sae_config.d_sae).init(sae),
+        average=None if config.average_fraction is None else jax.tree.map(jnp.copy, sae),
         since_fired=jnp.zeros(sae_config.d_sae, jnp.int32),
         scale=scale,
+        scale_out=scale_out,
+        control=control.begin(sae_config.target_l0),
         step=jnp.int32(0),
         bad_step=jnp.int32(-1),
     )
@@ -71,52 +83,94 @@ def place(state: TrainState, mesh: Mesh) -> TrainState:
     return jax.device_put(state, axes.shardings(state, mesh))
 
 
-def make_step(config: TrainConfig, d_sae: int) -> Step:
-    """The training step, compiled: `(state, acts (n, d_in)) -> (state, sums of the batch)`. The state is donated."""
-    tx = optimizer(config, d_sae)
+def make_step(config: TrainConfig, d_sae: int, k: int | None = None) -> Step:
+    """The training step, compiled: `(state, acts) -> (state, sums of the batch)`. The state is donated.
 
-    def step(state: TrainState, acts: Float[Array, "n d"]) -> tuple[TrainState, metrics.Sums]:
-        x = acts.astype(jnp.float32) * state.scale
-        is_dead = state.since_fired >= config.dead_after
-        (loss, (latents, x_hat)), grads = jax.value_and_grad(_loss, has_aux=True)(state.sae, x, is_dead)
-        updates, opt = tx.update(grads, state.opt, state.sae)
-        sae = jax.tree.map(jnp.add, state.sae, updates)
-        fired = dead.times_fired(latents, d_sae)
-        since_fired = dead.after(state.since_fired, fired, x.shape[0])
-        number = state.step + 1
-        if config.resample_steps is not None:
-            sae, opt, since_fired = _resampled(config, number, sae, opt, since_fired, x)
-        bad = ~jnp.isfinite(loss) & (state.bad_step < 0)
-        new = TrainState(sae, opt, since_fired, state.scale, number, jnp.where(bad, number, state.bad_step))
-        sums = metrics.of(
-            x / state.scale,
-            x_hat / state.scale,
-            _values(latents) / state.scale,
-            fired,
-            loss=loss,
-            nonfinite=(~jnp.isfinite(acts)).sum(),
-        )
-        return new, sums
+    Args:
+      config: how the SAE is trained.
+      d_sae: its latents.
+      k: for the steps in which more codes than the SAE's k are drawn, how many there is room for.
+    """
+
+    def step(state: TrainState, acts: Acts) -> tuple[TrainState, metrics.Sums]:
+        return update(config, state, acts, k)
 
     return jax.jit(step, donate_argnums=0)
 
 
+def update(config: TrainConfig, state: TrainState, acts: Acts, k: int | None = None) -> tuple[TrainState, metrics.Sums]:
+    """One training step, not compiled: what `make_step` and a pass over many SAEs run."""
+    x, y = ends(state.sae.config, acts)
+    x, y = x.astype(jnp.float32) * state.scale, y.astype(jnp.float32) * state.scale_out
+    number, d_sae = state.step + 1, state.sae.config.d_sae
+    target, steps = state.sae.config.target_l0, config.num_steps
+    strength = control.strength(state.control, target, state.sae.proportional, number, steps)
+    limit = None if k is None else _k_now(config, state.sae.config.k, number)
+    now = saes.Now(strength * _ramp(config, number), state.since_fired >= config.dead_after, k, limit)
+    (loss, (latents, y_hat)), grads = jax.value_and_grad(_loss, has_aux=True)(state.sae, x, y, now)
+    updates, opt = optimizer(config, d_sae).update(grads, state.opt, state.sae)
+    sae = jax.tree.map(jnp.add, state.sae, updates)
+    sae.settle(latents, _settling_rate(config, number))
+    fired = dead.times_fired(latents, d_sae)
+    since_fired = dead.after(state.since_fired, fired, x.shape[0])
+    if config.resample_steps is not None:
+        sae, opt, since_fired = _resampled(config, number, sae, opt, since_fired, x, y)
+    bad = ~jnp.isfinite(loss) & (state.bad_step < 0)
+    new = TrainState(
+        sae=sae,
+        opt=opt,
+        average=_averaged(config, state.average, sae, number),
+        since_fired=since_fired,
+        scale=state.scale,
+        scale_out=state.scale_out,
+        control=control.after(state.control, target, fired.sum() / x.shape[0], number, steps),
+        step=number,
+        bad_step=jnp.where(bad, number, state.bad_step),
+    )
+    raw = acts if isinstance(acts, tuple) else (acts,)
+    sums = metrics.of(
+        y / state.scale_out,
+        y_hat / state.scale_out,
+        _values(latents) / jnp.mean(state.scale_out),
+        fired,
+        loss=loss,
+        nonfinite=sum((~jnp.isfinite(a)).sum() for a in raw),
+    )
+    return new, sums
+
+
 def fit(
-    config: TrainConfig, state: TrainState, batches: Iterator[Array]
+    config: TrainConfig, state: TrainState, batches: Iterator[Acts]
 ) -> Iterator[tuple[int, TrainState, metrics.Sums]]:
     """Trains from where `state` stands to the end of the run, one batch a step.
 
     Yields `(steps taken, state, sums of the batch)` after every step without waiting for the device. The state is
     the next step's to reuse: whoever keeps it must copy it before asking for the next.
     """
-    step = make_step(config, state.sae.config.d_sae)
+    sae, steps = state.sae.config, {}
     for number in range(int(state.step) + 1, config.num_steps + 1):
-        state, sums = step(state, next(batches))
+        k = room(config, sae, number)
+        if k not in steps:
+            steps[k] = make_step(config, sae.d_sae, k)
+        state, sums = steps[k](state, next(batches))
         yield number, state, sums
 
 
-def check_finite(state: TrainState, sums: metrics.Sums) -> None:
-    """Waits for the device and stops a run that went wrong.
+def room(config: TrainConfig, sae: SAEConfig, number: int) -> int | None:
+    """How many codes a token may have in a step in which k is still above the SAE's; None afterwards."""
+    return config.k_start if config.anneals(sae) and number <= config.anneal_steps else None
+
+
+def ends(config: SAEConfig, acts: Acts) -> tuple[Float[Array, "n d"], Float[Array, "n o"]]:
+    """What is read and what is to be made of it: the layers of a crosscoder side by side, else first and last."""
+    parts = acts if isinstance(acts, tuple) else (acts,)
+    if config.layers > 1:
+        parts = (jnp.concatenate(parts, axis=1),)
+    return parts[0], parts[-1]
+
+
+def check_finite(state: TrainState, sums: metrics.Sums, name: str | None = None) -> None:
+    """Waits for the device and stops a run that went wrong; `name` says which SAE of several.
 
     Raises:
       NotFiniteError: some step so far had a loss that is NaN or infinite.
@@ -129,25 +183,54 @@ def check_finite(state: TrainState, sums: metrics.Sums) -> None:
             if bad
             else "the activations were finite: lower the learning rate or raise the warm-up"
         )
-        raise NotFiniteError(f"the loss is not finite at step {step}; {cause}")
+        whose = "" if name is None else f" of {name}"
+        raise NotFiniteError(f"the loss{whose} is not finite at step {step}; {cause}")
+
+
+def trained(state: TrainState) -> saes.SAE:
+    """The SAE to export: the averaged one where an average was kept, else the last."""
+    return state.sae if state.average is None else state.average
 
 
 def _loss(
-    sae: saes.SAE, x: Float[Array, "n d"], is_dead: Array
-) -> tuple[Float[Array, ""], tuple[saes.Latents, Float[Array, "n d"]]]:
+    sae: saes.SAE, x: Float[Array, "n d"], y: Float[Array, "n o"], now: saes.Now
+) -> tuple[Float[Array, ""], tuple[saes.Latents, Float[Array, "n o"]]]:
     """Squared error plus the architecture's penalty."""
-    latents, seen = sae.activate(x)
-    x_hat = sae.decode(latents)
-    loss = losses.squared_error(x, x_hat) + sae.penalty(x, x_hat, latents, seen, is_dead)
-    return loss, (latents, x_hat)
+    latents, seen = sae.activate(x, now)
+    y_hat = sae.decode(latents, x)
+    loss = losses.squared_error(y, y_hat) + sae.penalty(saes.Pass(x, y, y_hat, latents, seen, now))
+    return loss, (latents, y_hat)
 
 
 def _values(latents: saes.Latents) -> Array:
     return latents.values if isinstance(latents, Codes) else latents
 
 
+def _ramp(config: TrainConfig, number: Int[Array, ""]) -> Float[Array, ""]:
+    """Rises from 0 to 1 over the warm-up of penalties."""
+    return jnp.minimum(number / max(config.sparsity_warmup_fraction * config.num_steps, 1), 1)
+
+
+def _settling_rate(config: TrainConfig, number: Int[Array, ""]) -> Float[Array, ""]:
+    """Of the means that an SAE keeps: over the last 1,000 steps, or the last twentieth of a shorter run."""
+    return jnp.maximum(1 / jnp.clip(config.num_steps / 20, 1, 1000), 1 / number)
+
+
+def _k_now(config: TrainConfig, k: int, number: Int[Array, ""]) -> Int[Array, ""]:
+    """The k of a step: from k_start down to k in a straight line."""
+    share = jnp.minimum(number / config.anneal_steps, 1)
+    return jnp.round(config.k_start + (k - config.k_start) * share).astype(jnp.int32)
+
+
+def _averaged(config: TrainConfig, average: saes.SAE | None, sae: saes.SAE, number: Int[Array, ""]) -> saes.SAE | None:
+    if average is None:
+        return None
+    rate = jnp.maximum(1 / max(config.average_fraction * config.num_steps, 1), 1 / number)
+    return jax.tree.map(lambda mean, new: mean + rate * (new - mean), average, sae)
+
+
 def _resampled(
-    config: TrainConfig, number: Array, sae: saes.SAE, opt: Any, since_fired: Array, x: Array
+    config: TrainConfig, number: Array, sae: saes.SAE, opt: Any, since_fired: Array, x: Array, y: Array
 ) -> tuple[saes.SAE, Any, Array]:
     """Resamples the dead where it is time to, but not while the learning rate decays."""
     last = round((1 - config.decay_fraction) * config.num_steps)
@@ -156,6 +239,6 @@ def _resampled(
     def renew() -> tuple[saes.SAE, Any, Array]:
         is_dead = since_fired >= config.dead_after
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        return *dead.resample(sae, opt, is_dead, x, key), jnp.where(is_dead, 0, since_fired)
+        return *dead.resample(sae, opt, is_dead, x, y, key), jnp.where(is_dead, 0, since_fired)
 
     return jax.lax.cond(due, renew, lambda: (sae, opt, since_fired))

@@ -53,7 +53,9 @@ def traces(model: nn.Module) -> list:
 def test_capture_sees_what_plain_forward_hooks_see(model, tokens):
     seen = {}
     handles = [
-        hooks.find(model, name).register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, o))
+        hooks.find(model, name).register_forward_hook(
+            lambda m, i, o, name=name: seen.__setitem__(name, i[0] if name.endswith("normalized") else o)
+        )
         for name in NAMES
     ]
     logits = model(tokens)

@@ -152,7 +152,7 @@ def test_passages_are_the_means_of_their_tokens(tokenizer):
     passages = classes.Passages(tokens, np.array([0, 1, 0, 1, 1]), np.array([True] * 4 + [False]), ["x", "y"])
     site = Site(model, "blocks.1.hook_resid_post", tokenizer.bos_token_id, tokens_per_forward=32)
     found = classes.of_passages(site, sae, passages)
-    ((_, _, acts, mask),) = Site(model, site.hook_name, tokenizer.bos_token_id).read([tokens])
+    ((_, _, acts, _, mask),) = Site(model, site.hook_name, tokenizer.bos_token_id).read([tokens])
     assert mask[:, 1:].all()
     np.testing.assert_allclose(found.acts, acts[:, 1:].mean(1), atol=1e-5)
     np.testing.assert_allclose(found.latents, sae.encode(acts[:, 1:]).mean(1), atol=1e-5)

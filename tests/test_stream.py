@@ -12,7 +12,7 @@ from tiny_nanochat import tiny
 from bridge.hooks import capture, hook_name
 from bridge.nanochat.model import GPT
 from bridge.stream import ActivationStream
-from jsae import train
+from jsae import sweep
 from jsae.config import SAEConfig, TrainConfig
 from jsae.data import Cursor, Shuffled
 
@@ -21,6 +21,8 @@ NAME, BOS, ROW = hook_name(1, "resid_post"), 0, 16
 
 class Text:
     """Rows of random tokens that start with BOS; row i depends on i alone."""
+
+    row_len = ROW
 
     def __init__(self):
         self.at = 0
@@ -45,7 +47,7 @@ def model() -> GPT:
 
 
 def stream(model, **kwargs) -> ActivationStream:
-    return ActivationStream(model, Text(), NAME, bos_token_id=BOS, rows_per_forward=4, **kwargs)
+    return ActivationStream(model, Text(), [[NAME]], bos_token_id=BOS, rows_per_forward=4, **kwargs)
 
 
 def take(source: ActivationStream, rows: int) -> np.ndarray:
@@ -55,28 +57,61 @@ def take(source: ActivationStream, rows: int) -> np.ndarray:
             share = next(filling)
             assert 0 <= share <= 1
     except StopIteration as done:
-        return np.asarray(done.value)
+        ((block,),) = done.value
+        return np.asarray(block)
+
+
+def read(model, name: str, rows: int, start: int = 0) -> np.ndarray:
+    """The activations of rows of text, (rows, ROW, 32)."""
+    text = Text()
+    text.seek({"at": start})
+    with torch.no_grad(), capture(model, [name]) as acts:
+        model(torch.from_numpy(text.next_rows(rows).astype(np.int64)))
+    return acts[name].numpy()
 
 
 def test_the_stream_gives_the_models_own_activations_without_bos(model):
-    with capture(model, [NAME]) as acts:
-        model(torch.from_numpy(Text().next_rows(8).astype(np.int64)))
-    expected = acts[NAME][:, 1:].reshape(-1, 32)
-    np.testing.assert_allclose(take(stream(model), 8 * (ROW - 1)), expected, atol=1e-5)
+    expected = read(model, NAME, 8)[:, 1:].reshape(-1, 32)
+    np.testing.assert_allclose(take(stream(model), 8 * ROW)[: 8 * (ROW - 1)], expected, atol=1e-5)
+
+
+def test_the_places_of_tokens_left_out_are_filled_with_the_first_of_the_others(model):
+    block = take(stream(model), 8 * ROW)
+    np.testing.assert_array_equal(block[8 * (ROW - 1) :], block[:8])
 
 
 def test_without_a_bos_id_every_token_stays(model):
-    source = ActivationStream(model, Text(), NAME, bos_token_id=None, drop_sinks=False)
-    take(source, 160)
-    assert source.tokens_kept == source.tokens_seen == 256
+    source = ActivationStream(model, Text(), [[NAME]], bos_token_id=None, drop_sinks=False)
+    np.testing.assert_allclose(take(source, 10 * ROW), read(model, NAME, 10).reshape(-1, 32), atol=1e-5)
+    assert source.tokens_seen == 10 * ROW
 
 
-def test_blocks_go_on_where_the_last_one_ended(model):
-    whole = take(stream(model), 300)
+def test_blocks_go_on_with_the_next_row_of_text(model):
     source = stream(model)
-    np.testing.assert_allclose(
-        np.concatenate([take(source, 70), take(source, 90), take(source, 140)]), whole, atol=1e-5
-    )
+    take(source, 70)  # four rows and a part of the fifth
+    np.testing.assert_allclose(take(source, 2 * ROW)[:30], read(model, NAME, 2, 5)[:, 1:].reshape(-1, 32), atol=1e-5)
+
+
+def test_sites_of_one_pass_are_each_as_if_alone(model):
+    def shout(module, inputs, output):
+        output[:, 5] *= 100
+        return output
+
+    other = hook_name(2, "mlp")
+    handle = model.transformer.h[2].mlp.register_forward_hook(shout)
+    try:
+        source = ActivationStream(model, Text(), [[NAME], [other], [NAME, other]], bos_token_id=BOS)
+        filling = source.fill(100)
+        while True:
+            next(filling)
+    except StopIteration as done:
+        (first,), (second,), both = (tuple(map(np.asarray, site)) for site in done.value)
+    finally:
+        handle.remove()
+    np.testing.assert_allclose(first, take(stream(model), 100), atol=1e-5)
+    kept = np.delete(read(model, NAME, 7), [0, 5], axis=1).reshape(-1, 32)
+    np.testing.assert_allclose(both[0][:80], kept[:80], atol=1e-5)  # what is a sink at one hook of a site is left out
+    assert first.shape == second.shape == both[0].shape == both[1].shape == (100, 32)
 
 
 def test_a_stream_that_went_back_gives_the_same_bits(model):
@@ -97,17 +132,17 @@ def test_sink_tokens_are_dropped_unless_asked_for(model):
 
     handle = model.transformer.h[1].register_forward_hook(shout)
     try:
-        quiet, loud = take(stream(model), 4 * (ROW - 2)), take(stream(model, drop_sinks=False), 4 * (ROW - 1))
+        quiet, loud = take(stream(model), 4 * ROW), take(stream(model, drop_sinks=False), 4 * ROW)
     finally:
         handle.remove()
     assert np.linalg.norm(quiet, axis=1).max() < 0.1 * np.linalg.norm(loud, axis=1).max()
-    assert len(quiet) == 4 * 14
+    np.testing.assert_array_equal(quiet[4 * (ROW - 2) :], quiet[:8])
 
 
 def test_a_token_that_is_not_finite_is_no_sink_but_arrives(model):
     handle = model.transformer.h[1].register_forward_hook(lambda m, i, o: o.index_fill(1, torch.tensor(3), torch.nan))
     try:
-        block = take(stream(model), 4 * (ROW - 1))
+        block = take(stream(model), 4 * ROW)[: 4 * (ROW - 1)]
     finally:
         handle.remove()
     assert np.isnan(block).any(axis=1).sum() == 4
@@ -127,11 +162,12 @@ def test_text_of_nothing_but_bos_is_refused(model):
 
 def test_a_layer_that_does_not_exist_is_refused_before_anything_runs(model):
     with pytest.raises(ValueError, match="4 layers"):
-        ActivationStream(model, Text(), hook_name(4, "mlp"), bos_token_id=BOS)
+        ActivationStream(model, Text(), [[NAME], [hook_name(4, "mlp")]], bos_token_id=BOS)
 
 
 def test_training_from_the_stream_makes_no_silent_transfers_and_resumes_to_the_same_bits(model):
-    sae, run = SAEConfig("topk", 32, 64, k=4), TrainConfig(num_activations=3000, batch_size=100, dead_after=1000)
+    run = TrainConfig(num_activations=3000, batch_size=100, dead_after=1000)
+    members = [sweep.Member(SAEConfig("topk", 32, 64, k=k), run, 0) for k in (4, 8)]
 
     def batches(cursor=None):
         return Shuffled(
@@ -139,15 +175,15 @@ def test_training_from_the_stream_makes_no_silent_transfers_and_resumes_to_the_s
         )
 
     start = batches()
-    initial = train.init(sae, run, start.peek())
+    initial = sweep.init(members, start.peek())
     midway = None
     with jax.transfer_guard("disallow"):
-        for step, state, _ in train.fit(run, initial, start):
+        for step, states, _ in sweep.fit(members, initial, start):
             if step == 12:
                 with jax.transfer_guard("allow"):
-                    midway = jax.device_get(state), start.cursor().to_json()
+                    midway = jax.device_get(states), start.cursor().to_json()
     assert midway is not None
     restored = jax.tree.map(jnp.asarray, midway[0])
-    *_, (_, again, _) = train.fit(run, restored, batches(Cursor(**midway[1])))
-    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+    *_, (_, again, _) = sweep.fit(members, restored, batches(Cursor(**midway[1])))
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(states), strict=True):
         np.testing.assert_array_equal(ours, theirs)

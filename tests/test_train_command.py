@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 import bridge.nanochat
 from bridge import torch_sae
 from bridge.hooks import capture
-from jsae import export, saes, train
+from jsae import export, train
 from jsae.config import SAEConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,7 +117,7 @@ def test_a_run_says_what_it_did_and_leaves_everything_it_promises(whole):
     assert {"loss", "fvu", "l0", "dead_fraction", "learning_rate"} <= set(reports[0])
     assert list((run / "tb").iterdir())
     record = json.loads((run / "config.json").read_text())
-    assert record["flags"]["k"] == 8
+    assert record["flags"]["k"] == [8]
     assert len(record["facts"]["model"]) == 64
 
 
@@ -150,12 +150,19 @@ def test_jax_torch_and_saelens_agree_on_real_activations(config, tmp_path):
     run = TrainConfig(num_activations=511 * 40, batch_size=511, learning_rate=1e-3)
     state = train.init(config, run, jnp.asarray(x.numpy()))
     *_, (_, state, _) = train.fit(run, state, iter([jnp.asarray(x.numpy())] * 40))
-    export.write(tmp_path / "sae", config, saes.weights(state.sae), float(state.scale), {})
-    expected = np.asarray(state.sae.decode(state.sae.encode(jnp.asarray(x.numpy()) * state.scale)) / state.scale)
-    for other in (torch_sae.load(tmp_path / "sae"), sae_lens.SAE.load_from_disk(str(tmp_path / "sae"))):
+    export.write(tmp_path / "sae", config, state.sae.arrays(), float(state.scale), float(state.scale), {})
+    scaled = jnp.asarray(x.numpy()) * state.scale
+    expected = np.asarray(state.sae.decode(state.sae.encode(scaled), scaled) / state.scale)
+    ours, lens = torch_sae.load(tmp_path / "sae"), sae_lens.SAE.load_from_disk(str(tmp_path / "sae"))
+    sure = np.ones(len(x), bool)
+    if config.architecture == "gated":  # a gate within rounding of its jump is open in one library, shut in the other
+        gates = (x - ours.b_dec) @ ours.W_enc + ours.b_gate
+        sure = (gates.abs() > 2e-6 * gates.abs().max()).all(1).numpy()
+        assert sure.mean() > 0.9
+    for other in (ours, lens):
         with torch.no_grad():
             x_hat = other.forward(x).numpy()
-        assert np.abs(x_hat - expected).max() < 1e-5 * np.abs(expected).max()
+        assert np.abs(x_hat - expected)[sure].max() < 1e-5 * np.abs(expected).max()
 
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(whole, text, tmp_path):
@@ -246,7 +253,7 @@ def test_activations_that_are_nan_stop_the_run_with_the_step_and_keep_the_last_g
 BAD = {
     "a checkpoint that is not there": ({"checkpoint": "nowhere/d20"}, "nowhere"),
     "a layer out of range": ({"layer": 6}, "6 layers, 0 to 5"),
-    "a negative layer": ({"layer": -1}, "blocks.-1"),
+    "a negative layer": ({"layer": -1}, "layer '-1' is neither a number from 0 nor 'all'"),
     "k above d_sae": ({"k": 257}, "k=257 active latents out of d_sae=256"),
     "an unknown flag": ({"lr": 3}, "Unknown command line flag 'lr'"),
     "a value of the wrong kind": ({"k": "many"}, "flag --k=many"),

@@ -102,7 +102,7 @@ def of_passages(site: Site, sae: TorchSAE, passages: Passages) -> Examples:
     few = _fewer(len(passages.tokens), sae)
     tokens, kind, train = (column[few] for column in passages[:3])
     acts, latents = [], []
-    for _, ids, x, mask in site.read(site.batches(tokens, sae.d_sae)):
+    for _, ids, x, _, mask in site.read(site.batches(tokens, sae.d_sae)):
         weight = mask.float() / mask.sum(1, keepdim=True).clamp(min=1)
         f = sae.encode(x[mask].float()) * weight[mask][:, None]
         pooled = f.new_zeros(len(ids), sae.d_sae).index_add_(0, mask.nonzero()[:, 0], f)
@@ -129,7 +129,7 @@ def of_tokens(site: Site, sae: TorchSAE, text: Text) -> Examples | None:
     wanted = np.zeros(text.tokens.shape, bool)
     wanted.reshape(-1)[chosen] = True
     acts, latents, found = [], [], []
-    for start, ids, x, mask in site.read(site.batches(text.tokens)):
+    for start, ids, x, _, mask in site.read(site.batches(text.tokens)):
         here = torch.from_numpy(wanted[start : start + len(ids)]).to(mask.device) & mask
         acts.append(x[here].float().cpu().numpy())
         latents.append(sae.encode(x[here].float()).cpu().numpy())

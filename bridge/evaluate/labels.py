@@ -75,7 +75,7 @@ def firings(site: Site, sae: TorchSAE, text: Text) -> Firings:
     counts = np.zeros((rows, length), bool)
     found: list[tuple[np.ndarray, ...]] = []
     total = 0
-    for start, tokens, acts, mask in site.read(site.batches(text.tokens, sae.d_sae)):
+    for start, tokens, acts, _, mask in site.read(site.batches(text.tokens, sae.d_sae)):
         latents = sae.encode(acts[mask].float())
         row, latent = latents.nonzero(as_tuple=True)
         token = mask.flatten().nonzero()[:, 0][row] + start * length

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import nn
 
-from bridge.hooks import capture
+from bridge.hooks import capture, parse
 from bridge.selection import kept
 
 
@@ -20,6 +20,9 @@ class Batch(NamedTuple):
     """Rows that came before."""
     tokens: Int[torch.Tensor, "B T"]
     acts: Float[torch.Tensor, "B T C"]
+    """What the SAE reads: of a crosscoder all its layers side by side."""
+    wanted: Float[torch.Tensor, "B T O"]
+    """What it should make: the same, but of a transcoder its target."""
     mask: Bool[torch.Tensor, "B T"]
     """Which tokens count: not BOS, no sinks (`bridge.selection`)."""
 
@@ -36,6 +39,8 @@ class Site:
     drop_sinks: bool = True
     """Whether tokens of extreme norm do not count."""
     tokens_per_forward: int = 8192
+    beside: tuple[str, ...] = ()
+    """A transcoder's target, or the other layers of a crosscoder."""
 
     @property
     def device(self) -> torch.device:
@@ -47,11 +52,20 @@ class Site:
         start = 0
         for ids in batches:
             tokens = torch.from_numpy(ids.astype(np.int64)).to(self.device)
-            with torch.no_grad(), capture(self.model, [self.hook_name], stop=True) as captured:
+            names = (self.hook_name, *self.beside)
+            with torch.no_grad(), capture(self.model, names, stop=True) as captured:
                 self.model(tokens)
-            acts = captured[self.hook_name]
-            yield Batch(start, tokens, acts, kept(acts, tokens, self.bos_token_id, self.drop_sinks))
+            found = [captured[name] for name in names]
+            counts = [kept(acts, tokens, self.bos_token_id, self.drop_sinks) for acts in found]
+            if not self.transcodes:
+                found = [torch.cat(found, dim=-1) if self.beside else found[0]]
+            yield Batch(start, tokens, found[0], found[-1], torch.stack(counts).all(0))
             start += len(ids)
+
+    @property
+    def transcodes(self) -> bool:
+        """Whether what is made is another activation of the same layer."""
+        return len(self.beside) == 1 and parse(self.hook_name)[1] != parse(self.beside[0])[1]
 
     def batches(self, rows: Int[np.ndarray, "R T"], numbers_per_token: int = 1) -> list[Int[np.ndarray, "r T"]]:
         """The rows in batches of `tokens_per_forward`, of less where every token makes many numbers; a row at least."""

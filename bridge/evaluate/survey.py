@@ -69,21 +69,27 @@ def survey(site: Site, sae: TorchSAE, batches: Iterable[np.ndarray]) -> Survey:
       ValueError: an SAE of another width, or no tokens at all.
     """
     total: Survey | None = None
-    for _, tokens, acts, mask in site.read(batches):
+    for _, tokens, acts, wanted, mask in site.read(batches):
         if acts.shape[-1] != sae.d_in:
             raise ValueError(f"an SAE of width {sae.d_in} cannot read {site.hook_name} of width {acts.shape[-1]}")
-        found = _survey(acts[mask].float(), mask.nonzero()[:, 0], len(tokens), sae)
+        found = _survey(acts[mask].float(), wanted[mask].float(), mask.nonzero()[:, 0], len(tokens), sae)
         total = found if total is None else total + found
     if total is None:
         raise ValueError("no held-out text to evaluate on")
     return total
 
 
-def _survey(x: Float[torch.Tensor, "n d"], row: Int[torch.Tensor, " n"], rows: int, sae: TorchSAE) -> Survey:
+def _survey(
+    x: Float[torch.Tensor, "n d"],
+    y: Float[torch.Tensor, "n o"],
+    row: Int[torch.Tensor, " n"],
+    rows: int,
+    sae: TorchSAE,
+) -> Survey:
     """The sums of the tokens that count of one batch; `row` says where each is from."""
     latents = sae.encode(x)
-    exact: tuple[Any, ...] = (x.double(), sae.decode(latents).double())
-    fired = latents > 0
+    exact: tuple[Any, ...] = (y.double(), sae.made(latents, x).double())
+    fired = latents != 0
     error = (exact[0] - exact[1]).square().sum(-1)
     sums = metrics.of(*exact, latents, fired.sum(0), loss=error.sum() / max(len(x), 1), nonfinite=(~x.isfinite()).sum())
     spread = (exact[0] - exact[0].mean(0)).square().sum(-1)

@@ -172,7 +172,7 @@ def _lay_out(config: Config, folder: Path) -> None:
     biases = {"b_enc": np.zeros(config.d_sae), "b_dec": np.zeros(config.d_model)}
     weights = {"W_enc": rows, "W_dec": rows} | biases
     sae = SAEConfig("topk", config.d_model, config.d_sae, k=config.k)
-    export.write(folder / "sae" / config.hook, sae, weights, 1.0, {"hook_name": config.hook, "model_name": "toy"})
+    export.write(folder / "sae" / config.hook, sae, weights, 1.0, 1.0, {"hook_name": config.hook, "model_name": "toy"})
     job = dataclasses.asdict(config) | {"hook": config.hook, "bos": BOS}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
 

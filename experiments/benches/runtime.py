@@ -111,7 +111,7 @@ def _interpretable(config: Config, model: GPT, folder: Path, device: str) -> Int
         "b_dec": np.zeros(width, np.float32),
     }
     name = hook_name(model.config.n_layer // 2, "resid_post")
-    export.write(folder / name, sae, weights, 1.0, {"hook_name": name})
+    export.write(folder / name, sae, weights, 1.0, 1.0, {"hook_name": name})
     return InterpretableModel(model, load_saes(folder, device))
 
 

@@ -1,0 +1,110 @@
+"""What comes after training: export, evaluation of what was exported, a word to the user."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bridge import torch_sae
+from bridge.evaluate import Site
+from bridge.evaluate.core import finite
+from bridge.evaluate.survey import survey
+from bridge.hooks import module_name
+from jsae import export, metrics
+from jsae.sweep import States
+from jsae.train import trained
+
+if TYPE_CHECKING:
+    from bridge.nanochat import Nanochat
+    from bridge.nanochat.corpus import Corpus
+    from experiments.plan import Trainee
+    from experiments.run_config import RunConfig
+
+
+def finish(
+    config: "RunConfig", trainees: Sequence["Trainee"], states: States, nano: "Nanochat", heldout: "Corpus"
+) -> None:
+    """Exports every SAE, measures the exports on held-out text, and says where everything lies."""
+    needed = -(-config.heldout_tokens // heldout.row_len)
+    rows = np.stack(list(heldout.one_pass(needed)))
+    found: dict[Path, dict[str, dict[str, float]]] = {}
+    for trainee, state in zip(trainees, states, strict=True):
+        folder = trainee.folder / "sae" / trainee.name
+        scales = np.asarray(state.scale), np.asarray(state.scale_out)
+        metadata = _metadata(config, trainee, nano, heldout.row_len)
+        export.write(folder, state.sae.config, trained(state).arrays(), *scales, metadata)
+        shipped = torch_sae.load(folder, nano.model.lm_head.weight.device)
+        site = Site(
+            nano.model,
+            trainee.hooks[0],
+            nano.tokenizer.bos_token_id,
+            config.drop_sinks,
+            config.tokens_per_forward,
+            beside=trainee.hooks[1:],
+        )
+        sums = survey(site, shipped, site.batches(rows)).sums
+        export.write_sparsity(folder, metrics.density(sums))
+        summary = {name: value for name, value in metrics.summarize(sums).items() if name != "loss"}
+        found.setdefault(trainee.folder, {})[trainee.name] = summary
+    for folder, summaries in found.items():
+        told = json.dumps(finite(summaries), indent=2, allow_nan=False)
+        (folder / "eval.json").write_text(told + "\n", encoding="utf-8")
+    _tell(config, trainees, found)
+
+
+def _metadata(config: "RunConfig", trainee: "Trainee", nano: "Nanochat", row_len: int) -> dict[str, Any]:
+    """What SAELens keeps about an SAE."""
+    told = {
+        "sae_lens_training_version": "jsae",
+        "model_name": f"nanochat-{config.checkpoint}" if config.checkpoint == "demo" else Path(config.checkpoint).name,
+        "model_class_name": "nanochat",
+        "model_fingerprint": nano.fingerprint,
+        "hook_name": trainee.hooks[0],
+        "hf_hook_name": module_name(trainee.hooks[0]),
+        "context_size": row_len,
+        "prepend_bos": True,
+        "exclude_special_tokens": sorted(nano.tokenizer.special_tokens.values()),
+        "dataset_path": config.data,
+        "seqpos_slice": [None],
+        "model_from_pretrained_kwargs": {},
+        "training_architecture": config.activation,
+        "training_tokens": config.num_activations,
+    }
+    if trainee.member.sae.is_transcoder:
+        target = trainee.hooks[1]
+        told |= {"hook_name_out": target, "hf_hook_name_out": module_name(target)}
+    if trainee.member.sae.layers > 1:
+        told |= {"hook_names": list(trainee.hooks)}
+    return told
+
+
+def _tell(config: "RunConfig", trainees: Sequence["Trainee"], found: dict[Path, dict[str, dict[str, float]]]) -> None:
+    tokens = next(iter(next(iter(found.values())).values()))["tokens"]
+    table = Table(title=f"on {tokens:,.0f} held-out tokens")
+    table.add_column("SAE", no_wrap=True)
+    for column in ("FVU", "L0", "dead", "cosine", "rel. bias"):
+        table.add_column(column, justify="right")
+    for trainee in trainees:
+        summary = found[trainee.folder][trainee.name]
+        table.add_row(
+            trainee.label,
+            f"{summary['fvu']:.4f}",
+            f"{summary['l0']:.2f}",
+            f"{summary['dead_fraction']:.2%}",
+            f"{summary['cosine']:.4f}",
+            f"{summary['relative_reconstruction_bias']:.4f}",
+        )
+    console = Console()
+    console.print(table)
+    run = Path(config.output_dir)
+    for trainee in trainees:
+        console.print(f"exported SAE    {trainee.folder / 'sae' / trainee.name}", soft_wrap=True)
+    console.print("read it with    bridge.torch_sae.load, sae_lens.SAE.load_from_disk", soft_wrap=True)
+    folders = ", ".join(map(str, found))
+    console.print(f"metrics         metrics.jsonl and eval.json in {folders}", soft_wrap=True)
+    console.print(f"curves          tensorboard --logdir {run / 'tb'}", soft_wrap=True)
+    console.print(f"checkpoints     {run / 'checkpoints'}", soft_wrap=True)

@@ -1,0 +1,203 @@
+"""What a training run is told: flags, and the SAEs that they ask for together."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from experiments.flags import flag
+from jsae.config import SPARSE, Architecture, Json, SAEConfig, TrainConfig, require
+
+HookType = Literal["resid_post", "attn", "mlp_in", "mlp"]
+
+SWEPT: Mapping[str, str] = {
+    "k": "k",
+    "l1_coefficient": "l1",
+    "l0_coefficient": "l0c",
+    "target_l0": "l0",
+    "learning_rate": "lr",
+    "seed": "seed",
+}
+"""Flags that take several values, and how they are written in the name of a variant."""
+
+
+@dataclass(frozen=True)
+class RunConfig(Json):
+    """One pass over the text, as the command line says it: one SAE, or several where flags have several values."""
+
+    checkpoint: str = flag("demo", "nanochat checkpoint: a directory, a model_*.pt, or 'demo', which comes along.")
+    step: int | None = flag(None, "Step of the checkpoint directory; none is the last.")
+    tokenizer: str | None = flag(None, "Directory of the tokenizer; none looks beside and above the checkpoint.")
+    data: str = flag("stdlib", "Text: stdlib, parquet shards, .jsonl[.gz] or text files, globs; comma-separated.")
+    layer: tuple[str, ...] = flag((), "Layers to read, from 0, an SAE each; or 'all'; none is half way.")
+    hook_type: HookType = flag("resid_post", "What to read there.")  # noqa: RUF009 - a field like the others
+    target_hook: HookType | None = flag(None, "A transcoder: what it predicts at the same layer, mlp from mlp_in.")  # noqa: RUF009
+    skip: bool = flag(False, "Give a transcoder a linear path beside its latents.")
+    crosscoder: bool = flag(False, "One SAE that reads and makes all of --layer together.")
+    activation: Architecture = flag("topk", "Architecture of the SAE.")  # noqa: RUF009
+    expansion_factor: int = flag(8, "Latents per dimension of the model.")
+    k: tuple[int, ...] = flag((32,), "Active latents per token (topk, abstopk), or on average (batchtopk, matryoshka).")
+    nested_widths: tuple[int, ...] = flag((), "Inner widths of a matryoshka SAE; none is 1/16, 1/8, 1/4 and 1/2.")
+    l1_coefficient: tuple[float, ...] = flag((5.0,), "Weight of the L1 penalty (relu, gated).")
+    l0_coefficient: tuple[float, ...] = flag((5.0,), "Weight of the sparsity penalty (jumprelu).")
+    jump_recipe: Literal["tanh", "l0"] = flag(
+        "tanh", "Anthropic's recipe of January 2025, or Gemma Scope's (jumprelu)."
+    )
+    bandwidth: float = flag(2.0, "Window around thresholds through which gradients reach them (jumprelu).")
+    target_l0: tuple[float, ...] = flag((), "Lead the penalty until so many are active (relu, gated, jumprelu).")
+    num_activations: int = flag(10_000_000, "Activations to train on.")
+    batch_size: int = flag(2048, "Activations per step.")
+    learning_rate: tuple[float, ...] = flag((), "Peak rate; none is 2e-4 / sqrt(d_sae / 16384).")
+    warmup_fraction: float = flag(0.02, "Part of the run over which the learning rate rises.")
+    decay_fraction: float = flag(0.2, "Part of the run over which it falls to zero, at the end.")
+    sparsity_warmup_fraction: float = flag(0.05, "Part of the run over which sparsity penalties rise.")
+    k_start: int | None = flag(None, "Start with so many active latents and come down to k.")
+    k_anneal_fraction: float = flag(0.1, "Part of the run over which k comes down.")
+    average_fraction: float | None = flag(None, "Export a running mean of the weights over this part of the run.")
+    dead_after: int | None = flag(None, "Activations without firing that make a latent dead; none: a tenth of the run.")
+    resample_every: int | None = flag(None, "Activations between resamplings of dead latents (relu, gated).")
+    seed: tuple[int, ...] = flag((0,), "Of the weights.")
+    data_seed: int = flag(0, "Of the order of the text and the shuffle.")
+    context_size: int | None = flag(None, "Tokens per row of text; none is the model's sequence_len.")
+    tokens_per_forward: int = flag(2048, "Tokens in one forward pass of the model; a GPU wants 16 times as many.")
+    block_size: int = flag(65536, "Activations that are held and shuffled together.")
+    drop_sinks: bool = flag(True, "Leave out tokens whose norm exceeds 10 times the median.")
+    heldout_tokens: int = flag(200_000, "Held-out tokens for the final metrics.")
+    checkpoint_every: int = flag(1_000_000, "Activations between checkpoints.")
+    log_every: int = flag(50, "Steps between reports.")
+    device: str = flag("cpu", "Where both torch and jax run: cpu, cuda or cuda:N.")
+    jax_memory_fraction: float = flag(0.4, "Part of the GPU's memory for jax; torch has the rest.")
+    output_dir: str = flag("runs/sae", "Directory of the run.")
+    resume: bool = flag(False, "Go on from the last checkpoint in output_dir.")
+    wandb_project: str | None = flag(None, "Also log to this Weights & Biases project (extra [wandb]).")
+    prepare_neuronpedia: bool = flag(False, "At the end, also gather records and write Neuronpedia's bulk export.")
+    model_id: str | None = flag(None, "Of --prepare_neuronpedia: the model's id; none is nanochat-dDEPTH-HASH.")
+    source_set: str | None = flag(
+        None, "Of --prepare_neuronpedia: none is SITE-WIDTH-HASH, res-16k-1a2b3c for example."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("expansion_factor", "tokens_per_forward", "block_size", "heldout_tokens", "log_every"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        require(self.checkpoint_every >= self.batch_size, "checkpoint_every must be at least one batch")
+        require(self.block_size >= self.batch_size, "block_size must be at least one batch")
+        require(
+            self.device == "cpu" or self.device.split(":")[0] == "cuda",
+            f"device is {self.device!r}: torch and jax share either cpu or cuda",
+        )
+        require(
+            0 < self.jax_memory_fraction < 0.95,
+            f"jax_memory_fraction is {self.jax_memory_fraction}: it must lie between 0 and 0.95",
+        )
+        for layer in self.layer:
+            require(layer == "all" or layer.isdecimal(), f"layer {layer!r} is neither a number from 0 nor 'all'")
+        require(len(set(self.layer)) == len(self.layer), f"--layer={','.join(self.layer)} names a layer twice")
+        self._check_kind()
+        self._check_swept()
+        self._check_neuronpedia()
+        for variant in self.variants():  # complains before anything heavy is imported
+            variant.train_config()
+
+    def _check_kind(self) -> None:
+        """Refuses a transcoder or crosscoder that is none."""
+        require(not self.skip or self.target_hook is not None, "--skip is of a transcoder: give --target_hook")
+        require(self.target_hook != self.hook_type, f"--target_hook={self.target_hook} is what is read: no transcoder")
+        if self.crosscoder:
+            require(self.target_hook is None, "--crosscoder makes what it reads: leave out --target_hook")
+            require(
+                len(self.layer) > 1 or self.layer == ("all",),
+                "--crosscoder reads several layers: give them with --layer=1,2,3 or --layer=all",
+            )
+
+    def _check_swept(self) -> None:
+        """Refuses values that would train the same SAE twice, or that mean nothing."""
+        for name in SWEPT:
+            values = getattr(self, name)
+            require(len(set(values)) == len(values), f"--{name}={','.join(map(str, values))} has a value twice")
+            require(bool(values) or name in ("learning_rate", "target_l0"), f"--{name} needs at least one value")
+        sparse = self.activation in SPARSE
+        penalty = {"l1_coefficient": ("relu", "gated"), "l0_coefficient": ("jumprelu",)}
+        unused = [name for name, users in penalty.items() if self.activation not in users] + ([] if sparse else ["k"])
+        for name in unused:
+            require(len(getattr(self, name)) == 1, f"--{name} means nothing to {self.activation}: give it no list")
+
+    def _check_neuronpedia(self) -> None:
+        """Refuses names that Neuronpedia would refuse when the training is over."""
+        from bridge.neuronpedia import ids
+
+        given = {"model_id": ids.check_model, "source_set": ids.check_source_set}
+        for name, check in given.items():
+            value = getattr(self, name)
+            if value is not None:
+                require(self.prepare_neuronpedia, f"--{name} is of --prepare_neuronpedia, which is not given")
+                check(value)
+
+    def variants(self) -> Iterator["RunConfig"]:
+        """The same run with one value for every flag that may have several: what is trained at each place."""
+        values = [getattr(self, name) or (None,) for name in SWEPT]
+        for chosen in itertools.product(*values):
+            one = {name: () if v is None else (v,) for name, v in zip(SWEPT, chosen, strict=True)}
+            yield self if all(getattr(self, n) == v for n, v in one.items()) else dataclasses.replace(self, **one)
+
+    def variant_name(self, variant: "RunConfig") -> str:
+        """The folder of a variant within the run: what sets it apart, as k32-seed1; nothing if it is the only one."""
+        return "-".join(
+            f"{short}{getattr(variant, name)[0]:g}" for name, short in SWEPT.items() if len(getattr(self, name)) > 1
+        )
+
+    def layers(self, n_layer: int) -> tuple[int, ...]:
+        """The layers of a model of so many."""
+        if not self.layer:
+            return ((n_layer - 1) // 2,)
+        return tuple(range(n_layer)) if "all" in self.layer else tuple(int(layer) for layer in self.layer)
+
+    def sae_config(self, width: int, layers: int = 1) -> SAEConfig:
+        """The SAE of a variant for a model of this width; `layers` of a crosscoder."""
+        d_sae = width * self.expansion_factor
+        nested = self.nested_widths
+        if self.activation == "matryoshka" and not nested:
+            nested = tuple(sorted({max(d_sae // part, 1) for part in (16, 8, 4, 2)} - {d_sae}))
+        return SAEConfig(
+            self.activation,
+            width * layers,
+            d_sae,
+            k=self.k[0],
+            nested_widths=nested,
+            l1_coefficient=self.l1_coefficient[0],
+            l0_coefficient=self.l0_coefficient[0],
+            jump_recipe=self.jump_recipe,
+            bandwidth=self.bandwidth,
+            target_l0=self.target_l0[0] if self.target_l0 else None,
+            d_out=None if self.target_hook is None else width,
+            skip=self.skip,
+            layers=layers,
+        )
+
+    def train_config(self) -> TrainConfig:
+        """How a variant is trained."""
+        same = {
+            name: getattr(self, name)
+            for name in (
+                "num_activations",
+                "batch_size",
+                "warmup_fraction",
+                "decay_fraction",
+                "sparsity_warmup_fraction",
+                "k_start",
+                "k_anneal_fraction",
+                "average_fraction",
+                "resample_every",
+            )
+        }
+        return TrainConfig(
+            **same,
+            learning_rate=self.learning_rate[0] if self.learning_rate else None,
+            dead_after=self.dead_after or min(10_000_000, max(self.num_activations // 10, 1)),
+            seed=self.seed[0],
+        )
+
+
+def as_json(config: RunConfig) -> dict[str, Any]:
+    """The flags as they come back from a file: lists for tuples."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in config.to_json().items()}

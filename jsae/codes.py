@@ -1,0 +1,148 @@
+"""Sparse codes: encode and decode that touch only the rows a token uses, with gradients that stay sparse.
+
+The one array of n × f numbers that exists on this path is the pre-activations. The dense forms are the tests' oracle.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Codes(NamedTuple):
+    """Active latents: `values[i, j]` of latent `indices[i, j]` for token `rows[i, j]`.
+
+    Without `rows`, row i is token i: k codes for every token. With them, tokens may have any number of codes.
+    """
+
+    values: Float[Array, "n k"]
+    indices: Int[Array, "n k"]
+    rows: Int[Array, "n k"] | None = None
+
+    def dense(self, n: int, d_sae: int) -> Float[Array, "n f"]:
+        """The same codes as an (n, d_sae) array."""
+        rows = jnp.arange(len(self.values))[:, None] if self.rows is None else self.rows
+        return jnp.zeros((n, d_sae), self.values.dtype).at[rows, self.indices].add(self.values)
+
+
+Select = Callable[..., Codes]
+"""`select(pre, limit=None)` picks codes out of pre-activations (n, f): their raw values. With a `limit` only so many
+per token count; the others have value 0."""
+
+
+def decode(codes: Codes, W_dec: Float[Array, "f d"], n: int) -> Float[Array, "n d"]:
+    """x_hat[t] = sum of values[i, j] * W_dec[indices[i, j]] over the codes of token t (no bias), for n tokens."""
+    return _decode(codes, W_dec, n)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _decode(codes: Codes, W_dec: Float[Array, "f d"], n: int) -> Float[Array, "n d"]:
+    return _sum_of_rows(codes, W_dec, n)
+
+
+def _decode_forward(codes: Codes, W_dec: Float[Array, "f d"], n: int) -> tuple[Float[Array, "n d"], tuple]:
+    return _sum_of_rows(codes, W_dec, n), (codes, W_dec)
+
+
+def _decode_backward(n: int, saved: tuple, g: Float[Array, "n d"]) -> tuple[Codes, Float[Array, "f d"]]:
+    codes, W_dec = saved
+
+    def dot(j: Int[Array, ""], dvalues: Float[Array, "k m"]) -> Float[Array, "k m"]:
+        return dvalues.at[j].set((_take(g, codes, j) * W_dec[codes.indices[:, j]]).sum(-1))
+
+    m, k = codes.values.shape
+    dvalues = lax.fori_loop(0, k, dot, jnp.zeros((k, m), codes.values.dtype)).T
+    return _cotangent(codes, dvalues), _rows_added(codes, g, W_dec.shape[0])
+
+
+_decode.defvjp(_decode_forward, _decode_backward)
+
+
+def pre_activations(
+    x: Float[Array, "n d"], W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"], b_in: Float[Array, " d"] | None
+) -> Float[Array, "n f"]:
+    """(x - b_in) W_enc^T + b_enc, with b_in moved into the bias: its gradient needs no n × f × d product."""
+    bias = b_enc if b_in is None else b_enc - W_enc @ b_in
+    return jnp.matmul(x, W_enc.T, preferred_element_type=jnp.float32) + bias
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def encode(
+    x: Float[Array, "n d"],
+    W_enc: Float[Array, "f d"],
+    b_enc: Float[Array, " f"],
+    b_in: Float[Array, " d"] | None,
+    allowed: Bool[Array, " f"] | None,
+    limit: Int[Array, ""] | None,
+    select: Select,
+) -> Codes:
+    """The codes that `select` picks out of the pre-activations of the `allowed` latents (None: all), raw: no ReLU.
+
+    A pick that had to fall on a latent that is not allowed has value 0. Gradients reach only what was picked.
+    """
+    pre = pre_activations(x, W_enc, b_enc, b_in)
+    if allowed is None:
+        return select(pre, limit=limit)
+    codes = select(jnp.where(allowed, pre, -jnp.inf), limit=limit)
+    return codes._replace(values=jnp.where(jnp.isneginf(codes.values), 0, codes.values))
+
+
+def _encode_forward(x, W_enc, b_enc, b_in, allowed, limit, select):
+    codes = encode(x, W_enc, b_enc, b_in, allowed, limit, select)
+    return codes, (x, W_enc, b_in, allowed, limit, codes)
+
+
+def _encode_backward(select, saved, g):
+    x, W_enc, b_in, allowed, limit, codes = saved
+    # What was only picked to fill up has value 0 and is no function of the weights.
+    dvalues = jnp.where(codes.values == 0, 0, g.values)
+    dcodes = codes._replace(values=dvalues)
+    db_enc = jnp.zeros(W_enc.shape[0], x.dtype).at[codes.indices].add(dvalues)
+    dW_enc = _rows_added(dcodes, x if b_in is None else x - b_in, W_enc.shape[0])
+    dx = _sum_of_rows(dcodes, W_enc, len(x))  # removed by the compiler where x is data
+    db_in = None if b_in is None else -(db_enc @ W_enc)
+    nothing = [None if a is None else _no_gradient(a) for a in (allowed, limit)]
+    return dx, dW_enc, db_enc, db_in, *nothing
+
+
+encode.defvjp(_encode_forward, _encode_backward)
+
+
+def _take(x: Float[Array, "n d"], codes: Codes, j: Int[Array, ""]) -> Float[Array, "m d"]:
+    """For the j-th code of every row of `codes`, the row of x of its token."""
+    return x if codes.rows is None else x[codes.rows[:, j]]
+
+
+def _sum_of_rows(codes: Codes, W: Float[Array, "f d"], n: int) -> Float[Array, "n d"]:
+    """The decode, one column of codes at a time, so that an array of n × k × d never exists."""
+
+    def add(j: Int[Array, ""], total: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        new = codes.values[:, j, None] * W[codes.indices[:, j]]
+        return total + new if codes.rows is None else total.at[codes.rows[:, j]].add(new)
+
+    zero = jnp.zeros((n, W.shape[1]), jnp.result_type(codes.values, W))
+    return lax.fori_loop(0, codes.values.shape[1], add, zero)
+
+
+def _rows_added(codes: Codes, x: Float[Array, "n d"], f: int) -> Float[Array, "f d"]:
+    """out[i] = sum of values * x[token] over all codes of latent i: the gradient of a weight matrix."""
+
+    def add(j: Int[Array, ""], total: Float[Array, "f d"]) -> Float[Array, "f d"]:
+        return total.at[codes.indices[:, j]].add(codes.values[:, j, None] * _take(x, codes, j))
+
+    return lax.fori_loop(0, codes.values.shape[1], add, jnp.zeros((f, x.shape[1]), x.dtype))
+
+
+def _cotangent(codes: Codes, dvalues: Float[Array, "n k"]) -> Codes:
+    rows = None if codes.rows is None else _no_gradient(codes.rows)
+    return Codes(dvalues, _no_gradient(codes.indices), rows)
+
+
+def _no_gradient(x: Array) -> np.ndarray:
+    """The cotangent that jax asks for of an array that is not of floats."""
+    return np.zeros(x.shape, jax.dtypes.float0)

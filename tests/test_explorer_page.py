@@ -133,6 +133,20 @@ def test_filters_know_the_range_of_densities_and_the_tokens_that_are_raised(home
     wait_for(home, np.flatnonzero((density > 10**-1.5) & (density < 10**-0.6)).tolist())
 
 
+def test_filters_know_the_range_of_largest_activations(home, run):
+    largest = Store(run / "explorer" / "records" / toy.HOOK)["max"]
+    home.click("#filters")
+    home.locator("#max-low").fill("0.5")
+    low, high = largest[largest > 0].min(), largest.max()
+    wait_for(home, np.flatnonzero(largest > np.sqrt(low * high)).tolist())  # half way by powers of ten
+    home.locator("#max-high").fill("0.25")  # handles do not pass each other
+    assert home.input_value("#max-high") == "0.5"
+    wait_for(home, [])
+    assert "No latent is like that" in home.inner_text("#list")
+    home.click("#clear")
+    wait_for(home, list(range(8)))
+
+
 # ---- a latent ------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@
 (() => {
   const { el, svg, number, percent, whole, later } = jsae;
   const ROW = 62; // pixels, as in explorer.css
-  const FLOOR = 1e-6; // the least density that the range tells from none
 
   const SORTS = {
     index: ["Number", (list, i) => i, 1],
@@ -21,7 +20,11 @@
     labelled: ["Labelled", (list, i) => list.labels[i] !== "", "have a label"],
     named: ["Named", (list, i) => list.byPerson.has(i) || list.notes.has(i), "named or noted by a person"],
   };
-  const fresh = () => ({ query: "", sort: "index", turned: false, states: new Set(), low: 0, high: 1, logit: "" });
+  const RANGES = {
+    density: { name: "Density", of: (list, i) => list.density(i), told: percent, ends: () => [1e-6, 1] },
+    max: { name: "Largest activation", of: (list, i) => list.max[i], told: number, ends: maxima },
+  };
+  const fresh = () => ({ query: "", sort: "index", turned: false, states: new Set(), logit: "", density: [0, 1], max: [0, 1] });
 
   const view = { list: null, order: [], chosen: -1, state: fresh(), open: false };
   let parts = {};
@@ -65,22 +68,23 @@
     parts.sort.value = state.sort;
     parts.inner.style.height = `${view.order.length * ROW}px`;
     parts.count.textContent = view.order.length === list.size ? `${whole(list.size)} latents` : `${whole(view.order.length)} of ${whole(list.size)}`;
-    const active = state.states.size > 0 || state.low > 0 || state.high < 1 || state.logit !== "";
+    const narrowed = Object.keys(RANGES).some((key) => state[key][0] > 0 || state[key][1] < 1);
+    const active = state.states.size > 0 || narrowed || state.logit !== "";
     parts.filters.classList.toggle("on", active);
     if (!("chosen" in change)) parts.rows.scrollTop = 0;
     draw();
   }
 
   /* The latents that the state lets through, in its order; with equal keys the lower number first. */
-  function find(list, { query, sort, turned, states, low, high, logit }) {
+  function find(list, { query, sort, turned, states, logit, ...rest }) {
     const words = query.toLowerCase().trim();
     const token = logit.toLowerCase();
-    const [from, to] = [unscale(low), unscale(high)];
+    const within = Object.keys(RANGES).map((key) => inside(list, key, rest[key]));
     const [, key, direction] = SORTS[sort];
     const found = [];
     for (let i = 0; i < list.size; i++) {
       if ([...states].some((name) => !STATES[name][1](list, i))) continue;
-      if ((low > 0 && list.density(i) < from) || (high < 1 && list.density(i) > to)) continue;
+      if (!within.every((fits) => fits(i))) continue;
       if (token && !Array.from(list.raised(i)).some((id) => matches(jsae.tokens.word(id).toLowerCase(), token))) continue;
       if (words && !named(list, i, words)) continue;
       found.push(i);
@@ -98,8 +102,23 @@
 
   /* ---- filters ---- */
 
-  const scale = (density) => (density > FLOOR ? 1 + Math.log10(density) / 6 : 0);
-  const unscale = (share) => 10 ** ((share - 1) * 6);
+  /* The least and the largest of what latents that fire have as their largest activation. */
+  function maxima(list) {
+    let [least, most] = [Infinity, 0];
+    for (const value of list.max) if (value > 0) [least, most] = [Math.min(least, value), Math.max(most, value)];
+    return most > 0 ? [least, Math.max(most, least * 1.01)] : [0.1, 1];
+  }
+
+  /* Where a value stands between the ends of a range, from 0 to 1 by powers of ten, and what stands there. */
+  const scale = (value, [low, high]) => (value > low ? Math.min(1, Math.log(value / low) / Math.log(high / low)) : 0);
+  const unscale = (share, [low, high]) => low * (high / low) ** share;
+
+  /* Whether a latent lies in the chosen part of a range; an end that was not moved leaves all through. */
+  function inside(list, key, [low, high]) {
+    const { of, ends } = RANGES[key];
+    const [from, to] = [low, high].map((share) => unscale(share, ends(list)));
+    return (i) => !((low > 0 && of(list, i) < from) || (high < 1 && of(list, i) > to));
+  }
 
   function unfold() {
     view.open = !view.open;
@@ -125,7 +144,7 @@
     });
     parts.panel.replaceChildren(
       el("div", { class: "pills", role: "group", "aria-label": "Only latents that are" }, chips),
-      densityRange(),
+      ...Object.keys(RANGES).map((key) => range(key)),
       el("label", { class: "field" }, "Raises the token", logit),
       el("button", { type: "button", class: "plain", id: "clear", on: { click: clear } }, "Clear all"));
   }
@@ -137,32 +156,35 @@
     set({});
   }
 
-  /* Two handles on how often the latents fire, over a picture of it. */
-  function densityRange() {
+  /* Two handles on a number that every latent has, over a picture of it. */
+  function range(key) {
     const { list, state } = view;
+    const { name, of, told, ends } = RANGES[key];
+    const bounds = ends(list);
     const bins = new Array(48).fill(0);
-    for (let i = 0; i < list.size; i++) if (!list.dead(i)) bins[Math.min(47, Math.floor(scale(list.density(i)) * 48))]++;
+    for (let i = 0; i < list.size; i++) if (!list.dead(i)) bins[Math.min(47, Math.floor(scale(of(list, i), bounds) * 48))]++;
     const most = Math.max(1, ...bins);
     const bars = bins.map((count, i) => svg("rect", { x: i, y: 20 - (count / most) * 20, width: 0.8, height: (count / most) * 20 }));
-    const told = el("output", {});
+    const output = el("output", {});
     const tell = () => {
-      told.textContent = `${state.low > 0 ? percent(unscale(state.low)) : "0 %"} – ${percent(unscale(state.high))}`;
-      bars.forEach((bar, i) => bar.classList.toggle("out", (i + 0.5) / 48 < state.low || (i + 0.5) / 48 > state.high));
+      const [low, high] = state[key];
+      output.textContent = `${low > 0 ? told(unscale(low, bounds)) : told(0)} – ${told(unscale(high, bounds))}`;
+      bars.forEach((bar, i) => bar.classList.toggle("out", (i + 0.5) / 48 < low || (i + 0.5) / 48 > high));
     };
-    const handle = (key, name) => el("input", {
-      type: "range", min: 0, max: 1, step: 0.005, value: state[key], "aria-label": name, id: `density-${key}`,
+    const handle = (end, which, sign) => el("input", {
+      type: "range", min: 0, max: 1, step: 0.005, value: state[key][end], "aria-label": `${name}, ${which}`, id: `${key}-${end ? "high" : "low"}`,
       on: { input: (event) => {
-        const value = Number(event.target.value);
-        state[key] = key === "low" ? Math.min(value, state.high) : Math.max(value, state.low);
-        event.target.value = state[key];
+        const other = state[key][1 - end];
+        state[key][end] = sign * Math.max(sign * Number(event.target.value), sign * other); // they do not pass each other
+        event.target.value = state[key][end];
         tell();
         set({});
       } },
     });
     tell();
-    return el("div", { class: "range" }, el("div", { class: "field" }, el("span", {}, "Density"), told),
+    return el("div", { class: "range" }, el("div", { class: "field" }, el("span", {}, name), output),
       svg("svg", { viewBox: "0 0 48 20", preserveAspectRatio: "none", "aria-hidden": "true" }, bars),
-      el("div", { class: "handles" }, handle("low", "Fires at least"), handle("high", "Fires at most")));
+      el("div", { class: "handles" }, handle(0, "at least", -1), handle(1, "at most", 1)));
   }
 
   /* ---- rows ---- */

@@ -1,0 +1,217 @@
+"""The optimiser's links and every schedule, value by value."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jsae import dead, optim, saes, train
+from jsae.config import ConfigError, SAEConfig, TrainConfig
+
+D, F = 8, 24
+RUN = TrainConfig(num_activations=100 * 20, batch_size=20, learning_rate=1e-2)
+
+
+def x(steps: int, d: int = D) -> list[jax.Array]:
+    """So many batches."""
+    acts = np.random.default_rng(0).normal(size=(steps, RUN.batch_size, d)) + 0.3
+    return [jnp.asarray(batch, jnp.float32) for batch in acts]
+
+
+@functools.cache
+def run(config: SAEConfig, how: TrainConfig, steps: int) -> list[train.TrainState]:
+    """The states before the first step and after every step, as they were then."""
+    batches = x(steps)
+    start = train.init(config, how, batches[0])
+    seen = [jax.device_get(start)]
+    for _, state, _ in itertools.islice(train.fit(how, start, iter(batches)), steps):
+        seen.append(jax.device_get(state))
+    return seen
+
+
+# ---- learning rate -------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_of_every_step_rises_stays_and_falls():
+    config = dataclasses.replace(RUN, warmup_fraction=0.04, decay_fraction=0.1)
+    rate = optim.schedule(config, F)
+    rates = np.array([rate(step) for step in range(100)])
+    expected = np.concatenate([[0.0025, 0.005, 0.0075, 0.01], np.full(86, 0.01), 0.01 * np.arange(10, 0, -1) / 10])
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_without_warm_up_and_decay_the_rate_is_one_and_the_same():
+    rate = optim.schedule(dataclasses.replace(RUN, warmup_fraction=0.0, decay_fraction=0.0), F)
+    np.testing.assert_allclose([rate(step) for step in (0, 1, 50, 98, 99)], 0.01, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("d_sae", "rate"), [(2**14, 2e-4), (2**12, 4e-4), (2**16, 1e-4), (1024, 8e-4)])
+def test_a_rate_that_is_not_given_goes_with_the_root_of_the_width(d_sae, rate):
+    config = dataclasses.replace(RUN, learning_rate=None)
+    assert config.peak_rate(d_sae) == pytest.approx(rate)
+    assert float(optim.schedule(config, d_sae)(50)) == pytest.approx(rate)
+
+
+# ---- links ---------------------------------------------------------------------------------------------------------
+
+
+def by_hand(gradient: np.ndarray, parameter: np.ndarray, name: str, norm: float) -> np.ndarray:
+    """The first update: Adam's first step is the learning rate times the sign, but for epsilon."""
+    g = gradient.astype(np.float64) * min(1.0, 1.0 / norm)
+    if name == "W_dec":
+        g -= (g * parameter).sum(1, keepdims=True) * parameter / np.square(parameter).sum(1, keepdims=True)
+    update = -0.01 / 2 * g / (np.abs(g) + 1e-8)
+    if name == "log_threshold":
+        update *= 10
+    if name == "W_dec":
+        moved = parameter + update
+        update = moved / np.linalg.norm(moved, axis=1, keepdims=True) - parameter
+    return update
+
+
+def test_the_first_update_is_what_the_chain_says_and_thresholds_move_ten_times_as_fast():
+    config = SAEConfig("jumprelu", D, F)
+    how = dataclasses.replace(RUN, warmup_fraction=0.02)
+    sae = saes.make(config, key=jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 9))
+    gradients = jax.tree.map(lambda w: 3 * jax.random.normal(next(keys), w.shape), sae)
+    norm = float(np.sqrt(sum(np.square(g).sum() for g in map(np.asarray, jax.tree.leaves(gradients)))))
+    chain = optim.optimizer(how, F)
+    updates, _ = chain.update(gradients, chain.init(sae), sae)
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec", "log_threshold"):
+        ours, g, w = (np.asarray(getattr(tree, name)[...]) for tree in (updates, gradients, sae))
+        np.testing.assert_allclose(ours, by_hand(g, w, name, norm), atol=2e-6, err_msg=name)
+    new = optax.apply_updates(sae, updates)
+    np.testing.assert_allclose(np.linalg.norm(new.W_dec[...], axis=1), 1, atol=1e-6)
+
+
+def test_a_skip_path_and_what_is_kept_beside_the_weights_are_no_decoder_rows():
+    config = SAEConfig("batchtopk", D, F, k=3, d_out=5, skip=True)
+    sae = saes.make(config, key=jax.random.key(0))
+    ones = jax.tree.map(jnp.ones_like, sae)
+    for link in (optim.tangent_rows(), optim.unit_rows()):
+        updates, _ = link.update(ones, link.init(sae), sae)
+        for name in ("W_enc", "W_skip", "b_enc", "b_dec", "threshold"):
+            np.testing.assert_array_equal(getattr(updates, name)[...], getattr(ones, name)[...])
+        assert not np.allclose(updates.W_dec[...], 1)
+
+
+# ---- k -------------------------------------------------------------------------------------------------------------
+
+
+def test_k_comes_down_from_k_start_in_a_straight_line_and_stays():
+    config = SAEConfig("topk", D, F, k=4)
+    how = dataclasses.replace(RUN, k_start=14, k_anneal_fraction=0.1)
+    limits = [int(train._k_now(how, 4, jnp.int32(number))) for number in range(1, 14)]
+    assert limits == [13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 4, 4, 4]
+    assert [train.room(how, config, number) for number in (1, 10, 11, 100)] == [14, 14, None, None]
+    assert train.room(RUN, config, 1) is None
+
+
+def test_every_step_draws_as_many_codes_as_the_schedule_says():
+    config, how = SAEConfig("batchtopk", D, F, k=2), dataclasses.replace(RUN, k_start=6, k_anneal_fraction=0.04)
+    start, batches = train.init(config, how, x(1)[0]), iter(x(6))
+    steps = itertools.islice(train.fit(how, start, batches), 6)
+    assert [float(sums.l0) / RUN.batch_size for _, _, sums in steps] == [5, 4, 3, 2, 2, 2]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka", "abstopk"])
+def test_with_room_for_more_codes_so_many_count_as_k_comes_to(architecture):
+    nested = (6,) if architecture == "matryoshka" else ()
+    config = SAEConfig(architecture, D, F, k=3, nested_widths=nested)
+    sae = saes.make(config, key=jax.random.key(0))
+    wider = saes.make(dataclasses.replace(config, k=5), key=jax.random.key(0))
+    batch = x(1)[0]
+    now = saes.Now(jnp.float32(1), jnp.zeros(F, bool), k=7, limit=jnp.int32(5))
+    ours, theirs = sae.activate(batch, now)[0], wider.activate(batch)[0]
+    assert ours.values.shape == (RUN.batch_size, 7)
+    np.testing.assert_array_equal(ours.dense(len(batch), F), theirs.dense(len(batch), F))
+
+
+def test_k_start_is_refused_where_it_means_nothing_or_is_no_start():
+    how = dataclasses.replace(RUN, k_start=10)
+    with pytest.raises(ConfigError, match="relu has no k to lower"):
+        how.anneals(SAEConfig("relu", D, F))
+    with pytest.raises(ConfigError, match="k_start=10 must lie between k=12 and d_sae=24"):
+        how.anneals(SAEConfig("topk", D, F, k=12))
+    with pytest.raises(ConfigError, match="k_start=25 must lie between k=3 and d_sae=24"):
+        dataclasses.replace(RUN, k_start=25).anneals(SAEConfig("topk", D, F, k=3))
+
+
+# ---- penalties -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SAEConfig("relu", D, F, l1_coefficient=3.0),
+        SAEConfig("gated", D, F, l1_coefficient=3.0),
+        SAEConfig("jumprelu", D, F, l0_coefficient=3.0, jump_recipe="l0"),
+        SAEConfig("jumprelu", D, F, l0_coefficient=3.0, pre_act_coefficient=0.0),
+    ],
+    ids=["relu", "gated", "jumprelu, l0", "jumprelu, tanh"],
+)
+def test_penalties_rise_from_nothing_over_the_warm_up_and_stay(config):
+    """Seen in the loss of a state that does not change: it is a straight line in the ramp, from the plain loss up."""
+    how, batch = dataclasses.replace(RUN, sparsity_warmup_fraction=0.1), x(1)[0]
+    start = train.init(config, how, batch)
+    loss = jax.jit(lambda number: train.update(how, start._replace(step=number - 1), batch)[1].loss)
+    losses = {number: float(loss(jnp.int32(number))) / RUN.batch_size for number in (1, 2, 5, 10, 11, 100)}
+    full = losses[10] - losses[5]  # half of the penalty
+    plain = losses[10] - 2 * full
+    assert full > 0
+    expected = {number: plain + 2 * full * min(number / 10, 1) for number in losses}
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert float(train._ramp(dataclasses.replace(RUN, sparsity_warmup_fraction=0.0), jnp.int32(1))) == 1
+
+
+# ---- the mean of the weights ---------------------------------------------------------------------------------------
+
+
+def test_the_average_is_the_mean_at_first_and_then_an_exponential_one_and_is_what_is_exported():
+    how = dataclasses.replace(RUN, average_fraction=0.03)  # over 3 steps
+    states = run(SAEConfig("batchtopk", D, F, k=3), how, 8)
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
+        mean = np.zeros_like(getattr(states[0].sae, name)[...], np.float64)
+        for number, state in enumerate(states[1:], 1):
+            rate = max(1 / 3, 1 / number)
+            mean = (1 - rate) * mean + rate * getattr(state.sae, name)[...]
+            np.testing.assert_allclose(getattr(state.average, name)[...], mean, rtol=1e-5, atol=1e-6)
+        exported = train.trained(states[-1]).arrays()[name]
+        np.testing.assert_allclose(exported, np.broadcast_to(mean, exported.shape), rtol=1e-5, atol=1e-6)
+        assert not np.allclose(exported, getattr(states[-1].sae, name)[...], atol=1e-5)
+
+
+def test_an_average_changes_nothing_of_what_is_trained():
+    config = SAEConfig("batchtopk", D, F, k=3)
+    with_mean, without = run(config, dataclasses.replace(RUN, average_fraction=0.03), 8)[-1], run(config, RUN, 8)[-1]
+    for ours, theirs in zip(jax.tree.leaves(with_mean.sae), jax.tree.leaves(without.sae), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert without.average is None
+    assert train.trained(without) is without.sae
+
+
+# ---- what an SAE keeps by itself -----------------------------------------------------------------------------------
+
+
+def test_the_threshold_is_the_mean_of_the_smallest_values_that_were_kept():
+    batches = x(8)
+    states = run(SAEConfig("batchtopk", D, F, k=3), RUN, 8)  # 100 steps in all: a mean over the last 5
+    threshold = 0.0
+    for number, (before, batch) in enumerate(zip(states, batches, strict=False), 1):
+        sae = before.sae
+        pre = (np.asarray(batch) * before.scale - sae.b_dec[...]) @ sae.W_enc[...].T + sae.b_enc[...]
+        least = np.sort(pre.ravel())[-3 * RUN.batch_size]
+        threshold += max(1 / 5, 1 / number) * (least - threshold)
+        assert float(states[number].sae.threshold[...]) == pytest.approx(threshold, rel=1e-4)
+
+
+def test_dead_latents_are_counted_in_tokens_and_not_in_steps():
+    since = jnp.array([0, 40, 2**30 - 5, 7], jnp.int32)
+    fired = jnp.array([0, 0, 0, 3], jnp.int32)
+    np.testing.assert_array_equal(dead.after(since, fired, 20), [20, 60, 2**30, 0])

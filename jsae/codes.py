@@ -31,8 +31,8 @@ class Codes(NamedTuple):
 
 
 Select = Callable[..., Codes]
-"""`select(pre, limit=None)` picks codes out of pre-activations (n, f): their raw values. With a `limit` only so many
-per token count; the others have value 0."""
+"""`select(product, bias=bias, limit=limit)` picks codes out of pre-activations `product + bias`, (n, f): their raw
+values. With a `limit` only so many per token count; the others have value 0."""
 
 
 def decode(codes: Codes, W_dec: Float[Array, "f d"], n: int) -> Float[Array, "n d"]:
@@ -67,8 +67,16 @@ def pre_activations(
     x: Float[Array, "n d"], W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"], b_in: Float[Array, " d"] | None
 ) -> Float[Array, "n f"]:
     """(x - b_in) W_enc^T + b_enc, with b_in moved into the bias: its gradient needs no n × f × d product."""
+    product, bias = _product_and_bias(x, W_enc, b_enc, b_in)
+    return product + bias
+
+
+def _product_and_bias(
+    x: Float[Array, "n d"], W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"], b_in: Float[Array, " d"] | None
+) -> tuple[Float[Array, "n f"], Float[Array, " f"]]:
+    """What pre-activations are the sum of: a selection need not write that sum down."""
     bias = b_enc if b_in is None else b_enc - W_enc @ b_in
-    return jnp.matmul(x, W_enc.T, preferred_element_type=jnp.float32) + bias
+    return jnp.matmul(x, W_enc.T, preferred_element_type=jnp.float32), bias
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -85,10 +93,10 @@ def encode(
 
     A pick that had to fall on a latent that is not allowed has value 0. Gradients reach only what was picked.
     """
-    pre = pre_activations(x, W_enc, b_enc, b_in)
+    product, bias = _product_and_bias(x, W_enc, b_enc, b_in)
     if allowed is None:
-        return select(pre, limit=limit)
-    codes = select(jnp.where(allowed, pre, -jnp.inf), limit=limit)
+        return select(product, bias=bias, limit=limit)
+    codes = select(product, bias=jnp.where(allowed, bias, -jnp.inf), limit=limit)
     return codes._replace(values=jnp.where(jnp.isneginf(codes.values), 0, codes.values))
 
 

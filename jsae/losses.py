@@ -40,9 +40,6 @@ def auxk(
     e = lax.stop_gradient(residual)
     n_dead = dead.sum()
 
-    def none() -> Float[Array, "n o"]:
-        return jnp.zeros_like(e)
-
     def all_of_them() -> Float[Array, "n o"]:
         (rows,) = jnp.nonzero(dead, size=k, fill_value=0)
         real = jnp.arange(k) < n_dead
@@ -53,10 +50,10 @@ def auxk(
         picked = codes.encode(x, W_enc, b_enc, b_in, dead, None, functools.partial(topk.top_k, k=k))
         return codes.decode(picked, W_dec, len(x))
 
-    branch = (n_dead > 0).astype(jnp.int32) + (n_dead > k)
-    e_hat = lax.switch(branch, (none, all_of_them, the_largest))
+    e_hat = lax.cond(n_dead > k, the_largest, all_of_them)
     variance = jnp.square(e - e.mean(0)).sum(-1).mean()
-    return jnp.minimum(n_dead / k, 1) * jnp.nan_to_num(squared_error(e, e_hat) / variance)
+    share = jnp.where(variance > 0, squared_error(e, e_hat) / jnp.where(variance > 0, variance, 1), 0)
+    return jnp.minimum(n_dead / k, 1) * share
 
 
 def nested(

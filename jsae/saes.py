@@ -33,7 +33,8 @@ class Now(NamedTuple):
 
     strength: Float[Array, ""]
     """Factor on sparsity penalties: their warm-up, and the controller's word where L0 has a target."""
-    dead: Bool[Array, " f"]
+    dead: Bool[Array, " f"] | None
+    """Which latents are dead; None says that none is."""
     k: int | None = None
     """Room for more codes than the SAE's k, while k comes down from a larger one."""
     limit: Int[Array, ""] | None = None
@@ -169,6 +170,8 @@ class SAE(nnx.Module):
 
     def auxk(self, at: Pass) -> Float[Array, ""]:
         """AuxK times its coefficient: dead latents learn what the living left over."""
+        if at.now.dead is None:
+            return jnp.zeros(())
         parts = (self.W_enc[...], self.b_enc[...], self.W_dec[...], self.b_in)
         k = self.config.dead_k
         return self.config.aux_coefficient * losses.auxk(at.x, at.y - at.y_hat, *parts, at.now.dead, k)

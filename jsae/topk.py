@@ -9,12 +9,17 @@ from jaxtyping import Array, Bool, Float, Int
 from jsae.codes import Codes
 
 
-def top_k(pre: Float[Array, "n f"], k: int, limit: Int[Array, ""] | None = None) -> Codes:
-    """The k largest of every row, largest first, sorting about 2 sqrt(f k) numbers instead of f.
+def top_k(
+    pre: Float[Array, "n f"],
+    k: int,
+    limit: Int[Array, ""] | None = None,
+    bias: Float[Array, " f"] | None = None,
+) -> Codes:
+    """The k largest of every row of pre (+ bias), largest first, sorting about 2 sqrt(f k) numbers instead of f.
 
     Latents are dealt into groups; every one of the k largest lies in one of the k groups with the largest maxima
     (Dr. Top-k's delegates), so only those groups are sorted. Equal values may come in another order than `lax.top_k`'s.
-    With a `limit` only the first so many of them keep their value.
+    With a `limit` only the first so many of them keep their value. The sum with the bias is never written down.
 
     Raises:
       ValueError: k is not between 1 and f.
@@ -22,29 +27,42 @@ def top_k(pre: Float[Array, "n f"], k: int, limit: Int[Array, ""] | None = None)
     n, f = pre.shape
     if not 1 <= k <= f:
         raise ValueError(f"top_k of k={k} out of {f} latents: k must be between 1 and {f}")
+    bias = jnp.zeros(f, pre.dtype) if bias is None else bias
     g = _group_size(f, k)
     if g == 1:
-        return _first(Codes(*lax.top_k(pre, k)), limit)
+        return _first(Codes(*lax.top_k(pre + bias, k)), limit)
     grouped = pre.reshape(n, g, f // g)  # latent i*(f//g) + j is member i of group j: the maximum runs along vectors
-    _, groups = lax.top_k(grouped.max(axis=1), k)
-    members = jnp.take_along_axis(grouped, groups[:, None, :], axis=2).reshape(n, g * k)
-    values, where = lax.top_k(members, k)
+    biases = bias.reshape(g, f // g)
+    _, groups = lax.top_k((grouped + biases).max(axis=1), k)
+    members = jnp.take_along_axis(grouped, groups[:, None, :], axis=2) + biases[:, groups].transpose(1, 0, 2)
+    values, where = lax.top_k(members.reshape(n, g * k), k)
     indices = where // k * (f // g) + jnp.take_along_axis(groups, where % k, axis=1)
     return _first(Codes(values, indices), limit)
 
 
-def abs_top_k(pre: Float[Array, "n f"], k: int, limit: Int[Array, ""] | None = None) -> Codes:
-    """The k of every row with the largest magnitude, with their signs.
+def abs_top_k(
+    pre: Float[Array, "n f"],
+    k: int,
+    limit: Int[Array, ""] | None = None,
+    bias: Float[Array, " f"] | None = None,
+) -> Codes:
+    """The k of every row of pre (+ bias) with the largest magnitude, with their signs.
 
     Raises:
       ValueError: k is not between 1 and f.
     """
+    pre = pre if bias is None else pre + bias
     codes = top_k(jnp.abs(pre), k)
     return _first(codes._replace(values=jnp.take_along_axis(pre, codes.indices, axis=1)), limit)
 
 
-def batch_top_k(pre: Float[Array, "n f"], k: int, limit: Int[Array, ""] | None = None) -> Codes:
-    """The n k largest positive numbers of the whole batch: on average k a token, n rows of k codes in token order.
+def batch_top_k(
+    pre: Float[Array, "n f"],
+    k: int,
+    limit: Int[Array, ""] | None = None,
+    bias: Float[Array, " f"] | None = None,
+) -> Codes:
+    """The n k largest positive numbers of the whole batch of pre (+ bias): on average k a token, in token order.
 
     Where fewer are positive the rest has value 0; of equal values at the threshold any may be taken. With a `limit`
     the n limit largest. The threshold is found among the 4k largest of every token, which hold all that are above it
@@ -55,7 +73,7 @@ def batch_top_k(pre: Float[Array, "n f"], k: int, limit: Int[Array, ""] | None =
     """
     n, f = pre.shape
     count = n * (k if limit is None else limit)
-    best = top_k(pre, min(4 * k, f))
+    best = top_k(pre, min(4 * k, f), bias=bias)
     threshold = kth_largest(best.values, count)
     # A token whose smallest candidate is itself above the threshold may have lost others that are, too.
     cut_off = (best.values[:, -1] >= jnp.maximum(threshold, _TINY)).any() & (best.values.shape[1] < f)
@@ -64,7 +82,8 @@ def batch_top_k(pre: Float[Array, "n f"], k: int, limit: Int[Array, ""] | None =
         return _above(best.values, best.indices, threshold, k)
 
     def among_all() -> Codes:
-        return _above(pre, jnp.broadcast_to(jnp.arange(f), (n, f)), kth_largest(pre, count), k)
+        every = pre if bias is None else pre + bias
+        return _above(every, jnp.broadcast_to(jnp.arange(f), (n, f)), kth_largest(every, count), k)
 
     return lax.cond(cut_off, among_all, among_the_best)
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jsae import axes, control, data, dead, losses, metrics, saes
 from jsae.codes import Codes
-from jsae.config import SAEConfig, TrainConfig
+from jsae.config import SPARSE, SAEConfig, TrainConfig
 from jsae.control import Control
 from jsae.optim import optimizer
 
@@ -106,8 +106,8 @@ def update(config: TrainConfig, state: TrainState, acts: Acts, k: int | None = N
     target, steps = state.sae.config.target_l0, config.num_steps
     strength = control.strength(state.control, target, state.sae.proportional, number, steps)
     limit = None if k is None else _k_now(config, state.sae.config.k, number)
-    now = saes.Now(strength * _ramp(config, number), state.since_fired >= config.dead_after, k, limit)
-    (loss, (latents, y_hat)), grads = jax.value_and_grad(_loss, has_aux=True)(state.sae, x, y, now)
+    now = saes.Now(strength * _ramp(config, number), None, k, limit)
+    (loss, (latents, y_hat)), grads = _gradients(state, x, y, now, state.since_fired >= config.dead_after)
     updates, opt = optimizer(config, d_sae).update(grads, state.opt, state.sae)
     sae = jax.tree.map(jnp.add, state.sae, updates)
     sae.settle(latents, _settling_rate(config, number))
@@ -190,6 +190,20 @@ def check_finite(state: TrainState, sums: metrics.Sums, name: str | None = None)
 def trained(state: TrainState) -> saes.SAE:
     """The SAE to export: the averaged one where an average was kept, else the last."""
     return state.sae if state.average is None else state.average
+
+
+def _gradients(
+    state: TrainState, x: Float[Array, "n d"], y: Float[Array, "n o"], now: saes.Now, is_dead: Bool[Array, " f"]
+) -> Any:
+    """Loss, what was made, and gradients. AuxK is left out of the whole program while no latent is dead."""
+    differentiate = jax.value_and_grad(_loss, has_aux=True)
+    if state.sae.config.architecture not in SPARSE:
+        return differentiate(state.sae, x, y, now)
+    return jax.lax.cond(
+        is_dead.any(),
+        lambda: differentiate(state.sae, x, y, now._replace(dead=is_dead)),
+        lambda: differentiate(state.sae, x, y, now),
+    )
 
 
 def _loss(

@@ -244,6 +244,5 @@ def test_resampling_renews_the_dead_and_nothing_else(case, state):
     directions = np.asarray(renewed.W_dec)[gone]
     np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1, atol=1e-5)
     assert len(np.unique(directions.round(5), axis=0)) == gone.sum()  # drawn without replacement
-    adam = moments[2]
-    assert not np.asarray(adam.mu.W_dec)[gone].any()
-    assert np.asarray(adam.mu.W_dec)[~gone].any()
+    assert not np.asarray(moments.mu.W_dec)[gone].any()
+    assert np.asarray(moments.mu.W_dec)[~gone].any()

@@ -94,11 +94,43 @@ def test_a_skip_path_and_what_is_kept_beside_the_weights_are_no_decoder_rows():
     config = SAEConfig("batchtopk", D, F, k=3, d_out=5, skip=True)
     sae = saes.make(config, key=jax.random.key(0))
     ones = jax.tree.map(jnp.ones_like, sae)
-    for link in (optim.tangent_rows(), optim.unit_rows()):
-        updates, _ = link.update(ones, link.init(sae), sae)
-        for name in ("W_enc", "W_skip", "b_enc", "b_dec", "threshold"):
-            np.testing.assert_array_equal(getattr(updates, name)[...], getattr(ones, name)[...])
-        assert not np.allclose(updates.W_dec[...], 1)
+    how = optim.optimizer(RUN, F)
+    updates, _ = how.update(ones, how.init(sae), sae)
+    for name in ("W_enc", "W_skip", "b_enc", "b_dec", "threshold"):
+        np.testing.assert_allclose(getattr(updates, name)[...], -RUN.learning_rate / 2, rtol=1e-4)
+    assert not np.allclose(updates.W_dec[...], -RUN.learning_rate / 2, rtol=1e-2)
+
+
+def test_one_pass_over_the_weights_equals_the_chain_of_optaxs_own_links():
+    sae = saes.make(SAEConfig("topk", D, F, k=3), key=jax.random.key(0))
+    how = optim.optimizer(RUN, F)
+    links = optax.chain(
+        optax.clip_by_global_norm(RUN.clip_norm),
+        on_decoder(optim.tangent_rows),
+        optax.scale_by_adam(RUN.beta1, RUN.beta2),
+        optax.scale_by_learning_rate(optim.schedule(RUN, F)),
+        on_decoder(optim.unit_rows),
+    )
+    mine = theirs = sae
+    state, chain = how.init(sae), links.init(sae)
+    for i in range(5):
+        keys = iter(jax.random.split(jax.random.key(i), 9))
+        gradients = jax.tree.map(lambda w, keys=keys: 0.2 * jax.random.normal(next(keys), w.shape), sae)
+        updates, state = how.update(gradients, state, mine)
+        mine = optax.apply_updates(mine, updates)
+        updates, chain = links.update(gradients, chain, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def on_decoder(change) -> optax.GradientTransformation:
+    """A link that applies change(update, parameter) to `W_dec` alone."""
+
+    def at(path, update, parameter):
+        return change(update, parameter) if "W_dec" in jax.tree_util.keystr(path) else update
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(at, updates, params))
 
 
 # ---- k -------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from experiments import flags
 BENCHES: Mapping[str, str] = {
     "dashboard": "experiments.benches.dashboard",
     "runtime": "experiments.benches.runtime",
+    "sweep": "experiments.benches.sweep",
 }
 
 

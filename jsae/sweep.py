@@ -31,34 +31,46 @@ def init(members: Sequence[Member], sample: Batch) -> States:
     return tuple(train.init(member.sae, member.train, sample[member.site]) for member in members)
 
 
-def fit(members: Sequence[Member], states: States, batches: Iterator[Batch]) -> Iterator[tuple[int, States, AllSums]]:
+class Programs:
+    """The compiled steps of some SAEs, made when they are first needed; the states are donated."""
+
+    def __init__(self, members: Sequence[Member]):
+        self._members = tuple(members)
+        self._compiled: dict[tuple[int | None, ...], Any] = {}
+
+    def of(self, number: int) -> Any:
+        """`(states, batch) -> (states, sums)` of a step: it changes where k has come down."""
+        rooms = tuple(train.room(member.train, member.sae, number) for member in self._members)
+        if rooms not in self._compiled:
+            self._compiled[rooms] = self._program(rooms)
+        return self._compiled[rooms]
+
+    def _program(self, rooms: tuple[int | None, ...]) -> Any:
+        def step(states: States, batch: Batch) -> tuple[States, AllSums]:
+            done = [
+                train.update(member.train, state, batch[member.site], room)
+                for member, state, room in zip(self._members, states, rooms, strict=True)
+            ]
+            return tuple(state for state, _ in done), tuple(sums for _, sums in done)
+
+        return jax.jit(step, donate_argnums=0)
+
+
+def fit(
+    members: Sequence[Member], states: States, batches: Iterator[Batch], programs: Programs | None = None
+) -> Iterator[tuple[int, States, AllSums]]:
     """Trains all from where the states stand to the end of the run, one batch a step.
 
     Yields `(steps taken, states, sums of the batch)` after every step without waiting for the device. The states are
-    the next step's to reuse: whoever keeps them must copy them before asking for the next.
+    the next step's to reuse: whoever keeps them must copy them before asking for the next. `programs` of the same
+    members spare the compilation.
 
     Raises:
       ConfigError: members whose runs differ in their number of steps.
     """
     steps = {member.train.num_steps for member in members}
     require(len(steps) == 1, f"SAEs of one pass take the same number of steps, not {sorted(steps)}")
-    programs: dict[tuple[int | None, ...], Any] = {}
+    programs = programs or Programs(members)
     for number in range(int(states[0].step) + 1, steps.pop() + 1):
-        rooms = tuple(train.room(member.train, member.sae, number) for member in members)
-        if rooms not in programs:
-            programs[rooms] = _program(members, rooms)
-        states, sums = programs[rooms](states, tuple(next(batches)))
+        states, sums = programs.of(number)(states, tuple(next(batches)))
         yield number, states, sums
-
-
-def _program(members: Sequence[Member], rooms: tuple[int | None, ...]) -> Any:
-    """The compiled step of all members; the states are donated."""
-
-    def step(states: States, batch: Batch) -> tuple[States, AllSums]:
-        done = [
-            train.update(member.train, state, batch[member.site], room)
-            for member, state, room in zip(members, states, rooms, strict=True)
-        ]
-        return tuple(state for state, _ in done), tuple(sums for _, sums in done)
-
-    return jax.jit(step, donate_argnums=0)

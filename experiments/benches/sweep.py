@@ -1,0 +1,183 @@
+"""What it saves to train many SAEs in one pass over the model, against one run for each.
+
+The demo nanochat, or random weights in the shape of a deeper one; TopK SAEs that differ in k and seed. `one pass` is
+the whole streaming run with N SAEs over N times the run with one. Beside it, of the step alone on one batch: SAEs of
+one shape stepped one after the other in one program (what training does), stacked with `vmap`, and stacked with `map`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from experiments.benches import timing
+from experiments.flags import flag
+
+if TYPE_CHECKING:
+    from jsae.sweep import Member
+
+ALONE, TURN, STACKED, MAPPED = "alone", "one program", "vmap", "map"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is measured, and how often."""
+
+    counts: tuple[int, ...] = flag((2, 4, 8), "SAEs in one pass.")
+    hook: str = flag("blocks.2.hook_resid_post", "What they read of the demo nanochat.")
+    expansion_factor: int = flag(8, "Latents per channel.")
+    k: int = flag(32, "Active latents per token.")
+    batch_size: int = flag(1024, "Activations per step.")
+    block_size: int = flag(16384, "Activations per block; a round trains on two.")
+    rounds: int = flag(5, "Rounds that count, at least 2.")
+    threads: int = flag(1, "Threads of torch; jax has all cores.")
+    out: str = flag("experiments/results/sweep_cpu.json", "Where the figures go.")
+
+    def __post_init__(self) -> None:
+        for name in ("expansion_factor", "k", "batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rounds < 2:
+            raise ValueError(f"rounds must be at least 2, got {self.rounds}")
+        if min(self.counts, default=0) < 1:
+            raise ValueError(f"counts must name at least one number of SAEs, got {self.counts}")
+        if self.block_size % self.batch_size:
+            raise ValueError(f"block_size={self.block_size} is not made of whole batches of {self.batch_size}")
+
+
+def main(config: Config) -> int:
+    """Measures, prints a table, writes the figures."""
+    import torch
+    from rich.console import Console
+
+    torch.set_num_threads(config.threads)
+    passes = timing.by_turns(_passes(config), config.rounds)
+    ratios = timing.ratios(passes, ALONE)
+    steps = timing.by_turns(_steps(config), config.rounds)
+    found = [
+        {
+            "count": n,
+            "one_pass_over_runs": {name: value / n for name, value in ratios[str(n)].items()},
+            "step_over_one_program": {
+                way: timing.ratios({w: steps[f"{w} {n}"] for w in (TURN, STACKED, MAPPED)}, TURN)[way]
+                for way in (STACKED, MAPPED)
+            },
+        }
+        for n in config.counts
+    ]
+    settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in ("out", "threads")}
+    timing.write(config.out, {"machine": timing.machine("cpu"), "settings": settings, "results": found})
+    Console().print(_table(found))
+    Console().print(f"figures: {config.out}", soft_wrap=True)
+    return 0
+
+
+def _members(config: Config, n: int, d_in: int, num_activations: int, same: bool) -> list[Member]:
+    """N SAEs; `same` shape throughout, or every other with half the k."""
+    from jsae.config import SAEConfig, TrainConfig
+    from jsae.sweep import Member
+
+    def one(i: int) -> Member:
+        k = config.k if same or i % 2 == 0 else max(config.k // 2, 1)
+        sae = SAEConfig("topk", d_in, d_in * config.expansion_factor, k=k)
+        return Member(sae, TrainConfig(num_activations, config.batch_size, seed=i), 0)
+
+    return [one(i) for i in range(n)]
+
+
+def _passes(config: Config) -> dict[str, Callable[[], None]]:
+    """Streaming runs over two blocks, compiled before, of one SAE and of many."""
+    import itertools
+
+    import jax
+
+    import bridge.nanochat
+    from bridge.nanochat.corpus import Corpus
+    from bridge.stream import ActivationStream
+    from jsae import sweep
+    from jsae.data import Shuffled
+
+    nano = bridge.nanochat.load("demo")
+    corpus = Corpus("stdlib", nano.tokenizer, split="train", row_len=256)
+    start = corpus.position()
+    steps = 2 * config.block_size // config.batch_size
+
+    def case(n: int) -> Callable[[], None]:
+        # The runs are longer than what is measured of them, so that every round goes on with the same program.
+        members = _members(config, n, nano.config.n_embd, config.batch_size * steps * (config.rounds + 2), same=False)
+        kept: list[Any] = []
+
+        def run() -> None:
+            corpus.seek(start)
+            source = ActivationStream(
+                nano.model, corpus, [[config.hook]], bos_token_id=nano.tokenizer.bos_token_id, rows_per_forward=8
+            )
+            batches = Shuffled(
+                source,
+                batch_size=config.batch_size,
+                batches_per_block=config.block_size // config.batch_size,
+                seed=0,
+                num_batches=steps,
+            )
+            if not kept:
+                kept.append(sweep.init(members, batches.peek()))
+                kept.append(sweep.Programs(members))
+            *_, (_, last, _) = itertools.islice(sweep.fit(members, kept[0], batches, kept[1]), steps)
+            kept[0] = jax.block_until_ready(last)
+
+        return run
+
+    return {ALONE: case(1)} | {str(n): case(n) for n in config.counts}
+
+
+def _steps(config: Config) -> dict[str, Callable[[], None]]:
+    """One step of SAEs of one shape on one batch, in the three ways."""
+    import jax
+    import jax.numpy as jnp
+
+    from jsae import sweep, train
+
+    d_in = 128
+    x = jax.random.normal(jax.random.key(0), (config.batch_size, d_in))
+
+    def cases(n: int) -> dict[str, Callable[[], None]]:
+        members = _members(config, n, d_in, 2**30, same=True)
+        states = sweep.init(members, (x,))
+        how = members[0].train
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        ways = {
+            TURN: (lambda s: tuple(train.update(how, state, x)[0] for state in s), states),
+            STACKED: (jax.vmap(lambda s: train.update(how, s, x)[0]), stacked),
+            MAPPED: (lambda s: jax.lax.map(lambda one: train.update(how, one, x)[0], s), stacked),
+        }
+
+        def case(step: Callable[[Any], Any], begin: Any) -> Callable[[], None]:
+            program, kept = jax.jit(step, donate_argnums=0), [jax.tree.map(jnp.copy, begin)]
+
+            def run() -> None:
+                kept[0] = jax.block_until_ready(program(kept[0]))
+
+            return run
+
+        return {f"{way} {n}": case(*parts) for way, parts in ways.items()}
+
+    return {name: run for n in config.counts for name, run in cases(n).items()}
+
+
+def _table(found: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    columns = ("SAEs", "one pass over so many runs", "quartiles", "vmap over one program", "map over one program")
+    table = Table(*columns, title="many SAEs in one pass", title_justify="left")
+    for entry in found:
+        whole, step = entry["one_pass_over_runs"], entry["step_over_one_program"]
+        table.add_row(
+            str(entry["count"]),
+            f"{whole['median']:.2f}",
+            f"{whole['q1']:.2f} to {whole['q3']:.2f}",
+            f"{step[STACKED]['median']:.2f}",
+            f"{step[MAPPED]['median']:.2f}",
+        )
+    return table

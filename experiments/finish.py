@@ -31,7 +31,7 @@ def finish(
     """Exports every SAE, measures the exports on held-out text, and says where everything lies."""
     needed = -(-config.heldout_tokens // heldout.row_len)
     rows = np.stack(list(heldout.one_pass(needed)))
-    found: dict[Path, dict[str, dict[str, float]]] = {}
+    found: dict[Path, dict[str, dict[str, Any]]] = {}
     for trainee, state in zip(trainees, states, strict=True):
         folder = trainee.folder / "sae" / trainee.name
         scales = np.asarray(state.scale), np.asarray(state.scale_out)
@@ -49,6 +49,7 @@ def finish(
         sums = survey(site, shipped, site.batches(rows)).sums
         export.write_sparsity(folder, metrics.density(sums))
         summary = {name: value for name, value in metrics.summarize(sums).items() if name != "loss"}
+        summary["density_histogram"] = metrics.histogram(metrics.density(sums), summary["tokens"])
         found.setdefault(trainee.folder, {})[trainee.name] = summary
     for folder, summaries in found.items():
         told = json.dumps(finite(summaries), indent=2, allow_nan=False)
@@ -82,7 +83,7 @@ def _metadata(config: "RunConfig", trainee: "Trainee", nano: "Nanochat", row_len
     return told
 
 
-def _tell(config: "RunConfig", trainees: Sequence["Trainee"], found: dict[Path, dict[str, dict[str, float]]]) -> None:
+def _tell(config: "RunConfig", trainees: Sequence["Trainee"], found: dict[Path, dict[str, dict[str, Any]]]) -> None:
     tokens = next(iter(next(iter(found.values())).values()))["tokens"]
     table = Table(title=f"on {tokens:,.0f} held-out tokens")
     table.add_column("SAE", no_wrap=True)

@@ -4,9 +4,13 @@ Written for any array library with numpy's names (jax inside the training step, 
 evaluated), so that both count the same thing by the same lines.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
+
+BINS_PER_DECADE = 4
+"""Of a histogram of densities."""
 
 
 class Sums(NamedTuple):
@@ -17,6 +21,8 @@ class Sums(NamedTuple):
     """Loss times tokens."""
     squared_error: Any
     """sum |e|^2"""
+    explained_legacy: Any
+    """sum 1 - |e|^2 / |x - mean of the batch's x|^2: the variance explained as it was counted of old"""
     squared_norm: Any
     """sum |x|^2"""
     squared_norm_hat: Any
@@ -46,11 +52,14 @@ def of(x: Any, x_hat: Any, values: Any, fired: Any, *, loss: Any, nonfinite: Any
       x: activations, (n, d).
       x_hat: their reconstruction, (n, d).
       values: latents that are not zero everywhere: (n, k) of sparse codes or (n, f).
-      fired: tokens per latent with a value above zero, (f,).
+      fired: tokens per latent with a value other than zero, (f,).
       loss: the batch's mean loss.
       nonfinite: how many numbers of x are not finite.
     """
     error = x - x_hat
+    squares = (error * error).sum(-1)
+    centred = x - x.sum(0) / max(x.shape[0], 1)
+    spread = (centred * centred).sum(-1)
     inner = (x * x_hat).sum(-1)
     norm = (x * x).sum(-1) ** 0.5
     norm_hat = (x_hat * x_hat).sum(-1) ** 0.5
@@ -58,7 +67,9 @@ def of(x: Any, x_hat: Any, values: Any, fired: Any, *, loss: Any, nonfinite: Any
     return Sums(
         tokens=(norm * 0 + 1).sum(),
         loss=loss * x.shape[0],
-        squared_error=(error * error).sum(),
+        squared_error=squares.sum(),
+        # A batch without variance has none to explain.
+        explained_legacy=((spread > 0) * (1 - squares / (spread + (spread == 0)))).sum(),
         squared_norm=(x * x).sum(),
         squared_norm_hat=(x_hat * x_hat).sum(),
         inner=inner.sum(),
@@ -80,10 +91,11 @@ def add(a: Sums, b: Sums) -> Sums:
 def summarize(sums: Sums) -> dict[str, float]:
     """The metrics of everything that was summed, in float64.
 
-    `fvu` is E|e|^2 / (E|x|^2 - |E x|^2) over the whole set, `explained_variance` 1 minus it; `mse` E|e|^2 (summed over
-    d); `l0`, `l1` per token; `cosine`, `l2_ratio` means over tokens; `relative_reconstruction_bias`
-    E|x_hat|^2 / E[x . x_hat] (Rajamanoharan et al. 2024, gamma); `dead_fraction` the share of latents that never fired
-    in `tokens` tokens.
+    `fvu` is E|e|^2 / (E|x|^2 - |E x|^2) over the whole set, `explained_variance` 1 minus it;
+    `explained_variance_legacy` the mean over tokens of 1 - |e|^2 / |x - mean of the batch|^2, which depends on how the
+    set was cut into batches; `mse` E|e|^2 (summed over d); `l0`, `l1` per token; `cosine`, `l2_ratio` token means;
+    `relative_reconstruction_bias` E|x_hat|^2 / E[x . x_hat] (Rajamanoharan et al. 2024, arXiv 2404.16014, gamma);
+    `dead_fraction` the share of latents that never fired in `tokens` tokens. What is not defined is NaN.
 
     Raises:
       ValueError: nothing was summed.
@@ -100,6 +112,7 @@ def summarize(sums: Sums) -> dict[str, float]:
         "loss": float(s.loss) / n,
         "fvu": fvu,
         "explained_variance": 1 - fvu,
+        "explained_variance_legacy": float(s.explained_legacy) / n,
         "mse": float(s.squared_error) / n,
         "l0": float(s.l0) / n,
         "l1": float(s.l1) / n,
@@ -113,3 +126,16 @@ def summarize(sums: Sums) -> dict[str, float]:
 def density(sums: Sums) -> np.ndarray:
     """The share of tokens on which each latent fired, (f,)."""
     return np.asarray(sums.fired, np.float64) / float(np.asarray(sums.tokens))
+
+
+def histogram(density: np.ndarray, tokens: float) -> dict[str, list[float] | list[int] | int]:
+    """Latents by log10 of their density, (f,), in quarters of a decade from one firing in `tokens` up to 1.
+
+    Returns:
+      `log10_edges`, one more than `counts`; `never`: latents that did not fire and are in no bin.
+    """
+    low = math.floor(math.log10(1 / max(tokens, 1)))
+    edges = np.linspace(low, 0, BINS_PER_DECADE * max(-low, 1) + 1)
+    alive = density[density > 0]
+    counts, _ = np.histogram(np.log10(alive), edges)
+    return {"log10_edges": edges.tolist(), "counts": counts.tolist(), "never": int((density <= 0).sum())}

@@ -232,17 +232,6 @@ def test_duplicated_and_lonely_latents_are_found():
     assert summary["mean_consistent_activation_heuristic"] == 3
 
 
-def test_the_histogram_counts_every_latent_once():
-    found = latents.histogram(np.array([0.0, 1.0, 0.1, 0.01, 1 / 5000]), 5000.0)
-    assert found["never"] == 1
-    assert sum(found["counts"]) == 4
-    assert (found["log10_edges"][0], found["log10_edges"][-1]) == (-4, 0)
-    assert len(found["log10_edges"]) == len(found["counts"]) + 1 == 17
-    # 1 lies in the last bin, 0.1 in the one that begins at -1
-    assert found["counts"][-1] == 1
-    assert found["counts"][12] == 1
-
-
 def test_what_is_not_defined_is_none_in_json():
     value = {"a": math.nan, "b": [1.0, math.inf], "c": np.array([0.5, np.nan]), "d": np.float32(2), "e": "x", 3: None}
     assert core.finite(value) == {"a": None, "b": [1.0, None], "c": [0.5, None], "d": 2.0, "e": "x", "3": None}

@@ -65,7 +65,7 @@ def measure(
         },
         "misc_metrics": latents.misc_metrics(columns),
         "latents": latents.summary(columns),
-        "density_histogram": latents.histogram(columns["feature_density"], plain["tokens"]),
+        "density_histogram": metrics.histogram(columns["feature_density"], plain["tokens"]),
     }
     return {name: value for name, value in plain.items() if name != "loss"} | groups, columns
 
@@ -115,7 +115,7 @@ def _activations(seen: Survey, plain: dict[str, float]) -> dict[str, dict[str, f
     return {
         "reconstruction_quality": {
             "explained_variance": plain["explained_variance"],
-            "explained_variance_legacy": seen.legacy / n,
+            "explained_variance_legacy": plain["explained_variance_legacy"],
             "mse": plain["mse"],
             "cossim": plain["cosine"],
         },

@@ -13,7 +13,6 @@ from jsae import metrics
 
 DUPLICATE_COSINE = 0.95
 """Two latents whose decoder rows have a greater cosine write nearly the same thing: both are duplicated."""
-BINS_PER_DECADE = 4
 _CHUNK = 1024  # latents compared with all others at once
 
 Columns = dict[str, np.ndarray]
@@ -98,16 +97,3 @@ def misc_metrics(found: Columns) -> dict[str, float]:
         "average_max_decoder_cosine_sim": float(found["max_decoder_cosine_sim"].mean()),
         "frac_alive": float((density > 0).mean()),
     }
-
-
-def histogram(density: Float[np.ndarray, " f"], tokens: float) -> dict[str, list[float] | list[int] | int]:
-    """Latents by log10 of their density, in quarters of a decade from one firing in `tokens` up to 1.
-
-    Returns:
-      `log10_edges`, one more than `counts`; `never`: latents that did not fire and are in no bin.
-    """
-    low = math.floor(math.log10(1 / max(tokens, 1)))
-    edges = np.linspace(low, 0, BINS_PER_DECADE * max(-low, 1) + 1)
-    alive = density[density > 0]
-    counts, _ = np.histogram(np.log10(alive), edges)
-    return {"log10_edges": edges.tolist(), "counts": counts.tolist(), "never": int((density <= 0).sum())}

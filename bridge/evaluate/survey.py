@@ -20,8 +20,6 @@ class Survey:
 
     sums: metrics.Sums
     """What `jsae.metrics.summarize` and `.density` answer on."""
-    legacy: float
-    """sum 1 - |e|^2 / |x - mean of the batch's x|^2: the variance explained as it was counted of old."""
     norm: float
     """sum |x|"""
     norm_hat: float
@@ -90,13 +88,11 @@ def _survey(
     latents = sae.encode(x)
     exact: tuple[Any, ...] = (y.double(), sae.made(latents, x).double())
     fired = latents != 0
-    error = (exact[0] - exact[1]).square().sum(-1)
-    sums = metrics.of(*exact, latents, fired.sum(0), loss=error.sum() / max(len(x), 1), nonfinite=(~x.isfinite()).sum())
-    spread = (exact[0] - exact[0].mean(0)).square().sum(-1)
+    loss = (exact[0] - exact[1]).square().sum() / max(len(x), 1)
+    sums = metrics.of(*exact, latents, fired.sum(0), loss=loss, nonfinite=(~x.isfinite()).sum())
     in_row = torch.zeros(rows, sae.d_sae, device=x.device).index_add_(0, row, fired.float())
     return Survey(
         metrics.Sums(*(value.double().cpu().numpy() for value in sums)),
-        legacy=(1 - error / spread).sum().item(),
         norm=exact[0].norm(dim=-1).sum().item(),
         norm_hat=exact[1].norm(dim=-1).sum().item(),
         rows_fired=(in_row > 0).sum(0).double().cpu().numpy(),

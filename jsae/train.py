@@ -83,8 +83,9 @@ def place(state: TrainState, mesh: Mesh) -> TrainState:
     return jax.device_put(state, axes.shardings(state, mesh))
 
 
+@functools.cache
 def make_step(config: TrainConfig, d_sae: int, k: int | None = None) -> Step:
-    """The training step, compiled: `(state, acts) -> (state, sums of the batch)`. The state is donated.
+    """The training step, compiled once: `(state, acts) -> (state, sums of the batch)`. The state is donated.
 
     Args:
       config: how the SAE is trained.

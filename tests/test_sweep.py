@@ -1,0 +1,156 @@
+"""Many SAEs from one stream: each of them equals the one that is trained alone."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsae import metrics, sweep, train
+from jsae.checkpoint import Checkpoints
+from jsae.config import ConfigError, SAEConfig, TrainConfig
+from jsae.data import ArraySource, Cursor, Shuffled
+from jsae.sweep import Member
+
+D, F, STEPS = 12, 48, 20
+RUN = TrainConfig(num_activations=STEPS * 64, batch_size=64, learning_rate=2e-3, dead_after=300, k_anneal_fraction=0.3)
+ANNEALED = dataclasses.replace(RUN, k_start=12)
+
+# Another architecture, width, k, seed, learning rate or site each; sites 0 and 1 are layers, 2 the ends of a
+# transcoder, 3 the layers of a crosscoder.
+MEMBERS = (
+    Member(SAEConfig("topk", D, F, k=4, aux_k=6), RUN, 0),
+    Member(SAEConfig("topk", D, F, k=8, aux_k=6), dataclasses.replace(ANNEALED, seed=1, learning_rate=5e-3), 1),
+    Member(SAEConfig("matryoshka", D, F, k=4, nested_widths=(8, 16)), dataclasses.replace(ANNEALED, seed=2), 0),
+    Member(SAEConfig("jumprelu", D, F // 2, target_l0=5.0), dataclasses.replace(RUN, seed=3), 1),
+    Member(SAEConfig("relu", D, F, skip=True, d_out=D), dataclasses.replace(RUN, average_fraction=0.2), 2),
+    Member(SAEConfig("topk", 2 * D, F, k=4, layers=2), RUN, 3),
+)
+PROGRAMS = sweep.Programs(MEMBERS)
+
+
+def activations(seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    parts = random.exponential(size=(3000, 20)) * (random.random((3000, 20)) < 0.15)
+    return (3 * parts @ random.normal(size=(20, D)) + random.normal(size=D)).astype(np.float32)
+
+
+class Sites:
+    """A source of four sites: the same rows of the same layers for all of them."""
+
+    d_in = D
+
+    def __init__(self):
+        self._one = ArraySource(activations(0), activations(1))
+
+    def fill(self, rows):
+        a, b = yield from self._one.fill(rows)
+        return (a,), (b,), (a, b), (a, b)
+
+    def position(self):
+        return self._one.position()
+
+    def seek(self, position):
+        self._one.seek(position)
+
+
+def stream(site: int | None = None, cursor: Cursor | None = None) -> Shuffled:
+    """Batches of all sites, or as a run by itself gets them, of one."""
+    source = Sites()
+    if site is not None:
+        fill = source.fill
+
+        def only(rows):
+            return (yield from fill(rows))[site]
+
+        source.fill = only
+    return Shuffled(source, batch_size=64, batches_per_block=8, seed=5, num_batches=STEPS, cursor=cursor)
+
+
+def first(batches: Shuffled) -> sweep.States:
+    """The states before the first step, where restored ones are, too, so that both run the same program."""
+    return jax.device_put(sweep.init(MEMBERS, batches.peek()), jax.devices()[0])
+
+
+@pytest.fixture(scope="module")
+def together() -> tuple[list[sweep.States], list[sweep.AllSums]]:
+    """States and sums after every step of the pass, the states before the first one in front."""
+    batches = stream()
+    begun = first(batches)
+    seen, sums = [jax.device_get(begun)], []
+    for _, states, found in sweep.fit(MEMBERS, begun, batches, PROGRAMS):
+        seen.append(jax.device_get(states))
+        sums.append(jax.device_get(found))
+    return seen, sums
+
+
+@pytest.mark.parametrize("i", range(len(MEMBERS)), ids=lambda i: f"{i} {MEMBERS[i].sae.architecture}")
+def test_each_sae_of_a_pass_equals_the_one_trained_alone(i, together):
+    member = MEMBERS[i]
+    batches = stream(member.site)
+    begun = train.init(member.sae, member.train, batches.peek())
+    steps = list(train.fit(member.train, begun, batches))
+    for (number, _, sums), all_sums in zip(steps, together[1], strict=True):
+        theirs = metrics.summarize(all_sums[i])
+        assert metrics.summarize(sums) == pytest.approx(theirs, rel=1e-4, abs=1e-5), number
+    state, found = steps[-1][1], together[0][-1][i]
+    assert int(state.step) == int(found.step) == STEPS
+    assert jax.tree.structure(state) == jax.tree.structure(found)
+    for (path, alone), of_the_pass in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(found), strict=True
+    ):
+        np.testing.assert_allclose(of_the_pass, alone, rtol=1e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_members_of_a_pass_differ_from_one_another(together):
+    """Lest they equal the ones trained alone because seeds, rates, sites and k do nothing."""
+    last = together[0][-1]
+    for a, b in itertools.combinations(range(len(MEMBERS)), 2):
+        mine, other = (np.asarray(last[i].sae.W_enc[...]) for i in (a, b))
+        assert mine.shape != other.shape or np.abs(mine - other).max() > 1e-3, (a, b)
+
+
+def test_every_sae_draws_its_own_k_while_it_comes_down(together):
+    l0 = np.array([[sums.l0 / 64 for sums in step] for step in together[1]])
+    # From 12 over 6 of 20 steps: to 4, and to 8. A token of a TopK SAE may have fewer that are positive.
+    np.testing.assert_allclose(l0[:, 2], [11, 9, 8, 7, 5, *[4] * 15], atol=0.01)
+    assert (l0[:, 0] <= 4).all()
+    assert (l0[:, 1] <= [11, 11, 10, 9, 9, *[8] * 15]).all()
+    assert (l0[6:, 1] > 4).all()
+
+
+@pytest.mark.parametrize("number", [3, 9])
+def test_a_pass_that_was_cut_off_goes_on_to_the_same_bits(number, together, tmp_path):
+    """Also while k comes down."""
+    batches = stream()
+    begun = sweep.fit(MEMBERS, first(batches), batches, PROGRAMS)
+    *_, (_, states, _) = itertools.islice(begun, number)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(number, states, {"cursor": batches.cursor().to_json()}, fvu=0.5)
+        checkpoints.wait()
+        found = checkpoints.restore(jax.eval_shape(lambda sample: sweep.init(MEMBERS, sample), stream().peek()))
+    rest = stream(cursor=Cursor(**found.notes["cursor"]))
+    *_, (last, states, _) = steps = list(sweep.fit(MEMBERS, found.states, rest, PROGRAMS))
+    assert (len(steps), last) == (STEPS - number, STEPS)
+    for ours, theirs in zip(jax.tree.leaves(states), jax.tree.leaves(together[0][-1]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_members_with_another_number_of_steps_are_refused_with_the_numbers():
+    longer = Member(MEMBERS[0].sae, dataclasses.replace(RUN, num_activations=64 * (STEPS + 3)), 0)
+    states = jax.eval_shape(lambda sample: sweep.init([MEMBERS[0]], sample), stream().peek())
+    with pytest.raises(ConfigError, match=r"same number of steps, not \[20, 23\]"):
+        next(sweep.fit([MEMBERS[0], longer], states, iter([])))
+
+
+def test_a_loss_that_is_not_finite_is_told_of_the_one_sae_that_had_it(together):
+    good, bad = together[0][-1][:2]
+    sums = together[1][-1]
+    train.check_finite(good, sums[0], "k4 blocks.0")
+    broken = bad._replace(bad_step=jnp.int32(7))
+    with pytest.raises(
+        train.NotFiniteError, match=r"the loss of k8 blocks\.1 is not finite at step 7; the activations"
+    ):
+        train.check_finite(broken, sums[1], "k8 blocks.1")

@@ -33,17 +33,19 @@ class TorchSAE(nn.Module):
     """A trained SAE. `W_enc` (d_in, d_sae), `W_dec` (d_sae, d_out) with unit rows, `b_dec` (d_out,), biases (d_sae,).
 
     Takes and gives activations as the model has them. It is frozen; gradients flow through it to its input. `d_out` is
-    `d_in` but of a transcoder, which gives another activation than it takes, and may have `W_skip` (d_out, d_in).
+    `d_in` but of a transcoder, which gives another activation than it takes, and may have `W_skip` (d_out, d_in). A
+    crosscoder takes and gives the activations of its `layers` side by side, in the order of `metadata["hook_names"]`.
     """
 
-    def __init__(self, cfg: dict[str, Any], weights: Mapping[str, torch.Tensor]):
+    def __init__(self, cfg: dict[str, Any], weights: Mapping[str, torch.Tensor], layers: int = 1):
         super().__init__()
         self.cfg = cfg
+        self.layers = layers
         self.architecture: str = cfg["architecture"]
         self.d_in: int = cfg["d_in"]
         self.d_sae: int = cfg["d_sae"]
-        self.d_out: int = cfg.get("d_out", cfg["d_in"])
         self.is_transcoder: bool = self.architecture in _TRANSCODERS
+        self.d_out: int = cfg.get("d_out", self.d_in) if self.is_transcoder else self.d_in
         self._encode = _ENCODE[_TRANSCODERS.get(self.architecture, self.architecture)]
         self.metadata: dict[str, Any] = cfg.get("metadata", {})
         for name, weight in weights.items():
@@ -119,30 +121,37 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> TorchSAE:
     try:
         cfg = json.loads((folder / "cfg.json").read_text())
         weights = load_file(folder / "sae_weights.safetensors", device=str(device))
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RecursionError) as error:
         raise ValueError(f"{folder} holds a broken export: {error}") from error
+    layers = 1
     if isinstance(cfg, dict) and cfg.get("architecture") == "crosscoder":
-        cfg, weights = _side_by_side(folder, cfg, weights)
+        cfg, weights, layers = _side_by_side(folder, cfg, weights)
     _check(folder, cfg, weights)
-    return TorchSAE(cfg, {name: w.float() for name, w in weights.items()}).eval()
+    return TorchSAE(cfg, {name: w.float() for name, w in weights.items()}, layers).eval()
 
 
 def _side_by_side(
     folder: Path, cfg: dict[str, Any], weights: dict[str, torch.Tensor]
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A crosscoder as the SAE that it is of its layers side by side: `d_in` becomes their widths together.
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
+    """A crosscoder as the SAE that it is of its layers side by side, `d_in` their widths together; and their number.
 
     Raises:
-      ValueError: arrays that are not what `jsae.export.write` says of a crosscoder.
+      ValueError: settings or arrays that are not what `jsae.export.write` says of a crosscoder.
     """
-    layers, d, f = (cfg.get(name) for name in ("layers", "d_in", "d_sae"))
+    sizes = {name: cfg.get(name) for name in ("layers", "d_in", "d_sae")}
+    if not all(type(size) is int and size > 0 for size in sizes.values()):
+        raise ValueError(f"{folder}: layers, d_in and d_sae of a crosscoder must be positive integers, not {sizes}")
+    if cfg.get("activation") not in tuple(_PER_LATENT):
+        known = ", ".join(_PER_LATENT)
+        raise ValueError(f"{folder}: a crosscoder's activation {cfg.get('activation')!r} is not known: {known} are")
+    layers, d, f = sizes.values()
     expected = {"W_enc": (layers, d, f), "W_dec": (f, layers, d), "b_dec": (layers, d)}
     found = {name: tuple(weights[name].shape) if name in weights else None for name in expected}
     if found != expected:
         raise ValueError(f"{folder}: a crosscoder of {layers} layers of width {d} has {expected}, but the file {found}")
     flat = {"W_enc": (layers * d, f), "W_dec": (f, layers * d), "b_dec": (layers * d,)}
     weights = weights | {name: weights[name].reshape(shape) for name, shape in flat.items()}
-    return cfg | {"architecture": cfg.get("activation"), "d_in": layers * d}, weights
+    return cfg | {"architecture": cfg["activation"], "d_in": layers * d}, weights, layers
 
 
 def _check(folder: Path, cfg: Any, weights: Mapping[str, torch.Tensor]) -> None:
@@ -161,7 +170,8 @@ def _check(folder: Path, cfg: Any, weights: Mapping[str, torch.Tensor]) -> None:
         norms = weights["W_dec"].float().norm(dim=-1) if "W_dec" in weights else torch.zeros(1)
         if not torch.allclose(norms, torch.ones_like(norms), atol=1e-4):
             raise ValueError(f"{folder}: activations rescaled by decoder norms that are not 1 are not supported")
-    widths = {key: cfg.get(key) for key in ("d_in", "d_sae")} | {"d_out": cfg.get("d_out", cfg.get("d_in"))}
+    widths = {key: cfg.get(key) for key in ("d_in", "d_sae")}
+    widths["d_out"] = cfg.get("d_out", widths["d_in"]) if transcoder else widths["d_in"]
     if not all(isinstance(w, int) and w > 0 for w in widths.values()):
         raise ValueError(f"{folder}: d_in, d_sae and d_out must be positive integers, not {widths}")
     if cfg["architecture"] in ("topk", "abstopk") and not (

@@ -29,6 +29,9 @@ ARCHITECTURES: Mapping[str, str] = {
 TRANSCODERS: Mapping[str, str] = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
 """The same of transcoders; with a skip path `_transcoder` becomes `_skip_transcoder`."""
 
+RANKED = ("topk", "abstopk")
+"""Exported forms that choose among latents by their size."""
+
 Arrays = Mapping[str, np.ndarray]
 Scale = float | np.ndarray
 
@@ -47,7 +50,7 @@ def architecture(config: SAEConfig) -> str:
     return TRANSCODERS[name].replace("transcoder", "skip_transcoder") if config.skip else TRANSCODERS[name]
 
 
-def fold(weights: Arrays, scale: Scale, scale_out: Scale) -> dict[str, np.ndarray]:
+def fold(weights: Arrays, scale: Scale, scale_out: Scale, ranked: bool = False) -> dict[str, np.ndarray]:
     """The same SAE for activations as the model has them, with unit decoder rows, W_enc turned to (d_in, d_sae).
 
     Trained on `scale * x`. With W_enc' = scale W_enc, W_dec' = W_dec / scale and b_dec' = b_dec / scale the latents
@@ -57,6 +60,8 @@ def fold(weights: Arrays, scale: Scale, scale_out: Scale) -> dict[str, np.ndarra
       weights: by name, in the trainer's layout (`jsae.axes.AXES`).
       scale: the factor on what is read in training, one number or one per dimension.
       scale_out: the factor on what is made, which is the same unless it is a transcoder's.
+      ranked: whether the SAE chooses among its latents by their size. Then n is the same for all, the mean of the row
+        norms, or it would choose others. They differ in a crosscoder and where weights were averaged.
 
     Raises:
       ConfigError: a weight that is not finite, or a decoder row of norm 0.
@@ -72,6 +77,8 @@ def fold(weights: Arrays, scale: Scale, scale_out: Scale) -> dict[str, np.ndarra
         exact["W_skip"] = exact["W_skip"] * scale / np.reshape(scale_out, (-1, 1))
     norms = np.linalg.norm(exact["W_dec"], axis=1)
     require(bool((norms > 0).all()), f"{int((norms == 0).sum())} decoder rows have norm 0: they cannot be normalised")
+    if ranked:
+        norms = np.full_like(norms, norms.mean())
     exact["W_dec"] = exact["W_dec"] / norms[:, None]
     exact["W_enc"] = (exact["W_enc"] * scale * norms[:, None]).T
     for name in set(exact) - {"W_enc", "W_dec", "b_dec", "W_skip", "r_mag"}:  # r_mag is the log of a ratio of weights
@@ -91,7 +98,7 @@ def write(
 
     A crosscoder's directory has the same files in a layout of its own: architecture `crosscoder` with the encoder's
     form under `activation`, `W_enc` (layers, d, d_sae), `W_dec` (d_sae, layers, d), `b_dec` (layers, d), and `d_in` the
-    width of one layer; a decoder row has norm 1 over all its layers.
+    width of one layer; a decoder row has norm 1 over all its layers (of `RANKED` forms about that, see `fold`).
 
     Args:
       folder: made new; an export that is there is replaced.
@@ -117,9 +124,9 @@ def write(
     }
     if config.is_transcoder:
         cfg |= {"d_out": config.width_out}
-    if cfg["architecture"] in ("topk", "abstopk"):
+    if cfg["architecture"] in RANKED:
         cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
-    folded = fold(weights, scale, scale_out)
+    folded = fold(weights, scale, scale_out, cfg["architecture"] in RANKED)
     if config.layers > 1:
         cfg |= {"architecture": "crosscoder", "activation": cfg["architecture"], "layers": config.layers}
         cfg["d_in"] = d = config.d_in // config.layers

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from bridge.exports import finished
+
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _LOG = logging.getLogger(__name__)
 
 _REQUIRED, _OPTIONAL = ("cfg.json", "sae_weights.safetensors"), ("sparsity.safetensors",)
-_UNFINISHED = (".unfinished", ".outdated")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,39}")
 _TAGS = ("sparse-autoencoder", "saelens", "interpretability", "nanochat", "jsae")
 
@@ -193,8 +194,7 @@ def _check_names(repo_id: str, license: str) -> None:
 
 def _exports(run: Path, hooks: Sequence[str] | None = None) -> list[_Export]:
     """The finished exports of a run, by hook."""
-    folders = sorted(file.parent for file in (run / "sae").glob("*/cfg.json"))
-    folders = [folder for folder in folders if folder.suffix not in _UNFINISHED]
+    folders = finished(run)
     if missing := sorted(set(hooks or ()) - {folder.name for folder in folders}):
         there = ", ".join(folder.name for folder in folders) or "none"
         raise FileNotFoundError(f"{run} has no SAE of {', '.join(missing)}: there are {there}")

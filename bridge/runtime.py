@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bridge import torch_sae
 from bridge.attribution import Target, attribute
+from bridge.exports import finished, within
 from bridge.hooks import Acts, Edit, capture, depth, edit, find, parse
 from bridge.nanochat import engine
 from bridge.steering import LENGTHS, Reading, Steer, edit_of, feature, mask, masked
@@ -27,16 +28,19 @@ def load_saes(path: str | Path, device: str | torch.device = "cpu") -> dict[str,
     """The exported SAEs of a place by hook name, which `metadata.hook_name` of their cfg.json says, else the folder.
 
     Args:
-      path: an exported SAE; a run directory, with its exports in sae/; or a folder of exports.
+      path: an exported SAE; a run directory, with its exports in sae/ (of a sweep, that of a variant); or a folder of
+        exports.
       device: where they shall be.
 
     Raises:
       FileNotFoundError: there is no export at that place; says what is there.
-      ValueError: an export is broken, belongs to no hook of a nanochat, or two belong to one.
+      ValueError: an export is broken, a transcoder or crosscoder, belongs to no hook of a nanochat, or two belong to
+        one.
     """
     saes: dict[str, TorchSAE] = {}
     for folder in _exports(Path(path)):
         sae = torch_sae.load(folder, device)
+        _check_kind(folder, sae)
         metadata = sae.metadata if isinstance(sae.metadata, dict) else {}
         name = str(metadata.get("hook_name") or folder.resolve().name)
         try:
@@ -53,16 +57,29 @@ def _exports(path: Path) -> list[Path]:
     """The directories of exported SAEs that a path means."""
     if (path / "cfg.json").is_file():
         return [path]
-    for folder in (path / "sae", path):
-        found = sorted(p.parent for p in folder.glob("*/cfg.json"))
-        if found:
-            return found
+    if found := finished(path) or within(path):
+        return found
     if not path.is_dir():
         raise FileNotFoundError(f"no SAE at {path}: it is no directory")
     names = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
     raise FileNotFoundError(
         f"no SAE at {path}, which holds {names}: give an exported SAE (cfg.json, sae_weights.safetensors), "
         "a folder of them, or the directory of a run that is finished"
+    )
+
+
+def _check_kind(where: str | Path, sae: TorchSAE) -> None:
+    """Raises ValueError for what is not of one activation: it could not take its place."""
+    told = sae.metadata if isinstance(sae.metadata, dict) else {}
+    if sae.layers > 1:
+        kind = f"a crosscoder of {sae.layers} layers: it makes all of them of one code"
+    elif sae.is_transcoder:
+        kind = f"a transcoder: it makes {told.get('hook_name_out', 'another activation')} of what it reads"
+    else:
+        return
+    raise ValueError(
+        f"{where} is {kind}. Tracking, steering, evaluation and the explorer are for SAEs, which make what they read; "
+        "bridge.torch_sae.load gives it as a module, and eval.json of its run says how well it does"
     )
 
 
@@ -79,7 +96,7 @@ class InterpretableModel:
       fingerprint: of the model (`Nanochat.fingerprint`); SAEs that say they were trained on another are refused.
 
     Raises:
-      ValueError: no SAE, or one for a layer, width, device or model that is not this one's.
+      ValueError: no SAE, one for a layer, width, device or model that is not this one's, a transcoder or a crosscoder.
     """
 
     def __init__(
@@ -305,6 +322,7 @@ class InterpretableModel:
 
     def _check(self, name: str, sae: TorchSAE, fingerprint: str | None) -> None:
         """Raises ValueError for an SAE that is not of this model."""
+        _check_kind(f"the SAE of {name}", sae)
         width, device = self._embedding.size(1), self._embedding.device
         if sae.d_in != width:
             raise ValueError(

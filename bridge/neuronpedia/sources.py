@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bridge.exports import finished
 from bridge.neuronpedia import ids as names
 from bridge.neuronpedia.about import CREATED_AT, About
 from bridge.neuronpedia.ids import Ids
@@ -62,11 +63,10 @@ def of_run(run: Path, wanted: Wanted, hook: str | None = None) -> list[Source]:
     """The exported SAEs of a run, or that of one hook, with names that Neuronpedia takes. Reads no records.
 
     Raises:
-      FileNotFoundError: the run has no export, or none of the hook; says what to run.
+      FileNotFoundError: the run has no export, or none of the hook, or is a sweep; says what to run.
       ConfigError: a name that would be refused, or one for two SAEs.
     """
-    folders = sorted(path.parent for path in (run / "sae").glob("*/cfg.json"))
-    exports = {folder.name: folder for folder in folders if folder.suffix not in (".unfinished", ".outdated")}
+    exports = {folder.name: folder for folder in finished(run)}
     if not exports:
         raise FileNotFoundError(
             f"{run} holds no exported SAE: `python -m experiments.train --output_dir={run}` writes one when it ends"

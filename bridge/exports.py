@@ -1,0 +1,27 @@
+"""Where the exported SAEs of a run lie. No torch."""
+
+from pathlib import Path
+
+_UNFINISHED = (".unfinished", ".outdated")
+
+
+def within(folder: Path) -> list[Path]:
+    """The finished exports that are folders of this one, in order of their names."""
+    found = sorted(file.parent for file in folder.glob("*/cfg.json"))
+    return [export for export in found if export.suffix not in _UNFINISHED]
+
+
+def finished(run: Path) -> list[Path]:
+    """The finished exports of a run.
+
+    Raises:
+      FileNotFoundError: the run trained several variants, which have folders of their own; names them.
+    """
+    found = within(run / "sae")
+    variants = [] if found else sorted({file.parents[2].name for file in run.glob("*/sae/*/cfg.json")})
+    if variants:
+        raise FileNotFoundError(
+            f"{run} is a sweep, whose variants are runs of their own: give one of them, {run / variants[0]} for "
+            f"example; there are {', '.join(variants)}"
+        )
+    return found

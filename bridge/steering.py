@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from bridge.hooks import Acts, Edit
-from bridge.torch_sae import TorchSAE
+from bridge.torch_sae import RANKED, TorchSAE
 
 POSITIONS = ("all", "prompt", "generated", "not_special")
 
@@ -33,7 +33,8 @@ class Steer:
 
     In the first three, Neuronpedia's, c is strength_multiplier * strength. All are added to h, so what the SAE does
     not explain stays. Strengths are in units of the feature's activation with unit decoder rows: rows that are not
-    unit are folded first as Neuronpedia folds them, except those of a TopK SAE, which it takes as they are.
+    unit are folded first as Neuronpedia folds them, except those of a TopK SAE, which it takes as they are; and of
+    AbsTopK, whose activations may be negative.
 
     Positions: "all" (Neuronpedia's default), "prompt", "generated", or "not_special", which leaves out BOS and the
     markers of a chat (Neuronpedia's steer_special_tokens=false).
@@ -90,8 +91,8 @@ def feature(sae: TorchSAE, index: int) -> Feature:
     norm = row.norm()
     if not 0 < norm < math.inf:
         raise ValueError(f"the decoder row of feature {index} has norm {norm:g}: it gives no direction to steer in")
-    if sae.architecture == "topk":
-        return Feature(row, _of_topk(sae, index))
+    if sae.architecture in RANKED:
+        return Feature(row, _of_ranked(sae, index))
     # Every latent of these has its own inequality: one column of the encoder answers for one latent.
     column = slice(index, index + 1)
     weights = {n: w[column] for n, w in sae.named_parameters() if n not in ("W_enc", "W_dec", "b_dec")}
@@ -99,8 +100,8 @@ def feature(sae: TorchSAE, index: int) -> Feature:
     return Feature(row / norm, lambda h: alone.encode(h)[..., 0] * norm)
 
 
-def _of_topk(sae: TorchSAE, index: int) -> Callable[[Acts], Float[torch.Tensor, "B T"]]:
-    """A latent of a TopK SAE is on only where it is among the k largest, so all of them must be known."""
+def _of_ranked(sae: TorchSAE, index: int) -> Callable[[Acts], Float[torch.Tensor, "B T"]]:
+    """A latent of a TopK or AbsTopK SAE is on only where it is among the k largest, so all of them must be known."""
 
     def activation(h: Acts) -> Float[torch.Tensor, "B T"]:
         values, indices = sae.encode_sparse(h)

@@ -24,6 +24,8 @@ _TRANSCODERS: Mapping[str, str] = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
+RANKED = ("topk", "abstopk")
+"""What chooses among its latents by their size, and knows how many: `cfg["k"]`."""
 _MEANT_OTHERWISE = {"normalize_activations": "none", "reshape_activations": "none"}
 
 Dense = Float[torch.Tensor, "*tokens f"]
@@ -174,9 +176,7 @@ def _check(folder: Path, cfg: Any, weights: Mapping[str, torch.Tensor]) -> None:
     widths["d_out"] = cfg.get("d_out", widths["d_in"]) if transcoder else widths["d_in"]
     if not all(isinstance(w, int) and w > 0 for w in widths.values()):
         raise ValueError(f"{folder}: d_in, d_sae and d_out must be positive integers, not {widths}")
-    if cfg["architecture"] in ("topk", "abstopk") and not (
-        isinstance(cfg.get("k"), int) and 1 <= cfg["k"] <= cfg["d_sae"]
-    ):
+    if cfg["architecture"] in RANKED and not (isinstance(cfg.get("k"), int) and 1 <= cfg["k"] <= cfg["d_sae"]):
         raise ValueError(f"{folder}: k is {cfg.get('k')!r}: it must be an integer between 1 and d_sae={cfg['d_sae']}")
     expected = {"W_enc": ("d_in", "d_sae"), "W_dec": ("d_sae", "d_out"), "b_dec": ("d_out",)}
     if "skip" in cfg["architecture"]:

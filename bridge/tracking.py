@@ -12,14 +12,14 @@ from torch import nn
 
 from bridge.hooks import Acts
 from bridge.steering import Reading
-from bridge.torch_sae import TorchSAE
+from bridge.torch_sae import RANKED, TorchSAE
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
     """Sparse numbers per position: `values` and `indices`, both (B, T, k), of `d_sae` features. Unpacks into the two.
 
-    A value of 0 is padding: that feature is not active.
+    A value of 0 is padding: that feature is not active. Those of an AbsTopK SAE may be negative.
     """
 
     values: Float[torch.Tensor, "B T k"]
@@ -40,7 +40,7 @@ class Token:
     """One token of a generation: its id, its position in the text, whether it was generated, and what fired on it.
 
     `text` is what the token adds to the text: nothing while a character is not whole, its last token then has it
-    all. `features` are (index, activation) pairs per hook, the largest first, active ones only.
+    all. `features` are (index, activation) pairs per hook, those of the largest size first, active ones only.
     """
 
     id: int
@@ -51,14 +51,14 @@ class Token:
 
 
 def active(sae: TorchSAE, acts: Acts, top_k: int | None = None) -> Features:
-    """The features of activations, the largest first: top_k of them, or else all that are active.
+    """The features of activations, those of the largest size first: top_k of them, or else all that are active.
 
-    All are the k of a TopK SAE; of another as many as the position with the most of them has.
+    All are the k of a TopK or AbsTopK SAE; of another as many as the position with the most of them has.
 
     Raises:
       ValueError: a top_k that is not between 1 and the number of features.
     """
-    if top_k is None and sae.architecture != "topk":
+    if top_k is None and sae.architecture not in RANKED:
         latents = sae.encode(acts)
         widest = max(int((latents > 0).sum(-1).max()), 1)
         return Features(*latents.topk(widest, dim=-1), sae.d_sae)
@@ -159,4 +159,4 @@ def _pairs(trace: Trace, n: int, top_k: int | None) -> list[list[tuple[int, floa
     """(index, activation) of what fired on each of the last n tokens of row 0, as plain numbers."""
     values, indices = trace.features(top_k)
     rows = zip(indices[0, -n:].tolist(), values[0, -n:].tolist(), strict=True)
-    return [[(i, v) for i, v in zip(*row, strict=True) if v > 0] for row in rows]
+    return [[(i, v) for i, v in zip(*row, strict=True) if v != 0] for row in rows]

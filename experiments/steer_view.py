@@ -91,8 +91,8 @@ def _activation(token: Token, steer: Steer) -> float:
 
 
 def _firing(tokens: Sequence[Token], steer: Steer) -> str:
-    fired = [value for token in tokens if (value := _activation(token, steer)) > 0]
-    return f"{len(fired)} of {len(tokens)} tokens, at most {max(fired, default=0.0):.2f}"
+    fired = [value for token in tokens if (value := _activation(token, steer)) != 0]
+    return f"{len(fired)} of {len(tokens)} tokens, at most {max(fired, key=abs, default=0.0):.2f}"
 
 
 def _style(token: Token, share: float) -> Style:

@@ -304,6 +304,20 @@ def test_a_model_and_its_sae_are_read_as_they_run(corpus):
     assert named[0].f1 == named[1].f1 == 1
 
 
+def test_of_a_latent_that_may_be_negative_the_positive_side_is_named(corpus):
+    text, tokenizer = read(corpus), corpus[1]
+    (comma,), (digit,) = tokenizer.encode(","), tokenizer.encode("3")
+    W_enc = torch.zeros(tokenizer.vocab_size, 1)
+    W_enc[comma, 0], W_enc[digit, 0] = 2.0, -3.0
+    weights = {"W_enc": W_enc, "W_dec": W_enc.T.contiguous(), "b_enc": torch.zeros(1), "b_dec": torch.zeros(len(W_enc))}
+    sae = TorchSAE({"architecture": "abstopk", "d_in": len(W_enc), "d_sae": 1, "k": 1}, weights)
+    site = Site(Spelled(len(W_enc)), "blocks.0.hook_resid_post", tokenizer.bos_token_id, tokens_per_forward=640)
+    found = labels.firings(site, sae, text)
+    assert set(found.value.tolist()) == {2.0}
+    (named,) = labels.label(found, text, tokenizer)
+    assert (named.label, named.f1) == ("token ','", 1)
+
+
 def test_the_text_is_cut_where_an_sae_fires_too_often(corpus, monkeypatch):
     text, tokenizer = read(corpus), corpus[1]
     monkeypatch.setattr(labels, "MOST_FIRINGS", 700)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_hooks import UpstreamLike, traces
@@ -13,11 +14,14 @@ from tiny_nanochat import SIZES, tiny, tokens
 from toy_saes import FORMS, export, toy_sae
 
 import bridge.nanochat
+from bridge import torch_sae
 from bridge.hooks import capture, edit
 from bridge.nanochat.engine import generate
 from bridge.nanochat.tokenizer import Tokenizer
 from bridge.runtime import InterpretableModel, Steer, load_saes
 from bridge.steering import MODES, POSITIONS
+from jsae.config import SAEConfig
+from jsae.export import write
 
 ROOT = Path(__file__).resolve().parents[1]
 C = SIZES["n_embd"]
@@ -68,10 +72,11 @@ def test_active_features_are_the_saes_own(model, form):
         assert torch.equal(im(ids), plain)
         found = im.get_active_features()
         values, indices = found
-        widest = int((latents > 0).sum(-1).max())
+        widest = int((latents != 0).sum(-1).max())
         assert values.shape == indices.shape == (2, 30, widest)
-        assert widest == 4 or form != "topk"
-        assert (values[..., :-1] >= values[..., 1:]).all()
+        assert widest == 4 or form not in ("topk", "abstopk")
+        assert (values[..., :-1].abs() >= values[..., 1:].abs()).all()
+        assert (values < 0).any() == (form == "abstopk")
         torch.testing.assert_close(latents.gather(-1, indices), values)
         largest, at = im.get_active_features(top_k=2)
     assert torch.equal(largest, values[..., :2])
@@ -321,6 +326,18 @@ def test_every_token_comes_with_what_fired_on_it(im):
     assert len(short.features[HOOK]) == 2
 
 
+def test_features_of_a_generation_may_be_negative(model):
+    im = InterpretableModel(model, {HOOK: toy_sae("abstopk", C, 64, k=5)})
+    (token,) = im.generate([5, 6, 7], max_tokens=1)
+    with im.interpretation_enabled():
+        im(torch.tensor([[5, 6, 7, token.id]]))
+        values, indices = im.get_active_features()
+    pairs = token.features[HOOK]
+    assert [i for i, _ in pairs] == indices[0, -1].tolist()
+    assert [v for _, v in pairs] == pytest.approx(values[0, -1].tolist(), abs=1e-4)
+    assert any(v < 0 for _, v in pairs)
+
+
 def test_a_generation_ends_at_a_stop_token_and_at_the_last_position(im, model):
     free = [token.id for token in im.generate([1, 2], max_tokens=30, seed=4)]
     stop = free[10]
@@ -541,6 +558,51 @@ def test_a_place_without_saes_is_refused_with_what_it_holds(tmp_path):
     export(toy_sae("topk", C, 64, hook_name=HOOK), tmp_path / "two" / "b")
     with pytest.raises(ValueError, match=f"two SAEs of {HOOK}"):
         load_saes(tmp_path / "two")
+
+
+def test_of_a_sweep_the_variants_are_named(tmp_path):
+    for variant in ("k8", "k16"):
+        export(toy_sae("topk", C, 64, hook_name=HOOK), tmp_path / "sweep" / variant / "sae" / HOOK)
+    (tmp_path / "sweep" / "checkpoints").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"is a sweep.* give one of them, .*k16 for example; there are k16, k8$"
+    ):
+        load_saes(tmp_path / "sweep")
+    assert list(load_saes(tmp_path / "sweep" / "k8")) == [HOOK]
+
+
+def test_what_is_half_written_or_outdated_is_no_sae(tmp_path):
+    for name in (HOOK, f"{HOOK}.unfinished", f"{EARLY}.outdated"):
+        export(toy_sae("topk", C, 64), tmp_path / "run" / "sae" / name)
+    assert list(load_saes(tmp_path / "run")) == [HOOK]
+
+
+OTHERS = {
+    "transcoder": (
+        SAEConfig("relu", C, 64, d_out=C),
+        {"hook_name": "blocks.1.ln2.hook_normalized", "hook_name_out": "blocks.1.hook_mlp_out"},
+        "is a transcoder: it makes blocks.1.hook_mlp_out of what it reads",
+    ),
+    "crosscoder": (
+        SAEConfig("relu", 3 * C, 64, layers=3),
+        {"hook_name": EARLY, "hook_names": [EARLY, HOOK, LATE]},
+        "is a crosscoder of 3 layers: it makes all of them of one code",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_transcoders_and_crosscoders_are_refused_with_what_they_are_and_are_for(kind, model, tmp_path):
+    config, metadata, complaint = OTHERS[kind]
+    random = np.random.default_rng(0)
+    shapes = {"W_enc": (64, config.d_in), "W_dec": (64, config.width_out), "b_dec": config.width_out, "b_enc": 64}
+    weights = {name: random.standard_normal(shape) for name, shape in shapes.items()}
+    folder = tmp_path / "run" / "sae" / EARLY
+    write(folder, config, weights, 1.0, 1.0, metadata)
+    with pytest.raises(ValueError, match=f"{complaint}.*bridge.torch_sae.load gives it as a module"):
+        load_saes(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"the SAE of {EARLY} {complaint}"):
+        InterpretableModel(model, {EARLY: torch_sae.load(folder)})
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_the_activation_is_the_whole_saes(form):
     sae = toy_sae(form, 32, 64)
     h = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(1))
     latents = sae.encode(h)
-    firing = latents.flatten(0, 1).gt(0).any(0).nonzero()[:, 0].tolist()
+    firing = latents.flatten(0, 1).ne(0).any(0).nonzero()[:, 0].tolist()
     assert len(firing) > 8
     for index in firing[:8]:
         torch.testing.assert_close(feature(sae, index).activation(h), latents[..., index], atol=1e-5, rtol=1e-5)
@@ -110,8 +110,19 @@ def test_a_latent_that_topk_left_out_counts_as_off():
     torch.testing.assert_close(clamped[on] - h[on], (5.0 - sae.encode(h)[on][:, index, None]) * sae.W_dec[index])
 
 
-def test_rows_that_are_not_unit_are_folded_but_for_topk():
-    for form, factor in (("standard", 3.0), ("topk", 1.0)):
+def test_a_latent_that_is_negative_is_scaled_and_clamped_from_where_it_is():
+    sae = toy_sae("abstopk", 8, 16, k=2)
+    h = torch.randn(1, 40, 8, generator=torch.Generator().manual_seed(1))
+    index = int(sae.encode(h).sum((0, 1)).argmin())
+    activation = sae.encode(h)[0, :, index]
+    assert (activation < 0).any()
+    row = sae.W_dec[index]
+    for mode, strength, step in (("scale", 3.0, 2 * activation), ("clamp", -5.0, -5 - activation)):
+        torch.testing.assert_close(pushed(sae, h, (index, mode, strength))[0], h[0] + step[:, None] * row)
+
+
+def test_rows_that_are_not_unit_are_folded_but_for_those_that_rank_their_latents():
+    for form, factor in (("standard", 3.0), ("topk", 1.0), ("abstopk", 1.0)):
         sae = toy_sae(form, 32, 64)
         stretched = TorchSAE(sae.cfg, dict(sae.named_parameters()) | {"W_dec": sae.W_dec * 3})
         h = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(1))

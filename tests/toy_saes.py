@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from bridge.torch_sae import TorchSAE
 
-FORMS = ("topk", "standard", "jumprelu", "gated")
+FORMS = ("topk", "standard", "jumprelu", "gated", "abstopk")
 
 
 def toy_sae(architecture: str, d_in: int, d_sae: int, seed: int = 0, k: int = 4, **metadata) -> TorchSAE:
@@ -29,7 +29,7 @@ def toy_sae(architecture: str, d_in: int, d_sae: int, seed: int = 0, k: int = 4,
     if architecture == "jumprelu":
         weights["threshold"] = 0.2 + 0.1 * normal(d_sae).abs()
     cfg = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "metadata": metadata}
-    return TorchSAE(cfg | ({"k": k} if architecture == "topk" else {}), weights).eval()
+    return TorchSAE(cfg | ({"k": k} if architecture in ("topk", "abstopk") else {}), weights).eval()
 
 
 def export(sae: TorchSAE, folder: Path) -> Path:

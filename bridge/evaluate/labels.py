@@ -25,7 +25,10 @@ MOST_FIRINGS = 2**25
 
 @dataclasses.dataclass(frozen=True)
 class Firings:
-    """All activations above zero of `d_sae` latents on the tokens of a text, flat; ordered by token."""
+    """All activations above zero of `d_sae` latents on the tokens of a text, flat; ordered by token.
+
+    Of latents that may be negative (AbsTopK) these are the positive ones: each side would need a name of its own.
+    """
 
     latent: Int[np.ndarray, " m"]
     token: Int[np.ndarray, " m"]
@@ -77,7 +80,7 @@ def firings(site: Site, sae: TorchSAE, text: Text) -> Firings:
     total = 0
     for start, tokens, acts, _, mask in site.read(site.batches(text.tokens, sae.d_sae)):
         latents = sae.encode(acts[mask].float())
-        row, latent = latents.nonzero(as_tuple=True)
+        row, latent = (latents > 0).nonzero(as_tuple=True)
         token = mask.flatten().nonzero()[:, 0][row] + start * length
         columns = (latent.int(), token.int(), latents[row, latent])
         found.append(tuple(column.cpu().numpy() for column in columns))

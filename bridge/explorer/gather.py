@@ -250,10 +250,14 @@ def _half_the_threads(device: torch.device) -> Iterator[None]:
 def codes(
     sae: TorchSAE, x: Float[torch.Tensor, "n d"]
 ) -> tuple[Int[torch.Tensor, " m"], Int[torch.Tensor, " m"], Float[torch.Tensor, " m"]]:
-    """What fires on each token: number of the token (rising), latent, value above 0."""
+    """What fires on each token: number of the token (rising), latent, value above 0.
+
+    Of a latent that may be negative, of an AbsTopK SAE, that is its positive side: what it fires on with a minus is
+    something else, and records of both would be examples of nothing.
+    """
     if sae.architecture != "topk":
         latents = sae.encode(x)
-        token, latent = latents.nonzero(as_tuple=True)
+        token, latent = (latents > 0).nonzero(as_tuple=True)
         return token, latent, latents[token, latent]
     if x.device.type == "cpu":
         values, indices = _largest(((x - sae.b_dec) @ sae.W_enc + sae.b_enc), sae.cfg["k"])

@@ -105,7 +105,7 @@ class Session:
         return {hook: acts[hook] for hook in hooks}
 
     def strongest(self, ids: Sequence[int], hook: str, top_k: int) -> list[list[tuple[int, float]]]:
-        """The (index, activation) pairs of the features that fire most at every token, largest first."""
+        """The (index, activation) pairs of the features that fire most at every token, largest first; above 0 only."""
         sae, acts = self.im.sae(hook), self.acts(ids, [hook])[hook]
         found = []
         for part in acts[0].split(_POSITIONS_AT_ONCE):

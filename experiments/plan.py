@@ -55,7 +55,7 @@ def of(run: Path, config: RunConfig, nano: Nanochat) -> list[Trainee]:
     from bridge.hooks import find
 
     places = _places(config, nano.config.n_layer)
-    for hook in {hook for place in places for hook in place}:
+    for hook in dict.fromkeys(hook for place in places for hook in place):
         find(nano.model, hook)
     trainees = []
     for variant in config.variants():

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from experiments.flags import flag
 from jsae.config import SPARSE, Architecture, Json, SAEConfig, TrainConfig, require
@@ -13,9 +13,9 @@ HookType = Literal["resid_post", "attn", "mlp_in", "mlp"]
 
 SWEPT: Mapping[str, str] = {
     "k": "k",
-    "l1_coefficient": "l1",
+    "l1_coefficient": "l1_",
     "l0_coefficient": "l0c",
-    "target_l0": "l0",
+    "target_l0": "l0_",
     "learning_rate": "lr",
     "seed": "seed",
 }
@@ -91,8 +91,10 @@ class RunConfig(Json):
             f"jax_memory_fraction is {self.jax_memory_fraction}: it must lie between 0 and 0.95",
         )
         for layer in self.layer:
-            require(layer == "all" or layer.isdecimal(), f"layer {layer!r} is neither a number from 0 nor 'all'")
-        require(len(set(self.layer)) == len(self.layer), f"--layer={','.join(self.layer)} names a layer twice")
+            require(layer == "all" or _is_number(layer), f"layer {layer!r} is neither a number from 0 nor 'all'")
+        told = f"--layer={','.join(self.layer)}"
+        require("all" not in self.layer or len(self.layer) == 1, f"{told} names layers beside all of them")
+        require(len(set(self.layers(0))) == len(self.layers(0)), f"{told} names a layer twice")
         self._check_kind()
         self._check_swept()
         self._check_neuronpedia()
@@ -123,9 +125,13 @@ class RunConfig(Json):
             require(len(getattr(self, name)) == 1, f"--{name} means nothing to {self.activation}: give it no list")
 
     def _check_neuronpedia(self) -> None:
-        """Refuses names that Neuronpedia would refuse when the training is over."""
+        """Refuses what Neuronpedia would refuse when the training is over."""
         from bridge.neuronpedia import ids
 
+        require(
+            not self.prepare_neuronpedia or (self.target_hook is None and not self.crosscoder),
+            "--prepare_neuronpedia is for SAEs of one activation: no transcoder (--target_hook), no --crosscoder",
+        )
         given = {"model_id": ids.check_model, "source_set": ids.check_source_set}
         for name, check in given.items():
             value = getattr(self, name)
@@ -143,8 +149,12 @@ class RunConfig(Json):
     def variant_name(self, variant: "RunConfig") -> str:
         """The folder of a variant within the run: what sets it apart, as k32-seed1; nothing if it is the only one."""
         return "-".join(
-            f"{short}{getattr(variant, name)[0]:g}" for name, short in SWEPT.items() if len(getattr(self, name)) > 1
+            short + _written(getattr(variant, name)[0]) for name, short in SWEPT.items() if len(getattr(self, name)) > 1
         )
+
+    @property
+    def _default_dead_after(self) -> int:
+        return min(10_000_000, max(self.num_activations // 10, 1))
 
     def layers(self, n_layer: int) -> tuple[int, ...]:
         """The layers of a model of so many."""
@@ -193,11 +203,15 @@ class RunConfig(Json):
         return TrainConfig(
             **same,
             learning_rate=self.learning_rate[0] if self.learning_rate else None,
-            dead_after=self.dead_after or min(10_000_000, max(self.num_activations // 10, 1)),
+            dead_after=self.dead_after if self.dead_after is not None else self._default_dead_after,
             seed=self.seed[0],
         )
 
 
-def as_json(config: RunConfig) -> dict[str, Any]:
-    """The flags as they come back from a file: lists for tuples."""
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in config.to_json().items()}
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) <= 4
+
+
+def _written(value: float) -> str:
+    """A number as short as it can be without meaning another one."""
+    return short if float(short := f"{value:g}") == value else repr(value)

@@ -12,6 +12,7 @@ from experiments import flags
 
 BENCHES: Mapping[str, str] = {
     "dashboard": "experiments.benches.dashboard",
+    "quality": "experiments.benches.quality",
     "runtime": "experiments.benches.runtime",
     "sweep": "experiments.benches.sweep",
 }

@@ -31,13 +31,14 @@ def main(folder: Path) -> None:
         if job["threads"] is not None:
             torch.set_num_threads(job["threads"])
         torch.manual_seed(job["seed"])
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         cfg, weights, reconstruct = LIBRARIES[job["library"]](job, acts)
-        seconds = time.perf_counter() - start
-        with torch.no_grad():
-            made = reconstruct(acts[:CHECKED]).numpy()
-        _write(Path(job["folder"]), job, cfg, weights, made)
-        _tell(answers, {"seconds": seconds})
+        seconds, worked = time.perf_counter() - start, time.process_time() - worked
+        finite = all(bool(w.isfinite().all()) for w in weights.values())
+        if finite:
+            with torch.no_grad():
+                _write(Path(job["folder"]), job, cfg, weights, reconstruct(acts[:CHECKED]).numpy())
+        _tell(answers, {"seconds": seconds, "cpu_seconds": worked, "finite": finite})
 
 
 def _tell(answers: TextIO, told: dict[str, Any]) -> None:

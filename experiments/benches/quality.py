@@ -1,0 +1,161 @@
+"""How well SAEs reconstruct at equal L0: against SAELens, dictionary_learning and sparsify, on the same batches.
+
+Every trainer reads the same activations of a nanochat in the same order, in batches of the same size, and has the same
+width. Each is tried at the learning rate that it takes by itself and at the same list of rates; the rate with the
+lowest FVU is trained with every seed and told of. Activations are scaled, or not, as each trainer's recipe has it; all
+lengths of schedules are the same parts of the run. TopK, BatchTopK and Matryoshka have the same k. The peers' penalties
+of ReLU, Gated and JumpReLU are searched until L0 is close to that k; jsae is asked for the L0 of the best peer.
+
+All are scored as SAELens files by the same lines, on held-out activations and in the model. The peers live in an
+environment of their own, --peer_env, which is made when it is not there (pip, about 2 GB).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.benches import peers, quality_sides, timing
+from experiments.benches.quality_contest import ARCHITECTURES, OURS, TRAINERS, Contest
+from experiments.flags import flag
+
+_TORCH = "torch>=2.9,<2.14"
+_INSTALL = (
+    ("install", "-q", _TORCH, "sae-lens==6.54.12", "nnsight<0.4", "natsort", "schedulefree", "zstandard"),
+    ("install", "-q", "--no-deps", "dictionary-learning==0.1.0", "eai-sparsify==1.3.3"),  # the rest is of other work
+    (
+        "uninstall",
+        "-q",
+        "-y",
+        "torchvision",
+        "torchaudio",
+    ),  # which come along, and fail to load beside a torch without CUDA
+)
+_PROOF = "import sae_lens, sparsify, dictionary_learning.training"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained, and how often."""
+
+    checkpoint: str = flag("demo", "nanochat checkpoint whose activations are learned.")
+    data: str = flag("stdlib", "Its text.")
+    layer: int = flag(2, "Layer whose residual stream is read.")
+    architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures.")
+    trainers: tuple[str, ...] = flag(("SAELens", "dictionary_learning", "sparsify", OURS), "Trainers.")
+    d_sae: int = flag(1024, "Latents.")
+    k: int = flag(32, "Active latents per token; of all architectures the L0 that is aimed at.")
+    nested_widths: tuple[int, ...] = flag((64, 256), "Matryoshka's inner widths.")
+    num_activations: int = flag(2**18, "Activations that every SAE is trained on.")
+    batch_size: int = flag(512, "Activations per step.")
+    rates: tuple[float, ...] = flag((3e-3, 6e-3, 1.2e-2), "Learning rates that are tried beside a trainer's own.")
+    seeds: int = flag(3, "Seeds of weights.")
+    tries: int = flag(4, "Runs at most to find the strength of a penalty that gives the wanted L0.")
+    tolerance: float = flag(0.04, "How far L0 may be from the wanted one, as a part of it.")
+    heldout_activations: int = flag(65536, "Held-out activations to score on.")
+    loss_tokens: int = flag(16384, "Held-out tokens to measure the model's loss on.")
+    threads: int | None = flag(None, "Threads of torch on either side; none: as many as it takes by itself.")
+    quick: bool = flag(False, "Few activations, one rate, one seed: only to see that all runs.")
+    markdown: bool = flag(False, "Print the table as Markdown.")
+    peer_env: str = flag("~/.cache/jsae/quality-peers-1", "The virtual environment of the other trainers.")
+    out: str = flag("experiments/results/quality_cpu.json", "Where the figures go.")
+
+    def __post_init__(self) -> None:
+        for name, known in (("architectures", ARCHITECTURES), ("trainers", TRAINERS)):
+            given = getattr(self, name)
+            if not given or not set(given) <= set(known):
+                raise ValueError(f"{name} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}")
+        for name in ("seeds", "tries", "batch_size", "heldout_activations", "loss_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_activations < 100 * self.batch_size:
+            raise ValueError(
+                f"num_activations={self.num_activations} is less than 100 batches of {self.batch_size}: "
+                "warm-up and decay are parts of the run that must be whole steps"
+            )
+        if not 1 <= self.k <= self.d_sae:
+            raise ValueError(f"k={self.k} of d_sae={self.d_sae} latents: give at most that many")
+
+
+def main(config: Config) -> int:
+    """Trains and scores all, prints a table, writes the figures."""
+    import torch
+    from rich.console import Console
+
+    if config.quick:
+        few = {"num_activations": 120 * config.batch_size, "rates": config.rates[:1], "seeds": 1, "tries": 1}
+        config = dataclasses.replace(config, **few, heldout_activations=4096, loss_tokens=2048)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    python = peers.environment(Path(config.peer_env).expanduser(), _INSTALL, _PROOF)
+    script = Path(__file__).with_name("quality_peer.py")
+    console = Console()
+    tell = functools.partial(console.print, soft_wrap=True, highlight=False)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        subject = quality_sides.lay_out(
+            folder,
+            checkpoint=config.checkpoint,
+            data=config.data,
+            layer=config.layer,
+            train=config.num_activations,
+            heldout=config.heldout_activations,
+            loss=config.loss_tokens,
+        )
+        with peers.process(python, script, folder) as (versions, ask):
+            contest = Contest(
+                config, subject, folder, ask, lambda line: console.print(line, soft_wrap=True, highlight=False)
+            )
+            found = [row for architecture in config.architectures for row in contest.rows(architecture)]
+    console.print(markdown(found), soft_wrap=True, markup=False) if config.markdown else console.print(_table(found))
+    unsaid = ("out", "peer_env", "markdown", "quick")
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in unsaid}
+    work = " ".join(__doc__.split("\n\n")[1].split())
+    told = {"machine": timing.machine("cpu"), "peers": versions, "settings": settings, "work": work, "results": found}
+    timing.write(config.out, told)
+    console.print(f"figures: {config.out}", soft_wrap=True)
+    return 0
+
+
+# ---- what is told -------------------------------------------------------------------------------------------------
+
+_COLUMNS = ("architecture", "trainer", "FVU", "loss recovered", "L0", "dead latents", "seconds", "learning rate")
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table: means over seeds, with half of the way from the least to the greatest."""
+    way = row["recipe"].partition(" ")[2]
+    return (
+        row["architecture"],
+        row["trainer"] + (f" ({way})" if way else ""),
+        f"{row['fvu']['mean']:.4f} ± {_half(row['fvu']):.4f}",
+        f"{row['loss_recovered']['mean']:.4f} ± {_half(row['loss_recovered']):.4f}",
+        f"{row['l0']['mean']:.1f}",
+        f"{row['dead_fraction']['mean']:.1%}",
+        f"{row['seconds']['mean']:.1f} ± {_half(row['seconds']):.1f}",
+        f"{row['rate']:g}" if row["rate"] else "own",
+    )
+
+
+def _half(values: dict[str, float]) -> float:
+    return (values["max"] - values["min"]) / 2
+
+
+def _table(found: Sequence[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(*_COLUMNS, title="reconstruction at equal L0")
+    for row in found:
+        table.add_row(*_cells(row), style="bold" if row["trainer"] == OURS else None)
+    return table
+
+
+def markdown(found: Sequence[dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    lines = [_COLUMNS, ["---"] * len(_COLUMNS), *(_cells(row) for row in found)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,232 @@
+"""Who is compared with whom in the `quality` measurement, and how each gets its learning rate and its L0."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.benches import quality_sides
+
+if TYPE_CHECKING:
+    from experiments.benches.peers import Ask
+    from experiments.benches.quality import Config
+    from experiments.benches.quality_sides import Subject
+
+OURS = "jsae"
+_PARTS = {"warmup": 0.02, "decay": 0.2, "sparsity_warmup": 0.05, "dead": 0.1}
+"""Parts of a run: the learning rate rises, falls; penalties rise; a latent that is silent for so long is dead."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way in which a trainer trains an architecture."""
+
+    trainer: str
+    name: str
+    """The architecture, and what tells it from the trainer's other ways."""
+    coefficient: float | None = None
+    """Where the search for the strength of a peer's penalty starts; None where a number says what L0 is."""
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether L0 comes of a penalty, and not of k."""
+        return self.name.split()[0] in ("relu", "gated", "jumprelu")
+
+
+RECIPES: Mapping[str, tuple[Recipe, ...]] = {
+    "topk": (
+        Recipe("SAELens", "topk"),
+        Recipe("dictionary_learning", "topk"),
+        Recipe("sparsify", "topk signum"),
+        Recipe("sparsify", "topk adam"),
+        Recipe(OURS, "topk"),
+    ),
+    "batchtopk": (
+        Recipe("SAELens", "batchtopk"),
+        Recipe("dictionary_learning", "batchtopk"),
+        Recipe(OURS, "batchtopk"),
+    ),
+    "matryoshka": (
+        Recipe("SAELens", "matryoshka"),
+        Recipe("dictionary_learning", "matryoshka"),
+        Recipe(OURS, "matryoshka"),
+    ),
+    "relu": (
+        Recipe("SAELens", "relu", 2.0),
+        Recipe("dictionary_learning", "relu", 0.1),
+        Recipe("dictionary_learning", "relu april", 0.15),
+        Recipe(OURS, "relu"),
+    ),
+    "gated": (
+        Recipe("SAELens", "gated", 2.0),
+        Recipe("dictionary_learning", "gated", 0.2),
+        Recipe(OURS, "gated"),
+    ),
+    "jumprelu": (
+        Recipe("SAELens", "jumprelu step", 5.0),
+        Recipe("SAELens", "jumprelu tanh", 10.0),
+        Recipe("dictionary_learning", "jumprelu", 1.0),
+        Recipe(OURS, "jumprelu tanh"),
+        Recipe(OURS, "jumprelu l0"),
+    ),
+}
+ARCHITECTURES = tuple(RECIPES)
+TRAINERS = tuple(dict.fromkeys(recipe.trainer for recipes in RECIPES.values() for recipe in recipes))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One SAE, and how good it is."""
+
+    recipe: Recipe
+    rate: float | None
+    """None is the rate that the trainer takes by itself."""
+    seed: int
+    coefficient: float | None
+    """Weight of the penalty; of jsae the L0 that was asked for."""
+    folder: Path
+    seconds: float = math.nan
+    fvu: float = math.inf
+    """Infinite where training diverged."""
+    l0: float = math.nan
+    dead_fraction: float = math.nan
+
+
+class Contest:
+    """Trains the recipes of one architecture after another.
+
+    Args:
+      config: how much and how often.
+      subject: what is scored on.
+      folder: where the activations lie, and where SAEs go.
+      ask: a peer's process.
+      tell: is given a line for every SAE that is trained.
+    """
+
+    def __init__(self, config: Config, subject: Subject, folder: Path, ask: Ask, tell: Callable[[str], None]):
+        self._config, self._subject, self._folder, self._ask, self._tell = config, subject, folder, ask, tell
+        self._count = 0
+
+    def rows(self, architecture: str) -> list[dict[str, Any]]:
+        """The figures of every trainer that has the architecture, the peers' first."""
+        rows: list[dict[str, Any]] = []
+        trainers = [t for t in TRAINERS if t in self._config.trainers and t != OURS]
+        for trainer in (*trainers, *({OURS} & set(self._config.trainers))):
+            recipes = [recipe for recipe in RECIPES[architecture] if recipe.trainer == trainer]
+            if recipes:
+                rows.append({"architecture": architecture} | self._figures(recipes, self._wanted(recipes, rows)))
+        return rows
+
+    def _wanted(self, recipes: Sequence[Recipe], peers: Sequence[dict[str, Any]]) -> float | None:
+        """The L0 to aim at: k, or of jsae that of the best peer; None for architectures that have a k."""
+        if not recipes[0].is_penalised:
+            return None
+        if recipes[0].trainer != OURS or not peers:
+            return float(self._config.k)
+        return min(peers, key=lambda row: row["fvu"]["mean"])["l0"]["mean"]
+
+    def _figures(self, recipes: Sequence[Recipe], wanted: float | None) -> dict[str, Any]:
+        """Of a trainer's recipes and rates the best with seed 0, with every seed."""
+        tried = [trained for recipe in recipes for trained in self._rates(recipe, wanted)]
+        close = [t for t in tried if wanted is None or self._is_close(t.l0, wanted)] or tried
+        best = min(close, key=lambda t: t.fvu)
+        again = [self._train(best.recipe, best.rate, s, best.coefficient) for s in range(1, self._config.seeds)]
+        return _summary(best, [best, *again], tried, [self._loss(t) for t in (best, *again)])
+
+    def _rates(self, recipe: Recipe, wanted: float | None) -> Iterable[Trained]:
+        """One SAE per rate, each with an L0 as wanted; a search starts where the last one ended."""
+        coefficient = recipe.coefficient
+        for rate in (None, *self._config.rates):
+            if coefficient is None:
+                yield self._train(recipe, rate, 0, wanted)
+            else:
+                found = self._search(recipe, rate, coefficient, wanted)
+                coefficient = found.coefficient
+                yield found
+
+    def _search(self, recipe: Recipe, rate: float | None, coefficient: float, wanted: float) -> Trained:
+        """The SAE whose L0 came closest, by secants through the logarithms of strength and L0."""
+        seen: list[Trained] = []
+        for _ in range(self._config.tries):
+            seen.append(self._train(recipe, rate, 0, coefficient))
+            if self._is_close(seen[-1].l0, wanted):
+                break
+            coefficient = _next(seen, wanted)
+        return min(seen, key=lambda t: _off(t, wanted))
+
+    def _is_close(self, l0: float, wanted: float) -> bool:
+        return abs(l0 / wanted - 1) <= self._config.tolerance
+
+    def _train(self, recipe: Recipe, rate: float | None, seed: int, coefficient: float | None) -> Trained:
+        """One SAE, trained and scored."""
+        self._count += 1
+        config, folder = self._config, self._folder / f"sae-{self._count}"
+        job = {
+            "library": recipe.trainer,
+            "recipe": recipe.name,
+            "rate": rate,
+            "seed": seed,
+            "coefficient": coefficient,
+            "folder": str(folder),
+            "steps": config.num_activations // config.batch_size,
+            "batch_size": config.batch_size,
+            "k": config.k,
+            "d_in": self._subject.d_in,
+            "d_sae": config.d_sae,
+            "widths": [*config.nested_widths, config.d_sae],
+            "threads": config.threads,
+            **_PARTS,
+        }
+        answer = quality_sides.train_here(job, self._folder) if recipe.trainer == OURS else self._ask(job)
+        trained = Trained(recipe, rate, seed, coefficient, folder, answer["seconds"])
+        if answer["finite"]:
+            trained = dataclasses.replace(trained, **quality_sides.score(folder, self._folder, self._subject))
+        strength = "" if coefficient is None else f"strength {coefficient:.3g}"
+        self._tell(
+            f"{recipe.trainer:20}{recipe.name:14} rate {rate or 'own':<6} seed {seed} {strength:14}"
+            f"FVU {trained.fvu:.4f} L0 {trained.l0:.1f} dead {trained.dead_fraction:.1%} {trained.seconds:.1f} s"
+        )
+        return trained
+
+    def _loss(self, trained: Trained) -> float:
+        return quality_sides.loss_recovered(trained.folder, self._subject)
+
+
+def _off(trained: Trained, wanted: float) -> float:
+    """How far L0 is from the wanted one, as a difference of logarithms; infinite where training diverged."""
+    return abs(math.log(max(trained.l0, 0.1) / wanted)) if math.isfinite(trained.l0) else math.inf
+
+
+def _next(seen: Sequence[Trained], wanted: float) -> float:
+    """The strength to try next: on the line through the two closest so far, or of slope -1 through the only one."""
+    points = sorted((t for t in seen if math.isfinite(t.l0)), key=lambda t: _off(t, wanted))
+    if not points:
+        return seen[-1].coefficient / 2
+    x, y = zip(*((math.log(t.coefficient), math.log(max(t.l0, 0.1) / wanted)) for t in points), strict=True)
+    slope = (y[1] - y[0]) / (x[1] - x[0]) if len(points) > 1 and x[0] != x[1] else -1.0
+    return math.exp(x[0] - y[0] / min(max(slope, -3.0), -0.3))
+
+
+def _summary(
+    best: Trained, seeds: Sequence[Trained], tried: Sequence[Trained], loss: Sequence[float]
+) -> dict[str, Any]:
+    """The figures of one trainer."""
+    values = {name: [getattr(t, name) for t in seeds] for name in ("fvu", "l0", "dead_fraction", "seconds")}
+    values["loss_recovered"] = list(loss)
+    return {
+        "trainer": best.recipe.trainer,
+        "recipe": best.recipe.name,
+        "rate": best.rate,
+        "coefficient": best.coefficient,
+        **{name: {"mean": statistics.fmean(v), "min": min(v), "max": max(v)} for name, v in values.items()},
+        "tried": [
+            {"recipe": t.recipe.name, "rate": t.rate, "coefficient": t.coefficient, "l0": t.l0, "fvu": t.fvu}
+            for t in tried
+            if math.isfinite(t.fvu)
+        ],
+    }

@@ -108,9 +108,7 @@ def main(config: Config) -> int:
             loss=config.loss_tokens,
         )
         with peers.process(python, script, folder) as (versions, ask):
-            contest = Contest(
-                config, subject, folder, ask, lambda line: console.print(line, soft_wrap=True, highlight=False)
-            )
+            contest = Contest(config, subject, folder, ask, tell)
             found = [row for architecture in config.architectures for row in contest.rows(architecture)]
     console.print(markdown(found), soft_wrap=True, markup=False) if config.markdown else console.print(_table(found))
     unsaid = ("out", "peer_env", "markdown", "quick")

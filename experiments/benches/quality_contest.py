@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,14 +104,14 @@ class Contest:
     Args:
       config: how much and how often.
       subject: what is scored on.
-      folder: where the activations lie, and where SAEs go.
+      folder: where the activations lie; SAEs go into one of their own in it.
       ask: a peer's process.
       tell: is given a line for every SAE that is trained.
     """
 
     def __init__(self, config: Config, subject: Subject, folder: Path, ask: Ask, tell: Callable[[str], None]):
         self._config, self._subject, self._folder, self._ask, self._tell = config, subject, folder, ask, tell
-        self._count = 0
+        self._saes, self._count = Path(tempfile.mkdtemp(dir=folder)), 0
 
     def rows(self, architecture: str) -> list[dict[str, Any]]:
         """The figures of every trainer that has the architecture, the peers' first."""
@@ -165,7 +166,7 @@ class Contest:
     def _train(self, recipe: Recipe, rate: float | None, seed: int, coefficient: float | None) -> Trained:
         """One SAE, trained and scored."""
         self._count += 1
-        config, folder = self._config, self._folder / f"sae-{self._count}"
+        config, folder = self._config, self._saes / str(self._count)
         job = {
             "library": recipe.trainer,
             "recipe": recipe.name,

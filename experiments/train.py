@@ -74,7 +74,8 @@ def _announce(config: RunConfig, nano: "Nanochat", trainees: list["Trainee"]) ->
     import jax
 
     latents = trainees[0].member.sae.d_sae
-    saes = f"a {config.activation} SAE" if len(trainees) == 1 else f"{len(trainees)} {config.activation} SAEs"
+    one = f"an {config.activation}" if config.activation[0] in "aeiou" else f"a {config.activation}"
+    saes = f"{one} SAE" if len(trainees) == 1 else f"{len(trainees)} {config.activation} SAEs"
     hooks = ", ".join(dict.fromkeys(trainee.name for trainee in trainees))
     print(
         f"nanochat {config.checkpoint} ({nano.generation}, {nano.config.n_layer} layers of width "

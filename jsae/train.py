@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jsae import axes, control, data, dead, losses, metrics, saes
 from jsae.codes import Codes
-from jsae.config import SPARSE, SAEConfig, TrainConfig
+from jsae.config import SPARSE, SAEConfig, TrainConfig, require
 from jsae.control import Control
 from jsae.optim import optimizer
 
@@ -163,8 +163,16 @@ def room(config: TrainConfig, sae: SAEConfig, number: int) -> int | None:
 
 
 def ends(config: SAEConfig, acts: Acts) -> tuple[Float[Array, "n d"], Float[Array, "n o"]]:
-    """What is read and what is to be made of it: the layers of a crosscoder side by side, else first and last."""
+    """What is read and what is to be made of it: the layers of a crosscoder side by side, else first and last.
+
+    Raises:
+      ConfigError: activations of other widths, or of more or fewer hooks, than the SAE's.
+    """
     parts = acts if isinstance(acts, tuple) else (acts,)
+    width = config.d_in // config.layers
+    wanted = [width, config.width_out] if config.is_transcoder else [width] * config.layers
+    widths = [part.shape[1] for part in parts]
+    require(widths == wanted, f"this SAE is for activations of the widths {wanted}, but these have {widths}")
     if config.layers > 1:
         parts = (jnp.concatenate(parts, axis=1),)
     return parts[0], parts[-1]

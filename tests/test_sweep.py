@@ -153,6 +153,22 @@ def test_members_with_another_number_of_steps_are_refused_with_the_numbers():
         next(sweep.fit([MEMBERS[0], longer], states, iter([])))
 
 
+@pytest.mark.parametrize(
+    ("config", "widths", "wanted"),
+    [
+        (SAEConfig("relu", D, F), [D + 1], r"\[12\], but these have \[13\]"),
+        (SAEConfig("relu", D, F, d_out=5), [D, 6], r"\[12, 5\], but these have \[12, 6\]"),
+        (SAEConfig("relu", D, F, d_out=5), [D], r"\[12, 5\], but these have \[12\]"),
+        (SAEConfig("relu", 3 * D, F, layers=3), [D, D], r"\[12, 12, 12\], but these have \[12, 12\]"),
+        (SAEConfig("relu", 2 * D, F, layers=2), [D, 2 * D], r"\[12, 12\], but these have \[12, 24\]"),
+    ],
+)
+def test_activations_of_other_widths_are_refused_before_anything_is_trained(config, widths, wanted):
+    acts = tuple(np.ones((8, width), np.float32) for width in widths)
+    with pytest.raises(ConfigError, match=f"activations of the widths {wanted}"):
+        train.init(config, RUN, acts)
+
+
 def test_a_loss_that_is_not_finite_is_told_of_the_one_sae_that_had_it(together):
     good, bad = together[0][-1][:2]
     sums = together[1][-1]

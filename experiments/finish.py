@@ -104,7 +104,8 @@ def _tell(config: "RunConfig", trainees: Sequence["Trainee"], found: dict[Path, 
     run = Path(config.output_dir)
     for trainee in trainees:
         console.print(f"exported SAE    {trainee.folder / 'sae' / trainee.name}", soft_wrap=True)
-    console.print("read it with    bridge.torch_sae.load, sae_lens.SAE.load_from_disk", soft_wrap=True)
+    readers = ["bridge.torch_sae.load"] + ["sae_lens.SAE.load_from_disk"] * (not config.crosscoder)
+    console.print(f"read it with    {', '.join(readers)}", soft_wrap=True)
     folders = ", ".join(map(str, found))
     console.print(f"metrics         metrics.jsonl and eval.json in {folders}", soft_wrap=True)
     console.print(f"curves          tensorboard --logdir {run / 'tb'}", soft_wrap=True)

@@ -25,7 +25,7 @@ CASES = {
     "matryoshka": SAEConfig("matryoshka", D, F, k=3, nested_widths=(52,)),
     "abstopk": SAEConfig("abstopk", D, F, k=3),
     "relu": SAEConfig("relu", D, F, l1_coefficient=2.0),
-    "gated": SAEConfig("gated", D, F, l1_coefficient=2.0),
+    "gated": SAEConfig("gated", D, F, l1_coefficient=2.0, target_l0=2.5),
     "jumprelu": SAEConfig("jumprelu", D, F, l0_coefficient=0.5, target_l0=2.0),
     "jumprelu_l0": SAEConfig("jumprelu", D, F, l0_coefficient=0.5, jump_recipe="l0", target_l0=2.0),
     "transcoder": SAEConfig("relu", D, F, l1_coefficient=1.0, d_out=toy.D_OUT),

@@ -263,6 +263,7 @@ def crosscoder(tmp_path_factory, text) -> Path:
     run = tmp_path_factory.mktemp("runs") / "crosscoder"
     done = process(run, text, layer="1,2,3", crosscoder=True, activation="batchtopk", k=16)
     assert done.returncode == 0, done.stderr
+    assert "sae_lens" not in done.stdout  # which has no form of it
     return run
 
 

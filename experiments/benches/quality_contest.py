@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from experiments.benches.quality_sides import Subject
 
 OURS = "jsae"
+_LONGEST_STEP = math.log(8)  # in the search for a strength: L0 may hardly depend on it, where a rate is far too low
 _PARTS = {"warmup": 0.02, "decay": 0.2, "sparsity_warmup": 0.05, "dead": 0.1}
 """Parts of a run: the learning rate rises, falls; penalties rise; a latent that is silent for so long is dead."""
 
@@ -140,14 +141,14 @@ class Contest:
         return _summary(best, [best, *again], tried, [self._loss(t) for t in (best, *again)])
 
     def _rates(self, recipe: Recipe, wanted: float | None) -> Iterable[Trained]:
-        """One SAE per rate, each with an L0 as wanted; a search starts where the last one ended."""
+        """One SAE per rate, each with an L0 as wanted; a search starts where the last one ended well."""
         coefficient = recipe.coefficient
         for rate in (None, *self._config.rates):
             if coefficient is None:
                 yield self._train(recipe, rate, 0, wanted)
             else:
                 found = self._search(recipe, rate, coefficient, wanted)
-                coefficient = found.coefficient
+                coefficient = found.coefficient if self._is_close(found.l0, wanted) else recipe.coefficient
                 yield found
 
     def _search(self, recipe: Recipe, rate: float | None, coefficient: float, wanted: float) -> Trained:
@@ -210,7 +211,8 @@ def _next(seen: Sequence[Trained], wanted: float) -> float:
         return seen[-1].coefficient / 2
     x, y = zip(*((math.log(t.coefficient), math.log(max(t.l0, 0.1) / wanted)) for t in points), strict=True)
     slope = (y[1] - y[0]) / (x[1] - x[0]) if len(points) > 1 and x[0] != x[1] else -1.0
-    return math.exp(x[0] - y[0] / min(max(slope, -3.0), -0.3))
+    step = -y[0] / min(max(slope, -3.0), -0.3)
+    return math.exp(x[0] + min(max(step, -_LONGEST_STEP), _LONGEST_STEP))
 
 
 def _summary(

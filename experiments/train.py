@@ -5,13 +5,12 @@
 A run that was stopped or killed goes on, to the same numbers, with the same flags and --resume.
 """
 
-import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments import flags, rundir
+from experiments import device, flags, rundir
 from experiments.run_config import RunConfig
 from jsae.config import require
 
@@ -26,7 +25,7 @@ def main(config: RunConfig) -> int:
     started = time.perf_counter()
     run = Path(config.output_dir)
     rundir.claim(run, config)
-    device = _share_device(config)
+    torch_device = device.share(config.device, config.jax_memory_fraction)
 
     import bridge.nanochat
     from bridge.stream import ActivationStream
@@ -35,7 +34,7 @@ def main(config: RunConfig) -> int:
     from experiments.loop import train
 
     # The model, the text it reads and the SAEs that are wanted of it.
-    nano = bridge.nanochat.load(config.checkpoint, config.step, device, tokenizer=config.tokenizer)
+    nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
     trainees = plan.of(run, config, nano)
     plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config))
     corpus, heldout = _texts(config, nano)
@@ -64,7 +63,7 @@ def main(config: RunConfig) -> int:
     finish(config, trainees, states, nano, heldout)
     if config.prepare_neuronpedia:
         for folder in dict.fromkeys(trainee.folder for trainee in trainees):
-            _prepare_neuronpedia(folder, config, device)
+            _prepare_neuronpedia(folder, config, torch_device)
     print(f"took {time.perf_counter() - started:.0f} s in all")
     return 0
 
@@ -83,31 +82,6 @@ def _announce(config: RunConfig, nano: "Nanochat", trainees: list["Trainee"]) ->
         f"{config.data!r} on {jax.default_backend()}",
         flush=True,
     )
-
-
-def _share_device(config: RunConfig) -> str:
-    """Decides who gets what of the device, before torch or jax take anything; gives torch's name for it."""
-    kind, _, number = config.device.partition(":")
-    os.environ["JAX_PLATFORMS"] = kind
-    if kind == "cpu":
-        import torch
-
-        # jax computes the step on the other cores meanwhile: threads that share cores wait for each other.
-        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // 2, 1) if hasattr(os, "sched_getaffinity") else 1)
-        return kind
-    if number:
-        os.environ["CUDA_VISIBLE_DEVICES"] = number  # for both alike; it is then the only one
-    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{config.jax_memory_fraction:.2f}"
-    import jax
-    import torch
-
-    require(torch.cuda.is_available(), f"--device={config.device}: torch sees no GPU here; use --device=cpu")
-    torch.cuda.set_per_process_memory_fraction(max(0.95 - config.jax_memory_fraction, 0.05))
-    try:
-        jax.devices()
-    except RuntimeError as error:
-        require(False, f"--device={config.device}: jax has no GPU ({error}); README says which plugin to install")
-    return kind
 
 
 def _texts(config: RunConfig, nano: "Nanochat") -> tuple["Corpus", "Corpus"]:

@@ -1,0 +1,56 @@
+"""Who gets what of the device, decided before torch or jax take anything of it."""
+
+import os
+
+from jsae.config import require
+
+
+def share(device: str, jax_memory_fraction: float) -> str:
+    """Lets torch and jax have one device together; gives torch's name for it.
+
+    On a CPU torch gets half of the cores: jax computes the step on the others meanwhile, and threads that share cores
+    wait for each other.
+
+    Args:
+      device: cpu, cuda or cuda:N.
+      jax_memory_fraction: the part of a GPU's memory that is jax's; torch has the rest.
+
+    Raises:
+      ConfigError: torch or jax has no such device.
+    """
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        os.environ["JAX_PLATFORMS"] = kind
+        import torch
+
+        torch.set_num_threads(max(cores() // 2, 1))
+        return kind
+    if number:
+        os.environ["CUDA_VISIBLE_DEVICES"] = number  # for both alike; it is then the only one
+    import torch
+
+    require(torch.cuda.is_available(), f"--device={device}: torch sees no GPU here; use --device=cpu")
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{jax_memory_fraction:.2f}"
+    torch.cuda.set_per_process_memory_fraction(max(0.95 - jax_memory_fraction, 0.05))
+    jax_alone(kind)
+    return kind
+
+
+def jax_alone(device: str) -> None:
+    """Lets jax have a device, cpu or cuda.
+
+    Raises:
+      ConfigError: jax has no such device.
+    """
+    os.environ["JAX_PLATFORMS"] = device
+    import jax
+
+    try:
+        jax.devices(device)
+    except RuntimeError as error:
+        require(False, f"--device={device}: jax has no GPU ({error}); README says which plugin to install")
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

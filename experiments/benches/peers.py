@@ -2,15 +2,41 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Ask = Callable[[dict[str, Any]], dict[str, Any]]
 """Sends a job to a peer's process and waits for its answer."""
+
+TRAINERS_HOME = "~/.cache/jsae/quality-peers-1"
+"""Where SAELens, dictionary_learning and sparsify are installed, unless a flag says otherwise."""
+
+_TRAINERS = (
+    ["install", "-q", "torch>=2.9,<2.14", "sae-lens==6.54.12", "nnsight<0.4", "natsort", "schedulefree", "zstandard"],
+    ["install", "-q", "--no-deps", "dictionary-learning==0.1.0", "eai-sparsify==1.3.3"],  # the rest is of other work
+    [
+        "uninstall",
+        "-q",
+        "-y",
+        "torchvision",
+        "torchaudio",
+    ],  # they fail to load beside a torch without CUDA
+)
+_TRAINERS_PROOF = "import sae_lens, sparsify, dictionary_learning.training"
+
+
+def trainers(folder: str) -> Path:
+    """The interpreter of an environment with the other trainers of SAEs.
+
+    Raises:
+      OSError: it could not be made.
+    """
+    return environment(Path(folder).expanduser(), _TRAINERS, _TRAINERS_PROOF)
 
 
 def environment(folder: Path, steps: Sequence[Sequence[str]], proof: str) -> Path:
@@ -38,10 +64,13 @@ def environment(folder: Path, steps: Sequence[Sequence[str]], proof: str) -> Pat
 
 
 @contextlib.contextmanager
-def process(python: Path | str, script: Path, folder: Path) -> Iterator[tuple[dict[str, str], Ask]]:
+def process(
+    python: Path | str, script: Path, folder: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[tuple[dict[str, str], Ask]]:
     """Runs `script folder` until the end: what it says first, `versions`, and how to ask it.
 
-    It answers every line of JSON with one; what it prints to stderr is shown when it ends before its time.
+    It answers every line of JSON with one; what it prints to stderr is shown when it ends before its time. Its
+    environment is this process's, with `variables` set.
 
     Raises:
       OSError: it ended.
@@ -54,6 +83,7 @@ def process(python: Path | str, script: Path, folder: Path) -> Iterator[tuple[di
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            env={**os.environ, **(variables or {})},
         ) as peer,
     ):
 

@@ -24,20 +24,6 @@ from experiments.benches import peers, quality_sides, timing
 from experiments.benches.quality_contest import ARCHITECTURES, OURS, TRAINERS, Contest
 from experiments.flags import flag
 
-_TORCH = "torch>=2.9,<2.14"
-_INSTALL = (
-    ("install", "-q", _TORCH, "sae-lens==6.54.12", "nnsight<0.4", "natsort", "schedulefree", "zstandard"),
-    ("install", "-q", "--no-deps", "dictionary-learning==0.1.0", "eai-sparsify==1.3.3"),  # the rest is of other work
-    (
-        "uninstall",
-        "-q",
-        "-y",
-        "torchvision",
-        "torchaudio",
-    ),  # which come along, and fail to load beside a torch without CUDA
-)
-_PROOF = "import sae_lens, sparsify, dictionary_learning.training"
-
 
 @dataclass(frozen=True)
 class Config:
@@ -62,7 +48,7 @@ class Config:
     threads: int | None = flag(None, "Threads of torch on either side; none: as many as it takes by itself.")
     quick: bool = flag(False, "Few activations, one rate, one seed: only to see that all runs.")
     markdown: bool = flag(False, "Print the table as Markdown.")
-    peer_env: str = flag("~/.cache/jsae/quality-peers-1", "The virtual environment of the other trainers.")
+    peer_env: str = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
     out: str = flag("experiments/results/quality_cpu.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
@@ -92,7 +78,7 @@ def main(config: Config) -> int:
         config = dataclasses.replace(config, **few, heldout_activations=4096, loss_tokens=2048)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    python = peers.environment(Path(config.peer_env).expanduser(), _INSTALL, _PROOF)
+    python = peers.trainers(config.peer_env)
     script = Path(__file__).with_name("quality_peer.py")
     console = Console()
     tell = functools.partial(console.print, soft_wrap=True, highlight=False)

@@ -14,6 +14,7 @@ BENCHES: Mapping[str, str] = {
     "dashboard": "experiments.benches.dashboard",
     "quality": "experiments.benches.quality",
     "runtime": "experiments.benches.runtime",
+    "step": "experiments.benches.step",
     "sweep": "experiments.benches.sweep",
 }
 

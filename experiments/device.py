@@ -47,8 +47,10 @@ def jax_alone(device: str) -> None:
 
     try:
         jax.devices(device)
-    except RuntimeError as error:
-        require(False, f"--device={device}: jax has no GPU ({error}); README says which plugin to install")
+    except (RuntimeError, AssertionError) as error:  # the latter where no plugin is installed at all
+        require(
+            False, f"--device={device}: jax has no GPU ({error or 'no plugin'}); README says which plugin to install"
+        )
 
 
 def cores() -> int:

@@ -19,13 +19,8 @@ TRAINERS_HOME = "~/.cache/jsae/quality-peers-1"
 _TRAINERS = (
     ["install", "-q", "torch>=2.9,<2.14", "sae-lens==6.54.12", "nnsight<0.4", "natsort", "schedulefree", "zstandard"],
     ["install", "-q", "--no-deps", "dictionary-learning==0.1.0", "eai-sparsify==1.3.3"],  # the rest is of other work
-    [
-        "uninstall",
-        "-q",
-        "-y",
-        "torchvision",
-        "torchaudio",
-    ],  # they fail to load beside a torch without CUDA
+    # These come along, and fail to load beside a torch without CUDA.
+    ["uninstall", "-q", "-y", "torchvision", "torchaudio"],
 )
 _TRAINERS_PROOF = "import sae_lens, sparsify, dictionary_learning.training"
 

@@ -1,6 +1,7 @@
 """Fair timing: all cases by turns in one process, compared round by round; what is told of the machine."""
 
 import datetime
+import importlib.metadata
 import json
 import platform
 import random
@@ -48,6 +49,7 @@ def machine(device: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "device": _cpu() if device == "cpu" else torch.cuda.get_device_name(device),
         "torch": torch.__version__,
+        "jax": importlib.metadata.version("jax"),
         "python": platform.python_version(),
     }
     return told | ({"threads": torch.get_num_threads()} if device == "cpu" else {})

@@ -1,0 +1,146 @@
+"""What training steps are measured on: sizes, activations, settings, and a step as a case that goes on and on.
+
+A size is written `d_in:d_sae:k:batch`. Activations are normal numbers from a fixed key: all latents fire alike, so none
+dies and a sparse step touches all rows of the weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jsae.config import SPARSE, SAEConfig, TrainConfig
+
+if TYPE_CHECKING:
+    import jax
+
+    from jsae.train import TrainState
+
+SIZE = "768:6144:32:2048"
+LARGE = "768:24576:32:2048"
+SIZES_HELP = "What is measured: d_in:d_sae:k:batch of each."
+
+_BATCHES = 4
+_STEPS = 1_000_000  # of the run that the measured steps belong to: schedules stand still meanwhile
+
+
+class Size(NamedTuple):
+    """Widths, active latents and activations of a training step."""
+
+    d_in: int
+    d_sae: int
+    k: int
+    batch: int
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """`d_in:d_sae:k:batch`.
+
+        Raises:
+          ValueError: it is not four positive numbers, or k is above d_sae.
+        """
+        parts = text.split(":")
+        if len(parts) != 4 or not all(p.isascii() and p.isdigit() and int(p) for p in parts):
+            raise ValueError(f"sizes are d_in:d_sae:k:batch, four positive numbers such as {SIZE}, got {text!r}")
+        size = cls(*map(int, parts))
+        if size.k > size.d_sae:
+            raise ValueError(f"sizes: k={size.k} of d_sae={size.d_sae} latents in {text!r}: give at most that many")
+        return size
+
+    def __str__(self) -> str:
+        return f"d_in {self.d_in}, d_sae {self.d_sae}, k {self.k}, batch {self.batch}"
+
+    @property
+    def nested_widths(self) -> tuple[int, ...]:
+        """Matryoshka's inner widths: a sixteenth and a quarter of the latents."""
+        return tuple(sorted({max(self.d_sae // 16, 1), max(self.d_sae // 4, 2)}))
+
+
+def check(sizes: Sequence[str], architectures: Sequence[str], known: Sequence[str]) -> None:
+    """Refuses what cannot be measured.
+
+    Raises:
+      ValueError: a size or an architecture that is none, or no size or no architecture.
+    """
+    if not sizes:
+        raise ValueError(f"sizes must name at least one, such as {SIZE}")
+    for text in sizes:
+        Size.parse(text)
+    if not architectures or not set(architectures) <= set(known):
+        raise ValueError(f"architectures must be some of {', '.join(known)}, got {', '.join(architectures) or 'none'}")
+
+
+def sae_config(architecture: str, size: Size) -> SAEConfig:
+    """An SAE of that size, with the defaults of training; L0 does not matter to the time of dense steps."""
+    nested = size.nested_widths if architecture == "matryoshka" else ()
+    return SAEConfig(architecture, size.d_in, size.d_sae, k=min(size.k, size.d_sae), nested_widths=nested)
+
+
+def train_config(size: Size) -> TrainConfig:
+    """A run that is far longer than what is measured of it, in which no latent dies by itself."""
+    return TrainConfig(size.batch * _STEPS, size.batch, dead_after=2**30)
+
+
+def activations(size: Size, seed: int = 0) -> jax.Array:
+    """A batch, (batch, d_in) float32."""
+    import jax
+
+    return jax.random.normal(jax.random.key(seed), (size.batch, size.d_in))
+
+
+def begin(architecture: str, size: Size, sample: jax.Array, dead: float = 0.0) -> TrainState:
+    """The state of a run before its first step; of the TopK family with that part of the latents dead for good."""
+    from jsae import train
+
+    config = train_config(size)
+    state = train.init(sae_config(architecture, size), config, sample)
+    count = round(dead * size.d_sae)
+    if not count or architecture not in SPARSE:
+        return state
+    # Latents that read next to nothing are below and beside all others, and AuxK does not raise them for many steps.
+    state.sae.W_enc[...] = state.sae.W_enc.at[:count].set(0)
+    return state._replace(since_fired=state.since_fired.at[:count].set(config.dead_after))
+
+
+def stepping(
+    architecture: str, size: Size, dead: float = 0.0, warmup_steps: int = 0
+) -> tuple[Callable[[], None], Callable[[], Any]]:
+    """A case that takes one training step and waits for it, after some warm-up; and what tells the last state."""
+    import jax
+
+    from jsae import train
+
+    batches = [activations(size, seed) for seed in range(_BATCHES)]
+    turn, kept = itertools.cycle(batches), [begin(architecture, size, batches[0], dead)]
+    program = train.make_step(train_config(size), size.d_sae)
+
+    def run() -> None:
+        state, _ = program(kept[0], next(turn))
+        kept[0] = jax.block_until_ready(state)
+
+    for _ in range(warmup_steps):
+        run()
+    return run, lambda: kept[0]
+
+
+def encoder_matmul(size: Size) -> Callable[[], None]:
+    """A case that multiplies a batch with the encoder and waits: what every step is compared with."""
+    import jax
+    import jax.numpy as jnp
+
+    x = activations(size)
+    W_enc = jax.random.normal(jax.random.key(1), (size.d_sae, size.d_in))
+    program = jax.jit(lambda x, W: jnp.matmul(x, W.T, preferred_element_type=jnp.float32))
+
+    def run() -> None:
+        jax.block_until_ready(program(x, W_enc))
+
+    return run
+
+
+def device_name(device: str) -> dict[str, str]:
+    """What jax calls its GPU, for `timing.machine`, which asks torch; nothing of a CPU."""
+    import jax
+
+    return {} if device == "cpu" else {"device": jax.devices()[0].device_kind}

@@ -1,0 +1,173 @@
+"""What a training step costs: every architecture over the encoder's matmul alone, and the parts of the TopK step.
+
+A step is forward, backward, optimiser, unit decoder rows, dead counters and metrics, in one program. Cases run by
+turns after some steps of warm-up, and ratios are of the same round. The parts are compiled by themselves: the
+selection from given pre-activations, the decode of given codes, the gradient of one of the two weights from given
+codes, and the optimiser with all its arrays. Activations per second are absolute and count on a GPU only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from experiments import device
+from experiments.benches import shapes, tables, timing
+from experiments.benches.shapes import Size
+from experiments.flags import flag
+from jsae.config import ARCHITECTURES
+
+MATMUL, TOPK = "encoder matmul", "topk"
+SELECTION, DECODE, GRADIENT, OPTIMISER = "top-k selection", "decode", "gradient of one weight", "optimiser"
+PARTS = (SELECTION, DECODE, GRADIENT, OPTIMISER)
+_TRACED = 3  # steps
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is measured, and how often."""
+
+    sizes: tuple[str, ...] = flag((shapes.SIZE,), shapes.SIZES_HELP)
+    architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures; with topk come its parts.")
+    dead: float = flag(0.0, "Part of the latents that is dead: above 0 the TopK family learns with AuxK.")
+    warmup_steps: int = flag(20, "Steps before the first that counts.")
+    rounds: int = flag(15, "Rounds that count, at least 2.")
+    device: Literal["cpu", "cuda"] = flag("cpu", "Where it runs.")
+    trace_dir: str | None = flag(None, "Also write a profile of a few steps of every architecture there.")
+    markdown: bool = flag(False, "Print tables as Markdown.")
+    out: str = flag("experiments/results/step_{device}.json", "Where the figures go.")
+
+    def __post_init__(self) -> None:
+        shapes.check(self.sizes, self.architectures, ARCHITECTURES)
+        if not 0 <= self.dead < 1:
+            raise ValueError(f"dead must be at least 0 and below 1, got {self.dead}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
+        if self.rounds < 2:
+            raise ValueError(f"rounds must be at least 2, got {self.rounds}")
+
+
+def main(config: Config) -> int:
+    """Measures every size, prints tables, writes the figures."""
+    device.jax_alone(config.device)
+    machine, found = None, []
+    for size in map(Size.parse, config.sizes):
+        found.append(_measure(config, size))
+        machine = machine or _machine(config)
+        tables.show(f"one training step, {size}", _COLUMNS, _rows(found[-1]), machine, config.markdown)
+    unsaid = ("out", "markdown", "trace_dir", "device")
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in unsaid}
+    out = config.out.format(device=config.device)
+    timing.write(out, {"machine": machine, "settings": settings, "results": found})
+    print(f"figures: {out}")
+    return 0
+
+
+def _machine(config: Config) -> dict[str, Any]:
+    told = timing.machine("cpu") | shapes.device_name(config.device)
+    return {name: value for name, value in told.items() if name not in ("torch", "threads")}
+
+
+def _measure(config: Config, size: Size) -> dict[str, Any]:
+    """Seconds of all cases of a size, and their ratios to the matmul and to the TopK step."""
+    steps = {a: shapes.stepping(a, size, config.dead, config.warmup_steps)[0] for a in config.architectures}
+    cases = {MATMUL: shapes.encoder_matmul(size), **steps, **(_parts(size) if TOPK in steps else {})}
+    seconds = timing.by_turns(cases, config.rounds)
+    if config.trace_dir is not None:
+        _trace(config.trace_dir, steps)
+    spreads = {name: timing.spread(own) for name, own in seconds.items()}
+    found = {
+        "size": size._asdict(),
+        "seconds": spreads,
+        "over_matmul": timing.ratios(seconds, MATMUL),
+        "activations_per_second": {a: size.batch / spreads[a]["median"] for a in steps},
+    }
+    if TOPK in steps:
+        found["over_topk"] = timing.ratios({a: seconds[a] for a in steps}, TOPK)
+    return found
+
+
+def _parts(size: Size) -> dict[str, Callable[[], None]]:
+    """The parts of the TopK step, each a program of its own on arrays that are there."""
+    import jax
+
+    from jsae import codes, topk
+
+    x, n = shapes.activations(size), size.batch
+    sae = shapes.begin(TOPK, size, x).sae
+    W_enc, W_dec = sae.W_enc[...], sae.W_dec[...]
+    pre = jax.jit(lambda x, W: x @ W.T)(x, W_enc)
+    select = jax.jit(lambda pre: topk.top_k(pre, size.k))
+    decode = jax.jit(lambda picked, W: codes.decode(picked, W, n))
+    gradient = jax.jit(lambda picked, W, g: jax.vjp(lambda W: codes.decode(picked, W, n), W)[1](g))
+    picked = select(pre)
+
+    def waiting(program: Callable[..., Any], *arrays: Any) -> Callable[[], None]:
+        def run() -> None:
+            jax.block_until_ready(program(*arrays))
+
+        return run
+
+    return {
+        SELECTION: waiting(select, pre),
+        DECODE: waiting(decode, picked, W_dec),
+        GRADIENT: waiting(gradient, picked, W_dec, x),
+        OPTIMISER: _optimiser(size),
+    }
+
+
+def _optimiser(size: Size) -> Callable[[], None]:
+    """The update of all weights from given gradients; weights and moments are donated, as in the step."""
+    import jax
+    import jax.numpy as jnp
+
+    from jsae.optim import optimizer
+
+    state = shapes.begin(TOPK, size, shapes.activations(size))
+    update = optimizer(shapes.train_config(size), size.d_sae).update
+    grads = jax.tree.map(lambda w: 1e-3 * jax.random.normal(jax.random.key(2), w.shape), state.sae)
+
+    def moved(grads: Any, sae: Any, opt: Any) -> tuple[Any, Any]:
+        updates, opt = update(grads, opt, sae)
+        return jax.tree.map(jnp.add, sae, updates), opt
+
+    program = jax.jit(moved, donate_argnums=(1, 2))
+    kept = [(state.sae, state.opt)]
+
+    def run() -> None:
+        kept[0] = jax.block_until_ready(program(grads, *kept[0]))
+
+    return run
+
+
+def _trace(folder: str, steps: dict[str, Callable[[], None]]) -> None:
+    """A profile for TensorBoard or Perfetto, in which every architecture's steps carry its name."""
+    import jax
+
+    with jax.profiler.trace(folder):
+        for architecture, run in steps.items():
+            with jax.profiler.TraceAnnotation(architecture):
+                for _ in range(_TRACED):
+                    run()
+
+
+_COLUMNS = ("", "ms", "over the encoder matmul", "over the TopK step", "activations per second")
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows = []
+    for name, seconds in found["seconds"].items():
+        topk = found.get("over_topk", {}).get(name)
+        per_second = found["activations_per_second"].get(name)
+        rows.append(
+            (
+                f"  {name}" if name in PARTS else name,
+                tables.ms(seconds),
+                tables.ratio(found["over_matmul"][name]),
+                "" if topk is None else tables.ratio(topk),
+                "" if per_second is None else f"{per_second:,.0f}",
+            )
+        )
+    return rows

@@ -1,0 +1,37 @@
+"""Tables of figures, on a terminal or as Markdown, with the machine that they belong to."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def show(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], machine: Mapping[str, Any], markdown: bool
+) -> None:
+    """Prints a table under its title; the machine and its versions stand below."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, below = Console(), ", ".join(_said(name, value) for name, value in machine.items())
+    if markdown:
+        lines = [columns, ["---"] * len(columns), *rows]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        console.print(f"{title}\n\n{text}\n\n{below}", soft_wrap=True, markup=False, highlight=False)
+        return
+    table = Table(*columns, title=title, title_justify="left", caption=below, caption_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def ms(seconds: Mapping[str, float]) -> str:
+    """The median of a spread in milliseconds."""
+    return f"{1e3 * seconds['median']:.1f}"
+
+
+def ratio(spread: Mapping[str, float]) -> str:
+    """The median of a spread with its quartiles."""
+    return f"{spread['median']:.2f} ({spread['q1']:.2f} to {spread['q3']:.2f})"
+
+
+def _said(name: str, value: Any) -> str:
+    return str(value) if name in ("date", "device") else f"{name} {value}"

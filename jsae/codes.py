@@ -13,6 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jsae import paths
+
 
 class Codes(NamedTuple):
     """Active latents: `values[i, j]` of latent `indices[i, j]` for token `rows[i, j]`.
@@ -67,19 +69,19 @@ def pre_activations(
     x: Float[Array, "n d"], W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"], b_in: Float[Array, " d"] | None
 ) -> Float[Array, "n f"]:
     """(x - b_in) W_enc^T + b_enc, with b_in moved into the bias: its gradient needs no n × f × d product."""
-    product, bias = _product_and_bias(x, W_enc, b_enc, b_in)
-    return product + bias
+    return _product(x, W_enc) + _bias(W_enc, b_enc, b_in)
 
 
-def _product_and_bias(
-    x: Float[Array, "n d"], W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"], b_in: Float[Array, " d"] | None
-) -> tuple[Float[Array, "n f"], Float[Array, " f"]]:
-    """What pre-activations are the sum of: a selection need not write that sum down."""
-    bias = b_enc if b_in is None else b_enc - W_enc @ b_in
-    return jnp.matmul(x, W_enc.T, preferred_element_type=jnp.float32), bias
+def _product(x: Float[Array, "n d"], W_enc: Float[Array, "f d"]) -> Float[Array, "n f"]:
+    """What pre-activations are beside a bias: a selection need not write the sum of both down."""
+    return jnp.matmul(x, W_enc.T, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _bias(W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"], b_in: Float[Array, " d"] | None) -> Float[Array, " f"]:
+    return b_enc if b_in is None else b_enc - W_enc @ b_in
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def encode(
     x: Float[Array, "n d"],
     W_enc: Float[Array, "f d"],
@@ -88,24 +90,35 @@ def encode(
     allowed: Bool[Array, " f"] | None,
     limit: Int[Array, ""] | None,
     select: Select,
+    by_token: bool = True,
 ) -> Codes:
     """The codes that `select` picks out of the pre-activations of the `allowed` latents (None: all), raw: no ReLU.
 
-    A pick that had to fall on a latent that is not allowed has value 0. Gradients reach only what was picked.
+    A pick that had to fall on a latent that is not allowed has value 0. Gradients reach only what was picked. Where
+    `select` picks `by_token`, whatever the other tokens are, the pre-activations of all tokens need not exist at once.
     """
-    product, bias = _product_and_bias(x, W_enc, b_enc, b_in)
+    bias = _bias(W_enc, b_enc, b_in)
+    if allowed is not None:
+        bias = jnp.where(allowed, bias, -jnp.inf)
+
+    def pick(x: Float[Array, "m d"]) -> Codes:
+        return select(_product(x, W_enc), bias=bias, limit=limit)
+
+    n, d = x.shape
+    chunk = paths.part_of(n, paths.chosen().chunk) if by_token else n
+    chunks = lax.map(pick, x.reshape(-1, chunk, d)) if chunk < n else pick(x)
+    codes = jax.tree.map(lambda a: a.reshape(n, -1), chunks)
     if allowed is None:
-        return select(product, bias=bias, limit=limit)
-    codes = select(product, bias=jnp.where(allowed, bias, -jnp.inf), limit=limit)
+        return codes
     return codes._replace(values=jnp.where(jnp.isneginf(codes.values), 0, codes.values))
 
 
-def _encode_forward(x, W_enc, b_enc, b_in, allowed, limit, select):
-    codes = encode(x, W_enc, b_enc, b_in, allowed, limit, select)
+def _encode_forward(x, W_enc, b_enc, b_in, allowed, limit, select, by_token):
+    codes = encode(x, W_enc, b_enc, b_in, allowed, limit, select, by_token)
     return codes, (x, W_enc, b_in, allowed, limit, codes)
 
 
-def _encode_backward(select, saved, g):
+def _encode_backward(select, by_token, saved, g):
     x, W_enc, b_in, allowed, limit, codes = saved
     # What was only picked to fill up has value 0 and is no function of the weights.
     dvalues = jnp.where(codes.values == 0, 0, g.values)
@@ -139,11 +152,41 @@ def _sum_of_rows(codes: Codes, W: Float[Array, "f d"], n: int) -> Float[Array, "
 
 def _rows_added(codes: Codes, x: Float[Array, "n d"], f: int) -> Float[Array, "f d"]:
     """out[i] = sum of values * x[token] over all codes of latent i: the gradient of a weight matrix."""
+    if paths.chosen().gradients == "sorted":
+        return _rows_added_in_order(codes, x, f)
 
     def add(j: Int[Array, ""], total: Float[Array, "f d"]) -> Float[Array, "f d"]:
         return total.at[codes.indices[:, j]].add(codes.values[:, j, None] * _take(x, codes, j))
 
     return lax.fori_loop(0, codes.values.shape[1], add, jnp.zeros((f, x.shape[1]), x.dtype))
+
+
+_PAIRS = 2048  # codes that are added at once
+
+
+def _rows_added_in_order(codes: Codes, x: Float[Array, "n d"], f: int) -> Float[Array, "f d"]:
+    """The same with the codes in the order of their latents, so that each row of the sum is in the cache but once."""
+    k, count = codes.values.shape[1], codes.values.size
+    order = _order(codes.indices.ravel(), f)
+    extra = -count % _PAIRS  # zeros for the last row
+    indices = jnp.pad(codes.indices.ravel()[order], (0, extra), constant_values=f - 1)
+    values = jnp.pad(codes.values.ravel()[order], (0, extra))
+    rows = jnp.pad(order // k if codes.rows is None else codes.rows.ravel()[order], (0, extra))
+
+    def add(i: Int[Array, ""], total: Float[Array, "f d"]) -> Float[Array, "f d"]:
+        at, v, r = (lax.dynamic_slice_in_dim(a, i * _PAIRS, _PAIRS) for a in (indices, values, rows))
+        return total.at[at].add(v[:, None] * x[r], indices_are_sorted=True)
+
+    return lax.fori_loop(0, (count + extra) // _PAIRS, add, jnp.zeros((f, x.shape[1]), x.dtype))
+
+
+def _order(indices: Int[Array, " c"], f: int) -> Int[Array, " c"]:
+    """The permutation that sorts latents. Number and place in one word sort several times as fast as a pair of them."""
+    count = indices.size
+    if f * count > 2**32:
+        return jnp.argsort(indices)
+    words = indices.astype(jnp.uint32) * count + jnp.arange(count, dtype=jnp.uint32)
+    return (lax.sort(words, is_stable=False) % count).astype(jnp.int32)
 
 
 def _cotangent(codes: Codes, dvalues: Float[Array, "n k"]) -> Codes:

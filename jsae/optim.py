@@ -1,22 +1,36 @@
 """The optimiser: one optax transformation, Adam on weights whose decoder rows stay on the sphere."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int
 
+from jsae import paths
 from jsae.config import TrainConfig
 
 _EPSILON = 1e-8
 _THRESHOLD_RATE = 10.0  # learning rate of thresholds, relative to the rest's
 
 
-class _Moved(NamedTuple):
-    """What a step makes of one weight."""
+class _Scalars(NamedTuple):
+    """What is one number for all weights."""
 
-    update: Array
+    clip: Float[Array, ""]
+    """The factor that brings the gradient's norm down to the largest allowed."""
+    rate: Float[Array, ""]
+    """The learning rate, over the share of the first moment that is there already."""
+    spread: Float[Array, ""]
+    """One over that share of the second moment."""
+
+
+class _Moved(NamedTuple):
+    """One weight and its moments."""
+
+    p: Array
     mu: Array
     nu: Array
 
@@ -43,39 +57,68 @@ def optimizer(config: TrainConfig, d_sae: int) -> optax.GradientTransformation:
     reads the gradients anew between its links. Thresholds get a higher rate: Adam moves the logarithm of a threshold by
     at most the learning rate a step, far less than a direction turns.
     """
-    rate = schedule(config, d_sae)
     adam = optax.scale_by_adam(config.beta1, config.beta2, _EPSILON)
 
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any) -> tuple[Any, optax.ScaleByAdamState]:
-        count = state.count + 1
-        # Scalars are worked out once, and not for every number that they multiply.
-        clip, step, spread = jax.lax.optimization_barrier(
-            (
-                jnp.minimum(1, config.clip_norm / jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))),
-                rate(state.count) / (1 - config.beta1**count),
-                1 / (1 - config.beta2**count),
-            )
-        )
-
-        def one(path: tuple[Any, ...], g: Array, p: Array, mu: Array, nu: Array) -> _Moved:
-            name = _name(path)
-            if name == "W_dec":
-                g = tangent_rows(g, p)
-            g = clip * g
-            mu = config.beta1 * mu + (1 - config.beta1) * g
-            nu = config.beta2 * nu + (1 - config.beta2) * jnp.square(g)
-            u = -step * mu / (jnp.sqrt(spread * nu) + _EPSILON)
-            if name == "log_threshold":
-                u = _THRESHOLD_RATE * u
-            return _Moved(unit_rows(u, p) if name == "W_dec" else u, mu, nu)
-
-        moved = jax.tree_util.tree_map_with_path(one, grads, params, state.mu, state.nu)
-        updates, mu, nu = (
-            jax.tree.map(lambda m, i=i: m[i], moved, is_leaf=lambda m: isinstance(m, _Moved)) for i in range(3)
-        )
-        return updates, optax.ScaleByAdamState(count, mu, nu)
+        new, state = apply(config, d_sae, grads, state, params)
+        return jax.tree.map(jnp.subtract, new, params), state
 
     return optax.GradientTransformation(adam.init, update)
+
+
+def apply(
+    config: TrainConfig, d_sae: int, grads: Any, state: optax.ScaleByAdamState, params: Any
+) -> tuple[Any, optax.ScaleByAdamState]:
+    """The weights with `optimizer`'s update on them, and its state, a block of rows after the other.
+
+    Weights and moments are overwritten where they stand, so that a step takes no more memory than one block.
+    """
+    count = state.count + 1
+    norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
+    scalars = _Scalars(
+        jnp.minimum(1, config.clip_norm / norm),
+        schedule(config, d_sae)(state.count) / (1 - config.beta1**count),
+        1 / (1 - config.beta2**count),
+    )
+
+    def one(path: tuple[Any, ...], *arrays: Array) -> _Moved:
+        return _moved(config, _name(path), scalars, *arrays)
+
+    moved = jax.tree_util.tree_map_with_path(one, grads, params, state.mu, state.nu)
+    params, mu, nu = (
+        jax.tree.map(lambda m, i=i: m[i], moved, is_leaf=lambda m: isinstance(m, _Moved)) for i in range(3)
+    )
+    return params, optax.ScaleByAdamState(count, mu, nu)
+
+
+def _moved(
+    config: TrainConfig, name: str | None, scalars: _Scalars, g: Array, p: Array, mu: Array, nu: Array
+) -> _Moved:
+    """One weight after the step."""
+    is_rows = name == "W_dec"
+    rate = scalars.rate * (_THRESHOLD_RATE if name == "log_threshold" else 1)
+
+    def part(at: Callable[[Array], Array], put: Callable[[Array, Array], Array], now: _Moved) -> _Moved:
+        p, mu, nu = now
+        d = scalars.clip * (tangent_rows(at(g), at(p)) if is_rows else at(g))
+        mu = put(mu, config.beta1 * at(mu) + (1 - config.beta1) * d)
+        nu = put(nu, config.beta2 * at(nu) + (1 - config.beta2) * jnp.square(d))
+        # Read back, or the compiler works them out a second time, from what it must then keep a copy of.
+        new = at(p) - rate * at(mu) / (jnp.sqrt(scalars.spread * at(nu)) + _EPSILON)
+        return _Moved(put(p, _unit(new) if is_rows else new), mu, nu)
+
+    size = paths.chosen().block
+    if size is None or g.ndim < 2 or (rows := paths.part_of(len(g), max(size // g.shape[1], 1))) == len(g):
+        return part(lambda a: a, lambda _, new: new, _Moved(p, mu, nu))
+
+    def block(i: Int[Array, ""], now: _Moved) -> _Moved:
+        return part(
+            lambda a: lax.dynamic_slice_in_dim(a, i * rows, rows),
+            lambda a, new: lax.dynamic_update_slice_in_dim(a, new, i * rows, 0),
+            now,
+        )
+
+    return lax.fori_loop(0, len(g) // rows, block, _Moved(p, mu, nu))
 
 
 def tangent_rows(g: Float[Array, "f d"], row: Float[Array, "f d"]) -> Float[Array, "f d"]:
@@ -85,8 +128,11 @@ def tangent_rows(g: Float[Array, "f d"], row: Float[Array, "f d"]) -> Float[Arra
 
 def unit_rows(u: Float[Array, "f d"], row: Float[Array, "f d"]) -> Float[Array, "f d"]:
     """Bends the update so that every row + update has norm 1."""
-    moved = row + u
-    return moved * jax.lax.rsqrt(_dots(moved, moved))[:, None] - row
+    return _unit(row + u) - row
+
+
+def _unit(rows: Float[Array, "f d"]) -> Float[Array, "f d"]:
+    return rows * lax.rsqrt(_dots(rows, rows))[:, None]
 
 
 def _dots(a: Float[Array, "f d"], b: Float[Array, "f d"]) -> Float[Array, " f"]:

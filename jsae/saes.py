@@ -161,12 +161,14 @@ class SAE(nnx.Module):
         """(x - b_dec) W_enc^T + b_enc, for architectures that need all of them."""
         return codes.pre_activations(x, self.W_enc[...], self.b_enc[...], self.b_in)
 
-    def pick(self, x: Float[Array, "n d"], select: Callable[..., Codes], now: Now | None) -> Codes:
-        """The pre-activations that `select(pre, k, limit)` picks, raw."""
+    def pick(
+        self, x: Float[Array, "n d"], select: Callable[..., Codes], now: Now | None, by_token: bool = True
+    ) -> Codes:
+        """The pre-activations that `select(pre, k, limit)` picks, raw; `by_token` or out of the whole batch."""
         k = self.config.k if now is None or now.k is None else now.k
         limit = None if now is None else now.limit
         parts = (self.W_enc[...], self.b_enc[...], self.b_in)
-        return codes.encode(x, *parts, None, limit, functools.partial(select, k=k))
+        return codes.encode(x, *parts, None, limit, functools.partial(select, k=k), by_token)
 
     def auxk(self, at: Pass) -> Float[Array, ""]:
         """AuxK times its coefficient: dead latents learn what the living left over."""
@@ -218,7 +220,7 @@ class _BatchWide(SAE):
 
     def activate(self, x: Float[Array, "n d"], now: Now | None = None) -> tuple[Codes, None]:
         """On average k codes a token."""
-        return self.pick(x, topk.batch_top_k, now), None
+        return self.pick(x, topk.batch_top_k, now, by_token=False), None
 
     def encode(self, x: Float[Array, "n d"]) -> Float[Array, "n f"]:
         """Every latent above the threshold, whatever the batch."""

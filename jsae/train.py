@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jsae import axes, control, data, dead, losses, metrics, saes
+from jsae import axes, control, data, dead, losses, metrics, optim, saes
 from jsae.codes import Codes
 from jsae.config import SPARSE, SAEConfig, TrainConfig, require
 from jsae.control import Control
-from jsae.optim import optimizer
 
 Acts = Float[Array, "n d"] | tuple[Float[Array, "n _"], ...]
 """Activations of n tokens: of one hook, of a transcoder's input and target, or of every layer of a crosscoder."""
@@ -67,7 +66,7 @@ def init(sae_config: SAEConfig, config: TrainConfig, sample: Acts) -> TrainState
     sae.fit(x, y - centre)
     return TrainState(
         sae=sae,
-        opt=optimizer(config, sae_config.d_sae).init(sae),
+        opt=optim.optimizer(config, sae_config.d_sae).init(sae),
         average=None if config.average_fraction is None else jax.tree.map(jnp.copy, sae),
         since_fired=jnp.zeros(sae_config.d_sae, jnp.int32),
         scale=scale,
@@ -109,8 +108,7 @@ def update(config: TrainConfig, state: TrainState, acts: Acts, k: int | None = N
     limit = None if k is None else _k_now(config, state.sae.config.k, number)
     now = saes.Now(strength * _ramp(config, number), None, k, limit)
     (loss, (latents, y_hat)), grads = _gradients(state, x, y, now, state.since_fired >= config.dead_after)
-    updates, opt = optimizer(config, d_sae).update(grads, state.opt, state.sae)
-    sae = jax.tree.map(jnp.add, state.sae, updates)
+    sae, opt = optim.apply(config, d_sae, grads, state.opt, state.sae)
     sae.settle(latents, _settling_rate(config, number))
     fired = dead.times_fired(latents, d_sae)
     since_fired = dead.after(state.since_fired, fired, x.shape[0])

@@ -42,15 +42,13 @@ def jax_alone(device: str) -> None:
     Raises:
       ConfigError: jax has no such device.
     """
-    os.environ["JAX_PLATFORMS"] = device
+    os.environ["JAX_PLATFORMS"] = "cpu" if device == "cpu" else f"{device},cpu"
     import jax
 
     try:
         jax.devices(device)
-    except (RuntimeError, AssertionError) as error:  # the latter where no plugin is installed at all
-        require(
-            False, f"--device={device}: jax has no GPU ({error or 'no plugin'}); README says which plugin to install"
-        )
+    except (RuntimeError, AssertionError) as error:  # the latter where there is no backend at all
+        require(False, f"--device={device}: jax has no GPU here ({error}); README says which plugin to install")
 
 
 def cores() -> int:

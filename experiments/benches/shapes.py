@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jsae.config import SPARSE, SAEConfig, TrainConfig
 
@@ -89,6 +89,11 @@ def activations(size: Size, seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (size.batch, size.d_in))
 
 
+def batches(size: Size) -> list[jax.Array]:
+    """What steps are fed by turns."""
+    return [activations(size, seed) for seed in range(_BATCHES)]
+
+
 def begin(architecture: str, size: Size, sample: jax.Array, dead: float = 0.0) -> TrainState:
     """The state of a run before its first step; of the TopK family with that part of the latents dead for good."""
     from jsae import train
@@ -103,16 +108,14 @@ def begin(architecture: str, size: Size, sample: jax.Array, dead: float = 0.0) -
     return state._replace(since_fired=state.since_fired.at[:count].set(config.dead_after))
 
 
-def stepping(
-    architecture: str, size: Size, dead: float = 0.0, warmup_steps: int = 0
-) -> tuple[Callable[[], None], Callable[[], Any]]:
-    """A case that takes one training step and waits for it, after some warm-up; and what tells the last state."""
+def stepping(architecture: str, size: Size, dead: float = 0.0, warmup_steps: int = 0) -> Callable[[], None]:
+    """A case that takes one training step and waits for it, after some warm-up."""
     import jax
 
     from jsae import train
 
-    batches = [activations(size, seed) for seed in range(_BATCHES)]
-    turn, kept = itertools.cycle(batches), [begin(architecture, size, batches[0], dead)]
+    fed = batches(size)
+    turn, kept = itertools.cycle(fed), [begin(architecture, size, fed[0], dead)]
     program = train.make_step(train_config(size), size.d_sae)
 
     def run() -> None:
@@ -121,7 +124,7 @@ def stepping(
 
     for _ in range(warmup_steps):
         run()
-    return run, lambda: kept[0]
+    return run
 
 
 def encoder_matmul(size: Size) -> Callable[[], None]:

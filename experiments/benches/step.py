@@ -72,7 +72,7 @@ def _machine(config: Config) -> dict[str, Any]:
 
 def _measure(config: Config, size: Size) -> dict[str, Any]:
     """Seconds of all cases of a size, and their ratios to the matmul and to the TopK step."""
-    steps = {a: shapes.stepping(a, size, config.dead, config.warmup_steps)[0] for a in config.architectures}
+    steps = {a: shapes.stepping(a, size, config.dead, config.warmup_steps) for a in config.architectures}
     cases = {MATMUL: shapes.encoder_matmul(size), **steps, **(_parts(size) if TOPK in steps else {})}
     seconds = timing.by_turns(cases, config.rounds)
     if config.trace_dir is not None:

@@ -57,16 +57,26 @@ class Config:
 
     def __post_init__(self) -> None:
         shapes.check(self.sizes, self.architectures, ARCHITECTURES)
-        for name, known in (("later_architectures", ARCHITECTURES), ("trainers", tuple(TRAINERS))):
-            unknown = sorted(set(getattr(self, name)) - set(known))
-            if unknown:
-                raise ValueError(f"{name} must be some of {', '.join(known)}, got {', '.join(unknown)}")
+        check(self.trainers, self.autocast, self.device)
+        if not set(self.later_architectures) <= set(ARCHITECTURES):
+            given = ", ".join(self.later_architectures)
+            raise ValueError(f"later_architectures must be some of {', '.join(ARCHITECTURES)}, got {given}")
         if self.rounds < 2:
             raise ValueError(f"rounds must be at least 2, got {self.rounds}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
-        if self.autocast and self.device == "cpu":
-            raise ValueError("autocast is for --device=cuda: on a CPU all compute in float32")
+
+
+def check(trainers: Sequence[str], autocast: bool, where: str) -> None:
+    """Refuses what the other trainers cannot do.
+
+    Raises:
+      ValueError: a trainer that is not known, or autocast on a CPU.
+    """
+    if not set(trainers) <= set(TRAINERS):
+        raise ValueError(f"trainers must be some of {', '.join(TRAINERS)}, got {', '.join(trainers)}")
+    if autocast and where == "cpu":
+        raise ValueError("autocast is for --device=cuda: on a CPU all compute in float32")
 
 
 def main(config: Config) -> int:
@@ -125,8 +135,13 @@ def sides(
     architecture: str,
     where: str,
     settings: Mapping[str, Any],
+    *,
+    matmul: bool = True,
 ) -> Iterator[tuple[dict[str, str], dict[str, peers.Ask]]]:
-    """The processes of other trainers, ready to step: versions, and how each is asked. They end with the context."""
+    """The processes of other trainers, ready to step: versions, and how each is asked. They end with the context.
+
+    With `matmul` the first of them can be asked for the encoder's product.
+    """
     import numpy as np
 
     job = {
@@ -142,7 +157,7 @@ def sides(
         versions, asks = {}, {}
         for name in names:
             told, asks[name] = running.enter_context(peers.process(python, SCRIPT, Path(folder), _ASLEEP))
-            asks[name]({**job, "trainer": name, "matmul": name == names[0]})
+            asks[name]({**job, "trainer": name, "matmul": matmul and name == names[0]})
             versions |= told
         yield versions, asks
 

@@ -1,0 +1,118 @@
+"""How much memory a training step needs beyond weights, moments and the batch, here and in the other trainers.
+
+`planned` is what XLA sets aside for temporary arrays of the compiled step. `needed` is measured: the most that was
+resident in a process of its own during some steps, less what was resident before them with everything that stays in
+place (on a GPU: of what the allocator handed out; jax's peak counts since the process began, its compiler's trials
+included). Torch makes its moments in the first step, so the others take one on a few activations before. Both are also
+told in arrays of (batch, d_sae) float32, which is what the pre-activations are. Linux.
+
+The trainers live in an environment of their own, --peer_env, which is made when it is not there (pip, about 2 GB).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.benches import contest, peers, shapes, tables, timing
+from experiments.benches.contest import OURS, TRAINERS
+from experiments.benches.shapes import Size
+from experiments.flags import flag
+from jsae.config import ARCHITECTURES
+
+SCRIPT = Path(__file__).with_name("memory_side.py")
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    sizes: tuple[str, ...] = flag((shapes.SIZE,), shapes.SIZES_HELP)
+    architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures.")
+    trainers: tuple[str, ...] = flag(tuple(TRAINERS), "Trainers beside jsae, each where it has the architecture.")
+    steps: int = flag(3, "Steps during which memory is watched.")
+    device: Literal["cpu", "cuda"] = flag("cpu", "Where all run.")
+    autocast: bool = flag(False, "On a GPU: let the others multiply in bfloat16.")
+    markdown: bool = flag(False, "Print the table as Markdown.")
+    peer_env: str = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
+    out: str = flag("experiments/results/memory_{device}.json", "Where the figures go.")
+
+    def __post_init__(self) -> None:
+        shapes.check(self.sizes, self.architectures, ARCHITECTURES)
+        contest.check(self.trainers, self.autocast, self.device)
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if sys.platform != "linux":
+            raise ValueError(f"memory is measured on linux only, this is {sys.platform}")
+
+
+def main(config: Config) -> int:
+    """Measures all, prints a table, writes the figures."""
+    python = peers.trainers(config.peer_env) if config.trainers else None
+    found = []
+    for size in map(Size.parse, config.sizes):
+        for architecture in config.architectures:
+            found.append(_row(size, architecture, OURS, _ours(config, size, architecture)))
+            for name in config.trainers:
+                if architecture in TRAINERS[name]:
+                    found.append(_row(size, architecture, name, _theirs(config, python, size, architecture, name)))
+    machine = timing.machine(config.device)
+    tables.show("memory of one training step", _COLUMNS, _cells(found), machine, config.markdown)
+    unsaid = ("out", "peer_env", "markdown", "device")
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in unsaid}
+    out = config.out.format(device=config.device)
+    timing.write(out, {"machine": machine, "settings": settings, "results": found})
+    print(f"figures: {out}")
+    return 0
+
+
+def _ours(config: Config, size: Size, architecture: str) -> dict[str, int]:
+    job = {"size": size, "architecture": architecture, "steps": config.steps, "device": config.device}
+    variables = {"PYTHONPATH": str(_ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        with peers.process(sys.executable, SCRIPT, Path(folder), variables) as (_, ask):
+            return ask({})
+
+
+def _theirs(config: Config, python: Path | str, size: Size, architecture: str, name: str) -> dict[str, int]:
+    settings = {"threads": None, "autocast": config.autocast, "warmup_steps": 0}
+    with contest.sides(python, [name], size, architecture, config.device, settings, matmul=False) as (_, asks):
+        return asks[name]({"do": "peak", "steps": config.steps})
+
+
+def _row(size: Size, architecture: str, trainer: str, told: dict[str, int]) -> dict[str, Any]:
+    """Bytes, and how many arrays of (batch, d_sae) float32 they are."""
+    array = 4 * size.batch * size.d_sae
+    found = {"needed": told["peak"] - told["before"]}
+    if "planned" in told:
+        found["planned"] = told["planned"]
+    return {
+        "size": size._asdict(),
+        "architecture": architecture,
+        "trainer": trainer,
+        "bytes": found | {"before": told["before"]},
+        "arrays": {name: count / array for name, count in found.items()},
+    }
+
+
+_COLUMNS = ("size", "architecture", "trainer", "needed, arrays", "needed, MB", "planned, arrays", "planned, MB")
+
+
+def _cells(found: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    rows = []
+    for row in found:
+        figures = []
+        for name in ("needed", "planned"):
+            known = name in row["arrays"]
+            figures.append(f"{row['arrays'][name]:.2f}" if known else "")
+            figures.append(f"{row['bytes'][name] / 1e6:.0f}" if known else "")
+        rows.append((str(Size(**row["size"])), row["architecture"], row["trainer"], *figures))
+    return rows

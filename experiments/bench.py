@@ -17,6 +17,7 @@ BENCHES: Mapping[str, str] = {
     "quality": "experiments.benches.quality",
     "runtime": "experiments.benches.runtime",
     "step": "experiments.benches.step",
+    "stream": "experiments.benches.stream",
     "sweep": "experiments.benches.sweep",
 }
 

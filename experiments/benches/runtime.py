@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.benches import timing
+from experiments.benches import models, timing
 from experiments.flags import flag
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from bridge.runtime import InterpretableModel
 
 BARE, TRACKED, EVERY, STEERED, SAELENS = "bare", "tracked", "tracked, read every token", "additive", "SAELens"
-HEAD_DIM = 128
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def main(config: Config) -> int:
     found = []
     for depth in config.depths:
         with tempfile.TemporaryDirectory() as folder:
-            model = _model(config, depth, device)
+            model = models.random_nanochat(depth, config.vocab_size, device)
             im = _interpretable(config, model, Path(folder), device)
             theirs = _saelens(Path(folder), device) if config.saelens else None
             for batch in config.batches:
@@ -74,22 +73,6 @@ def main(config: Config) -> int:
     timing.write(out, {"machine": timing.machine(device), "settings": shape, "results": found})
     Console().print(f"figures: {out}", soft_wrap=True)
     return 0
-
-
-def _model(config: Config, depth: int, device: str) -> GPT:
-    """A nanochat of the newest generation with random weights, in the precision that `bridge.nanochat.load` takes."""
-    import torch
-
-    from bridge.nanochat.model import GPT, GPTConfig
-
-    width = 64 * depth
-    heads = max(width // HEAD_DIM, 1)
-    sizes = {"n_layer": depth, "n_head": heads, "n_kv_head": heads, "n_embd": width, "vocab_size": config.vocab_size}
-    with torch.device(device):
-        model = GPT(GPTConfig.of("G7", sequence_len=2048, **sizes)).eval().requires_grad_(False)
-    for weight in model.parameters() if device != "cpu" else ():
-        weight.data = weight.data.bfloat16() if weight.ndim > 1 else weight.data
-    return model
 
 
 def _interpretable(config: Config, model: GPT, folder: Path, device: str) -> InterpretableModel:

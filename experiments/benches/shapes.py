@@ -26,7 +26,7 @@ _STEPS = 1_000_000  # of the run that the measured steps belong to: schedules st
 
 
 class Size(NamedTuple):
-    """Widths, active latents and activations of a training step."""
+    """Widths, active latents and activations of a training step; written as its flag."""
 
     d_in: int
     d_sae: int
@@ -49,7 +49,7 @@ class Size(NamedTuple):
         return size
 
     def __str__(self) -> str:
-        return f"d_in {self.d_in}, d_sae {self.d_sae}, k {self.k}, batch {self.batch}"
+        return ":".join(map(str, self))
 
     @property
     def nested_widths(self) -> tuple[int, ...]:

@@ -1,0 +1,216 @@
+"""A whole streaming run, text to trained SAE, against the bare nanochat forward to the same hook.
+
+`stream` is what `experiments.train` does between two blocks: the forward of the next block, the shuffle, a TopK step
+for every batch of this one. `forward` runs the model on the same number of the same rows, as many in one pass, up to
+the hook, and does nothing else: with all cores, and with the threads that the stream leaves to torch. `steps` trains on
+activations that are there. Hidden is the part of the shorter of forward and steps that the stream does not take longer
+for: (forward + steps - stream) / min(forward, steps), with the forward of the stream's threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from experiments import device
+from experiments.benches import models, tables, timing
+from experiments.flags import flag
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from jsae.config import SAEConfig, TrainConfig
+
+FORWARD, ITS_FORWARD, STEPS, STREAM = "forward", "forward, the stream's threads", "steps", "stream"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is measured, and how often."""
+
+    models: tuple[str, ...] = flag(("demo", "d12"), "demo, or dN for random weights in the shape of N layers.")
+    layer: int | None = flag(None, "Layer whose residual stream is read; none is the middle one.")
+    expansion_factor: int = flag(8, "Latents per channel.")
+    k: int = flag(32, "Active latents per token.")
+    batch_size: int = flag(2048, "Activations per step.")
+    block_size: int = flag(8192, "Activations per block; a round is one block.")
+    tokens_per_forward: int = flag(2048, "Tokens in one forward pass; a GPU wants 16 times as many.")
+    vocab_size: int = flag(32768, "Tokens of the random models' vocabulary.")
+    rounds: int = flag(5, "Rounds that count, at least 2.")
+    threads: int | None = flag(None, "Threads of torch in the stream; none is what training takes, half of the cores.")
+    device: str = flag("cpu", "Where torch and jax run: cpu, cuda or cuda:N.")
+    jax_memory_fraction: float = flag(0.4, "Part of the GPU's memory for jax; torch has the rest.")
+    markdown: bool = flag(False, "Print the table as Markdown.")
+    out: str = flag("experiments/results/stream_{device}.json", "Where the figures go.")
+
+    def __post_init__(self) -> None:
+        for name in self.models:
+            if name != "demo" and not (name[:1] == "d" and name[1:].isdigit() and int(name[1:]) >= 2):
+                raise ValueError(f"models are demo, or d12 for random weights of 12 layers, got {name!r}")
+        for name in ("expansion_factor", "k", "batch_size", "tokens_per_forward", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rounds < 2:
+            raise ValueError(f"rounds must be at least 2, got {self.rounds}")
+        if not self.models or self.block_size < self.batch_size or self.block_size % self.batch_size:
+            raise ValueError(f"block_size={self.block_size} is not made of whole batches of {self.batch_size}")
+        if self.device != "cpu" and self.device.partition(":")[0] != "cuda":
+            raise ValueError(f"device is {self.device!r}: torch and jax share either cpu or cuda")
+        if not 0 < self.jax_memory_fraction < 0.95:
+            raise ValueError(f"jax_memory_fraction must lie between 0 and 0.95, got {self.jax_memory_fraction}")
+
+
+def main(config: Config) -> int:
+    """Measures every model, prints a table, writes the figures."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads of torch leave their cores to jax
+    where = device.share(config.device, config.jax_memory_fraction)
+    found = [_measure(config, name, where) for name in config.models]
+    machine = {key: value for key, value in timing.machine(where).items() if key != "threads"}
+    tables.show("a streaming run", _COLUMNS, _rows(found), machine, config.markdown)
+    unsaid = ("out", "markdown", "device")
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in unsaid}
+    out = config.out.format(device=where)
+    timing.write(out, {"machine": machine, "settings": settings, "results": found})
+    print(f"figures: {out}")
+    return 0
+
+
+def _measure(config: Config, name: str, where: str) -> dict[str, Any]:
+    """Seconds per block of all cases of a model, their ratios, and what is hidden."""
+    run = _Run(config, name, where)
+    seconds = timing.by_turns(run.cases(), config.rounds)
+    own = seconds[ITS_FORWARD]
+    hidden = [
+        (f + steps - stream) / min(f, steps)
+        for f, steps, stream in zip(own, seconds[STEPS], seconds[STREAM], strict=True)
+    ]
+    return {
+        "model": name,
+        "hook": run.hook,
+        "d_in": run.sae.d_in,
+        "d_sae": run.sae.d_sae,
+        "threads": run.threads,
+        "seconds_per_block": {case: timing.spread(s) for case, s in seconds.items()},
+        "activations_per_second": {case: config.block_size / timing.spread(s)["median"] for case, s in seconds.items()},
+        "stream_over_forward": timing.ratios(seconds, STREAM)[FORWARD],
+        "hidden": timing.spread(hidden),
+    }
+
+
+class _Run:
+    """A model, its text, and the SAE that learns from it."""
+
+    def __init__(self, config: Config, name: str, where: str):
+        import torch
+
+        import bridge.nanochat
+        from bridge.hooks import find, hook_name
+        from bridge.nanochat.corpus import Corpus
+        from jsae.config import SAEConfig, TrainConfig
+
+        demo = bridge.nanochat.load("demo", device=where)
+        self.model = demo.model if name == "demo" else models.random_nanochat(int(name[1:]), config.vocab_size, where)
+        shape = self.model.config
+        if shape.vocab_size < demo.config.vocab_size:
+            raise ValueError(f"vocab_size={shape.vocab_size}: the text has up to {demo.config.vocab_size} tokens")
+        self.hook = hook_name(shape.n_layer // 2 if config.layer is None else config.layer, "resid_post")
+        find(self.model, self.hook)
+        self.corpus = Corpus("stdlib", demo.tokenizer, split="train", row_len=shape.sequence_len)
+        self.bos = demo.tokenizer.bos_token_id
+        self.rows_per_forward = max(config.tokens_per_forward // self.corpus.row_len, 1)
+        self.sae: SAEConfig = SAEConfig("topk", shape.n_embd, shape.n_embd * config.expansion_factor, k=config.k)
+        # A run that is longer than what is measured of it.
+        self.train: TrainConfig = TrainConfig(config.block_size * (config.rounds + 2), config.batch_size)
+        self.threads = {FORWARD: device.cores(), STREAM: config.threads or torch.get_num_threads()}
+        self._config, self._where = config, where
+
+    def cases(self) -> dict[str, Callable[[], None]]:
+        """What runs by turns: each does its part of the work of one block."""
+        import torch
+
+        def case(work: Callable[[], None], threads: int) -> Callable[[], None]:
+            def run() -> None:
+                torch.set_num_threads(threads)
+                work()
+                if self._where != "cpu":
+                    torch.cuda.synchronize()
+
+            return run
+
+        start = self.corpus.position()
+        tokens = self.corpus.next_rows(-(-self._config.block_size // self.corpus.row_len))
+        self.corpus.seek(start)
+        forward, (stream, steps) = self._forward(tokens), self._training()
+        few = self.threads[STREAM]
+        return {
+            FORWARD: case(forward, self.threads[FORWARD]),
+            ITS_FORWARD: case(forward, few),
+            STEPS: case(steps, few),
+            STREAM: case(stream, few),
+        }
+
+    def _forward(self, rows: np.ndarray) -> Callable[[], None]:
+        """The bare model on the rows of a block, up to the hook."""
+        import torch
+
+        from bridge.hooks import capture
+
+        ids: torch.Tensor = torch.from_numpy(rows.astype("int64")).to(self._where)
+
+        @torch.no_grad()
+        def run() -> None:
+            for part in ids.split(self.rows_per_forward):
+                with capture(self.model, [self.hook], stop=True):
+                    self.model(part)
+
+        return run
+
+    def _training(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        """A block of a run that streams, and the steps of a block of activations that are there."""
+        import jax
+
+        from bridge.stream import ActivationStream
+        from jsae import train
+        from jsae.data import Shuffled
+
+        source = ActivationStream(
+            self.model, self.corpus, [[self.hook]], bos_token_id=self.bos, rows_per_forward=self.rows_per_forward
+        )
+        size, count = self._config.batch_size, self._config.block_size // self._config.batch_size
+        batches = Shuffled(source, batch_size=size, batches_per_block=count, seed=0)
+        (sample,) = batches.peek()
+        given = [tuple(part[i * size : (i + 1) * size] for part in sample) for i in range(count)]
+        fitting = train.fit(self.train, train.init(self.sae, self.train, sample), (acts for (acts,) in batches))
+        program = train.make_step(self.train, self.sae.d_sae)
+        kept = [train.init(self.sae, self.train, sample)]
+
+        def stream() -> None:
+            *_, (_, state, _) = (next(fitting) for _ in range(count))
+            jax.block_until_ready(state)
+
+        def steps() -> None:
+            for acts in given:
+                kept[0], _ = program(kept[0], acts)
+            jax.block_until_ready(kept[0])
+
+        return stream, steps
+
+
+_COLUMNS = ("model", "d_sae", "", "ms per block", "activations per second", "stream over forward", "hidden")
+
+
+def _rows(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    rows = []
+    for entry in found:
+        about = (entry["model"], str(entry["d_sae"]))
+        for case, seconds in entry["seconds_per_block"].items():
+            last = ("", "")
+            if case == STREAM:
+                last = tables.ratio(entry["stream_over_forward"]), tables.ratio(entry["hidden"])
+            rows.append((*about, case, tables.ms(seconds), f"{entry['activations_per_second'][case]:,.0f}", *last))
+            about = ("", "")
+    return rows

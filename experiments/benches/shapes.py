@@ -22,6 +22,7 @@ LARGE = "768:24576:32:2048"
 SIZES_HELP = "What is measured: d_in:d_sae:k:batch of each."
 
 _BATCHES = 4
+_FAINT = 1e-3
 _STEPS = 1_000_000  # of the run that the measured steps belong to: schedules stand still meanwhile
 
 
@@ -103,8 +104,8 @@ def begin(architecture: str, size: Size, sample: jax.Array, dead: float = 0.0) -
     count = round(dead * size.d_sae)
     if not count or architecture not in SPARSE:
         return state
-    # Latents that read next to nothing are below and beside all others, and AuxK does not raise them for many steps.
-    state.sae.W_enc[...] = state.sae.W_enc.at[:count].set(0)
+    # Latents that read next to nothing lose to all others, and AuxK raises them but slowly.
+    state.sae.W_enc[...] = state.sae.W_enc.at[:count].multiply(_FAINT)
     return state._replace(since_fired=state.since_fired.at[:count].set(config.dead_after))
 
 

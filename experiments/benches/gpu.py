@@ -1,0 +1,100 @@
+"""All measurements of speed on a GPU, one after the other: step, peers, memory, stream.
+
+Each runs in a process of its own, which has the card to itself, and writes its JSON to --folder. One that fails is
+told of at the end, after all others. The other trainers' environment needs a torch with CUDA: where pip cannot make
+it, give one with --peer_env.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from experiments import device
+from experiments.benches import contest, memory, peers, shapes, step, stream
+from experiments.flags import EXPECTED_ERRORS, flag
+
+MEASUREMENTS = ("step", "peers", "memory", "stream")
+_MANY = 16 * 2048  # tokens in a forward pass
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    measurements: tuple[str, ...] = flag(MEASUREMENTS, "Which.")
+    sizes: tuple[str, ...] = flag(("1280:20480:64:16384",), shapes.SIZES_HELP)
+    models: tuple[str, ...] = flag(("d20",), "nanochats that are streamed: demo, or dN for random weights.")
+    rounds: int = flag(20, "Rounds that count, at least 2.")
+    trace_dir: str | None = flag(None, "Also write a profile of a few steps there.")
+    markdown: bool = flag(False, "Print tables as Markdown.")
+    peer_env: str = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
+    folder: str = flag("experiments/results", "Where the figures go.")
+
+    def __post_init__(self) -> None:
+        if not self.measurements or not set(self.measurements) <= set(MEASUREMENTS):
+            given = ", ".join(self.measurements) or "none"
+            raise ValueError(f"measurements must be some of {', '.join(MEASUREMENTS)}, got {given}")
+        suite(self)  # whose configs check themselves
+
+
+def main(config: Config) -> int:
+    """Runs the suite; 1 where a measurement failed.
+
+    Raises:
+      ConfigError: torch or jax sees no GPU here.
+    """
+    _alone(device.share, "cuda", 0.2)
+    failed = {}
+    for name, (run, own) in suite(config).items():
+        print(f"---- {name}", flush=True)
+        try:
+            _alone(run, own)
+        except (*EXPECTED_ERRORS, RuntimeError) as error:
+            failed[name] = error
+    for name, error in failed.items():
+        print(f"FAILED {name}: {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def suite(config: Config) -> Mapping[str, tuple[Callable[[Any], int], Any]]:
+    """The measurements by the names of their files: what runs each, and its config."""
+    common: dict[str, Any] = {"device": "cuda", "markdown": config.markdown}
+    sized = common | {"sizes": config.sizes}
+    against = sized | {"peer_env": config.peer_env, "autocast": True}
+    rounds = {"rounds": config.rounds}
+
+    def out(name: str) -> dict[str, str]:
+        return {"out": f"{config.folder}/{name}_cuda.json"}
+
+    every = {
+        "step": (step.main, step.Config(**sized, **rounds, trace_dir=config.trace_dir, **out("step"))),
+        "peers": (contest.main, contest.Config(**against, **rounds, **out("peers"))),
+        "memory": (memory.main, memory.Config(**against, **out("memory"))),
+        "stream": (
+            stream.main,
+            stream.Config(
+                **common,
+                **rounds,
+                **out("stream"),
+                models=config.models,
+                k=64,
+                expansion_factor=16,
+                batch_size=16384,
+                block_size=2**18,
+                tokens_per_forward=_MANY,
+            ),
+        ),
+    }
+    return {name: own for name, own in every.items() if name in config.measurements}
+
+
+def _alone(work: Callable[..., object], *args: Any) -> None:
+    """Calls it in a fresh process, which ends afterwards and gives the card back; its exceptions are raised here."""
+    fresh = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        pool.submit(work, *args).result()

@@ -1,0 +1,304 @@
+"""The measurements of speed: each runs from flags to files on real steps; the other trainers have a stand-in."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import device
+from experiments.bench import BENCHES
+from experiments.benches import contest, gpu, memory, peers, resident, shapes, step, stream
+from experiments.benches.shapes import Size
+from jsae import train
+from jsae.config import ConfigError
+
+TINY = "16:64:4:32"
+
+PEER = """
+import json, os, sys
+from pathlib import Path
+import numpy as np
+
+print(json.dumps({"versions": {"stand-in": "1"}}), flush=True)
+rows = np.load(Path(sys.argv[1]) / "x.npy").shape[1]
+assert os.environ["OMP_WAIT_POLICY"] == "passive"
+for line in sys.stdin:
+    job = json.loads(line)
+    if job["do"] == "make":
+        assert job["batch"] == rows and job["nested_widths"][-1] < job["d_sae"]
+        seconds = {"step": 100.0 if job["trainer"] == "SAELens" else 200.0, "matmul": 3.0 if job["matmul"] else None}
+        answer = {}
+    elif job["do"] == "peak":
+        answer = {"before": 1000, "peak": 1000 + 4 * 64 * 32 * job["steps"]}
+    else:
+        answer = {"seconds": seconds[job["do"]]}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """Has all other trainers answered for by a script that says how long they took."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(PEER)
+    monkeypatch.setattr(contest, "SCRIPT", script)
+    monkeypatch.setattr(peers, "trainers", lambda folder: sys.executable)
+
+
+@pytest.fixture
+def their_side(monkeypatch):
+    """The module of the other trainers' side, found as a script finds what is beside it."""
+    monkeypatch.syspath_prepend(Path(contest.__file__).parent)
+    from experiments.benches import contest_peer
+
+    return contest_peer
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """Measurements set threads and environment for a whole process."""
+    for name in ("JAX_PLATFORMS", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "passive"}[name])
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def _read(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def test_steps_and_their_parts_are_measured_over_the_encoder(tmp_path, capsys):
+    config = step.Config(
+        sizes=(TINY, "16:128:4:32"),
+        architectures=("topk", "relu"),
+        warmup_steps=1,
+        rounds=2,
+        trace_dir=str(tmp_path / "trace"),
+        markdown=True,
+        out=f"{tmp_path}/step_{{device}}.json",
+    )
+    assert step.main(config) == 0
+    told = _read(tmp_path / "step_cpu.json")
+    assert told["machine"]["jax"]
+    assert [Size(**found["size"]).d_sae for found in told["results"]] == [64, 128]
+    for found in told["results"]:
+        assert set(found["seconds"]) == {step.MATMUL, "topk", "relu", *step.PARTS}
+        assert all(0 < s["q1"] <= s["median"] <= s["q3"] for s in found["seconds"].values())
+        assert found["over_matmul"][step.MATMUL]["median"] == 1
+        assert found["over_topk"]["topk"]["median"] == 1
+        assert found["activations_per_second"]["relu"] == pytest.approx(32 / found["seconds"]["relu"]["median"])
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+    shown = capsys.readouterr().out
+    assert f"| relu | {1e3 * told['results'][0]['seconds']['relu']['median']:.1f} |" in shown
+    assert f"jax {told['machine']['jax']}" in shown
+
+
+@pytest.mark.parametrize("architecture", ["topk", "abstopk", "batchtopk", "matryoshka"])
+def test_latents_that_shall_be_dead_stay_so_while_it_is_measured(architecture):
+    size = Size.parse("16:64:4:32")
+    x = shapes.activations(size)
+    state = shapes.begin(architecture, size, x, dead=0.25)
+    faint = np.array(state.sae.W_enc[...])[:16]
+    config = shapes.train_config(size)
+    for _ in range(3):
+        state, _ = train.make_step(config, size.d_sae)(state, x)
+    is_dead = np.asarray(state.since_fired) >= config.dead_after
+    np.testing.assert_array_equal(is_dead, np.arange(64) < 16)
+    assert (np.asarray(state.sae.W_enc[...])[:16] != faint).any()  # AuxK reaches them
+
+
+def test_no_latent_dies_where_none_shall():
+    size = Size.parse(TINY)
+    assert not (np.asarray(shapes.begin("topk", size, shapes.activations(size)).since_fired) > 0).any()
+
+
+def test_trainers_are_compared_round_by_round(stand_in, tmp_path, capsys):
+    config = contest.Config(
+        sizes=(TINY, "16:128:4:32"),
+        architectures=("topk", "gated"),
+        later_architectures=("topk",),
+        trainers=("SAELens", "sparsify"),
+        warmup_steps=0,
+        rounds=2,
+        markdown=True,
+        out=f"{tmp_path}/peers_{{device}}.json",
+    )
+    assert contest.main(config) == 0
+    told = _read(tmp_path / "peers_cpu.json")
+    assert told["machine"]["stand-in"] == "1"
+    rows = {(row["architecture"], row["size"]["d_sae"]): row for row in told["results"]}
+    assert set(rows) == {("topk", 64), ("gated", 64), ("topk", 128)}
+    assert set(rows["gated", 64]["times_faster"]) == {"SAELens"}  # sparsify has none
+    topk = rows["topk", 64]
+    assert topk["seconds"]["sparsify"]["median"] == 200
+    assert topk["seconds"][contest.THEIR_MATMUL]["median"] == 3
+    faster = topk["times_faster"]
+    assert faster["sparsify"]["median"] == pytest.approx(2 * faster["SAELens"]["median"])
+    assert 100 / topk["seconds"][contest.OURS]["q3"] <= faster["SAELens"]["median"] * 1.001
+    assert topk["activations_per_second"]["SAELens"] == pytest.approx(0.32)
+    assert "| SAELens | 100000.0 |" in capsys.readouterr().out
+
+
+def test_saelens_takes_its_own_steps(tmp_path):
+    size = Size.parse("16:64:4:128")
+    settings = {"threads": 1, "autocast": False, "warmup_steps": 0}
+    with contest.sides(sys.executable, ["SAELens"], size, "matryoshka", "cpu", settings) as (versions, asks):
+        assert versions["sae-lens"].startswith("6.")
+        ask = asks["SAELens"]
+        assert ask({"do": "step"})["seconds"] > 0
+        assert ask({"do": "matmul"})["seconds"] > 0
+        told = ask({"do": "peak", "steps": 1})
+        assert told["peak"] >= told["before"] > 2**20
+
+
+def test_a_loop_is_led_one_batch_at_a_time(their_side):
+    turns, seen = their_side._Turns(), []
+
+    def loop():
+        for _ in range(2):
+            seen.append(turns.next_batch())
+        raise ValueError("no more")
+
+    follow = turns.follow(loop)
+    assert seen == []
+    follow("first")
+    assert seen == ["first"]
+    with pytest.raises(ValueError, match="no more"):
+        follow("second")
+    assert seen == ["first", "second"]
+
+
+def test_every_trainer_of_the_contest_has_a_side(their_side):
+    assert set(their_side.LIBRARIES) == set(contest.TRAINERS)
+
+
+def test_the_peak_forgets_what_was_before():
+    del [np.ones(2**24)][0]  # 128 MB that are given back
+    before = resident.forget_peak()
+    held = np.ones(2**22)  # 32 MB
+    most = resident.peak()
+    assert held.nbytes * 0.9 < most - before < 2**26
+
+
+def test_memory_is_planned_and_needed_beyond_what_stays(stand_in, tmp_path, capsys):
+    config = memory.Config(
+        sizes=("32:2048:4:512",),
+        architectures=("topk",),
+        trainers=("SAELens",),
+        steps=2,
+        markdown=True,
+        out=f"{tmp_path}/memory_{{device}}.json",
+    )
+    assert memory.main(config) == 0
+    ours, theirs = _read(tmp_path / "memory_cpu.json")["results"]
+    array = 4 * 2048 * 512
+    assert ours["trainer"] == contest.OURS
+    assert ours["bytes"]["planned"] == pytest.approx(ours["arrays"]["planned"] * array)
+    assert ours["arrays"]["planned"] > 0.5
+    assert 0.2 < ours["arrays"]["needed"] < 50
+    assert ours["bytes"]["before"] > 2**25
+    assert theirs["bytes"] == {"needed": 2 * 4 * 64 * 32, "before": 1000}
+    assert f"| {ours['arrays']['needed']:.2f} |" in capsys.readouterr().out
+
+
+def test_a_stream_is_measured_against_the_bare_forward(tmp_path, capsys):
+    config = stream.Config(
+        models=("demo", "d2"),
+        batch_size=256,
+        block_size=512,
+        expansion_factor=2,
+        vocab_size=4096,
+        rounds=2,
+        threads=1,
+        markdown=True,
+        out=f"{tmp_path}/stream_{{device}}.json",
+    )
+    assert stream.main(config) == 0
+    demo, deeper = _read(tmp_path / "stream_cpu.json")["results"]
+    assert (demo["model"], demo["hook"], deeper["hook"]) == (
+        "demo",
+        "blocks.3.hook_resid_post",
+        "blocks.1.hook_resid_post",
+    )
+    assert (deeper["d_in"], deeper["d_sae"]) == (128, 256)
+    for found in (demo, deeper):
+        assert set(found["seconds_per_block"]) == {stream.FORWARD, stream.ITS_FORWARD, stream.STEPS, stream.STREAM}
+        assert all(s["median"] > 0 for s in found["seconds_per_block"].values())
+        assert found["activations_per_second"][stream.STREAM] == pytest.approx(
+            512 / found["seconds_per_block"][stream.STREAM]["median"]
+        )
+        assert found["stream_over_forward"]["median"] > 0
+        assert found["hidden"]["median"] <= 1.5
+    assert f"| {demo['stream_over_forward']['median']:.2f} (" in capsys.readouterr().out
+
+
+def test_a_stream_of_text_that_the_model_has_no_tokens_for_is_refused():
+    with pytest.raises(ValueError, match="vocab_size=100"):
+        stream.main(stream.Config(models=("d2",), vocab_size=100, batch_size=64, block_size=64))
+
+
+def test_the_suite_for_a_gpu_is_the_goals_sizes_and_writes_a_file_each(tmp_path):
+    suite = gpu.suite(gpu.Config(folder=str(tmp_path)))
+    assert list(suite) == list(gpu.MEASUREMENTS)
+    configs = [config for _, config in suite.values()]
+    assert {config.device for config in configs} == {"cuda"}
+    assert {config.sizes for config in configs[:3]} == {("1280:20480:64:16384",)}
+    assert (configs[3].models, configs[3].batch_size) == (("d20",), 16384)
+    assert [Path(config.out).name for config in configs] == [f"{name}_cuda.json" for name in suite]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_suite_and_each_measurement_say_so():
+    with pytest.raises(ConfigError, match="torch sees no GPU"):
+        gpu.main(gpu.Config())
+    with pytest.raises(ConfigError, match="jax has no GPU"):
+        step.main(step.Config(device="cuda"))
+    with pytest.raises(ConfigError, match="torch sees no GPU"):
+        device.share("cuda:1", 0.4)
+
+
+def test_every_measurement_shows_its_flags_without_torch_and_jax():
+    code = (
+        "import sys, importlib\n"
+        f"for module in {list(BENCHES.values())!r}: importlib.import_module(module)\n"
+        "assert not {'torch', 'jax'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(step.__file__).parents[2])
+
+
+@pytest.mark.parametrize(
+    ("bench", "wrong"),
+    [
+        (step, {"sizes": ("768:6144",)}),
+        (step, {"sizes": ()}),
+        (step, {"sizes": ("8:16:17:4",)}),
+        (step, {"architectures": ("me",)}),
+        (step, {"rounds": 1}),
+        (step, {"dead": 1.0}),
+        (step, {"warmup_steps": -1}),
+        (contest, {"trainers": ("me",)}),
+        (contest, {"later_architectures": ("abstopk",)}),
+        (contest, {"architectures": ("abstopk",)}),
+        (contest, {"autocast": True}),
+        (contest, {"rounds": 1}),
+        (memory, {"steps": 0}),
+        (memory, {"trainers": ("me",)}),
+        (stream, {"models": ("gpt2",)}),
+        (stream, {"block_size": 3000}),
+        (stream, {"device": "tpu"}),
+        (stream, {"k": 0}),
+        (stream, {"rounds": 1}),
+        (stream, {"jax_memory_fraction": 1.0}),
+        (gpu, {"measurements": ("speed",)}),
+        (gpu, {"models": ("d1",)}),
+        (gpu, {"sizes": ("0:1:1:1",)}),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(bench, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        bench.Config(**wrong)

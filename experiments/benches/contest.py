@@ -3,9 +3,9 @@
 Every trainer has its own defaults, the same widths, k and batch, and takes the steps that its own loop takes: forward,
 backward, clipping, optimiser, unit norms, dead counters. What an SAE's penalty is does not matter to the time of a
 dense step, nor does its L0. The product of a batch with the encoder is timed in jax and in torch: on some processors
-one multiplies much faster than the other, which no trainer can help. sparsify runs with Adam, as all the others do, and with its own default, signum; on a GPU
-it always computes under autocast. A trainer has a process to itself, which sleeps while another one computes. Ratios
-are of the same round.
+one multiplies much faster than the other, which no trainer can help. sparsify runs with Adam, as all the others do,
+and with its own default, signum; on a GPU it always computes under autocast. A trainer has a process to itself, which
+sleeps while another one computes. Ratios are of the same round.
 
 The trainers live in an environment of their own, --peer_env, which is made when it is not there (pip, about 2 GB).
 """

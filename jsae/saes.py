@@ -71,8 +71,8 @@ class SAE(nnx.Module):
     config: SAEConfig
     biases: ClassVar[tuple[str, ...]] = ("b_enc",)
     """What is added to x W_enc^T."""
-    proportional: ClassVar[float] = 0.0
-    """How the controller of L0 answers at once, see `jsae.control`: for penalties whose effect on L0 is quick."""
+    proportional: ClassVar[float] = 1.0
+    """How strongly the controller of L0 answers at once, see `jsae.control`: the quicker a penalty acts, the more."""
 
     def __init__(self, config: SAEConfig, *, key: Key[Array, ""], b_dec: Float[Array, " o"] | None = None):
         """Random unit decoder rows, `W_enc` their copy, every bias zero but `b_dec` where it is given.

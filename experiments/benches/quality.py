@@ -4,7 +4,8 @@ Every trainer reads the same activations of a nanochat in the same order, in bat
 width. Each is tried at the learning rate that it takes by itself and at the same list of rates; the rate with the
 lowest FVU is trained with every seed and told of. Activations are scaled, or not, as each trainer's recipe has it; all
 lengths of schedules are the same parts of the run. TopK, BatchTopK and Matryoshka have the same k. The peers' penalties
-of ReLU, Gated and JumpReLU are searched until L0 is close to that k; jsae is asked for the L0 of the best peer.
+of ReLU, Gated and JumpReLU are searched until L0 is close to that k; jsae is asked for the L0 of the best peer,
+and once more where it misses that.
 
 All are scored as SAELens files by the same lines, on held-out activations and in the model. The peers live in an
 environment of their own, --peer_env, which is made when it is not there (pip, about 2 GB).
@@ -39,7 +40,7 @@ class Config:
     nested_widths: tuple[int, ...] = flag((64, 256), "Matryoshka's inner widths.")
     num_activations: int = flag(2**18, "Activations that every SAE is trained on.")
     batch_size: int = flag(512, "Activations per step.")
-    rates: tuple[float, ...] = flag((3e-3, 6e-3, 1.2e-2), "Learning rates that are tried beside a trainer's own.")
+    rates: tuple[float, ...] = flag((3e-3, 6e-3, 1.2e-2, 2.4e-2), "Learning rates that are tried beside a trainer's own.")
     seeds: int = flag(3, "Seeds of weights.")
     tries: int = flag(4, "Runs at most to find the strength of a penalty that gives the wanted L0.")
     tolerance: float = flag(0.04, "How far L0 may be from the wanted one, as a part of it.")

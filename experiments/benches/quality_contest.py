@@ -145,11 +145,19 @@ class Contest:
         coefficient = recipe.coefficient
         for rate in (None, *self._config.rates):
             if coefficient is None:
-                yield self._train(recipe, rate, 0, wanted)
+                yield self._asked(recipe, rate, wanted)
             else:
                 found = self._search(recipe, rate, coefficient, wanted)
                 coefficient = found.coefficient if self._is_close(found.l0, wanted) else recipe.coefficient
                 yield found
+
+    def _asked(self, recipe: Recipe, rate: float | None, wanted: float | None) -> Trained:
+        """The SAE that was asked for k or an L0; once more where held-out text has another L0 than was asked for."""
+        found = self._train(recipe, rate, 0, wanted)
+        if wanted is None or self._is_close(found.l0, wanted) or not math.isfinite(found.l0):
+            return found
+        again = self._train(recipe, rate, 0, wanted * wanted / found.l0)
+        return min(found, again, key=lambda t: _off(t, wanted))
 
     def _search(self, recipe: Recipe, rate: float | None, coefficient: float, wanted: float) -> Trained:
         """The SAE whose L0 came closest, by secants through the logarithms of strength and L0."""

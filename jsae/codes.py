@@ -55,10 +55,12 @@ def _decode_backward(n: int, saved: tuple, g: Float[Array, "n d"]) -> tuple[Code
     codes, W_dec = saved
 
     def dot(j: Int[Array, ""], dvalues: Float[Array, "k m"]) -> Float[Array, "k m"]:
-        return dvalues.at[j].set((_take(g, codes, j) * W_dec[codes.indices[:, j]]).sum(-1))
+        part = _part(codes, j)
+        return dvalues.at[j].set((_take(g, part) * W_dec[part.indices]).sum(-1))
 
     m, k = codes.values.shape
-    dvalues = lax.fori_loop(0, k, dot, jnp.zeros((k, m), codes.values.dtype)).T
+    dvalues = lax.fori_loop(0, k, dot, jnp.zeros((k, m), codes.values.dtype))
+    dvalues = dvalues.T if codes.rows is None else dvalues.reshape(m, k)
     return _cotangent(codes, dvalues), _rows_added(codes, g, W_dec.shape[0])
 
 
@@ -134,17 +136,34 @@ def _encode_backward(select, by_token, saved, g):
 encode.defvjp(_encode_forward, _encode_backward)
 
 
-def _take(x: Float[Array, "n d"], codes: Codes, j: Int[Array, ""]) -> Float[Array, "m d"]:
-    """For the j-th code of every row of `codes`, the row of x of its token."""
-    return x if codes.rows is None else x[codes.rows[:, j]]
+class _Part(NamedTuple):
+    """As many codes as there are tokens: one of every token, or with `rows` the next so many."""
+
+    values: Float[Array, " m"]
+    indices: Int[Array, " m"]
+    rows: Int[Array, " m"] | None
+
+
+def _part(codes: Codes, j: Int[Array, ""]) -> _Part:
+    """The j-th of k parts. Codes with rows are in the order of their tokens, so that a part touches few of them."""
+    m, k = codes.values.shape
+    if codes.rows is None:
+        return _Part(codes.values[:, j], codes.indices[:, j], None)
+    return _Part(*(a.reshape(k, m)[j] for a in codes))
+
+
+def _take(x: Float[Array, "n d"], part: _Part) -> Float[Array, "m d"]:
+    """For every code the row of x of its token."""
+    return x if part.rows is None else x[part.rows]
 
 
 def _sum_of_rows(codes: Codes, W: Float[Array, "f d"], n: int) -> Float[Array, "n d"]:
-    """The decode, one column of codes at a time, so that an array of n × k × d never exists."""
+    """The decode, a part of the codes at a time, so that an array of n × k × d never exists."""
 
     def add(j: Int[Array, ""], total: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        new = codes.values[:, j, None] * W[codes.indices[:, j]]
-        return total + new if codes.rows is None else total.at[codes.rows[:, j]].add(new)
+        part = _part(codes, j)
+        new = part.values[:, None] * W[part.indices]
+        return total + new if part.rows is None else total.at[part.rows].add(new)
 
     zero = jnp.zeros((n, W.shape[1]), jnp.result_type(codes.values, W))
     return lax.fori_loop(0, codes.values.shape[1], add, zero)
@@ -156,7 +175,8 @@ def _rows_added(codes: Codes, x: Float[Array, "n d"], f: int) -> Float[Array, "f
         return _rows_added_in_order(codes, x, f)
 
     def add(j: Int[Array, ""], total: Float[Array, "f d"]) -> Float[Array, "f d"]:
-        return total.at[codes.indices[:, j]].add(codes.values[:, j, None] * _take(x, codes, j))
+        part = _part(codes, j)
+        return total.at[part.indices].add(part.values[:, None] * _take(x, part))
 
     return lax.fori_loop(0, codes.values.shape[1], add, jnp.zeros((f, x.shape[1]), x.dtype))
 

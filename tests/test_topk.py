@@ -56,6 +56,18 @@ def test_batch_top_k_keeps_the_largest_of_the_whole_batch(n, f, k, shift):
         assert float(topk.least_active(picked)) == expected[expected > 0].min()
 
 
+def test_batch_top_k_takes_no_equal_values_in_the_place_of_larger_ones():
+    pre = jnp.round(normal(0, 40, 64) * 2) / 2
+    kept = np.asarray(topk.batch_top_k(pre, 4).dense(40, 64))
+    np.testing.assert_array_equal(np.sort(kept[kept > 0]), np.sort(np.asarray(pre).ravel())[-160:])
+
+
+def test_batch_top_k_gives_its_codes_in_the_order_of_the_tokens():
+    rows = np.asarray(topk.batch_top_k(normal(1, 30, 64), 4).rows).ravel()
+    assert (np.diff(rows) >= 0).all()
+    assert len(set(rows.tolist())) > 20
+
+
 def test_a_limit_lets_only_so_many_count():
     pre, limit = normal(3, 20, 64), jnp.int32(3)
     np.testing.assert_array_equal(topk.top_k(pre, 8, limit).dense(20, 64), topk.top_k(pre, 3).dense(20, 64))

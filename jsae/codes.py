@@ -107,7 +107,8 @@ def encode(
         return select(_product(x, W_enc), bias=bias, limit=limit)
 
     n, d = x.shape
-    chunk = paths.part_of(n, paths.chosen().chunk) if by_token else n
+    most = paths.chosen().chunk
+    chunk = n if most is None or not by_token else paths.part_of(n, max(most // len(W_enc), 1))
     chunks = lax.map(pick, x.reshape(-1, chunk, d)) if chunk < n else pick(x)
     codes = jax.tree.map(lambda a: a.reshape(n, -1), chunks)
     if allowed is None:
@@ -181,7 +182,7 @@ def _rows_added(codes: Codes, x: Float[Array, "n d"], f: int) -> Float[Array, "f
     return lax.fori_loop(0, codes.values.shape[1], add, jnp.zeros((f, x.shape[1]), x.dtype))
 
 
-_PAIRS = 2048  # codes that are added at once
+_PAIRS = 1024  # codes that are added at once
 
 
 def _rows_added_in_order(codes: Codes, x: Float[Array, "n d"], f: int) -> Float[Array, "f d"]:
@@ -197,7 +198,9 @@ def _rows_added_in_order(codes: Codes, x: Float[Array, "n d"], f: int) -> Float[
         at, v, r = (lax.dynamic_slice_in_dim(a, i * _PAIRS, _PAIRS) for a in (indices, values, rows))
         return total.at[at].add(v[:, None] * x[r], indices_are_sorted=True)
 
-    return lax.fori_loop(0, (count + extra) // _PAIRS, add, jnp.zeros((f, x.shape[1]), x.dtype))
+    # Zeros that the compiler does not know: it would make known ones once, and a copy for every use.
+    zero = jnp.minimum(lax.bitcast_convert_type(values[0], jnp.int32) & 1, 0).astype(x.dtype)
+    return lax.fori_loop(0, (count + extra) // _PAIRS, add, jnp.broadcast_to(zero, (f, x.shape[1])))
 
 
 def _order(indices: Int[Array, " c"], f: int) -> Int[Array, " c"]:

@@ -15,7 +15,7 @@ class Paths(NamedTuple):
     """One way through a step."""
 
     chunk: int | None
-    """Tokens whose pre-activations exist at once where codes are picked token by token; None: all."""
+    """Pre-activations, about, that exist at once where codes are picked token by token; None: all."""
     block: int | None
     """Numbers of a weight matrix, about, that the optimiser updates at once; None: all."""
     gradients: Literal["sorted", "by column"]
@@ -23,7 +23,7 @@ class Paths(NamedTuple):
     of every token at a time."""
 
 
-CPU = Paths(chunk=512, block=2**18, gradients="sorted")
+CPU = Paths(chunk=3 * 2**20, block=2**18, gradients="sorted")
 GPU = Paths(chunk=None, block=None, gradients="by column")
 
 _forced: contextvars.ContextVar[Paths | None] = contextvars.ContextVar("paths", default=None)
@@ -49,12 +49,12 @@ def force(paths: Paths) -> Iterator[None]:
         _forced.reset(token)
 
 
-def part_of(whole: int, most: int | None) -> int:
+def part_of(whole: int, most: int) -> int:
     """The largest divisor of `whole` that is at most `most`; the whole where that is not an eighth of `most`.
 
     Chunks of one size are one program; a last one of another size would be another.
     """
-    if most is None or whole <= most:
+    if whole <= most:
         return whole
     best = next(part for part in range(most, 0, -1) if whole % part == 0)
     return best if 8 * best >= most else whole

@@ -100,8 +100,9 @@ def make_step(config: TrainConfig, d_sae: int, k: int | None = None) -> Step:
 
 def update(config: TrainConfig, state: TrainState, acts: Acts, k: int | None = None) -> tuple[TrainState, metrics.Sums]:
     """One training step, not compiled: what `make_step` and a pass over many SAEs run."""
-    x, y = ends(state.sae.config, acts)
-    x, y = x.astype(jnp.float32) * state.scale, y.astype(jnp.float32) * state.scale_out
+    read, wanted = (a.astype(jnp.float32) for a in ends(state.sae.config, acts))
+    x = read * state.scale
+    y = wanted * state.scale_out if state.sae.config.is_transcoder else x
     number, d_sae = state.step + 1, state.sae.config.d_sae
     target, steps = state.sae.config.target_l0, config.num_steps
     strength = control.strength(state.control, target, state.sae.proportional, number, steps)
@@ -128,7 +129,7 @@ def update(config: TrainConfig, state: TrainState, acts: Acts, k: int | None = N
     )
     raw = acts if isinstance(acts, tuple) else (acts,)
     sums = metrics.of(
-        y / state.scale_out,
+        wanted,
         y_hat / state.scale_out,
         _values(latents) / jnp.mean(state.scale_out),
         fired,

@@ -10,7 +10,7 @@ from jsae.config import SAEConfig, TrainConfig
 from jsae.paths import Paths
 
 D, F, N = 16, 96, 60
-PIECES = Paths(chunk=20, block=24 * D, gradients="sorted")
+PIECES = Paths(chunk=20 * F, block=24 * D, gradients="sorted")
 SPARSE = {
     "topk": SAEConfig("topk", D, F, k=4, aux_k=5),
     "batchtopk": SAEConfig("batchtopk", D, F, k=4, aux_k=5),
@@ -100,7 +100,7 @@ def test_the_device_decides_unless_a_way_is_forced():
 
 
 @pytest.mark.parametrize(
-    ("whole", "most", "part"), [(6144, 341, 256), (100, None, 100), (100, 100, 100), (97, 50, 97), (96, 12, 12)]
+    ("whole", "most", "part"), [(6144, 341, 256), (100, 100, 100), (97, 50, 97), (96, 12, 12)]
 )
 def test_parts_are_of_one_size_or_the_whole(whole, most, part):
     assert paths.part_of(whole, most) == part

@@ -56,6 +56,7 @@ class RunConfig(Json):
     k_anneal_fraction: float = flag(0.1, "Part of the run over which k comes down.")
     average_fraction: float | None = flag(None, "Export a running mean of the weights over this part of the run.")
     dead_after: int | None = flag(None, "Activations without firing that make a latent dead; none: a tenth of the run.")
+    matmul_dtype: Literal["float32", "bfloat16"] = flag("float32", "What is multiplied; bfloat16 is for GPUs.")
     resample_every: int | None = flag(None, "Activations between resamplings of dead latents (relu, gated).")
     seed: tuple[int, ...] = flag((0,), "Of the weights.")
     data_seed: int = flag(0, "Of the order of the text and the shuffle.")
@@ -197,6 +198,7 @@ class RunConfig(Json):
                 "k_start",
                 "k_anneal_fraction",
                 "average_fraction",
+                "matmul_dtype",
                 "resample_every",
             )
         }

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jsae import paths
+from jsae import paths, precision
 
 
 class Codes(NamedTuple):
@@ -28,8 +28,12 @@ class Codes(NamedTuple):
 
     def dense(self, n: int, d_sae: int) -> Float[Array, "n f"]:
         """The same codes as an (n, d_sae) array."""
-        rows = jnp.arange(len(self.values))[:, None] if self.rows is None else self.rows
-        return jnp.zeros((n, d_sae), self.values.dtype).at[rows, self.indices].add(self.values)
+        return jnp.zeros((n, d_sae), self.values.dtype).at[self.tokens, self.indices].add(self.values)
+
+    @property
+    def tokens(self) -> Int[Array, "n #k"]:
+        """The token of every code."""
+        return jnp.arange(len(self.values))[:, None] if self.rows is None else self.rows
 
 
 Select = Callable[..., Codes]
@@ -53,6 +57,19 @@ def _decode_forward(codes: Codes, W_dec: Float[Array, "f d"], n: int) -> tuple[F
 
 def _decode_backward(n: int, saved: tuple, g: Float[Array, "n d"]) -> tuple[Codes, Float[Array, "f d"]]:
     codes, W_dec = saved
+    return _cotangent(codes, _dots(codes, g, W_dec)), _rows_added(codes, g, W_dec.shape[0])
+
+
+_decode.defvjp(_decode_forward, _decode_backward)
+
+
+def _dots(codes: Codes, g: Float[Array, "n d"], W_dec: Float[Array, "f d"]) -> Float[Array, "m k"]:
+    """g[token] . W_dec[latent] of every code."""
+    way = _way(codes, len(g))
+    if way == "dense":
+        return precision.matmul(g, W_dec.T)[codes.tokens, codes.indices]
+    if way == "at once":
+        return (g[:, None] * W_dec[codes.indices]).sum(-1)
 
     def dot(j: Int[Array, ""], dvalues: Float[Array, "k m"]) -> Float[Array, "k m"]:
         part = _part(codes, j)
@@ -60,27 +77,31 @@ def _decode_backward(n: int, saved: tuple, g: Float[Array, "n d"]) -> tuple[Code
 
     m, k = codes.values.shape
     dvalues = lax.fori_loop(0, k, dot, jnp.zeros((k, m), codes.values.dtype))
-    dvalues = dvalues.T if codes.rows is None else dvalues.reshape(m, k)
-    return _cotangent(codes, dvalues), _rows_added(codes, g, W_dec.shape[0])
-
-
-_decode.defvjp(_decode_forward, _decode_backward)
+    return dvalues.T if codes.rows is None else dvalues.reshape(m, k)
 
 
 def pre_activations(
     x: Float[Array, "n d"], W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"], b_in: Float[Array, " d"] | None
 ) -> Float[Array, "n f"]:
     """(x - b_in) W_enc^T + b_enc, with b_in moved into the bias: its gradient needs no n × f × d product."""
-    return _product(x, W_enc) + _bias(W_enc, b_enc, b_in)
+    x, bias = _centred(x, W_enc, b_enc, b_in)
+    return precision.matmul(x, W_enc.T) + bias
 
 
-def _product(x: Float[Array, "n d"], W_enc: Float[Array, "f d"]) -> Float[Array, "n f"]:
-    """What pre-activations are beside a bias: a selection need not write the sum of both down."""
-    return jnp.matmul(x, W_enc.T, preferred_element_type=jnp.float32)
+def _centred(
+    x: Float[Array, "n d"], W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"], b_in: Float[Array, " d"] | None
+) -> tuple[Float[Array, "n d"], Float[Array, " f"]]:
+    """What pre-activations are the product with, and the bias beside it: a selection need not write their sum down.
 
-
-def _bias(W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"], b_in: Float[Array, " d"] | None) -> Float[Array, " f"]:
-    return b_enc if b_in is None else b_enc - W_enc @ b_in
+    Where numbers are rounded before they are multiplied, what they have in common is taken away from them before, or
+    it would cost the digits that tell them apart. It goes by a copy that has no gradient; the bias has the gradient.
+    """
+    if b_in is None:
+        return x, b_enc
+    if not precision.is_reduced():
+        return x, b_enc - W_enc @ b_in
+    centre = lax.stop_gradient(b_in)
+    return x - centre, b_enc - W_enc @ (b_in - centre)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -99,17 +120,17 @@ def encode(
     A pick that had to fall on a latent that is not allowed has value 0. Gradients reach only what was picked. Where
     `select` picks `by_token`, whatever the other tokens are, the pre-activations of all tokens need not exist at once.
     """
-    bias = _bias(W_enc, b_enc, b_in)
+    centred, bias = _centred(x, W_enc, b_enc, b_in)
     if allowed is not None:
         bias = jnp.where(allowed, bias, -jnp.inf)
 
     def pick(x: Float[Array, "m d"]) -> Codes:
-        return select(_product(x, W_enc), bias=bias, limit=limit)
+        return select(precision.matmul(x, W_enc.T), bias=bias, limit=limit)
 
     n, d = x.shape
     most = paths.chosen().chunk
     chunk = n if most is None or not by_token else paths.part_of(n, max(most // len(W_enc), 1))
-    chunks = lax.map(pick, x.reshape(-1, chunk, d)) if chunk < n else pick(x)
+    chunks = lax.map(pick, centred.reshape(-1, chunk, d)) if chunk < n else pick(centred)
     codes = jax.tree.map(lambda a: a.reshape(n, -1), chunks)
     if allowed is None:
         return codes
@@ -153,6 +174,14 @@ def _part(codes: Codes, j: Int[Array, ""]) -> _Part:
     return _Part(*(a.reshape(k, m)[j] for a in codes))
 
 
+def _way(codes: Codes, n: int) -> str:
+    """How codes of n tokens are decoded: what has any number of codes a token cannot be summed up at once."""
+    way = paths.chosen().decode
+    if way != "at once" or codes.rows is None:
+        return way
+    return "dense" if n == len(codes.values) else "by part"  # of more tokens than the batch has: nested widths
+
+
 def _take(x: Float[Array, "n d"], part: _Part) -> Float[Array, "m d"]:
     """For every code the row of x of its token."""
     return x if part.rows is None else x[part.rows]
@@ -160,6 +189,11 @@ def _take(x: Float[Array, "n d"], part: _Part) -> Float[Array, "m d"]:
 
 def _sum_of_rows(codes: Codes, W: Float[Array, "f d"], n: int) -> Float[Array, "n d"]:
     """The decode, a part of the codes at a time, so that an array of n × k × d never exists."""
+    way = _way(codes, n)
+    if way == "dense":
+        return precision.matmul(codes.dense(n, len(W)), W)
+    if way == "at once":
+        return (codes.values[..., None] * W[codes.indices]).sum(1)
 
     def add(j: Int[Array, ""], total: Float[Array, "n d"]) -> Float[Array, "n d"]:
         part = _part(codes, j)
@@ -172,8 +206,11 @@ def _sum_of_rows(codes: Codes, W: Float[Array, "f d"], n: int) -> Float[Array, "
 
 def _rows_added(codes: Codes, x: Float[Array, "n d"], f: int) -> Float[Array, "f d"]:
     """out[i] = sum of values * x[token] over all codes of latent i: the gradient of a weight matrix."""
-    if paths.chosen().gradients == "sorted":
+    way = paths.chosen().gradients
+    if way == "sorted":
         return _rows_added_in_order(codes, x, f)
+    if way == "dense":
+        return precision.matmul(codes.dense(len(x), f).T, x)
 
     def add(j: Int[Array, ""], total: Float[Array, "f d"]) -> Float[Array, "f d"]:
         part = _part(codes, j)

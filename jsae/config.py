@@ -183,8 +183,14 @@ class TrainConfig(Json):
     resample_every: int | None = None
     """Give dead latents new weights and fresh Adam moments every so many activations; None is never."""
     seed: int = 0
+    matmul_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What matrices are rounded to before they are multiplied; sums, weights and moments are float32 in any case."""
 
     def __post_init__(self) -> None:
+        require(
+            self.matmul_dtype in ("float32", "bfloat16"),
+            f"matmul_dtype is {self.matmul_dtype!r}: it must be float32 or bfloat16",
+        )
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}: it must be at least 1")
         require(
             self.num_activations >= self.batch_size,

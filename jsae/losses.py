@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jsae import codes, topk
+from jsae import codes, precision, topk
 
 
 def squared_error(x: Float[Array, "n d"], x_hat: Float[Array, "n d"]) -> Float[Array, ""]:
@@ -44,7 +44,7 @@ def auxk(
         (rows,) = jnp.nonzero(dead, size=k, fill_value=0)
         real = jnp.arange(k) < n_dead
         pre = codes.pre_activations(x, W_enc[rows], b_enc[rows], b_in)
-        return jnp.where(real, pre, 0) @ W_dec[rows]
+        return precision.matmul(jnp.where(real, pre, 0), W_dec[rows])
 
     def the_largest() -> Float[Array, "n o"]:
         picked = codes.encode(x, W_enc, b_enc, b_in, dead, None, functools.partial(topk.top_k, k=k))
@@ -71,9 +71,10 @@ def nested(
     """
     n = len(y)
     level = jnp.searchsorted(jnp.asarray(widths[:-1]), latents.indices, side="right")
-    tokens = jnp.arange(n)[:, None] if latents.rows is None else latents.rows
     inner = level < len(widths) - 1
-    moved = codes.Codes(jnp.where(inner, latents.values, 0), latents.indices, jnp.where(inner, level, 0) * n + tokens)
+    moved = codes.Codes(
+        jnp.where(inner, latents.values, 0), latents.indices, jnp.where(inner, level, 0) * n + latents.tokens
+    )
     parts = codes.decode(moved, W_dec, n * (len(widths) - 1)).reshape(len(widths) - 1, n, -1)
     errors = y - b_dec - jnp.cumsum(parts, axis=0)
     return jnp.square(errors).sum(-1).mean(1).sum()

@@ -1,11 +1,13 @@
 """Which way a step computes what it computes. Every way gives the same numbers; the choice is made here, by the device.
 
-On a processor (CPU) arrays that fit its caches decide, so work goes chunk by chunk; a GPU wants whole arrays.
+On a processor (CPU) caches decide, so work goes piece by piece: `python -m experiments.bench step --way=plain` shows
+what that saves. A GPU has no use for pieces, and its matrix units make a dense gradient cheaper than scattered rows:
+that is reckoned, not measured yet (`python -m experiments.bench gpu` measures every way).
 """
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import jax
@@ -18,19 +20,28 @@ class Paths(NamedTuple):
     """Pre-activations, about, that exist at once where codes are picked token by token; None: all."""
     block: int | None
     """Numbers of a weight matrix, about, that the optimiser updates at once; None: all."""
-    gradients: Literal["sorted", "by column"]
-    """How rows are added into the gradient of a weight matrix: code by code in the order of their latents, or one code
-    of every token at a time."""
+    decode: Literal["by part", "at once", "dense"]
+    """How codes are decoded: by the rows that they name, one code of every token at a time; by all of these rows in one
+    sum, which a compiler for GPUs never writes down; or as an array of all latents."""
+    gradients: Literal["sorted", "by part", "dense"]
+    """How rows are added into the gradient of a weight matrix: in the order of their latents, a part of the codes at a
+    time as they come, or as the product with an array of all latents."""
 
 
-CPU = Paths(chunk=3 * 2**20, block=2**18, gradients="sorted")
-GPU = Paths(chunk=None, block=None, gradients="by column")
+CPU = Paths(chunk=3 * 2**20, block=2**18, decode="by part", gradients="sorted")
+GPU = Paths(chunk=None, block=None, decode="at once", gradients="dense")
+WAYS: Mapping[str, Paths] = {
+    "cpu": CPU,
+    "gpu": GPU,
+    "plain": GPU._replace(decode="by part", gradients="by part"),
+    "dense": GPU._replace(decode="dense"),
+}
 
 _forced: contextvars.ContextVar[Paths | None] = contextvars.ContextVar("paths", default=None)
 
 
 def chosen() -> Paths:
-    """The way of what is traced now: the one that is forced, else the one measured to be the fastest on the device."""
+    """The way of what is traced now: the one that is forced, else that of the device."""
     return forced() or (CPU if jax.default_backend() == "cpu" else GPU)
 
 

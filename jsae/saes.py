@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jsae import codes, jump, losses, topk
+from jsae import codes, jump, losses, precision, topk
 from jsae.codes import Codes
 from jsae.config import SAEConfig
 
@@ -110,11 +110,12 @@ class SAE(nnx.Module):
     def decode(self, latents: Latents, x: Float[Array, "n d"]) -> Float[Array, "n o"]:
         """y_hat = f W_dec + b_dec (+ x W_skip^T)."""
         y_hat = self.spanned(latents, len(x)) + self.b_dec
-        return y_hat + x @ self.W_skip.T if self.config.skip else y_hat
+        return y_hat + precision.matmul(x, self.W_skip.T) if self.config.skip else y_hat
 
     def spanned(self, latents: Latents, n: int) -> Float[Array, "n o"]:
         """What the latents of n tokens add up to: f W_dec, without biases."""
-        return codes.decode(latents, self.W_dec[...], n) if isinstance(latents, Codes) else latents @ self.W_dec
+        W_dec = self.W_dec[...]
+        return codes.decode(latents, W_dec, n) if isinstance(latents, Codes) else precision.matmul(latents, W_dec)
 
     def fit(self, x: Float[Array, "n d"], wanted: Float[Array, "n o"]) -> None:
         """Before the first step: scales the encoder by the one factor with which the latents fit what is wanted best.
@@ -306,7 +307,7 @@ class Gated(SAE):
         """L1 of the gate, and the error of the gate's own reconstruction through a frozen decoder."""
         W_dec, b_dec = jax.lax.stop_gradient((self.W_dec[...], self.b_dec[...]))
         sparsity = at.now.strength * self.config.l1_coefficient * losses.l1(at.seen, W_dec)
-        return sparsity + losses.squared_error(at.y, at.seen @ W_dec + b_dec)
+        return sparsity + losses.squared_error(at.y, precision.matmul(at.seen, W_dec) + b_dec)
 
 
 class JumpReLU(SAE):

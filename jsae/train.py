@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jsae import axes, control, data, dead, losses, metrics, optim, saes
+from jsae import axes, control, data, dead, losses, metrics, optim, paths, precision, saes
 from jsae.codes import Codes
 from jsae.config import SPARSE, SAEConfig, TrainConfig, require
 from jsae.control import Control
@@ -82,7 +82,6 @@ def place(state: TrainState, mesh: Mesh) -> TrainState:
     return jax.device_put(state, axes.shardings(state, mesh))
 
 
-@functools.cache
 def make_step(config: TrainConfig, d_sae: int, k: int | None = None) -> Step:
     """The training step, compiled once: `(state, acts) -> (state, sums of the batch)`. The state is donated.
 
@@ -91,7 +90,11 @@ def make_step(config: TrainConfig, d_sae: int, k: int | None = None) -> Step:
       d_sae: its latents.
       k: for the steps in which more codes than the SAE's k are drawn, how many there is room for.
     """
+    return _step(config, d_sae, k, paths.forced())
 
+
+@functools.cache
+def _step(config: TrainConfig, d_sae: int, k: int | None, _way: paths.Paths | None) -> Step:
     def step(state: TrainState, acts: Acts) -> tuple[TrainState, metrics.Sums]:
         return update(config, state, acts, k)
 
@@ -108,7 +111,8 @@ def update(config: TrainConfig, state: TrainState, acts: Acts, k: int | None = N
     strength = control.strength(state.control, target, state.sae.proportional, number, steps)
     limit = None if k is None else _k_now(config, state.sae.config.k, number)
     now = saes.Now(strength * _ramp(config, number), None, k, limit)
-    (loss, (latents, y_hat)), grads = _gradients(state, x, y, now, state.since_fired >= config.dead_after)
+    with precision.multiplying_in(config.matmul_dtype):
+        (loss, (latents, y_hat)), grads = _gradients(state, x, y, now, state.since_fired >= config.dead_after)
     sae, opt = optim.apply(config, d_sae, grads, state.opt, state.sae)
     sae.settle(latents, _settling_rate(config, number))
     fired = dead.times_fired(latents, d_sae)

@@ -10,7 +10,9 @@ from jsae.config import SAEConfig, TrainConfig
 from jsae.paths import Paths
 
 D, F, N = 16, 96, 60
-PIECES = Paths(chunk=20 * F, block=24 * D, gradients="sorted")
+PIECES = Paths(chunk=20 * F, block=24 * D, decode="by part", gradients="sorted")
+PLAIN = paths.WAYS["plain"]
+WAYS = {"in pieces": PIECES, "gpu": paths.GPU, "dense": paths.WAYS["dense"]}
 SPARSE = {
     "topk": SAEConfig("topk", D, F, k=4, aux_k=5),
     "batchtopk": SAEConfig("batchtopk", D, F, k=4, aux_k=5),
@@ -35,15 +37,16 @@ def steps(config: SAEConfig, way: Paths) -> tuple[train.TrainState, list]:
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 def test_a_step_in_pieces_is_the_step_as_a_whole(architecture):
-    plain, wanted = steps(SPARSE[architecture], paths.GPU)
+    plain, wanted = steps(SPARSE[architecture], PLAIN)
     state, found = steps(SPARSE[architecture], PIECES)
     for ours, theirs in zip(jax.tree.leaves((state.sae, found)), jax.tree.leaves((plain.sae, wanted)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
     np.testing.assert_array_equal(state.since_fired, plain.since_fired)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", SPARSE)
-def test_gradients_in_pieces_are_those_of_the_whole(architecture):
+def test_gradients_are_the_same_on_every_way(architecture, way):
     config = SPARSE[architecture]
     sae = saes.make(config, key=jax.random.key(1))
     x = jax.random.normal(jax.random.key(2), (N, D))
@@ -54,9 +57,9 @@ def test_gradients_in_pieces_are_those_of_the_whole(architecture):
         with paths.force(way):
             return jax.tree.leaves(jax.jit(jax.grad(lambda sae: train._loss(sae, x, y, now)[0]))(sae))
 
-    plain = gradients(paths.GPU)
+    plain = gradients(PLAIN)
     largest = max(float(jnp.abs(g).max()) for g in plain)
-    for ours, theirs in zip(gradients(PIECES), plain, strict=True):
+    for ours, theirs in zip(gradients(WAYS[way]), plain, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6 * largest)
 
 
@@ -89,7 +92,7 @@ def test_the_optimiser_overwrites_blocks_without_an_array_of_all():
 
     block = 2**15
     assert planned(paths.CPU._replace(block=block)) < 8 * 4 * block
-    assert planned(paths.GPU) >= 4 * d * f
+    assert planned(PLAIN) >= 4 * d * f
 
 
 def test_the_device_decides_unless_a_way_is_forced():
@@ -99,8 +102,6 @@ def test_the_device_decides_unless_a_way_is_forced():
     assert paths.forced() is None
 
 
-@pytest.mark.parametrize(
-    ("whole", "most", "part"), [(6144, 341, 256), (100, 100, 100), (97, 50, 97), (96, 12, 12)]
-)
+@pytest.mark.parametrize(("whole", "most", "part"), [(6144, 341, 256), (100, 100, 100), (97, 50, 97), (96, 12, 12)])
 def test_parts_are_of_one_size_or_the_whole(whole, most, part):
     assert paths.part_of(whole, most) == part

@@ -247,8 +247,9 @@ def test_the_suite_for_a_gpu_is_the_goals_sizes_and_writes_a_file_each(tmp_path)
     assert list(suite) == list(gpu.MEASUREMENTS)
     configs = [config for _, config in suite.values()]
     assert {config.device for config in configs} == {"cuda"}
-    assert {config.sizes for config in configs[:3]} == {("1280:20480:64:16384",)}
-    assert (configs[3].models, configs[3].batch_size) == (("d20",), 16384)
+    assert {config.sizes for config in configs[:-1]} == {("1280:20480:64:16384",)}
+    assert {c.matmul_dtype for name, (_, c) in suite.items() if name != "step_float32"} == {"bfloat16"}
+    assert (configs[-1].models, configs[-1].batch_size) == (("d20",), 16384)
     assert [Path(config.out).name for config in configs] == [f"{name}_cuda.json" for name in suite]
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from experiments import device
 from experiments.benches import peers, shapes, tables, timing
-from experiments.benches.shapes import Size
+from experiments.benches.shapes import Dtype, Size
 from experiments.flags import flag
 
 OURS, MATMUL, THEIR_MATMUL = "jsae", "encoder matmul", "encoder matmul in torch"
@@ -50,6 +50,7 @@ class Config:
     warmup_steps: int = flag(5, "Steps of everyone before the first that counts.")
     rounds: int = flag(10, "Rounds that count, at least 2.")
     threads: int | None = flag(None, "Threads of torch; none: as many as it takes by itself. jax has all cores.")
+    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)  # noqa: RUF009 - a field like the others
     device: Literal["cpu", "cuda"] = flag("cpu", "Where all run.")
     autocast: bool = flag(False, "On a GPU: let the others multiply in bfloat16.")
     markdown: bool = flag(False, "Print the table as Markdown.")
@@ -110,8 +111,8 @@ def _measure(
     names = [name for name in config.trainers if architecture in TRAINERS[name]]
     settings = {"threads": config.threads, "autocast": config.autocast, "warmup_steps": config.warmup_steps}
     with sides(python, names, size, architecture, config.device, settings) as (versions, asks):
-        own = shapes.stepping(architecture, size, warmup_steps=config.warmup_steps)
-        cases = {MATMUL: _timed(shapes.encoder_matmul(size)), OURS: _timed(own)}
+        own = shapes.stepping(architecture, size, warmup_steps=config.warmup_steps, matmul_dtype=config.matmul_dtype)
+        cases = {MATMUL: _timed(shapes.encoder_matmul(size, config.matmul_dtype)), OURS: _timed(own)}
         cases |= {name: _asking(ask, "step") for name, ask in asks.items()}
         if asks:
             cases[THEIR_MATMUL] = _asking(next(iter(asks.values())), "matmul")

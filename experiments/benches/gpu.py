@@ -1,4 +1,6 @@
-"""All measurements of speed on a GPU, one after the other: step, peers, memory, stream.
+"""All measurements of speed on a GPU, one after the other: step, peers, memory, stream; products in bfloat16.
+
+The step is measured in float32 too, and on the other ways that there are through it.
 
 Each runs in a process of its own, which has the card to itself, and writes its JSON to --folder. One that fails is
 told of at the end, after all others. The other trainers' environment needs a torch with CUDA: where pip cannot make
@@ -18,7 +20,8 @@ from experiments import device
 from experiments.benches import contest, memory, peers, shapes, step, stream
 from experiments.flags import EXPECTED_ERRORS, flag
 
-MEASUREMENTS = ("step", "peers", "memory", "stream")
+OTHER_WAYS = ("plain", "dense")
+MEASUREMENTS = ("step", *(f"step_{way}" for way in OTHER_WAYS), "step_float32", "peers", "memory", "stream")
 _MANY = 16 * 2048  # tokens in a forward pass
 
 
@@ -71,15 +74,22 @@ def suite(config: Config) -> Mapping[str, tuple[Callable[[Any], int], Any]]:
     def out(name: str) -> dict[str, str]:
         return {"out": f"{config.folder}/{name}_cuda.json"}
 
+    fast: dict[str, Any] = {"matmul_dtype": "bfloat16"}
     every = {
-        "step": (step.main, step.Config(**sized, **rounds, trace_dir=config.trace_dir, **out("step"))),
-        "peers": (contest.main, contest.Config(**against, **rounds, **out("peers"))),
-        "memory": (memory.main, memory.Config(**against, **out("memory"))),
+        "step": (step.main, step.Config(**sized, **rounds, **fast, trace_dir=config.trace_dir, **out("step"))),
+        **{
+            f"step_{way}": (step.main, step.Config(**sized, **rounds, **fast, way=way, **out(f"step_{way}")))
+            for way in OTHER_WAYS
+        },
+        "step_float32": (step.main, step.Config(**sized, **rounds, **out("step_float32"))),
+        "peers": (contest.main, contest.Config(**against, **rounds, **fast, **out("peers"))),
+        "memory": (memory.main, memory.Config(**against, **fast, **out("memory"))),
         "stream": (
             stream.main,
             stream.Config(
                 **common,
                 **rounds,
+                **fast,
                 **out("stream"),
                 models=config.models,
                 k=64,

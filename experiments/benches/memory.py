@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from experiments.benches import contest, peers, shapes, tables, timing
 from experiments.benches.contest import OURS, TRAINERS
-from experiments.benches.shapes import Size
+from experiments.benches.shapes import Dtype, Size
 from experiments.flags import flag
 from jsae.config import ARCHITECTURES
 
@@ -38,6 +38,7 @@ class Config:
     architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures.")
     trainers: tuple[str, ...] = flag(tuple(TRAINERS), "Trainers beside jsae, each where it has the architecture.")
     steps: int = flag(3, "Steps during which memory is watched.")
+    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)  # noqa: RUF009 - a field like the others
     device: Literal["cpu", "cuda"] = flag("cpu", "Where all run.")
     autocast: bool = flag(False, "On a GPU: let the others multiply in bfloat16.")
     markdown: bool = flag(False, "Print the table as Markdown.")
@@ -74,7 +75,8 @@ def main(config: Config) -> int:
 
 
 def _ours(config: Config, size: Size, architecture: str) -> dict[str, int]:
-    job = {"size": size, "architecture": architecture, "steps": config.steps, "device": config.device}
+    names = ("steps", "device", "matmul_dtype")
+    job = {"size": size, "architecture": architecture} | {name: getattr(config, name) for name in names}
     variables = {"PYTHONPATH": str(_ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "job.json").write_text(json.dumps(job), encoding="utf-8")

@@ -31,7 +31,7 @@ def _needed(job: dict[str, Any]) -> dict[str, int]:
     size = Size(*job["size"])
     x = shapes.activations(size)
     state = shapes.begin(job["architecture"], size, x)
-    program = train.make_step(shapes.train_config(size), size.d_sae).lower(state, x).compile()
+    program = train.make_step(shapes.train_config(size, job["matmul_dtype"]), size.d_sae).lower(state, x).compile()
     state = jax.block_until_ready(state)
     card = None if job["device"] == "cpu" else jax.devices()[0]
     before = resident.forget_peak() if card is None else card.memory_stats()["bytes_in_use"]

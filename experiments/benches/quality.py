@@ -40,7 +40,7 @@ class Config:
     nested_widths: tuple[int, ...] = flag((64, 256), "Matryoshka's inner widths.")
     num_activations: int = flag(2**18, "Activations that every SAE is trained on.")
     batch_size: int = flag(512, "Activations per step.")
-    rates: tuple[float, ...] = flag((3e-3, 6e-3, 1.2e-2, 2.4e-2), "Learning rates that are tried beside a trainer's own.")
+    rates: tuple[float, ...] = flag((3e-3, 6e-3, 1.2e-2, 2.4e-2), "Learning rates to try beside a trainer's own.")
     seeds: int = flag(3, "Seeds of weights.")
     tries: int = flag(4, "Runs at most to find the strength of a penalty that gives the wanted L0.")
     tolerance: float = flag(0.04, "How far L0 may be from the wanted one, as a part of it.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from jsae.config import SPARSE, SAEConfig, TrainConfig
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from jsae.train import TrainState
 
+Dtype = Literal["float32", "bfloat16"]
+DTYPE_HELP = "What is multiplied: bfloat16 is for GPUs."
 SIZE = "768:6144:32:2048"
 LARGE = "768:24576:32:2048"
 SIZES_HELP = "What is measured: d_in:d_sae:k:batch of each."
@@ -78,9 +80,9 @@ def sae_config(architecture: str, size: Size) -> SAEConfig:
     return SAEConfig(architecture, size.d_in, size.d_sae, k=min(size.k, size.d_sae), nested_widths=nested)
 
 
-def train_config(size: Size) -> TrainConfig:
+def train_config(size: Size, matmul_dtype: Dtype = "float32") -> TrainConfig:
     """A run that is far longer than what is measured of it, in which no latent dies by itself."""
-    return TrainConfig(size.batch * _STEPS, size.batch, dead_after=2**30)
+    return TrainConfig(size.batch * _STEPS, size.batch, dead_after=2**30, matmul_dtype=matmul_dtype)
 
 
 def activations(size: Size, seed: int = 0) -> jax.Array:
@@ -109,7 +111,9 @@ def begin(architecture: str, size: Size, sample: jax.Array, dead: float = 0.0) -
     return state._replace(since_fired=state.since_fired.at[:count].set(config.dead_after))
 
 
-def stepping(architecture: str, size: Size, dead: float = 0.0, warmup_steps: int = 0) -> Callable[[], None]:
+def stepping(
+    architecture: str, size: Size, dead: float = 0.0, warmup_steps: int = 0, matmul_dtype: Dtype = "float32"
+) -> Callable[[], None]:
     """A case that takes one training step and waits for it, after some warm-up."""
     import jax
 
@@ -117,7 +121,7 @@ def stepping(architecture: str, size: Size, dead: float = 0.0, warmup_steps: int
 
     fed = batches(size)
     turn, kept = itertools.cycle(fed), [begin(architecture, size, fed[0], dead)]
-    program = train.make_step(train_config(size), size.d_sae)
+    program = train.make_step(train_config(size, matmul_dtype), size.d_sae)
 
     def run() -> None:
         state, _ = program(kept[0], next(turn))
@@ -128,14 +132,18 @@ def stepping(architecture: str, size: Size, dead: float = 0.0, warmup_steps: int
     return run
 
 
-def encoder_matmul(size: Size) -> Callable[[], None]:
+def encoder_matmul(size: Size, matmul_dtype: Dtype = "float32") -> Callable[[], None]:
     """A case that multiplies a batch with the encoder and waits: what every step is compared with."""
     import jax
     import jax.numpy as jnp
 
     x = activations(size)
     W_enc = jax.random.normal(jax.random.key(1), (size.d_sae, size.d_in))
-    program = jax.jit(lambda x, W: jnp.matmul(x, W.T, preferred_element_type=jnp.float32))
+
+    def product(x: jax.Array, W: jax.Array) -> jax.Array:
+        return jnp.matmul(x.astype(matmul_dtype), W.T.astype(matmul_dtype), preferred_element_type=jnp.float32)
+
+    program = jax.jit(product)
 
     def run() -> None:
         jax.block_until_ready(program(x, W_enc))

@@ -8,16 +8,20 @@ codes, and the optimiser with all its arrays. Activations per second are absolut
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import device
 from experiments.benches import shapes, tables, timing
-from experiments.benches.shapes import Size
+from experiments.benches.shapes import Dtype, Size
 from experiments.flags import flag
 from jsae.config import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from jsae.paths import Paths
 
 MATMUL, TOPK = "encoder matmul", "topk"
 SELECTION, DECODE, GRADIENT, OPTIMISER = "top-k selection", "decode", "gradient of one weight", "optimiser"
@@ -34,6 +38,8 @@ class Config:
     dead: float = flag(0.0, "Part of the latents that is dead: above 0 the TopK family learns with AuxK.")
     warmup_steps: int = flag(20, "Steps before the first that counts.")
     rounds: int = flag(15, "Rounds that count, at least 2.")
+    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)  # noqa: RUF009 - a field like the others
+    way: str | None = flag(None, "Force a way through the step: cpu, gpu, plain or dense; none is the device's.")
     device: Literal["cpu", "cuda"] = flag("cpu", "Where it runs.")
     trace_dir: str | None = flag(None, "Also write a profile of a few steps of every architecture there.")
     markdown: bool = flag(False, "Print tables as Markdown.")
@@ -43,18 +49,31 @@ class Config:
         shapes.check(self.sizes, self.architectures, ARCHITECTURES)
         if not 0 <= self.dead < 1:
             raise ValueError(f"dead must be at least 0 and below 1, got {self.dead}")
+        if self.way is not None:
+            _way(self.way)
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
         if self.rounds < 2:
             raise ValueError(f"rounds must be at least 2, got {self.rounds}")
 
 
+def _way(name: str) -> Paths:
+    from jsae.paths import WAYS
+
+    if name not in WAYS:
+        raise ValueError(f"way must be one of {', '.join(WAYS)}, got {name}")
+    return WAYS[name]
+
+
 def main(config: Config) -> int:
     """Measures every size, prints tables, writes the figures."""
     device.jax_alone(config.device)
+    from jsae import paths
+
     machine, found = None, []
     for size in map(Size.parse, config.sizes):
-        found.append(_measure(config, size))
+        with contextlib.nullcontext() if config.way is None else paths.force(_way(config.way)):
+            found.append(_measure(config, size))
         machine = machine or _machine(config)
         tables.show(f"one training step, {size}", _COLUMNS, _rows(found[-1]), machine, config.markdown)
     unsaid = ("out", "markdown", "trace_dir", "device")
@@ -72,8 +91,10 @@ def _machine(config: Config) -> dict[str, Any]:
 
 def _measure(config: Config, size: Size) -> dict[str, Any]:
     """Seconds of all cases of a size, and their ratios to the matmul and to the TopK step."""
-    steps = {a: shapes.stepping(a, size, config.dead, config.warmup_steps) for a in config.architectures}
-    cases = {MATMUL: shapes.encoder_matmul(size), **steps, **(_parts(size) if TOPK in steps else {})}
+    how = (config.dead, config.warmup_steps, config.matmul_dtype)
+    steps = {architecture: shapes.stepping(architecture, size, *how) for architecture in config.architectures}
+    parts = _parts(size) if TOPK in steps else {}
+    cases = {MATMUL: shapes.encoder_matmul(size, config.matmul_dtype), **steps, **parts}
     seconds = timing.by_turns(cases, config.rounds)
     if config.trace_dir is not None:
         _trace(config.trace_dir, steps)
@@ -121,17 +142,14 @@ def _parts(size: Size) -> dict[str, Callable[[], None]]:
 def _optimiser(size: Size) -> Callable[[], None]:
     """The update of all weights from given gradients; weights and moments are donated, as in the step."""
     import jax
-    import jax.numpy as jnp
 
-    from jsae.optim import optimizer
+    from jsae import optim
 
     state = shapes.begin(TOPK, size, shapes.activations(size))
-    update = optimizer(shapes.train_config(size), size.d_sae).update
     grads = jax.tree.map(lambda w: 1e-3 * jax.random.normal(jax.random.key(2), w.shape), state.sae)
 
     def moved(grads: Any, sae: Any, opt: Any) -> tuple[Any, Any]:
-        updates, opt = update(grads, opt, sae)
-        return jax.tree.map(jnp.add, sae, updates), opt
+        return optim.apply(shapes.train_config(size), size.d_sae, grads, opt, sae)
 
     program = jax.jit(moved, donate_argnums=(1, 2))
     kept = [(state.sae, state.opt)]

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from experiments import device
-from experiments.benches import models, tables, timing
+from experiments.benches import models, shapes, tables, timing
+from experiments.benches.shapes import Dtype
 from experiments.flags import flag
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Config:
     vocab_size: int = flag(32768, "Tokens of the random models' vocabulary.")
     rounds: int = flag(5, "Rounds that count, at least 2.")
     threads: int | None = flag(None, "Threads of torch in the stream; none is what training takes, half of the cores.")
+    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)  # noqa: RUF009 - a field like the others
     device: str = flag("cpu", "Where torch and jax run: cpu, cuda or cuda:N.")
     jax_memory_fraction: float = flag(0.4, "Part of the GPU's memory for jax; torch has the rest.")
     markdown: bool = flag(False, "Print the table as Markdown.")
@@ -124,7 +126,9 @@ class _Run:
         self.rows_per_forward = max(config.tokens_per_forward // self.corpus.row_len, 1)
         self.sae: SAEConfig = SAEConfig("topk", shape.n_embd, shape.n_embd * config.expansion_factor, k=config.k)
         # A run that is longer than what is measured of it.
-        self.train: TrainConfig = TrainConfig(config.block_size * (config.rounds + 2), config.batch_size)
+        self.train: TrainConfig = TrainConfig(
+            config.block_size * (config.rounds + 2), config.batch_size, matmul_dtype=config.matmul_dtype
+        )
         self.threads = {FORWARD: device.cores(), STREAM: config.threads or torch.get_num_threads()}
         self._config, self._where = config, where
 

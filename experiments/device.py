@@ -8,8 +8,8 @@ from jsae.config import require
 def share(device: str, jax_memory_fraction: float) -> str:
     """Lets torch and jax have one device together; gives torch's name for it.
 
-    On a CPU torch gets half of the cores: jax computes the step on the others meanwhile, and threads that share cores
-    wait for each other.
+    On a CPU each may use all cores, but torch's threads sleep while they have nothing to do: by default they wait in a
+    loop, on the cores that jax needs. The model's forward is the larger part of a run's work.
 
     Args:
       device: cpu, cuda or cuda:N.
@@ -21,9 +21,7 @@ def share(device: str, jax_memory_fraction: float) -> str:
     kind, _, number = device.partition(":")
     if kind == "cpu":
         os.environ["JAX_PLATFORMS"] = kind
-        import torch
-
-        torch.set_num_threads(max(cores() // 2, 1))
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
         return kind
     if number:
         os.environ["CUDA_VISIBLE_DEVICES"] = number  # for both alike; it is then the only one

@@ -10,7 +10,6 @@ for: (forward + steps - stream) / min(forward, steps), with the forward of the s
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,7 +41,7 @@ class Config:
     tokens_per_forward: int = flag(2048, "Tokens in one forward pass; a GPU wants 16 times as many.")
     vocab_size: int = flag(32768, "Tokens of the random models' vocabulary.")
     rounds: int = flag(5, "Rounds that count, at least 2.")
-    threads: int | None = flag(None, "Threads of torch in the stream; none is what training takes, half of the cores.")
+    threads: int | None = flag(None, "Threads of torch in the stream; none is what training takes, all cores.")
     matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)  # noqa: RUF009 - a field like the others
     device: str = flag("cpu", "Where torch and jax run: cpu, cuda or cuda:N.")
     jax_memory_fraction: float = flag(0.4, "Part of the GPU's memory for jax; torch has the rest.")
@@ -68,7 +67,6 @@ class Config:
 
 def main(config: Config) -> int:
     """Measures every model, prints a table, writes the figures."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads of torch leave their cores to jax
     where = device.share(config.device, config.jax_memory_fraction)
     found = [_measure(config, name, where) for name in config.models]
     machine = {key: value for key, value in timing.machine(where).items() if key != "threads"}

@@ -28,7 +28,7 @@ class Paths(NamedTuple):
     time as they come, or as the product with an array of all latents."""
 
 
-CPU = Paths(chunk=3 * 2**20, block=2**18, decode="by part", gradients="sorted")
+CPU = Paths(chunk=2**20, block=2**18, decode="by part", gradients="sorted")
 GPU = Paths(chunk=None, block=None, decode="at once", gradients="dense")
 WAYS: Mapping[str, Paths] = {
     "cpu": CPU,

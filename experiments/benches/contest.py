@@ -13,7 +13,6 @@ The trainers live in an environment of their own, --peer_env, which is made when
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import tempfile
 import time
@@ -95,11 +94,12 @@ def main(config: Config) -> int:
                 found.append(row)
     machine = timing.machine("cpu") | shapes.device_name(config.device) | versions
     tables.show("one training step", _COLUMNS, _rows(found), machine, config.markdown)
-    unsaid = ("out", "peer_env", "markdown", "device")
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in unsaid}
     work = " ".join(__doc__.split("\n\n")[1].split())
     out = config.out.format(device=config.device)
-    timing.write(out, {"machine": machine, "settings": settings, "work": work, "results": found})
+    timing.write(
+        out,
+        {"machine": machine, "settings": timing.settings(config, "peer_env", "device"), "work": work, "results": found},
+    )
     print(f"figures: {out}")
     return 0
 

@@ -11,7 +11,6 @@ The trainers live in an environment of their own, --peer_env, which is made when
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import tempfile
@@ -66,10 +65,8 @@ def main(config: Config) -> int:
                     found.append(_row(size, architecture, name, _theirs(config, python, size, architecture, name)))
     machine = timing.machine(config.device)
     tables.show("memory of one training step", _COLUMNS, _cells(found), machine, config.markdown)
-    unsaid = ("out", "peer_env", "markdown", "device")
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in unsaid}
     out = config.out.format(device=config.device)
-    timing.write(out, {"machine": machine, "settings": settings, "results": found})
+    timing.write(out, {"machine": machine, "settings": timing.settings(config, "peer_env", "device"), "results": found})
     print(f"figures: {out}")
     return 0
 

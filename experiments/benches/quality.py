@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.benches import peers, quality_sides, timing
+from experiments.benches import peers, quality_sides, tables, timing
 from experiments.benches.quality_contest import ARCHITECTURES, OURS, TRAINERS, Contest
 from experiments.flags import flag
 
@@ -98,8 +98,7 @@ def main(config: Config) -> int:
             contest = Contest(config, subject, folder, ask, tell)
             found = [row for architecture in config.architectures for row in contest.rows(architecture)]
     console.print(markdown(found), soft_wrap=True, markup=False) if config.markdown else console.print(_table(found))
-    unsaid = ("out", "peer_env", "markdown", "quick")
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in unsaid}
+    settings = timing.settings(config, "peer_env", "quick")
     work = " ".join(__doc__.split("\n\n")[1].split())
     told = {"machine": timing.machine("cpu"), "peers": versions, "settings": settings, "work": work, "results": found}
     timing.write(config.out, told)
@@ -142,5 +141,4 @@ def _table(found: Sequence[dict[str, Any]]) -> Any:
 
 def markdown(found: Sequence[dict[str, Any]]) -> str:
     """The table as Markdown."""
-    lines = [_COLUMNS, ["---"] * len(_COLUMNS), *(_cells(row) for row in found)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return tables.as_markdown(_COLUMNS, [_cells(row) for row in found])

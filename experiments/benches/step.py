@@ -9,7 +9,6 @@ codes, and the optimiser with all its arrays. Activations per second are absolut
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,10 +75,10 @@ def main(config: Config) -> int:
             found.append(_measure(config, size))
         machine = machine or _machine(config)
         tables.show(f"one training step, {size}", _COLUMNS, _rows(found[-1]), machine, config.markdown)
-    unsaid = ("out", "markdown", "trace_dir", "device")
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in unsaid}
     out = config.out.format(device=config.device)
-    timing.write(out, {"machine": machine, "settings": settings, "results": found})
+    timing.write(
+        out, {"machine": machine, "settings": timing.settings(config, "trace_dir", "device"), "results": found}
+    )
     print(f"figures: {out}")
     return 0
 

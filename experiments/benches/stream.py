@@ -9,7 +9,6 @@ for: (forward + steps - stream) / min(forward, steps), with the forward of the s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,10 +70,8 @@ def main(config: Config) -> int:
     found = [_measure(config, name, where) for name in config.models]
     machine = {key: value for key, value in timing.machine(where).items() if key != "threads"}
     tables.show("a streaming run", _COLUMNS, _rows(found), machine, config.markdown)
-    unsaid = ("out", "markdown", "device")
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in unsaid}
     out = config.out.format(device=where)
-    timing.write(out, {"machine": machine, "settings": settings, "results": found})
+    timing.write(out, {"machine": machine, "settings": timing.settings(config, "device"), "results": found})
     print(f"figures: {out}")
     return 0
 

@@ -13,14 +13,19 @@ def show(
 
     console, below = Console(), ", ".join(_said(name, value) for name, value in machine.items())
     if markdown:
-        lines = [columns, ["---"] * len(columns), *rows]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        console.print(f"{title}\n\n{text}\n\n{below}", soft_wrap=True, markup=False, highlight=False)
+        console.print(
+            f"{title}\n\n{as_markdown(columns, rows)}\n\n{below}", soft_wrap=True, markup=False, highlight=False
+        )
         return
     table = Table(*columns, title=title, title_justify="left", caption=below, caption_justify="left")
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def as_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as lines of Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *rows])
 
 
 def ms(seconds: Mapping[str, float]) -> str:

@@ -1,5 +1,6 @@
 """Fair timing: all cases by turns in one process, compared round by round; what is told of the machine."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -53,6 +54,12 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
     }
     return told | ({"threads": torch.get_num_threads()} if device == "cpu" else {})
+
+
+def settings(config: Any, *unsaid: str) -> dict[str, Any]:
+    """The fields of a measurement's config but where its figures go, how they are shown, and those named."""
+    left_out = {"out", "markdown", *unsaid}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
 
 
 def write(path: str, results: Mapping[str, Any]) -> None:

@@ -14,16 +14,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.benches import timing
+from experiments.benches import peers, timing
 from experiments.flags import flag
 
 if TYPE_CHECKING:
@@ -31,8 +28,12 @@ if TYPE_CHECKING:
 
 PEER, OURS = "SAEDashboard", "jsae"
 BOS = 0
-_PEER_PACKAGES = ("sae-dashboard==0.8.0", "torch>=2.9,<2.14", "pyarrow<21")  # later pyarrow wants a later numpy
-_PEER_UNUSED = ("torchvision", "torchaudio")  # which come along, and fail to load beside a torch without CUDA
+_INSTALL = (
+    ("install", "-q", "sae-dashboard==0.8.0", "torch>=2.9,<2.14", "pyarrow<21"),  # later pyarrow wants a later numpy
+    # Which come along, and fail to load beside a torch without CUDA.
+    ("uninstall", "-q", "-y", "torchvision", "torchaudio"),
+)
+_PROOF = "import sae_dashboard.sae_vis_runner"
 
 
 @dataclass(frozen=True)
@@ -77,21 +78,21 @@ def main(config: Config) -> int:
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    python = _peer_python(Path(config.peer_env).expanduser())
+    python = peers.environment(Path(config.peer_env).expanduser(), _INSTALL, _PROOF)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _lay_out(config, folder)
         with _peer(python, folder) as (versions, ask):
             records: dict[str, list[float]] = {PEER: [], OURS: []}
             cases = {
-                PEER: lambda: records[PEER].append(ask()["records"]),
+                PEER: lambda: records[PEER].append(ask({})["records"]),
                 OURS: lambda: records[OURS].append(_ours(config, folder)),
             }
             files = timing.by_turns(cases, config.rounds)
         found = _figures(config, {name: own[1:] for name, own in records.items()}, files)
         found["agreement"] = _agreement(config, folder)
     Console().print(_table(found))
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "peer_env")}
+    settings = timing.settings(config, "peer_env")
     work = " ".join(__doc__.split("\n\n")[1].split())
     told = {"machine": timing.machine("cpu"), "peer": versions, "settings": settings, "work": work, **found}
     timing.write(config.out, told)
@@ -99,58 +100,9 @@ def main(config: Config) -> int:
     return 0
 
 
-# ---- SAEDashboard -------------------------------------------------------------------------------------------------
-
-
-def _peer_python(env: Path) -> Path:
-    """The interpreter of SAEDashboard's environment, made where it is not there whole."""
-    python, whole = env / "bin" / "python", env / "whole"
-    if not whole.is_file():
-        print(f"making {env} for {_PEER_PACKAGES[0]}", file=sys.stderr)
-        steps = (
-            [sys.executable, "-m", "venv", "--clear", str(env)],
-            [str(python), "-m", "pip", "install", "-q", *_PEER_PACKAGES],
-            [str(python), "-m", "pip", "uninstall", "-q", "-y", *_PEER_UNUSED],
-            [str(python), "-c", "import sae_dashboard.sae_vis_runner"],
-        )
-        for step in steps:
-            if subprocess.run(step, check=False).returncode:
-                raise OSError(f"{env} could not be made: `{' '.join(step)}` failed")
-        whole.touch()
-    return python
-
-
-@contextlib.contextmanager
-def _peer(python: Path, folder: Path) -> Iterator[tuple[dict[str, str], Callable[[], dict[str, float]]]]:
+def _peer(python: Path | str, folder: Path) -> contextlib.AbstractContextManager[tuple[dict[str, str], peers.Ask]]:
     """SAEDashboard's process when it is ready: its versions, and what has it do the work once."""
-    script = Path(__file__).with_name("dashboard_peer.py")
-    log = folder / "peer.log"
-    with (
-        log.open("w", encoding="utf-8") as errors,
-        subprocess.Popen(
-            [str(python), str(script), str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        ) as process,
-    ):
-
-        def answer() -> dict[str, Any]:
-            line = process.stdout.readline()
-            if not line:
-                raise OSError(f"SAEDashboard's process ended:\n{log.read_text(encoding='utf-8')[-2000:]}")
-            return json.loads(line)
-
-        def ask() -> dict[str, float]:
-            process.stdin.write("again\n")
-            process.stdin.flush()
-            return answer()
-
-        try:
-            yield answer()["versions"], ask
-        finally:
-            process.terminate()
+    return peers.process(python, Path(__file__).with_name("dashboard_peer.py"), folder, called="SAEDashboard's process")
 
 
 # ---- this project -------------------------------------------------------------------------------------------------

@@ -60,12 +60,17 @@ def environment(folder: Path, steps: Sequence[Sequence[str]], proof: str) -> Pat
 
 @contextlib.contextmanager
 def process(
-    python: Path | str, script: Path, folder: Path, variables: Mapping[str, str] | None = None
+    python: Path | str,
+    script: Path,
+    folder: Path,
+    variables: Mapping[str, str] | None = None,
+    *,
+    called: str | None = None,
 ) -> Iterator[tuple[dict[str, str], Ask]]:
     """Runs `script folder` until the end: what it says first, `versions`, and how to ask it.
 
     It answers every line of JSON with one; what it prints to stderr is shown when it ends before its time. Its
-    environment is this process's, with `variables` set.
+    environment is this process's, with `variables` set; `called` is its name when it ends, else the script's.
 
     Raises:
       OSError: it ended.
@@ -86,7 +91,7 @@ def process(
             line = peer.stdout.readline()
             if not line:
                 errors.seek(0)
-                raise OSError(f"the process of {script.stem} ended:\n{errors.read()[-2000:]}")
+                raise OSError(f"{called or f'the process of {script.stem}'} ended:\n{errors.read()[-2000:]}")
             return json.loads(line)
 
         def ask(job: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,12 @@ from jsae import codes, precision, topk
 
 def squared_error(x: Float[Array, "n d"], x_hat: Float[Array, "n d"]) -> Float[Array, ""]:
     """mean_n |x - x_hat|^2: summed over d, averaged over tokens, as everywhere in the field."""
-    return jnp.square(x - x_hat).sum(-1).mean()
+    return mean_square(x_hat - x)
+
+
+def mean_square(error: Float[Array, "n d"]) -> Float[Array, ""]:
+    """mean_n |error|^2, summed over d."""
+    return jnp.square(error).sum(-1).mean()
 
 
 def l1(latents: Float[Array, "n f"], W_dec: Float[Array, "f o"]) -> Float[Array, ""]:
@@ -20,12 +25,11 @@ def l1(latents: Float[Array, "n f"], W_dec: Float[Array, "f o"]) -> Float[Array,
 
 
 def auxk(
-    x: Float[Array, "n d"],
+    given: codes.Input,
     residual: Float[Array, "n o"],
     W_enc: Float[Array, "f d"],
     b_enc: Float[Array, " f"],
     W_dec: Float[Array, "f o"],
-    b_in: Float[Array, " d"] | None,
     dead: Bool[Array, " f"],
     k: int,
 ) -> Float[Array, ""]:
@@ -43,12 +47,12 @@ def auxk(
     def all_of_them() -> Float[Array, "n o"]:
         (rows,) = jnp.nonzero(dead, size=k, fill_value=0)
         real = jnp.arange(k) < n_dead
-        pre = codes.pre_activations(x, W_enc[rows], b_enc[rows], b_in)
+        pre = codes.pre_activations(given, W_enc[rows], b_enc[rows])
         return precision.matmul(jnp.where(real, pre, 0), W_dec[rows])
 
     def the_largest() -> Float[Array, "n o"]:
-        picked = codes.encode(x, W_enc, b_enc, b_in, dead, None, functools.partial(topk.top_k, k=k))
-        return codes.decode(picked, W_dec, len(x))
+        picked = codes.encode(given, W_enc, b_enc, dead, None, functools.partial(topk.top_k, k=k))
+        return codes.decode(picked, W_dec, len(given.x))
 
     e_hat = lax.cond(n_dead > k, the_largest, all_of_them)
     variance = jnp.square(e - e.mean(0)).sum(-1).mean()

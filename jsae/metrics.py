@@ -14,7 +14,7 @@ BINS_PER_DECADE = 4
 
 
 class Sums(NamedTuple):
-    """Sums over tokens. `error` e = x - x_hat; all in the activations' own units."""
+    """Sums over tokens. The error is e = x_hat - x; all in the activations' own units."""
 
     tokens: Any
     loss: Any
@@ -45,24 +45,25 @@ class Sums(NamedTuple):
     """activations (numbers) that are NaN or infinite"""
 
 
-def of(x: Any, x_hat: Any, values: Any, fired: Any, *, loss: Any, nonfinite: Any) -> Sums:
-    """The sums of one batch.
+def of(x: Any, error: Any, values: Any, fired: Any, *, loss: Any, nonfinite: Any, mean: Any = None) -> Sums:
+    """The sums of one batch, or of a part of it.
 
     Args:
       x: activations, (n, d).
-      x_hat: their reconstruction, (n, d).
+      error: what their reconstruction x_hat has too much of, x_hat - x, (n, d).
       values: latents that are not zero everywhere: (n, k) of sparse codes or (n, f).
       fired: tokens per latent with a value other than zero, (f,).
       loss: the batch's mean loss.
       nonfinite: how many numbers of x are not finite.
+      mean: of the whole batch's x, (d,); None where this is the whole.
     """
-    error = x - x_hat
-    squares = (error * error).sum(-1)
-    centred = x - x.sum(0) / max(x.shape[0], 1)
-    spread = (centred * centred).sum(-1)
-    inner = (x * x_hat).sum(-1)
-    norm = (x * x).sum(-1) ** 0.5
-    norm_hat = (x_hat * x_hat).sum(-1) ** 0.5
+    squares = _dots(error, error)
+    total = x.sum(0)
+    centred = x - (total / max(x.shape[0], 1) if mean is None else mean)
+    spread = _dots(centred, centred)
+    square, along = _dots(x, x), _dots(x, error)
+    inner, square_hat = square + along, square + 2 * along + squares
+    norm, norm_hat = square**0.5, (square_hat * (square_hat > 0)) ** 0.5  # rounding may leave less than nothing
     tiny = 1e-30  # a token of norm zero has cosine 0, not NaN
     return Sums(
         tokens=(norm * 0 + 1).sum(),
@@ -70,17 +71,22 @@ def of(x: Any, x_hat: Any, values: Any, fired: Any, *, loss: Any, nonfinite: Any
         squared_error=squares.sum(),
         # A batch without variance has none to explain.
         explained_legacy=((spread > 0) * (1 - squares / (spread + (spread == 0)))).sum(),
-        squared_norm=(x * x).sum(),
-        squared_norm_hat=(x_hat * x_hat).sum(),
+        squared_norm=square.sum(),
+        squared_norm_hat=square_hat.sum(),
         inner=inner.sum(),
         cosine=(inner / (norm * norm_hat + tiny)).sum(),
         norm_ratio=(norm_hat / (norm + tiny)).sum(),
-        total=x.sum(0),
+        total=total,
         l0=(values != 0).sum(),
         l1=abs(values).sum(),
         fired=fired,
         nonfinite=nonfinite,
     )
+
+
+def _dots(a: Any, b: Any) -> Any:
+    """Row by row a . b."""
+    return (a * b).sum(-1)
 
 
 def add(a: Sums, b: Sums) -> Sums:

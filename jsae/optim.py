@@ -20,7 +20,7 @@ class _Scalars(NamedTuple):
     """What is one number for all weights."""
 
     clip: Float[Array, ""]
-    """The factor that brings the gradient's norm down to the largest allowed."""
+    """The factor on the gradient, which brings its norm down to the largest allowed."""
     rate: Float[Array, ""]
     """The learning rate, over the share of the first moment that is there already."""
     spread: Float[Array, ""]
@@ -67,16 +67,17 @@ def optimizer(config: TrainConfig, d_sae: int) -> optax.GradientTransformation:
 
 
 def apply(
-    config: TrainConfig, d_sae: int, grads: Any, state: optax.ScaleByAdamState, params: Any
+    config: TrainConfig, d_sae: int, grads: Any, state: optax.ScaleByAdamState, params: Any, factor: float = 1.0
 ) -> tuple[Any, optax.ScaleByAdamState]:
     """The weights with `optimizer`'s update on them, and its state, a block of rows after the other.
 
-    Weights and moments are overwritten where they stand, so that a step takes no more memory than one block.
+    The gradient is `factor` times `grads`. Weights and moments are overwritten where they stand, so that a step takes
+    no more memory than one block.
     """
     count = state.count + 1
-    norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
+    norm = factor * jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
     scalars = _Scalars(
-        jnp.minimum(1, config.clip_norm / norm),
+        factor * jnp.minimum(1, config.clip_norm / norm),
         schedule(config, d_sae)(state.count) / (1 - config.beta1**count),
         1 / (1 - config.beta2**count),
     )

@@ -39,6 +39,8 @@ class Now(NamedTuple):
     """Room for more codes than the SAE's k, while k comes down from a larger one."""
     limit: Int[Array, ""] | None = None
     """How many of them count."""
+    scale: Float[Array, "*d"] | None = None
+    """What activations are multiplied with as they are read; None: they are scaled already."""
 
 
 class Pass(NamedTuple):
@@ -47,7 +49,8 @@ class Pass(NamedTuple):
     x: Float[Array, "n d"]
     y: Float[Array, "n o"]
     """What is to be reconstructed: x, or a transcoder's target."""
-    y_hat: Float[Array, "n o"]
+    error: Float[Array, "n o"]
+    """What the reconstruction has too much of: y_hat - y."""
     latents: Latents
     seen: Any
     """What `activate` gave besides the latents."""
@@ -97,7 +100,10 @@ class SAE(nnx.Module):
 
     @abc.abstractmethod
     def activate(self, x: Float[Array, "n d"], now: Now | None = None) -> tuple[Latents, Any]:
-        """The latents of x in training, and whatever of the computation `penalty` and `settle` want to see again."""
+        """The latents of x in training, and whatever of the computation `penalty` and `settle` want to see again.
+
+        x is scaled as in training, unless `now` has a scale.
+        """
 
     @abc.abstractmethod
     def penalty(self, at: Pass) -> Float[Array, ""]:
@@ -107,15 +113,22 @@ class SAE(nnx.Module):
         """The latents of x, which is already scaled as in training, as the exported SAE gives them."""
         return self.activate(x)[0]
 
-    def decode(self, latents: Latents, x: Float[Array, "n d"]) -> Float[Array, "n o"]:
-        """y_hat = f W_dec + b_dec (+ x W_skip^T)."""
-        y_hat = self.spanned(latents, len(x)) + self.b_dec
-        return y_hat + precision.matmul(x, self.W_skip.T) if self.config.skip else y_hat
+    def decode(
+        self, latents: Latents, x: Float[Array, "n d"], less: Float[Array, "n o"] | None = None
+    ) -> Float[Array, "n o"]:
+        """y_hat = f W_dec + b_dec (+ x W_skip^T); `less` is taken from it, without a second array of that size."""
+        start = self.b_dec[...] if less is None else self.b_dec - less
+        if self.config.skip:
+            start = start + precision.matmul(x, self.W_skip.T)
+        return self.spanned(latents, len(x), jnp.broadcast_to(start, (len(x), self.config.width_out)))
 
-    def spanned(self, latents: Latents, n: int) -> Float[Array, "n o"]:
-        """What the latents of n tokens add up to: f W_dec, without biases."""
+    def spanned(self, latents: Latents, n: int, onto: Float[Array, "n o"] | None = None) -> Float[Array, "n o"]:
+        """What the latents of n tokens add up to: f W_dec, without biases, `onto` what is given."""
         W_dec = self.W_dec[...]
-        return codes.decode(latents, W_dec, n) if isinstance(latents, Codes) else precision.matmul(latents, W_dec)
+        if isinstance(latents, Codes):
+            return codes.decode(latents, W_dec, n, onto)
+        made = precision.matmul(latents, W_dec)
+        return made if onto is None else made + onto
 
     def fit(self, x: Float[Array, "n d"], wanted: Float[Array, "n o"]) -> None:
         """Before the first step: scales the encoder by the one factor with which the latents fit what is wanted best.
@@ -158,9 +171,13 @@ class SAE(nnx.Module):
         """What is subtracted from the input: `b_dec`, but nothing of a transcoder's."""
         return None if self.config.is_transcoder else self.b_dec[...]
 
-    def pre_activations(self, x: Float[Array, "n d"]) -> Float[Array, "n f"]:
+    def read(self, x: Float[Array, "n d"], now: Now | None = None) -> codes.Input:
+        """What the encoder reads: x, scaled, less `b_in`."""
+        return codes.Input(x, None if now is None else now.scale, self.b_in)
+
+    def pre_activations(self, x: Float[Array, "n d"], now: Now | None = None) -> Float[Array, "n f"]:
         """(x - b_dec) W_enc^T + b_enc, for architectures that need all of them."""
-        return codes.pre_activations(x, self.W_enc[...], self.b_enc[...], self.b_in)
+        return codes.pre_activations(self.read(x, now), self.W_enc[...], self.b_enc[...])
 
     def pick(
         self, x: Float[Array, "n d"], select: Callable[..., Codes], now: Now | None, by_token: bool = True
@@ -168,16 +185,15 @@ class SAE(nnx.Module):
         """The pre-activations that `select(pre, k, limit)` picks, raw; `by_token` or out of the whole batch."""
         k = self.config.k if now is None or now.k is None else now.k
         limit = None if now is None else now.limit
-        parts = (self.W_enc[...], self.b_enc[...], self.b_in)
-        return codes.encode(x, *parts, None, limit, functools.partial(select, k=k), by_token)
+        parts = (self.read(x, now), self.W_enc[...], self.b_enc[...])
+        return codes.encode(*parts, None, limit, functools.partial(select, k=k), by_token)
 
     def auxk(self, at: Pass) -> Float[Array, ""]:
         """AuxK times its coefficient: dead latents learn what the living left over."""
         if at.now.dead is None:
             return jnp.zeros(())
-        parts = (self.W_enc[...], self.b_enc[...], self.W_dec[...], self.b_in)
-        k = self.config.dead_k
-        return self.config.aux_coefficient * losses.auxk(at.x, at.y - at.y_hat, *parts, at.now.dead, k)
+        parts = (self.read(at.x, at.now), -at.error, self.W_enc[...], self.b_enc[...], self.W_dec[...])
+        return self.config.aux_coefficient * losses.auxk(*parts, at.now.dead, self.config.dead_k)
 
 
 class TopK(SAE):
@@ -272,7 +288,7 @@ class ReLU(SAE):
 
     def activate(self, x: Float[Array, "n d"], now: Now | None = None) -> tuple[Float[Array, "n f"], None]:
         """Every latent that is above zero."""
-        return jax.nn.relu(self.pre_activations(x)), None
+        return jax.nn.relu(self.pre_activations(x, now)), None
 
     def penalty(self, at: Pass) -> Float[Array, ""]:
         """L1 of the latents, each weighted by its decoder norm."""
@@ -298,7 +314,7 @@ class Gated(SAE):
         self, x: Float[Array, "n d"], now: Now | None = None
     ) -> tuple[Float[Array, "n f"], Float[Array, "n f"]]:
         """Gated magnitudes; the penalty sees ReLU(pi)."""
-        h = codes.pre_activations(x, self.W_enc[...], jnp.zeros_like(self.b_gate[...]), self.b_in)
+        h = codes.pre_activations(self.read(x, now), self.W_enc[...], jnp.zeros_like(self.b_gate[...]))
         gate = h + self.b_gate
         magnitude = jax.nn.relu(h * jnp.exp(self.r_mag[...]) + self.b_mag)
         return jnp.where(gate > 0, magnitude, 0), jax.nn.relu(gate)
@@ -329,7 +345,7 @@ class JumpReLU(SAE):
         self, x: Float[Array, "n d"], now: Now | None = None
     ) -> tuple[Float[Array, "n f"], Float[Array, "n f"]]:
         """Every latent above its threshold; the penalty sees the pre-activations."""
-        pre = self.pre_activations(x)
+        pre = self.pre_activations(x, now)
         to_input = self.config.jump_recipe == "tanh"
         return jump.jump_relu(pre, self.threshold, self.config.bandwidth, to_input), pre
 

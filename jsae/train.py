@@ -104,21 +104,23 @@ def _step(config: TrainConfig, d_sae: int, k: int | None, _way: paths.Paths | No
 def update(config: TrainConfig, state: TrainState, acts: Acts, k: int | None = None) -> tuple[TrainState, metrics.Sums]:
     """One training step, not compiled: what `make_step` and a pass over many SAEs run."""
     read, wanted = (a.astype(jnp.float32) for a in ends(state.sae.config, acts))
-    x = read * state.scale
-    y = wanted * state.scale_out if state.sae.config.is_transcoder else x
     number, d_sae = state.step + 1, state.sae.config.d_sae
     target, steps = state.sae.config.target_l0, config.num_steps
     strength = control.strength(state.control, target, state.sae.proportional, number, steps)
     limit = None if k is None else _k_now(config, state.sae.config.k, number)
-    now = saes.Now(strength * _ramp(config, number), None, k, limit)
+    now = saes.Now(strength * _ramp(config, number), None, k, limit, state.scale)
     with precision.multiplying_in(config.matmul_dtype):
-        (loss, (latents, y_hat)), grads = _gradients(state, x, y, now, state.since_fired >= config.dead_after)
-    sae, opt = optim.apply(config, d_sae, grads, state.opt, state.sae)
+        (_, (loss, latents, error)), grads = _gradients(
+            state, read, wanted, now, state.since_fired >= config.dead_after
+        )
+    sae, opt = optim.apply(config, d_sae, grads, state.opt, state.sae, factor=2 / len(read))
     sae.settle(latents, _settling_rate(config, number))
     fired = dead.times_fired(latents, d_sae)
-    since_fired = dead.after(state.since_fired, fired, x.shape[0])
+    since_fired = dead.after(state.since_fired, fired, len(read))
     if config.resample_steps is not None:
-        sae, opt, since_fired = _resampled(config, number, sae, opt, since_fired, x, y)
+        sae, opt, since_fired = _resampled(
+            config, number, sae, opt, since_fired, read * state.scale, wanted * state.scale_out
+        )
     bad = ~jnp.isfinite(loss) & (state.bad_step < 0)
     new = TrainState(
         sae=sae,
@@ -127,20 +129,11 @@ def update(config: TrainConfig, state: TrainState, acts: Acts, k: int | None = N
         since_fired=since_fired,
         scale=state.scale,
         scale_out=state.scale_out,
-        control=control.after(state.control, target, fired.sum() / x.shape[0], number, steps),
+        control=control.after(state.control, target, fired.sum() / len(read), number, steps),
         step=number,
         bad_step=jnp.where(bad, number, state.bad_step),
     )
-    raw = acts if isinstance(acts, tuple) else (acts,)
-    sums = metrics.of(
-        wanted,
-        y_hat / state.scale_out,
-        _values(latents) / jnp.mean(state.scale_out),
-        fired,
-        loss=loss,
-        nonfinite=sum((~jnp.isfinite(a)).sum() for a in raw),
-    )
-    return new, sums
+    return new, _counted(state, acts, wanted, error, _values(latents), loss)._replace(fired=fired)
 
 
 def fit(
@@ -205,27 +198,57 @@ def trained(state: TrainState) -> saes.SAE:
 
 
 def _gradients(
-    state: TrainState, x: Float[Array, "n d"], y: Float[Array, "n o"], now: saes.Now, is_dead: Bool[Array, " f"]
+    state: TrainState, x: Float[Array, "n d"], wanted: Float[Array, "n o"], now: saes.Now, is_dead: Bool[Array, " f"]
 ) -> Any:
-    """Loss, what was made, and gradients. AuxK is left out of the whole program while no latent is dead."""
-    differentiate = jax.value_and_grad(_loss, has_aux=True)
+    """Loss, latents, error, and gradients. AuxK is left out of the whole program while no latent is dead.
+
+    The gradients are of n / 2 times the loss: so the gradient of what is reconstructed is the error itself, and no
+    second array of that size exists beside it.
+    """
+
+    def objective(sae: saes.SAE, now: saes.Now) -> Any:
+        loss, latents, error = _loss(sae, x, wanted * state.scale_out, now)
+        return loss * (x.shape[0] / 2), (loss, latents, error)
+
+    differentiate = jax.value_and_grad(objective, has_aux=True)
     if state.sae.config.architecture not in SPARSE:
-        return differentiate(state.sae, x, y, now)
+        return differentiate(state.sae, now)
     return jax.lax.cond(
         is_dead.any(),
-        lambda: differentiate(state.sae, x, y, now._replace(dead=is_dead)),
-        lambda: differentiate(state.sae, x, y, now),
+        lambda: differentiate(state.sae, now._replace(dead=is_dead)),
+        lambda: differentiate(state.sae, now),
     )
 
 
 def _loss(
     sae: saes.SAE, x: Float[Array, "n d"], y: Float[Array, "n o"], now: saes.Now
-) -> tuple[Float[Array, ""], tuple[saes.Latents, Float[Array, "n o"]]]:
-    """Squared error plus the architecture's penalty."""
+) -> tuple[Float[Array, ""], saes.Latents, Float[Array, "n o"]]:
+    """Squared error plus the architecture's penalty; the latents; what the reconstruction has too much of."""
     latents, seen = sae.activate(x, now)
-    y_hat = sae.decode(latents, x)
-    loss = losses.squared_error(y, y_hat) + sae.penalty(saes.Pass(x, y, y_hat, latents, seen, now))
-    return loss, (latents, y_hat)
+    error = sae.decode(latents, x if now.scale is None else x * now.scale, less=y)
+    loss = losses.mean_square(error) + sae.penalty(saes.Pass(x, y, error, latents, seen, now))
+    return loss, latents, error
+
+
+def _counted(
+    state: TrainState, acts: Acts, wanted: Float[Array, "n o"], error: Float[Array, "n o"], values: Array, loss: Array
+) -> metrics.Sums:
+    """The sums of a batch in the activations' own units, without `fired`; chunk by chunk, in the cache."""
+    mean, back = wanted.mean(0), 1 / state.scale_out
+
+    def count(part: tuple[Any, ...]) -> metrics.Sums:
+        raw, x, error, values = part
+        nonfinite = sum((~jnp.isfinite(a)).sum() for a in raw)
+        values = values * back.mean()
+        return metrics.of(x, error * back, values, 0, loss=loss, nonfinite=nonfinite, mean=mean)
+
+    whole = (acts if isinstance(acts, tuple) else (acts,), wanted, error, values)
+    n, most = wanted.shape[0], paths.chosen().chunk
+    chunk = n if most is None else paths.part_of(n, max(most // state.sae.config.d_sae, 1))
+    if chunk == n:
+        return count(whole)
+    chunks = jax.lax.map(count, jax.tree.map(lambda a: a.reshape(-1, chunk, a.shape[1]), whole))
+    return jax.tree.map(lambda a: a.sum(0), chunks)
 
 
 def _values(latents: saes.Latents) -> Array:

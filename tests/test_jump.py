@@ -77,7 +77,7 @@ def sae_and_input(recipe: str) -> tuple[saes.JumpReLU, np.ndarray]:
 def penalty(sae: saes.JumpReLU, x: np.ndarray, strength: float) -> float:
     now = saes.Now(jnp.float32(strength), jnp.zeros(F, bool))
     latents, seen = sae.activate(jnp.asarray(x), now)
-    return float(sae.penalty(saes.Pass(x, x, x, latents, seen, now)))
+    return float(sae.penalty(saes.Pass(x, x, 0 * x, latents, seen, now)))
 
 
 def parts(sae: saes.JumpReLU, x: np.ndarray) -> tuple[np.ndarray, ...]:

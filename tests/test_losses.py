@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsae import losses
+from jsae import codes, losses
 
 
 def weights(seed: int, f: int, d: int) -> tuple[jax.Array, ...]:
@@ -29,7 +29,7 @@ def by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, k):
 def test_auxk_equals_its_definition_for_no_few_and_many_dead_latents(n_dead):
     W_enc, b_enc, W_dec, b_dec, x, residual = weights(1, 16, 5)
     dead = np.arange(16) >= 16 - n_dead
-    ours = losses.auxk(x, residual, W_enc, b_enc, W_dec, b_dec, jnp.asarray(dead), 4)
+    ours = losses.auxk(codes.Input(x, None, b_dec), residual, W_enc, b_enc, W_dec, jnp.asarray(dead), 4)
     np.testing.assert_allclose(ours, by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, 4), rtol=1e-4)
 
 
@@ -39,7 +39,7 @@ def test_the_gradient_of_auxk_reaches_encoder_and_decoder_of_the_dead_only_and_n
     dead = jnp.arange(16) < n_dead
 
     def aux(residual, W_enc, b_enc, W_dec):
-        return losses.auxk(x, residual, W_enc, b_enc, W_dec, b_dec, dead, 4)
+        return losses.auxk(codes.Input(x, None, b_dec), residual, W_enc, b_enc, W_dec, dead, 4)
 
     to_residual, *to_weights = jax.grad(aux, (0, 1, 2, 3))(residual, W_enc, b_enc, W_dec)
     assert not np.asarray(to_residual).any()
@@ -53,7 +53,7 @@ def test_auxk_of_a_residual_that_is_zero_is_zero_with_a_finite_gradient():
     W_enc, b_enc, W_dec, b_dec, x, residual = weights(3, 16, 5)
 
     def aux(W_dec):
-        return losses.auxk(x, residual * 0, W_enc, b_enc, W_dec, b_dec, jnp.zeros(16, bool), 4)
+        return losses.auxk(codes.Input(x, None, b_dec), residual * 0, W_enc, b_enc, W_dec, jnp.zeros(16, bool), 4)
 
     value, gradient = jax.value_and_grad(aux)(W_dec)
     assert float(value) == 0

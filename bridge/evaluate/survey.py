@@ -89,7 +89,7 @@ def _survey(
     exact: tuple[Any, ...] = (y.double(), sae.made(latents, x).double())
     fired = latents != 0
     loss = (exact[0] - exact[1]).square().sum() / max(len(x), 1)
-    sums = metrics.of(*exact, latents, fired.sum(0), loss=loss, nonfinite=(~x.isfinite()).sum())
+    sums = metrics.of(exact[0], exact[1] - exact[0], latents, fired.sum(0), loss=loss, nonfinite=(~x.isfinite()).sum())
     in_row = torch.zeros(rows, sae.d_sae, device=x.device).index_add_(0, row, fired.float())
     return Survey(
         metrics.Sums(*(value.double().cpu().numpy() for value in sums)),

@@ -20,6 +20,9 @@ class Paths(NamedTuple):
     """Pre-activations, about, that exist at once where codes are picked token by token; None: all."""
     block: int | None
     """Numbers of a weight matrix, about, that the optimiser updates at once; None: all."""
+    sorts: int
+    """Into how many a top-k is cut by tokens, for the cores to share: XLA runs one on one core, and what could run side
+    by side one after the other, unless more than eight operations are ready at once."""
     decode: Literal["by part", "at once", "dense"]
     """How codes are decoded: by the rows that they name, one code of every token at a time; by all of these rows in one
     sum, which a compiler for GPUs never writes down; or as an array of all latents."""
@@ -28,8 +31,8 @@ class Paths(NamedTuple):
     time as they come, or as the product with an array of all latents."""
 
 
-CPU = Paths(chunk=2**20, block=2**18, decode="by part", gradients="sorted")
-GPU = Paths(chunk=None, block=None, decode="at once", gradients="dense")
+CPU = Paths(chunk=2**20, block=2**18, sorts=16, decode="by part", gradients="sorted")
+GPU = Paths(chunk=None, block=None, sorts=1, decode="at once", gradients="dense")
 WAYS: Mapping[str, Paths] = {
     "cpu": CPU,
     "gpu": GPU,

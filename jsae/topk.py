@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jsae import paths
 from jsae.codes import Codes
 
 
@@ -132,7 +133,12 @@ def least_active(codes: Codes) -> Float[Array, ""]:
 def _sorted_top_k(values: Float[Array, "n w"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
     """`lax.top_k`, without the order of equal values where jax can do without it: on a GPU that is the faster one."""
     unstable = {"is_stable": False} if "is_stable" in inspect.signature(lax.top_k).parameters else {}
-    return tuple(lax.top_k(values, k, **(unstable if jax.default_backend() != "cpu" else {})))
+    how = unstable if jax.default_backend() != "cpu" else {}
+    pieces = paths.chosen().sorts
+    if pieces == 1 or len(values) % pieces:
+        return tuple(lax.top_k(values, k, **how))
+    found = [lax.top_k(piece, k, **how) for piece in jnp.split(values, pieces)]
+    return tuple(jnp.concatenate(parts) for parts in zip(*found, strict=True))
 
 
 def _first(codes: Codes, limit: Int[Array, ""] | None) -> Codes:

@@ -115,8 +115,8 @@ def update(config: TrainConfig, state: TrainState, acts: Acts, k: int | None = N
         )
     sae, opt = optim.apply(config, d_sae, grads, state.opt, state.sae, factor=2 / len(read))
     sae.settle(latents, _settling_rate(config, number))
-    fired = dead.times_fired(latents, d_sae)
-    since_fired = dead.after(state.since_fired, fired, len(read))
+    sums = _counted(state, acts, wanted, error, latents, loss)
+    since_fired = dead.after(state.since_fired, sums.fired, len(read))
     if config.resample_steps is not None:
         sae, opt, since_fired = _resampled(
             config, number, sae, opt, since_fired, read * state.scale, wanted * state.scale_out
@@ -129,11 +129,11 @@ def update(config: TrainConfig, state: TrainState, acts: Acts, k: int | None = N
         since_fired=since_fired,
         scale=state.scale,
         scale_out=state.scale_out,
-        control=control.after(state.control, target, fired.sum() / len(read), number, steps),
+        control=control.after(state.control, target, sums.fired.sum() / len(read), number, steps),
         step=number,
         bad_step=jnp.where(bad, number, state.bad_step),
     )
-    return new, _counted(state, acts, wanted, error, _values(latents), loss)._replace(fired=fired)
+    return new, sums
 
 
 def fit(
@@ -231,28 +231,33 @@ def _loss(
 
 
 def _counted(
-    state: TrainState, acts: Acts, wanted: Float[Array, "n o"], error: Float[Array, "n o"], values: Array, loss: Array
+    state: TrainState,
+    acts: Acts,
+    wanted: Float[Array, "n o"],
+    error: Float[Array, "n o"],
+    latents: saes.Latents,
+    loss: Float[Array, ""],
 ) -> metrics.Sums:
-    """The sums of a batch in the activations' own units, without `fired`; chunk by chunk, in the cache."""
-    mean, back = wanted.mean(0), 1 / state.scale_out
+    """The sums of a batch in the activations' own units; chunk by chunk, in the cache."""
+    mean, back, d_sae = wanted.mean(0), 1 / state.scale_out, state.sae.config.d_sae
+    is_sparse = isinstance(latents, Codes)
 
-    def count(part: tuple[Any, ...]) -> metrics.Sums:
-        raw, x, error, values = part
+    def count(raw: tuple[Array, ...], x: Array, error: Array, values: Array) -> metrics.Sums:
         nonfinite = sum((~jnp.isfinite(a)).sum() for a in raw)
+        fired = 0 if is_sparse else dead.times_fired(values, d_sae)
         values = values * back.mean()
-        return metrics.of(x, error * back, values, 0, loss=loss, nonfinite=nonfinite, mean=mean)
+        return metrics.of(x, error * back, values, fired, loss=loss, nonfinite=nonfinite, mean=mean)
 
-    whole = (acts if isinstance(acts, tuple) else (acts,), wanted, error, values)
-    n, most = wanted.shape[0], paths.chosen().chunk
-    chunk = n if most is None else paths.part_of(n, max(most // state.sae.config.d_sae, 1))
-    if chunk == n:
-        return count(whole)
-    chunks = jax.lax.map(count, jax.tree.map(lambda a: a.reshape(-1, chunk, a.shape[1]), whole))
-    return jax.tree.map(lambda a: a.sum(0), chunks)
+    whole = (acts if isinstance(acts, tuple) else (acts,), wanted, error, latents.values if is_sparse else latents)
+    n, most = len(wanted), paths.chosen().chunk
+    chunk = n if most is None else paths.part_of(n, max(most // d_sae, 1))
 
+    def part(i: Int[Array, ""]) -> metrics.Sums:
+        return count(*jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk), whole))
 
-def _values(latents: saes.Latents) -> Array:
-    return latents.values if isinstance(latents, Codes) else latents
+    parts = jax.lax.map(part, jnp.arange(n // chunk)) if chunk < n else None
+    sums = count(*whole) if parts is None else jax.tree.map(lambda a: a.sum(0), parts)
+    return sums._replace(fired=dead.times_fired(latents, d_sae)) if is_sparse else sums
 
 
 def _ramp(config: TrainConfig, number: Int[Array, ""]) -> Float[Array, ""]:

@@ -18,6 +18,8 @@ class Paths(NamedTuple):
 
     chunk: int | None
     """Pre-activations, about, that exist at once where codes are picked token by token; None: all."""
+    tokens: int | None
+    """Tokens, about, whose latents exist at once where all are computed, and their gradients are summed; None: all."""
     block: int | None
     """Numbers of a weight matrix, about, that the optimiser updates at once; None: all."""
     sorts: int
@@ -31,8 +33,8 @@ class Paths(NamedTuple):
     time as they come, or as the product with an array of all latents."""
 
 
-CPU = Paths(chunk=2**20, block=2**18, sorts=16, decode="by part", gradients="sorted")
-GPU = Paths(chunk=None, block=None, sorts=1, decode="at once", gradients="dense")
+CPU = Paths(chunk=2**20, tokens=512, block=2**18, sorts=16, decode="by part", gradients="sorted")
+GPU = Paths(chunk=None, tokens=None, block=None, sorts=1, decode="at once", gradients="dense")
 WAYS: Mapping[str, Paths] = {
     "cpu": CPU,
     "gpu": GPU,

@@ -103,24 +103,27 @@ def _step(config: TrainConfig, d_sae: int, k: int | None, _way: paths.Paths | No
 
 def update(config: TrainConfig, state: TrainState, acts: Acts, k: int | None = None) -> tuple[TrainState, metrics.Sums]:
     """One training step, not compiled: what `make_step` and a pass over many SAEs run."""
-    read, wanted = (a.astype(jnp.float32) for a in ends(state.sae.config, acts))
-    number, d_sae = state.step + 1, state.sae.config.d_sae
+    read, wanted = _floats(state, acts)
+    number, d_sae, n = state.step + 1, state.sae.config.d_sae, len(read)
     target, steps = state.sae.config.target_l0, config.num_steps
     strength = control.strength(state.control, target, state.sae.proportional, number, steps)
     limit = None if k is None else _k_now(config, state.sae.config.k, number)
     now = saes.Now(strength * _ramp(config, number), None, k, limit, state.scale)
     with precision.multiplying_in(config.matmul_dtype):
-        (_, (loss, latents, error)), grads = _gradients(
-            state, read, wanted, now, state.since_fired >= config.dead_after
-        )
-    sae, opt = optim.apply(config, d_sae, grads, state.opt, state.sae, factor=2 / len(read))
-    sae.settle(latents, _settling_rate(config, number))
-    sums = _counted(state, acts, wanted, error, latents, loss)
-    since_fired = dead.after(state.since_fired, sums.fired, len(read))
+        if state.sae.config.architecture in SPARSE:
+            made, grads = _sparse_gradients(state, read, wanted, now, state.since_fired >= config.dead_after)
+            sums = _counted(state, acts, wanted, made, wanted.mean(0))
+        else:
+            made, (sums, grads) = None, _dense_gradients(state, acts, now)
+    sae, opt = optim.apply(config, d_sae, grads, state.opt, state.sae, factor=2 / n)
+    if made is not None:
+        sae.settle(made.latents, _settling_rate(config, number))
+    since_fired = dead.after(state.since_fired, sums.fired, n)
     if config.resample_steps is not None:
         sae, opt, since_fired = _resampled(
             config, number, sae, opt, since_fired, read * state.scale, wanted * state.scale_out
         )
+    loss = sums.loss / n
     bad = ~jnp.isfinite(loss) & (state.bad_step < 0)
     new = TrainState(
         sae=sae,
@@ -129,7 +132,7 @@ def update(config: TrainConfig, state: TrainState, acts: Acts, k: int | None = N
         since_fired=since_fired,
         scale=state.scale,
         scale_out=state.scale_out,
-        control=control.after(state.control, target, sums.fired.sum() / len(read), number, steps),
+        control=control.after(state.control, target, sums.fired.sum() / n, number, steps),
         step=number,
         bad_step=jnp.where(bad, number, state.bad_step),
     )
@@ -197,27 +200,70 @@ def trained(state: TrainState) -> saes.SAE:
     return state.sae if state.average is None else state.average
 
 
-def _gradients(
-    state: TrainState, x: Float[Array, "n d"], wanted: Float[Array, "n o"], now: saes.Now, is_dead: Bool[Array, " f"]
-) -> Any:
-    """Loss, latents, error, and gradients. AuxK is left out of the whole program while no latent is dead.
+class _Made(NamedTuple):
+    """What a forward made of a batch, or of some of its tokens."""
 
-    The gradients are of n / 2 times the loss: so the gradient of what is reconstructed is the error itself, and no
-    second array of that size exists beside it.
+    loss: Float[Array, ""]
+    latents: saes.Latents
+    error: Float[Array, "n o"]
+
+
+def _floats(state: TrainState, acts: Acts) -> tuple[Float[Array, "n d"], Float[Array, "n o"]]:
+    """What is read and what is to be made of it, in float32."""
+    read, wanted = ends(state.sae.config, acts)
+    return read.astype(jnp.float32), wanted.astype(jnp.float32)
+
+
+def _differentiated(
+    state: TrainState, x: Float[Array, "n d"], wanted: Float[Array, "n o"], now: saes.Now
+) -> tuple[_Made, Any]:
+    """What was made, and the gradients of n / 2 times the loss.
+
+    So the gradient of what is reconstructed is the error itself, and no second array of that size exists beside it.
     """
 
-    def objective(sae: saes.SAE, now: saes.Now) -> Any:
-        loss, latents, error = _loss(sae, x, wanted * state.scale_out, now)
-        return loss * (x.shape[0] / 2), (loss, latents, error)
+    def objective(sae: saes.SAE) -> tuple[Float[Array, ""], _Made]:
+        made = _Made(*_loss(sae, x, wanted * state.scale_out, now))
+        return made.loss * (len(x) / 2), made
 
-    differentiate = jax.value_and_grad(objective, has_aux=True)
-    if state.sae.config.architecture not in SPARSE:
-        return differentiate(state.sae, now)
+    (_, made), grads = jax.value_and_grad(objective, has_aux=True)(state.sae)
+    return made, grads
+
+
+def _sparse_gradients(
+    state: TrainState, x: Float[Array, "n d"], wanted: Float[Array, "n o"], now: saes.Now, is_dead: Bool[Array, " f"]
+) -> tuple[_Made, Any]:
+    """As `_differentiated`; AuxK is left out of the whole program while no latent is dead."""
     return jax.lax.cond(
         is_dead.any(),
-        lambda: differentiate(state.sae, now._replace(dead=is_dead)),
-        lambda: differentiate(state.sae, now),
+        lambda: _differentiated(state, x, wanted, now._replace(dead=is_dead)),
+        lambda: _differentiated(state, x, wanted, now),
     )
+
+
+def _dense_gradients(state: TrainState, acts: Acts, now: saes.Now) -> tuple[metrics.Sums, Any]:
+    """The sums of a batch and the gradients of n / 2 times the loss, summed over parts of the batch.
+
+    Every term of such a loss is a mean over tokens, so that the latents of all tokens need not exist at once.
+    """
+    wanted = ends(state.sae.config, acts)[1]
+    n, mean = len(wanted), wanted.astype(jnp.float32).mean(0)
+    most = paths.chosen().tokens
+    some = n if most is None else paths.part_of(n, most)
+
+    def part(acts: Acts) -> tuple[metrics.Sums, Any]:
+        read, wanted = _floats(state, acts)
+        made, grads = _differentiated(state, read, wanted, now)
+        return _counted(state, acts, wanted, made, mean), grads
+
+    def add(i: Int[Array, ""], total: tuple[metrics.Sums, Any]) -> tuple[metrics.Sums, Any]:
+        cut = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * some, some), acts)
+        return jax.tree.map(jnp.add, total, part(cut))
+
+    if some == n:
+        return part(acts)
+    first = part(jax.tree.map(lambda a: a[:some], acts))
+    return jax.lax.fori_loop(1, n // some, add, first)
 
 
 def _loss(
@@ -231,24 +277,20 @@ def _loss(
 
 
 def _counted(
-    state: TrainState,
-    acts: Acts,
-    wanted: Float[Array, "n o"],
-    error: Float[Array, "n o"],
-    latents: saes.Latents,
-    loss: Float[Array, ""],
+    state: TrainState, acts: Acts, wanted: Float[Array, "n o"], made: _Made, mean: Float[Array, " o"]
 ) -> metrics.Sums:
-    """The sums of a batch in the activations' own units; chunk by chunk, in the cache."""
-    mean, back, d_sae = wanted.mean(0), 1 / state.scale_out, state.sae.config.d_sae
-    is_sparse = isinstance(latents, Codes)
+    """The sums of tokens in the activations' own units, `mean` being the batch's; chunk by chunk, in the cache."""
+    back, d_sae = 1 / state.scale_out, state.sae.config.d_sae
+    is_sparse = isinstance(made.latents, Codes)
 
     def count(raw: tuple[Array, ...], x: Array, error: Array, values: Array) -> metrics.Sums:
         nonfinite = sum((~jnp.isfinite(a)).sum() for a in raw)
         fired = 0 if is_sparse else dead.times_fired(values, d_sae)
         values = values * back.mean()
-        return metrics.of(x, error * back, values, fired, loss=loss, nonfinite=nonfinite, mean=mean)
+        return metrics.of(x, error * back, values, fired, loss=made.loss, nonfinite=nonfinite, mean=mean)
 
-    whole = (acts if isinstance(acts, tuple) else (acts,), wanted, error, latents.values if is_sparse else latents)
+    values = made.latents.values if is_sparse else made.latents
+    whole = (acts if isinstance(acts, tuple) else (acts,), wanted, made.error, values)
     n, most = len(wanted), paths.chosen().chunk
     chunk = n if most is None else paths.part_of(n, max(most // d_sae, 1))
 
@@ -257,7 +299,7 @@ def _counted(
 
     parts = jax.lax.map(part, jnp.arange(n // chunk)) if chunk < n else None
     sums = count(*whole) if parts is None else jax.tree.map(lambda a: a.sum(0), parts)
-    return sums._replace(fired=dead.times_fired(latents, d_sae)) if is_sparse else sums
+    return sums._replace(fired=dead.times_fired(made.latents, d_sae)) if is_sparse else sums
 
 
 def _ramp(config: TrainConfig, number: Int[Array, ""]) -> Float[Array, ""]:

@@ -10,7 +10,7 @@ from jsae.config import SAEConfig, TrainConfig
 from jsae.paths import Paths
 
 D, F, N = 16, 96, 60
-PIECES = Paths(chunk=20 * F, block=24 * D, sorts=4, decode="by part", gradients="sorted")
+PIECES = Paths(chunk=20 * F, tokens=20, block=24 * D, sorts=4, decode="by part", gradients="sorted")
 PLAIN = paths.WAYS["plain"]
 WAYS = {"in pieces": PIECES, "gpu": paths.GPU, "dense": paths.WAYS["dense"]}
 SPARSE = {
@@ -20,25 +20,34 @@ SPARSE = {
     "abstopk": SAEConfig("abstopk", D, F, k=4, aux_k=5),
     "transcoder": SAEConfig("topk", D, F, k=4, aux_k=5, d_out=8),
 }
+DENSE = {
+    "relu": SAEConfig("relu", D, F, l1_coefficient=0.1),
+    "gated": SAEConfig("gated", D, F, l1_coefficient=0.1),
+    "jumprelu": SAEConfig("jumprelu", D, F, l0_coefficient=0.01, jump_recipe="l0", bandwidth=0.5),
+    "controlled": SAEConfig("jumprelu", D, F, target_l0=5.0),
+    "crosscoder": SAEConfig("relu", D, F, l1_coefficient=0.1, layers=2),
+}
 
 
 def steps(config: SAEConfig, way: Paths) -> tuple[train.TrainState, list]:
     """The state after three steps, the last two of which have dead latents, and their sums."""
     how = TrainConfig(num_activations=50 * N, batch_size=N, learning_rate=1e-2, dead_after=1)
     x = jax.random.normal(jax.random.key(0), (3, N, D)) + 0.2
+    batches = list(x) if config.layers == 1 else [tuple(jnp.split(batch, config.layers, axis=1)) for batch in x]
     with paths.force(way):
-        state = train.init(config, how, x[0])
+        state = train.init(config, how, batches[0])
         step, seen = jax.jit(lambda state, acts: train.update(how, state, acts)), []
-        for batch in x:
+        for batch in batches:
             state, sums = step(state, batch)
             seen.append(sums)
     return state, seen
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", *DENSE])
 def test_a_step_in_pieces_is_the_step_as_a_whole(architecture):
-    plain, wanted = steps(SPARSE[architecture], PLAIN)
-    state, found = steps(SPARSE[architecture], PIECES)
+    config = (SPARSE | DENSE)[architecture]
+    plain, wanted = steps(config, PLAIN)
+    state, found = steps(config, PIECES)
     for ours, theirs in zip(jax.tree.leaves((state.sae, found)), jax.tree.leaves((plain.sae, wanted)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
     np.testing.assert_array_equal(state.since_fired, plain.since_fired)

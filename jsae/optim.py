@@ -53,9 +53,9 @@ def optimizer(config: TrainConfig, d_sae: int) -> optax.GradientTransformation:
     """Clip by global norm, project decoder gradients on the sphere, Adam, learning rate, back on the sphere.
 
     It is what a chain of `optax.clip_by_global_norm`, `tangent_rows`, `optax.scale_by_adam`,
-    `optax.scale_by_learning_rate` and `unit_rows` computes, written as one pass over every weight: a chain writes and
-    reads the gradients anew between its links. Thresholds get a higher rate: Adam moves the logarithm of a threshold by
-    at most the learning rate a step, far less than a direction turns.
+    `optax.scale_by_learning_rate` and a norm of 1 for every decoder row computes, written as one pass over every
+    weight: a chain writes and reads the gradients anew between its links. Thresholds get a higher rate: Adam moves the
+    logarithm of a threshold by at most the learning rate a step, far less than a direction turns.
     """
     adam = optax.scale_by_adam(config.beta1, config.beta2, _EPSILON)
 
@@ -125,11 +125,6 @@ def _moved(
 def tangent_rows(g: Float[Array, "f d"], row: Float[Array, "f d"]) -> Float[Array, "f d"]:
     """Takes from the gradient of every unit row its part along the row, which the norm would undo."""
     return g - _dots(g, row)[:, None] * row
-
-
-def unit_rows(u: Float[Array, "f d"], row: Float[Array, "f d"]) -> Float[Array, "f d"]:
-    """Bends the update so that every row + update has norm 1."""
-    return _unit(row + u) - row
 
 
 def _unit(rows: Float[Array, "f d"]) -> Float[Array, "f d"]:

@@ -203,29 +203,15 @@ def _sparsify(job: dict[str, Any], optimizer: str) -> Step:
     So a step is all that the loop does from one batch to the next. On a GPU it computes under autocast, asked or not.
     """
     import torch
+    from replay import Replay  # beside this file
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
-    from torch import nn
 
     turns = _Turns()
 
-    class Replay(nn.Module):
-        """A model whose layer `site` gives the batch whose turn it is."""
-
-        device = torch.device(job["device"])
-        dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}  # noqa: RUF012
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.site = nn.Identity()
-
-        @property
-        def base_model(self) -> nn.Module:
-            return self
-
-        def forward(self, input_ids: Any) -> Any:
-            if input_ids.numel() == 1:  # the Trainer asks for the width
-                return self.site(torch.zeros(1, 1, job["d_in"], device=job["device"]))
-            return self.site(turns.next_batch()[None])
+    def activations(input_ids: Any) -> Any:
+        if input_ids.numel() == 1:  # the Trainer asks for the width
+            return torch.zeros(1, 1, job["d_in"], device=job["device"])
+        return turns.next_batch()[None]
 
     class Numbers(torch.utils.data.Dataset):
         """As many token ids as a batch has activations."""
@@ -247,7 +233,7 @@ def _sparsify(job: dict[str, Any], optimizer: str) -> Step:
         log_to_wandb=False,
         save_every=STEPS + 2,
     )
-    return turns.follow(Trainer(config, Numbers(), Replay()).fit)
+    return turns.follow(Trainer(config, Numbers(), Replay(activations, job["device"])).fit)
 
 
 class _Turns:

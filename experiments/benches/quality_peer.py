@@ -261,25 +261,8 @@ def _sparsify(job: dict[str, Any], acts: Any) -> Trained:
     import tempfile
 
     import torch
+    from replay import Replay  # beside this file
     from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer
-    from torch import nn
-
-    class Replay(nn.Module):
-        """A model whose layer `site` gives the activations with the numbers that it is fed as tokens."""
-
-        device = torch.device("cpu")
-        dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}  # noqa: RUF012
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.site = nn.Identity()
-
-        @property
-        def base_model(self) -> nn.Module:
-            return self
-
-        def forward(self, input_ids: Any) -> Any:
-            return self.site(acts[input_ids])
 
     with tempfile.TemporaryDirectory() as scratch:
         config = TrainConfig(
@@ -297,7 +280,7 @@ def _sparsify(job: dict[str, Any], acts: Any) -> Trained:
             run_name="run",
         )
         rows = torch.arange(job["steps"] * job["batch_size"]).split(job["batch_size"])
-        Trainer(config, [{"input_ids": row} for row in rows], Replay()).fit()
+        Trainer(config, [{"input_ids": row} for row in rows], Replay(lambda rows: acts[rows])).fit()
         coder = SparseCoder.load_from_disk(Path(scratch) / "run" / "site")
     cfg = {"architecture": "topk", "k": job["k"], "rescale_acts_by_decoder_norm": False, "apply_b_dec_to_input": True}
     weights = {"W_enc": coder.encoder.weight.T, "b_enc": coder.encoder.bias, "W_dec": coder.W_dec, "b_dec": coder.b_dec}

@@ -286,7 +286,7 @@ def _counted(
     def count(raw: tuple[Array, ...], x: Array, error: Array, values: Array) -> metrics.Sums:
         nonfinite = sum((~jnp.isfinite(a)).sum() for a in raw)
         fired = 0 if is_sparse else dead.times_fired(values, d_sae)
-        values = values * back.mean()
+        values = values / state.scale_out.mean()
         return metrics.of(x, error * back, values, fired, loss=made.loss, nonfinite=nonfinite, mean=mean)
 
     values = made.latents.values if is_sparse else made.latents

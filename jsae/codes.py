@@ -151,8 +151,7 @@ def encode(
         return select(precision.matmul(centred._replace(x=x).read(), W_enc.T), bias=bias, limit=limit)
 
     n, d = given.x.shape
-    most = paths.chosen().chunk
-    chunk = n if most is None or not by_token else paths.part_of(n, max(most // len(W_enc), 1))
+    chunk = paths.chosen().chunk_of(n, d, len(W_enc)) if by_token else n
     chunks = lax.map(pick, given.x.reshape(-1, chunk, d)) if chunk < n else pick(given.x)
     codes = jax.tree.map(lambda a: a.reshape(n, -1), chunks)
     if allowed is None:

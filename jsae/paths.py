@@ -18,6 +18,9 @@ class Paths(NamedTuple):
 
     chunk: int | None
     """Pre-activations, about, that exist at once where codes are picked token by token; None: all."""
+    least: int
+    """Tokens that such a chunk has at least where d_sae is eight times d_in, and up to twice as many in a wider SAE: a
+    product with fewer rows is slower, and beside the weights' gradients a chunk then weighs little."""
     tokens: int | None
     """Tokens, about, whose latents exist at once where all are computed, and their gradients are summed; None: all."""
     block: int | None
@@ -32,9 +35,15 @@ class Paths(NamedTuple):
     """How rows are added into the gradient of a weight matrix: in the order of their latents, a part of the codes at a
     time as they come, or as the product with an array of all latents."""
 
+    def chunk_of(self, n: int, d_in: int, d_sae: int) -> int:
+        """How many of n tokens are in one chunk."""
+        if self.chunk is None:
+            return n
+        return part_of(n, max(self.chunk // d_sae, min(self.least * d_sae // (8 * d_in), 2 * self.least), 1))
 
-CPU = Paths(chunk=2**20, tokens=512, block=2**18, sorts=16, decode="by part", gradients="sorted")
-GPU = Paths(chunk=None, tokens=None, block=None, sorts=1, decode="at once", gradients="dense")
+
+CPU = Paths(chunk=2**20, least=128, tokens=512, block=2**18, sorts=16, decode="by part", gradients="sorted")
+GPU = Paths(chunk=None, least=1, tokens=None, block=None, sorts=1, decode="at once", gradients="dense")
 WAYS: Mapping[str, Paths] = {
     "cpu": CPU,
     "gpu": GPU,

@@ -291,8 +291,8 @@ def _counted(
 
     values = made.latents.values if is_sparse else made.latents
     whole = (acts if isinstance(acts, tuple) else (acts,), wanted, made.error, values)
-    n, most = len(wanted), paths.chosen().chunk
-    chunk = n if most is None else paths.part_of(n, max(most // d_sae, 1))
+    n = len(wanted)
+    chunk = paths.chosen().chunk_of(n, state.sae.config.d_in, d_sae)
 
     def part(i: Int[Array, ""]) -> metrics.Sums:
         return count(*jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk), whole))

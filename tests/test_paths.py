@@ -10,7 +10,7 @@ from jsae.config import SAEConfig, TrainConfig
 from jsae.paths import Paths
 
 D, F, N = 16, 96, 60
-PIECES = Paths(chunk=20 * F, tokens=20, block=24 * D, sorts=4, decode="by part", gradients="sorted")
+PIECES = Paths(chunk=20 * F, least=2, tokens=20, block=24 * D, sorts=4, decode="by part", gradients="sorted")
 PLAIN = paths.WAYS["plain"]
 WAYS = {"in pieces": PIECES, "gpu": paths.GPU, "dense": paths.WAYS["dense"]}
 SPARSE = {

@@ -165,7 +165,7 @@ def test_the_training_path_never_holds_an_array_of_all_tokens_and_latents_nor_a_
         picked = codes.encode(given, W_enc, jnp.zeros(f), None, None, functools.partial(topk.top_k, k=k))
         return jnp.square(codes.decode(picked, W_dec, n, onto=b_dec - x * scale)).sum() / 2
 
-    with paths.force(paths.CPU._replace(chunk=2**18)):
+    with paths.force(paths.CPU._replace(chunk=2**18, least=8)):
         gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
         compiled = gradients.lower(normal(1, f, d), normal(2, f, d), normal(3, d), normal(0, n, d)).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes

@@ -102,7 +102,7 @@ def _dots(codes: Codes, g: Float[Array, "n d"], W_dec: Float[Array, "f d"]) -> F
 
     def dot(j: Int[Array, ""], dvalues: Float[Array, "k m"]) -> Float[Array, "k m"]:
         part = _part(codes, j)
-        return dvalues.at[j].set((_take(g, part) * W_dec[part.indices]).sum(-1))
+        return dvalues.at[j].set((g[part.rows] * W_dec[part.indices]).sum(-1))
 
     return lax.fori_loop(0, k, dot, jnp.zeros((k, m), codes.values.dtype)).reshape(m, k)
 
@@ -206,11 +206,6 @@ def _way(codes: Codes, n: int) -> str:
     if way != "at once" or codes.rows is None:
         return way
     return "dense" if n == len(codes.values) else "by part"  # of more tokens than the batch has: nested widths
-
-
-def _take(x: Float[Array, "n d"], part: _Part) -> Float[Array, "m d"]:
-    """For every code the row of x of its token."""
-    return x if part.rows is None else x[part.rows]
 
 
 def _sum_of_rows(

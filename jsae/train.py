@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jsae import axes, control, data, dead, losses, metrics, optim, paths, precision, saes
-from jsae.codes import Codes
+from jsae.codes import Codes, Input
 from jsae.config import SPARSE, SAEConfig, TrainConfig, require
 from jsae.control import Control
 
@@ -114,7 +114,7 @@ def update(config: TrainConfig, state: TrainState, acts: Acts, k: int | None = N
             made, grads = _sparse_gradients(state, read, wanted, now, state.since_fired >= config.dead_after)
             sums = _counted(state, acts, wanted, made, wanted.mean(0))
         else:
-            made, (sums, grads) = None, _dense_gradients(state, acts, now)
+            made, (sums, grads) = None, _dense_gradients(state, acts, wanted.mean(0), now)
     sae, opt = optim.apply(config, d_sae, grads, state.opt, state.sae, factor=2 / n)
     if made is not None:
         sae.settle(made.latents, _settling_rate(config, number))
@@ -241,14 +241,15 @@ def _sparse_gradients(
     )
 
 
-def _dense_gradients(state: TrainState, acts: Acts, now: saes.Now) -> tuple[metrics.Sums, Any]:
+def _dense_gradients(
+    state: TrainState, acts: Acts, mean: Float[Array, " o"], now: saes.Now
+) -> tuple[metrics.Sums, Any]:
     """The sums of a batch and the gradients of n / 2 times the loss, summed over parts of the batch.
 
-    Every term of such a loss is a mean over tokens, so that the latents of all tokens need not exist at once.
+    `mean` is that of what is to be made. Every term of such a loss is a mean over tokens, so that the latents of all
+    tokens need not exist at once.
     """
-    wanted = ends(state.sae.config, acts)[1]
-    n, mean = len(wanted), wanted.astype(jnp.float32).mean(0)
-    most = paths.chosen().tokens
+    n, most = len(jax.tree.leaves(acts)[0]), paths.chosen().tokens
     some = n if most is None else paths.part_of(n, most)
 
     def part(acts: Acts) -> tuple[metrics.Sums, Any]:
@@ -271,7 +272,7 @@ def _loss(
 ) -> tuple[Float[Array, ""], saes.Latents, Float[Array, "n o"]]:
     """Squared error plus the architecture's penalty; the latents; what the reconstruction has too much of."""
     latents, seen = sae.activate(x, now)
-    error = sae.decode(latents, x if now.scale is None else x * now.scale, less=y)
+    error = sae.decode(latents, Input(x, now.scale).read(), less=y)
     loss = losses.mean_square(error) + sae.penalty(saes.Pass(x, y, error, latents, seen, now))
     return loss, latents, error
 
@@ -283,22 +284,24 @@ def _counted(
     back, d_sae = 1 / state.scale_out, state.sae.config.d_sae
     is_sparse = isinstance(made.latents, Codes)
 
-    def count(raw: tuple[Array, ...], x: Array, error: Array, values: Array) -> metrics.Sums:
-        nonfinite = sum((~jnp.isfinite(a)).sum() for a in raw)
+    def count(raw: Acts, x: Array, error: Array, values: Array) -> metrics.Sums:
+        nonfinite = sum((~jnp.isfinite(a)).sum() for a in jax.tree.leaves(raw))
         fired = 0 if is_sparse else dead.times_fired(values, d_sae)
         values = values / state.scale_out.mean()
         return metrics.of(x, error * back, values, fired, loss=made.loss, nonfinite=nonfinite, mean=mean)
 
     values = made.latents.values if is_sparse else made.latents
-    whole = (acts if isinstance(acts, tuple) else (acts,), wanted, made.error, values)
+    whole = (acts, wanted, made.error, values)
     n = len(wanted)
     chunk = paths.chosen().chunk_of(n, state.sae.config.d_in, d_sae)
 
     def part(i: Int[Array, ""]) -> metrics.Sums:
         return count(*jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk), whole))
 
-    parts = jax.lax.map(part, jnp.arange(n // chunk)) if chunk < n else None
-    sums = count(*whole) if parts is None else jax.tree.map(lambda a: a.sum(0), parts)
+    def summed() -> metrics.Sums:
+        return jax.tree.map(lambda a: a.sum(0), jax.lax.map(part, jnp.arange(n // chunk)))
+
+    sums = summed() if chunk < n else count(*whole)
     return sums._replace(fired=dead.times_fired(made.latents, d_sae)) if is_sparse else sums
 
 

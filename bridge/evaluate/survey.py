@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -86,14 +85,14 @@ def _survey(
 ) -> Survey:
     """The sums of the tokens that count of one batch; `row` says where each is from."""
     latents = sae.encode(x)
-    exact: tuple[Any, ...] = (y.double(), sae.made(latents, x).double())
-    fired = latents != 0
-    loss = (exact[0] - exact[1]).square().sum() / max(len(x), 1)
-    sums = metrics.of(exact[0], exact[1] - exact[0], latents, fired.sum(0), loss=loss, nonfinite=(~x.isfinite()).sum())
+    wanted, made = y.double(), sae.made(latents, x).double()
+    error, fired = made - wanted, latents != 0
+    loss = error.square().sum() / max(len(x), 1)
+    sums = metrics.of(wanted, error, latents, fired.sum(0), loss=loss, nonfinite=(~x.isfinite()).sum())
     in_row = torch.zeros(rows, sae.d_sae, device=x.device).index_add_(0, row, fired.float())
     return Survey(
         metrics.Sums(*(value.double().cpu().numpy() for value in sums)),
-        norm=exact[0].norm(dim=-1).sum().item(),
-        norm_hat=exact[1].norm(dim=-1).sum().item(),
+        norm=wanted.norm(dim=-1).sum().item(),
+        norm_hat=made.norm(dim=-1).sum().item(),
         rows_fired=(in_row > 0).sum(0).double().cpu().numpy(),
     )

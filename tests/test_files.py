@@ -133,6 +133,124 @@ def test_a_folder_survives_a_kill_at_every_call_of_the_system(tmp_path, exchange
     assert outcomes >= {("old", -signal.SIGKILL), ("new", -signal.SIGKILL), ("new", 0)}
 
 
+HIDDEN = {
+    "safetensors": "from safetensors.numpy import save_file; save_file({'a': np.zeros(9000)}, partial)",
+    "torch": "import torch; file = partial.open('wb'); torch.save(torch.zeros(9000), file)",
+    "numpy": "file = partial.open('wb'); np.zeros(9000).tofile(file)",
+    "python": "partial.write_bytes(bytes(90_000))",
+}
+
+
+@pytest.mark.parametrize("library", HIDDEN)
+def test_every_library_that_meets_a_full_disk_is_told_by_the_path(tmp_path, library):
+    files.write(tmp_path / "a", "old")
+    done = run(
+        f"""
+        import resource, signal, sys
+        from pathlib import Path
+        import numpy as np
+        from jsae import files
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            with files.replacing(Path(sys.argv[1])) as partial:
+                {HIDDEN[library]}
+        except OSError as error:
+            print("told", error.errno > 0, sys.argv[1] in str(error))
+        """,
+        tmp_path / "a",
+    )
+    assert "told True True" in done.stdout, done.stderr
+    assert (tmp_path / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("no text at x"), ConnectionError("reset"), ValueError("not finite"), OSError("odd")]
+)
+def test_errors_that_are_not_of_writing_pass_as_they_are(tmp_path, error):
+    with pytest.raises(type(error)) as caught, files.replacing(tmp_path / "a"):
+        raise error
+    assert caught.value is error
+
+
+def test_a_folder_is_replaced_but_for_what_shall_stay(tmp_path):
+    folder = tmp_path / "made" / "scan"
+    with files.replacing_folder(folder) as partial:
+        (partial / "1.json").write_text("old")
+        (partial / "2.json").write_text("old")
+    (folder / "features").mkdir()
+    for name in ("notes.txt", "features/mine", "features/layer.bin"):
+        (folder / name).write_text("a person's")
+    with files.replacing_folder(folder, keep=lambda file: file.suffix in ("", ".txt", ".bin")) as partial:
+        assert list(partial.iterdir()) == []
+        (partial / "features").mkdir()
+        (partial / "features" / "layer.bin").write_text("new")
+        (partial / "1.json").write_text("new")
+    found = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+    new, kept = dict.fromkeys(("1.json", "features/layer.bin"), "new"), ("features/mine", "notes.txt")
+    assert found == new | dict.fromkeys(kept, "a person's")
+    assert [p.name for p in folder.parent.iterdir()] == ["scan"]
+
+
+def test_a_folder_of_very_many_files_is_replaced(tmp_path):
+    with files.replacing_folder(tmp_path / "many") as partial:
+        for number in range(200):
+            (partial / f"{number}").write_text("whole")
+    assert len(list((tmp_path / "many").iterdir())) == 200
+
+
+def test_remains_are_known_and_cleared(tmp_path):
+    for name in ("a.partial", "b.unfinished", "c.outdated", "d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    (tmp_path / "e.json.partial").write_text("half")
+    known = {path.name for path in tmp_path.iterdir() if files.is_remains(path)}
+    assert known == {"a.partial", "b.unfinished", "c.outdated", "e.json.partial"}
+    files.clear(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"c", "d"}  # the one that was moved away is back
+    assert (tmp_path / "c" / "file").read_text() == "c.outdated"
+
+
+def test_errors_of_the_system_are_told_from_those_of_a_file():
+    import errno
+    import gzip
+
+    for code in (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EACCES, errno.EIO):
+        assert files.is_system_error(OSError(code, "no"))
+    for error in (FileNotFoundError(errno.ENOENT, "no"), gzip.BadGzipFile("not gzipped"), ValueError("no")):
+        assert not files.is_system_error(error)
+
+
+def test_an_unfinished_line_is_kept_where_people_write_too(tmp_path):
+    (tmp_path / "notes").write_text("whole\nby hand")
+    with files.Lines(tmp_path / "notes", torn="keep") as lines:
+        lines.append("next")
+        lines.append("last")
+    assert (tmp_path / "notes").read_text() == "whole\nby hand\nnext\nlast\n"
+
+
+def test_bytes_are_appended_all_or_none(tmp_path):
+    files.append(tmp_path / "a", b"one")
+    done = run(
+        """
+        import resource, signal, sys
+        from pathlib import Path
+        from jsae import files
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            files.append(Path(sys.argv[1]), bytes(5000))
+        except OSError as error:
+            print("told", sys.argv[1] in str(error))
+        """,
+        tmp_path / "a",
+    )
+    assert "told True" in done.stdout, done.stderr
+    files.append(tmp_path / "a", b"two")
+    assert (tmp_path / "a").read_bytes() == b"onetwo"
+
+
 def test_lines_are_appended_and_an_unfinished_one_is_cut_off(tmp_path):
     (tmp_path / "notes").write_bytes(b"whole\n" + b"cut o" * 40_000)
     with files.Lines(tmp_path / "notes") as lines:
@@ -223,6 +341,53 @@ def test_a_lock_may_be_taken_twice_in_one_process_and_ends_with_the_last(tmp_pat
             pass
         assert "LockedError" in run(code, tmp_path).stderr
     assert run(code, tmp_path).returncode == 0
+
+
+def test_a_lock_leaves_no_file_and_no_folder_that_it_made(tmp_path):
+    with files.Lock(tmp_path / "run"), files.Lock(tmp_path / "used"):
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [files.LOCK]
+        (tmp_path / "used" / "file").touch()
+    assert [p.name for p in tmp_path.iterdir()] == ["used"]
+    assert [p.name for p in (tmp_path / "used").iterdir()] == ["file"]
+
+
+def test_a_lock_is_nobodys_twice_though_its_file_comes_and_goes(tmp_path):
+    """Processes take and leave the lock as fast as they can; each counts in a file that only the lock protects."""
+    code = """
+        import sys
+        from pathlib import Path
+        from jsae import files
+        folder, done = Path(sys.argv[1]), 0
+        while done < 200:
+            try:
+                with files.Lock(folder):
+                    count = folder / "count"
+                    count.write_text(str(int(count.read_text()) + 1))
+                done += 1
+            except files.LockedError:
+                pass
+    """
+    (tmp_path / "count").write_text("0")
+    code = textwrap.dedent(code)
+    takers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
+    assert [taker.wait(timeout=100) for taker in takers] == [0, 0, 0]
+    assert (tmp_path / "count").read_text() == "600"
+
+
+def test_the_note_of_a_killed_holder_is_not_taken_for_the_one_that_holds(tmp_path):
+    """Between taking a lock and writing its own note, a process leaves the former one's."""
+    import fcntl
+    import json
+    import socket
+
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    with (tmp_path / files.LOCK).open("w") as file:
+        json.dump({"pid": dead.pid, "host": socket.gethostname(), "program": "train.py"}, file)
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(files.LockedError, match="in use by another process"), files.Lock(tmp_path):
+            pass
 
 
 def test_a_folder_without_locks_is_warned_of(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jsae import files
 from jsae.store import NON_ACTIVATING, TOP, Store, StoreError, digest
 
 _SHOWN = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
@@ -32,7 +33,9 @@ def write(
     scan: str | None = None,
     context: int = 32,
 ) -> list[Path]:
-    """Writes the features of an SAE for circuit-tracer's pages, and gives the files written. Earlier ones go.
+    """Write the features of an SAE for circuit-tracer's pages, whole or not at all; return the files.
+
+    Earlier ones are replaced; other files in the folder of the scan stay.
 
     Args:
       store: the records.
@@ -44,6 +47,7 @@ def write(
     Raises:
       StoreError: the records are of another SAE, or broken.
       ValueError: a scan that is no name of a folder, or a negative context.
+      OSError: the files cannot be written, for example because the disk is full; earlier ones stay.
     """
     scan = store.header.hook if scan is None else scan
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", scan, re.ASCII):
@@ -53,28 +57,32 @@ def write(
     if digest(Path(sae_dir)) != store.header.sae_sha256:
         raise StoreError(f"the records at {store.path} are not of {sae_dir}")
     folder = Path(out) / scan
-    packed = folder / "features"
-    packed.mkdir(parents=True, exist_ok=True)
-    for stale in [*folder.glob("[0-9]*.json"), *packed.glob("layer_*.bin"), packed / "index.json.gz"]:
-        stale.unlink(missing_ok=True)
-    return _write(store, folder, scan, context)
+    with files.replacing_folder(folder, keep=_is_foreign) as partial:
+        names = _write(store, partial, scan, context)
+    return [folder / name for name in names]
 
 
-def _write(store: Store, folder: Path, scan: str, context: int) -> list[Path]:
-    layer, written, offsets = store.header.layer, [], [0]
-    packed = folder / "features" / f"layer_{layer}.bin"
-    with packed.open("wb") as file:
+def _is_foreign(file: Path) -> bool:
+    """Return whether a file of the scan's folder is none that `write` makes."""
+    return not re.fullmatch(r"[0-9][^/]*\.json|features/(layer_[^/]*\.bin|index\.json\.gz)", file.as_posix())
+
+
+def _write(store: Store, folder: Path, scan: str, context: int) -> list[str]:
+    """Write the files into an empty folder; return their names."""
+    layer, names, offsets = store.header.layer, [], [0]
+    packed, index = f"features/layer_{layer}.bin", "features/index.json.gz"
+    (folder / "features").mkdir()
+    with (folder / packed).open("wb") as file:
         for latent in range(store.header.d_sae):
             told = _json(feature(store, latent, scan, context), store.path)
-            written.append(folder / f"{pairing(layer, latent)}.json")
-            written[-1].write_text(told, encoding="utf-8")
+            names.append(f"{pairing(layer, latent)}.json")
+            (folder / names[-1]).write_text(told, encoding="utf-8")
             part = gzip.compress(told.encode(), 6, mtime=0)  # 9 takes twenty times as long for a twentieth less
             file.write(struct.pack("<I", len(part)) + part)
             offsets.append(file.tell())
-    index = folder / "features" / "index.json.gz"
-    entry = {str(layer): {"filename": packed.name, "offsets": offsets}}
-    index.write_bytes(gzip.compress(json.dumps(entry).encode(), mtime=0))
-    return [*written, packed, index]
+    entry = {str(layer): {"filename": Path(packed).name, "offsets": offsets}}
+    (folder / index).write_bytes(gzip.compress(json.dumps(entry).encode(), mtime=0))
+    return [*names, packed, index]
 
 
 def _json(told: dict[str, Any], path: Path) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from jsae import files
 from jsae.store import Activations, Store, StoreError, Texts, digest
 
 ACTIVATIONS_PER_FILE = 1 << 23
@@ -33,7 +34,9 @@ def write(
     module: str | None = None,
     activations_per_file: int = ACTIVATIONS_PER_FILE,
 ) -> list[Path]:
-    """Writes every activation of an SAE as delphi's cache, and gives the files written. A cache that is there goes.
+    """Write every activation of an SAE as delphi's cache, whole or not at all; return the files.
+
+    A cache that is there is replaced; other files in its folder stay.
 
     A file holds `locations` (N, 3), row, position and latent minus start, uint16 where they fit, else uint32;
     `activations` (N,) float16; `tokens` (R, T) int32. N of a file is above the bound only for a single latent.
@@ -49,6 +52,7 @@ def write(
       StoreError: the records are of another SAE, or broken.
       FileNotFoundError: every activation was not kept.
       ValueError: a module that is no name of a folder, or a bound below 1.
+      OSError: the cache cannot be written, for example because the disk is full; an earlier one stays.
     """
     module = store.header.hook if module is None else module
     if activations_per_file < 1:
@@ -57,18 +61,20 @@ def write(
         raise ValueError(f"module {module!r} cannot name a folder: give one like {store.header.hook!r}")
     acts = _activations(store, sae_dir)
     folder = Path(out) / "latents" / module
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in [*folder.glob("*_*.safetensors"), folder / "config.json"]:
-        stale.unlink(missing_ok=True)  # delphi reads whatever files are there
     tokens = np.ascontiguousarray(store.texts.tokens, np.int32)
-    written = []
-    for start, stop in _splits(acts["offsets"], activations_per_file):
-        file = folder / f"{start}_{stop - 1}.safetensors"
-        save_file(_cells(acts, start, stop, tokens.shape[1]) | {"tokens": tokens}, file)
-        written.append(file)
-    config = folder / "config.json"
-    config.write_text(json.dumps(_config(store.texts, len(written)), indent=4) + "\n", encoding="utf-8")
-    return [*written, config]
+    names = []
+    with files.replacing_folder(folder, keep=_is_foreign) as partial:
+        for start, stop in _splits(acts["offsets"], activations_per_file):
+            names.append(f"{start}_{stop - 1}.safetensors")
+            save_file(_cells(acts, start, stop, tokens.shape[1]) | {"tokens": tokens}, partial / names[-1])
+        config = json.dumps(_config(store.texts, len(names)), indent=4) + "\n"
+        (partial / "config.json").write_text(config, encoding="utf-8")
+    return [folder / name for name in (*names, "config.json")]
+
+
+def _is_foreign(file: Path) -> bool:
+    """Return whether a file of the folder is none of a cache, for which delphi takes every `*_*.safetensors`."""
+    return len(file.parts) > 1 or not (file.match("*_*.safetensors") or file.name == "config.json")
 
 
 def _activations(store: Store, sae_dir: Path) -> Activations:

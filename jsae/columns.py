@@ -1,13 +1,16 @@
 """Folders of .npy columns under a JSON header: mapped, not read, and checked against what they must be. numpy only."""
 
 import dataclasses
+import errno
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from jsae import files
 from jsae.config import Json, require
 
 VERSION = 1
@@ -47,7 +50,7 @@ class Folder:
             )
         try:
             told = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise StoreError(f"{file} is broken: {error}") from error
         version = told.get("version") if isinstance(told, dict) else told
         if version != VERSION:
@@ -84,8 +87,13 @@ class Folder:
     def _mapped(self, name: str) -> np.ndarray:
         file = self.path / f"{name}.npy"
         try:
-            return np.load(file, mmap_mode="r", allow_pickle=False)
+            return np.lib.format.open_memmap(file, mode="r")
         except (OSError, ValueError, EOFError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):  # a column holds a file open
+                advice = f"{os.strerror(error.errno)}: allow this process more, for example with `ulimit -n 4096`"
+                raise OSError(error.errno, advice, str(file)) from error
+            if files.is_system_error(error):
+                raise
             raise StoreError(f"{file} is missing or broken ({error})") from error
 
     def _check_shape(self, name: str, column: np.ndarray) -> None:
@@ -122,7 +130,11 @@ class Folder:
 
 
 def write(folder: Path, file: str, header: Json, columns: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> None:
-    """Writes a folder; the header last, so that one without it is no store."""
+    """Write the columns of a store into a folder; the header last, since a folder without it is no store.
+
+    Raises:
+      OSError: a file cannot be written; the folder is then no store.
+    """
     require(set(columns) == set(known), f"a store has the columns {sorted(known)}, got {sorted(columns)}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / file).unlink(missing_ok=True)
@@ -132,10 +144,8 @@ def write(folder: Path, file: str, header: Json, columns: Mapping[str, np.ndarra
 
 
 def write_header(path: Path, header: Json) -> None:
-    """Writes the JSON that makes a folder of columns a store, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(header.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write the JSON that makes a folder of columns a store, whole or not at all."""
+    files.write(path, json.dumps(header.to_json(), indent=2, allow_nan=False) + "\n")
 
 
 class Growing:

@@ -1,15 +1,15 @@
 """The exported SAE: a SAELens directory, with input scale and decoder norms folded into the weights. numpy only."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
+from jsae import files
 from jsae.config import SAEConfig, require
 
 SAELENS_VERSION = "6.54.12"
@@ -94,7 +94,7 @@ def write(
     scale_out: Scale,
     metadata: Mapping[str, Any],
 ) -> None:
-    """Writes `cfg.json` and `sae_weights.safetensors` into `folder`, whole or not at all.
+    """Write `cfg.json` and `sae_weights.safetensors` into `folder`, whole or not at all.
 
     A crosscoder's directory has the same files in a layout of its own: architecture `crosscoder` with the encoder's
     form under `activation`, `W_enc` (layers, d, d_sae), `W_dec` (d_sae, layers, d), `b_dec` (layers, d), and `d_in` the
@@ -110,6 +110,7 @@ def write(
 
     Raises:
       ConfigError: weights that cannot be folded, or an architecture without an exported form.
+      OSError: the folder cannot be written, for example because the disk is full; an earlier export stays.
     """
     cfg: dict[str, Any] = {
         "architecture": architecture(config),
@@ -133,18 +134,15 @@ def write(
         folded["W_enc"] = folded["W_enc"].reshape(config.layers, d, config.d_sae)
         folded["W_dec"] = folded["W_dec"].reshape(config.d_sae, config.layers, d)
         folded["b_dec"] = folded["b_dec"].reshape(config.layers, d)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_file(folded, unfinished / "sae_weights.safetensors")
-    (unfinished / "cfg.json").write_text(json.dumps(cfg, indent=2, allow_nan=False) + "\n")
-    outdated = folder.with_name(folder.name + ".outdated")
-    if folder.exists():
-        folder.replace(outdated)
-    unfinished.replace(folder)
-    shutil.rmtree(outdated, ignore_errors=True)
+    with files.replacing_folder(folder) as partial:
+        save_file(folded, partial / "sae_weights.safetensors")
+        (partial / "cfg.json").write_text(json.dumps(cfg, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_sparsity(folder: Path, density: Float[np.ndarray, " f"]) -> None:
-    """Writes `sparsity.safetensors`: log10 of the share of tokens on which each latent fires, plus 1e-10."""
-    save_file({"sparsity": np.log10(density + 1e-10).astype(np.float32)}, folder / "sparsity.safetensors")
+    """Write `sparsity.safetensors`: log10 of the share of tokens on which each latent fires, plus 1e-10.
+
+    Raises:
+      OSError: the file cannot be written; an earlier one stays.
+    """
+    files.write(folder / "sparsity.safetensors", save({"sparsity": np.log10(density + 1e-10).astype(np.float32)}))

@@ -19,6 +19,7 @@ from bridge.nanochat.corpus import Corpus
 from bridge.nanochat.sources import Split
 from bridge.selection import kept
 from bridge.torch_sae import TorchSAE
+from jsae import files
 from jsae.config import Json, require
 from jsae.correlation import Moments
 from jsae.records import Recorder, Settings, distinct
@@ -100,6 +101,7 @@ def gather(
     Raises:
       ConfigError: rows the model does not take, a vocabulary above 65,536.
       FileNotFoundError, ValueError: no such text, or too little of it.
+      OSError: the records cannot be written, for example because the disk is full; earlier ones stay.
     """
     _check(nano, plan)
     for hook in saes:
@@ -110,7 +112,7 @@ def gather(
                 "what such a latent writes lowers the logits that its decoder row points to, and tables say so",
                 stacklevel=2,
             )
-    with _replacing(folder) as partial:
+    with files.replacing_folder(folder) as partial:
         tell("reading text", 0.0)
         tokens, dropped = read(nano, plan)
         names = {
@@ -286,23 +288,6 @@ def _check(nano: Nanochat, plan: Plan) -> None:
         2 <= plan.context_length <= longest,
         f"context_length is {plan.context_length}: this model takes 2 to {longest} tokens",
     )
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, that takes the place of `folder` when all went well and is removed when not."""
-    partial, outdated = (folder.with_name(f"{folder.name}.{word}") for word in ("partial", "outdated"))
-    for left in (partial, outdated):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            folder.replace(outdated)
-        partial.replace(folder)
-    finally:
-        for left in (partial, outdated):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _write_texts(folder: Path, nano: Nanochat, tokens: Integer[np.ndarray, "R T"], plan: Plan, name: str) -> None:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-import os
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from jsae import files
 
 LONGEST_LABEL = 512
 """Characters of a label: Neuronpedia takes no longer explanation."""
@@ -110,7 +111,7 @@ def notes(run: str | Path) -> list[dict[str, Any]]:
 
 
 def append(run: str | Path, hook: str, latent: int, label: str, note: str = "") -> dict[str, Any]:
-    """Keeps what a person calls a latent; the line is on the disk when this returns, whole or not at all.
+    """Keep what a person calls a latent; the line is on the disk when this returns, whole or not at all.
 
     Args:
       run: the run's directory.
@@ -124,19 +125,13 @@ def append(run: str | Path, hook: str, latent: int, label: str, note: str = "") 
 
     Raises:
       ValueError: a text that is too long, has control characters or lone surrogates; a latent that is no number.
+      OSError: it cannot be written, for example because the disk is full. The file is as it was before.
     """
     line = _checked(hook, latent, label, note, datetime.now(UTC).isoformat(timespec="seconds"))
     file = notes_file(run)
     file.parent.mkdir(parents=True, exist_ok=True)
-    data = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
-    with open(descriptor, "r+b", buffering=0) as opened:  # noqa: PTH123
-        if opened.seek(0, os.SEEK_END):
-            opened.seek(-1, os.SEEK_END)
-            if opened.read(1) != b"\n":  # a writer was killed in the middle of its line: it stays alone
-                data = b"\n" + data
-        opened.write(data)  # one write to a file opened for appending: lines of several writers do not mix
-        os.fsync(descriptor)
+    with files.Lines(file, torn="keep") as lines:  # a cut off line stays alone: people edit this file too
+        lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False))
     return line
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from bridge.neuronpedia.about import About, dataset
 from bridge.neuronpedia.ids import CREATOR, Ids
 from bridge.neuronpedia.rows import Context, Latent, Latents
-from bridge.neuronpedia.strict import replacing, write_json
+from bridge.neuronpedia.strict import write_json
+from jsae import files
 from jsae.store import Store
 
 PER_BATCH = 128
@@ -42,15 +43,14 @@ def write(store: Store, sae_dir: Path, out: Path, *, ids: Ids, about: About, vec
     latents = Latents(store, sae_dir, vectors)
     suffix = f"_{ids.suffix}" if ids.suffix else ""
     folder = out / f"{ids.model}_{ids.source_set}_{ids.hook}_{len(latents)}{suffix}"
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(folder) as unfinished:
-        write_json(unfinished / "run_settings.json", settings(store, ids, about), indent=4)
-        write_json(unfinished / "skipped_indexes.json", skipped(ids))
-        _write_tokens(unfinished / f"tokens_{store.texts.header.rows}.pt", store.texts.tokens)
+    with files.replacing_folder(folder) as partial:
+        write_json(partial / "run_settings.json", settings(store, ids, about), indent=4)
+        write_json(partial / "skipped_indexes.json", skipped(ids))
+        _write_tokens(partial / f"tokens_{store.texts.header.rows}.pt", store.texts.tokens)
         spans = np.array_split(np.arange(len(latents)), -(-len(latents) // PER_BATCH))
         for number, span in enumerate(spans):
             features = [feature(latents[i], store) for i in span.tolist()]
-            write_json(unfinished / f"batch-{number}.json", _head(ids) | {"features": features})
+            write_json(partial / f"batch-{number}.json", _head(ids) | {"features": features})
     return sorted(folder.iterdir())
 
 
@@ -169,4 +169,5 @@ def _write_tokens(path: Path, tokens: np.ndarray) -> None:
     """The prompts, (R, T) int64, as torch saves them."""
     import torch
 
-    torch.save(torch.from_numpy(tokens.astype(np.int64)), path)
+    with path.open("wb") as file:  # by a path, torch.save hides why it failed
+        torch.save(torch.from_numpy(tokens.astype(np.int64)), file)

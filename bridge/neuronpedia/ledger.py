@@ -1,13 +1,13 @@
 """What an upload has sent so far, kept on disk so that a killed one goes on without sending anything twice."""
 
-import fcntl
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
+
+from jsae import files
 
 State = Literal["sending", "accepted"]
 
@@ -37,7 +37,7 @@ class Ledger:
         self._key = dict(zip(("server", "model", "source"), key, strict=True))
         self._source_set = key[2].partition("-")[2]
         self._features: dict[int, tuple[State, str]] = {}
-        self._descriptor: int | None = None
+        self._lines: files.Lines | None = None
         self.complete = False
         """Whether the source set was made under this ledger, which then knows of all that was ever sent to it."""
         self.last_sent = 0.0
@@ -45,13 +45,12 @@ class Ledger:
 
     def __enter__(self) -> "Ledger":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read()
+            self._lines = files.Lines(self.path, exclusive=True)
         except BlockingIOError:
-            self._close()
             raise LedgerError(f"another upload is writing {self.path}: wait until it has ended") from None
+        try:
+            self._read()
         except BaseException:
             self._close()
             raise
@@ -76,20 +75,13 @@ class Ledger:
         self._append({**self._key, "source": self._source_set, "state": "created"})
 
     def _append(self, told: dict[str, Any]) -> None:
-        assert self._descriptor is not None, "a ledger is written inside its with block"
+        assert self._lines is not None, "a ledger is written inside its with block"
         line = told | {"time": round(time.time(), 3)}
-        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
-        if os.write(self._descriptor, data) != len(data):
-            raise OSError(f"{self.path} could not be written whole: is the disk full?")
-        os.fsync(self._descriptor)
+        self._lines.append(json.dumps(line, separators=(",", ":")))
         self._take(line)
 
     def _read(self) -> None:
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.ftruncate(self._descriptor, whole)
-        for number, line in enumerate(data[:whole].splitlines(), 1):
+        for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
                 self._take(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -109,6 +101,6 @@ class Ledger:
             self._features |= {int(index): (state, str(content)) for index, content in line["features"].items()}
 
     def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.neuronpedia.ids import Ids
+from jsae import files
 
 MAX_FEATURES = 128
 """Features in one request; the server's own limit."""
@@ -223,23 +224,23 @@ def prepare(
     max_features: int = MAX_FEATURES,
     max_bytes: int = MAX_BYTES,
 ) -> Plan:
-    """Checks every feature and writes the bodies, `batch-N.json`, and a `plan.json` that says what is in them.
+    """Check every feature; write the bodies, `batch-N.json`, and a `plan.json` that says what is in them.
 
     The same features give the same bytes. One body is held in memory at a time.
 
     Args:
       features: as the API wants them, each index once; those without activations are left out.
       target: where they go.
-      folder: made, or emptied of an earlier plan.
+      folder: made; an earlier plan in it is replaced, other files stay.
       d_sae: latents of the SAE; what is missing of them counts as dead.
       max_features: in one body, 1 to 128.
       max_bytes: of one body.
 
     Raises:
-      PayloadError: a feature would be refused; the folder then holds no plan.
+      PayloadError: a feature would be refused; the folder is as it was.
+      OSError: the plan cannot be written, for example because the disk is full; the folder is as it was.
     """
     _require(1 <= max_features <= MAX_FEATURES, f"{max_features} features in a request: the server takes 1 to 128")
-    _empty(folder)
     seen: set[int] = set()
     dead: set[int] = set()
 
@@ -255,21 +256,27 @@ def prepare(
             yield _Encoded(index, encoded, len(feature["activations"]))
 
     batches = []
-    for number, (parts, body) in enumerate(_bodies(alive(), target, max_features, max_bytes)):
-        file = f"batch-{number}.json"
-        (folder / file).write_bytes(body)
-        contents = {part.index: hashlib.sha256(part.json).hexdigest()[:16] for part in parts}
-        texts = {part.index: part.texts for part in parts}
-        batches.append(Batch(file, hashlib.sha256(body).hexdigest(), len(body), contents, texts))
-    _require(bool(batches), "there is nothing to upload: all features are dead")
-    plan = Plan(folder, target, tuple(batches), len(dead) if d_sae is None else d_sae - len(seen))
-    told = {
-        "target": dataclasses.asdict(target),
-        "dead": plan.dead,
-        "batches": [dataclasses.asdict(b) for b in batches],
-    }
-    (folder / "plan.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    with files.replacing_folder(folder, keep=_is_foreign) as partial:
+        for number, (parts, body) in enumerate(_bodies(alive(), target, max_features, max_bytes)):
+            file = f"batch-{number}.json"
+            (partial / file).write_bytes(body)
+            contents = {part.index: hashlib.sha256(part.json).hexdigest()[:16] for part in parts}
+            texts = {part.index: part.texts for part in parts}
+            batches.append(Batch(file, hashlib.sha256(body).hexdigest(), len(body), contents, texts))
+        _require(bool(batches), "there is nothing to upload: all features are dead")
+        plan = Plan(folder, target, tuple(batches), len(dead) if d_sae is None else d_sae - len(seen))
+        told = {
+            "target": dataclasses.asdict(target),
+            "dead": plan.dead,
+            "batches": [dataclasses.asdict(b) for b in batches],
+        }
+        (partial / "plan.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return plan
+
+
+def _is_foreign(file: Path) -> bool:
+    """Return whether a file of the folder is none of a plan."""
+    return len(file.parts) > 1 or not (file.match("batch-*.json") or file.name == "plan.json")
 
 
 class _Encoded(NamedTuple):
@@ -305,11 +312,3 @@ def _bodies(
 
 def _body(head: bytes, parts: list[_Encoded]) -> bytes:
     return head + b",".join(part.json for part in parts) + b"]}"
-
-
-def _empty(folder: Path) -> None:
-    """Makes the folder ready for a plan; leaves what is not of one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").unlink(missing_ok=True)
-    for old in folder.glob("batch-*.json"):
-        old.unlink()

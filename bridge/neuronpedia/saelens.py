@@ -6,7 +6,8 @@ from pathlib import Path
 
 from bridge import torch_sae
 from bridge.neuronpedia.ids import Ids
-from bridge.neuronpedia.strict import replacing, write_json
+from bridge.neuronpedia.strict import write_json
+from jsae import files
 
 
 def write(sae_dir: Path, out: Path, *, ids: Ids) -> list[Path]:
@@ -29,9 +30,8 @@ def write(sae_dir: Path, out: Path, *, ids: Ids) -> list[Path]:
     cfg = json.loads((sae_dir / "cfg.json").read_text(encoding="utf-8"))
     cfg["metadata"] = cfg.get("metadata", {}) | {"neuronpedia_id": ids.link}
     folder = out / ids.hook
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(folder) as unfinished:
+    with files.replacing_folder(folder) as partial:
         for file in sorted(sae_dir.glob("*.safetensors")):
-            shutil.copyfile(file, unfinished / file.name)
-        write_json(unfinished / "cfg.json", cfg, indent=2)
+            shutil.copyfile(file, partial / file.name)
+        write_json(partial / "cfg.json", cfg, indent=2)
     return sorted(folder.iterdir())

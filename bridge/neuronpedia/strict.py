@@ -4,8 +4,7 @@ import contextlib
 import gzip
 import json
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def _place(row: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> Path:
-    """Writes one JSON value. Raises NotStorableError."""
+    """Write one JSON value into a folder that is being replaced. Raises NotStorableError."""
     try:
         told = _dump(value, indent)
     except NotStorableError as error:
@@ -71,13 +70,16 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> Path:
 
 
 def write_line(path: Path, row: Mapping[str, Any]) -> Path:
-    """Writes a .jsonl of one row. Raises NotStorableError."""
+    """Write a .jsonl of one row into a folder that is being replaced. Raises NotStorableError."""
     path.write_bytes((line(row) + "\n").encode())
     return path
 
 
 class Lines(contextlib.AbstractContextManager["Lines"]):
-    """A .jsonl.gz to add rows to. Without rows there is no file, as an empty one stops the importer."""
+    """A .jsonl.gz to add rows to, in a folder that is being replaced.
+
+    Without rows there is no file, as an empty one stops the importer.
+    """
 
     def __init__(self, path: Path):
         self._path = path
@@ -103,20 +105,3 @@ class Lines(contextlib.AbstractContextManager["Lines"]):
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
-
-
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` at the end, or is gone after an error."""
-    unfinished, outdated = (folder.with_name(folder.name + end) for end in (".unfinished", ".outdated"))
-    for old in (unfinished, outdated):
-        shutil.rmtree(old, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if folder.exists():
-            folder.replace(outdated)
-        unfinished.replace(folder)
-    finally:
-        for old in (unfinished, outdated):
-            shutil.rmtree(old, ignore_errors=True)

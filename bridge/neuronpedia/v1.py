@@ -16,7 +16,8 @@ from bridge.explorer.labels import Name, Names
 from bridge.neuronpedia.about import About, dataset
 from bridge.neuronpedia.ids import CREATOR, Ids
 from bridge.neuronpedia.rows import Context, Latent, Latents
-from bridge.neuronpedia.strict import Lines, replacing, write_line
+from bridge.neuronpedia.strict import Lines, write_line
+from jsae import files
 from jsae.store import Store
 
 PER_FILE = 1024
@@ -50,14 +51,13 @@ def write(
     """
     latents = Latents(store, sae_dir, vectors)
     folder = out / ids.model / ids.source
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(folder) as unfinished:
+    with files.replacing_folder(folder) as partial:
         for name, row in metadata(store, ids, about).items():
-            write_line(unfinished / f"{name}.jsonl", row)
+            write_line(partial / f"{name}.jsonl", row)
         per_file = max(PER_FILE, -(-len(latents) // MOST_FILES))
         for number, first in enumerate(range(0, len(latents), per_file)):
             span = range(first, min(first + per_file, len(latents)))
-            _write_batch(unfinished, f"batch-{number}.jsonl.gz", (latents[i] for i in span), ids, about, names)
+            _write_batch(partial, f"batch-{number}.jsonl.gz", (latents[i] for i in span), ids, about, names)
     return sorted(folder.rglob("*.*"), key=lambda path: (path.parent != folder, str(path)))
 
 

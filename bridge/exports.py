@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-_UNFINISHED = (".unfinished", ".outdated")
+from jsae import files
 
 
 def within(folder: Path) -> list[Path]:
-    """The finished exports that are folders of this one, in order of their names."""
+    """Return the finished exports that are folders of this one, in order of their names."""
     found = sorted(file.parent for file in folder.glob("*/cfg.json"))
-    return [export for export in found if export.suffix not in _UNFINISHED]
+    return [export for export in found if not files.is_remains(export)]
 
 
 def finished(run: Path) -> list[Path]:
@@ -18,7 +18,7 @@ def finished(run: Path) -> list[Path]:
       FileNotFoundError: the run trained several variants, which have folders of their own; names them.
     """
     found = within(run / "sae")
-    variants = [] if found else sorted({file.parents[2].name for file in run.glob("*/sae/*/cfg.json")})
+    variants = [] if found else [folder.name for folder in sorted(run.glob("*")) if within(folder / "sae")]
     if variants:
         raise FileNotFoundError(
             f"{run} is a sweep, whose variants are runs of their own: give one of them, {run / variants[0]} for "

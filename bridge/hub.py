@@ -216,6 +216,7 @@ def _read(folder: Path) -> _Export:
             f"{folder} is no whole export: {', '.join(missing) or weights.name} is missing; train it again"
         )
     try:
+        weights.open("rb").close()  # safetensors takes every file that it cannot open for one that is not there
         with safe_open(weights, framework="numpy") as file:
             shape = file.get_slice("W_dec").get_shape()
     except SafetensorError as error:

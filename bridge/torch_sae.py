@@ -122,6 +122,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> TorchSAE:
             raise FileNotFoundError(f"{folder} is no exported SAE: it has no {name}")
     try:
         cfg = json.loads((folder / "cfg.json").read_text())
+        (folder / "sae_weights.safetensors").open("rb").close()  # load_file calls what it cannot open missing
         weights = load_file(folder / "sae_weights.safetensors", device=str(device))
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RecursionError) as error:
         raise ValueError(f"{folder} holds a broken export: {error}") from error

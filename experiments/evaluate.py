@@ -10,16 +10,19 @@ two runs or exports on the same text, prints them side by side and writes nothin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from experiments import flags
+from experiments import flags, rundir
 from experiments.flags import flag
+from jsae import files
 from jsae.config import require
 
 if TYPE_CHECKING:
@@ -61,10 +64,14 @@ class EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> int:
-    """Measures every SAE, writes what was found, shows it."""
+    """Measure every SAE, write what was found, show it."""
     output = None if config.compare else Path(config.output_dir or config.sae or config.run_dir)
     _need(config, output)
+    with contextlib.nullcontext() if output is None else rundir.writing(output):
+        return _evaluate(config, output)
 
+
+def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
     from bridge.evaluate.core import finite
     from experiments import evaluate_view, subjects
 
@@ -144,18 +151,26 @@ def _measure(config: EvaluateConfig, subject: Subject, text: Text, data: str) ->
 
 
 def _write(output: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Puts what was found into the JSON tables of the directory, beside other hooks; each whole or not at all."""
+    """Put what was found into the JSON tables of the directory, beside other hooks; each whole or not at all."""
     for name in next(iter(results.values())):
         path = output / f"{name}.json"
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            kept = {}
-        table = (kept if isinstance(kept, dict) else {}) | {hook: found[name] for hook, found in results.items()}
-        partial = path.with_suffix(".partial")
+        table = _kept(path) | {hook: found[name] for hook, found in results.items()}
         indent = 2 if name == "eval" else None  # the others are long columns
-        partial.write_text(json.dumps(table, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        files.write(path, json.dumps(table, indent=indent, allow_nan=False) + "\n")
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """Return the table that is there, of other hooks too; of a broken one says that it is replaced."""
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict):
+        print(f"{path} was broken and is replaced: what it said of other hooks is lost", file=sys.stderr)
+        return {}
+    return table
 
 
 if __name__ == "__main__":

@@ -11,18 +11,21 @@ and a local Neuronpedia can drive the model: the last line is for one with USE_L
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from experiments import flags
+from experiments import flags, rundir
 from experiments.flags import flag
 from jsae.config import require
 
 if TYPE_CHECKING:
     from bridge.explorer.gather import Plan
+    from bridge.nanochat import Nanochat
+    from bridge.torch_sae import TorchSAE
     from experiments.subjects import Subject
 
 
@@ -65,11 +68,25 @@ class ExploreConfig:
 
 
 def main(config: ExploreConfig) -> int:
-    """Gathers unless there is nothing to gather, writes the page, serves it."""
+    """Gather unless there is nothing to gather, write the page, serve it."""
     run = Path(config.run_dir)
     if config.serve:
         _can_serve(config)
+    with rundir.writing(run) if rundir.is_writable(run) else contextlib.nullcontext():
+        nano, saes = _explore(run, config)
+    if config.serve:  # without the lock: all that the server writes is people's notes
+        from bridge.explorer.server import serve
+        from bridge.runtime import InterpretableModel
 
+        address = functools.partial(print, flush=True)  # at once, also into a pipe
+        loaded = InterpretableModel.of(nano, saes), nano
+        settings = {name: getattr(config, name) for name in ("host", "port", "names", "chat", "secret", "model_id")}
+        serve(run, lambda: loaded, **settings, say=address)
+    return 0
+
+
+def _explore(run: Path, config: ExploreConfig) -> tuple[Nanochat, dict[str, TorchSAE]]:
+    """Gather records unless those that are there fit, and write the page; return what a server shows."""
     from rich.console import Console
     from rich.text import Text
 
@@ -103,18 +120,14 @@ def main(config: ExploreConfig) -> int:
         say(explore_view.summary(records, hook))
 
     # The page.
+    index = run / "explorer" / "index.html"
+    if config.serve and index.is_file() and not rundir.is_writable(run):
+        say(f"{run} cannot be written to: the page is served as it is")
+        return nano, saes
     with console.status("writing the page"):
-        index = page.write(run, list(saes))
+        page.write(run, list(saes))
     say(f"written to {index}")
-    if config.serve:
-        from bridge.explorer.server import serve
-        from bridge.runtime import InterpretableModel
-
-        address = functools.partial(print, flush=True)  # at once, also into a pipe
-        loaded = InterpretableModel.of(nano, saes), nano
-        settings = {name: getattr(config, name) for name in ("host", "port", "names", "chat", "secret", "model_id")}
-        serve(run, lambda: loaded, **settings, say=address)
-    return 0
+    return nano, saes
 
 
 def _can_serve(config: ExploreConfig) -> None:

@@ -8,12 +8,13 @@ All but sae_lens need records (`python -m experiments.explore`). The same run gi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from experiments import flags
+from experiments import flags, rundir
 from experiments.flags import flag
 from jsae.config import require
 
@@ -73,11 +74,18 @@ class ExportConfig:
 
 
 def main(config: ExportConfig) -> int:
-    """Writes every format for every SAE; before that, everything that can be refused is."""
+    """Write every format for every SAE; before that, everything that can be refused is."""
+    run = Path(config.run_dir)
+    out = Path(config.out) if config.out else run / "neuronpedia"
+    inside = config.format and run.resolve() in [out.resolve(), *out.resolve().parents]
+    with rundir.writing(run) if inside else contextlib.nullcontext():
+        return _export(run, out, config)
+
+
+def _export(run: Path, out: Path, config: ExportConfig) -> int:
     from bridge import hub
     from bridge.neuronpedia import sources
 
-    run = Path(config.run_dir)
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is no run: there is no such directory")
     found = sources.of_run(run, config.wanted(), config.hook)
@@ -88,7 +96,6 @@ def main(config: ExportConfig) -> int:
             store = source.store()
             if "delphi" in config.format:
                 store.all.of(0)
-    out = Path(config.out) if config.out else run / "neuronpedia"
     for source in found:
         for name in config.format:
             folder, write = FORMATS[name]

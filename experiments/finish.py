@@ -14,7 +14,7 @@ from bridge.evaluate import Site
 from bridge.evaluate.core import finite
 from bridge.evaluate.survey import survey
 from bridge.hooks import module_name
-from jsae import export, metrics
+from jsae import export, files, metrics
 from jsae.sweep import States
 from jsae.train import trained
 
@@ -53,7 +53,7 @@ def finish(
         found.setdefault(trainee.folder, {})[trainee.name] = summary
     for folder, summaries in found.items():
         told = json.dumps(finite(summaries), indent=2, allow_nan=False)
-        (folder / "eval.json").write_text(told + "\n", encoding="utf-8")
+        files.write(folder / "eval.json", told + "\n")
     _tell(config, trainees, found)
 
 

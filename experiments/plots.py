@@ -2,7 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from jsae import files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SIZE = (7, 4)
 
@@ -16,7 +21,7 @@ def draw(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
     for hook, entry in entries.items():
         figure = Figure(figsize=_SIZE, layout="constrained")
         _density(figure.subplots(), hook, entry)
-        figure.savefig(plots / f"density_{hook}.png", dpi=150)
+        _save(figure, plots / f"density_{hook}.png")
     if curves := _curves(folder / "metrics.jsonl"):
         figure = Figure(figsize=(_SIZE[0], len(curves) * _SIZE[1]), layout="constrained")
         panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
@@ -29,7 +34,13 @@ def draw(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
                 axes.set(ylim=(0, 1.1 * max(values) or 1))
             axes.grid(alpha=0.3)
         panels[-1].set(xlabel="step")
-        figure.savefig(plots / "training.png", dpi=150)
+        _save(figure, plots / "training.png")
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    """Write a picture, whole or not at all."""
+    with files.replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def _density(axes: Any, hook: str, entry: dict[str, Any]) -> None:

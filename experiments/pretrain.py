@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from experiments import flags
 from experiments.flags import flag
 from experiments.signals import stop_requests
+from jsae import files
 
 if TYPE_CHECKING:
     from bridge.nanochat.corpus import Corpus
@@ -64,7 +65,12 @@ class PretrainConfig:
 
 
 def main(config: PretrainConfig) -> int:
-    """Trains until the last step, or until told to stop; both save."""
+    """Train until the last step, or until told to stop; both save."""
+    with files.Lock(Path(config.out)):
+        return _pretrain(config)
+
+
+def _pretrain(config: PretrainConfig) -> int:
     import torch
 
     from bridge.nanochat.pretraining import last_state
@@ -111,7 +117,7 @@ def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus, object]:
     GPTConfig.of("G7", vocab_size=config.vocab_size, **sizes)  # complains before anything is read
     data = {"row_len": config.sequence_len + 1, "seed": config.seed, "heldout_fraction": config.heldout_fraction}
     made = out / "tokenizer"
-    if config.tokenizer or (config.resume and made.is_dir()):
+    if config.tokenizer or (config.resume and (made / "tokenizer.pkl").is_file()):
         tokenizer = tokenizers.load(config.tokenizer or made)
     else:
         bytes_only = tokenizers.Tokenizer({bytes([i]): i for i in range(256)})

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments import flags
+from experiments import flags, rundir
 from experiments.flags import flag
 from jsae.config import require
 
@@ -73,9 +73,14 @@ def main(config: PublishConfig) -> int:
     run = Path(config.run_dir or "")
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is no run: there is no such directory")
-    sources = _sources(run, config)
     if config.explanations:
-        return _read(sources, config)
+        return _read(_sources(run, config), config)
+    with rundir.writing(run):
+        return _publish(run, config)
+
+
+def _publish(run: Path, config: PublishConfig) -> int:
+    sources = _sources(run, config)
     with contextlib.nullcontext() if config.dry_run else _client(config, _key()) as client:
         plans = [_prepare(run, source, config) for source in sources]
         left = [_tell(run, plan, config) for plan in plans]

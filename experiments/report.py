@@ -1,4 +1,4 @@
-"""What a run says while it trains: a progress bar, a JSON line and TensorBoard events per report."""
+"""What a run says while it trains: a progress bar, a JSON line per report, TensorBoard events."""
 
 import json
 import time
@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiments.events import Events
+from jsae import files
 
 if TYPE_CHECKING:
     from experiments.plan import Trainee
@@ -29,14 +32,12 @@ class Reporter:
         num_steps: int,
         wandb_project: str | None = None,
     ):
-        from torch.utils.tensorboard import SummaryWriter
-
         self._trainees = trainees
         folders = dict.fromkeys(trainee.folder for trainee in trainees)
         for folder in folders:
             _keep_until(folder / "metrics.jsonl", start)
-        self._files = {folder: (folder / "metrics.jsonl").open("a", encoding="utf-8") for folder in folders}
-        self._events = SummaryWriter(run / "tb", purge_step=start + 1)
+        self._lines = {folder: files.Lines(folder / "metrics.jsonl", sync=False) for folder in folders}
+        self._events = Events(run / "tb", start + 1)
         self._wandb = None if wandb_project is None else _wandb(wandb_project, run)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         self._progress = Progress(*columns, console=Console(stderr=True))
@@ -51,9 +52,8 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        for file in self._files.values():
-            file.close()
-        self._events.close()
+        for lines in self._lines.values():
+            lines.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -63,17 +63,16 @@ class Reporter:
         seconds, self._last = now - self._last, now
         activations = values[0]["activations"]
         rates = {"activations_per_second": activations / seconds, "tokens_per_second": tokens / seconds}
+        scalars: dict[str, float] = {}
         for trainee, found in zip(self._trainees, values, strict=True):
             told = {name: value for name, value in found.items() if name != "activations"} | rates
             line = {"step": step, "hook": trainee.name, **told}
-            self._files[trainee.folder].write(json.dumps(line) + "\n")
+            self._lines[trainee.folder].append(json.dumps(line))
             prefix = f"{trainee.label}/" if len(self._trainees) > 1 else ""
-            for name, value in told.items():
-                self._events.add_scalar(prefix + name, value, step)
-            if self._wandb is not None:
-                self._wandb.log({prefix + name: value for name, value in told.items()}, step=step)
-        for file in self._files.values():
-            file.flush()
+            scalars |= {prefix + name: value for name, value in told.items()}
+        self._events.add(step, scalars)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
         self._progress.update(self._task, completed=step, description=_told(values, rates["activations_per_second"]))
 
 
@@ -91,9 +90,10 @@ def _told(values: Sequence[dict[str, Any]], rate: float) -> str:
 
 
 def _keep_until(lines: Path, step: int) -> None:
+    """Drop the lines beyond a step, and one that was cut off."""
     if lines.is_file():
         kept = [line for line in lines.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        lines.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        files.write(lines, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> float:

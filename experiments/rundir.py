@@ -1,11 +1,15 @@
-"""The directory of a run: whose it is, and what is written down about it."""
+"""The directory of a run: whose it is, who writes to it, and what is written down about it."""
 
+import contextlib
 import importlib.metadata
 import json
+import os
 import platform
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jsae import files
 from jsae.config import Json, require
 
 # What may differ between a run and its continuation without changing a number.
@@ -17,23 +21,74 @@ _FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fract
 _VERSIONS = ("jsae", "jax", "flax", "optax", "orbax-checkpoint", "torch", "numpy")
 
 
-def claim(run: Path, config: Json) -> None:
-    """Makes the directory, or makes sure that the run in it is the one to go on with.
+@contextlib.contextmanager
+def claimed(run: Path, config: Json, variants: Iterable[str] = ()) -> Iterator[contextlib.ExitStack]:
+    """Hold the directory of a run that is trained; make it, or make sure that the run in it is the one to go on with.
+
+    What a process left that was killed before it wrote config.json is removed: nothing of a run was there yet.
+
+    Args:
+      run: the directory.
+      config: the run's flags.
+      variants: names of the folders in it that are runs of their own, of a sweep; those that exist are held too.
+
+    Yields:
+      What releases them; it takes the locks of variants that are made later.
 
     Raises:
       ConfigError: it holds another run, or anything else, or with `resume` no run at all.
+      LockedError: another process writes to it; names the process.
+      OSError: it cannot be made or written to.
     """
-    record = run / "config.json"
     resume: bool = config.resume  # type: ignore[attr-defined]
-    if not resume:
-        require(
-            not run.exists() or (run.is_dir() and not any(run.iterdir())),
-            f"{run} already holds {'another run' if record.is_file() else 'something else'}: "
-            "choose another --output_dir, or go on with that run by its own flags and --resume",
-        )
-        run.mkdir(parents=True, exist_ok=True)
-        return
-    require(record.is_file(), f"{run} holds no run to resume: leave out --resume to start one")
+    require(not run.exists() or run.is_dir(), f"{run} is a file: choose another --output_dir")
+    if resume:
+        require((run / "config.json").is_file(), f"{run} holds no run to resume: leave out --resume to start one")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(files.Lock(run))
+        _check_resumed(run, config) if resume else _check_new(run)
+        files.clear(run)
+        for name in variants:
+            if (run / name).is_dir():
+                stack.enter_context(files.Lock(run / name))
+                files.clear(run / name)
+        yield stack
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold the run that a folder belongs to, so that no other process writes to it meanwhile.
+
+    The run is the folder itself, or one of the two above it that has a config.json, as that of an exported SAE. A
+    folder that is no part of a run is held by itself; one that does not exist is not.
+
+    Raises:
+      LockedError: another process writes to it; names the process.
+      OSError: it cannot be written to.
+    """
+    around = [folder, *folder.absolute().parents[:2]]
+    run = next((place for place in around if (place / "config.json").is_file()), folder)
+    with files.Lock(run) if run.is_dir() else contextlib.nullcontext():
+        yield
+
+
+def is_writable(run: Path) -> bool:
+    """Return whether this process may write to the directory of a run."""
+    return os.access(run, os.W_OK)
+
+
+def _check_new(run: Path) -> None:
+    """Refuse a directory that holds anything but the lock and remains of killed processes."""
+    other = [path for path in run.iterdir() if path.name != files.LOCK and not files.is_remains(path)]
+    require(
+        not other,
+        f"{run} already holds {'another run' if (run / 'config.json').is_file() else 'something else'}: "
+        "choose another --output_dir, or go on with that run by its own flags and --resume",
+    )
+
+
+def _check_resumed(run: Path, config: Json) -> None:
+    """Refuse to go on with a run of other flags."""
     before, now = read(run)["flags"], json.loads(json.dumps(config.to_json()))
     differing = [name for name in sorted(set(now) | set(before)) if now.get(name) != before.get(name)]
     told = ", ".join(
@@ -43,7 +98,7 @@ def claim(run: Path, config: Json) -> None:
 
 
 def record(run: Path, config: Json, facts: dict[str, Any]) -> None:
-    """Writes `config.json`: flags, facts (hashes of model and data), versions. Of a resumed run it checks them.
+    """Write `config.json`: flags, facts (hashes of model and data), versions. Of a resumed run it checks them.
 
     Raises:
       ConfigError: the run's facts were others, so its numbers would change.
@@ -58,9 +113,7 @@ def record(run: Path, config: Json, facts: dict[str, Any]) -> None:
         return
     versions = {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS}
     text = json.dumps({"flags": config.to_json(), "facts": facts, "versions": versions}, indent=2)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    files.write(path, text + "\n")
 
 
 def read(run: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 A run that was stopped or killed goes on, to the same numbers, with the same flags and --resume.
 """
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from experiments import device, flags, rundir
 from experiments.run_config import RunConfig
+from jsae import files
 from jsae.config import require
 
 if TYPE_CHECKING:
@@ -21,10 +23,14 @@ if TYPE_CHECKING:
 
 
 def main(config: RunConfig) -> int:
-    """Trains, exports, evaluates what was exported; or stops where it is asked to."""
-    started = time.perf_counter()
+    """Train, export, evaluate what was exported; or stop where it is asked to."""
     run = Path(config.output_dir)
-    rundir.claim(run, config)
+    with rundir.claimed(run, config, map(config.variant_name, config.variants())) as held:
+        return _train(run, config, held)
+
+
+def _train(run: Path, config: RunConfig, held: contextlib.ExitStack) -> int:
+    started = time.perf_counter()
     torch_device = device.share(config.device, config.jax_memory_fraction)
 
     import bridge.nanochat
@@ -43,7 +49,7 @@ def main(config: RunConfig) -> int:
     rundir.record(run, config, facts | {"hook_names": [list(hooks) for hooks in plan.sites(trainees)]})
     for trainee in trainees:
         if trainee.folder != run:
-            trainee.folder.mkdir(exist_ok=True)
+            held.enter_context(files.Lock(trainee.folder))
             rundir.record(trainee.folder, trainee.variant, facts)
 
     # The stream of activations and the loop that learns from it.

@@ -15,9 +15,16 @@ OTHER = "blocks.1.hook_mlp_out"
 
 
 def files(run: Path) -> dict[str, bytes]:
-    return {
-        path.name: path.read_bytes() for path in (run / "explorer").iterdir() if path.suffix in (".js", ".html", ".css")
-    }
+    """The files of the page by their place in explorer/."""
+    found = (path for path in (run / "explorer").rglob("*") if path.suffix in (".js", ".html", ".css"))
+    return {str(path.relative_to(run / "explorer")): path.read_bytes() for path in found}
+
+
+def names(run: Path) -> list[str]:
+    """The names of the files of the folder that index.html shows."""
+    (folder,) = {name.partition("/")[0] for name in files(run)} - {"index.html"}
+    assert f'src="{folder}/core.js"' in (run / "explorer" / "index.html").read_text()
+    return sorted(path.name for path in (run / "explorer" / folder).iterdir())
 
 
 def write_toy(run: Path) -> None:
@@ -31,20 +38,20 @@ def test_the_same_records_give_the_same_bytes_and_leave_nothing_of_others(tmp_pa
     one, other = tmp_path / "one" / "run", tmp_path / "other" / "run"
     write_toy(one)
     (other / "explorer").mkdir(parents=True)
-    for name in ("shard-0-77.js", "list-9.js", "texts-3.js"):
+    for name in ("shard-0-77.js", "list-9.js", "texts-3.js", "core.js", "explorer.css"):
         (other / "explorer" / name).write_text("left from a larger run")
     write_toy(other)
     assert files(one) == files(other)
-    before = {path: path.stat().st_mtime_ns for path in (one / "explorer").glob("*.js")}
+    before = {path: path.stat().st_mtime_ns for path in (one / "explorer").rglob("*.*")}
     page.write(one)
-    assert before == {path: path.stat().st_mtime_ns for path in (one / "explorer").glob("*.js")}
+    assert before == {path: path.stat().st_mtime_ns for path in (one / "explorer").rglob("*.*")}
 
 
 def test_one_hook_of_several_can_be_shown(tmp_path):
     toy.write_store(tmp_path)
     toy.write_store(tmp_path, OTHER, seed=1)
     page.write(tmp_path, [OTHER])
-    assert {name for name in files(tmp_path) if name.startswith("list-")} == {"list-0.js"}
+    assert [name for name in names(tmp_path) if name.startswith("list-")] == ["list-0.js"]
 
 
 def test_records_of_another_sae_and_a_run_without_records_are_refused(tmp_path):
@@ -62,7 +69,8 @@ def test_five_hundred_latents_take_less_than_ten_megabytes(tmp_path):
     write_large(tmp_path, latents=500, rows=8000, length=256)
     page.write(tmp_path)
     assert sum(map(len, files(tmp_path).values())) < 10e6
-    manifest = json.loads(files(tmp_path)["manifest.js"].decode().partition(",")[2].rpartition(")")[0])
+    (manifest,) = (content for name, content in files(tmp_path).items() if name.endswith("/manifest.js"))
+    manifest = json.loads(manifest.decode().partition(",")[2].rpartition(")")[0])
     assert manifest["radius"] >= 32
 
 

@@ -342,7 +342,7 @@ def test_a_script_in_the_text_is_text(visit, address):
 
 
 def test_no_file_of_the_page_holds_a_tag_from_the_text(run):
-    for file in (run / "explorer").glob("*-*.js"):
+    for file in (run / "explorer").glob("page-*/*-*.js"):
         assert b"<" not in file.read_bytes(), file
 
 

@@ -1,18 +1,24 @@
 """The records of a run as a page that opens from the disk, without a server and without a network.
 
-    explorer/index.html, explorer.css, *.js       the page itself, the same for every run
-             manifest.js, vocabulary.js           what the run is; the bytes of every token
-             list-H.js                            a line per latent of hook number H
-             shard-H-S.js                         all about the latents S * 64 to S * 64 + 63 of hook number H
-             texts-N.js                           the tokens that the examples show, all hooks' together
+    explorer/index.html                           names the folder of the page that it shows
+             page-DIGEST/explorer.css, *.js       the page itself, the same for every run
+                         manifest.js              what the run is
+                         vocabulary.js            the bytes of every token
+                         list-H.js                a line per latent of hook number H
+                         shard-H-S.js             all about the latents S * 64 to S * 64 + 63 of hook number H
+                         texts-N.js               the tokens that the examples show, all hooks' together
 
-A page from the disk may not read files, but it may load scripts: each of these calls `jsae.put(name, data)`. Columns
-are base64 of little-endian numbers. What is shown of a text shrinks until a page needs at most `BYTES_PER_LATENT`.
+The folder is named by its content and written whole; replacing index.html then changes the page in one step. A page
+from the disk may not read files, but it may load scripts: each file of data calls `jsae.put(name, data)`. Columns are
+base64 of little-endian numbers. What is shown of a text shrinks until a page needs at most `BYTES_PER_LATENT`.
 """
 
 import base64
+import hashlib
 import json
 import math
+import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -22,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from bridge.explorer.labels import Names
+from jsae import files
 from jsae.store import TOP, Store, Texts, digest
 
 BYTES_PER_LATENT = 19_000
@@ -33,11 +40,14 @@ _CHUNK = 2**19  # tokens of a file of texts
 _BEFORE, _AFTER = 8, 11  # tokens of a snippet in the list
 _LOGITS = 8  # of a latent in the list
 _PEAKS = 6  # distinct tokens on which it is strongest, in the list
-_DATA = ("manifest.js", "vocabulary.js", "list-*.js", "shard-*.js", "texts-*.js")
+_FORMER = ("manifest.js", "vocabulary.js", "list-*.js", "shard-*.js", "texts-*.js")
+"""Data beside index.html, where earlier versions wrote it."""
 
 
 def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
-    """Writes the page of a run's records; gives the path of its `index.html`. The same records give the same bytes.
+    """Write the page of a run's records; return the path of its `index.html`. The same records give the same bytes.
+
+    The page changes in one step: a process that is killed, or a full disk, leaves the former page or the new one.
 
     Args:
       run: the run's directory, with its records in explorer/records.
@@ -47,6 +57,7 @@ def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
       FileNotFoundError: there are no records.
       StoreError: they are broken, of another version, or of another SAE than the run's export.
       ValueError: the run's labels or notes are broken.
+      OSError: the page cannot be written; the former one stays.
     """
     run = Path(run)
     folder = run / "explorer"
@@ -55,28 +66,56 @@ def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
     texts = stores[0].texts
     radius = _radius(stores, texts)
     shown = _Shown.of(stores, texts, radius)
-    files: set[str] = set()
+    assets = resources.files("bridge.explorer").joinpath("assets")
+    unnamed = folder / "page"
+    with files.replacing_folder(unnamed) as partial:
 
-    def put(name: str, data: Any) -> None:
-        text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-        _replace(folder / f"{name}.js", f'jsae.put("{name}",{text});\n'.encode("ascii"))
-        files.add(f"{name}.js")
+        def put(name: str, data: Any) -> None:
+            text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+            (partial / f"{name}.js").write_bytes(f'jsae.put("{name}",{text});\n'.encode("ascii"))
 
-    put("vocabulary", _vocabulary(texts))
-    for number, chunk in enumerate(shown.chunks(texts)):
-        put(f"texts-{number}", chunk)
-    for number, (store, named) in enumerate(zip(stores, names, strict=True)):
-        put(f"list-{number}", _list(store, named))
-        for shard, first in enumerate(range(0, store.header.d_sae, SHARD)):
-            put(f"shard-{number}-{shard}", _shard(store, first, radius))
-    put("manifest", _manifest(run, stores, texts, shown, radius))
-    for asset in sorted(resources.files("bridge.explorer").joinpath("assets").iterdir(), key=lambda path: path.name):
-        if asset.is_file() and asset.name != "index.html":
-            _replace(folder / asset.name, asset.read_bytes())
-    _replace(folder / "index.html", resources.files("bridge.explorer").joinpath("assets/index.html").read_bytes())
-    for left in {path for pattern in _DATA for path in folder.glob(pattern) if path.name not in files}:
-        left.unlink()
+        put("vocabulary", _vocabulary(texts))
+        for number, chunk in enumerate(shown.chunks(texts)):
+            put(f"texts-{number}", chunk)
+        for number, (store, named) in enumerate(zip(stores, names, strict=True)):
+            put(f"list-{number}", _list(store, named))
+            for shard, first in enumerate(range(0, store.header.d_sae, SHARD)):
+                put(f"shard-{number}-{shard}", _shard(store, first, radius))
+        put("manifest", _manifest(run, stores, texts, shown, radius))
+        for asset in assets.iterdir():
+            if asset.is_file() and asset.name != "index.html":
+                (partial / asset.name).write_bytes(asset.read_bytes())
+    return _publish(folder, unnamed, assets.joinpath("index.html").read_text(encoding="utf-8"))
+
+
+def _publish(folder: Path, page: Path, index: str) -> Path:
+    """Have `folder/index.html` show the page in the folder `page`, which gets its name; remove the former page."""
+    digest = _digest(page)
+    named = folder / f"page-{digest}"
+    if named.is_dir() and _digest(named) == digest:
+        shutil.rmtree(page)
+    else:
+        with files.replacing(named) as partial:
+            page.replace(partial)
+    index = re.sub(r'(href|src)="([\w.-]+\.(?:css|js))"', rf'\1="{named.name}/\2"', index)
+    if not (folder / "index.html").is_file() or (folder / "index.html").read_text(encoding="utf-8") != index:
+        files.write(folder / "index.html", index)
+    for former in folder.glob("page-*"):
+        if former != named:
+            shutil.rmtree(former)
+    for pattern in (*_FORMER, *(file.name for file in named.iterdir())):
+        for file in folder.glob(pattern):
+            file.unlink()
     return folder / "index.html"
+
+
+def _digest(page: Path) -> str:
+    """Return a digest of all files of a page, as its folder's name has it."""
+    total = hashlib.sha256()
+    for file in sorted(page.iterdir()):
+        with file.open("rb") as opened:
+            total.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()[:16]
 
 
 def _stores(run: Path, hooks: Sequence[str] | None) -> list[Store]:
@@ -310,13 +349,3 @@ def _b64(values: Any, dtype: str) -> str:
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a file at once; one that is the same already is left alone."""
-    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import re
 import secrets
 import socket
 from collections.abc import Callable, Collection
@@ -186,12 +187,12 @@ def address(host: str, port: int, token: str | None) -> str:
 
 
 async def page(folder: Path, request: Request) -> Response:
-    """A file of the page, which all lie in one folder: records, notes and what is outside are as if not there."""
+    """Serve `index.html` or a file of the page's own folder; records, notes and what is outside are as if not there."""
     name = request.path_params["name"] or "index.html"
     file = folder / name
     try:
-        there = name == file.name and not name.startswith(".") and file.suffix in _PAGE
-        there = there and file.resolve().parent == folder.resolve() and file.is_file()
+        there = re.fullmatch(r"(page-[0-9a-f]{16}/)?[^./][^/]*", name) is not None and file.suffix in _PAGE
+        there = there and file.resolve() == folder.resolve() / name and file.is_file()
     except (OSError, ValueError):  # a name that no file can have
         there = False
     if there:

@@ -17,6 +17,7 @@ from bridge.nanochat.config import GPTConfig
 from bridge.nanochat.model import GPT
 from bridge.nanochat.tokenizer import Tokenizer
 from bridge.nanochat.tokenizer import load as load_tokenizer
+from jsae.files import is_system_error
 
 _MAX_META_BYTES = 2**24
 
@@ -120,6 +121,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors; nothing of it was run. {_first_line(error)}") from error
     except Exception as error:  # a damaged file may raise nearly anything
+        if is_system_error(error):
+            raise
         raise ValueError(f"{path} is damaged or not a file of torch.save: {_first_line(error)}") from error
     if not isinstance(weights, dict) or not all(isinstance(k, str) for k in weights):
         raise ValueError(f"{path} must hold weights by name, got {type(weights).__name__}: give a model_*.pt")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, final
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bridge.nanochat.corpus import Corpus
 from bridge.nanochat.loss import bits_per_byte, cross_entropy
 from bridge.nanochat.model import GPT
+from jsae import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,17 +206,22 @@ def rounded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(directory: Path, weights: dict[str, Tensor], meta: dict[str, Any], state: dict[str, Any] | None) -> Path:
-    """Writes a checkpoint as nanochat does: `model_%06d.pt`, `meta_%06d.json` and, with state, `optim_%06d_rank0.pt`.
+    """Write a checkpoint as nanochat does: `model_%06d.pt`, `meta_%06d.json` and, with state, `optim_%06d_rank0.pt`.
 
-    Each file appears whole or not at all, the weights last; then earlier checkpoints of the directory go.
+    Each file appears whole or not at all, the weights last; then earlier checkpoints of the directory, and what killed
+    processes left, go.
+
+    Raises:
+      OSError: a file cannot be written, for example because the disk is full; the earlier checkpoint stays.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    files.clear(directory)
     step = meta["step"]
     if state is not None:
-        _write(directory / f"optim_{step:06d}_rank0.pt", lambda file: torch.save(state, file))
-    _write(directory / f"meta_{step:06d}.json", lambda file: file.write_text(json.dumps(meta, indent=2)))
+        _save(state, directory / f"optim_{step:06d}_rank0.pt")
+    files.write(directory / f"meta_{step:06d}.json", json.dumps(meta, indent=2))
     model = directory / f"model_{step:06d}.pt"
-    _write(model, lambda file: torch.save(weights, file))
+    _save(weights, model)
     for pattern in ("model_*.pt", "meta_*.json", "optim_*_rank0.pt"):
         for old in directory.glob(pattern):
             if f"_{step:06d}" not in old.name:
@@ -224,21 +230,19 @@ def save(directory: Path, weights: dict[str, Tensor], meta: dict[str, Any], stat
 
 
 def last_state(directory: Path) -> dict[str, Any] | None:
-    """The state of the last save in directory; None if there is none. Raises ValueError for a file that is broken."""
-    files = sorted(directory.glob("optim_*_rank0.pt"))
-    if not files:
+    """Return the state of the last save in directory; None if there is none. Raises ValueError for a broken file."""
+    saves = sorted(directory.glob("optim_*_rank0.pt"))
+    if not saves:
         return None
     try:
-        return torch.load(files[-1], map_location="cpu", weights_only=True)
+        return torch.load(saves[-1], map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{files[-1]} cannot be read ({error}); delete it to begin anew") from error
+        if files.is_system_error(error):
+            raise
+        raise ValueError(f"{saves[-1]} cannot be read ({error}); delete it to begin anew") from error
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file that appears only when it is complete."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _save(value: dict[str, Any], path: Path) -> None:
+    """Have torch write a file that appears only when it is complete."""
+    with files.replacing(path) as partial, partial.open("wb") as file:  # by a path, torch.save hides why it failed
+        torch.save(value, file)

@@ -30,6 +30,7 @@ import pyarrow
 import pyarrow.parquet
 
 from bridge.nanochat.tokenizer import check_conversation
+from jsae.files import is_system_error
 
 Split = Literal["train", "heldout", "all"]
 Document = str | dict[str, Any]  # text, or a chat {"messages": [...]}
@@ -137,6 +138,8 @@ def _parquet_units(file: Path, split: Split) -> list[Unit]:
         meta = pyarrow.parquet.read_metadata(file)
         schema = meta.schema.to_arrow_schema()
     except (pyarrow.ArrowException, OSError) as error:
+        if is_system_error(error):
+            raise
         raise ValueError(f"{file} is not a parquet file: {error}") from error
     if "text" not in schema.names:
         raise ValueError(f"{file} has no column 'text'; it has {', '.join(schema.names) or 'none'}")
@@ -161,6 +164,8 @@ def _read_row_group(file: Path, group: int) -> list[Document]:
             column = shard.read_row_group(group, columns=["text"]).column("text")
         return [text for text in column.to_pylist() if text]
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if is_system_error(error):
+            raise
         raise ValueError(f"{file}, row group {group}: cannot be read: {error}") from error
 
 
@@ -192,6 +197,8 @@ def _lines(file: Path, compressed: bool) -> Iterator[bytes]:
         with gzip.open(file) if compressed else file.open("rb") as stream:
             yield from stream
     except (OSError, EOFError, zlib.error) as error:
+        if is_system_error(error):
+            raise
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
@@ -265,7 +272,9 @@ def _read_source(file: Path) -> str:
     try:
         with tokenize.open(file) as stream:
             return stream.read()
-    except (OSError, SyntaxError, ValueError, LookupError):
+    except (OSError, SyntaxError, ValueError, LookupError) as error:
+        if is_system_error(error):
+            raise
         return ""
 
 
@@ -292,7 +301,9 @@ def _compiled_module_docs() -> Iterator[tuple[str, str]]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # some are deprecated
                 text = _module_doc(importlib.import_module(name), name)
-        except Exception:  # a module that this build lacks or that does not import here has nothing to say
+        except Exception as error:  # a module that this build lacks or that does not import here has nothing to say
+            if is_system_error(error):
+                raise
             continue
         yield name, text
 

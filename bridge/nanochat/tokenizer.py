@@ -22,6 +22,8 @@ import tiktoken
 import torch
 from jaxtyping import Int32
 
+from jsae import files
+
 SPECIAL_TOKENS = (
     "<|bos|>",
     "<|user_start|>",
@@ -208,11 +210,17 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Writes nanochat's own two files, `tokenizer.pkl` and `token_bytes.pt`, into directory (made if missing)."""
+    """Write nanochat's own two files, `tokenizer.pkl` and `token_bytes.pt`, into directory (made if missing).
+
+    Raises:
+      OSError: a file cannot be written, for example because the disk is full; its former content stays.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer._encoding, protocol=4))
-    torch.save(torch.from_numpy(tokenizer.token_bytes.copy()), directory / "token_bytes.pt")
+    table = io.BytesIO()
+    torch.save(torch.from_numpy(tokenizer.token_bytes.copy()), table)
+    files.write(directory / "token_bytes.pt", table.getvalue())
+    files.write(directory / "tokenizer.pkl", pickle.dumps(tokenizer._encoding, protocol=4))
 
 
 # ---- hostile files ------------------------------------------------------------------------------------------------
@@ -242,6 +250,8 @@ def _read_state(file: Path) -> dict[str, Any]:
                 raise ValueError(f"it holds the pickle opcode {opcode.name}")
         built = _Reader(io.BytesIO(data)).load()
     except Exception as error:  # a broken pickle may raise nearly anything
+        if files.is_system_error(error):
+            raise
         raise ValueError(f"{file} is not a nanochat tokenizer (nothing of it was run): {error}") from error
     state = getattr(built, "state", None)
     types = {"name": str, "pat_str": str, "mergeable_ranks": dict, "special_tokens": dict}
@@ -261,6 +271,8 @@ def _read_token_bytes(file: Path) -> np.ndarray:
     try:
         table = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
+        if files.is_system_error(error):
+            raise
         raise ValueError(f"{file} is not a tensor that torch.load(weights_only=True) reads: {error}") from error
     if not isinstance(table, torch.Tensor) or table.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{file} must hold one integer tensor, got {getattr(table, 'dtype', type(table).__name__)}")

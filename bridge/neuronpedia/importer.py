@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsae.config import require
+from jsae.files import is_system_error
 
 if TYPE_CHECKING:
     import psycopg
@@ -122,6 +123,8 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
                 if row is not None:
                     yield number, line.strip(), row
         except (ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
+            if is_system_error(error):
+                raise
             raise ImportRefusedError(f"{file}, line {number} is broken ({error}): export it anew") from error
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jsae import files
+
 
 def by_turns(cases: Mapping[str, Callable[[], None]], rounds: int, seed: int = 0) -> dict[str, list[float]]:
     """Seconds of every case in every round, after one round that is not counted.
@@ -63,9 +65,9 @@ def settings(config: Any, *unsaid: str) -> dict[str, Any]:
 
 
 def write(path: str, results: Mapping[str, Any]) -> None:
-    """Writes results as JSON; the folder is made."""
+    """Write results as JSON, whole or not at all; the folder is made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    files.write(Path(path), json.dumps(results, indent=2) + "\n")
 
 
 def _cpu() -> str:

@@ -55,6 +55,7 @@ window.jsae = {};
 
   const arrived = new Map();
   const asked = new Map();
+  const folder = document.currentScript.src; // the data lies beside this script
 
   /* What the data files call. */
   jsae.put = (name, data) => arrived.set(name, data);
@@ -64,7 +65,7 @@ window.jsae = {};
     if (!asked.has(name)) {
       asked.set(name, new Promise((resolve, reject) => {
         const script = document.createElement("script");
-        script.src = `${name}.js`;
+        script.src = new URL(`${name}.js`, folder).href;
         script.onload = () => {
           script.remove();
           if (arrived.has(name)) resolve(arrived.get(name));
@@ -73,7 +74,7 @@ window.jsae = {};
         };
         script.onerror = () => {
           asked.delete(name);
-          reject(new Error(`${name}.js is not beside this page: write the page anew`));
+          reject(new Error(`${name}.js is not there: load this page again, it was written anew meanwhile`));
         };
         document.head.append(script);
       }));

@@ -147,8 +147,8 @@ def test_a_full_disk_leaves_the_last_save_as_it_was(texts, tmp_path, monkeypatch
     pretraining.save(tmp_path, weights(learner), {"step": 0}, learner.state_dict())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(_, path):
-        path.write_bytes(b"half")
+    def full(_, file):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)

@@ -1,0 +1,49 @@
+"""Nothing that is written is ever half there: killed and on a full disk, writers leave the old or the new, whole."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from atomic_writers import WRITERS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict:
+    """What came of every writer that was killed or had no room. In memory, where that is possible: it syncs a lot."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        done = subprocess.run(
+            [sys.executable, ROOT / "tests" / "atomic_writers.py", folder],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_kill_leaves_the_old_or_the_new_and_the_next_writer_clears_up(outcomes, writer):
+    kills = outcomes[writer]["kills"]
+    assert {tuple(outcome) for outcome in kills} <= {("old", "again"), ("new", "again")}
+    assert ["old", "again"] in kills
+
+
+@pytest.mark.parametrize("writer", [name for name in WRITERS if name not in ("ledger", "notes")])
+def test_a_kill_after_the_last_step_finds_the_new(outcomes, writer):
+    assert ["new", "again"] in outcomes[writer]["kills"]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_leaves_the_old_and_is_told_with_the_path(outcomes, writer):
+    assert outcomes[writer]["full"]
+    for said, unchanged, named in outcomes[writer]["full"]:
+        assert said.startswith(("OSError: [Errno 27] File too large", "OSError: [Errno 28] No space left")), said
+        assert unchanged, said
+        assert named, said

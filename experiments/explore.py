@@ -70,9 +70,9 @@ class ExploreConfig:
 def main(config: ExploreConfig) -> int:
     """Gather unless there is nothing to gather, write the page, serve it."""
     run = Path(config.run_dir)
-    if config.serve:
-        _can_serve(config)
     with rundir.writing(run) if rundir.is_writable(run) else contextlib.nullcontext():
+        if config.serve:
+            _can_serve(config)
         nano, saes = _explore(run, config)
     if config.serve:  # without the lock: all that the server writes is people's notes
         from bridge.explorer.server import serve

@@ -7,6 +7,7 @@ of files, which is a full disk as a process sees it. What stands under final nam
 """
 
 import functools
+import importlib
 import json
 import os
 import resource
@@ -361,14 +362,24 @@ def _remains(run: Path) -> list[str]:
     return sorted(str(path.relative_to(run)) for path in run.rglob("*") if files.is_remains(path))
 
 
-def _preload() -> None:
-    """Import what the writers need once, before processes split off."""
-    import matplotlib.figure  # noqa: F401
-    import torch  # noqa: F401
-
+_IMPORTED = (
+    "torch",
+    "matplotlib.figure",
+    "bridge.circuit_tracer",
+    "bridge.delphi",
+    "bridge.explorer.gather",
+    "bridge.explorer.page",
+    "bridge.neuronpedia.dashboard",
+    "bridge.neuronpedia.saelens",
+    "bridge.neuronpedia.upload",
+    "bridge.neuronpedia.v1",
+    "experiments.evaluate",
+    "experiments.report",
+)
 
 if __name__ == "__main__":
-    _preload()
+    for module in _IMPORTED:  # once, before processes split off
+        importlib.import_module(module)
     place, chosen = Path(sys.argv[1]), sys.argv[2:] or list(WRITERS)
     place.mkdir(parents=True, exist_ok=True)
     write_store(place / "start")

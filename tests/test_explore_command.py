@@ -18,8 +18,9 @@ import pytest
 from toy_saes import export, toy_sae
 
 import bridge.nanochat
-from experiments import explore
+from experiments import explore, rundir
 from experiments.explore import ExploreConfig
+from jsae import files
 from jsae.config import ConfigError
 from jsae.store import Store, digest
 
@@ -139,8 +140,24 @@ def test_a_killed_gathering_leaves_the_old_records(explored, run, tmp_path):
     assert sorted(path.name for path in (copy / "explorer").iterdir() if path.is_dir()) == ["records"]
 
 
+def test_a_run_that_cannot_be_written_to_is_served_as_it_is(explored, run, monkeypatch, capsys):
+    """Root may write anywhere, so the system's answer is replaced."""
+    from bridge.explorer import server
+
+    before = {path: path.stat().st_mtime_ns for path in (run, *run.rglob("*"))}
+    served = []
+    monkeypatch.setattr(rundir, "is_writable", lambda folder: False)
+    monkeypatch.setattr(server, "serve", lambda folder, load, **settings: served.append(folder))
+    assert explore.main(ExploreConfig(run_dir=str(run), serve=True, port=0, **SMALL)) == 0
+    assert served == [run]
+    assert "served as it is" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (run, *run.rglob("*"))} == before
+
+
 def test_a_run_is_served_until_it_is_interrupted(explored, run):
     with _serving(run) as (address, process):
+        with files.Lock(run):  # a server keeps nobody out who writes
+            pass
         with urllib.request.urlopen(address, timeout=20) as answer:
             assert b"<script" in answer.read()
         with urllib.request.urlopen(f"{address}api/info", timeout=20) as answer:

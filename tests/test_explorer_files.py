@@ -47,6 +47,28 @@ def test_the_same_records_give_the_same_bytes_and_leave_nothing_of_others(tmp_pa
     assert before == {path: path.stat().st_mtime_ns for path in (one / "explorer").rglob("*.*")}
 
 
+def test_a_page_that_was_damaged_is_written_again(tmp_path):
+    toy.write_store(tmp_path)
+    whole = files(page.write(tmp_path).parents[1])
+    (shard,) = (tmp_path / "explorer").glob("page-*/shard-0-0.js")
+    shard.write_text("jsae.put(")
+    page.write(tmp_path)
+    assert files(tmp_path) == whole
+
+
+def test_a_page_that_is_open_while_another_is_written_says_so(visit, tmp_path):
+    """What it has not yet loaded is gone: no mixture of two pages is shown."""
+    write_large(tmp_path, latents=200, rows=200, length=64, each=2)
+    tab = visit(page.write(tmp_path).as_uri() + "#latent=1")
+    open_latent(tab, 1)
+    (tmp_path / "labels.json").write_text(json.dumps({toy.HOOK: {"0": {"label": "new"}}}))
+    page.write(tmp_path)
+    tab.evaluate("location.hash = '#latent=150'")
+    assert "load this page again" in tab.wait_for_selector("[role=alert]").inner_text()
+    tab.reload()
+    open_latent(tab, 150)
+
+
 def test_one_hook_of_several_can_be_shown(tmp_path):
     toy.write_store(tmp_path)
     toy.write_store(tmp_path, OTHER, seed=1)

@@ -101,6 +101,33 @@ def test_only_the_page_is_served(client):
         assert "nothing at" in told(client.get("/" + path), 404), path
 
 
+def test_the_folder_of_the_page_is_served_and_no_other(tmp_path, model):
+    explorer, named = tmp_path / "explorer", "page-0123456789abcdef"
+    for folder in (named, "page-short", "records", "page-0123456789abcdee"):
+        (explorer / folder).mkdir(parents=True)
+        (explorer / folder / "core.js").write_text(folder)
+    (explorer / named / "inner").mkdir()
+    (explorer / named / "inner" / "core.js").write_text("deep")
+    (explorer / named / ".hidden.js").write_text("hidden")
+    (explorer / named / "link.js").symlink_to(explorer / "records" / "core.js")
+    (explorer / "page-0123456789abcdef0").symlink_to(explorer / named)
+    (explorer / "page-aaaaaaaaaaaaaaaa").symlink_to(explorer / "records")
+    with served(tmp_path, *model) as client:
+        assert client.get(f"/{named}/core.js").text == named
+        for path in [
+            "page-short/core.js",
+            "records/core.js",
+            f"{named}/inner/core.js",
+            f"{named}/.hidden.js",
+            f"{named}/link.js",
+            "page-aaaaaaaaaaaaaaaa/core.js",
+            f"{named}/../records/core.js",
+            f"{named}/",
+            named,
+        ]:
+            assert client.get("/" + path).status_code == 404, path
+
+
 @pytest.mark.parametrize(
     "target", ["/../outside.js", "/%2e%2e/outside.js", "/..%2foutside.js", "//etc/passwd", "/x/../../outside.js"]
 )

@@ -1,5 +1,6 @@
 """The laws of the house: lint, layers, light imports, quick help, everything packaged."""
 
+import ast
 import importlib.resources
 import subprocess
 import sys
@@ -85,3 +86,114 @@ def test_flagfiles_name_flags_that_exist():
             if line.startswith("--"):
                 name = line[2:].split("=")[0].removeprefix("no")
                 assert f"{name}=" in help_text or f"[no]{name}" in help_text, (file.name, line)
+
+
+WRITES = {
+    "jsae/files.py": "is the module that writes",
+    "jsae/locks.py": "writes the note of a lock, which the operating system holds",
+    "jsae/checkpoint.py": "Orbax writes its own folders whole",
+    "jsae/columns.py: write": "into a folder that is being replaced, the header last",
+    "jsae/columns.py: Growing.__init__": "into a folder that is being replaced, the header last",
+    "jsae/spill.py: Spill.__init__": "scratch in a folder that is being replaced",
+    "jsae/store.py: ActivationsWriter.finish": "into a folder that is being replaced, the header last",
+    "bridge/circuit_tracer.py: _write": "into a folder that is being replaced",
+    "bridge/explorer/gather.py: _write": "removes scratch in a folder that is being replaced",
+    "bridge/explorer/page.py: _publish": "removes a page that is no longer shown",
+    "bridge/neuronpedia/dashboard.py: _write_tokens": "into a folder that is being replaced",
+    "bridge/neuronpedia/strict.py: write_json": "into a folder that is being replaced",
+    "bridge/neuronpedia/strict.py: write_line": "into a folder that is being replaced",
+    "bridge/neuronpedia/strict.py: Lines.add": "into a folder that is being replaced",
+    "bridge/nanochat/pretraining.py: save": "removes checkpoints when a later one is whole",
+    "bridge/nanochat/tokenizer.py: save": "into memory",
+    "experiments/benches/": "into temporary folders of its own; results go through timing.write",
+}
+"""Where files are written, renamed or removed without `jsae.files`, and why that leaves nothing half there."""
+
+_METHODS = {
+    "write_text",
+    "write_bytes",
+    "unlink",
+    "rename",
+    "rmtree",
+    "rmdir",
+    "savefig",
+    "touch",
+    "tofile",
+    "copyfile",
+}
+_FUNCTIONS = {"np.save", "np.savez", "torch.save", "save_file", "os.write", "os.rename", "os.replace", "os.remove"}
+
+
+def _writes(call: ast.Call) -> bool:
+    """Return whether a call writes, renames or removes a file."""
+    name = ast.unparse(call.func)
+    method = name.rpartition(".")[2]
+    if method == "open" and name not in ("gzip.open", "tokenize.open", "webbrowser.open"):
+        mode = call.args[-1:] if name != "open" else call.args[1:2]
+        mode = [*mode, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+        return any(
+            isinstance(m, ast.Constant) and isinstance(m.value, str) and set(m.value) & set("wax+") for m in mode
+        )
+    if method == "replace":  # of a path: that of a text takes two
+        return len(call.args) == 1 and not call.keywords
+    if name.startswith("files."):
+        return False
+    return method in _METHODS or name in _FUNCTIONS or method in ("SummaryWriter", "save_file")
+
+
+def _replaced(node: ast.With) -> bool:
+    """Return whether a block writes what takes the place of something at its end."""
+    return any("files.replacing" in ast.unparse(item.context_expr) for item in node.items)
+
+
+def _direct_writes(file: Path) -> list[tuple[str, int]]:
+    """The functions of a file that write without `files`, and the lines."""
+    found = []
+
+    def walk(node: ast.AST, place: tuple[str, ...], covered: bool) -> None:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            place = (*place, node.name)
+        covered = covered or (isinstance(node, ast.With) and _replaced(node))
+        if isinstance(node, ast.Call) and _writes(node) and not covered:
+            found.append((".".join(place), node.lineno))
+        for inner in ast.iter_child_nodes(node):
+            walk(inner, place, covered)
+
+    walk(ast.parse(file.read_text(encoding="utf-8")), (), False)
+    return found
+
+
+def test_everything_is_written_through_one_module():
+    used, wrong = set(), []
+    for top in ("jsae", "bridge", "experiments"):
+        for file in sorted((ROOT / top).rglob("*.py")):
+            name = file.relative_to(ROOT).as_posix()
+            for function, line in _direct_writes(file):
+                keys = {key for key in WRITES if f"{name}: {function}" == key or name == key}
+                keys |= {key for key in WRITES if key.endswith("/") and name.startswith(key)}
+                used |= keys
+                if not keys:
+                    wrong.append(f"{name}:{line} in {function}")
+    assert wrong == [], "write through jsae.files, or say in WRITES why it needs nothing"
+    assert set(WRITES) - used <= {"jsae/checkpoint.py"}, "in WRITES, but nothing is written there"
+
+
+@pytest.mark.parametrize(
+    ("code", "direct"),
+    [
+        ("path.write_text(text)", True),
+        ("def f():\n with path.open('wb') as file: pass", True),
+        ("open(path, mode='a')", True),
+        ("open(path)", False),
+        ("path.open('rb')", False),
+        ("'a'.replace('a', 'b')", False),
+        ("partial.replace(path)", True),
+        ("shutil.rmtree(folder)", True),
+        ("with files.replacing(path) as partial:\n partial.write_bytes(data)", False),
+        ("files.write(path, data)", False),
+        ("np.save(path, array)", True),
+    ],
+)
+def test_direct_writes_are_known_when_they_are_seen(code, direct, tmp_path):
+    (tmp_path / "module.py").write_text(code)
+    assert bool(_direct_writes(tmp_path / "module.py")) == direct

@@ -94,13 +94,13 @@ def _fetch(address: Address, step: int | None) -> locate.Files:
     try:
         listed = HfApi().model_info(address.repo, revision=revision).siblings or []
         tree = _Listing([sibling.rfilename for sibling in listed[:_MAX_FILES]])
-        weights = locate.choose(tree, address.folder, step, str(address))
+        weights = _choose(tree, address, step)
         patterns = [glob.escape(str(name)) for name in locate.needed_files(tree, weights)]
         root = Path(snapshot_download(address.repo, revision=revision, allow_patterns=patterns))
     except HfHubHTTPError as error:
         raise _told(address, error) from error
     except Exception as error:
-        if isinstance(error, _NO_ANSWER) or type(error).__module__.split(".")[0] in _HTTP_LIBRARIES:
+        if isinstance(error, _NO_ANSWER) or type(error).__module__.startswith(_HTTP_LIBRARIES):
             raise _UnreachableError(_first_line(error)) from error
         if isinstance(error, (ValueError, OSError)):
             raise
@@ -122,10 +122,19 @@ def _in_cache(address: Address, step: int | None, why: str) -> locate.Files:
             f"once while the hub can be reached (hf download {address.repo}), or give a local directory"
         ) from error
     try:
-        weights = locate.choose(locate.Disk(root), address.folder, step, str(address))
+        weights = _choose(locate.Disk(root), address, step)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} (in the local cache; {why})") from error
     return locate.beside(root / weights)
+
+
+def _choose(tree: locate.Tree, address: Address, step: int | None) -> PurePosixPath:
+    """Return the file of weights that an address means; it may be the file itself."""
+    if address.folder.name in tree.files(address.folder.parent):
+        if step is not None:
+            raise ValueError(f"step={step} chooses a file in a folder, but {address} is a file: leave the step out")
+        return address.folder
+    return locate.choose(tree, address.folder, step, str(address))
 
 
 class _Listing:

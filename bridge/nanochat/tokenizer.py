@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Int32
 
 from bridge.nanochat import locate, split_pattern, tokenizer_file
-from bridge.nanochat.tokenizer_file import MAX_FILE_BYTES
+from bridge.nanochat.tokenizer_file import MAX_FILE_BYTES, MAX_VOCAB_SIZE
 
 Result = TypeVar("Result")
 
@@ -39,8 +39,6 @@ SPECIAL_TOKENS = (
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-
-MAX_VOCAB_SIZE = 2**20
 
 # A run of white space longer than this is cut before it is split: tiktoken's regex engine overflows its stack (and
 # panics) at about a million.

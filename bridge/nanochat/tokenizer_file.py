@@ -11,10 +11,11 @@ import torch
 from bridge.nanochat import json_file, pickles, torch_file
 
 # A tokenizer of 65,536 tokens takes about one megabyte, and five as JSON; beyond these limits there is none.
-MAX_FILE_BYTES = 64 * 2**20
-_MAX_JSON_BYTES = 24 * 2**20
+MAX_FILE_BYTES = 32 * 2**20
+MAX_VOCAB_SIZE = 2**19
+_MAX_JSON_BYTES = 12 * 2**20
 _MAX_JSON_CONTAINERS = 2**19
-_MAX_OPCODES = 5 * 2**20  # four for each of a million tokens
+_MAX_OPCODES = 5 * MAX_VOCAB_SIZE  # four for each token: its bytes, its id, and twice the memo
 
 # What pickling an Encoding at protocol 4 or 5 writes. No REDUCE (calls), no PUT with an index.
 _OPCODES = (
@@ -120,6 +121,8 @@ def _from_json(table: dict[str, Any], specials: Sequence[str]) -> Contents:
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
         raise ValueError("its vocabulary is no table of ids")
+    if len(vocab) > MAX_VOCAB_SIZE:
+        raise ValueError(f"its vocabulary has {len(vocab)} tokens, and at most {MAX_VOCAB_SIZE} are read")
     added = _added(table.get("added_tokens"))
     ranks = {_bytes_of(token): i for token, i in vocab.items() if token not in specials}
     special = {token: i for token, i in (vocab | added).items() if token in specials}

@@ -15,6 +15,7 @@ from bridge.nanochat import deduce, hub, json_file, locate
 from bridge.nanochat import weights as weights_file
 from bridge.nanochat.config import GPTConfig
 from bridge.nanochat.model import GPT
+from bridge.nanochat.names import few
 from bridge.nanochat.settings import Settings, check_others, of_meta, of_mlx, of_transformers
 from bridge.nanochat.tokenizer import Tokenizer
 from bridge.nanochat.tokenizer import load as load_tokenizer
@@ -160,8 +161,8 @@ def _compare(shapes: dict[str, tuple[int, ...]], model: GPT, generation: str) ->
     }
     if any(differences.values()):
         turned = [name for name in expected if shapes.get(name, ())[::-1] == expected[name] != shapes.get(name, ())]
-        told = "; ".join(f"{kind}: {_few(names)}" for kind, names in differences.items() if names)
-        told += f". Transposed, (in, out) instead of nanochat's (out, in): {_few(turned)}" * bool(turned)
+        told = "; ".join(f"{kind}: {few(names)}" for kind, names in differences.items() if names)
+        told += f". Transposed, (in, out) instead of nanochat's (out, in): {few(turned)}" * bool(turned)
         raise ValueError(f"these are not the weights of a nanochat of generation {generation} and these sizes. {told}")
 
 
@@ -172,7 +173,3 @@ def _assign(model: GPT, weights: dict[str, Tensor], device: torch.device, dtype:
         weights[name] = tensor.to(device, torch.float32 if tensor.ndim == 1 else dtype)
     model.load_state_dict(weights, strict=True, assign=True)
     model.to(device).eval().requires_grad_(False)
-
-
-def _few(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from bridge.nanochat import locate
+from bridge.nanochat.names import few
 
 SCHEME = "hf://"
 _FORM = "hf://owner/name[@revision][/folder]"
@@ -161,7 +162,7 @@ class _Listing:
 
     def latest(self, folder: PurePosixPath, names: Sequence[str]) -> str:
         """Raise ValueError: a listing has no dates."""
-        raise ValueError(f"the repository holds several models, {', '.join(sorted(names)[:12])}: name one, {_FORM}")
+        raise ValueError(f"the repository holds several models, {few(sorted(names), 12)}: name one, {_FORM}")
 
 
 def _told(address: Address, error: Exception) -> OSError:

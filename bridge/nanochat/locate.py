@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
+from bridge.nanochat.names import few
+
 _NUMBERED = re.compile(r"model_(\d{1,18})\.(pt|safetensors)")
 _NAMED = re.compile(r"model_(.+)\.(pt|safetensors)")
 _EXPORT = re.compile(r"hf_(\d{1,18})")  # of forks: a directory of transformers for each step
@@ -254,6 +256,5 @@ def _listing(directory: Path) -> str:
     return _listed([p.name for p in directory.iterdir()])
 
 
-def _listed(names: Sequence[str], limit: int = 12) -> str:
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "nothing"
+def _listed(names: Sequence[str]) -> str:
+    return few(sorted(names), 12) or "nothing"

@@ -4,6 +4,8 @@ import pickletools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, final
 
+from bridge.nanochat.names import shown
+
 _MAX_STACK = 2**16  # CPython's pickler writes at most a thousand items of a dict before it collects them
 _CONSTANTS = "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES"
 _VALUES: dict[str, Callable[[], Any]] = {
@@ -160,7 +162,7 @@ class _Machine:
 
     def _refer(self, name: str) -> None:
         if name not in self._names:
-            raise ForbiddenError(f"it asks for {name[:200]}")
+            raise ForbiddenError(f"it asks for {shown(name)}")
         self.stack.append(Global(name))
 
     def _reduce(self, _: Any) -> None:

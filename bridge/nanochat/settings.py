@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from bridge.nanochat.config import SMEAR_CHANNELS, GPTConfig
+from bridge.nanochat.names import shown
 
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 META = "the meta file's model_config"
@@ -147,7 +148,7 @@ def check_others(settings: Settings, config: GPTConfig, generation: str, known: 
             continue
         source = f"{'config.json' if where in _ROPE_TABLES else 'the meta file'}'s {where}" if where else "config.json"
         if accepted is None:
-            problems.append(f"{source} has {last[:100]}={_shown(value)}, which no nanochat has")
+            problems.append(f"{source} has {shown(last)}={_shown(value)}, which no nanochat has")
         else:
             computed = " or ".join(map(_shown, accepted)) or "none such"
             problems.append(f"{source} has {last}={_shown(value)}, but a nanochat of {generation} has {computed}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bridge.nanochat import pickles
+from bridge.nanochat.names import shown
 from bridge.nanochat.pickles import ForbiddenError, Global
 
 _MAX_DIRECTORY_BYTES = 2**22
@@ -149,12 +150,12 @@ class _Builder:
         dtype = _DTYPES.get(kind.name)
         quantized = kind.name in _QUANTIZED
         if dtype is None and not quantized and name != _UNTYPED:
-            raise ForbiddenError(f"it uses {name} as a storage")
+            raise ForbiddenError(f"it uses {shown(name)} as a storage")
         found = self._members.get(f"data/{member}") if type(member) is str else None
         if found is None or not _whole(count):
             raise ValueError("a tensor's numbers are missing from the archive")
         if dtype is not None and count * dtype.itemsize != found.size:
-            raise ValueError(f"the numbers {member} have {found.size} bytes instead of {count * dtype.itemsize}")
+            raise ValueError(f"the numbers {shown(member)} have {found.size} bytes instead of {count * dtype.itemsize}")
         return _Storage(dtype, quantized, found.start, found.size)
 
     def call(self, name: str, arguments: tuple) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bridge.nanochat import json_file, pickles, safetensors_file, torch_file
+from bridge.nanochat.names import few, shown
 
 _BRING = "bring the model_*.pt or the safetensors file it was made of"
 _PREFIXES = ("_orig_mod.", "module.", "model.")  # of a compiled model, a parallel one, a wrapper of transformers
@@ -61,11 +62,11 @@ def read(path: Path) -> Weights:
             found, metadata = _read_safetensors(file)
             mlx = mlx or metadata.get("format") == "mlx"
             if twice := tensors.keys() & found.keys():
-                raise ValueError(f"{file} holds {_few(sorted(twice))} once more")
+                raise ValueError(f"{file} holds {few(sorted(twice))} once more")
             tensors |= found
         if index is not None and index != tensors.keys():
             raise ValueError(
-                f"{path} names other tensors than its files hold: {_few(sorted(index ^ tensors.keys()))} "
+                f"{path} names other tensors than its files hold: {few(sorted(index ^ tensors.keys()))} "
                 "is in one place only"
             )
     named = {_without_prefixes(name): tensor for name, tensor in tensors.items()}
@@ -112,7 +113,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             kind = type(tensor).__name__
         quantized = _QUANTIZED_NAME.search(name) or "quantized" in kind or "float8" in kind or "int8" in kind
         raise ValueError(
-            f"{path} must hold floating-point tensors by name, but {name[:200]!r} is {kind}"
+            f"{path} must hold floating-point tensors by name, but {shown(name)!r} is {kind}"
             + f": quantized weights are not read; {_BRING}" * bool(quantized)
         )
     # Strides of 0 would make of a small file a tensor that fills the memory once it is converted.
@@ -133,11 +134,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         names = quantized or list(odd)
         kinds = ", ".join(sorted(set(odd.values()))) or "floating-point"
         raise ValueError(
-            f"{path} holds quantized weights ({_few(names)}; tensors of {kinds}), which are not read; {_BRING}"
+            f"{path} holds quantized weights ({few(names)}; tensors of {kinds}), which are not read; {_BRING}"
         )
     if odd:
         name, dtype = next(iter(odd.items()))
-        raise ValueError(f"{path} must hold floating-point tensors by name, but {name[:200]!r} is a tensor of {dtype}")
+        raise ValueError(f"{path} must hold floating-point tensors by name, but {shown(name)!r} is a tensor of {dtype}")
     try:
         return safetensors_file.read(path), header.metadata
     except ValueError as error:
@@ -162,7 +163,7 @@ def _shards(path: Path) -> tuple[tuple[Path, ...], set[str] | None]:
             raise ValueError(f"{path} names {len(names)} files, and at most {_MAX_SHARDS} are read")
     files = tuple(path.with_name(name) for name in names)
     if missing := [file.name for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{path} is a part of {len(files)} files, and {_few(missing)} is missing: fetch it too")
+        raise FileNotFoundError(f"{path} is a part of {len(files)} files, and {few(missing)} is missing: fetch it too")
     return files, index
 
 
@@ -187,7 +188,7 @@ def refuse_foreign(shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ValueError, saying what they are, for weights whose names no nanochat has."""
     for pattern, what in _ALTERED:
         if found := next((name for name in shapes if re.search(pattern, name)), None):
-            raise ValueError(f"{what}, which is not supported: it has {found[:200]}")
+            raise ValueError(f"{what}, which is not supported: it has {shown(found)}")
     needed = ("transformer.wte.weight", "transformer.h.0.attn.c_k.weight", "lm_head.weight")
     missing = [name for name in needed if len(shapes.get(name, ())) != 2]
     if missing == ["lm_head.weight"] and "lm_head.weight" not in shapes:
@@ -198,7 +199,7 @@ def refuse_foreign(shapes: Mapping[str, tuple[int, ...]]) -> None:
     if missing:
         raise ValueError(
             f"these are not a nanochat's weights: no matrix {', '.join(missing)}; its tensors are not nanochat's "
-            f"(found {_few([name[:100] for name in shapes]) or 'nothing'}). What arithmetic they need only the code "
+            f"(found {few(shapes) or 'nothing'}). What arithmetic they need only the code "
             "that wrote them knows, and no code of a checkpoint is run"
         )
 
@@ -219,7 +220,3 @@ _ALTERED = (
     (r"\.lambda_[qk][12]$", "it has differential attention"),
     (r"\.(lora_A|lora_B)\.", "these are a LoRA adapter's weights and no model"),
 )
-
-
-def _few(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

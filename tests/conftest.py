@@ -44,9 +44,7 @@ def foreign() -> Path:
     """The folder of checkpoints in other formats; skips, with the reason, in a clone without it."""
     folder = SHARED / "nanochat" / "foreign"
     if not folder.is_dir():
-        pytest.skip(
-            f"no foreign checkpoints: {folder} does not exist; test_nanochat_formats.py makes its own"
-        )
+        pytest.skip(f"no foreign checkpoints: {folder} does not exist; test_nanochat_formats.py makes its own")
     return folder
 
 

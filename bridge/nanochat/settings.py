@@ -43,7 +43,7 @@ class Settings:
     """The only generation that the library computes."""
 
     @property
-    def softcap(self) -> float | None:
+    def softcap(self) -> float | int | None:
         """The softcap that a file tells under any of its names."""
         told = [value for name, value in self.others.items() if _last(name) in _SOFTCAPS and _is_number(value)]
         return told[0] if told else None

@@ -115,7 +115,7 @@ def _from_json(table: dict[str, Any], specials: Sequence[str]) -> Contents:
         "byte_fallback",
     ):
         if model.get(name):
-            raise ValueError(f"its model has {name}={str(model[name])[:50]!r}")
+            raise ValueError(f"its model has {name}={str(model[name])[:50]}")
     if table.get("normalizer") is not None:
         raise ValueError("it has a normalizer")
     vocab = model.get("vocab")
@@ -174,7 +174,7 @@ def _check_merges(merges: Any, vocab: dict[str, int]) -> None:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
             raise ValueError("a merge is no pair")
         made = vocab.get(pair[0] + pair[1], -1)
-        if made < last or pair[0] not in vocab or pair[1] not in vocab:
+        if made < max(last, 0) or pair[0] not in vocab or pair[1] not in vocab:
             raise ValueError("its merges are not in the order of their ids")
         last = made
 

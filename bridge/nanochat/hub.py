@@ -4,6 +4,7 @@ import dataclasses
 import glob
 import re
 import urllib.parse
+import warnings
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -79,7 +80,10 @@ def find(path: str | Path, step: int | None = None) -> locate.Files:
     try:
         return _fetch(address, step)
     except _UnreachableError as error:
-        return _in_cache(address, step, f"the hub is out of reach ({error})")
+        why = f"the hub is out of reach ({error})"
+    files = _in_cache(address, step, why)
+    warnings.warn(f"{why}: took {address} as the local cache holds it, {files.weights}", stacklevel=3)
+    return files
 
 
 class _UnreachableError(OSError):
@@ -118,10 +122,19 @@ def _in_cache(address: Address, step: int | None, why: str) -> locate.Files:
     try:
         root = Path(snapshot_download(address.repo, revision=address.revision, local_files_only=True))
     except OSError as error:
+        # A snapshot without the files that nobody asked for is complete enough.
+        root = Path(getattr(error, "snapshot_path", ""))
+        if root.name:
+            return _from_snapshot(root, address, step, why)
         raise FileNotFoundError(
             f"{address.repo} at revision {address.revision or 'main'} is not in the local cache, and {why}: fetch it "
             f"once while the hub can be reached (hf download {address.repo}), or give a local directory"
         ) from error
+    return _from_snapshot(root, address, step, why)
+
+
+def _from_snapshot(root: Path, address: Address, step: int | None, why: str) -> locate.Files:
+    """Return a checkpoint among the files of a snapshot."""
     try:
         weights = _choose(locate.Disk(root), address, step)
     except FileNotFoundError as error:

@@ -1,7 +1,8 @@
 """Reads a pickle without Python's unpickler: an interpreter of the data opcodes, with bounds, that can call nothing."""
 
+import io
 import pickletools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, final
 
 from bridge.nanochat.names import shown
@@ -17,6 +18,7 @@ _VALUES: dict[str, Callable[[], Any]] = {
     "EMPTY_TUPLE": tuple,
 }
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_BY_CODE = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _SILENT = frozenset(("PROTO", "FRAME"))
 
 
@@ -60,19 +62,28 @@ def read(
     allowed = frozenset(opcodes.split())
     machine = _Machine(frozenset(names), {"call": call, "build": build, "persistent": persistent})
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if opcode.name not in allowed:
-                raise ForbiddenError(f"it holds the pickle opcode {opcode.name}")
-            if count >= max_opcodes:
-                raise ValueError(f"it has more than {max_opcodes} pickle opcodes")
-            if opcode.name == "STOP":
-                break
-            machine.step(opcode.name, argument)
+        for name, argument in _opcodes(io.BytesIO(data), allowed, max_opcodes):
+            machine.step(name, argument)
             if len(machine.stack) > _MAX_STACK or len(machine.marks) > _MAX_STACK:
                 raise ValueError(f"it piles up more than {_MAX_STACK} values")
         return machine.stack.pop()
     except (IndexError, KeyError) as error:
         raise ValueError("it is broken: it takes a value that it never put down") from error
+
+
+def _opcodes(file: io.BytesIO, allowed: frozenset[str], most: int) -> Iterator[tuple[str, Any]]:
+    """Yield name and argument of each opcode up to STOP; that of a forbidden one is not read."""
+    for _ in range(most):
+        code = file.read(1)
+        opcode = _BY_CODE.get(code)
+        if opcode is None:
+            raise ValueError(f"it is broken: no opcode is {code!r}" if code else "it is broken: it ends without STOP")
+        if opcode.name not in allowed:
+            raise ForbiddenError(f"it holds the pickle opcode {opcode.name}")
+        if opcode.name == "STOP":
+            return
+        yield opcode.name, None if opcode.arg is None else opcode.arg.reader(file)
+    raise ValueError(f"it has more than {most} pickle opcodes")
 
 
 class _Machine:

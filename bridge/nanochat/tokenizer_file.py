@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from bridge.nanochat import json_file, pickles, torch_file
+from bridge.nanochat.names import shown
 
 # A tokenizer of 65,536 tokens takes about one megabyte, and five as JSON; beyond these limits there is none.
 MAX_FILE_BYTES = 32 * 2**20
@@ -54,7 +55,7 @@ def read_pickle(file: Path) -> Contents:
             build=_set_state,
         )
     except ValueError as error:
-        raise ValueError(f"{file} is not a nanochat tokenizer (nothing of it was run): {error}") from error
+        raise ValueError(f"{file} is not a nanochat tokenizer (nothing of it was run): {shown(error, 300)}") from error
     state = built.state if isinstance(built, _State) else None
     types = {"name": str, "pat_str": str, "mergeable_ranks": dict, "special_tokens": dict}
     if not (isinstance(state, dict) and state.keys() == types.keys()):
@@ -203,7 +204,9 @@ def read_token_bytes(file: Path) -> np.ndarray:
     try:
         table = torch_file.read(file)
     except ValueError as error:
-        raise ValueError(f"{file} is not a tensor that torch.load(weights_only=True) reads: {error}") from error
+        raise ValueError(
+            f"{file} is not a tensor that torch.load(weights_only=True) reads: {shown(error, 300)}"
+        ) from error
     if not isinstance(table, torch.Tensor) or table.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{file} must hold one integer tensor, got {getattr(table, 'dtype', type(table).__name__)}")
     if table.numel() * table.element_size() > file.stat().st_size:

@@ -97,9 +97,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch_file.read(path)
     except pickles.ForbiddenError as error:
-        raise ValueError(f"{path} holds more than tensors; nothing of it was run: {error}") from error
+        raise ValueError(f"{path} holds more than tensors; nothing of it was run: {shown(error, 300)}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or not a file of torch.save: {error}") from error
+        raise ValueError(f"{path} is damaged or not a file of torch.save: {shown(error, 300)}") from error
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"{path} must hold weights by name, got {type(weights).__name__}: give a model_*.pt")
     for name, tensor in weights.items():
@@ -127,7 +127,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         header = safetensors_file.read_header(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file: {shown(error, 300)}") from error
     odd = {name: dtype for name, (dtype, _) in header.tensors.items() if dtype not in _FLOATS}
     quantized = [name for name in header.tensors if _QUANTIZED_NAME.search(name)]
     if quantized or any(dtype.startswith(("F8", "F6", "F4", "U32", "I32", "I8", "U8")) for dtype in odd.values()):
@@ -142,7 +142,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         return safetensors_file.read(path), header.metadata
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file: {shown(error, 300)}") from error
 
 
 def _shards(path: Path) -> tuple[tuple[Path, ...], set[str] | None]:

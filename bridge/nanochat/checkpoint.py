@@ -151,7 +151,7 @@ def _say_arithmetic(weights: Weights, config: GPTConfig) -> None:
 
 
 def _compare(shapes: dict[str, tuple[int, ...]], model: GPT, generation: str) -> None:
-    """Raises ValueError unless the file has exactly the model's weights, naming what differs."""
+    """Raise ValueError unless the file has exactly the model's weights, naming what differs."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = [f"{k} is {shapes[k]} and not {expected[k]}" for k in expected if k in shapes and shapes[k] != expected[k]]
     differences = {
@@ -167,7 +167,7 @@ def _compare(shapes: dict[str, tuple[int, ...]], model: GPT, generation: str) ->
 
 
 def _assign(model: GPT, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None) -> None:
-    """Puts the weights into a model on the meta device, converted one tensor at a time, and moves its tables along."""
+    """Put the weights into a model on the meta device, converted one tensor at a time, and moves its tables along."""
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     for name, tensor in weights.items():
         weights[name] = tensor.to(device, torch.float32 if tensor.ndim == 1 else dtype)

@@ -29,7 +29,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Raises TypeError for a name that no override has."""
+    """Raise TypeError for a name that no override has."""
     for name in overrides:
         if name not in OVERRIDES:
             raise TypeError(f"no override {name!r} for a checkpoint; there are {', '.join(OVERRIDES)}")
@@ -100,7 +100,7 @@ def _kv_heads(shapes: Shapes, n_embd: int, n_head: Any) -> int:
 
 
 def _generation(shapes: Shapes, settings: Settings, pattern: str | None, vocab_size: int) -> str:
-    """The generation by its weights; the softcap of G5 leaves no trace there, so G5 is G4 here."""
+    """Return the generation by the weights; the softcap of G5 leaves no trace there, so G5 is G4 here."""
     gates = {shape[-1] for name, shape in shapes.items() if name.endswith(".attn.ve_gate.weight") and shape}
     if gates == {12}:
         return "G7" if "smear_gate.weight" in shapes else "G6"

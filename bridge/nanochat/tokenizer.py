@@ -249,7 +249,7 @@ def _unpanicked(call: Callable[[], Result]) -> Result:
         return call()
     except BaseException as error:
         if type(error).__name__ == "PanicException":
-            raise ValueError(f"tiktoken broke down: {str(error)[:200]}") from error
+            raise ValueError(f"tiktoken breaks down over this text or split pattern: {str(error)[:200]}") from error
         raise
 
 

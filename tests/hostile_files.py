@@ -107,6 +107,33 @@ def deflated(folder: Path) -> Path:
     return folder
 
 
+def hole(folder: Path) -> Path:
+    """Write an archive whose first member is a hole of 64 GB, which no tensor uses."""
+    size, end, data = 2**36, 2**32 - 1, b"\x80\x02}."
+    names = (b"m/data/0", b"m/data.pkl")
+    wide = (struct.pack("<2HQQ", 1, 16, size, size), b"")
+    sizes = ((0, end, end), (zlib.crc32(data), len(data), len(data)))
+    heads = [
+        struct.pack("<4s5H3L2H", b"PK\x03\x04", 45, 0, 0, 0, 33, *s, len(n), len(w)) + n + w
+        for n, w, s in zip(names, wide, sizes, strict=True)
+    ]
+    place = len(heads[0]) + size
+    wide = (wide[0], struct.pack("<2HQ", 1, 8, place))
+    entries = b"".join(
+        struct.pack("<4s6H3L5H2L", b"PK\x01\x02", 45, 45, 0, 0, 0, 33, *s, len(n), len(w), 0, 0, 0, 0, where) + n + w
+        for n, w, s, where in zip(names, wide, sizes, (0, end), strict=True)
+    )
+    start = place + len(heads[1]) + len(data)
+    tail = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 2, 2, len(entries), start)
+    tail += struct.pack("<4sLQL", b"PK\x06\x07", 0, start + len(entries), 1)
+    tail += struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 2, 2, len(entries), end, 0)
+    with (folder / "model_000000.pt").open("wb") as file:
+        file.write(heads[0])
+        file.seek(place)
+        file.write(heads[1] + data + entries + tail)
+    return folder
+
+
 def many_members(folder: Path) -> Path:
     """Write an archive of sixty thousand empty members."""
     with zipfile.ZipFile(folder / "model_000000.pt", "w") as archive:
@@ -161,6 +188,7 @@ HOSTILE: list[tuple[str, str, Maker]] = [
     ),
     ("os.system", "checkpoint", weights(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.")),
     ("2 MB that inflate to 4.3 GB", "checkpoint", deflated),
+    ("a hole of 64 GB", "checkpoint", hole),
     ("60,000 members", "checkpoint", many_members),
     ("members that overlap", "checkpoint", overlapping),
     ("8 MB of }", "checkpoint", weights(b"\x80\x02" + b"}" * (2**23 - 3))),

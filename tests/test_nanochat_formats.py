@@ -439,7 +439,7 @@ def test_a_softcap_in_config_json_tells_g5_from_g4(tmp_path):
         (("attn.c_", "attn.x_"), r"not a nanochat's weights: no matrix transformer\.h\.0\.attn\.c_k\.weight.*found "),
         (("mlp.c_fc", "mlp.w_gate"), "SwiGLU"),
         (("mlp.", "moe.experts."), "mixture of experts"),
-        (("lm_head", "head"), "no lm_head.weight, so its output embedding is tied"),
+        (("lm_head", "head"), "no lm_head.weight, so its embeddings are tied"),
         (("attn.c_proj", "attn_hc.c_proj"), "hyper-connections"),
     ],
     ids=str,

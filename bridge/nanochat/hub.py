@@ -136,7 +136,7 @@ def _in_cache(address: Address, step: int | None, why: str) -> locate.Files:
 def _from_snapshot(root: Path, address: Address, step: int | None, why: str) -> locate.Files:
     """Return a checkpoint among the files of a snapshot."""
     try:
-        weights = _choose(locate.Disk(root), address, step)
+        weights = _choose(_Snapshot(root), address, step)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} (in the local cache; {why})") from error
     return locate.beside(root / weights)
@@ -175,7 +175,19 @@ class _Listing:
 
     def latest(self, folder: PurePosixPath, names: Sequence[str]) -> str:
         """Raise ValueError: a listing has no dates."""
-        raise ValueError(f"the repository holds several models, {few(sorted(names), 12)}: name one, {_FORM}")
+        raise _undecided(names)
+
+
+class _Snapshot(locate.Disk):
+    """A tree of files that were fetched; when says nothing about which is the newest."""
+
+    def latest(self, folder: PurePosixPath, names: Sequence[str]) -> str:
+        """Raise ValueError, as the listing would."""
+        raise _undecided(names)
+
+
+def _undecided(names: Sequence[str]) -> ValueError:
+    return ValueError(f"the repository holds several models, {few(sorted(names), 12)}: name one, {_FORM}")
 
 
 def _told(address: Address, error: Exception) -> OSError:

@@ -101,8 +101,8 @@ class _Storage:
 def read(path: Path) -> Any:
     """Return what torch.save wrote: dicts, lists, numbers, and tensors that are mapped from the file.
 
-    Everything that is not an ordinary tensor (sparse, quantized, of the meta device) comes as `Other`. Checksums of
-    the archive are verified, so the file is read once.
+    Everything that is not an ordinary tensor (sparse, quantized, of the meta device) comes as `Other`. The checksums
+    of all numbers are verified, so the file is read once.
 
     Raises:
         pickles.ForbiddenError: the file holds a call or a name that tensors do not need. Nothing of it is run.
@@ -116,14 +116,13 @@ def read(path: Path) -> Any:
     if members[f"{root}data.pkl"].size > _MAX_PICKLE_BYTES:
         raise ValueError(f"its description of the tensors has more than {_MAX_PICKLE_BYTES} bytes")
     with path.open("rb") as file:
-        for name, member in members.items():
-            _verify(file, name, member)
+        _verify(file, f"{root}data.pkl", members[f"{root}data.pkl"])
         order = _content(file, members.get(f"{root}byteorder")) or b"little"
         data = _content(file, members[f"{root}data.pkl"])
     if order != sys.byteorder.encode():
         raise ValueError(f"its numbers are in the byte order {order[:10]!r}, and this machine's is {sys.byteorder}")
     builder = _Builder(path, {name.removeprefix(root): member for name, member in members.items()})
-    return pickles.read(
+    content = pickles.read(
         data,
         opcodes=_OPCODES,
         names=_NAMES,
@@ -132,6 +131,10 @@ def read(path: Path) -> Any:
         build=builder.build,
         persistent=builder.storage,
     )
+    with path.open("rb") as file:
+        for name in builder.used:
+            _verify(file, name, members[f"{root}{name}"])
+    return content
 
 
 class _Builder:
@@ -139,8 +142,13 @@ class _Builder:
 
     def __init__(self, path: Path, members: Mapping[str, _Member]):
         self._members = members
-        self._file = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        try:
+            self._file = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        except RuntimeError as error:
+            raise OSError(f"{path} cannot be mapped into memory: {str(error).splitlines()[0]}") from error
         self._tensors = 0
+        self.used: dict[str, None] = {}
+        """The members that hold numbers of a tensor."""
 
     def storage(self, key: Any) -> _Storage:
         """Stand for a persistent id ("storage", type, key, device, number of elements)."""
@@ -156,6 +164,7 @@ class _Builder:
             raise ValueError("a tensor's numbers are missing from the archive")
         if dtype is not None and count * dtype.itemsize != found.size:
             raise ValueError(f"the numbers {shown(member)} have {found.size} bytes instead of {count * dtype.itemsize}")
+        self.used[f"data/{member}"] = None
         return _Storage(dtype, quantized, found.start, found.size)
 
     def call(self, name: str, arguments: tuple) -> Any:

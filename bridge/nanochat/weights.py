@@ -193,14 +193,14 @@ def refuse_foreign(shapes: Mapping[str, tuple[int, ...]]) -> None:
     missing = [name for name in needed if len(shapes.get(name, ())) != 2]
     if missing == ["lm_head.weight"] and "lm_head.weight" not in shapes:
         raise ValueError(
-            "there is no lm_head.weight, so its output embedding is tied to the input's, and no nanochat's is: "
+            "there is no lm_head.weight, so its embeddings are tied (tie_word_embeddings), and no nanochat's are: "
             "bring the model_*.pt as nanochat's own script wrote it"
         )
     if missing:
         raise ValueError(
             f"these are not a nanochat's weights: no matrix {', '.join(missing)}; its tensors are not nanochat's "
-            f"(found {few(shapes) or 'nothing'}). What arithmetic they need only the code "
-            "that wrote them knows, and no code of a checkpoint is run"
+            f"(found {few(shapes) or 'nothing'}). Only the code that wrote them knows their "
+            "arithmetic, and no code of a checkpoint is run"
         )
 
 

@@ -38,7 +38,7 @@ class EvaluateConfig:
     sae: str | None = flag(None, "Any SAELens directory for a hook of the run, measured instead of the run's own.")
     compare: tuple[str, ...] = flag((), "Two runs or SAELens directories, A B: prints both side by side.")
     hook: str | None = flag(None, "Only the SAE of this hook; of a --sae that does not say it: which hook it is for.")
-    checkpoint: str | None = flag(None, "The nanochat; none is the one the run was trained on.")
+    checkpoint: str | None = flag(None, "The nanochat, as of training; none is the one the run was trained on.")
     step: int | None = flag(None, "Step of --checkpoint; none is the last.")
     tokenizer: str | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
     data: str | None = flag(None, "Text, as for training; none is the run's.")

@@ -43,7 +43,7 @@ class ExploreConfig:
         True, "Keep every activation, 6 bytes each: --format=delphi of the export is of them."
     )
     force: bool = flag(False, "Gather again though the records fit.")
-    checkpoint: str | None = flag(None, "The nanochat; none is the one the run was trained on.")
+    checkpoint: str | None = flag(None, "The nanochat, as of training; none is the one the run was trained on.")
     step: int | None = flag(None, "Step of --checkpoint; none is the last.")
     tokenizer: str | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
     drop_sinks: bool | None = flag(None, "Do not count tokens of extreme norm; none is as in the run.")

@@ -61,7 +61,7 @@ def _metadata(config: "RunConfig", trainee: "Trainee", nano: "Nanochat", row_len
     """What SAELens keeps about an SAE."""
     told = {
         "sae_lens_training_version": "jsae",
-        "model_name": f"nanochat-{config.checkpoint}" if config.checkpoint == "demo" else Path(config.checkpoint).name,
+        "model_name": "nanochat-demo" if config.checkpoint == "demo" else nano.name,
         "model_class_name": "nanochat",
         "model_fingerprint": nano.fingerprint,
         "hook_name": trainee.hooks[0],

@@ -26,7 +26,9 @@ SWEPT: Mapping[str, str] = {
 class RunConfig(Json):
     """One pass over the text, as the command line says it: one SAE, or several where flags have several values."""
 
-    checkpoint: str = flag("demo", "nanochat checkpoint: a directory, a model_*.pt, or 'demo', which comes along.")
+    checkpoint: str = flag(
+        "demo", "nanochat checkpoint: a directory, a file of weights, hf://owner/name, or 'demo', which comes along."
+    )
     step: int | None = flag(None, "Step of the checkpoint directory; none is the last.")
     tokenizer: str | None = flag(None, "Directory of the tokenizer; none looks beside and above the checkpoint.")
     data: str = flag("stdlib", "Text: stdlib, parquet shards, .jsonl[.gz] or text files, globs; comma-separated.")

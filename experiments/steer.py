@@ -41,7 +41,7 @@ class SteerConfig:
     seed: int = flag(16, "Of the sampling, the same for both continuations.")
     chat: bool = flag(False, "The prompt is what a user says to a chat checkpoint.")
     interactive: bool = flag(False, "Ask for prompts, and for commands such as /steer, /top, /why.")
-    checkpoint: str | None = flag(None, "The nanochat; none is the one the run was trained on.")
+    checkpoint: str | None = flag(None, "The nanochat, as of training; none is the one the run was trained on.")
     step: int | None = flag(None, "Step of --checkpoint; none is the last.")
     tokenizer: str | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
     device: str = flag("cpu", "Where the model runs.")

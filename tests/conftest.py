@@ -40,6 +40,15 @@ def goldens() -> Path:
 
 
 @pytest.fixture(scope="session")
+def foreign() -> Path:
+    """The folder of checkpoints in other formats; skips, with the reason, in a clone without it."""
+    folder = SHARED / "nanochat" / "foreign"
+    if not folder.is_dir():
+        pytest.skip(f"no foreign checkpoints: {folder} does not exist; test_nanochat_formats.py makes its own")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def neuronpedia_reference() -> dict[str, Any]:
     """Neuronpedia's formats as JSON Schemas, by file; skips, with the reason, in a clone without them."""
     file = SHARED / "reference" / "neuronpedia.schema.json"

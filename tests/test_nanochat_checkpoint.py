@@ -256,10 +256,14 @@ def test_a_pattern_for_weights_that_know_no_windows_is_refused(tmp_path):
         nanochat.load(tmp_path, window_pattern="SL")
 
 
-def test_settings_of_model_config_that_are_unknown_are_named(folder):
-    change_meta(folder, dropout=0.1)
-    with pytest.warns(UserWarning, match="model_config has dropout, unknown here"):
+def test_settings_of_model_config_that_are_unknown_are_refused(folder):
+    change_meta(folder, use_xsa=True)
+    expected = (
+        r"model_config has use_xsa=True, which no nanochat has: .* pass ignore=\['use_xsa'\] to bridge.nanochat.load"
+    )
+    with pytest.raises(ValueError, match=expected):
         nanochat.load(folder)
+    assert nanochat.load(folder, ignore=["use_xsa"]).generation == "G7"
 
 
 @pytest.mark.parametrize(

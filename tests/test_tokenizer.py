@@ -316,6 +316,57 @@ def test_a_state_that_makes_no_tokenizer_is_refused(tmp_path, change, told):
         load_bytes(tmp_path, pickled({**STATE, **change}))
 
 
+PATTERNS = [
+    PATTERN,
+    PATTERN.replace("{1,2}", "{1,3}"),
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}]*[\p{Ll}\p{M}]+(?i:'s|'t|'ll)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+",
+    r"\w+|[^\w\s]+|\s+",
+    r"(?s).",
+    r"[一-龥]|\d|\D",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_split_patterns_of_tokenizers_are_read(tmp_path, pattern):
+    text = "Don't say 12345 – 你好,\r\n\t x  "
+    loaded = load_bytes(tmp_path, pickled({**STATE, "pat_str": pattern}))
+    assert loaded.encode(text) == tiktoken.Encoding(
+        "x", pat_str=pattern, mergeable_ranks=BYTES, special_tokens={}
+    ).encode(text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        ("", "matches the empty string"),
+        ("a*", "matches the empty string"),
+        ("a|(b?|c)", "matches the empty string"),
+        (r"(?=a)", "matches the empty string"),
+        (r"\p{L}{65}", "repeats {65}, and at most 64"),
+        ("|".join([r"\w{60}"] * 140), "written out it has 8400 character classes"),
+        (r"(?:\w{60}){60}", "written out it has 3600 character classes"),
+        (r"(?:a+)+", "repeats a repetition without bounds"),
+        ("(" * 20 + "a" + ")" * 20, "nested more than 16 deep"),
+        ("a**", "repetition of a repetition"),
+        (r"(a)\1", "is not read in a split pattern"),
+        (r"a\K", "is not read in a split pattern"),
+        ("a)", "a parenthesis too many"),
+        ("[a", "a bracket is not closed"),
+    ],
+)
+def test_split_patterns_that_cost_too_much_or_match_nothing_are_refused(pattern, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        Tokenizer(BYTES, pattern=pattern)
+
+
+def test_a_panic_of_the_regex_engine_is_an_error_as_any_other(capfd):
+    tokenizer = Tokenizer(BYTES, pattern=r"(?:\w|\w\w)+(?=!)|\w|\W")
+    with pytest.raises(ValueError, match="tiktoken breaks down over this text or split pattern"):
+        tokenizer.encode("a" * 60)
+    assert "panicked" in capfd.readouterr().err  # it was one
+
+
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
     with (tmp_path / "tokenizer.pkl").open("wb") as file:
         file.truncate(2**33)

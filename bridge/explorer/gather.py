@@ -115,9 +115,7 @@ def gather(
     with files.replacing_folder(folder) as partial:
         tell("reading text", 0.0)
         tokens, dropped = read(nano, plan)
-        names = {
-            hook: str((sae.metadata or {}).get("model_name") or nano.path.parent.name) for hook, sae in saes.items()
-        }
+        names = {hook: str((sae.metadata or {}).get("model_name") or nano.name) for hook, sae in saes.items()}
         _write_texts(partial / "texts", nano, tokens, plan, next(iter(names.values())))
         with contextlib.ExitStack() as stack:
             gatherers = {}

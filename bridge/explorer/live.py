@@ -57,7 +57,7 @@ class Api:
             {
                 "live": True,
                 "model": {
-                    "name": session.nano.path.parent.name,
+                    "name": session.nano.name,
                     "n_layer": config.n_layer,
                     "n_embd": config.n_embd,
                     "vocab_size": config.vocab_size,

@@ -194,7 +194,7 @@ class Wire:
         others = ("activation_source", "activation_raw", "activation_attention", "dfa", "lens_logit", "lens_jacobian")
         return JSONResponse(
             {
-                "model": self._sources.model_id or session.nano.path.parent.name,
+                "model": self._sources.model_id or session.nano.name,
                 "backend": "eager",
                 "device": str(session.im.model.lm_head.weight.device),
                 "max_concurrent_requests": limits.generations,

@@ -1,25 +1,25 @@
-"""Reads nanochat checkpoints of every generation, without trusting them and without a second copy in memory."""
+"""Loads nanochat checkpoints of every generation and format, without trusting them and without a second copy."""
 
 import dataclasses
 import functools
 import hashlib
-import json
-import pickle
-import zipfile
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bridge.nanochat import deduce, locate
+from bridge.nanochat import deduce, hub, json_file, locate
+from bridge.nanochat import weights as weights_file
 from bridge.nanochat.config import GPTConfig
 from bridge.nanochat.model import GPT
+from bridge.nanochat.names import few
+from bridge.nanochat.settings import Settings, check_others, of_meta, of_mlx, of_transformers
 from bridge.nanochat.tokenizer import Tokenizer
 from bridge.nanochat.tokenizer import load as load_tokenizer
-from jsae.files import is_system_error
-
-_MAX_META_BYTES = 2**24
+from bridge.nanochat.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +32,22 @@ class Nanochat:
     config: GPTConfig
     generation: str
     path: Path
+    """The file of weights, or the index of several."""
+    files: tuple[Path, ...]
+    """Every file that the weights are in."""
+    name: str
+    """What to call it: its directory, or its repository on the hub."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The sha256 of the weights file, read when first asked for."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """The sha256 of the weights file, of several that of their digests in order; read when first asked for."""
+        digests = []
+        for part in self.files:
+            with part.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256"))
+        if len(digests) == 1:
+            return digests[0].hexdigest()
+        return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def load(
@@ -46,41 +56,51 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     tokenizer: Tokenizer | str | Path | None = None,
+    ignore: Sequence[str] = (),
     **overrides: Any,
 ) -> Nanochat:
-    """A nanochat of any generation, from upstream's own files.
+    """Load a nanochat of any generation, from upstream's own files or those of other libraries.
 
     Args:
-        path: a checkpoint directory (base_checkpoints/d20), one model_*.pt in it, a `*_checkpoints` or a base
-            directory (then upstream's default choice), or "demo", the small model that comes along.
+        path: a checkpoint directory (base_checkpoints/d20), one file of weights in it, a `*_checkpoints` or a base
+            directory (then upstream's default choice), an address on the Hugging Face hub
+            (hf://owner/name@revision/folder), or "demo", the small model that comes along. Weights may be nanochat's
+            model_*.pt, or safetensors (one file or several) under nanochat's names, transformers' or mlx'.
         step: the step of a directory to take, the last one unless given.
         device: where the model shall be.
         dtype: of the matrices; unless given float32, and bfloat16 on CUDA. Scalars stay in float32, as upstream's.
         tokenizer: a tokenizer, or the path of one; unless given, looked for beside and above the checkpoint.
-        overrides: generation, softcap, rope_table, rope_base, qk_scale, window_pattern, sequence_len, n_head,
+        ignore: names of settings in meta.json or config.json that are refused, but known to change nothing.
+        overrides: generation, softcap, rope_table, rope_base, qk_scale, eps, window_pattern, sequence_len, n_head,
             vocab_size: what the files tell wrongly or not at all.
 
-    On the CPU the weights are mapped from the file, not read into memory: do not overwrite it while the model lives.
+    On the CPU the weights are mapped from the file, not copied into memory: do not overwrite it while the model lives.
+    transformers and mlx compute with another eps and an unrounded rope table; what they convert is loaded with their
+    arithmetic, and rope_table="bf16" with eps=2**-23 gives back nanochat's own.
 
     Warns (UserWarning) wherever the files leave a choice open.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint or step.
-        ValueError: the file is damaged, holds more than tensors (nothing of it is run), is not a nanochat, or
-            contradicts its meta file or tokenizer.
+        FileNotFoundError: there is no such checkpoint or step, or the hub cannot be reached and the cache lacks it.
+        ValueError: the file is damaged, holds more than tensors (nothing of it is run), is not a nanochat, has a
+            setting that no nanochat has, or contradicts its meta file or tokenizer.
         TypeError: an override of another name.
+        ImportError: an address on the hub without huggingface_hub.
     """
     deduce.check_overrides(overrides)
-    files = locate.find(path, step)
-    meta = read_meta(files.meta) if files.meta else {}
-    if tokenizer is None:
-        tokenizer = files.tokenizer
+    files = hub.find(path, step) if hub.is_address(path) else locate.find(path, step)
+    tables = _tables(files)
+    tokenizer = files.tokenizer if tokenizer is None else tokenizer
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)
-    weights = read_weights(files.weights)
+    weights = weights_file.read(files.weights)
     try:
-        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        generation, config = deduce.deduce(shapes, meta, overrides, tokenizer and tokenizer.vocab_size)
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
+        weights_file.refuse_foreign(shapes)
+        settings = _settings(weights, *tables)
+        generation, config = deduce.deduce(shapes, settings, overrides, tokenizer and tokenizer.vocab_size)
+        given = [name for name, value in overrides.items() if value is not None]
+        check_others(settings, config, generation, (*ignore, *given))
         with torch.device("meta"):
             model = GPT(config)
         _compare(shapes, model, generation)
@@ -91,56 +111,47 @@ def load(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {files.weights} has {config.vocab_size}: "
             "give the tokenizer it was trained with as tokenizer="
         )
-    _assign(model, weights, torch.device(device), dtype)
-    return Nanochat(model, tokenizer, meta, config, generation, files.weights)
+    _say_arithmetic(weights, config)
+    _assign(model, weights.tensors, torch.device(device), dtype)
+    name = hub.parse(path).name if hub.is_address(path) else files.weights.absolute().parent.name
+    return Nanochat(model, tokenizer, dict(settings.meta), config, generation, files.weights, weights.files, name)
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """The meta file of a checkpoint. Raises ValueError if it is not a JSON table of a sane size."""
-    if path.stat().st_size > _MAX_META_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than any meta file of nanochat")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}; mend it, or move it away and give the sizes") from error
-    if not isinstance(meta, dict):
-        raise ValueError(f"{path} must hold a JSON table, got {type(meta).__name__}")
-    return meta
+def _tables(files: locate.Files) -> list[dict[str, Any]]:
+    """Return the meta file, the configuration and the base model's meta file, empty where there is none."""
+    advice = "mend it, or move it away and give the sizes"
+    found = ((files.meta, "meta"), (files.config, "config"), (files.base_meta, "meta"))
+    return [json_file.read_table(file, f"{what} file", advice) if file else {} for file, what in found]
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a model file by upstream's names, mapped from the file and not yet read.
+def _settings(weights: Weights, meta: dict[str, Any], config: dict[str, Any], base: dict[str, Any]) -> Settings:
+    """Return what the files beside the weights say."""
+    if weights.transformers:
+        return of_transformers(config, meta)
+    if weights.mlx:
+        return of_mlx(config, meta)
+    return of_meta(meta, config, base)
 
-    Raises ValueError if the file is damaged or holds anything but tensors; nothing of it is run.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("it is compressed, so that reading a part of it may fill the memory")
-        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors; nothing of it was run. {_first_line(error)}") from error
-    except Exception as error:  # a damaged file may raise nearly anything
-        if is_system_error(error):
-            raise
-        raise ValueError(f"{path} is damaged or not a file of torch.save: {_first_line(error)}") from error
-    if not isinstance(weights, dict) or not all(isinstance(k, str) for k in weights):
-        raise ValueError(f"{path} must hold weights by name, got {type(weights).__name__}: give a model_*.pt")
-    for name, tensor in weights.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
-            kind = f"a tensor of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{path} must hold floating-point tensors by name, but {name!r} is {kind}")
-    # Strides of 0 would make of a small file a tensor that fills the memory once it is converted.
-    if sum(t.numel() * t.element_size() for t in weights.values()) > path.stat().st_size:
-        raise ValueError(f"{path} describes tensors that are larger than the file")
-    named = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
-    if len(named) < len(weights):
-        raise ValueError(f"{path} holds some weights twice, with and without the prefix _orig_mod.")
-    return named
+
+def _say_arithmetic(weights: Weights, config: GPTConfig) -> None:
+    """Warn that another library's arithmetic is computed, and what its files cannot tell."""
+    if weights.transformers:
+        warnings.warn(
+            f"weights of transformers' NanoChat: computed as transformers does, with eps={config.eps:.3g} and "
+            f'rope_table="{config.rope_table}". transformers holds the generations G0 and G1 only: of a newer model, '
+            "trained after 2026-01-11, the conversion dropped weights without a word. Then bring its model_*.pt",
+            stacklevel=3,
+        )
+    elif weights.mlx:
+        warnings.warn(
+            f"weights of mlx: computed as mlx-lm does, with eps={config.eps:.3g}, softcap={config.softcap:g} and "
+            f'rope_table="{config.rope_table}"; eps and softcap are in no file',
+            stacklevel=3,
+        )
 
 
 def _compare(shapes: dict[str, tuple[int, ...]], model: GPT, generation: str) -> None:
-    """Raises ValueError unless the file has exactly the model's weights, naming what differs."""
+    """Raise ValueError unless the file has exactly the model's weights, naming what differs."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = [f"{k} is {shapes[k]} and not {expected[k]}" for k in expected if k in shapes and shapes[k] != expected[k]]
     differences = {
@@ -149,22 +160,16 @@ def _compare(shapes: dict[str, tuple[int, ...]], model: GPT, generation: str) ->
         "of another shape": wrong,
     }
     if any(differences.values()):
-        told = "; ".join(f"{kind}: {_few(names)}" for kind, names in differences.items() if names)
+        turned = [name for name in expected if shapes.get(name, ())[::-1] == expected[name] != shapes.get(name, ())]
+        told = "; ".join(f"{kind}: {few(names)}" for kind, names in differences.items() if names)
+        told += f". Transposed, (in, out) instead of nanochat's (out, in): {few(turned)}" * bool(turned)
         raise ValueError(f"these are not the weights of a nanochat of generation {generation} and these sizes. {told}")
 
 
 def _assign(model: GPT, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None) -> None:
-    """Puts the weights into a model on the meta device, converted one tensor at a time, and moves its tables along."""
+    """Put the weights into a model on the meta device, converted one tensor at a time, and moves its tables along."""
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     for name, tensor in weights.items():
         weights[name] = tensor.to(device, torch.float32 if tensor.ndim == 1 else dtype)
     model.load_state_dict(weights, strict=True, assign=True)
     model.to(device).eval().requires_grad_(False)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _few(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

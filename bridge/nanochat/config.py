@@ -5,6 +5,7 @@ from typing import Literal
 
 HEAD_DIM = 128  # upstream's default, for files that do not say
 SMEAR_CHANNELS = 24  # the smear gate reads this many channels of the embedding
+EPS = 2.0**-23  # float32's epsilon, which torch adds to mean squares in a norm without an eps of its own
 _LIMITS = {
     "sequence_len": 2**17,
     "vocab_size": 2**22,
@@ -14,7 +15,7 @@ _LIMITS = {
     "n_embd": 2**16,
 }
 _MAX_ROPE = 2**23  # of sequence_len * head_dim: the rope tables are forty times as many bytes
-_NUMBERS = ("rope_base", "qk_scale", "softcap")
+_NUMBERS = ("rope_base", "qk_scale", "softcap", "eps")
 _SHORT_WINDOW = {
     "half": lambda length: length // 2,
     "third_ceil128": lambda length: -(-length // 3 // 128) * 128,
@@ -65,6 +66,7 @@ class GPTConfig:
     rope_table: Literal["bf16", "compute"] = "bf16"  # bf16: cos and sin are rounded to bfloat16 at any precision
     qk_scale: float | int = 1.0  # factor on q and on k, after their norms
     softcap: float | int = 15.0
+    eps: float | int = EPS  # of every norm; other libraries that run nanochats compute with 1e-6 or 1e-5
     window: Literal["none", "half", "third_ceil128", "quarter_ceil128"] = "none"  # the length of a short window
     window_pattern: str = "L"  # S (short) or L (sequence_len) per layer, repeated; the last layer is L
     lambdas: bool = False

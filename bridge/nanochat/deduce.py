@@ -1,4 +1,4 @@
-"""Which generation a checkpoint is of, from the names and shapes of its weights and what its meta file tells."""
+"""Which generation a checkpoint is of, from the names and shapes of its weights and what the files tell."""
 
 import re
 import warnings
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bridge.nanochat.config import GENERATIONS, HEAD_DIM, GPTConfig
+from bridge.nanochat.settings import SIZES, Settings
 
 OVERRIDES = (
     "generation",
@@ -13,12 +14,14 @@ OVERRIDES = (
     "rope_table",
     "rope_base",
     "qk_scale",
+    "eps",
     "window_pattern",
     "sequence_len",
     "n_head",
     "vocab_size",
 )
-_SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+_ARITHMETIC = ("softcap", "rope_table", "rope_base", "qk_scale", "eps")
+_LONGEST_PATTERN = 1024  # letters
 _SEQUENCE_LEN = 2048  # of every script of upstream, for files that do not say
 _G5_EVAL_TOKENS = 41943040  # base training's default from 2026-03-04 on; the softcap was 20 until 03-09
 
@@ -26,95 +29,67 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Raises TypeError for a name that no override has."""
+    """Raise TypeError for a name that no override has."""
     for name in overrides:
         if name not in OVERRIDES:
             raise TypeError(f"no override {name!r} for a checkpoint; there are {', '.join(OVERRIDES)}")
 
 
 def deduce(
-    shapes: Shapes, meta: Mapping[str, Any], overrides: Mapping[str, Any], vocab_size: int | None = None
+    shapes: Shapes, settings: Settings, overrides: Mapping[str, Any], vocab_size: int | None = None
 ) -> tuple[str, GPTConfig]:
-    """The generation and config of a checkpoint. Nothing larger than the config is made.
+    """Return the generation and config of a checkpoint. Nothing larger than the config is made.
 
     Args:
-        shapes: of every tensor, by its name without the prefix of a compiled model.
-        meta: the meta file, empty where there is none.
+        shapes: of every tensor, by nanochat's names.
+        settings: what the files beside the weights say.
         overrides: what the caller knows better; see OVERRIDES.
-        vocab_size: the tokenizer's, for files without meta.
+        vocab_size: the tokenizer's, for files that do not tell it.
 
     Warns (UserWarning) of every choice that the files leave open, and names the override that settles it.
 
     Raises:
-        ValueError: these are no weights of a nanochat, of a side branch, or not those that meta tells of.
+        ValueError: these are no weights of a nanochat, of a side branch, or not those that the settings tell of.
     """
-    _refuse_foreign(shapes)
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    told = meta.get("model_config", {})
-    if not isinstance(told, dict) or (meta and not told):
-        raise ValueError(f"the meta file's model_config must be a table of sizes, got {told!r}")
-    fields = _sizes(shapes, told, overrides, vocab_size)
-    pattern = overrides.get("window_pattern", told.get("window_pattern"))
-    if not isinstance(pattern, str | None):
-        raise ValueError(f"window_pattern must be of the letters S and L, got {pattern!r}")
-    generation = overrides.get("generation") or _generation(shapes, meta, pattern, fields["vocab_size"])
+    fields = _sizes(shapes, settings, overrides, vocab_size)
+    pattern = overrides.get("window_pattern", settings.window_pattern)
+    if not isinstance(pattern, str | None) or len(pattern or "") > _LONGEST_PATTERN:
+        raise ValueError(f"window_pattern must be of the letters S and L, got {str(pattern)[:100]!r}")
+    generation = overrides.get("generation") or settings.generation
+    generation = generation or _generation(shapes, settings, pattern, fields["vocab_size"])
     if generation == "G4" and "generation" not in overrides:
-        generation = _g4_or_g5(meta, overrides.get("softcap"))
+        generation = _g4_or_g5(settings.meta, overrides.get("softcap", settings.softcap))
     if "window" in GENERATIONS.get(generation, ()):
-        fields["window_pattern"] = _missing_pattern(meta) if pattern is None else pattern.upper()
+        fields["window_pattern"] = _missing_pattern(settings.meta) if pattern is None else pattern.upper()
     elif pattern is not None and "generation" not in overrides:
         raise ValueError(f"a window_pattern {pattern!r}, but the weights are of {generation}, which knows no windows")
-    arithmetic = {k: v for k, v in overrides.items() if k in ("softcap", "rope_table", "rope_base", "qk_scale")}
-    return generation, GPTConfig.of(generation, **fields, **arithmetic)
+    arithmetic = {name: overrides[name] for name in _ARITHMETIC if name in overrides}
+    return generation, GPTConfig.of(generation, **fields, **(settings.fixed | arithmetic))
 
 
-def _refuse_foreign(shapes: Shapes) -> None:
-    if any(re.search(r"\.(router|moe|experts|shared_expert)\.", name) for name in shapes):
-        raise ValueError(
-            "this is a mixture of experts of nanochat's side branches moe and moe3, which is not supported"
-        )
-    if any(name.startswith(("value_embed_A.", "value_embed.", "v0_lambdas")) for name in shapes):
-        raise ValueError(
-            "this is an experiment of 2026-01-16 from nanochat's side branch ve (v0_lambdas instead of gates), "
-            "which is not supported"
-        )
-    needed = ("transformer.wte.weight", "transformer.h.0.attn.c_k.weight", "lm_head.weight")
-    if missing := [name for name in needed if len(shapes.get(name, ())) != 2]:
-        found = ", ".join(list(shapes)[:4]) or "nothing"
-        raise ValueError(f"these are not a nanochat's weights: no matrix {', '.join(missing)}; found {found}, ...")
-
-
-def _sizes(shapes: Shapes, told: dict, overrides: Mapping[str, Any], vocab_size: int | None) -> dict[str, Any]:
-    """Upstream's six sizes, from overrides, meta and shapes in that order; what meta says must fit the shapes."""
+def _sizes(shapes: Shapes, settings: Settings, overrides: Mapping[str, Any], vocab_size: int | None) -> dict[str, Any]:
+    """Return upstream's six sizes, from overrides, files and shapes in that order; files must fit the shapes."""
     rows, n_embd = shapes["transformer.wte.weight"]
     layers = {match[1] for name in shapes if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
-    given = {k: v for k, v in overrides.items() if k in _SIZES}
-    if told:
-        if missing := [k for k in _SIZES if k not in told]:
-            raise ValueError(f"the meta file's model_config lacks {', '.join(missing)}")
-        if wrong := {k: told[k] for k in _SIZES if type(told[k]) is not int}:
-            raise ValueError(f"the meta file's model_config must hold whole numbers, got {wrong}")
-        if extra := sorted(told.keys() - {*_SIZES, "window_pattern"}):
-            warnings.warn(f"the meta file's model_config has {', '.join(extra)}, unknown here: ignored", stacklevel=4)
-        sizes = {k: told[k] for k in _SIZES} | given
-    else:
-        sizes = _sizes_without_meta(rows, n_embd, len(layers), given, vocab_size)
-    if "n_head" in given or not told:
+    given = {k: v for k, v in overrides.items() if k in SIZES}
+    told = dict(settings.sizes)
+    if wrong := {k: v for k, v in told.items() if type(v) is not int}:
+        raise ValueError(f"{settings.source} must hold whole numbers, got {str(wrong)[:200]}")
+    guesses = {"sequence_len": _SEQUENCE_LEN, "n_head": max(1, n_embd // HEAD_DIM)}
+    guesses["vocab_size"] = rows if vocab_size is None else vocab_size
+    if guessed := {k: v for k, v in guesses.items() if k not in told and k not in given}:
+        names = ", ".join(f"{k}={v}" for k, v in guessed.items())
+        missing = "no meta file beside the weights" if not settings.source else f"{settings.source} does not tell all"
+        tokenizers = " (vocab_size is the tokenizer's)" if "vocab_size" in guessed and vocab_size is not None else ""
+        warnings.warn(f"{missing}: took {names}{tokenizers}; give what is wrong as arguments", stacklevel=4)
+    sizes = {"n_layer": len(layers), "n_embd": n_embd} | guesses | told | given
+    if "n_head" in given or "n_kv_head" not in told:
         sizes["n_kv_head"] = _kv_heads(shapes, n_embd, sizes["n_head"])
     for name, found in (("n_layer", len(layers)), ("n_embd", n_embd)):
         if sizes[name] != found:
-            raise ValueError(f"the meta file says {name}={sizes[name]!r}, but the weights have {found}")
+            raise ValueError(f"{settings.source} says {name}={sizes[name]!r}, but the weights have {found}")
     return sizes
-
-
-def _sizes_without_meta(rows: int, n_embd: int, n_layer: int, given: dict, vocab_size: int | None) -> dict[str, Any]:
-    guesses = {"sequence_len": _SEQUENCE_LEN, "n_head": max(1, n_embd // HEAD_DIM)}
-    if vocab_size is None:
-        guesses["vocab_size"] = rows
-    if guessed := {k: v for k, v in guesses.items() if k not in given}:
-        names = ", ".join(f"{k}={v}" for k, v in guessed.items())
-        warnings.warn(f"no meta file beside the weights: took {names}; give what is wrong as arguments", stacklevel=5)
-    return {"n_layer": n_layer, "n_embd": n_embd, "vocab_size": vocab_size} | guesses | given
 
 
 def _kv_heads(shapes: Shapes, n_embd: int, n_head: Any) -> int:
@@ -124,8 +99,8 @@ def _kv_heads(shapes: Shapes, n_embd: int, n_head: Any) -> int:
     return rows // (n_embd // n_head)
 
 
-def _generation(shapes: Shapes, meta: Mapping[str, Any], pattern: str | None, vocab_size: int) -> str:
-    """The generation by its weights; the softcap of G5 leaves no trace there, so G5 is G4 here."""
+def _generation(shapes: Shapes, settings: Settings, pattern: str | None, vocab_size: int) -> str:
+    """Return the generation by the weights; the softcap of G5 leaves no trace there, so G5 is G4 here."""
     gates = {shape[-1] for name, shape in shapes.items() if name.endswith(".attn.ve_gate.weight") and shape}
     if gates == {12}:
         return "G7" if "smear_gate.weight" in shapes else "G6"
@@ -137,6 +112,7 @@ def _generation(shapes: Shapes, meta: Mapping[str, Any], pattern: str | None, vo
         return "G0" if shapes["transformer.wte.weight"][0] == vocab_size else "G1"
     if pattern is not None:
         return "G3"
+    meta = settings.meta
     if not meta:
         warnings.warn(
             'no meta file beside the weights: took generation="G2", whose weights have the same names as those of G3',

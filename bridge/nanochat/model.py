@@ -7,19 +7,24 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import relu, rms_norm, scaled_dot_product_attention
 
-from bridge.nanochat.config import GENERATIONS, SMEAR_CHANNELS, GPTConfig
+from bridge.nanochat.config import EPS, GENERATIONS, SMEAR_CHANNELS, GPTConfig
 
 __all__ = ["GENERATIONS", "GPT", "Cache", "GPTConfig"]
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, each (1, T, 1, head_dim / 2)
 
 
-def norm(x: Float[Tensor, "*axes C"]) -> Float[Tensor, "*axes C"]:
-    """Divides x by its root mean square over the last axis; no weights.
+def norm(x: Float[Tensor, "*axes C"], eps: float | None = None) -> Float[Tensor, "*axes C"]:
+    """Divide x by its root mean square over the last axis; no weights.
 
-    No eps is given: torch then takes float32's, as upstream does. 1e-6 is visibly wrong for small embeddings.
+    Without an eps torch takes float32's, as upstream does. 1e-6 is visibly wrong for small embeddings.
     """
-    return rms_norm(x, (x.size(-1),))
+    return rms_norm(x, (x.size(-1),), eps=eps)
+
+
+def norm_eps(config: GPTConfig) -> float | None:
+    """Return the eps to call `norm` with: None, exactly upstream's call, unless the config has another than torch's."""
+    return None if config.eps == EPS else config.eps
 
 
 def rotate(x: Float[Tensor, "B T H D"], rope: Rope) -> Float[Tensor, "B T H D"]:
@@ -111,6 +116,7 @@ class Attention(nn.Module):
         self.window = config.window_sizes[layer]
         self.head_dim = config.head_dim
         self.qk_scale = config.qk_scale
+        self.eps = norm_eps(config)
         self.gate_mult = config.ve_gate_mult
         kv_width = config.n_kv_head * config.head_dim
         self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
@@ -129,7 +135,7 @@ class Attention(nn.Module):
         if ve is not None:
             gate = self.gate_mult * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))  # (B, T, Hkv)
             v = v + gate[..., None] * ve.view_as(v)
-        q, k = norm(rotate(q, rope)), norm(rotate(k, rope))
+        q, k = norm(rotate(q, rope), self.eps), norm(rotate(k, rope), self.eps)
         if self.qk_scale != 1.0:
             q, k = q * self.qk_scale, k * self.qk_scale
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
@@ -157,6 +163,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
+        self.eps = norm_eps(config)
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
@@ -164,8 +171,8 @@ class Block(nn.Module):
         self, x: Float[Tensor, "B T C"], ve: Float[Tensor, "B T kv"] | None, rope: Rope, cache: Cache | None
     ) -> Float[Tensor, "B T C"]:
         """The residual stream after both additions."""
-        x = x + self.attn(norm(x), ve, rope, cache)
-        return x + self.mlp(norm(x))
+        x = x + self.attn(norm(x, self.eps), ve, rope, cache)
+        return x + self.mlp(norm(x, self.eps))
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
@@ -206,6 +213,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.eps = norm_eps(config)
         L, C, V = config.n_layer, config.n_embd, config.padded_vocab
         blocks = nn.ModuleList(Block(config, layer) for layer in range(L))
         self.transformer = nn.ModuleDict({"wte": embedding(V, C), "h": blocks})
@@ -286,11 +294,11 @@ class GPT(nn.Module):
         self._check(tokens, cache, start)
         stop = start + tokens.size(1)
         before = None if cache is None else cache.last_token
-        embedded = norm(self.transformer.wte(tokens))
+        embedded = norm(self.transformer.wte(tokens), self.eps)
         x = self._smear(embedded, None if cache is None else cache.last_embedding) if self.config.smear else embedded
         rope = (self.cos[None, start:stop, None].to(x.dtype), self.sin[None, start:stop, None].to(x.dtype))
 
-        x = norm(self._blocks(tokens, x, before, rope, cache))
+        x = norm(self._blocks(tokens, x, before, rope, cache), self.eps)
         logits = self.lm_head(x)[..., : self.config.vocab_size].float()
 
         if cache is not None:

@@ -2,7 +2,7 @@
 
 A nanochat tokenizer is a byte-level BPE: ids 0..255 are the single bytes, then the merges in rank order, then nine
 special tokens. On disk it is a pickle of a `tiktoken.Encoding` and, beside it, a tensor with each token's length in
-bytes. A pickle can run code, so `load` reads only the handful of opcodes such a file needs and checks what they built.
+bytes; transformers converts it to a tokenizer.json. `tokenizer_file` reads them.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import hashlib
 import io
 import itertools
 import pickle
-import pickletools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import numpy as np
 import tiktoken
 import torch
 from jaxtyping import Int32
 
+from bridge.nanochat import locate, split_pattern, tokenizer_file
+from bridge.nanochat.tokenizer_file import MAX_FILE_BYTES, MAX_VOCAB_SIZE
 from jsae import files
+
+Result = TypeVar("Result")
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -39,20 +42,9 @@ PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
-# A tokenizer of 65,536 tokens takes about one megabyte; anything near these limits is not a tokenizer.
-MAX_FILE_BYTES = 64 * 2**20
-MAX_VOCAB_SIZE = 2**20
-MAX_PATTERN_CHARS = 2048
-
 # A run of white space longer than this is cut before it is split: tiktoken's regex engine overflows its stack (and
 # panics) at about a million.
 _LONGEST_BLANK = 2**19
-
-# What pickling an Encoding at protocol 4 or 5 writes. No REDUCE (calls), no PUT with an index (memory on demand).
-_OPCODES = (
-    "PROTO FRAME STOP MEMOIZE BINGET LONG_BINGET MARK STACK_GLOBAL NEWOBJ BUILD EMPTY_TUPLE EMPTY_DICT "
-    "SETITEM SETITEMS SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT BININT1 BININT2"
-)
 
 
 @final
@@ -65,7 +57,7 @@ class Tokenizer:
         token_bytes: (V,) bytes counted per token by bits-per-byte; the true lengths if not given.
 
     Raises:
-        ValueError: the ranks, the pattern or token_bytes do not make a nanochat tokenizer.
+        ValueError: the ranks, the pattern (`split_pattern.check`) or token_bytes do not make a nanochat tokenizer.
     """
 
     def __init__(self, ranks: dict[bytes, int], *, pattern: str = PATTERN, token_bytes: np.ndarray | None = None):
@@ -87,11 +79,13 @@ class Tokenizer:
         return digest.hexdigest()[:16]
 
     def encode(self, text: str, prepend_bos: bool = False) -> list[int]:
-        """The ids of text. The names of special tokens inside text are ordinary text."""
-        if len(text) > _LONGEST_BLANK:
-            ids = [i for piece in _cut_long_blanks(text) for i in self._encoding.encode_ordinary(piece)]
-        else:
-            ids = self._encoding.encode_ordinary(text)
+        """Return the ids of text. The names of special tokens inside text are ordinary text.
+
+        Raises ValueError for text over which tiktoken's regex engine breaks down, as it may with a pattern that is not
+        nanochat's own.
+        """
+        pieces = _cut_long_blanks(text) if len(text) > _LONGEST_BLANK else [text]
+        ids = _unpanicked(lambda: [i for piece in pieces for i in self._encoding.encode_ordinary(piece)])
         return [self.bos_token_id, *ids] if prepend_bos else ids
 
     def encode_batch(self, texts: Sequence[str], prepend_bos: bool = False) -> list[list[int]]:
@@ -158,7 +152,7 @@ class Tokenizer:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer from nanochat's `tokenizer.pkl`, or the directory it lies in.
+    """Load a tokenizer from nanochat's `tokenizer.pkl`, its conversion `tokenizer.json`, or the directory of either.
 
     `token_bytes.pt` beside it is used if it is there: older files count other lengths than the true ones, and bits per
     byte is only comparable with the table a run was measured with.
@@ -167,20 +161,22 @@ def load(path: str | Path) -> Tokenizer:
         FileNotFoundError: there is no such file.
         ValueError: the file holds anything but a nanochat tokenizer. Nothing in it is run.
     """
-    path = Path(path)
-    file = path / "tokenizer.pkl" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"no tokenizer at {file}; give nanochat's tokenizer directory or its tokenizer.pkl")
+    path = locate.expand(path)
+    named = [path / "tokenizer.pkl", path / "tokenizer.json"] if path.is_dir() else [path]
+    file = next((file for file in named if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"no tokenizer at {named[0]}; give nanochat's tokenizer directory or its tokenizer.pkl")
     if file.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size} bytes; a tokenizer has at most {MAX_FILE_BYTES}")
-    state = _read_state(file)
+    is_json = file.suffix.lower() == ".json"
+    contents = tokenizer_file.read_json(file, SPECIAL_TOKENS) if is_json else tokenizer_file.read_pickle(file)
     table = file.parent / "token_bytes.pt"
-    token_bytes = _read_token_bytes(table) if table.is_file() else None
+    token_bytes = tokenizer_file.read_token_bytes(table) if table.is_file() else None
     try:
-        tokenizer = Tokenizer(state["mergeable_ranks"], pattern=state["pat_str"], token_bytes=token_bytes)
+        tokenizer = Tokenizer(contents.ranks, pattern=contents.pattern, token_bytes=token_bytes)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    if state["special_tokens"] != tokenizer.special_tokens:
+    if contents.special_tokens != tokenizer.special_tokens:
         raise ValueError(f"{file}: special tokens must be {tokenizer.special_tokens}, nanochat's nine after the merges")
     return tokenizer
 
@@ -223,60 +219,7 @@ def save(tokenizer: Tokenizer, directory: str | Path) -> None:
     files.write(directory / "tokenizer.pkl", pickle.dumps(tokenizer._encoding, protocol=4))
 
 
-# ---- hostile files ------------------------------------------------------------------------------------------------
-
-
-class _State:
-    """Stands where the pickle says tiktoken.core.Encoding: it keeps the state and does nothing with it."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Reader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> type:
-        if (module, name) != ("tiktoken.core", "Encoding"):
-            raise ValueError(f"it asks for {module}.{name}")
-        return _State
-
-
-def _read_state(file: Path) -> dict[str, Any]:
-    """The four fields of the pickled Encoding, of the right types; their content is checked by Tokenizer."""
-    data = file.read_bytes()
-    allowed = set(_OPCODES.split())
-    try:
-        for opcode, _, _ in pickletools.genops(data):
-            if opcode.name not in allowed:
-                raise ValueError(f"it holds the pickle opcode {opcode.name}")
-        built = _Reader(io.BytesIO(data)).load()
-    except Exception as error:  # a broken pickle may raise nearly anything
-        if files.is_system_error(error):
-            raise
-        raise ValueError(f"{file} is not a nanochat tokenizer (nothing of it was run): {error}") from error
-    state = getattr(built, "state", None)
-    types = {"name": str, "pat_str": str, "mergeable_ranks": dict, "special_tokens": dict}
-    if not (isinstance(built, _State) and isinstance(state, dict) and state.keys() == types.keys()):
-        raise ValueError(f"{file} is not a pickled tiktoken.Encoding with the fields {', '.join(types)}")
-    for field, kind in types.items():
-        if not isinstance(state[field], kind):
-            raise ValueError(f"{file}: field {field} must be a {kind.__name__}, got {type(state[field]).__name__}")
-    if not all(type(token) is bytes and type(rank) is int for token, rank in state["mergeable_ranks"].items()):
-        raise ValueError(f"{file}: every token must be bytes with an integer id")
-    return state
-
-
-def _read_token_bytes(file: Path) -> np.ndarray:
-    if file.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{file} has {file.stat().st_size} bytes; at most {MAX_FILE_BYTES} are expected")
-    try:
-        table = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        if files.is_system_error(error):
-            raise
-        raise ValueError(f"{file} is not a tensor that torch.load(weights_only=True) reads: {error}") from error
-    if not isinstance(table, torch.Tensor) or table.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{file} must hold one integer tensor, got {getattr(table, 'dtype', type(table).__name__)}")
-    return table.numpy()
+# ---- checks ---------------------------------------------------------------------------------------------------------
 
 
 def _check_ranks(ranks: dict[bytes, int]) -> None:
@@ -297,12 +240,25 @@ def _check_token_bytes(table: np.ndarray, lengths: np.ndarray) -> Int32[np.ndarr
 
 
 def _build_encoding(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> tiktoken.Encoding:
-    if len(pattern) > MAX_PATTERN_CHARS:
-        raise ValueError(f"the split pattern has {len(pattern)} characters, at most {MAX_PATTERN_CHARS} are read")
+    split_pattern.check(pattern)
     try:
-        return tiktoken.Encoding(name="rustbpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+        return _unpanicked(
+            lambda: tiktoken.Encoding(
+                name="rustbpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+            )
+        )
     except Exception as error:
         raise ValueError(f"tiktoken refuses the split pattern or the ranks: {error}") from error
+
+
+def _unpanicked(call: Callable[[], Result]) -> Result:
+    """Return what call() returns; raise ValueError where Rust panics, which pyo3 tells as a BaseException."""
+    try:
+        return call()
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":
+            raise ValueError(f"tiktoken breaks down over this text or split pattern: {str(error)[:200]}") from error
+        raise
 
 
 def _cut_long_blanks(text: str) -> list[str]:

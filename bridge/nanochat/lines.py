@@ -25,11 +25,13 @@ LINES_PER_UNIT = 256
 BYTES_PER_UNIT = 4 * 2**20
 """A unit ends with the line that reaches one of the two."""
 
-_FREE = 64 * 2**20  # unpacked bytes before the ratio counts
+_FREE = 16 * 2**20  # unpacked bytes before the ratio counts
 _MOST_RATIO = 200  # of unpacked to packed bytes; text reaches 3 to 20
 _SIMPLE = 2**20  # characters of JSON whose values cannot be too many
 _MOST_VALUES = 500_000
+_NESTED = "JSON that is nested too deeply"
 _IN_MEMORY = 32 * 2**20
+_BLANKS = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z|\\\Z)', re.DOTALL)
 
 
@@ -81,13 +83,12 @@ def units(file: Path, form: str, gzipped: bool, spool: Spool) -> list[Unit]:
     content, chunks = hashlib.sha256(), []
     word = "line"
     try:
-        with gzip.open(file) if gzipped else file.open("rb") as stream:
+        with gzip.open(file) if gzipped else file.open("rb") as opened:
+            stream = _Unpacked(opened, file) if gzipped else opened
             if form == "json" and not _is_lines(stream):
                 word, records = "element", _array(stream, file)
             else:
                 records = _lines(stream, file)
-            if gzipped:
-                records = _watched(records, stream, file)
             by_place = not gzipped and word == "line"
             for chunk in _chunks(records, file, word, spool=None if by_place else spool):
                 content.update(chunk.digest.encode())
@@ -162,17 +163,30 @@ def _lines(stream: io.BufferedIOBase, file: Path) -> Iterator[bytes]:
         yield line
 
 
-def _watched(records: Iterable[bytes], stream: Any, file: Path) -> Iterator[bytes]:
-    """The records of a gzip file, which must not unpack to hundreds of times its size."""
-    unpacked = 0
-    for record in records:
-        unpacked += len(record)
-        if unpacked > _FREE and unpacked > _MOST_RATIO * stream.fileobj.tell():
+class _Unpacked(io.BufferedIOBase):
+    """What a gzip file holds, which must not be hundreds of times as much."""
+
+    def __init__(self, stream: gzip.GzipFile, file: Path):
+        self._stream, self._file, self._count = stream, file, 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return self._counted(self._stream.read(size))
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return self._counted(self._stream.readline(size))
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._count = 0
+        return self._stream.seek(offset, whence)
+
+    def _counted(self, data: bytes) -> bytes:
+        self._count += len(data)
+        if self._count > _FREE and self._count > _MOST_RATIO * self._stream.fileobj.tell():
             raise ValueError(
-                f"{file} unpacks to more than {_MOST_RATIO} times its size, which text does not: if it is what you "
-                "want to read, unpack it first"
+                f"{self._file} unpacks to more than {_MOST_RATIO} times its size, which text does not: if it is what "
+                "you want to read, unpack it first"
             )
-        yield record
+        return data
 
 
 def _is_lines(stream: io.BufferedIOBase) -> bool:
@@ -236,10 +250,9 @@ class _Text:
     def peek(self) -> str:
         """The next character that is no blank; '' at the end."""
         while True:
-            while self._at < len(self._held):
-                if not self._held[self._at].isspace():
-                    return self._held[self._at]
-                self._at += 1
+            self._at = _BLANKS.match(self._held, self._at).end()
+            if self._at < len(self._held):
+                return self._held[self._at]
             if self._ended:
                 return ""
             self._more(2**20)
@@ -265,7 +278,9 @@ class _Text:
             except json.JSONDecodeError as error:
                 if self._ended:
                     raise ValueError(f"{self._file}, element {number}: {error.msg}") from error
-            except (ValueError, RecursionError) as error:
+            except RecursionError as error:
+                raise ValueError(f"{self._file}, element {number}: {_NESTED}") from error
+            except ValueError as error:
                 raise ValueError(f"{self._file}, element {number}: {error}") from error
             if len(self._held) - self._at > MAX_DOCUMENT:
                 raise _too_long(self._file, f"element {number}")
@@ -301,7 +316,7 @@ def parse(line: bytes, file: Path, word: str, number: int) -> Document | None:
     try:
         return of_record(_loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
     except RecursionError as error:
-        raise ValueError(f"{file}, {word} {number}: JSON that is nested too deeply") from error
+        raise ValueError(f"{file}, {word} {number}: {_NESTED}") from error
     except ValueError as error:
         raise ValueError(f"{file}, {word} {number}: {error}") from error
 

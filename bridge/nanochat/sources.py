@@ -235,6 +235,10 @@ def _text_units(file: Path, asked: bool) -> list[Unit]:
         for start, data in _byte_pieces(stream):
             if start == 0 and not asked:
                 _ask_about_json(file, data)
+            if (place := data.find(0)) >= 0:
+                raise ValueError(
+                    f"{file} is not UTF-8 text: byte {start + place} is 0x00, as in UTF-16 or in no text at all"
+                )
             whole.update(_decoded(file, start, data).encode())
             found.append((start, len(data), hashlib.sha256(data).digest()))
     digest = whole.hexdigest()[:12]

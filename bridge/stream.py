@@ -35,8 +35,8 @@ class ActivationStream:
     """A `jsae.data.Source` that runs a nanochat and keeps activations that are worth learning from.
 
     A block is made of a fixed number of tokens of text. The places of tokens that are left out (`excluded`, and sinks
-    at one of the hooks of a site) are filled with the block's first other tokens once more. So a block of a site depends
-    on nothing but its text, whatever else is read in the same pass, and no shape depends on the data.
+    at one of the hooks of a site) are filled with the block's first other tokens once more. So a block of a site
+    depends on nothing but its text, whatever else is read in the same pass, and no shape depends on the data.
 
     Args:
       model: a nanochat, on its device, in the dtype it computes in.
@@ -120,7 +120,7 @@ def _packed(
     count = keep.sum()
     if not count:
         raise ValueError(
-            f"{len(keep)} tokens at {', '.join(site)} gave no activation to keep: all of them are excluded"
+            f"{len(keep)} tokens at {', '.join(site)} gave no activation to keep: all text is BOS or else left out"
         )
     order = torch.argsort(~keep, stable=True)
     order = order[torch.arange(len(keep), device=keep.device) % count]

@@ -25,7 +25,7 @@ LINES_PER_UNIT = 256
 BYTES_PER_UNIT = 4 * 2**20
 """A unit ends with the line that reaches one of the two."""
 
-_FREE = 16 * 2**20  # unpacked bytes before the ratio counts
+_FREE = 4 * 2**20  # unpacked bytes before the ratio counts
 _MOST_RATIO = 200  # of unpacked to packed bytes; text reaches 3 to 20
 _SIMPLE = 2**20  # characters of JSON whose values cannot be too many
 _MOST_VALUES = 500_000

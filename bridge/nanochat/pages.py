@@ -18,7 +18,7 @@ MAX_NESTED_VALUES = 2**23
 """Values of a column of lists in a row group: of these a few bytes can say millions."""
 MAX_DEPTH, MAX_COLUMNS = 32, 10_000
 _FREE, _MOST_RATIO = 64 * 2**20, 200
-_MOST_PAGES = 2**16
+_MOST_PAGES = 2**14
 _WINDOW = 2**14  # bytes in which a page's header is looked for first
 _DICTIONARY_PAGE = 2
 
@@ -66,6 +66,8 @@ def check_column(stream: io.BufferedIOBase, start: int, length: int, nested: boo
     Raises:
         ValueError: a header that cannot be read, or pages that are too large, too many, or unpack to too much.
     """
+    if start < 4 or length < 0:
+        raise ValueError(f"it would begin at byte {start} and have {length}")
     end, packed, unpacked, values = start + length, 0, 0, 0
     for count, page in enumerate(_pages(stream, start, end), 1):
         most = MAX_DICTIONARY if page.kind == _DICTIONARY_PAGE else MAX_PAGE

@@ -117,17 +117,17 @@ def _is_chat(kind: pyarrow.DataType) -> bool:
 
 def _check_group(content: Content, meta: pyarrow.parquet.FileMetaData, column: str, group: int) -> None:
     """Look at the pages of a column in a row group, without unpacking them."""
-    row_group = meta.row_group(group)
-    with content.path.open("rb") as stream:
-        for i in range(row_group.num_columns):
-            chunk = row_group.column(i)
-            if chunk.path_in_schema.split(".")[0] != column:
-                continue
-            start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)), default=0)
-            try:
-                pages.check_column(stream, start, chunk.total_compressed_size, "." in chunk.path_in_schema)
-            except ValueError as error:
-                raise _RefusedError(f"{content.path}, row group {group}: cannot be read: {error}") from error
+    try:
+        row_group = meta.row_group(group)
+        with content.path.open("rb") as stream:
+            for i in range(row_group.num_columns):
+                chunk = row_group.column(i)
+                if chunk.path_in_schema.split(".")[0] == column:
+                    start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)), default=0)
+                    pages.check_column(stream, start, chunk.total_compressed_size, "." in chunk.path_in_schema)
+    except Exception as error:  # of a damaged footer, pyarrow raises nearly anything
+        message = f"{content.path}, row group {group}: cannot be read: {_first_line(error)}"
+        raise _RefusedError(message) from error
 
 
 def _documents(content: Content, column: str, group: int) -> Iterator[Document]:

@@ -1,6 +1,8 @@
 """Text as users bring it: what is read, how it is divided, what is refused, and what is noticed when it changes."""
 
+import contextlib
 import gzip
+import io
 import json
 import os
 import resource
@@ -26,6 +28,15 @@ def corpus(spec: object, **kwargs) -> Corpus:
 
 def texts(spec: object, **kwargs) -> list[str]:
     return list(corpus(spec, **kwargs).documents())
+
+
+class Named(Exception):
+    """A refusal of one line that names the file."""
+
+    @classmethod
+    def of(cls, error: ValueError, file: Path) -> Exception:
+        told = str(error)
+        return cls(told) if told.startswith(str(file)) and "\n" not in told else AssertionError(told)
 
 
 def parquet(path: Path, columns: dict, **settings) -> Path:
@@ -209,11 +220,11 @@ def test_a_parquet_file_with_a_byte_changed_is_read_or_named(tmp_path, damage):
     data = bytearray((tmp_path / "a.parquet").read_bytes())
     data[-1 - damage % len(data)] ^= 0x55
     (tmp_path / "a.parquet").write_bytes(data)
-    try:
-        texts(tmp_path)
-    except ValueError as error:
-        assert str(error).startswith(str(tmp_path / "a.parquet"))
-        assert "\n" not in str(error)
+    with contextlib.suppress(Named):
+        try:
+            texts(tmp_path)
+        except ValueError as error:  # anything else ends the test
+            raise Named.of(error, tmp_path / "a.parquet") from error
 
 
 def test_a_document_above_16_mib_is_refused_and_one_below_is_read_in_pieces(tmp_path, monkeypatch):
@@ -353,7 +364,7 @@ def test_a_file_too_large_to_be_hashed_whole_is_sampled(tmp_path, monkeypatch, p
     assert contents.Content(path).digest == before.digest
     samples = contents._samples(len(data))
     assert len(samples) == contents.SAMPLES
-    assert all(contents.EDGE <= start and start + length <= len(data) - contents.EDGE for start, length in samples)
+    assert all(start >= contents.EDGE and start + length <= len(data) - contents.EDGE for start, length in samples)
     at = {"start": 100, "footer": len(data) - 20, "sample": samples[3][0] + 5}[place]
     data[at] ^= 1
     path.write_bytes(data)
@@ -427,7 +438,7 @@ def test_a_file_that_was_only_touched_is_read_on(tmp_path, monkeypatch):
 def test_a_changed_module_of_the_standard_library_is_noticed(monkeypatch):
     units = [unit for unit in sources.find_units("stdlib", "all", 0.05) if unit.name.startswith("text json/decoder.py")]
     assert len(list(units[0].read())) == 1
-    monkeypatch.setattr("tokenize.open", lambda file: Path(os.devnull).open())
+    monkeypatch.setattr("tokenize.open", lambda file: io.StringIO("other"))
     with pytest.raises(DataChangedError, match=r"json/decoder\.py of the standard library has changed"):
         list(units[0].read())
 

@@ -63,9 +63,11 @@ def finish(
     _tell(config, trainees, found)
 
 
-def _model_name(nano: "Nanochat") -> str:
-    """The name of the directory that holds the checkpoint, as nanochat calls its models."""
-    return nano.path.resolve().parent.name
+def _model_name(checkpoint: str, nano: "Nanochat") -> str:
+    """Return the name of the directory that holds the checkpoint, or of its repository on the hub."""
+    if checkpoint.startswith("hf://"):
+        return "/".join(checkpoint.removeprefix("hf://").split("@")[0].split("/")[:2])
+    return "nanochat-demo" if checkpoint == "demo" else nano.path.absolute().parent.name
 
 
 def _metadata(
@@ -75,7 +77,7 @@ def _metadata(
     train = trainee.member.train
     told = {
         "sae_lens_training_version": "jsae",
-        "model_name": "nanochat-demo" if config.checkpoint == "demo" else _model_name(nano),
+        "model_name": _model_name(config.checkpoint, nano),
         "model_class_name": "nanochat",
         "model_fingerprint": nano.fingerprint,
         "hook_name": trainee.hooks[0],

@@ -86,7 +86,7 @@ def _activations(store: Store, sae_dir: Path) -> Activations:
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{store.path} holds the activations of its examples only, delphi needs all: "
-            "gather the records with --keep_activations"
+            "gather the records with python -m experiments.explore --keep_activations"
         ) from error
     expected = (found, told.d_sae, texts.rows, texts.row_length)
     header = acts.header

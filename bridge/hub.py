@@ -255,11 +255,22 @@ def _data(exports: Sequence[_Export], config: Mapping[str, Any]) -> str:
     names = _told(exports, "dataset_path")
     lines = [f"- trained on activations over: {names or 'text that the files do not name'}"]
     if lengths := _told(exports, "context_size"):
-        lines.append(f"- tokens in a row: {lengths}; each row begins with BOS, where nothing was trained or measured")
+        lines.append(f"- tokens in a row: {lengths}; each row begins with BOS")
+    for ids in dict.fromkeys(map(_excluded, exports)):
+        if ids is not None:
+            lines.append(f"- token ids left out of training and measurement: {ids or 'none'}")
     facts = config.get("facts")
     if isinstance(facts, dict) and isinstance(facts.get("data"), str):
         lines.append(f"- fingerprint of the text: `{_cell(facts['data'])}`")
     return "\n".join(lines)
+
+
+def _excluded(export: _Export) -> str | None:
+    """The ids of tokens that an export says were left out; None if it says nothing."""
+    ids = export.metadata.get("exclude_special_tokens")
+    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+        return None
+    return ", ".join(map(str, ids[:20])) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
 
 
 def _measured(hooks: Sequence[str], told: Mapping[str, Any], last: Mapping[str, Any]) -> str:

@@ -1,21 +1,74 @@
-"""Which tokens an SAE is trained and measured on."""
+"""Which tokens an SAE is trained and measured on, and how that is recorded."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
+
+ExcludeTokens = Literal["bos", "special", "nothing"]
+"""Which special tokens are left out: BOS, all nine of nanochat (the markers of a chat among them), or none."""
 
 SINK_NORM_MULTIPLE = 10.0
 """A token whose norm exceeds this multiple of the median is an attention sink: such tokens are few, say nothing of the
 text, and would take the largest part of the squared error."""
 
 
+@runtime_checkable
+class SpecialTokens(Protocol):
+    """What is asked of a tokenizer here."""
+
+    bos_token_id: int
+    special_tokens: dict[str, int]
+
+
+def excluded_ids(choice: ExcludeTokens, tokenizer: SpecialTokens) -> tuple[int, ...]:
+    """Return the ids that a choice leaves out, ascending."""
+    if choice not in get_args(ExcludeTokens):
+        raise ValueError(f"exclude_tokens is {choice!r}: expected one of {', '.join(get_args(ExcludeTokens))}")
+    if choice == "nothing":
+        return ()
+    return (tokenizer.bos_token_id,) if choice == "bos" else tuple(sorted(tokenizer.special_tokens.values()))
+
+
+def recorded_ids(metadata: Mapping[str, Any] | None, tokenizer: SpecialTokens) -> tuple[int, ...]:
+    """Return the ids that were left out when an SAE was trained, as the metadata of its export says.
+
+    SAELens writes a list of ids, or true for all special tokens, or false. Where nothing is said it is BOS. Exports
+    of jsae from before it recorded `drop_sinks` list all special tokens, but left out BOS alone.
+
+    Raises:
+      ValueError: `exclude_special_tokens` is none of these.
+    """
+    said = metadata.get("exclude_special_tokens") if isinstance(metadata, Mapping) else None
+    if said is None:
+        return (tokenizer.bos_token_id,)
+    if isinstance(said, bool):
+        return excluded_ids("special" if said else "nothing", tokenizer)
+    if not isinstance(said, list) or not all(type(i) is int and 0 <= i < 2**31 for i in said):
+        raise ValueError(f"exclude_special_tokens is {said!r}: expected true, false or a list of token ids")
+    assert metadata is not None
+    if metadata.get("sae_lens_training_version") == "jsae" and "drop_sinks" not in metadata:
+        return (tokenizer.bos_token_id,)
+    return tuple(sorted(said))
+
+
+def among(tokens: Int[torch.Tensor, "*B"], ids: tuple[int, ...]) -> Bool[torch.Tensor, "*B"]:
+    """Return which tokens have one of the ids."""
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    for i in ids:
+        mask |= tokens == i
+    return mask
+
+
 def kept(
-    acts: Float[torch.Tensor, "B T C"], tokens: Int[torch.Tensor, "B T"], drop: int | None, drop_sinks: bool
+    acts: Float[torch.Tensor, "B T C"], tokens: Int[torch.Tensor, "B T"], excluded: tuple[int, ...], drop_sinks: bool
 ) -> Bool[torch.Tensor, "B T"]:
-    """The tokens that count: not those with the id `drop` (BOS), nor, with `drop_sinks`, those of extreme norm.
+    """Return the tokens that count: not those with an id of `excluded`, nor, with `drop_sinks`, those of extreme norm.
 
     A token whose norm is not finite is no sink: it stays, so that the run that meets it can say so.
     """
-    mask = torch.ones_like(tokens, dtype=torch.bool) if drop is None else tokens != drop
+    mask = ~among(tokens, excluded)
     if drop_sinks:
         norms = acts.float().norm(dim=-1)
         mask &= ~(norms > SINK_NORM_MULTIPLE * norms.nanmedian()) | ~norms.isfinite()

@@ -34,15 +34,15 @@ class Rows(Protocol):
 class ActivationStream:
     """A `jsae.data.Source` that runs a nanochat and keeps activations that are worth learning from.
 
-    A block is made of a fixed number of tokens of text. The places of tokens that are left out (BOS, and sinks at one
-    of the hooks of a site) are filled with the block's first other tokens once more. So a block of a site depends on
-    nothing but its text, whatever else is read in the same pass, and no shape depends on the data.
+    A block is made of a fixed number of tokens of text. The places of tokens that are left out (`excluded`, and sinks
+    at one of the hooks of a site) are filled with the block's first other tokens once more. So a block of a site
+    depends on nothing but its text, whatever else is read in the same pass, and no shape depends on the data.
 
     Args:
       model: a nanochat, on its device, in the dtype it computes in.
       rows: where token rows come from.
       sites: for every SAE the hooks that it reads, of the same tokens: one, or a transcoder's two, or a crosscoder's.
-      bos_token_id: dropped from the stream; None keeps every token.
+      excluded: ids that are dropped from the stream (`bridge.selection.excluded_ids`); () keeps every token.
       rows_per_forward: rows in one forward pass.
       drop_sinks: whether to drop tokens of extreme norm.
 
@@ -56,7 +56,7 @@ class ActivationStream:
         rows: Rows,
         sites: Sequence[Sequence[str]],
         *,
-        bos_token_id: int | None,
+        excluded: tuple[int, ...],
         rows_per_forward: int = 16,
         drop_sinks: bool = True,
     ):
@@ -69,7 +69,7 @@ class ActivationStream:
         self.d_in = model.config.n_embd
         self.tokens_seen = 0
         self._model, self._rows = model, rows
-        self._bos, self._rows_per_forward, self._drop_sinks = bos_token_id, rows_per_forward, drop_sinks
+        self._excluded, self._rows_per_forward, self._drop_sinks = excluded, rows_per_forward, drop_sinks
         self._device = next(model.parameters()).device
 
     def fill(self, rows: int) -> Filling:
@@ -107,7 +107,7 @@ class ActivationStream:
         tokens = torch.from_numpy(ids.astype(np.int64)).to(self._device, non_blocking=True)
         with capture(self._model, self._hooks, stop=True) as acts:
             self._model(tokens)
-        stay = {name: kept(found, tokens, self._bos, self._drop_sinks).flatten() for name, found in acts.items()}
+        stay = {name: kept(found, tokens, self._excluded, self._drop_sinks).flatten() for name, found in acts.items()}
         self.tokens_seen += tokens.numel()
         masks = [torch.stack([stay[name] for name in site]).all(0) for site in self._sites]
         return dict(acts), torch.stack(masks)
@@ -119,7 +119,9 @@ def _packed(
     """The rows that stay, in order, and the first of them once more in the places of the others."""
     count = keep.sum()
     if not count:
-        raise ValueError(f"{len(keep)} tokens at {', '.join(site)} gave no activation to keep: all text is BOS")
+        raise ValueError(
+            f"{len(keep)} tokens at {', '.join(site)} gave no activation to keep: all text is BOS or else left out"
+        )
     order = torch.argsort(~keep, stable=True)
     order = order[torch.arange(len(keep), device=keep.device) % count]
     return [part[order] for part in parts]

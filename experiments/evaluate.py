@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import flags, rundir
 from experiments.flags import flag
+from experiments.run_config import ExcludeTokens
 from jsae import files
 from jsae.config import require
 
@@ -46,6 +47,7 @@ class EvaluateConfig:
     context_size: int | None = flag(None, "Tokens per row of text; none is the run's, or the model's sequence_len.")
     heldout_tokens: int = flag(200_000, "Tokens for the metrics, and as many for labels and token classes.")
     probe_tokens: int = flag(400_000, "Tokens of the passages by which packages of the standard library are told.")
+    exclude_tokens: ExcludeTokens | None = flag(None, "Special tokens to leave out; none is as the SAE was trained.")  # noqa: RUF009
     drop_sinks: bool | None = flag(None, "Leave tokens of extreme norm as they are; none is as in the run.")
     probes: bool = flag(True, "Sparse probing and TPP (extra [eval]).")
     labels: bool = flag(True, "Name every latent by the simple predicate that fits it best.")
@@ -121,7 +123,7 @@ def _measure(config: EvaluateConfig, subject: Subject, text: Text, data: str) ->
     from bridge.evaluate import Site, classes, labels, measure, probing
 
     nano, sae = subject.nano, subject.sae
-    site = Site(nano.model, subject.hook, nano.tokenizer.bos_token_id, subject.drop_sinks)
+    site = Site(nano.model, subject.hook, subject.excluded, subject.drop_sinks)
     summary, columns = measure(site, sae, text.tokens, nano.tokenizer.token_bytes)
     summary["setting"] = {
         "sae": str(subject.place),
@@ -131,6 +133,7 @@ def _measure(config: EvaluateConfig, subject: Subject, text: Text, data: str) ->
         "data": data,
         "text": hashlib.sha256(text.tokens.tobytes()).hexdigest()[:16],
         "context_size": text.tokens.shape[1],
+        "excluded": list(subject.excluded),
         "drop_sinks": subject.drop_sinks,
     }
     found: dict[str, Any] = {"eval": summary, "latents": columns}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from experiments import flags, rundir
 from experiments.flags import flag
+from experiments.run_config import ExcludeTokens
 from jsae.config import require
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class ExploreConfig:
     checkpoint: str | None = flag(None, "The nanochat, as of training; none is the one the run was trained on.")
     step: int | None = flag(None, "Step of --checkpoint; none is the last.")
     tokenizer: str | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
+    exclude_tokens: ExcludeTokens | None = flag(None, "Special tokens not to count; none is as the SAEs were trained.")  # noqa: RUF009
     drop_sinks: bool | None = flag(None, "Do not count tokens of extreme norm; none is as in the run.")
     device: str = flag("cpu", "Where the model runs.")
     serve: bool = flag(False, "Serve the page, with text and steering live (extra [web]).")
@@ -145,19 +147,27 @@ def _found(config: ExploreConfig) -> tuple[list[Subject], Plan]:
     from jsae.records import Settings
 
     place = Path(config.run_dir)
-    shared = ("run_dir", "checkpoint", "step", "tokenizer", "data", "drop_sinks", "device")
+    shared = ("run_dir", "checkpoint", "step", "tokenizer", "data", "exclude_tokens", "drop_sinks", "device")
     asked = EvaluateConfig(**{name: getattr(config, name) for name in shared})
     told = subjects.told(asked, place)
+    found = subjects.find(asked)
+    choices = {(subject.excluded, subject.drop_sinks) for subject in found}
+    require(
+        len(choices) == 1,
+        f"the SAEs of {place} were trained on different tokens: say with --exclude_tokens and --drop_sinks which count",
+    )
+    excluded, drop_sinks = choices.pop()
     plan = Plan(
         data=told["data"],
         split=config.split,
         num_tokens=config.num_tokens,
         context_length=config.context_length,
-        drop_sinks=told["drop_sinks"],
+        excluded=excluded,
+        drop_sinks=drop_sinks,
         keep_activations=config.keep_activations,
         records=Settings(seed=config.seed),
     )
-    return subjects.find(asked), plan
+    return found, plan
 
 
 if __name__ == "__main__":

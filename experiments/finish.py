@@ -14,6 +14,7 @@ from bridge.evaluate import Site
 from bridge.evaluate.core import finite
 from bridge.evaluate.survey import survey
 from bridge.hooks import module_name
+from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
 from jsae import export, files, metrics
 from jsae.sweep import States
 from jsae.train import trained
@@ -26,7 +27,12 @@ if TYPE_CHECKING:
 
 
 def finish(
-    config: "RunConfig", trainees: Sequence["Trainee"], states: States, nano: "Nanochat", heldout: "Corpus"
+    config: "RunConfig",
+    trainees: Sequence["Trainee"],
+    states: States,
+    nano: "Nanochat",
+    heldout: "Corpus",
+    data_fingerprint: str,
 ) -> None:
     """Exports every SAE, measures the exports on held-out text, and says where everything lies."""
     needed = -(-config.heldout_tokens // heldout.row_len)
@@ -35,13 +41,13 @@ def finish(
     for trainee, state in zip(trainees, states, strict=True):
         folder = trainee.folder / "sae" / trainee.name
         scales = np.asarray(state.scale), np.asarray(state.scale_out)
-        metadata = _metadata(config, trainee, nano, heldout.row_len)
+        metadata = _metadata(config, trainee, nano, heldout.row_len, data_fingerprint)
         export.write(folder, state.sae.config, trained(state).arrays(), *scales, metadata)
         shipped = torch_sae.load(folder, nano.model.lm_head.weight.device)
         site = Site(
             nano.model,
             trainee.hooks[0],
-            nano.tokenizer.bos_token_id,
+            excluded_ids(config.exclude_tokens, nano.tokenizer),
             config.drop_sinks,
             config.tokens_per_forward,
             beside=trainee.hooks[1:],
@@ -57,8 +63,11 @@ def finish(
     _tell(config, trainees, found)
 
 
-def _metadata(config: "RunConfig", trainee: "Trainee", nano: "Nanochat", row_len: int) -> dict[str, Any]:
-    """What SAELens keeps about an SAE."""
+def _metadata(
+    config: "RunConfig", trainee: "Trainee", nano: "Nanochat", row_len: int, data_fingerprint: str
+) -> dict[str, Any]:
+    """Return what SAELens keeps about an SAE, and what else it takes to read the same activations again."""
+    train = trainee.member.train
     told = {
         "sae_lens_training_version": "jsae",
         "model_name": "nanochat-demo" if config.checkpoint == "demo" else nano.name,
@@ -68,12 +77,17 @@ def _metadata(config: "RunConfig", trainee: "Trainee", nano: "Nanochat", row_len
         "hf_hook_name": module_name(trainee.hooks[0]),
         "context_size": row_len,
         "prepend_bos": True,
-        "exclude_special_tokens": sorted(nano.tokenizer.special_tokens.values()),
+        "exclude_special_tokens": list(excluded_ids(config.exclude_tokens, nano.tokenizer)),
+        "sequence_separator_token": "bos",
+        "disable_concat_sequences": False,
+        "drop_sinks": config.drop_sinks,
+        "sink_norm_multiple": SINK_NORM_MULTIPLE if config.drop_sinks else None,
         "dataset_path": config.data,
+        "dataset_fingerprint": data_fingerprint,
         "seqpos_slice": [None],
         "model_from_pretrained_kwargs": {},
         "training_architecture": config.activation,
-        "training_tokens": config.num_activations,
+        "training_tokens": train.num_steps * train.batch_size,
     }
     if trainee.member.sae.is_transcoder:
         target = trainee.hooks[1]

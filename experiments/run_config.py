@@ -10,6 +10,7 @@ from experiments.flags import flag
 from jsae.config import SPARSE, Architecture, Json, SAEConfig, TrainConfig, require
 
 HookType = Literal["resid_post", "attn", "mlp_in", "mlp"]
+ExcludeTokens = Literal["bos", "special", "nothing"]  # as in bridge.selection, which takes torch to import
 
 SWEPT: Mapping[str, str] = {
     "k": "k",
@@ -65,6 +66,7 @@ class RunConfig(Json):
     context_size: int | None = flag(None, "Tokens per row of text; none is the model's sequence_len.")
     tokens_per_forward: int = flag(2048, "Tokens in one forward pass of the model; a GPU wants 16 times as many.")
     block_size: int = flag(65536, "Activations that are held and shuffled together.")
+    exclude_tokens: ExcludeTokens = flag("bos", "Special tokens to leave out: bos, all nine (special), or nothing.")  # noqa: RUF009 - a field like the others
     drop_sinks: bool = flag(True, "Leave out tokens whose norm exceeds 10 times the median.")
     heldout_tokens: int = flag(200_000, "Held-out tokens for the final metrics.")
     checkpoint_every: int = flag(1_000_000, "Activations between checkpoints.")

@@ -25,6 +25,7 @@ class Subject:
     hook: str
     sae: TorchSAE
     nano: Nanochat
+    excluded: tuple[int, ...]
     drop_sinks: bool
 
 
@@ -50,8 +51,29 @@ def find(config: EvaluateConfig) -> list[Subject]:
         nano = models[key]
         require(nano.tokenizer is not None, f"no tokenizer lies beside {key[0]}: give its directory with --tokenizer")
         InterpretableModel.of(nano, saes)  # refuses what does not fit
-        subjects += [Subject(place, hook, sae, nano, flags["drop_sinks"]) for hook, sae in saes.items()]
+        subjects += [
+            Subject(place, hook, sae, nano, _excluded(config, place, sae, nano), _drop_sinks(config, sae, flags))
+            for hook, sae in saes.items()
+        ]
     return subjects
+
+
+def _excluded(config: EvaluateConfig, place: Path, sae: TorchSAE, nano: Nanochat) -> tuple[int, ...]:
+    """The ids that are left out: those of --exclude_tokens, or those that were left out in training."""
+    from bridge.selection import excluded_ids, recorded_ids
+
+    if config.exclude_tokens is not None:
+        return excluded_ids(config.exclude_tokens, nano.tokenizer)
+    try:
+        return recorded_ids(sae.metadata, nano.tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{place}: cfg.json: {error}") from error
+
+
+def _drop_sinks(config: EvaluateConfig, sae: TorchSAE, flags: dict[str, Any]) -> bool:
+    """Whether sinks are left out: as a flag says, as the export's metadata says, or as the run's flags do."""
+    recorded = sae.metadata.get("drop_sinks") if isinstance(sae.metadata, dict) else None
+    return recorded if config.drop_sinks is None and isinstance(recorded, bool) else flags["drop_sinks"]
 
 
 def places(config: EvaluateConfig) -> list[Path]:

@@ -34,6 +34,7 @@ def _train(run: Path, config: RunConfig, held: contextlib.ExitStack) -> int:
     torch_device = device.share(config.device, config.jax_memory_fraction)
 
     import bridge.nanochat
+    from bridge.selection import excluded_ids
     from bridge.stream import ActivationStream
     from experiments import plan
     from experiments.finish import finish
@@ -45,7 +46,8 @@ def _train(run: Path, config: RunConfig, held: contextlib.ExitStack) -> int:
     plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config))
     corpus, heldout = _texts(config, nano)
     _announce(config, nano, trainees)
-    facts = {"model": nano.fingerprint, "data": corpus.fingerprint}
+    facts = {"model": nano.fingerprint, "data": corpus.fingerprint, "data_files": corpus.files}
+    _check_data(run, corpus)
     rundir.record(run, config, facts | {"hook_names": [list(hooks) for hooks in plan.sites(trainees)]})
     for trainee in trainees:
         if trainee.folder != run:
@@ -57,7 +59,7 @@ def _train(run: Path, config: RunConfig, held: contextlib.ExitStack) -> int:
         nano.model,
         corpus,
         plan.sites(trainees),
-        bos_token_id=nano.tokenizer.bos_token_id,
+        excluded=excluded_ids(config.exclude_tokens, nano.tokenizer),
         rows_per_forward=max(config.tokens_per_forward // corpus.row_len, 1),
         drop_sinks=config.drop_sinks,
     )
@@ -66,7 +68,7 @@ def _train(run: Path, config: RunConfig, held: contextlib.ExitStack) -> int:
         command = " ".join(a for a in sys.argv[1:] if a != "--resume")
         print(f"stopped and saved; go on with: python -m experiments.train {command} --resume")
         return 0
-    finish(config, trainees, states, nano, heldout)
+    finish(config, trainees, states, nano, heldout, corpus.fingerprint)
     if config.prepare_neuronpedia:
         for folder in dict.fromkeys(trainee.folder for trainee in trainees):
             _prepare_neuronpedia(folder, config, torch_device)
@@ -105,12 +107,29 @@ def _texts(config: RunConfig, nano: "Nanochat") -> tuple["Corpus", "Corpus"]:
         Corpus(config.data, nano.tokenizer, split=split, row_len=row_len, seed=config.data_seed)
         for split in ("train", "heldout")
     )
+    if train.split_by_place:
+        print("too few documents to hold out whole ones: the last 5 % of each is held out", flush=True)
     require(
         next(heldout.one_pass(1), None) is not None,
         f"the held-out part of {config.data!r} is shorter than one row of {row_len} tokens, and the trained SAE is "
         "measured on it: give more text, or a smaller --context_size",
     )
     return train, heldout
+
+
+def _check_data(run: Path, corpus: "Corpus") -> None:
+    """Refuse to go on with a run on data that is not what it began with, and say which file it is."""
+    from bridge.nanochat.corpus import changed
+
+    if not (run / "config.json").is_file():
+        return
+    facts = rundir.read(run)["facts"]
+    require(
+        isinstance(facts.get("data_files"), list),
+        f"the run in {run} is of a version that did not record what its data held, and cannot go on: start a new one",
+    )
+    what = changed(facts["data_files"], corpus.files)
+    require(not what, f"{run} cannot go on to the same numbers, its data is not what it was: {what}")
 
 
 def _prepare_neuronpedia(run: Path, config: RunConfig, device: str) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from safetensors.numpy import load_file
 
-from bridge.nanochat import sources
+from bridge.nanochat import lines, sources
 from bridge.nanochat import tokenizer as tokenizers
 from bridge.nanochat.corpus import Corpus, bestfit_rows
 from bridge.nanochat.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def write_jsonl(file: Path, texts: list[str]) -> None:
 def spec(request, tmp_path, monkeypatch) -> str:
     """Forty documents in each of the forms."""
     texts = [document(i) for i in range(40)]
-    monkeypatch.setattr(sources, "_JSONL_CHUNK", 4)
+    monkeypatch.setattr(lines, "LINES_PER_UNIT", 4)
     if request.param == "text":
         return write_texts(tmp_path / "texts")
     if request.param == "parquet":

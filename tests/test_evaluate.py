@@ -61,7 +61,7 @@ def kl(p, q):
 
 @pytest.fixture(scope="module")
 def measured():
-    summary, columns = measure(Site(ByHand(), HOOK, BOS), SHRINKING, ROWS, BYTES)
+    summary, columns = measure(Site(ByHand(), HOOK, (BOS,)), SHRINKING, ROWS, BYTES)
     return summary, columns
 
 
@@ -159,14 +159,14 @@ def test_the_plain_metrics_stay_beside_the_groups(measured):
 
 def test_sinks_keep_their_activation_in_every_variant_and_enter_the_means_of_the_model_only():
     rows = np.array([[BOS, SINK, A, A, B, A]])
-    site = Site(ByHand(), HOOK, BOS)
+    site = Site(ByHand(), HOOK, (BOS,))
     silent = sae_of([-1000.0, -1000.0])  # its reconstruction is zero, so that SAE and zero ablation are one
     mean = np.zeros(2, np.float32)
     found = splice.effects(site, silent, [rows], mean, BYTES)
     assert found["with_sae"] == found["with_ablation"] == found["with_mean_ablation"]
     # After the sink, (200, 0), a is certain under every variant; after a, a and b all is alike.
     assert found["with_sae"].cross_entropy == pytest.approx(3 * math.log(3) / 4)
-    replaced = splice.effects(Site(ByHand(), HOOK, BOS, drop_sinks=False), silent, [rows], mean, BYTES)
+    replaced = splice.effects(Site(ByHand(), HOOK, (BOS,), drop_sinks=False), silent, [rows], mean, BYTES)
     assert replaced["with_sae"].cross_entropy == pytest.approx(math.log(3))
     assert survey.survey(site, SHRINKING, [rows]).sums.tokens == 4
 
@@ -176,7 +176,7 @@ def test_results_do_not_depend_on_the_batches_but_for_the_old_variance():
     rows = np.random.default_rng(0).integers(0, 50, (6, 12))
     sae = toy_sae("topk", 32, 64, k=5)
     whole, parts = (
-        measure(Site(model, "blocks.2.hook_mlp_out", 0, tokens_per_forward=n), sae, rows, np.ones(50, np.int32))[0]
+        measure(Site(model, "blocks.2.hook_mlp_out", (0,), tokens_per_forward=n), sae, rows, np.ones(50, np.int32))[0]
         for n in (1000, 12)
     )
     assert whole["reconstruction_quality"].pop("explained_variance_legacy") != pytest.approx(
@@ -194,7 +194,7 @@ def test_a_perfect_sae_scores_one_and_the_model_is_left_as_it_was():
     weights = {"W_enc": both.T.contiguous(), "W_dec": both, "b_dec": torch.zeros(32), "b_enc": torch.zeros(64)}
     perfect = TorchSAE({"architecture": "standard", "d_in": 32, "d_sae": 64}, weights)
     before = model(torch.from_numpy(rows))
-    summary, _ = measure(Site(model, "blocks.1.hook_attn_out", 0), perfect, rows, np.ones(50, np.int32))
+    summary, _ = measure(Site(model, "blocks.1.hook_attn_out", (0,)), perfect, rows, np.ones(50, np.int32))
     assert torch.equal(model(torch.from_numpy(rows)), before)
     assert not any(module._forward_hooks for module in model.modules())
     assert summary["model_performance_preservation"]["ce_loss_score"] == pytest.approx(1, abs=1e-5)
@@ -205,7 +205,7 @@ def test_a_perfect_sae_scores_one_and_the_model_is_left_as_it_was():
 @pytest.mark.parametrize("architecture", FORMS)
 def test_every_exported_form_is_measured(architecture):
     rows = np.random.default_rng(0).integers(0, 50, (2, 12))
-    site = Site(tiny("G2"), "blocks.1.hook_resid_post", 0)
+    site = Site(tiny("G2"), "blocks.1.hook_resid_post", (0,))
     summary, columns = measure(site, toy_sae(architecture, 32, 64), rows, np.ones(50, np.int32))
     assert 0 < summary["l0"] < 64
     assert all(values.shape == (64,) for values in columns.values())
@@ -238,7 +238,7 @@ def test_what_is_not_defined_is_none_in_json():
 
 
 def test_text_of_one_token_over_and_over_has_no_scores_but_none():
-    summary, _ = measure(Site(ByHand(), HOOK, BOS), SHRINKING, np.array([[BOS, A, A]]), BYTES)
+    summary, _ = measure(Site(ByHand(), HOOK, (BOS,)), SHRINKING, np.array([[BOS, A, A]]), BYTES)
     found = core.finite(summary)
     assert found["reconstruction_quality"]["explained_variance"] is None
     assert found["latents"]["mean_consistent_activation_heuristic"] == 2
@@ -248,15 +248,15 @@ def test_other_widths_empty_text_and_broken_models_are_refused():
     model = tiny("G5")
     rows = np.zeros((1, 4), np.int64)
     with pytest.raises(ValueError, match=r"width 2 cannot read blocks.1.hook_resid_post of width 32"):
-        reconstruction(model, SHRINKING, [rows], "blocks.1.hook_resid_post", bos_token_id=None)
+        reconstruction(model, SHRINKING, [rows], "blocks.1.hook_resid_post", excluded=())
     with pytest.raises(ValueError, match="no held-out text"):
-        reconstruction(model, SHRINKING, [], "blocks.1.hook_resid_post", bos_token_id=None)
+        reconstruction(model, SHRINKING, [], "blocks.1.hook_resid_post", excluded=())
     with pytest.raises(ValueError, match="no tokens"):
-        measure(Site(ByHand(), HOOK, BOS), SHRINKING, np.array([[BOS, BOS]]), BYTES)
+        measure(Site(ByHand(), HOOK, (BOS,)), SHRINKING, np.array([[BOS, BOS]]), BYTES)
     broken = ByHand()
     broken.wte.weight[A] = torch.nan
     with pytest.raises(ValueError, match=r"2 numbers of blocks.0.hook_resid_post are not finite"):
-        measure(Site(broken, HOOK, BOS), SHRINKING, np.array([[BOS, A, B]]), BYTES)
+        measure(Site(broken, HOOK, (BOS,)), SHRINKING, np.array([[BOS, A, B]]), BYTES)
 
 
 class AsTransformerLens:
@@ -291,7 +291,7 @@ def test_saelens_measures_the_same(tmp_path):
     ours.cfg |= {"dtype": "float32", "device": "cpu"}
     theirs = sae_lens.SAE.load_from_disk(str(export(ours, tmp_path / "sae")))
     model, rows = tiny("G5"), np.random.default_rng(0).integers(0, 50, (3, 20))
-    site = Site(model, name, None, drop_sinks=False)  # SAELens ablates everywhere, BOS and sinks too
+    site = Site(model, name, (), drop_sinks=False)  # SAELens ablates everywhere, BOS and sinks too
     summary, columns = measure(site, ours, rows, np.ones(50, np.int32))
 
     hooked, scaler = AsTransformerLens(model, rows), sae_lens.evals.ActivationScaler()

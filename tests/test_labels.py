@@ -294,7 +294,7 @@ def test_a_model_and_its_sae_are_read_as_they_run(corpus):
     W_enc[comma, 0], W_enc[digit, 1], W_enc[tokenizer.bos_token_id, 2] = 2.0, 3.0, 1.0
     weights = {"W_enc": W_enc, "W_dec": W_enc.T.contiguous(), "b_enc": torch.zeros(3), "b_dec": torch.zeros(len(W_enc))}
     sae = TorchSAE({"architecture": "standard", "d_in": len(W_enc), "d_sae": 3}, weights)
-    site = Site(Spelled(len(W_enc)), "blocks.0.hook_resid_post", tokenizer.bos_token_id, tokens_per_forward=640)
+    site = Site(Spelled(len(W_enc)), "blocks.0.hook_resid_post", (tokenizer.bos_token_id,), tokens_per_forward=640)
     found = labels.firings(site, sae, text)
     assert set(found.value.tolist()) == {2.0, 3.0}
     assert set(text.tokens.reshape(-1)[found.token[found.latent == 0]].tolist()) == {comma}
@@ -311,7 +311,7 @@ def test_of_a_latent_that_may_be_negative_the_positive_side_is_named(corpus):
     W_enc[comma, 0], W_enc[digit, 0] = 2.0, -3.0
     weights = {"W_enc": W_enc, "W_dec": W_enc.T.contiguous(), "b_enc": torch.zeros(1), "b_dec": torch.zeros(len(W_enc))}
     sae = TorchSAE({"architecture": "abstopk", "d_in": len(W_enc), "d_sae": 1, "k": 1}, weights)
-    site = Site(Spelled(len(W_enc)), "blocks.0.hook_resid_post", tokenizer.bos_token_id, tokens_per_forward=640)
+    site = Site(Spelled(len(W_enc)), "blocks.0.hook_resid_post", (tokenizer.bos_token_id,), tokens_per_forward=640)
     found = labels.firings(site, sae, text)
     assert set(found.value.tolist()) == {2.0}
     (named,) = labels.label(found, text, tokenizer)
@@ -324,7 +324,7 @@ def test_the_text_is_cut_where_an_sae_fires_too_often(corpus, monkeypatch):
     V = tokenizer.vocab_size
     weights = {"W_enc": torch.ones(V, 4), "W_dec": torch.ones(4, V), "b_enc": torch.zeros(4), "b_dec": torch.zeros(V)}
     sae = TorchSAE({"architecture": "standard", "d_in": V, "d_sae": 4}, weights)
-    site = Site(Spelled(V), "blocks.0.hook_resid_post", tokenizer.bos_token_id, tokens_per_forward=64)
+    site = Site(Spelled(V), "blocks.0.hook_resid_post", (tokenizer.bos_token_id,), tokens_per_forward=64)
     found = labels.firings(site, sae, text)
     assert 700 < len(found.token) < 1000
     assert found.counts.reshape(-1, 64)[:3].any()

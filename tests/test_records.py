@@ -371,7 +371,13 @@ def parts(nano, text, tmp_path_factory):
         for i, (hook, form) in enumerate(zip(HOOKS, ("standard", "topk"), strict=True))
     }
     digests = {hook: digest(export(sae, folder / hook)) for hook, sae in saes.items()}
-    return saes, digests, gather.Plan(text, "all", 20_000, 64, True, True, Settings(top=5, nearest=6))
+    return (
+        saes,
+        digests,
+        gather.Plan(
+            text, "all", 20_000, 64, True, True, Settings(top=5, nearest=6), excluded=(nano.tokenizer.bos_token_id,)
+        ),
+    )
 
 
 @pytest.fixture(scope="module")

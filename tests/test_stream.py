@@ -47,7 +47,7 @@ def model() -> GPT:
 
 
 def stream(model, **kwargs) -> ActivationStream:
-    return ActivationStream(model, Text(), [[NAME]], bos_token_id=BOS, rows_per_forward=4, **kwargs)
+    return ActivationStream(model, Text(), [[NAME]], excluded=(BOS,), rows_per_forward=4, **kwargs)
 
 
 def take(source: ActivationStream, rows: int) -> np.ndarray:
@@ -81,7 +81,7 @@ def test_the_places_of_tokens_left_out_are_filled_with_the_first_of_the_others(m
 
 
 def test_without_a_bos_id_every_token_stays(model):
-    source = ActivationStream(model, Text(), [[NAME]], bos_token_id=None, drop_sinks=False)
+    source = ActivationStream(model, Text(), [[NAME]], excluded=(), drop_sinks=False)
     np.testing.assert_allclose(take(source, 10 * ROW), read(model, NAME, 10).reshape(-1, 32), atol=1e-5)
     assert source.tokens_seen == 10 * ROW
 
@@ -100,7 +100,7 @@ def test_sites_of_one_pass_are_each_as_if_alone(model):
     other = hook_name(2, "mlp")
     handle = model.transformer.h[2].mlp.register_forward_hook(shout)
     try:
-        source = ActivationStream(model, Text(), [[NAME], [other], [NAME, other]], bos_token_id=BOS)
+        source = ActivationStream(model, Text(), [[NAME], [other], [NAME, other]], excluded=(BOS,))
         filling = source.fill(100)
         while True:
             next(filling)
@@ -162,7 +162,7 @@ def test_text_of_nothing_but_bos_is_refused(model):
 
 def test_a_layer_that_does_not_exist_is_refused_before_anything_runs(model):
     with pytest.raises(ValueError, match="4 layers"):
-        ActivationStream(model, Text(), [[NAME], [hook_name(4, "mlp")]], bos_token_id=BOS)
+        ActivationStream(model, Text(), [[NAME], [hook_name(4, "mlp")]], excluded=(BOS,))
 
 
 def test_training_from_the_stream_makes_no_silent_transfers_and_resumes_to_the_same_bits(model):

@@ -89,7 +89,7 @@ def _size(units: list[Unit]) -> int:
 def _passages(units: list[Unit], tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Some passages of every unit, at random places that do not overlap."""
     for unit in units:
-        for document in texts.of_unit(unit, "all", tokenizer):
+        for document in texts.of_unit(unit, tokenizer):
             count = len(document.ids) // (CONTEXT - 1)
             for i in rng.permutation(count)[:_PER_DOCUMENT]:
                 part = document.ids[i * (CONTEXT - 1) : (i + 1) * (CONTEXT - 1)]

@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     wanted: Float[torch.Tensor, "B T O"]
     """What it should make: the same, but of a transcoder its target."""
     mask: Bool[torch.Tensor, "B T"]
-    """Which tokens count: not BOS, no sinks (`bridge.selection`)."""
+    """Which tokens count: none that is excluded, no sinks (`bridge.selection`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Site:
     model: nn.Module
     """A nanochat."""
     hook_name: str
-    bos_token_id: int | None
-    """The id that does not count; None counts all."""
+    excluded: tuple[int, ...]
+    """The ids that do not count, as in training (`bridge.selection`); () counts all."""
     drop_sinks: bool = True
     """Whether tokens of extreme norm do not count."""
     tokens_per_forward: int = 8192
@@ -56,7 +56,7 @@ class Site:
             with torch.no_grad(), capture(self.model, names, stop=True) as captured:
                 self.model(tokens)
             found = [captured[name] for name in names]
-            counts = [kept(acts, tokens, self.bos_token_id, self.drop_sinks) for acts in found]
+            counts = [kept(acts, tokens, self.excluded, self.drop_sinks) for acts in found]
             if not self.transcodes:
                 found = [torch.cat(found, dim=-1) if self.beside else found[0]]
             yield Batch(start, tokens, found[0], found[-1], torch.stack(counts).all(0))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bridge.evaluate.site import Site
 from bridge.hooks import capture, edit
-from bridge.selection import kept
+from bridge.selection import among, kept
 from bridge.torch_sae import TorchSAE
 
 VARIANTS = ("without_sae", "with_sae", "with_ablation", "with_mean_ablation")
@@ -23,9 +23,10 @@ class Effect:
     """How well the model predicts text under one variant, and how far it is from the model as it is."""
 
     cross_entropy: float
-    """Nats per token, over positions whose own token is not BOS, whatever comes next."""
+    """Nats per token, over positions whose own token is not excluded, whatever comes next."""
     divergence: float
-    """KL(the model as it is || this variant) in nats, over positions whose own token is not BOS."""
+    """KL(the model as it is || this variant) in nats, over positions whose own token is not
+    excluded."""
     bits_per_byte: float
     """nanochat's measure: nats of all targets that are text over ln 2 times their bytes; special tokens count 0."""
 
@@ -40,9 +41,9 @@ def effects(
 ) -> dict[str, Effect]:
     """The effect of every one of `VARIANTS`.
 
-    All variants change the same positions: the tokens that the SAE was trained on. BOS and sink tokens keep their
+    All variants change the same positions: the tokens that the SAE was trained on. Excluded and sink tokens keep their
     activations, in the ablations too, so that variants differ in what the SAE does and not in where. (SAEBench's
-    ablation also zeroes BOS.) Sinks that are not BOS enter the means.
+    ablation also zeroes BOS.) Sinks that are not excluded enter the means.
 
     Args:
       site: the activation that is replaced, and the tokens at which it is.
@@ -54,7 +55,7 @@ def effects(
     Raises:
       ValueError: no tokens at all.
     """
-    model, hook_name, bos = site.model, site.hook_name, site.bos_token_id
+    model, hook_name = site.model, site.hook_name
     lengths = torch.as_tensor(token_bytes, device=site.device).long()
     constant = torch.as_tensor(mean, device=site.device)
     total = torch.zeros(len(VARIANTS), 6, dtype=torch.float64)
@@ -64,9 +65,9 @@ def effects(
             base = model(tokens).log_softmax(-1)
         probs = base.exp()
         acts = captured[hook_name]
-        mask = kept(acts, tokens, bos, site.drop_sinks)
+        mask = kept(acts, tokens, site.excluded, site.drop_sinks)
         x = acts[mask]
-        counts = torch.ones_like(tokens, dtype=torch.bool) if bos is None else tokens != bos
+        counts = ~among(tokens, site.excluded)
         total[0] += _sums(base, torch.zeros_like(counts, dtype=torch.float64), tokens, counts, lengths)
         for i, new in enumerate((sae(x.float()), torch.zeros_like(x), constant.expand_as(x)), 1):
             replaced = acts.clone()

@@ -15,7 +15,7 @@ from jsae import metrics
 
 @dataclasses.dataclass
 class Survey:
-    """Sums over the tokens that count: not BOS, no sinks."""
+    """Sums over the tokens that count: not excluded, no sinks."""
 
     sums: metrics.Sums
     """What `jsae.metrics.summarize` and `.density` answer on."""
@@ -39,7 +39,7 @@ def reconstruction(
     batches: Iterable[np.ndarray],
     hook_name: str,
     *,
-    bos_token_id: int | None,
+    excluded: tuple[int, ...],
     drop_sinks: bool = True,
 ) -> metrics.Sums:
     """Sums over all tokens of `batches`, on which `jsae.metrics.summarize` and `.density` answer.
@@ -47,15 +47,15 @@ def reconstruction(
     Args:
       model: a nanochat.
       sae: of the model's width, on the model's device.
-      batches: token ids, (rows, row_len) each; BOS and sink tokens are left out as they are in training.
+      batches: token ids, (rows, row_len) each; tokens are left out as they are in training.
       hook_name: which activation.
-      bos_token_id: the id left out.
+      excluded: the ids left out.
       drop_sinks: whether tokens of extreme norm are left out.
 
     Raises:
       ValueError: an SAE of another width, or no tokens at all.
     """
-    return survey(Site(model, hook_name, bos_token_id, drop_sinks), sae, batches).sums
+    return survey(Site(model, hook_name, excluded, drop_sinks), sae, batches).sums
 
 
 @torch.no_grad()

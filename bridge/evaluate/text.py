@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from bridge.nanochat.sources import Split, Unit, find_units, is_heldout
+from bridge.nanochat import sources
+from bridge.nanochat.sources import Split, Unit, find_units
 from bridge.nanochat.tokenizer import Tokenizer
 
 HELDOUT_FRACTION = 0.05
@@ -44,14 +45,12 @@ def documents(spec: str, split: Split, tokenizer: Tokenizer) -> Iterator[Documen
     """
     units = find_units(spec, split, HELDOUT_FRACTION)
     for u in np.random.default_rng(0).permutation(len(units)):
-        yield from of_unit(units[u], split, tokenizer)
+        yield from of_unit(units[u], tokenizer)
 
 
-def of_unit(unit: Unit, split: Split, tokenizer: Tokenizer) -> Iterator[Document]:
-    """The documents of one unit that belong to the split; chats as nanochat renders them."""
-    for document in unit.read():
-        if not unit.sorted_out and split != "all" and is_heldout(document, HELDOUT_FRACTION) != (split == "heldout"):
-            continue
+def of_unit(unit: Unit, tokenizer: Tokenizer) -> Iterator[Document]:
+    """Yield the documents of one unit, long ones in pieces; chats as nanochat renders them."""
+    for document in sources.documents(unit):
         if isinstance(document, str):
             ids = tokenizer.encode(document)
         else:
@@ -66,12 +65,12 @@ def read(found: Iterable[Document], tokenizer: Tokenizer, row_len: int, max_toke
     Raises:
       ValueError: not even one row is full.
     """
-    sources: list[bytes] = []
+    raw_documents: list[bytes] = []
 
     def cells() -> Iterator[np.ndarray]:
         for index, document in enumerate(found):
             raw, places = locate(document.ids, tokenizer)
-            sources.append(raw)
+            raw_documents.append(raw)
             yield np.stack([document.ids, np.full_like(document.ids, index), places], axis=1)
 
     packed = list(itertools.islice(_pack(cells(), tokenizer.bos_token_id, row_len), max(max_tokens // row_len, 1)))
@@ -81,7 +80,9 @@ def read(found: Iterable[Document], tokenizer: Tokenizer, row_len: int, max_toke
             "(a small text may have no held-out part) or shorter rows"
         )
     tokens, document, place = np.moveaxis(np.stack(packed), 2, 0)
-    return Text(np.ascontiguousarray(tokens), np.ascontiguousarray(document), np.ascontiguousarray(place), sources)
+    return Text(
+        np.ascontiguousarray(tokens), np.ascontiguousarray(document), np.ascontiguousarray(place), raw_documents
+    )
 
 
 def locate(ids: Int32[np.ndarray, " t"], tokenizer: Tokenizer) -> tuple[bytes, Int32[np.ndarray, " t"]]:

@@ -48,10 +48,12 @@ class Plan(Json):
     keep_activations: bool = True
     """Whether every activation is kept, six bytes each, and not only those of the examples."""
     records: Settings = dataclasses.field(default_factory=Settings)
+    excluded: tuple[int, ...] = dataclasses.field(kw_only=True)
+    """Ids of tokens that do not count, as in training (`bridge.selection`)."""
 
     def settings(self) -> dict[str, object]:
         """As the header of a store says them, flat."""
-        told = self.to_json()
+        told = self.to_json() | {"excluded": list(self.excluded)}
         return told | told.pop("records")
 
 
@@ -124,7 +126,7 @@ def gather(
                 scratch.mkdir(parents=True)
                 gatherers[hook] = Gatherer(sae, Recorder(scratch, tokens, sae.d_sae, plan.records))
                 stack.callback(gatherers[hook].recorder.close)
-            run(nano, gatherers, tokens, plan.drop_sinks, tell)
+            run(nano, gatherers, tokens, plan.excluded, plan.drop_sinks, tell)
             for hook, gatherer in gatherers.items():
                 _write(partial / hook, nano, hook, gatherer, digests[hook], dropped, plan, tell)
 
@@ -141,7 +143,7 @@ def read(nano: Nanochat, plan: Plan) -> tuple[UInt16[np.ndarray, "R T"], int]:
     require(
         bool(rows),
         f"the {plan.split} part of {plan.data} does not fill one row of {length} tokens: give more text, another "
-        "--split or a smaller --context_length",
+        "split or shorter rows",
     )
     tokens = distinct(np.stack(rows).astype(np.uint16))
     return tokens, len(rows) - len(tokens)
@@ -197,6 +199,7 @@ def run(
     nano: Nanochat,
     gatherers: Mapping[str, Gatherer],
     tokens: UInt16[np.ndarray, "R T"],
+    excluded: tuple[int, ...],
     drop_sinks: bool,
     tell: Tell,
 ) -> None:
@@ -213,7 +216,7 @@ def run(
     @torch.no_grad()  # which holds for a thread
     def encode(first: int, ids: torch.Tensor, acts: Mapping[str, torch.Tensor]) -> None:
         for hook, gatherer in gatherers.items():
-            counts = kept(acts[hook], ids, nano.tokenizer.bos_token_id, drop_sinks)
+            counts = kept(acts[hook], ids, excluded, drop_sinks)
             gatherer.add(first, acts[hook], counts)
 
     with _half_the_threads(device), concurrent.futures.ThreadPoolExecutor(1) as other:

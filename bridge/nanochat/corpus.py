@@ -12,8 +12,10 @@ from typing import Any, final, get_args
 import numpy as np
 from jaxtyping import Int32
 
-from bridge.nanochat.sources import Document, Split, Unit, find_units, is_heldout
+from bridge.nanochat.sources import Document, Split, Unit, all_units, documents, is_split_by_place, split_units
 from bridge.nanochat.tokenizer import Tokenizer
+
+_MOST_FILES = 256
 
 
 @final
@@ -40,7 +42,8 @@ class Corpus:
 
     Raises:
         FileNotFoundError: nothing matches spec.
-        ValueError: the data is unreadable or empty, the split has no document, or an argument is out of range.
+        ValueError: the data is unreadable or empty, the split has no document, or an argument is out of range; later,
+            as `contents.DataChangedError`, a file changed after it was read first.
     """
 
     def __init__(
@@ -59,9 +62,12 @@ class Corpus:
         _check(split, row_len, lanes, heldout_fraction, process_index, process_count)
         self.spec, self.split, self.row_len = spec, split, row_len
         self._tokenizer, self._seed, self._fraction = tokenizer, seed, heldout_fraction
-        self._units = find_units(spec, split, heldout_fraction)
-        if not any(self._documents(unit) for unit in self._units):
-            raise ValueError(_nothing(spec, split, heldout_fraction))
+        units = all_units(spec)
+        self.split_by_place = split != "all" and is_split_by_place(units, heldout_fraction)
+        self._sources = list(dict.fromkeys(unit.source for unit in units))
+        self._units = split_units(units, split, heldout_fraction)
+        if not any(any(True for _ in unit.read()) for unit in self._units):
+            raise ValueError(_nothing(spec, split, units, heldout_fraction))
         while lanes > len(self._units):
             lanes //= 2
         if lanes % process_count:
@@ -78,9 +84,21 @@ class Corpus:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that name the data and the split, wherever the data lies."""
+        """Sixteen hex digits that name the content of the data and the split, wherever the data lies."""
         described = json.dumps([self.split, self._fraction, [unit.name for unit in self._units]])
         return hashlib.sha256(described.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    @property
+    def files(self) -> list[list[str]]:
+        """Name and digest of what the data is from, in its order: files, of many some together; JSON values."""
+        together = -(-len(self._sources) // _MOST_FILES)
+        found = []
+        for at in range(0, len(self._sources), max(together, 1)):
+            group = self._sources[at : at + together]
+            names = group[0][0] if len(group) == 1 else f"{group[0][0]} to {group[-1][0]} ({len(group)} files)"
+            digests = group[0][1] if len(group) == 1 else hashlib.sha256(json.dumps(group).encode()).hexdigest()[:12]
+            found.append([names, digests])
+        return found
 
     def next_rows(self, n: int) -> Int32[np.ndarray, "n row_len"]:
         """The next n rows of this process."""
@@ -115,14 +133,14 @@ class Corpus:
         fill the last row are dropped. Does not move `position`.
         """
         order = np.random.default_rng(0).permutation(len(self._units))
-        documents = (ids for u in order for ids in map(self._ids, self._documents(self._units[u])))
-        rows = _pack(documents, self._tokenizer.bos_token_id, self.row_len)
+        found = (ids for u in order for ids in map(self._ids, documents(self._units[u])))
+        rows = _pack(found, self._tokenizer.bos_token_id, self.row_len)
         yield from itertools.islice(rows, self._process[0], max_rows and max_rows * self._process[1], self._process[1])
 
     def documents(self) -> Iterator[str]:
         """The texts of the split, once each, in the order of the data; chats as rendered."""
         for unit in self._units:
-            for document in self._documents(unit):
+            for document in documents(unit):
                 yield document if isinstance(document, str) else self._tokenizer.decode(self._ids(document).tolist())
 
     def _identity(self) -> dict[str, Any]:
@@ -135,13 +153,6 @@ class Corpus:
             "process": list(self._process),
         }
 
-    def _documents(self, unit: Unit) -> list[Document]:
-        """The unit's documents of this corpus's split."""
-        documents = list(unit.read())
-        if unit.sorted_out or self.split == "all":
-            return documents
-        return [d for d in documents if is_heldout(d, self._fraction) == (self.split == "heldout")]
-
     def _ids(self, document: Document) -> Int32[np.ndarray, " t"]:
         """A document's tokens without the BOS before them."""
         if isinstance(document, str):
@@ -152,10 +163,10 @@ class Corpus:
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._units))
 
-    def _numbered(self, s: int) -> list[Document]:
+    def _numbered(self, s: int) -> Iterator[Document]:
         """The documents of number s in the endless sequence of units."""
         epoch, i = divmod(s, len(self._units))
-        return self._documents(self._units[self._order(epoch)[i]])
+        return documents(self._units[self._order(epoch)[i]])
 
 
 @final
@@ -174,7 +185,7 @@ class _Lane:
         first: int,
         step: int,
         bos: int,
-        read: Callable[[int], list[Document]],
+        read: Callable[[int], Iterator[Document]],
         encode: Callable[[Document], np.ndarray],
     ):
         self._step, self._bos, self._read, self._encode = step, bos, read, encode
@@ -186,7 +197,7 @@ class _Lane:
 
     def seek(self, s: int, document: int, token: int) -> None:
         self._s, self._document, self._token = s, document, token
-        self._documents: list[Document] | None = None  # read when asked for
+        self._waiting: Iterator[Document] | None = None  # the unit's documents from this one on, read when asked for
         self._ids: np.ndarray | None = None
 
     def fill(self, row: np.ndarray) -> None:
@@ -208,12 +219,13 @@ class _Lane:
     def _current(self) -> np.ndarray:
         """The tokens of the document at hand, moving on to the next unit when this one is read."""
         while self._ids is None:
-            if self._documents is None:
-                self._documents = self._read(self._s)
-            if self._document < len(self._documents):
-                self._ids = self._encode(self._documents[self._document])
-            else:
+            if self._waiting is None:
+                self._waiting = itertools.islice(self._read(self._s), self._document, None)
+            document = next(self._waiting, None)
+            if document is None:
                 self.seek(self._s + self._step, 0, 0)
+            else:
+                self._ids = self._encode(document)
         return self._ids
 
 
@@ -274,10 +286,26 @@ def _check(split: str, row_len: int, lanes: int, fraction: float, process_index:
         raise ValueError(f"process_index must be in 0..{process_count - 1}, got {process_index}")
 
 
-def _nothing(spec: str, split: str, fraction: float) -> str:
-    if split == "all":
+def _nothing(spec: str, split: str, units: list[Unit], fraction: float) -> str:
+    if split == "all" or not units:
         return f"the corpus {spec!r} holds no text"
-    return (
-        f"the corpus {spec!r} has no document in its {split} split (heldout_fraction {fraction}; nanochat's own data "
-        "directories hold out their last shard): give more documents or another split"
-    )
+    if any(unit.side for unit in units):
+        why = "of nanochat's own data directories (base_data*) the last shard is held out: have two shards at least"
+    elif not 0 < fraction < 1:
+        why = f"the held-out fraction is {fraction}"
+    else:
+        why = "its documents are too short to be divided: give more text"
+    return f"the corpus {spec!r} has no document in its {split} split; {why}"
+
+
+def changed(before: list[list[str]], now: list[list[str]]) -> str:
+    """Say how `Corpus.files` differs from what it was; '' if it does not."""
+    if before == now:
+        return ""
+    old, new = dict(before), dict(now)
+    told = [f"{name} has changed" for name in old if name in new and old[name] != new[name]]
+    told += [f"{name} is missing" for name in old if name not in new]
+    told += [f"{name} is new" for name in new if name not in old]
+    if not told:
+        return "its files have another order"
+    return ", ".join(told[:5]) + (f" and {len(told) - 5} more" if len(told) > 5 else "")

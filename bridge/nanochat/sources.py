@@ -1,322 +1,321 @@
-"""Where a corpus's documents come from: the standard library, parquet shards, JSON lines, text files.
+"""Which data a corpus reads: parts of a spec to files, files to units, and what of them is held out.
 
-`find_units` turns a spec into units: pieces of data that are read at once and shuffled as wholes (a text file, a
-parquet row group, some hundred JSON lines). Everything that can be wrong with the data and can be seen without
-reading all of it is an error here, before anything is computed.
+A unit is a piece of data that is read at once and shuffled as a whole: a text file or some of a large one, a parquet
+row group, some hundred JSON lines. What can be wrong with the data and can be seen without reading all of it is an
+error here, before anything is computed. Files are not trusted: see the limits in `documents`, `lines` and `pages`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import gzip
 import hashlib
-import importlib
-import importlib.util
-import inspect
+import io
 import json
-import pydoc
+import os
 import re
-import sys
-import sysconfig
-import tokenize
-import warnings
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
-import pyarrow
-import pyarrow.parquet
+from bridge.nanochat import library, lines, shards
+from bridge.nanochat.contents import DataChangedError
+from bridge.nanochat.documents import (
+    PIECE,
+    Document,
+    Split,
+    Unit,
+    by_hash,
+    by_place,
+    heldout_digest,
+    is_heldout,
+    pieces,
+)
 
-from bridge.nanochat.tokenizer import check_conversation
-from jsae.files import is_system_error
+__all__ = ["Document", "Split", "Unit", "documents", "find_units", "is_heldout"]
 
-Split = Literal["train", "heldout", "all"]
-Document = str | dict[str, Any]  # text, or a chat {"messages": [...]}
+FORMS = ("text", "jsonl", "json", "parquet")
+"""Forms of files; written before a path with a colon, one of them says how to read it whatever its name."""
 
-_JSONL_CHUNK = 256  # lines of a unit
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A piece of data that is read at once.
-
-    Attributes:
-        name: says what it is and how large, but not where: the same data elsewhere has the same names.
-        read: returns its documents.
-        sorted_out: all of its documents are of the wanted split; if False, documents choose by `is_heldout`.
-    """
-
-    name: str
-    read: Callable[[], Iterable[Document]]
-    sorted_out: bool = True
-
-
-def is_heldout(document: Document, fraction: float) -> bool:
-    """Whether a document is held out: decided by a hash of its content, so wherever and whenever it is met."""
-    text = document if isinstance(document, str) else json.dumps(document["messages"], sort_keys=True)
-    return int.from_bytes(_digest(text)[:8], "big") < fraction * 2**64
+_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
+_PACKED = {".gz": "gunzip", ".zst": "zstd -d", ".xz": "xz -d", ".bz2": "bunzip2", ".zip": "unzip", ".lz4": "lz4 -d"}
+_BINARY = {
+    b"\x1f\x8b": "gzip-compressed: name it .jsonl.gz if it holds JSON lines, or unpack it",
+    b"PAR1": "a parquet file: name it .parquet",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed: unpack it",
+    b"\xff\xfe": "UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text: save it as UTF-8",
+    b"ARROW1": "an Arrow file, as Dataset.save_to_disk writes it: save it with Dataset.to_parquet",
+}
 
 
 def find_units(spec: str, split: Split, heldout_fraction: float) -> list[Unit]:
-    """The units of a comma-separated spec: `stdlib`, parquet shards, `.jsonl[.gz]` or text files; globs allowed.
+    """Return the units of a comma-separated spec; a unit's `read` gives the documents of the split.
 
-    A directory stands for the parquet shards in it. nanochat's own data directories (`base_data*`) keep nanochat's
-    rule: the last shard is held out. Everywhere else documents are held out by hash.
+    Parts of a spec are `stdlib`, parquet shards or a directory of them, `.jsonl`, `.ndjson` and `.json` files, also
+    with `.gz`, and text files; suffixes in any letter case; globs, `~` and environment variables. A form of `FORMS` and
+    a colon before a path says how to read it: `text:notes.json` is prose.
+
+    What is held out: of nanochat's own directories (`base_data*`) the last shard. Otherwise whole documents, by a hash
+    of their content. If that leaves one side without any, as with a single text file, the last `heldout_fraction` of
+    every document, from the nearest paragraph, line, word or turn of a chat on.
 
     Raises:
         FileNotFoundError: nothing matches a part of the spec.
-        ValueError: a file cannot be read as what its name says.
+        ValueError: a file cannot be read as what its name says, or is larger in some way than it may be.
     """
-    wanted = functools.partial(_wanted, split=split, fraction=heldout_fraction)
-    units: list[Unit] = []
+    return split_units(all_units(spec), split, heldout_fraction)
+
+
+def all_units(spec: str) -> list[Unit]:
+    """Return the units of a spec with all their documents (see `find_units`)."""
+    spool = lines.Spool()
+    found: list[Unit] = []
+    checked = 0
     for part in filter(None, (part.strip() for part in spec.split(","))):
         if part == "stdlib":
-            units += _stdlib_units(wanted)
+            found += library.units()
             continue
-        for file in _matches(part):
-            if file.suffix == ".parquet":
-                units += _parquet_units(file, split)
-            elif file.name.endswith((".jsonl", ".jsonl.gz")):
-                units += _jsonl_units(file)
+        form, files = _matches(part)
+        for file in files:
+            kind, gzipped = (form, file.suffix.lower() == ".gz") if form else _form(file)
+            if kind == "parquet":
+                siblings = _shards(file.parent) if file.parent.name.startswith("base_data") else [file]
+                new = shards.units(file, siblings, checked)
+                found, checked = found + new, checked + len(new)
+                continue
+            _refuse_binary(file, kind, gzipped)
+            if kind == "text":
+                found += _text_units(file, asked=form == "text")
             else:
-                text = _read_text(file)
-                if text and wanted(text):
-                    units.append(_text_unit(file.name, text, functools.partial(_read_text, file)))
-    return units
+                found += lines.units(file, kind, gzipped, spool)
+    return found
 
 
-def _wanted(document: Document, split: Split, fraction: float) -> bool:
-    return split == "all" or is_heldout(document, fraction) == (split == "heldout")
+def split_units(units: list[Unit], split: Split, fraction: float) -> list[Unit]:
+    """Return units that give the documents of a split alone (see `find_units`)."""
+    if split == "all":
+        return units
+    if is_split_by_place(units, fraction):
+        return [
+            dataclasses.replace(unit, read=functools.partial(by_place, unit.read, split, fraction, unit.span))
+            for unit in units
+        ]
+    chosen = []
+    for unit in units:
+        side = _side(unit, fraction)
+        if side is None:
+            chosen.append(dataclasses.replace(unit, read=functools.partial(by_hash, unit.read, split, fraction)))
+        elif side == split:
+            chosen.append(unit)
+    return chosen
 
 
-def _matches(part: str) -> list[Path]:
-    path = Path(part).expanduser()
+def is_split_by_place(units: list[Unit], fraction: float) -> bool:
+    """Return whether the last share of every document is held out, because whole documents leave one side empty."""
+    if not 0 < fraction < 1 or any(unit.side for unit in units):
+        return False
+    missing = {"train", "heldout"}
+    for unit in units:
+        side = _side(unit, fraction)
+        sides = (side,) if side else (("train", "heldout")[is_heldout(d, fraction)] for d in unit.read())
+        for found in sides:
+            missing.discard(found)
+            if not missing:
+                return False
+    return bool(units)
+
+
+def _side(unit: Unit, fraction: float) -> Split | None:
+    """The split of a unit that belongs to one as a whole."""
+    if unit.content is None:
+        return unit.side
+    return "heldout" if heldout_digest(unit.content, fraction) else "train"
+
+
+def documents(unit: Unit) -> Iterator[Document]:
+    """Yield what a unit gives to be tokenized: its documents, long ones in pieces."""
+    for document in unit.read():
+        yield from pieces(document)
+
+
+# ---- paths --------------------------------------------------------------------------------------------------------
+
+
+def _matches(part: str) -> tuple[str, list[Path]]:
+    """The form that a part of a spec asks for, or '', and its files."""
+    form, colon, rest = part.partition(":")
+    form, part = (form, rest) if colon and form in FORMS else ("", part)
+    path = _expanded(part)
     if path.is_dir():
-        files = sorted(path.glob("*.parquet"))
-        if not files:
-            raise FileNotFoundError(f"no .parquet file in {path}; for text files give a glob such as '{part}/**/*.py'")
-        return files
+        return form, _of_directory(path, part)
     if path.is_file():
-        return [path]
+        return form, [path]
+    _check_descriptors()
     root = Path(path.anchor)  # '' for a relative one
     files = sorted(file for file in root.glob(str(path.relative_to(root))) if file.is_file())
+    _check_descriptors()
     if not files:
         raise FileNotFoundError(
             f"no file matches {part!r}; give stdlib, a directory of parquet shards, files or a glob"
         )
-    return files
+    return form, files
 
 
-def _text_unit(name: str, text: str, read: Callable[[], str]) -> Unit:
-    """One document as a unit; the text is read again when its turn comes."""
-    return Unit(f"text {name} {_digest(text).hex()[:12]}", functools.partial(_alone, read))
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-
-
-def _alone(read: Callable[[], str]) -> list[Document]:
-    return [read()]
-
-
-def _read_text(file: Path) -> str:
+def _expanded(part: str) -> Path:
+    """The path of a part, `~` and environment variables replaced."""
+    if Path(part).exists():
+        return Path(part)
+    path = os.path.expandvars(part)
+    if (unset := re.search(r"\$\{?(\w+)\}?", path)) and not Path(path).exists():
+        raise ValueError(f"{part!r} names the environment variable {unset[1]}, which is not set")
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        user = Path(path).parts[0]
+        raise FileNotFoundError(f"{part!r}: there is no home directory of {user!r} here") from error
 
 
-# ---- parquet ------------------------------------------------------------------------------------------------------
+def _of_directory(path: Path, part: str) -> list[Path]:
+    files = _shards(path)
+    if files:
+        return files
+    deeper = next((file for file in path.rglob("*") if file.suffix.lower() == ".parquet"), None)
+    if deeper is not None:
+        raise FileNotFoundError(f"no .parquet file in {path}, but further down: give '{part}/**/*.parquet'")
+    if any(file.suffix == ".arrow" for file in path.iterdir()):
+        raise FileNotFoundError(
+            f"no .parquet file in {path}, but .arrow files, as Dataset.save_to_disk writes: save it with "
+            "Dataset.to_parquet"
+        )
+    raise FileNotFoundError(f"no .parquet file in {path}; for text files give a glob such as '{part}/**/*.py'")
 
 
-def _parquet_units(file: Path, split: Split) -> list[Unit]:
-    """A unit per row group of a shard with a string column `text`."""
-    try:
-        meta = pyarrow.parquet.read_metadata(file)
-        schema = meta.schema.to_arrow_schema()
-    except (pyarrow.ArrowException, OSError) as error:
-        if is_system_error(error):
-            raise
-        raise ValueError(f"{file} is not a parquet file: {error}") from error
-    if "text" not in schema.names:
-        raise ValueError(f"{file} has no column 'text'; it has {', '.join(schema.names) or 'none'}")
-    kind = schema.field("text").type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise ValueError(f"{file}: the column 'text' must hold strings, it holds {kind}")
-    by_shard = file.parent.name.startswith("base_data")
-    if by_shard and split != "all":
-        last = max(file.parent.glob("*.parquet"))
-        if (file == last) != (split == "heldout"):
-            return []
-    size = file.stat().st_size
+def _shards(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() == ".parquet")
+
+
+def _check_descriptors() -> None:
+    """Raise OSError where no file can be opened: newer Pythons' `glob` then finds fewer files, and says nothing."""
+    with Path(os.devnull).open("rb"):
+        pass
+
+
+def _form(file: Path) -> tuple[str, bool]:
+    """How a file is to be read by its name: the form, and whether through gzip."""
+    suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
+    last = suffixes[-1] if suffixes else ""
+    inner = _SUFFIXES.get(suffixes[0]) if len(suffixes) == 2 else None
+    if last == ".gz" and inner in ("jsonl", "json"):
+        return inner, True
+    if last in _PACKED:
+        raise ValueError(
+            f"{file} is compressed, and only .jsonl.gz, .ndjson.gz and .json.gz are read so: unpack it with "
+            f"{_PACKED[last]}"
+        )
+    return _SUFFIXES.get(last, "text"), False
+
+
+def _refuse_binary(file: Path, kind: str, gzipped: bool) -> None:
+    """Refuse what is not the UTF-8 text that its name says."""
+    with file.open("rb") as stream:
+        head = stream.read(8)
+    for magic, what in _BINARY.items():
+        if head.startswith(magic) and not (gzipped and magic == b"\x1f\x8b"):
+            raise ValueError(f"{file} is not {'UTF-8 text' if kind == 'text' else kind}; it is {what}")
+
+
+# ---- text files ---------------------------------------------------------------------------------------------------
+
+
+def _text_units(file: Path, asked: bool) -> list[Unit]:
+    """A text file as one document; of a long one, a unit per piece, read again by place."""
+    whole, found = hashlib.sha256(), []
+    with file.open("rb") as stream:
+        for start, data in _byte_pieces(stream):
+            if start == 0 and not asked:
+                _ask_about_json(file, data)
+            if (place := data.find(0)) >= 0:
+                raise ValueError(
+                    f"{file} is not UTF-8 text: byte {start + place} is 0x00, as in UTF-16 or in no text at all"
+                )
+            whole.update(_decoded(file, start, data).encode())
+            found.append((start, len(data), hashlib.sha256(data).digest()))
+    digest = whole.hexdigest()[:12]
+    size = found[-1][0] + found[-1][1] if found else 0
     return [
-        Unit(f"parquet {file.name} {size} {group}", functools.partial(_read_row_group, file, group), by_shard)
-        for group in range(meta.num_row_groups)
+        Unit(
+            f"text {file.name} {digest}" + (f" {start}" if len(found) > 1 else ""),
+            functools.partial(_read_piece, file, start, length, expected),
+            (file.name, digest),
+            content=whole.digest(),
+            span=(start / size, (start + length) / size),
+        )
+        for start, length, expected in found
     ]
 
 
-def _read_row_group(file: Path, group: int) -> list[Document]:
+def _byte_pieces(stream: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
+    """A file in pieces of at most `PIECE` bytes, that end at a paragraph, a line, a space, or at least a character."""
+    start, held = 0, b""
+    while held := held + stream.read(PIECE - len(held)):
+        end = len(held)
+        if end == PIECE:
+            places = (held.rfind(separator, PIECE // 2) + len(separator) for separator in (b"\n\n", b"\n", b" "))
+            end = next((place for place in places if place > PIECE // 2), 0) or _end_of_character(held)
+        yield start, held[:end]
+        start, held = start + end, held[end:]
+
+
+def _end_of_character(data: bytes) -> int:
+    """Where the last whole character of UTF-8 ends; a carriage return is left for the line feed that may follow."""
+    end = len(data) - (data[-1] == 0x0D)
+    for back in range(1, 4):
+        if data[end - back] >= 0xC0:
+            return end - back
+        if data[end - back] < 0x80:
+            break
+    return end
+
+
+def _decoded(file: Path, start: int, data: bytes) -> str:
+    """Text of UTF-8, ends of lines as Python has them."""
     try:
-        with pyarrow.parquet.ParquetFile(file) as shard:
-            column = shard.read_row_group(group, columns=["text"]).column("text")
-        return [text for text in column.to_pylist() if text]
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        if is_system_error(error):
-            raise
-        raise ValueError(f"{file}, row group {group}: cannot be read: {error}") from error
+        text = data.decode("utf-8-sig" if start == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        place, byte = start + error.start, error.object[error.start]
+        raise ValueError(f"{file} is not UTF-8 text: byte {place} is {byte:#04x}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-# ---- JSON lines ---------------------------------------------------------------------------------------------------
-
-
-def _jsonl_units(file: Path) -> list[Unit]:
-    """A unit per chunk of lines. Every line is parsed once here, so that a broken one is found before the work starts.
-
-    A plain file is read again by offset; of a compressed one, which cannot be, the chunks stay in memory, compressed.
-    """
-    compressed = file.suffix == ".gz"
-    units: list[Unit] = []
-    chunk: list[bytes] = []
-    start = first = 0
-    for number, line in enumerate(_lines(file, compressed), 1):
-        _parse_line(line, file, number)
-        chunk.append(line)
-        if len(chunk) == _JSONL_CHUNK:
-            units.append(_jsonl_unit(file, b"".join(chunk), start, first, compressed))
-            start, first, chunk = start + sum(map(len, chunk)), number, []
-    if chunk:
-        units.append(_jsonl_unit(file, b"".join(chunk), start, first, compressed))
-    return units
-
-
-def _lines(file: Path, compressed: bool) -> Iterator[bytes]:
+def _read_piece(file: Path, start: int, length: int, expected: bytes) -> list[Document]:
     try:
-        with gzip.open(file) if compressed else file.open("rb") as stream:
-            yield from stream
-    except (OSError, EOFError, zlib.error) as error:
-        if is_system_error(error):
-            raise
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        with file.open("rb") as stream:
+            stream.seek(start)
+            data = stream.read(length)
+    except FileNotFoundError as error:
+        raise DataChangedError(file, "has disappeared") from error
+    if len(data) < length:
+        raise DataChangedError(file, "has become shorter")
+    if hashlib.sha256(data).digest() != expected:
+        raise DataChangedError(file, "has changed")
+    text = _decoded(file, start, data)
+    return [text] if text else []
 
 
-def _jsonl_unit(file: Path, data: bytes, start: int, first: int, compressed: bool) -> Unit:
-    if compressed:
-        fetch = functools.partial(zlib.decompress, zlib.compress(data))
-    else:
-        fetch = functools.partial(_read_bytes, file, start, len(data))
-    name = f"jsonl {file.name} {first} {hashlib.sha256(data).hexdigest()[:12]}"
-    return Unit(name, functools.partial(_read_jsonl, file, fetch, first), sorted_out=False)
-
-
-def _read_bytes(file: Path, start: int, length: int) -> bytes:
-    with file.open("rb") as stream:
-        stream.seek(start)
-        return stream.read(length)
-
-
-def _read_jsonl(file: Path, fetch: Callable[[], bytes], first: int) -> list[Document]:
-    lines = fetch().split(b"\n")
-    return [doc for number, line in enumerate(lines, first + 1) if (doc := _parse_line(line, file, number))]
-
-
-def _parse_line(line: bytes, file: Path, number: int) -> Document | None:
-    """The document of one line; None for a blank line or an empty text."""
-    if not line.strip():
-        return None
+def _ask_about_json(file: Path, head: bytes) -> None:
+    """Refuse a file of a text's name whose content is JSON: as prose it would be learned with all its brackets."""
+    text = head.decode("utf-8-sig", "replace").lstrip()
+    if text[:1] not in ("{", "["):
+        return
+    line = text.split("\n", 1)[0]
     try:
-        record = json.loads(line)
-        if isinstance(record, dict) and isinstance(record.get("text"), str):
-            return record["text"] or None
-        if isinstance(record, dict) and "messages" in record:
-            check_conversation(record)
-            return {"messages": record["messages"]}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}, line {number}: {error}") from error
-    raise ValueError(f'{file}, line {number}: expected {{"text": ...}} or {{"messages": [...]}}')
-
-
-# ---- the standard library -----------------------------------------------------------------------------------------
-
-
-def _stdlib_units(wanted: Callable[[Document], bool]) -> list[Unit]:
-    """The running interpreter's library: its Python source, the docs of its compiled modules, the language reference.
-
-    Each document once: exact copies are dropped.
-    """
-    units: list[Unit] = []
-    seen: set[bytes] = set()
-    for name, text, read in (*_stdlib_files(), *_documentation()):
-        digest = _digest(text)
-        if text and digest not in seen:
-            seen.add(digest)
-            if wanted(text):
-                units.append(_text_unit(name, text, read))
-    return units
-
-
-def _stdlib_files() -> Iterator[tuple[str, str, Callable[[], str]]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for file in sorted(root.rglob("*.py")):
-        name = file.relative_to(root).as_posix()
-        # Third parties' packages; what the machine was built with; the reference, which comes as text below.
-        if "-packages/" in name or name.startswith("_sysconfigdata") or name == "pydoc_data/topics.py":
-            continue
-        yield name, _read_source(file), functools.partial(_read_source, file)
-
-
-def _read_source(file: Path) -> str:
-    """A source file in the encoding it declares; '' if it cannot be read (the test package has broken ones)."""
-    try:
-        with tokenize.open(file) as stream:
-            return stream.read()
-    except (OSError, SyntaxError, ValueError, LookupError) as error:
-        if is_system_error(error):
-            raise
-        return ""
-
-
-@functools.cache
-def _documentation() -> tuple[tuple[str, str, Callable[[], str]], ...]:
-    """What `help` says of the modules written in C, whose docstrings are in no source file, and of the language."""
-    found = [(f"help({name})", text) for name, text in _compiled_module_docs()]
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        topics = {}
-    found += [(f"topic {name}", text) for name, text in sorted(topics.items())]
-    return tuple((name, text, functools.partial(str, text)) for name, text in found)
-
-
-def _compiled_module_docs() -> Iterator[tuple[str, str]]:
-    for name in sorted(sys.stdlib_module_names | set(sys.builtin_module_names)):
-        if name.startswith(("_test", "_xx", "xx", "_ctypes_test")):
-            continue
-        try:
-            spec = importlib.util.find_spec(name)
-            if spec is None or not spec.loader or (spec.origin or "").endswith((".py", ".pyc")):
-                continue
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # some are deprecated
-                text = _module_doc(importlib.import_module(name), name)
-        except Exception as error:  # a module that this build lacks or that does not import here has nothing to say
-            if is_system_error(error):
-                raise
-            continue
-        yield name, text
-
-
-def _module_doc(module: Any, name: str) -> str:
-    """The module's docstring and `help` of its own functions and classes; its data are the machine's, not Python's."""
-    parts = [f"Help on module {name}:", inspect.getdoc(module) or ""]
-    for key, member in sorted(vars(module).items()):
-        # Hooks of sys are there to be replaced: what hangs there is the process's own.
-        own = getattr(member, "__module__", name) in (name, None) and not key.endswith("hook")
-        if own and not key.startswith("_") and (inspect.isclass(member) or inspect.isroutine(member)):
-            parts.append(pydoc.plaintext.document(member, key))
-    text = re.sub(r".\x08", "", "\n\n".join(parts))
-    # What differs from process to process: the types that happen to be loaded, and addresses.
-    text = re.sub(r"^ *\|  Built-in subclasses:\n(?: *\|   +\S.*\n)+ *\| *\n", "", text, flags=re.MULTILINE)
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+        value = json.loads(line) if len(line) < PIECE else None
+    except (ValueError, RecursionError):
+        value = None
+    records = isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict))
+    if records or re.match(r'(\[\s*)?\{\s*"(?:[^"\\\n]|\\.){0,200}"\s*:', text):
+        raise ValueError(
+            f"{file} looks like JSON, not like text: name it .jsonl if every line is a document or a chat, .json if it "
+            f"is an array of them; or give it as text:{file} to learn it as it is written, brackets and all"
+        )

@@ -97,8 +97,11 @@ def skipped(ids: Ids) -> dict[str, Any]:
 
 def settings(store: Store, ids: Ids, about: About) -> dict[str, Any]:
     """`run_settings.json`: the settings of SAEDashboard's runner, with what was done here in place of its own."""
-    texts = store.texts.header
+    from bridge.selection import SINK_NORM_MULTIPLE
+
+    texts, gathered = store.texts.header, store.header.settings
     top, *intervals = _group_sizes(store)
+    excluded = gathered.get("excluded", [texts.bos])  # records of earlier versions left out BOS
     return {
         "sae_set": ids.source_set,
         "sae_path": ids.hook,
@@ -133,7 +136,7 @@ def settings(store: Store, ids: Ids, about: About) -> dict[str, Any]:
         "suffix_str": None,
         "ignore_positions": None,
         "prepend_bos": True,
-        "ignore_high_activation_norm_multiple": None,
+        "ignore_high_activation_norm_multiple": SINK_NORM_MULTIPLE if gathered.get("drop_sinks") else None,
         "free_unused_model_layers": False,
         "hf_model_path": None,
         "use_transcoder": False,
@@ -154,7 +157,7 @@ def settings(store: Store, ids: Ids, about: About) -> dict[str, Any]:
         "neuronpedia_model_name": ids.model,
         "neuronpedia_hf_weights_repo_id": about.hub_repo,
         "neuronpedia_hf_weights_path": f"{ids.hook}/sae_weights.safetensors" if about.hub_repo else None,
-        "neuronpedia_zero_out_bos_token": True,
+        "neuronpedia_zero_out_bos_token": texts.bos in excluded,
         "neuronpedia_exports_dir": None,
     }
 

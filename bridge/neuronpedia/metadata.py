@@ -19,25 +19,27 @@ def create_neuronpedia_metadata(
 
     Args:
       sae: the exported SAE (`bridge.torch_sae.load`), which knows all but the coefficient of its sparsity penalty.
-      config: what it was trained with (`jsae.config.SAEConfig`); without one the coefficient is None.
+      config: what it was trained with (`jsae.config.SAEConfig`); without one, or where the architecture has no L1
+        penalty, the coefficient is None.
       training_info: anything about the training, such as the tokens.
       eval_metrics: anything measured, such as a hook's part of eval.json.
 
     Returns:
       "architecture" and "sparsity_config", and "training" and "evaluation" where they were given.
     """
-    coefficient = getattr(config, "l1_coefficient", None)
+    penalised = getattr(config, "architecture", None) in ("relu", "gated")
+    norms = sae.W_dec.float().norm(dim=-1)
     metadata: dict[str, Any] = {
         "architecture": {
             "type": _NAMES.get(sae.architecture, sae.architecture),
             "d_in": sae.d_in,
             "d_sae": sae.d_sae,
             "expansion_factor": sae.d_sae / sae.d_in,
-            "normalize_decoder": True,
+            "normalize_decoder": bool(((norms - 1).abs() < 1e-4).all()),
         },
         "sparsity_config": {
             "k": sae.cfg.get("k"),
-            "l1_coefficient": None if sae.architecture == "topk" else coefficient,
+            "l1_coefficient": config.l1_coefficient if penalised else None,
         },
     }
     given = {"training": training_info, "evaluation": eval_metrics}

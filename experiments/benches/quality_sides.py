@@ -55,8 +55,8 @@ def lay_out(folder: Path, *, checkpoint: str, data: str, layer: int, train: int,
     from bridge.nanochat.corpus import Corpus
 
     nano = bridge.nanochat.load(checkpoint)
-    bos, row_len = nano.tokenizer.bos_token_id, nano.config.sequence_len
-    site = Site(nano.model, hook_name(layer, "resid_post"), bos)
+    excluded, row_len = (nano.tokenizer.bos_token_id,), nano.config.sequence_len
+    site = Site(nano.model, hook_name(layer, "resid_post"), excluded)
     corpus, kept_out = (Corpus(data, nano.tokenizer, split=s, row_len=row_len) for s in ("train", "heldout"))
     endless = (corpus.next_rows(max(site.tokens_per_forward // row_len, 1)) for _ in iter(int, 1))
     acts = _gathered(site, endless, train)

@@ -177,7 +177,7 @@ class _Run:
         from jsae.data import Shuffled
 
         source = ActivationStream(
-            self.model, self.corpus, [[self.hook]], bos_token_id=self.bos, rows_per_forward=self.rows_per_forward
+            self.model, self.corpus, [[self.hook]], excluded=(self.bos,), rows_per_forward=self.rows_per_forward
         )
         size, count = self._config.batch_size, self._config.block_size // self._config.batch_size
         batches = Shuffled(source, batch_size=size, batches_per_block=count, seed=0)

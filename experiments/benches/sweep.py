@@ -111,9 +111,8 @@ def _passes(config: Config) -> dict[str, Callable[[], None]]:
 
         def run() -> None:
             corpus.seek(start)
-            source = ActivationStream(
-                nano.model, corpus, [[config.hook]], bos_token_id=nano.tokenizer.bos_token_id, rows_per_forward=8
-            )
+            excluded = (nano.tokenizer.bos_token_id,)
+            source = ActivationStream(nano.model, corpus, [[config.hook]], excluded=excluded, rows_per_forward=8)
             batches = Shuffled(
                 source,
                 batch_size=config.batch_size,

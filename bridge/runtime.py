@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bridge import torch_sae
+from bridge import ranges, torch_sae
 from bridge.attribution import Target, attribute
 from bridge.exports import finished, within
 from bridge.hooks import Acts, Edit, capture, depth, edit, find, parse
@@ -357,7 +357,7 @@ class InterpretableModel:
     def _edits(
         self, steers: Sequence[Steer], multiplier: float | int, prompt_length: int | None, reading: Reading
     ) -> dict[str, Edit]:
-        """What the requests do at each hook, bound to the forward pass that `reading` will tell of."""
+        """Return what the requests do at each hook, bound to the forward pass that `reading` will tell of."""
         chains: dict[str, list[Edit]] = {}
         special = self._special_tokens
         for request in steers:
@@ -370,6 +370,7 @@ class InterpretableModel:
             if request.positions != "all":
                 change = masked(change, lambda p=request.positions: mask(p, reading, prompt_length, special))
             chains.setdefault(name, []).append(change)
+        ranges.check_product((request.mode, request.c(multiplier)) for request in steers)
         return {name: _in_order(chain) for name, chain in chains.items()}
 
     @property

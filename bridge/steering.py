@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 
+from bridge import ranges
 from bridge.hooks import Acts, Edit
 from bridge.torch_sae import RANKED, TorchSAE
 
@@ -40,7 +41,8 @@ class Steer:
     markers of a chat (Neuronpedia's steer_special_tokens=false).
 
     Raises:
-      ValueError: an unknown mode or position, a negative feature, a strength that is not finite.
+      ValueError: an unknown mode or position, a negative feature, a strength that is not finite. What is too large for
+        its mode is refused when it is applied, since the multiplier counts too; see `bridge.ranges`.
     """
 
     hook: str
@@ -54,16 +56,17 @@ class Steer:
             raise ValueError(f"no steering mode {self.mode!r}: choose one of {', '.join(MODES)}")
         if self.positions not in POSITIONS:
             raise ValueError(f"no positions {self.positions!r}: choose one of {', '.join(POSITIONS)}")
-        if not math.isfinite(self.strength):
-            raise ValueError(f"the strength of feature {self.feature} is {self.strength}: it must be a finite number")
-        if not isinstance(self.feature, int) or self.feature < 0:
-            raise ValueError(f"feature {self.feature!r}: features are numbered from 0")
+        if isinstance(self.feature, bool) or not isinstance(self.feature, int) or self.feature < 0:
+            raise ValueError(f"feature {ranges.shown(self.feature)}: features are numbered from 0")
+        if not ranges.is_finite(self.strength):
+            given = ranges.shown(self.strength)
+            raise ValueError(f"the strength of feature {self.feature} is {given}: it must be a finite number")
 
     def c(self, strength_multiplier: float | int = 1.0) -> float:
         """The c of the mode's formula."""
         if self.mode == "ablate":
             return 0.0
-        return float(self.strength) * (float(strength_multiplier) if self.mode in _NEURONPEDIA else 1.0)
+        return float(self.strength) * (float(strength_multiplier) if self.mode in ranges.MULTIPLIED else 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,25 +156,34 @@ _FORMULAS: Mapping[str, Callable[..., Edit]] = {
     "scale": scale,
     "ablate": scale,
 }
-_NEURONPEDIA = ("additive", "orthogonal", "projection_cap")
 MODES = tuple(_FORMULAS)
 LENGTHS = ("additive", "projection_cap", "clamp")
 """The modes whose c is a length along d; in the others it is a factor."""
 
 
 def edit_of(sae: TorchSAE, steer: Steer, strength_multiplier: float | int, dtype: torch.dtype) -> Edit:
-    """What a request does to the activations (B, T, C) of its hook, at every position.
+    """Return what a request does to the activations (B, T, C) of its hook, at every position.
 
     Raises:
-      ValueError: a feature that the SAE does not have, or a multiplier that is not finite.
+      ValueError: a feature that the SAE does not have, a multiplier that is not finite, or a c out of its mode's range.
     """
-    if not math.isfinite(strength_multiplier):
-        raise ValueError(f"strength_multiplier is {strength_multiplier}: it must be a finite number")
+    if not ranges.is_finite(strength_multiplier):
+        given = ranges.shown(strength_multiplier)
+        raise ValueError(f"strength_multiplier is {given}: it must be a finite number")
+    _check_c(steer, strength_multiplier)
     try:
         chosen = feature(sae, steer.feature)
     except ValueError as error:
         raise ValueError(f"{steer.hook}: {error}") from error
     return _FORMULAS[steer.mode](chosen, steer.c(strength_multiplier), dtype)
+
+
+def _check_c(steer: Steer, strength_multiplier: float | int) -> None:
+    """Raise ValueError unless the c of a request is in the range of its mode."""
+    ranges.check_strength(steer.mode, steer.strength, f"the strength of feature {steer.feature}")
+    if steer.mode in ranges.MULTIPLIED:
+        name = f"the strength of feature {steer.feature} times strength_multiplier"
+        ranges.check_strength(steer.mode, steer.c(strength_multiplier), name)
 
 
 # ---- where ---------------------------------------------------------------------------------------------------------

@@ -28,8 +28,7 @@ class Session:
         self.console = Console(highlight=False)
         self._ids: list[int] = []
         self._default: list[Token] = []
-        for request in steers:
-            self._check(request)
+        self._check(steers)
 
     def prompt(self, text: str) -> None:
         """Continues a text, without steering and, if there is any, with it, side by side."""
@@ -52,7 +51,10 @@ class Session:
     def top(self, told: str = "") -> None:
         """The features that fired most on the last prompt and its default continuation."""
         self._need_prompt()
-        self.console.print(view.top(self._default, self.hook, _number(told or "10", int)))
+        count = _number(told or "10", int)
+        if count < 1:
+            raise ValueError(f"/top {count}: give how many features to show, at least 1")
+        self.console.print(view.top(self._default, self.hook, count))
 
     def why(self, told: str = "") -> None:
         """Which features speak for a token after the last prompt; unless told for the likeliest."""
@@ -76,7 +78,7 @@ class Session:
             strength = _number(words[1], float) if len(words) > 1 else self.config.strength[0]
             mode = words[2] if len(words) > 2 else self.config.mode
             request = Steer(self.hook, _number(words[0], int), mode, strength, self.config.positions)
-            self._check(request)
+            self._check([*self.steers, request])
             self.steers = [*self.steers, request]
         for request in self.steers:
             self.console.print(view.request(request))
@@ -91,9 +93,9 @@ class Session:
         """Tells the commands."""
         self.console.print(_HELP, markup=False)
 
-    def _check(self, request: Steer) -> None:
-        """Raises ValueError for what the model would refuse when it runs."""
-        with self.im.steering_enabled([request], strength_multiplier=self.config.strength_multiplier, prompt_length=0):
+    def _check(self, steers: list[Steer]) -> None:
+        """Raise ValueError for what the model would refuse when it runs."""
+        with self.im.steering_enabled(steers, strength_multiplier=self.config.strength_multiplier, prompt_length=0):
             pass
 
     def _need_prompt(self) -> None:

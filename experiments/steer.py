@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from bridge import ranges
 from experiments import flags, rundir
 from experiments.flags import flag
 from jsae.config import require
@@ -54,6 +55,21 @@ class SteerConfig:
         )
         require(all(map(math.isfinite, self.strength)), f"--strength is {self.strength}: give finite numbers")
         require(self.interactive or bool(self.prompt), "the prompt is empty: give --prompt=TEXT, or --interactive")
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        """Raise ValueError for numbers that the runtime would refuse when the model is loaded."""
+        ranges.check_temperature(self.temperature, "--temperature")
+        ranges.check_seed(self.seed, "--seed")
+        ranges.check_number("--strength_multiplier", self.strength_multiplier, -ranges.LONGEST, ranges.LONGEST)
+        for name in ("max_tokens", "top_k"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name} is {value}: it must be at least 1")
+        factor = self.strength_multiplier if self.mode in ranges.MULTIPLIED else 1.0
+        for strength in self.strength:
+            ranges.check_strength(self.mode, strength, "--strength")
+            ranges.check_strength(self.mode, factor * strength, "--strength times --strength_multiplier")
+        ranges.check_product([(self.mode, factor * strength) for strength in self.strengths], "--strength")
 
     @property
     def strengths(self) -> tuple[float, ...]:

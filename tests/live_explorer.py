@@ -14,6 +14,7 @@ from toy_saes import export, toy_sae
 
 import bridge.nanochat
 from bridge.explorer import server
+from bridge.explorer.bodies import Limits
 from bridge.nanochat import Nanochat
 from bridge.runtime import InterpretableModel, load_saes
 
@@ -48,17 +49,17 @@ def load(run: Path) -> tuple[InterpretableModel, Nanochat]:
 def served(run: Path, im: InterpretableModel, nano: Nanochat, **settings: Any) -> Iterator[httpx.Client]:
     """A client of a server that runs as long as the context."""
     with (
-        listening(server.app(run, im, nano, **settings)) as port,
+        listening(server.app(run, im, nano, **settings), settings.get("limits")) as port,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client,
     ):
         yield client
 
 
 @contextlib.contextmanager
-def listening(app: Any) -> Iterator[int]:
+def listening(app: Any, limits: Limits | None = None) -> Iterator[int]:
     """The port at which an app is served."""
     with contextlib.closing(server.listen("127.0.0.1", 0)) as listener:
-        running = uvicorn.Server(server.config(app))
+        running = uvicorn.Server(server.config(app, limits))
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -17,11 +17,12 @@ import pytest
 import torch
 from live_explorer import MLP, RESID, lines, listening, load, raw, served, write_run
 
-from bridge.explorer import bodies, server
+from bridge.explorer import server
 from bridge.explorer.bodies import Limits
 from bridge.explorer.session import Session
 from bridge.hooks import capture
 from bridge.nanochat.engine import chat_prompt
+from bridge.ranges import FACTORS
 from bridge.runtime import Steer
 from bridge.steering import MODES, POSITIONS
 from bridge.tracking import active, narrate
@@ -481,10 +482,14 @@ def test_steering_that_cannot_be_is_refused_before_it_begins(client, change):
     assert told(client.post("/api/steer", json=ASKED["/api/steer"] | change), 400)
 
 
-def test_the_largest_strengths_still_leave_numbers(client):
-    for mode in MODES:
-        push = PUSH | {"mode": mode, "strength": 1e6}
-        made = lines(client, prompt="x", steer=[push], max_tokens=2, strength_multiplier=10)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_largest_strengths_still_leave_numbers(client, mode):
+    largest = {"orthogonal": 100, "scale": 1000}.get(mode, 1e6)  # of factors; the others are lengths
+    for sign in (1, -1):
+        push = PUSH | {"mode": mode, "strength": sign * largest}
+        made = lines(
+            client, prompt="x", steer=[push] * (2 if mode in FACTORS else 16), max_tokens=2, strength_multiplier=10
+        )
         assert made[-1] == {"done": True}, mode
 
 
@@ -497,10 +502,10 @@ def test_a_body_that_is_too_long_is_refused(client):
     assert client.get("/api/info").status_code == 200
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(client, monkeypatch):
-    monkeypatch.setattr(bodies, "_SECONDS_TO_SEND", 0.2)
+def test_a_body_that_does_not_come_is_not_waited_for(run, model):
     head = "POST /api/latent HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
-    answer = raw(client, head + "Connection: close\r\n\r\n{")
+    with served(run, *model, limits=Limits(body_seconds=0.2)) as client:
+        answer = raw(client, head + "Connection: close\r\n\r\n{")
     assert answer.startswith("HTTP/1.1 408 ")
     assert "send it at once" in answer
 

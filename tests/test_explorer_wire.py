@@ -12,7 +12,7 @@ from live_explorer import MLP, RESID, C, load, served, write_run
 from toy_saes import toy_sae
 
 from bridge.explorer.bodies import Limits, Refusal
-from bridge.explorer.session import Session, dense
+from bridge.explorer.session import Session
 from bridge.explorer.sources import Sources
 from bridge.hooks import capture
 from bridge.nanochat.engine import chat_prompt
@@ -74,7 +74,7 @@ def latents(im, text: str, hook: str) -> torch.Tensor:
     """All latents at all tokens of a text, BOS first."""
     with torch.no_grad(), capture(im.model, [hook]) as acts:
         im.model(torch.tensor([im.tokenizer.encode(text, prepend_bos=True)]))
-    return dense(im.sae(hook), acts[hook])
+        return im.sae(hook).encode(acts[hook][0])
 
 
 # ---- the shapes that Neuronpedia's server has ----------------------------------------------------------------------

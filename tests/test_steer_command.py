@@ -197,6 +197,21 @@ def test_the_loop_prompts_steers_explains_and_survives_mistakes(run, im):
     assert "never read" not in done.stdout
 
 
+def test_the_loop_refuses_numbers_out_of_range_and_keeps_what_was_pushed(run):
+    lines = ["/steer 7 1e6 orthogonal", "/steer 7 1e-320", "/steer 7 1000 scale", "/steer 7 1000 orthogonal",
+             "/steer 7 2 scale", "/steer", "x", "/top 0", "/quit"]  # fmt: skip
+    done = process(command(run, interactive=True), "\n".join(lines))
+    assert done.returncode == 0, done.stderr
+    told = answers(done.stdout)
+    assert "is a factor in the mode orthogonal, is 1000000.0: expected" in told[0]
+    assert "which float32 cannot tell from 0" in told[1]
+    assert "scale 1000" in told[2]
+    assert told[3].count(HOOK) == 2
+    assert "the factors of orthogonal and scale multiply to 2e+06" in told[4]
+    assert told[5].count(HOOK) == 2
+    assert "/top 0: give how many features to show, at least 1" in told[7]
+
+
 def test_the_end_of_the_input_ends_the_loop(run):
     done = process(command(run, interactive=True, prompt="def "), "/top 1\n")
     assert done.returncode == 0, done.stderr

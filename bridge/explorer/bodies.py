@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Collection, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import anyio
 from starlette.requests import Request
 
-_SECONDS_TO_SEND = 20.0
+from bridge import ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,32 @@ class Limits:
     features: int = 16
     """Features steered by one request."""
     seconds: float = 60.0
-    """Of a generation; what is unfinished then ends there."""
+    """Of a request that uses the model, its wait for its turn included. What a generation has not written by then is
+    left out, any other request is refused."""
     generations: int = 4
     """Under way at once, of all clients."""
     readings: int = 16
     """Other requests that wait for the model, of all clients."""
+    numbers: int = 2**19
+    """Activations, and indices of features, in one answer."""
+    answer_bytes: int = 2**24
+    """Of one answer."""
+    notes_bytes: int = 2**22
+    """Of the notes of a run that the server reads and adds to."""
+    head_seconds: float = 10.0
+    """Within which the head of a request has come, from the beginning of the connection or its first byte."""
+    body_seconds: float = 20.0
+    """Within which the body has come after its head."""
+    idle_seconds: float = 5.0
+    """Between two requests of a connection."""
+    read_seconds: float = 20.0
+    """Within which a client reads 64 KiB of an answer; and within which it ends a connection that is over."""
+    unread_bytes: int = 2**28
+    """What a client may still send when it was refused, so that it comes to read why."""
+    client_connections: int = 96
+    """Of one address. Whoever is connected and does nothing makes room for the next."""
+    connections: int = 160
+    """Of all clients. Some systems give a process 256 files."""
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not an error of this program
@@ -47,41 +69,90 @@ def refusing() -> Iterator[None]:
         raise Refusal(400, str(error)) from error
 
 
-async def read(request: Request, limits: Limits) -> dict[str, Any]:
-    """The JSON object that a request brings.
+async def receive(request: Request, limits: Limits) -> bytes:
+    """Return the body of a request, which says that it is JSON.
 
     Raises:
       Refusal: 415 for another content type (a form of a foreign page can send some, but not JSON), 413 for a body that
-        is too long, 408 for one that does not come, 400 for one that is no object or holds what JSON cannot say.
+        is too long, 408 for one that does not come.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise Refusal(415, f"the content type is {kind or 'not given'!r}: send application/json")
+        raise Refusal(415, f"the content type is {kind[:100] or 'not given'!r}: send application/json")
     data = bytearray()
     try:
-        with anyio.fail_after(_SECONDS_TO_SEND):
+        with anyio.fail_after(limits.body_seconds):
+            _check_length(int(request.headers.get("content-length", "0")), limits)
             async for chunk in request.stream():
                 data += chunk
-                if len(data) > limits.body_bytes:
-                    raise Refusal(413, f"the body is longer than {limits.body_bytes:,} bytes: send a shorter text")
+                _check_length(len(data), limits)
     except TimeoutError as error:
-        raise Refusal(408, f"the body did not come within {_SECONDS_TO_SEND:g} seconds: send it at once") from error
-    return parse(bytes(data))
+        told = f"the body did not come within {limits.body_seconds:g} seconds: send it at once"
+        raise Refusal(408, told, _LAST) from error
+    return bytes(data)
+
+
+_LONGEST_PLACE = 100  # characters of an error message that say where in a body something stands
+_LAST = {"connection": "close"}
+"""The header of an answer after which a connection ends, because the body was not read to its end."""
+
+
+def _check_length(length: int, limits: Limits) -> None:
+    if length > limits.body_bytes:
+        raise Refusal(413, f"the body is longer than {limits.body_bytes:,} bytes: send a shorter text", _LAST)
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """A JSON object. Refuses NaN, infinities (1e999 too), lone surrogates and depth, which Python would let through."""
+    """Return the JSON object that a text is.
+
+    Raises:
+      Refusal: 400 for what is no JSON object, and for what Python would let through: NaN, infinities (1e999 too), lone
+        surrogates, a name that an object has twice, and depth.
+    """
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise Refusal(400, "a text holds half of a surrogate pair: send whole characters") from error
+        raise Refusal(400, f"{_odd(value)} holds half of a surrogate pair: send whole characters") from error
     except (ValueError, RecursionError) as error:
         told = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        if str(error).startswith("Out of range float"):
+            told = f"{_odd(value)} is not finite"
         raise Refusal(400, f"the body is not JSON of finite numbers: {told}") from error
     if not isinstance(value, dict):
         raise Refusal(400, f"the body is {_kind(value)}: expected an object")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, in which every name stands once: which of two would count is anybody's guess."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the name {_short(twice)} stands twice in an object")
+    return value
+
+
+def _odd(value: Any) -> str:
+    """Return the place of the first number that is not finite, or of the first text that is not Unicode."""
+    places = [(value, "")]
+    while places:
+        inner, where = places.pop()
+        if isinstance(inner, dict):
+            names = [(name, f"a name in {where or 'the body'}") for name in inner]
+            places += [(v, f"{where}.{name}".lstrip(".")) for name, v in reversed(inner.items())] + names
+        elif isinstance(inner, list):
+            places += [(v, f"{where}[{i}]") for i, v in reversed(list(enumerate(inner)))]
+        elif _is_odd(inner):
+            return where[:_LONGEST_PLACE] or "the body"
+    return "a value"
+
+
+def _is_odd(value: Any) -> bool:
+    if isinstance(value, str):
+        return any("\ud800" <= c <= "\udfff" for c in value)
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 _REQUIRED: Any = object()
@@ -127,22 +198,26 @@ class Fields:
         return value
 
     def whole(self, name: str, low: int, high: int, default: Any = _REQUIRED) -> Any:
-        """A whole number from low to high."""
-        value = self._get(name, default)
-        if value is default:
-            return value
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self._wrong(name, f"a whole number from {low} to {high}")
-        return value
+        """Return a whole number from low to high."""
+        return self.checked(name, lambda where, value: ranges.check_integer(where, value, low, high), default)
 
     def number(self, name: str, low: float | int, high: float | int, default: Any = _REQUIRED) -> Any:
-        """A number from low to high, as a float."""
+        """Return a number from low to high, as a float; one that float32 cannot tell from 0 is refused."""
+        value = self.checked(name, lambda where, value: ranges.check_number(where, value, low, high), default)
+        return value if value is default else float(value)
+
+    def temperature(self, name: str, high: float | int, default: Any = _REQUIRED) -> Any:
+        """Return a temperature, 0 or one that the engine takes, as a float."""
+        value = self.checked(name, lambda where, value: ranges.check_temperature(value, where, high), default)
+        return value if value is default else float(value)
+
+    def checked(self, name: str, check: Callable[[str, Any], None], default: Any = _REQUIRED) -> Any:
+        """Return a value that `check`, given the field's name and the value, raises no ValueError for."""
         value = self._get(name, default)
-        if value is default:
-            return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise self._wrong(name, f"a number from {low:g} to {high:g}")
-        return float(value)
+        if value is not default:
+            with refusing():
+                check(self._where + name, value)
+        return value
 
     def index(self, name: str, below: int) -> int:
         """A number below another one, which may come as a text of digits."""
@@ -193,10 +268,12 @@ class Fields:
             raise Refusal(400, f"{self._where}{name} is missing")
         return default if value is None else value
 
+    def refusal(self, name: str, told: str) -> Refusal:
+        """Return the refusal of a field, of which `told` says what is wrong."""
+        return Refusal(400, f"{self._where}{name} {told}")
+
     def _wrong(self, name: str, expected: str) -> Refusal:
-        value = self._value[name]
-        told = _short(value)
-        return Refusal(400, f"{self._where}{name} is {told}: expected {expected}")
+        return self.refusal(name, f"is {_short(self._value[name])}: expected {expected}")
 
 
 def _kind(value: Any) -> str:

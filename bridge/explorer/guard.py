@@ -102,9 +102,11 @@ class Guard:
         except ClientDisconnect:
             return
         except Refusal as refusal:
+            if started:
+                raise
             await answer(refusal)(scope, receive, sender)
         except Exception:
-            log.exception("%s %s failed", scope["method"], scope["path"])
+            log.exception("%s %r failed", scope["method"], scope["path"])
             if started:  # the connection breaks off, so that nobody takes the half for the whole
                 raise
             await answer(Refusal(500, "the server failed; its log says how"))(scope, receive, sender)

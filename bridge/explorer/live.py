@@ -14,9 +14,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from bridge import ranges
 from bridge.explorer import labels
-from bridge.explorer.bodies import Fields, Refusal, read, refusing
-from bridge.explorer.session import Session, Stream, while_there
+from bridge.explorer.answers import Stream
+from bridge.explorer.bodies import Fields, Refusal, refusing
+from bridge.explorer.session import Session
 from bridge.runtime import Steer, Token
 from bridge.steering import MODES, POSITIONS
 
@@ -84,24 +86,30 @@ class Api:
         """The features that fire most at each token of a text."""
         fields = await self._fields(request, "text", "hook", "top_k")
         hook, top_k = self._hook(fields), fields.whole("top_k", 1, MOST_FEATURES, 8)
-        session = self._session
-        with session.readings.take():
-            ids = await session.ids(fields.text("text"))
-            found = await while_there(request, lambda: session.run(session.strongest, ids, hook, top_k))
-        # What was put in front of the text is not shown: the model reads BOS, but nobody counts what fires there.
-        features = [[{"index": i, "value": value} for i, value in pairs] for pairs in found[1:]]
-        return JSONResponse({"tokens": self._tokens(ids[1:]), "features": features})
+        text, session = fields.text("text"), self._session
+
+        async def make() -> dict[str, Any]:
+            ids = await session.ids(text)
+            found = await session.run(session.strongest, ids, hook, top_k)
+            # What was put in front of the text is not shown: the model reads BOS, but nobody counts what fires there.
+            features = [[{"index": i, "value": value} for i, value in pairs] for pairs in found[1:]]
+            return {"tokens": self._tokens(ids[1:]), "features": features}
+
+        return await session.answer(request, make)
 
     async def latent(self, request: Request) -> Response:
         """What one latent does at each token of a text."""
         fields = await self._fields(request, "text", "hook", "index")
         hook = self._hook(fields)
-        index = self._index(fields, hook)
+        index, text = self._index(fields, hook), fields.text("text")
         session = self._session
-        with session.readings.take():
-            ids = await session.ids(fields.text("text"))
-            values = await while_there(request, lambda: session.run(session.activation, ids, hook, index))
-        return JSONResponse({"tokens": self._tokens(ids[1:]), "values": values[1:]})
+
+        async def make() -> dict[str, Any]:
+            ids = await session.ids(text)
+            values = await session.run(session.activation, ids, hook, index)
+            return {"tokens": self._tokens(ids[1:]), "values": values[1:]}
+
+        return await session.answer(request, make)
 
     async def steer(self, request: Request) -> Response:
         """A continuation as it is and as it is pushed, a line of JSON for each token, by turns."""
@@ -110,7 +118,7 @@ class Api:
         steers = [self._steer(each) for each in fields.objects("steer", limits.features, _STEER_FIELDS)]
         sampling = {
             "max_tokens": fields.whole("max_tokens", 1, limits.max_tokens, min(64, limits.max_tokens)),
-            "temperature": fields.number("temperature", 0, 2, 0.5),
+            "temperature": fields.temperature("temperature", 2, 0.5),
             "seed": fields.whole("seed", 0, 2**63 - 1, 16),
             "strength_multiplier": fields.number("strength_multiplier", 0, 10, 1.0),
             "features": _FEATURES_PER_TOKEN,
@@ -129,7 +137,15 @@ class Api:
 
     async def notes(self, request: Request) -> Response:
         """What people wrote."""
-        return JSONResponse({"notes": await to_thread.run_sync(labels.notes, self._run)})
+
+        async def make() -> dict[str, Any]:
+            self._check_notes()
+            try:
+                return {"notes": await to_thread.run_sync(labels.notes, self._run)}
+            except (OSError, ValueError) as error:
+                raise Refusal(500, f"the notes cannot be read: {error}") from error
+
+        return await self._session.answer(request, make)
 
     async def note(self, request: Request) -> Response:
         """Keeps what a person calls a latent."""
@@ -142,13 +158,25 @@ class Api:
 
         def write() -> dict[str, Any]:
             with self._writing:
+                self._check_notes()
                 return line()
 
-        with refusing():
-            return JSONResponse(await to_thread.run_sync(write))
+        try:
+            with refusing():
+                return JSONResponse(await to_thread.run_sync(write))
+        except OSError as error:
+            raise Refusal(507, f"the note is not kept: {error.strerror or error}") from error
+
+    def _check_notes(self) -> None:
+        """Raise Refusal for notes that have become too many to be read again and again."""
+        file, most = labels.notes_file(self._run), self._session.limits.notes_bytes
+        size = file.stat().st_size if file.is_file() else 0
+        if size > most:
+            told = f"{file.name} has {size:,} bytes: this server takes at most {most:,}; move it away and keep the rest"
+            raise Refusal(507, told)
 
     async def _fields(self, request: Request, *known: str) -> Fields:
-        return Fields(await read(request, self._session.limits), known=known)
+        return Fields(await self._session.body(request), known=known)
 
     def _hook(self, fields: Fields) -> str:
         hooks = self._session.im.hooks
@@ -161,6 +189,7 @@ class Api:
         hook = self._hook(fields)
         mode = fields.choice("mode", MODES, "additive")
         strength = fields.number("strength", -STRONGEST, STRONGEST, *[0.0] if mode == "ablate" else ())
+        fields.checked("strength", lambda where, value: ranges.check_strength(mode, value, where), 0.0)
         return Steer(hook, self._index(fields, hook), mode, strength, fields.choice("positions", POSITIONS, "all"))
 
     async def _prompt(self, fields: Fields) -> tuple[list[int], tuple[int, ...]]:
@@ -183,6 +212,8 @@ class Api:
                 async for which, made in events:
                     yield _line({"which": which, "end": made} if isinstance(made, str) else _told(which, made))
             yield _line({"done": True})
+        except Refusal as refusal:
+            yield _line({"error": refusal.message})
         except Exception:  # the status is out: this is the only way to tell
             log.exception("a generation failed")
             yield _line({"error": "the generation failed; the server's log says how"})

@@ -23,6 +23,7 @@ except ImportError as error:
 
 from bridge.explorer import wire
 from bridge.explorer.bodies import Limits, Refusal
+from bridge.explorer.connections import Connection, Crowd
 from bridge.explorer.guard import Guard, answer, is_loopback
 from bridge.explorer.live import Api
 from bridge.explorer.session import Session
@@ -39,6 +40,8 @@ _PAGE = {
     ".png": "image/png",
 }
 """What a page is made of. Everything else in its folder stays unseen."""
+_BACKLOG = 48
+"""Connections that are accepted together: fewer than one address may hold, so that none of them drops another."""
 
 
 def app(
@@ -133,22 +136,27 @@ def serve(
         )
         say(f"explorer at {address(host, listener.getsockname()[1], token)}")
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config(served)).run(sockets=[listener])
+            uvicorn.Server(config(served, limits)).run(sockets=[listener])
 
 
-def config(served: Starlette) -> uvicorn.Config:
-    """How uvicorn runs the app: plain HTTP, no log of requests, a client that is late does not keep it from ending."""
+def config(served: Starlette, limits: Limits | None = None) -> uvicorn.Config:
+    """Return how uvicorn runs the app: plain HTTP/1.1 with deadlines (`Connection`), no log of requests.
+
+    A client that is late does not keep it from ending.
+    """
+    limits = limits or Limits()
     return uvicorn.Config(
         served,
         loop="asyncio",
-        http="h11",
+        http=functools.partial(Connection, crowd=Crowd(limits)),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,
+        log_level="error",  # its warnings are of what strangers send, a line for each
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=128,
+        backlog=_BACKLOG,
         timeout_graceful_shutdown=2,
     )
 
@@ -169,7 +177,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
-        listener.listen(128)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise OSError(f"cannot listen at {host}, port {port} ({error}): give another, or 0 for any free one") from error

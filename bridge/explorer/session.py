@@ -9,24 +9,24 @@ from typing import Any, TypeVar
 
 import anyio
 import torch
-from anyio import to_thread
+from anyio import from_thread, to_thread
 from jaxtyping import Float
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.requests import Request
 
-from bridge.explorer.bodies import Limits, Refusal, refusing
+from bridge.explorer.answers import Answer, Outbox, Slots, encode, while_there
+from bridge.explorer.bodies import Limits, Refusal, parse, receive, refusing
 from bridge.hooks import capture
 from bridge.nanochat import Nanochat
-from bridge.nanochat.engine import chat_prompt, max_positions
+from bridge.nanochat.engine import NotFiniteError, chat_prompt, max_positions
 from bridge.runtime import InterpretableModel, Token
-from bridge.torch_sae import TorchSAE
 from bridge.tracking import active
 
 _POSITIONS_AT_ONCE = 64
 """Encoded together: of an SAE of 131,072 latents that is 32 MiB."""
-_SECONDS_TO_READ = 30.0
-"""How long, beyond its own time, a client may take to read what it asked for."""
+_BODIES = 2
+"""Parsed at once: a body of many small lists needs thirty times its size."""
+_ANSWERS = 8
+"""As many of the longest answers may be on their way to clients at once."""
 
 Value = TypeVar("Value")
 Acts = Float[torch.Tensor, "1 T C"]
@@ -48,17 +48,51 @@ class Session:
         self.im, self.nano, self.limits = im, nano, limits
         self.chat = _is_chat(nano.path) if chat is None else chat
         self.longest_prompt = max(min(limits.prompt_tokens, max_positions(im.model) - limits.max_tokens), 1)
+        self._longest_token = max(len(im.tokenizer.token_bytes_of(i)) for i in range(im.tokenizer.vocab_size))
         self._turn = anyio.Lock()
         self.generations = Slots(limits.generations, "generations")
         self.readings = Slots(limits.readings, "requests")
+        self._parsing = anyio.CapacityLimiter(_BODIES)
+        self.outbox = Outbox(_ANSWERS * limits.answer_bytes)
 
     async def run(self, function: Callable[..., Value], *args: Any) -> Value:
-        """Runs what needs the model, in a thread, when it is its turn.
+        """Run what needs the model, in a thread, when it is its turn.
 
-        A client that goes away meanwhile lets the thread come to its end first: nobody else gets the turn before.
+        When the client goes away or its time is over, nobody else gets the turn before the thread has ended, which it
+        does at the next of the `parts` of a text.
         """
         async with self._turn:
             return await to_thread.run_sync(function, *args)
+
+    async def body(self, request: Request) -> dict[str, Any]:
+        """Return the JSON object that a request brings, parsed in a thread; a few are at once.
+
+        Raises:
+          Refusal: see `bodies.receive` and `bodies.parse`.
+        """
+        return await to_thread.run_sync(parse, await receive(request, self.limits), limiter=self._parsing)
+
+    async def answer(self, request: Request, make: Callable[[], Awaitable[Any]]) -> Answer:
+        """Return the answer to a request whose body was read: what is made for it, as JSON.
+
+        Raises:
+          ClientDisconnect: the client has gone.
+          Refusal: 429 if too many requests are under way, 503 if it takes too long, 422 if the answer is too long.
+        """
+
+        async def encoded() -> list[bytes]:
+            return await to_thread.run_sync(encode, await make(), self.limits.answer_bytes)
+
+        with self.readings.take():
+            pieces = await while_there(request, encoded, self.limits.seconds)
+        return Answer(pieces, self.outbox)
+
+    def check_size(self, features: int, tokens: int, numbers: int = 1) -> None:
+        """Raise Refusal for more features at more tokens, of so many numbers each, than one answer has."""
+        total, most = features * tokens * numbers, self.limits.numbers
+        if total > most:
+            told = f"the answer may have {total:,} numbers ({features:,} features at {tokens:,} tokens)"
+            raise Refusal(422, f"{told}: at most {most:,} are given; ask for fewer features, or shorter or fewer texts")
 
     # ---- texts -----------------------------------------------------------------------------------------------------
 
@@ -70,6 +104,7 @@ class Session:
         """
         if not text:
             raise Refusal(400, "the text is empty: give at least one character")
+        self._check_bytes(text)
         return self._short(await to_thread.run_sync(self.im.tokenizer.encode, text, bos))
 
     async def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], tuple[int, ...]]:
@@ -80,10 +115,18 @@ class Session:
         """
         if not self.chat:
             raise Refusal(400, "this checkpoint was not trained to chat: send a prompt, not messages")
+        self._check_bytes("".join(message["content"] for message in messages))
         render = functools.partial(chat_prompt, self.im.model, self.im.tokenizer, list(map(dict, messages)))
         with refusing():
             ids, stop_tokens = await to_thread.run_sync(render)
         return self._short(ids), stop_tokens
+
+    def _check_bytes(self, text: str) -> None:
+        """Raise Refusal for a text that has too many tokens however it is cut, so that none is cut in vain."""
+        size, most = len(text.encode()), self.longest_prompt * self._longest_token
+        if size > most:
+            told = f"at most {self.longest_prompt:,} tokens are read, which have {most:,} bytes at most"
+            raise Refusal(400, f"the text has {size:,} bytes: {told}")
 
     def _short(self, ids: list[int]) -> list[int]:
         if len(ids) > self.longest_prompt:
@@ -108,7 +151,7 @@ class Session:
         """The (index, activation) pairs of the features that fire most at every token, largest first; above 0 only."""
         sae, acts = self.im.sae(hook), self.acts(ids, [hook])[hook]
         found = []
-        for part in acts[0].split(_POSITIONS_AT_ONCE):
+        for part in parts(acts):
             values, indices = active(sae, part[None], min(top_k, sae.d_sae))
             for row in zip(indices[0].tolist(), values[0].tolist(), strict=True):
                 found.append([(i, v) for i, v in zip(*row, strict=True) if v > 0])
@@ -117,7 +160,7 @@ class Session:
     def activation(self, ids: Sequence[int], hook: str, index: int) -> list[float]:
         """What one feature does at every token."""
         sae, acts = self.im.sae(hook), self.acts(ids, [hook])[hook]
-        return [value for part in acts[0].split(_POSITIONS_AT_ONCE) for value in sae.encode(part)[:, index].tolist()]
+        return [value for part in parts(acts) for value in sae.encode(part)[:, index].tolist()]
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
@@ -136,7 +179,7 @@ class Session:
         while running:
             for which in list(running):
                 late = anyio.current_time() > deadline
-                token = None if late else await self.run(next, streams[which], None)
+                token = None if late else await self._next(streams[which])
                 if token is not None:
                     made[which] += 1
                     yield which, token
@@ -144,88 +187,24 @@ class Session:
                 running.remove(which)
                 yield which, "time" if late else "length" if made[which] == max_tokens else "stop"
 
-
-async def while_there(request: Request, make: Callable[[], Awaitable[Value]]) -> Value:
-    """What is made for a client whose body was read; the making ends when the client has gone.
-
-    Raises:
-      ClientDisconnect: it has.
-    """
-    made: list[Value] = []
-    failed: list[Exception] = []
-    async with anyio.create_task_group() as tasks:
-
-        async def watch() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-            tasks.cancel_scope.cancel()
-
-        tasks.start_soon(watch)
-        try:
-            made.append(await make())
-        except Exception as error:  # raised below, where no group wraps it
-            failed.append(error)
-        tasks.cancel_scope.cancel()
-    for error in failed:
-        raise error
-    if not made:
-        raise ClientDisconnect
-    return made[0]
-
-
-class Slots:
-    """So many of a kind may be under way at once."""
-
-    def __init__(self, limit: int, what: str):
-        self._limit, self._what, self._taken = limit, what, 0
-
-    @contextlib.contextmanager
-    def take(self) -> Iterator[None]:
-        """Counts one for the time of the context.
+    async def _next(self, stream: Iterator[Token]) -> Token | None:
+        """Return the next token of a generation; None at its end.
 
         Raises:
-          Refusal: 429 if there are too many.
+          Refusal: 422 if the model's numbers are not finite any more.
         """
-        if self._taken >= self._limit:
-            told = f"{self._taken} {self._what} are under way, as many as this server takes: try again in a moment"
-            raise Refusal(429, told, {"Retry-After": "2"})
-        self._taken += 1
         try:
-            yield
-        finally:
-            self._taken -= 1
+            return await self.run(next, stream, None)
+        except NotFiniteError as error:
+            raise Refusal(422, str(error)) from error
 
 
-class Stream(StreamingResponse):
-    """What is made as it is sent. When the client has it all, or has gone, the making ends and lets go what it held.
-
-    Args:
-      content: makes the pieces.
-      media_type: of them.
-      held: closed at the end.
-      seconds: the making may take; a client that does not read is cut off some time after.
-    """
-
-    def __init__(
-        self, content: AsyncGenerator[str, None], media_type: str, held: contextlib.ExitStack, seconds: float | int
-    ):
-        super().__init__(content, media_type=media_type, headers={"x-accel-buffering": "no"})
-        self._held, self._seconds = held, seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends it, until the end or until the client has gone."""
-        with self._held, anyio.move_on_after(self._seconds + _SECONDS_TO_READ):
-            try:
-                await super().__call__(scope, receive, send)
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await self.body_iterator.aclose()
-
-
-@torch.no_grad()
-def dense(sae: TorchSAE, acts: Acts) -> Float[torch.Tensor, "T f"]:
-    """All features at all positions."""
-    return torch.cat([sae.encode(part) for part in acts[0].split(_POSITIONS_AT_ONCE)])
+def parts(acts: Acts) -> Iterator[Float[torch.Tensor, "t C"]]:
+    """Yield the activations of a text, a few positions at a time; ends a thread that nobody waits for any more."""
+    for part in acts[0].split(_POSITIONS_AT_ONCE):
+        with contextlib.suppress(RuntimeError):  # not in a thread of the server
+            from_thread.check_cancelled()
+        yield part
 
 
 def _is_chat(path: Path) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from bridge.explorer.bodies import Fields, Refusal, read
+from bridge.explorer.bodies import Fields, Refusal
 from bridge.explorer.session import Session
 from bridge.hooks import parse
 
@@ -36,7 +36,7 @@ class Sources:
         Raises:
           Refusal: no such body, or one for another model.
         """
-        fields = Fields(camel(await read(request, self._session.limits)))
+        fields = Fields(camel(await self._session.body(request)))
         self.check_model(fields)
         return fields
 
@@ -92,7 +92,11 @@ class Sources:
 
 
 def camel(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a body, and of the objects in its lists, in camel case."""
+    """Return the fields of a body, and of the objects in its lists, in camel case.
+
+    Raises:
+      Refusal: a field stands in both writings.
+    """
 
     def inner(value: Any) -> Any:
         return [_renamed(v) if isinstance(v, dict) else v for v in value] if isinstance(value, list) else value
@@ -101,4 +105,10 @@ def camel(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {re.sub(r"_([a-z])", lambda m: m[1].upper(), name): field for name, field in value.items()}
+    renamed: dict[str, Any] = {}
+    for name, field in value.items():
+        camel_case = re.sub(r"_([a-z])", lambda m: m[1].upper(), name)
+        if camel_case in renamed:
+            raise Refusal(400, f"the field {camel_case[:_LONGEST_ID]!r} stands twice, in camel and in snake case")
+        renamed[camel_case] = field
+    return renamed

@@ -4,6 +4,7 @@ Names and shapes are those of the inference server of github.com/hijohnnylin/neu
 steering is in `wire_steer`. A Neuronpedia whose USE_LOCALHOST_INFERENCE is true asks at port 5002.
 """
 
+import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -13,15 +14,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bridge.explorer.bodies import Fields, Refusal, refusing
-from bridge.explorer.session import Session, dense, while_there
+from bridge.explorer.ranking import Strongest, strongest
+from bridge.explorer.session import Session
 from bridge.explorer.sources import Sources
 from bridge.explorer.wire_steer import BOS, LARGEST, Steering
 from bridge.hooks import find
 
 MOST_RESULTS = 1000
 """Features that /v1/activation/all gives at most."""
+MOST_PER_TOKEN = 100
+"""Features that /v1/activation/topk-by-token gives at most."""
 _PROMPTS = 32  # of a batch
-_FEATURES_PER_TOKEN = 100
 
 
 def routes(session: Session, model_id: str | None = None) -> list[Route]:
@@ -52,8 +55,20 @@ def routes(session: Session, model_id: str | None = None) -> list[Route]:
     ]
 
 
-Answer = Callable[[Fields, Sequence[int]], Callable[[], dict[str, Any]]]
-"""Of the fields of a request and the tokens of a prompt: what makes the answer when the model is free."""
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What is to be read on one prompt.
+
+    `features` are given at each of its tokens, with so many `numbers` each; `make` gets them from the model.
+    """
+
+    features: int
+    make: Callable[[], dict[str, Any]]
+    numbers: int = 1
+
+
+Read = Callable[[Fields, Sequence[int]], Reading]
+"""Checks the fields of a request for a prompt of tokens."""
 
 
 class Wire:
@@ -62,38 +77,51 @@ class Wire:
     def __init__(self, session: Session, sources: Sources):
         self._session, self._sources = session, sources
 
-    def one(self, answer: Answer) -> Callable[[Request], Awaitable[Response]]:
-        """An endpoint for one prompt."""
+    def one(self, read: Read) -> Callable[[Request], Awaitable[Response]]:
+        """Return an endpoint for one prompt."""
 
         async def endpoint(request: Request) -> Response:
             fields = await self._sources.fields(request)
             prompt = fields.text("prompt")
-            with self._session.readings.take():
-                return JSONResponse(await while_there(request, lambda: self._answer(answer, fields, prompt)))
+
+            async def make() -> dict[str, Any]:
+                (reading,) = await self._readings(read, fields, [prompt])
+                return await self._session.run(reading.make)
+
+            return await self._session.answer(request, make)
 
         return endpoint
 
-    def batch(self, answer: Answer) -> Callable[[Request], Awaitable[Response]]:
-        """An endpoint for several prompts; its results are those of each."""
+    def batch(self, read: Read) -> Callable[[Request], Awaitable[Response]]:
+        """Return an endpoint for several prompts; its results are those of each."""
 
         async def endpoint(request: Request) -> Response:
             fields = await self._sources.fields(request)
             prompts = fields.texts("prompts", _PROMPTS)
 
-            async def every() -> list[dict[str, Any]]:
-                return [await self._answer(answer, fields, prompt) for prompt in prompts]
+            async def make() -> dict[str, Any]:
+                readings = await self._readings(read, fields, prompts)
+                return {"results": [await self._session.run(reading.make) for reading in readings]}
 
-            with self._session.readings.take():
-                return JSONResponse({"results": await while_there(request, every)})
+            return await self._session.answer(request, make)
 
         return endpoint
 
-    async def _answer(self, answer: Answer, fields: Fields, prompt: str) -> dict[str, Any]:
-        ids = await self._session.ids(prompt.removeprefix(BOS))
-        return await self._session.run(answer(fields, ids))
+    async def _readings(self, read: Read, fields: Fields, prompts: Sequence[str]) -> list[Reading]:
+        """Return what is to be read on prompts, of which all are checked before the model runs.
 
-    def single(self, fields: Fields, ids: Sequence[int]) -> Callable[[], dict[str, Any]]:
-        """One feature, or one direction at a hook, over a text."""
+        Raises:
+          Refusal: a prompt or a field that does not fit, or an answer that may be too large.
+        """
+        ids = [await self._session.ids(prompt.removeprefix(BOS)) for prompt in prompts]
+        readings = [read(fields, each) for each in ids]
+        if readings:
+            largest = max(readings, key=lambda reading: reading.features)
+            self._session.check_size(largest.features, sum(map(len, ids)), largest.numbers)
+        return readings
+
+    def single(self, fields: Fields, ids: Sequence[int]) -> Reading:
+        """Read one feature, or one direction at a hook, over a text."""
         of_feature = fields.has("source") and fields.has("index")
         if of_feature == (fields.has("vector") and fields.has("hook")):
             raise Refusal(400, "give exactly one of source and index, or vector and hook")
@@ -107,7 +135,7 @@ class Wire:
                 "tokensIsSpecial": [False] * len(told),
             }
 
-        return make
+        return Reading(1, make)
 
     def _of_feature(self, fields: Fields, ids: Sequence[int]) -> Callable[[], list[float]]:
         hook = self._sources.hook(fields.text("source"))
@@ -126,8 +154,8 @@ class Wire:
 
         return along
 
-    def all(self, fields: Fields, ids: Sequence[int]) -> Callable[[], dict[str, Any]]:
-        """The features that fire most on a text, of all SAEs of a set or some of them. What is silent is left out."""
+    def all(self, fields: Fields, ids: Sequence[int]) -> Reading:
+        """Read the features that fire most, of all SAEs of a set or some of them. What is silent is left out."""
         hooks = self._sources.of_set(fields.text("sourceSet"))
         chosen = fields.texts("selectedSources", len(hooks), [])
         if chosen:
@@ -136,26 +164,24 @@ class Wire:
             Fields({"i": i}, "sortByTokenIndexes.").index("i", len(ids))
             for i in fields.items("sortByTokenIndexes", len(ids), [])
         ]
-        most = fields.whole("numResults", 1, 2**31, 25)
+        most = min(fields.whole("numResults", 1, MOST_RESULTS, 25), sum(map(self._latents, hooks.values())))
         ignore_bos = fields.flag("ignoreBos", True)
 
         def make() -> dict[str, Any]:
             acts = self._session.acts(ids, sorted(set(hooks.values())))
-            rows = []
-            for source, hook in hooks.items():
-                latents = dense(self._session.im.sae(hook), acts[hook])
-                if ignore_bos:
-                    latents[0] = 0
-                rows += _strongest(source, latents, sort, min(most, MOST_RESULTS))
-            rows.sort(key=lambda row: -(row["sumValues"] if sort else row["maxValue"]))
-            return {"activations": rows[: min(most, MOST_RESULTS)], "tokens": self._session.spell(ids)}
+            found = [Strongest(self._session.im.sae(hook), acts[hook], sort, ignore_bos) for hook in hooks.values()]
+            rows = strongest(list(hooks), found, most)
+            return {"activations": rows, "tokens": self._session.spell(ids)}
 
-        return make
+        return Reading(most, make)
 
-    def topk_by_token(self, fields: Fields, ids: Sequence[int]) -> Callable[[], dict[str, Any]]:
-        """The features that fire most at each token. Positions count the BOS, also where it is left out."""
+    def _latents(self, hook: str) -> int:
+        return self._session.im.sae(hook).d_sae
+
+    def topk_by_token(self, fields: Fields, ids: Sequence[int]) -> Reading:
+        """Read the features that fire most at each token. Positions count the BOS, also where it is left out."""
         hook = self._sources.hook(fields.text("source"))
-        top_k = min(fields.whole("topK", 1, 2**31, 5), _FEATURES_PER_TOKEN)
+        top_k = fields.whole("topK", 1, MOST_PER_TOKEN, 5)
         first = 1 if fields.flag("ignoreBos", True) else 0
 
         def make() -> dict[str, Any]:
@@ -171,14 +197,18 @@ class Wire:
             ]
             return {"results": results, "tokens": tokens[first:]}
 
-        return make
+        return Reading(min(top_k, self._latents(hook)), make, numbers=2)
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text."""
         fields = await self._sources.fields(request)
         text, bos = fields.text("text"), fields.flag("prependBos", True)
-        ids = await self._session.ids(text, bos) if text else [self._session.im.tokenizer.bos_token_id] * bos
-        return JSONResponse({"tokens": ids, "tokenStrings": self._session.spell(ids), "prependBos": bos})
+
+        async def make() -> dict[str, Any]:
+            ids = await self._session.ids(text, bos) if text else [self._session.im.tokenizer.bos_token_id] * bos
+            return {"tokens": ids, "tokenStrings": self._session.spell(ids), "prependBos": bos}
+
+        return await self._session.answer(request, make)
 
     async def sae_vector(self, request: Request) -> Response:
         """The decoder row of a feature, and its hook."""
@@ -215,22 +245,3 @@ class Wire:
     async def health(self, request: Request) -> Response:
         """That it is there."""
         return JSONResponse({"status": "healthy"})
-
-
-def _strongest(source: str, latents: torch.Tensor, sort: list[int], most: int) -> list[dict[str, Any]]:
-    """The latents (T, f) with the largest maximum, or the largest sum at some tokens; the lower index first."""
-    sums = latents[sort].sum(0) if sort else torch.zeros_like(latents[0])
-    maxima, where = latents.max(dim=0)
-    order = torch.argsort(sums if sort else maxima, descending=True, stable=True)[:most]
-    keys = (sums if sort else maxima)[order]
-    return [
-        {
-            "source": source,
-            "index": i,
-            "values": latents[:, i].tolist(),
-            "sumValues": float(sums[i]),
-            "maxValue": float(maxima[i]),
-            "maxValueIndex": int(where[i]),
-        }
-        for i in order[keys > 0].tolist()
-    ]

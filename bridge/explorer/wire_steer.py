@@ -1,7 +1,9 @@
 """Steering as Neuronpedia's inference wire asks for it: features or directions, whole or streamed."""
 
 import contextlib
+import dataclasses
 import json
+import math
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,8 +11,10 @@ import torch
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from bridge import ranges
+from bridge.explorer.answers import Stream, while_there
 from bridge.explorer.bodies import Fields, Refusal, refusing
-from bridge.explorer.session import Session, Stream, while_there
+from bridge.explorer.session import Session
 from bridge.explorer.sources import Sources
 from bridge.runtime import InterpretableModel, Steer, Token
 from bridge.steering import feature
@@ -28,6 +32,8 @@ _METHODS: Mapping[str, str] = {
 _TYPES = ("STEERED", "DEFAULT")
 _ROLES: Mapping[str, str] = {"user": "user", "assistant": "assistant", "model": "assistant", "system": "system"}
 _MESSAGES = 64
+_SECONDS_TO_END = 30.0
+"""How long the last token of a generation may take when its time is over."""
 
 Push = tuple[str, torch.Tensor, float]
 """Hook, direction (C,), strength."""
@@ -94,25 +100,30 @@ class Steering:
         types = dict.fromkeys(fields.texts("types", len(_TYPES)))
         if not types or not set(types) <= set(_TYPES):
             raise Refusal(400, f"types must be some of {', '.join(_TYPES)}")
+        fields.number("freqPenalty", -LARGEST, LARGEST, None)
+        fields.whole("nLogprobs", 0, 2**31, None)
         mode = _METHODS[fields.choice("steerMethod", tuple(_METHODS))]
         sampling = {
-            "max_tokens": min(fields.whole("nCompletionTokens", 1, 2**31), limits.max_tokens),
-            "temperature": fields.number("temperature", 0, 100),
-            "seed": int(fields.number("seed", -1e15, 1e15)),
+            "max_tokens": fields.whole("nCompletionTokens", 1, limits.max_tokens),
+            "temperature": fields.temperature("temperature", 100),
+            "seed": _seed(fields),
             "strength_multiplier": fields.number("strengthMultiplier", -1000, 1000),
             "stop_tokens": stop_tokens,
             "features": 1,  # nobody sees them
         }
-        pushes, streamed = self._pushes(fields), fields.flag("stream", False)
+        steers = _Steers(mode, sampling["strength_multiplier"], positions)
+        pushes, streamed = self._pushes(fields, steers), fields.flag("stream", False)
         with contextlib.ExitStack() as held:
             held.enter_context(self._session.generations.take())
             with refusing():
-                im, steers = _with_directions(self._session.im, pushes, mode, positions)
-                streams = {kind: im.generate(ids, steers if kind == "STEERED" else [], **sampling) for kind in types}
+                im, requests = _with_directions(self._session.im, pushes, steers)
+                streams = {kind: im.generate(ids, requests if kind == "STEERED" else [], **sampling) for kind in types}
             outputs = self._outputs(streams, sampling["max_tokens"])
             if streamed:
-                return Stream(_events(outputs, told), "text/event-stream", held.pop_all(), limits.seconds)
-            return JSONResponse(told(await while_there(request, lambda: _last(outputs))))
+                events = _events(outputs, told, limits.answer_bytes)
+                return Stream(events, "text/event-stream", held.pop_all(), limits.seconds)
+            seconds = limits.seconds + _SECONDS_TO_END  # the generations end by themselves
+            return JSONResponse(told(await while_there(request, lambda: _last(outputs), seconds)))
 
     async def _outputs(self, streams: Mapping[str, Iterator[Token]], max_tokens: int) -> AsyncGenerator[Outputs, None]:
         """What was written so far, after every token and at the end."""
@@ -123,8 +134,12 @@ class Steering:
                     outputs[kind] += made.text
                 yield outputs
 
-    def _pushes(self, fields: Fields) -> list[Push]:
-        """What is pushed: features as their decoder rows, vectors as they are, unit length on request."""
+    def _pushes(self, fields: Fields, steers: "_Steers") -> list[Push]:
+        """Return what is pushed: features as their decoder rows, vectors as they are, unit length on request.
+
+        Raises:
+          Refusal: a feature, a direction or a strength that cannot be; names the field.
+        """
         most, width = self._session.limits.features, self._session.nano.config.n_embd
         pushes: list[Push] = []
         for asked in fields.objects("features", most):
@@ -133,17 +148,47 @@ class Steering:
             sae = self._session.im.sae(hook)
             with refusing():
                 direction = feature(sae, asked.index("index", sae.d_sae)).direction
-            pushes.append((hook, direction, asked.number("strength", -LARGEST, LARGEST)))
+            pushes.append((hook, direction, steers.strength(asked)))
         for asked in fields.objects("vectors", most):
             vector = torch.tensor(asked.numbers("steeringVector", width, LARGEST))
-            pushes.append((asked.text("hook"), vector, asked.number("strength", -LARGEST, LARGEST)))
+            if not 0 < vector.norm() < math.inf:
+                raise asked.refusal("steeringVector", f"has norm {vector.norm():g}: it gives no direction to steer in")
+            pushes.append((asked.text("hook"), vector, steers.strength(asked)))
         if fields.flag("normalizeSteering", False):
             pushes = [(hook, vector / vector.norm(), strength) for hook, vector, strength in pushes]
         return pushes
 
 
+@dataclasses.dataclass(frozen=True)
+class _Steers:
+    """What all pushes of a request have in common."""
+
+    mode: str
+    multiplier: float
+    positions: str
+
+    def strength(self, asked: Fields) -> float:
+        """Return the strength of one push, which is in the range of the mode before and after it is multiplied."""
+        strength = asked.number("strength", -LARGEST, LARGEST)
+        asked.checked("strength", lambda where, value: ranges.check_strength(self.mode, value, where))
+
+        def check(where: str, value: float | int) -> None:
+            ranges.check_strength(self.mode, value * self.multiplier, f"{where} * strengthMultiplier")
+
+        asked.checked("strength", check)
+        return strength
+
+
+def _seed(fields: Fields) -> int:
+    """Return the seed of the sampling, a whole number that a JavaScript client may write as a float."""
+    seed = fields.number("seed", -(2**53), 2**53)
+    if seed != int(seed):
+        raise fields.refusal("seed", f"is {seed:g}: expected a whole number")
+    return int(seed)
+
+
 def _with_directions(
-    im: InterpretableModel, pushes: Sequence[Push], mode: str, positions: str
+    im: InterpretableModel, pushes: Sequence[Push], told: _Steers
 ) -> tuple[InterpretableModel, list[Steer]]:
     """The model with a dictionary of nothing but the directions, and the requests that push them.
 
@@ -155,7 +200,7 @@ def _with_directions(
     rows: dict[str, list[torch.Tensor]] = {}
     steers = []
     for hook, direction, strength in pushes:
-        steers.append(Steer(hook, len(rows.setdefault(hook, [])), mode, strength, positions))
+        steers.append(Steer(hook, len(rows.setdefault(hook, [])), told.mode, strength, told.positions))
         rows[hook].append(direction.to(im.model.lm_head.weight.device))
     saes = {hook: _dictionary(torch.stack(directions)) for hook, directions in rows.items()}
     return InterpretableModel(im.model, saes, im.tokenizer) if saes else im, steers
@@ -182,9 +227,27 @@ async def _last(outputs: AsyncGenerator[Outputs, None]) -> Outputs:
 
 
 async def _events(
-    outputs: AsyncGenerator[Outputs, None], told: Callable[[Outputs], dict[str, Any]]
+    outputs: AsyncGenerator[Outputs, None], told: Callable[[Outputs], dict[str, Any]], most: int
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events."""
+    """Yield server-sent events, of `most` bytes in all but for the last.
+
+    Every frame holds all that was written so far, so where they are too many bytes, some in between are left out: the
+    last frame has everything. What goes wrong becomes an event with an error.
+    """
+    sent, frame, is_sent = 0, "", True
     async with contextlib.aclosing(outputs):
-        async for so_far in outputs:
-            yield f"data: {json.dumps(told(so_far), ensure_ascii=False, allow_nan=False)}\n\n"
+        try:
+            async for so_far in outputs:
+                frame = _event(told(so_far))
+                is_sent = sent + len(frame.encode()) <= most
+                if is_sent:
+                    sent += len(frame.encode())
+                    yield frame
+        except Refusal as refusal:  # the status is out: this is the only way to tell
+            frame, is_sent = _event({"error": refusal.message}), False
+    if not is_sent:
+        yield frame
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"

@@ -1,12 +1,17 @@
 """Sampling from a nanochat: a plain loop over model(tokens, cache=cache), so that whatever is hooked in takes part."""
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from bridge import ranges
+
+
+class NotFiniteError(ValueError):
+    """Logits that no token can be sampled from."""
 
 
 def generate(
@@ -39,10 +44,12 @@ def generate(
         forward: called in the place of model, with the same arguments.
         read_last: whether the model reads the last column too, for the sake of what looks on.
 
-    Raises ValueError, before anything is computed, for an empty prompt, for more tokens than the model has positions,
-    and for settings out of range.
+    Raises:
+        ValueError: before anything is computed, for an empty prompt, for more tokens than the model has positions, and
+            for settings out of range (`bridge.ranges`).
+        NotFiniteError: a ValueError, as soon as the model's logits are not finite.
     """
-    _check(model, prompt_ids, max_tokens, temperature, top_k, num_samples)
+    _check(model, prompt_ids, max_tokens, temperature, top_k, seed, num_samples)
     reader = _Reader(model, forward or model, len(prompt_ids) + max_tokens)
     generator = torch.Generator(reader.device).manual_seed(seed)
 
@@ -129,11 +136,16 @@ def _columns(
 def _sample(
     logits: Float[Tensor, "B V"], temperature: float | int, top_k: int | None, generator: torch.Generator
 ) -> Int[Tensor, " B"]:
+    if not torch.isfinite(logits.amax(dim=-1)).all():  # a NaN is the largest of any row
+        raise NotFiniteError(
+            "the model's logits are not finite: steer with smaller strengths, or check the checkpoint's weights"
+        )
     if temperature == 0:
         return logits.argmax(dim=-1)
     k = logits.size(-1) if top_k is None else min(top_k, logits.size(-1))
     values, ids = logits.topk(k, dim=-1)  # sorted, so that the first is the largest
-    probs = ((values - values[:, :1]) / temperature).softmax(dim=-1)  # of differences: no temperature overflows
+    # Of differences, so that no temperature overflows; a GPU would take a subnormal temperature for 0.
+    probs = ((values - values[:, :1]) / max(temperature, ranges.SMALLEST)).softmax(dim=-1)
     return ids.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
@@ -157,6 +169,7 @@ def _check(
     max_tokens: int,
     temperature: float | int,
     top_k: int | None,
+    seed: int,
     num_samples: int,
 ) -> None:
     if not prompt_ids:
@@ -169,7 +182,7 @@ def _check(
             f"a prompt of {len(prompt_ids)} tokens and max_tokens={max_tokens} are beyond the model's {limit} "
             "positions: give a shorter prompt or fewer tokens"
         )
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
+    ranges.check_temperature(temperature)
+    ranges.check_seed(seed)
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}; None samples from the whole vocabulary")

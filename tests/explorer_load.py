@@ -1,0 +1,173 @@
+"""Load on a real explorer server, on this machine only: its memory, and how long others wait meanwhile.
+
+    python tests/explorer_load.py
+
+Starts a server in a process of its own with SAEs of 8,192 latents, attacks it for under two minutes, prints a line per
+attack, and ends the server. Tests import `Server`, `idle` and `health` for smaller attacks.
+"""
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = {"model": "any"}
+
+SERVE = """
+import sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from live_explorer import load
+from bridge.explorer.server import serve
+run = Path(sys.argv[1])
+serve(run, lambda: load(run), port=0, say=lambda text: print(text, flush=True))
+"""
+
+
+class Server:
+    """A server process of a run; `port` is where it listens. Ends with the context.
+
+    Args:
+      run: the run's directory, as `live_explorer.write_run` makes it.
+    """
+
+    def __init__(self, run: Path, stderr: IO[str] | int | None = None):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", SERVE, str(run)]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+        self.port = int(re.search(r":(\d+)/", self._process.stdout.readline())[1])
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def client(self, timeout: float = 120.0) -> httpx.Client:
+        """A client of this server."""
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=timeout, trust_env=False)
+
+    def memory(self, which: str = "VmHWM") -> int:
+        """Bytes of memory: VmHWM is the peak since the start or `forget_peak`, VmRSS what it is now."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(re.search(rf"{which}:\s+(\d+)", status)[1]) * 1024
+
+    def forget_peak(self) -> None:
+        """Lets the peak of memory begin anew."""
+        Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
+
+    def descriptors(self) -> int:
+        """The number of files and sockets that the process has open."""
+        return len(list(Path(f"/proc/{self._process.pid}/fd").iterdir()))
+
+
+@contextlib.contextmanager
+def idle(port: int, count: int, head: bytes = b"GET / HTTP/1.1\r\nHost: ") -> Iterator[list[socket.socket]]:
+    """So many connections that send the beginning of a request and then nothing."""
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for _ in range(count):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            with contextlib.suppress(OSError):
+                connection.sendall(head)
+            opened.append(connection)
+        yield opened
+
+
+@contextlib.contextmanager
+def health(server: Server) -> Iterator[list[tuple[float, int]]]:
+    """Asks /health again and again while the context lasts: seconds and status of every answer, 0 for none."""
+    answers: list[tuple[float, int]] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        with server.client() as client:
+            while not done.is_set():
+                before = time.perf_counter()
+                try:
+                    status = client.get("/health").status_code
+                except httpx.HTTPError:
+                    status = 0
+                answers.append((time.perf_counter() - before, status))
+                done.wait(0.02)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield answers
+    finally:
+        done.set()
+        thread.join()
+
+
+def told(name: str, server: Server, answers: list[tuple[float, int]], what: str) -> None:
+    """Prints a line about an attack."""
+    statuses = {status: sum(s == status for _, s in answers) for status in {s for _, s in answers}}
+    slowest = max(seconds for seconds, _ in answers)
+    print(
+        f"{name}: {what}; peak {server.memory() / 2**20:.0f} MiB; /health {statuses}, slowest {slowest * 1000:.0f} ms",
+        flush=True,
+    )
+
+
+def attack(server: Server) -> None:
+    """Every attack, one after the other."""
+    print(f"at rest: {server.memory('VmRSS') / 2**20:.0f} MiB")
+    code = "".join(path.read_text() for path in sorted((ROOT / "bridge").rglob("*.py")))
+    prompts = [code[2200 * i : 2200 * (i + 1)] for i in range(32)]
+    for results in (1000, 16):
+        body = MODEL | {"prompts": prompts, "sourceSet": "res", "numResults": results}
+        server.forget_peak()
+        with health(server) as answers, server.client() as client:
+            before = time.perf_counter()
+            response = client.post("/v1/activation/all-batch", json=body)
+            seconds = time.perf_counter() - before
+        if response.status_code != 200:
+            print(response.text)
+        size = len(response.request.content)
+        what = f"{size:,} bytes get {response.status_code} with {len(response.content):,} bytes in {seconds:.1f} s"
+        told(f"all-batch, {results} results", server, answers, what)
+    for count in (140, 500):
+        server.forget_peak()
+        with idle(server.port, count), health(server) as answers:
+            time.sleep(3)
+            what = f"{server.descriptors()} descriptors"
+        told(f"{count} idle connections", server, answers, what)
+    head = b"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: 999\r\n\r\n{"
+    server.forget_peak()
+    with idle(server.port, 200, head), health(server) as answers:
+        time.sleep(3)
+        what = f"{server.descriptors()} descriptors"
+    told("200 bodies that do not come", server, answers, what)
+
+
+def main() -> None:
+    """Attacks a server of its own."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from live_explorer import RESID, C
+    from toy_saes import export, toy_sae
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        export(toy_sae("topk", C, 8192, hook_name=RESID, k=32), run / "sae" / RESID)
+        with Server(run, subprocess.DEVNULL) as server:
+            attack(server)
+
+
+if __name__ == "__main__":
+    main()

@@ -55,7 +55,7 @@ def train(run: Path, config: "RunConfig", trainees: Sequence["Trainee"], source:
 def _begin(
     config: "RunConfig", members: Sequence[Member], source: "ActivationStream", checkpoints: Checkpoints
 ) -> tuple[Shuffled, States]:
-    """The stream and the states it belongs to: fresh ones, or those of the last checkpoint."""
+    """Return the stream and the states it belongs to: fresh ones, or those of the last intact checkpoint."""
     shuffle = {
         "batch_size": config.batch_size,
         "batches_per_block": config.block_size // config.batch_size,
@@ -66,7 +66,14 @@ def _begin(
         sample = tuple({member.site: _abstract(member, source.d_in) for member in members}.values())
         like = jax.eval_shape(lambda x: sweep.init(members, x), sample)
         found = checkpoints.restore(like)
+        for damage in found.damaged:
+            print(
+                f"WARNING the checkpoint of step {damage.step} is damaged, and is now {damage.moved_to}: {damage.reason}"
+            )
+        print(f"going on from the checkpoint of step {found.step}", flush=True)
         return Shuffled(source, cursor=Cursor(**found.notes["cursor"]), **shuffle), found.states
+    if config.resume:
+        print("there is no checkpoint yet: beginning with the first step", flush=True)
     batches = Shuffled(source, **shuffle)
     return batches, sweep.init(members, batches.peek())
 

@@ -20,11 +20,11 @@ def libraries(debug: bool) -> Iterator[None]:
     if debug:
         yield
         return
-    import absl.logging
+    import absl.logging  # noqa: F401 - makes the logger of that name
 
-    level, asyncio_level = absl.logging.get_verbosity(), logging.getLogger("asyncio").level
-    absl.logging.set_verbosity(absl.logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger("absl"), logging.getLogger("asyncio")]
+    for logger in loggers:
+        logger.addFilter(_is_no_error)
     hook, sys.unraisablehook = sys.unraisablehook, _without_libraries(sys.unraisablehook)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
@@ -32,8 +32,12 @@ def libraries(debug: bool) -> Iterator[None]:
             yield
         finally:
             sys.unraisablehook = hook
-            logging.getLogger("asyncio").setLevel(asyncio_level)
-            absl.logging.set_verbosity(level)
+            for logger in loggers:
+                logger.removeFilter(_is_no_error)
+
+
+def _is_no_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
 
 
 def _without_libraries(otherwise: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import signal
 import sys
 import textwrap
 import types
@@ -14,10 +15,15 @@ from typing import Any, Literal, TypeVar, Union
 
 from absl import flags
 
+from experiments import quiet, signals
+
 Config = TypeVar("Config")
 
 # What a user can bring about and put right: told in one line, without a traceback. Anything else is our mistake.
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+
+EXIT_CODES = f"""Exit codes: 0 done, 1 failed, 2 wrong flags, {signals.STOPPED} stopped and saved (--resume goes on), \
+130 interrupted, 143 terminated."""
 
 
 def flag(default: Any, text: str) -> Any:
@@ -85,7 +91,9 @@ def run(
     `--help` prints the flags of this command and nothing else. `--flagfile=FILE` reads flags from a file; what comes
     later on the line wins. `--debug` shows the traceback of an error that is otherwise told in one line.
 
-    Exit codes: 0 (or what main returns) after success and `--help`, 1 when main fails, 2 for flags that are wrong.
+    Exit codes: 0 (or what main returns) after success and `--help`, 1 when main fails, 2 for flags that are wrong, 75
+    (what main returns) for a run that was stopped and saved, 130 after Ctrl-C and 143 after SIGTERM where there is
+    nothing to go on with.
     """
     argv = list(sys.argv if argv is None else argv)
     values = flags.FlagValues()
@@ -102,14 +110,26 @@ def run(
         config = parse(config_class, renames=renames, flag_values=values)
     except (flags.Error, ValueError, OSError) as error:
         _fail(2, f"{error}\nPass --help to see the flags.")
-    try:
-        sys.exit(main(config))
-    except KeyboardInterrupt:
-        _fail(130, "interrupted")
-    except EXPECTED_ERRORS as error:
-        if values["debug"].value:
+    debug = bool(values["debug"].value)
+    with quiet.libraries(debug), signals.handled():
+        try:
+            sys.exit(main(config))
+        except SystemExit:
             raise
-        _fail(1, f"{error or type(error).__name__}\nPass --debug to see where.")
+        except BaseException as error:
+            _end(error, debug)
+
+
+def _end(error: BaseException, debug: bool) -> typing.NoReturn:
+    """End the process after an exception; raise one that is our mistake again."""
+    number = signals.request()
+    if number is None and isinstance(error, KeyboardInterrupt):
+        number = signal.SIGINT
+    if number is not None and not debug:
+        _fail(signals.exit_code(number), signals.name(number))
+    if debug or not isinstance(error, EXPECTED_ERRORS):
+        raise error
+    _fail(1, f"{error or type(error).__name__}\nPass --debug to see where.")
 
 
 def _joined(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
@@ -194,6 +214,7 @@ def _show_help(main: Callable, values: flags.FlagValues) -> None:
         lines.append(f"  --{no}{name}" + ("" if flag.boolean else f"=<{choices}>"))
         lines += textwrap.wrap(flag.help, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     lines += ["  --flagfile=<file>", "      Read flags from a file, one a line; what comes later on the line wins."]
+    lines += ["", EXIT_CODES]
     try:
         print("\n".join(lines), flush=True)
     except BrokenPipeError:  # the reader, such as head, has seen enough; nothing may be written at exit either

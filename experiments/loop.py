@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def train(run: Path, config: "RunConfig", trainees: Sequence["Trainee"], source: "ActivationStream") -> States | None:
-    """Trains from the start or the last checkpoint to the end; None if it was asked to stop, after saving."""
+    """Train from the start or the last checkpoint to the end; return None if it was asked to stop, after saving."""
     members = [trainee.member for trainee in trainees]
     num_steps = members[0].train.num_steps
     save_every = max(config.checkpoint_every // config.batch_size, 1)
@@ -34,8 +34,8 @@ def train(run: Path, config: "RunConfig", trainees: Sequence["Trainee"], source:
         with Reporter(run, trainees, start, num_steps, config.wandb_project) as reporter, stop_requests() as stopped:
             for step, states, sums in sweep.fit(members, begun, batches):
                 window = sums if window is None else add(window, sums)
-                last = step == num_steps
-                due = last or bool(stopped) or step % save_every == 0
+                stop, last = bool(stopped), step == num_steps  # a later request waits for the next step
+                due = last or stop or step % save_every == 0
                 if due or step % config.log_every == 0:
                     for trainee, state, total in zip(trainees, states, window, strict=True):
                         training.check_finite(state, total, trainee.label if len(trainees) > 1 else None)
@@ -45,17 +45,16 @@ def train(run: Path, config: "RunConfig", trainees: Sequence["Trainee"], source:
                     last_fvu, window = float(np.mean([v["fvu"] for v in values])), None
                 if due:
                     checkpoints.save(step, states, {"cursor": batches.cursor().to_json()}, last_fvu)
-                if stopped and not last:
-                    checkpoints.wait()
-                    return None
-        checkpoints.wait()
-    return states
+                if stop:
+                    break
+            checkpoints.wait()
+    return None if stopped else states
 
 
 def _begin(
     config: "RunConfig", members: Sequence[Member], source: "ActivationStream", checkpoints: Checkpoints
 ) -> tuple[Shuffled, States]:
-    """The stream and the states it belongs to: fresh ones, or those of the last checkpoint."""
+    """Return the stream and the states it belongs to: fresh ones, or those of the last intact checkpoint."""
     shuffle = {
         "batch_size": config.batch_size,
         "batches_per_block": config.block_size // config.batch_size,
@@ -66,7 +65,12 @@ def _begin(
         sample = tuple({member.site: _abstract(member, source.d_in) for member in members}.values())
         like = jax.eval_shape(lambda x: sweep.init(members, x), sample)
         found = checkpoints.restore(like)
+        for step, reason, moved_to in found.damaged:
+            print(f"WARNING the checkpoint of step {step} is damaged, and is now {moved_to}: {reason}")
+        print(f"going on from the checkpoint of step {found.step}", flush=True)
         return Shuffled(source, cursor=Cursor(**found.notes["cursor"]), **shuffle), found.states
+    if config.resume:
+        print("there is no checkpoint yet: beginning with the first step", flush=True)
     batches = Shuffled(source, **shuffle)
     return batches, sweep.init(members, batches.peek())
 

@@ -2,7 +2,8 @@
 
     python -m experiments.pretrain --flagfile=experiments/configs/pretrain_demo.flags
 
-A run that was stopped or killed goes on from its last save with --resume.
+A run that was stopped or killed goes on from its last save with --resume. One that was asked to stop (Ctrl-C, SIGTERM)
+saves and exits with code 75.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from experiments import flags
 from experiments.flags import flag
-from experiments.signals import stop_requests
+from experiments.signals import STOPPED, stop_requests
 from jsae import files
 
 if TYPE_CHECKING:
@@ -96,9 +97,9 @@ def _pretrain(config: PretrainConfig) -> int:
                 print(f"step {trainer.step} loss {figures['loss']:.4f} {speed:,.0f} tokens/s", flush=True)
             if stopped or trainer.step % config.eval_every == 0 or trainer.step == config.steps:
                 _save(config, out, trainer, heldout, token_bytes)
-            if stopped:
-                print("stopped; --resume goes on from here", flush=True)
-                break
+            if stopped and trainer.step < config.steps:
+                print("stopped and saved; go on with the same command and --resume", flush=True)
+                return STOPPED
     return 0
 
 

@@ -13,6 +13,7 @@ from rich.live import Live
 
 from bridge.nanochat.engine import chat_prompt
 from bridge.runtime import InterpretableModel, Steer, Token
+from experiments import signals
 from experiments import steer_view as view
 from experiments.flags import EXPECTED_ERRORS
 
@@ -170,6 +171,7 @@ def ask(session: Session) -> None:
         try:
             _obey(session, line)
         except KeyboardInterrupt:
+            signals.answered()
             session.console.print("stopped")
         except EXPECTED_ERRORS as error:
             session.console.print(f"{error}", style="red", markup=False)

@@ -2,16 +2,18 @@
 
     python -m experiments.train --flagfile=experiments/configs/demo.flags
 
-A run that was stopped or killed goes on, to the same numbers, with the same flags and --resume.
+A run that was stopped or killed goes on, to the same numbers, with the same flags and --resume. One that was asked to
+stop (Ctrl-C, SIGTERM) saves and exits with code 75, so that nothing that needs its result follows.
 """
 
 import contextlib
+import shlex
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments import device, flags, rundir
+from experiments import device, flags, rundir, signals
 from experiments.run_config import RunConfig
 from jsae import files
 from jsae.config import require
@@ -65,15 +67,23 @@ def _train(run: Path, config: RunConfig, held: contextlib.ExitStack) -> int:
     )
     states = train(run, config, trainees, source)
     if states is None:
-        command = " ".join(a for a in sys.argv[1:] if a != "--resume")
-        print(f"stopped and saved; go on with: python -m experiments.train {command} --resume")
-        return 0
-    finish(config, trainees, states, nano, heldout, corpus.fingerprint)
-    if config.prepare_neuronpedia:
-        for folder in dict.fromkeys(trainee.folder for trainee in trainees):
-            _prepare_neuronpedia(folder, config, torch_device)
+        return _stopped()
+    try:
+        finish(config, trainees, states, nano, heldout, corpus.fingerprint)
+        if config.prepare_neuronpedia:
+            for folder in dict.fromkeys(trainee.folder for trainee in trainees):
+                _prepare_neuronpedia(folder, config, torch_device)
+    except KeyboardInterrupt:  # SIGTERM too; all of the training is saved
+        return _stopped()
     print(f"took {time.perf_counter() - started:.0f} s in all")
     return 0
+
+
+def _stopped() -> int:
+    """Say how a stopped run goes on; return its exit code."""
+    command = shlex.join(word for word in sys.argv[1:] if word not in ("--resume", "--resume=true"))
+    print(f"stopped and saved; go on with: python -m experiments.train {command} --resume", flush=True)
+    return signals.STOPPED
 
 
 def _announce(config: RunConfig, nano: "Nanochat", trainees: list["Trainee"]) -> None:

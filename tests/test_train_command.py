@@ -16,6 +16,7 @@ import pytest
 import sae_lens
 import torch
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import bridge.nanochat
 from bridge import torch_sae
@@ -184,6 +185,45 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(whole, text, tmp_pa
     assert [line["step"] for line in lines(run)] == sorted({line["step"] for line in lines(run)})
 
 
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before_to_the_same_bits(whole, text, tmp_path):
+    run = tmp_path / "damaged"
+    shutil.copytree(whole[0], run)
+    shutil.rmtree(run / "sae")
+    (run / "eval.json").unlink()
+    last = run / "checkpoints" / "48"
+    file = max(last.rglob("states/**/d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    done = run_to_the_end(run, text, resume=True)
+    assert done.returncode == 0, done.stderr
+    told = next(line for line in done.stdout.splitlines() if "damaged" in line)
+    assert told.startswith("WARNING the checkpoint of step 48 is damaged")
+    assert str(file) in told
+    assert "going on from the checkpoint of step 40" in done.stdout
+    for name, expected in weights(whole[0]).items():
+        np.testing.assert_array_equal(weights(run)[name], expected, err_msg=name)
+    assert lines(run) == lines(whole[0])
+    assert (run / "eval.json").read_bytes() == (whole[0] / "eval.json").read_bytes()
+    assert steps(run) == steps(whole[0])
+    assert (run / "checkpoints" / "48.damaged").is_dir()
+    events = EventAccumulator(str(run / "tb")).Reload()
+    assert [event.step for event in events.Scalars("fvu")] == [line["step"] for line in lines(run)]
+
+
+def test_when_every_checkpoint_is_damaged_one_line_names_them_all(whole, text, tmp_path):
+    run = tmp_path / "damaged"
+    shutil.copytree(whole[0], run)
+    for step in steps(run):
+        (run / "checkpoints" / str(step) / "notes" / "metadata").unlink()
+    done = run_to_the_end(run, text, resume=True)
+    assert done.returncode == 1
+    (fatal,) = (line for line in done.stderr.splitlines() if "FATAL" in line)
+    assert all(f"step {step}: " in fatal for step in steps(whole[0]))
+    assert "Traceback" not in done.stderr
+    assert steps(run) == steps(whole[0])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_asked_to_stop_saves_says_how_to_resume_and_does(number, whole, text, tmp_path):
     run = tmp_path / "stopped"
@@ -191,8 +231,9 @@ def test_a_run_asked_to_stop_saves_says_how_to_resume_and_does(number, whole, te
     wait_for_checkpoint(run, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
-    assert "--resume" in out
+    assert process.returncode == 75, err
+    assert "stopped and saved; go on with: python -m experiments.train" in out
+    assert "Traceback" not in err
     if number == signal.SIGTERM:
         assert run_to_the_end(run, text, resume=True).returncode == 0
         for name, expected in weights(whole[0]).items():

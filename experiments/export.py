@@ -77,8 +77,8 @@ def main(config: ExportConfig) -> int:
     """Write every format for every SAE; before that, everything that can be refused is."""
     run = Path(config.run_dir)
     out = Path(config.out) if config.out else run / "neuronpedia"
-    inside = config.format and run.resolve() in [out.resolve(), *out.resolve().parents]
-    with rundir.writing(run) if inside else contextlib.nullcontext():
+    # Held also when all goes elsewhere, as far as that is possible: what is read must not change meanwhile.
+    with rundir.writing(run) if rundir.is_writable(run) else contextlib.nullcontext():
         return _export(run, out, config)
 
 

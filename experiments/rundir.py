@@ -18,6 +18,8 @@ _FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fract
     "model_id",
     "source_set",
 }
+# What is written directly into a run, or was by earlier versions: where a killed process may have left remains.
+_FILES = ("config.json", "config", "metrics.jsonl", "eval.json", "eval", "latents.json", "labels.json")
 _VERSIONS = ("jsae", "jax", "flax", "optax", "orbax-checkpoint", "torch", "numpy")
 
 
@@ -47,11 +49,11 @@ def claimed(run: Path, config: Json, variants: Iterable[str] = ()) -> Iterator[c
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.Lock(run))
         _check_resumed(run, config) if resume else _check_new(run)
-        files.clear(run)
+        files.clear(run, *_FILES)
         for name in variants:
             if (run / name).is_dir():
                 stack.enter_context(files.Lock(run / name))
-                files.clear(run / name)
+                files.clear(run / name, *_FILES)
         yield stack
 
 
@@ -79,9 +81,9 @@ def is_writable(run: Path) -> bool:
 
 def _check_new(run: Path) -> None:
     """Refuse a directory that holds anything but the lock and remains of killed processes."""
-    other = [path for path in run.iterdir() if path.name != files.LOCK and not files.is_remains(path)]
+    nothing = {files.LOCK, *(name + files.PARTIAL for name in _FILES)}
     require(
-        not other,
+        all(path.name in nothing for path in run.iterdir()),
         f"{run} already holds {'another run' if (run / 'config.json').is_file() else 'something else'}: "
         "choose another --output_dir, or go on with that run by its own flags and --resume",
     )

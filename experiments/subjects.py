@@ -133,6 +133,7 @@ def text_for(config: EvaluateConfig, nano: Nanochat) -> Text:
 def _saes(config: EvaluateConfig, place: Path) -> dict[str, TorchSAE]:
     """The SAEs of a place by hook; `--hook` chooses one, or says what a lone export does not."""
     from bridge import torch_sae
+    from bridge.exports import within
     from bridge.runtime import load_saes
 
     if config.hook is not None and (place / "cfg.json").is_file():
@@ -146,7 +147,7 @@ def _saes(config: EvaluateConfig, place: Path) -> dict[str, TorchSAE]:
         require(config.hook in saes, f"{place} has no SAE of {config.hook}: there are {', '.join(saes)}")
         saes = {config.hook: saes[config.hook]}
     if config.sae is not None and config.run_dir is not None:
-        run = sorted(p.parent.name for p in Path(config.run_dir).glob("sae/*/cfg.json"))
+        run = [export.name for export in within(Path(config.run_dir) / "sae")]
         for hook in saes:
             require(
                 not run or hook in run,

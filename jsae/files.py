@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import re
 import shutil
@@ -128,11 +129,13 @@ def recover(path: Path) -> None:
         _remove(path.with_name(path.name + suffix))
 
 
-def clear(folder: Path) -> None:
-    """Clear up after killed processes that wrote anything directly in a folder. Nobody else may be writing there."""
-    for path in sorted(folder.iterdir()):
-        suffix = next((suffix for suffix in _SUFFIXES if path.name.endswith(suffix)), None)
-        if suffix and path.name != suffix:
+def clear(folder: Path, *patterns: str) -> None:
+    """Clear up after killed processes that wrote files or folders with names like these directly in a folder.
+
+    Others' files stay, whatever their suffix is. Nobody else may be writing there.
+    """
+    for pattern, suffix in itertools.product(patterns, _SUFFIXES):
+        for path in sorted(folder.glob(pattern + suffix)):
             recover(path.with_name(path.name.removesuffix(suffix)))
 
 

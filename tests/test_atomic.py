@@ -1,11 +1,13 @@
 """Nothing that is written is ever half there: killed and on a full disk, writers leave the old or the new, whole."""
 
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import explorer_toy as toy
 import pytest
 from atomic_writers import WRITERS
 
@@ -47,3 +49,24 @@ def test_a_full_disk_leaves_the_old_and_is_told_with_the_path(outcomes, writer):
         assert said.startswith(("OSError: [Errno 27] File too large", "OSError: [Errno 28] No space left")), said
         assert unchanged, said
         assert named, said
+
+
+@pytest.mark.parametrize("kind", ["sae_lens", "neuronpedia", "saedashboard", "delphi", "circuit_tracer"])
+def test_an_export_that_does_not_fit_is_one_line_with_the_path(tmp_path, kind):
+    run = tmp_path / "toy"
+    toy.write_store(run)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.export", f"--run_dir={run}", f"--format={kind}", "--layers=9"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)),
+    )
+    assert done.returncode == 1
+    first, *rest = done.stderr.strip().splitlines()
+    assert first.startswith("FATAL [Errno 2")
+    assert str(run / "neuronpedia") in first
+    assert rest == ["Pass --debug to see where."]
+    assert not [path for path in (run / "neuronpedia").rglob("*") if path.is_file()]

@@ -207,8 +207,9 @@ def test_remains_are_known_and_cleared(tmp_path):
     (tmp_path / "e.json.partial").write_text("half")
     known = {path.name for path in tmp_path.iterdir() if files.is_remains(path)}
     assert known == {"a.partial", "b.unfinished", "c.outdated", "e.json.partial"}
-    files.clear(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"c", "d"}  # the one that was moved away is back
+    (tmp_path / "film.partial").touch()
+    files.clear(tmp_path, "[abc]", "*.json")
+    assert {path.name for path in tmp_path.iterdir()} == {"c", "d", "film.partial"}  # what was moved away is back
     assert (tmp_path / "c" / "file").read_text() == "c.outdated"
 
 

@@ -117,6 +117,7 @@ COMMANDS = {
     "evaluate --sae": f"from experiments import evaluate as c; c.main(c.EvaluateConfig(sae=run + '/sae/{toy.HOOK}'))",
     "explore": "from experiments import explore as c; c.main(c.ExploreConfig(run_dir=run))",
     "explore --serve": "from experiments import explore as c; c.main(c.ExploreConfig(run_dir=run, serve=True, port=0))",
+    "export --out": "from experiments import export as c; c.main(c.ExportConfig(run_dir=run, out='/tmp/elsewhere'))",
     "export": "from experiments import export as c; c.main(c.ExportConfig(run_dir=run))",
     "publish": "from experiments import publish as c; c.main(c.PublishConfig(run_dir=run, dry_run=True))",
 }
@@ -141,7 +142,9 @@ except OSError as error:
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_what_only_reads_a_run_does_not_ask_for_its_lock(run, holder, tmp_path, capsys):
+def test_a_run_that_can_only_be_read_needs_no_lock(run, holder, tmp_path, monkeypatch, capsys):
+    """Root may write anywhere, so the system's answer is replaced."""
+    monkeypatch.setattr(rundir, "is_writable", lambda folder: False)
     assert export.main(export.ExportConfig(run_dir=str(run), format=("sae_lens",), out=str(tmp_path / "out"))) == 0
     assert str(tmp_path / "out") in capsys.readouterr().out
     plan = hub.plan(run, "owner/name", license="mit")
@@ -168,6 +171,13 @@ def test_variants_of_a_sweep_are_held_with_the_run_and_by_themselves(tmp_path):
     with rundir.writing(run / "k8" / "sae" / toy.HOOK):
         assert (run / "k8" / files.LOCK).is_file()
         assert not (run / files.LOCK).exists()
+
+
+def test_a_folder_of_somebodys_partial_downloads_is_something_else(tmp_path):
+    (tmp_path / "film.partial").touch()
+    with pytest.raises(ConfigError, match="something else"), rundir.claimed(tmp_path, RunConfig()):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["film.partial"]
 
 
 @pytest.mark.parametrize("left", ["config.json.partial", "config.partial", files.LOCK])

@@ -215,7 +215,7 @@ def save(directory: Path, weights: dict[str, Tensor], meta: dict[str, Any], stat
       OSError: a file cannot be written, for example because the disk is full; the earlier checkpoint stays.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    files.clear(directory)
+    files.clear(directory, "model_*.pt", "meta_*.json", "optim_*.pt")
     step = meta["step"]
     if state is not None:
         _save(state, directory / f"optim_{step:06d}_rank0.pt")

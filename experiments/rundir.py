@@ -1,5 +1,6 @@
 """The directory of a run: whose it is, and what is written down about it."""
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -35,6 +36,8 @@ def claim(run: Path, config: Json) -> None:
         return
     require(record.is_file(), f"{run} holds no run to resume: leave out --resume to start one")
     before, now = read(run)["flags"], json.loads(json.dumps(config.to_json()))
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+    before = json.loads(json.dumps(defaults)) | before  # of flags that the run's version did not have
     differing = [name for name in sorted(set(now) | set(before)) if now.get(name) != before.get(name)]
     told = ", ".join(
         f"--{n}={_written(before.get(n))} (now {_written(now.get(n))})" for n in differing if n not in _FREE

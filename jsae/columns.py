@@ -47,7 +47,7 @@ class Folder:
             )
         try:
             told = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise StoreError(f"{file} is broken: {error}") from error
         version = told.get("version") if isinstance(told, dict) else told
         if version != VERSION:
@@ -83,9 +83,12 @@ class Folder:
 
     def _mapped(self, name: str) -> np.ndarray:
         file = self.path / f"{name}.npy"
-        try:
+        try:  # an OSError of another kind, such as too many open files, is not the file's fault
+            with file.open("rb") as stream:
+                if stream.read(6) != b"\x93NUMPY":  # np.load would also open an archive
+                    raise ValueError("it is no array of numpy")
             return np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (FileNotFoundError, ValueError, EOFError) as error:
             raise StoreError(f"{file} is missing or broken ({error})") from error
 
     def _check_shape(self, name: str, column: np.ndarray) -> None:

@@ -112,6 +112,8 @@ def _explore(run: Path, config: ExploreConfig) -> tuple[Nanochat, dict[str, Torc
     reason = "--force" if config.force else gather.unfit(records, digests, nano, plan)
     if reason is None:
         say(f"the records in {records} fit: --force gathers them again")
+        if plan.data_fingerprint is None:
+            say(f"{plan.data} is not on this machine: whether its text is still the same was not looked at")
     else:
         say(f"gathering records: {reason}")
         before = time.perf_counter()
@@ -141,7 +143,7 @@ def _can_serve(config: ExploreConfig) -> None:
 
 def _found(config: ExploreConfig) -> tuple[list[Subject], Plan]:
     """The SAEs of the run with their model, and what is read on which text."""
-    from bridge.explorer.gather import Plan
+    from bridge.explorer.gather import Plan, data_fingerprint
     from experiments import subjects
     from experiments.evaluate import EvaluateConfig
     from jsae.records import Settings
@@ -163,6 +165,7 @@ def _found(config: ExploreConfig) -> tuple[list[Subject], Plan]:
         num_tokens=config.num_tokens,
         context_length=config.context_length,
         excluded=excluded,
+        data_fingerprint=data_fingerprint(found[0].nano, told["data"], config.split),
         drop_sinks=drop_sinks,
         keep_activations=config.keep_activations,
         records=Settings(seed=config.seed),

@@ -28,7 +28,9 @@ class PretrainConfig:
     """What one run of pretraining is."""
 
     out: str = flag("runs/nanochat", "Directory to write: model_*.pt, meta_*.json, tokenizer/.")
-    data: str = flag("stdlib", "What to learn: stdlib, parquet shards, .jsonl[.gz] or text files; comma-separated.")
+    data: str = flag(
+        "stdlib", "What to learn: stdlib, parquet shards, .jsonl, .json or text files, globs; comma-separated."
+    )
     tokenizer: str = flag("", "Directory of a tokenizer to use; empty: train one on the data.")
     vocab_size: int = flag(4096, "Tokens of a tokenizer that is trained here.")
     n_layer: int = flag(6, "Layers.")

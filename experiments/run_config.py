@@ -32,7 +32,7 @@ class RunConfig(Json):
     )
     step: int | None = flag(None, "Step of the checkpoint directory; none is the last.")
     tokenizer: str | None = flag(None, "Directory of the tokenizer; none looks beside and above the checkpoint.")
-    data: str = flag("stdlib", "Text: stdlib, parquet shards, .jsonl[.gz] or text files, globs; comma-separated.")
+    data: str = flag("stdlib", "Text: stdlib, parquet shards, .jsonl, .json or text files, globs; comma-separated.")
     layer: tuple[str, ...] = flag((), "Layers to read, from 0, an SAE each; or 'all'; none is half way.")
     hook_type: HookType = flag("resid_post", "What to read there.")  # noqa: RUF009 - a field like the others
     target_hook: HookType | None = flag(None, "A transcoder: what it predicts at the same layer, mlp from mlp_in.")  # noqa: RUF009

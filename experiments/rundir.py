@@ -1,6 +1,7 @@
 """The directory of a run: whose it is, who writes to it, and what is written down about it."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -92,6 +93,8 @@ def _check_new(run: Path) -> None:
 def _check_resumed(run: Path, config: Json) -> None:
     """Refuse to go on with a run of other flags."""
     before, now = read(run)["flags"], json.loads(json.dumps(config.to_json()))
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+    before = json.loads(json.dumps(defaults)) | before  # of flags that the run's version did not have
     differing = [name for name in sorted(set(now) | set(before)) if now.get(name) != before.get(name)]
     told = ", ".join(
         f"--{n}={_written(before.get(n))} (now {_written(now.get(n))})" for n in differing if n not in _FREE

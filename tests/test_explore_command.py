@@ -112,6 +112,25 @@ def test_records_that_were_gathered_otherwise_are_gathered_anew(explored, run, t
     assert "fit" in capsys.readouterr().err
 
 
+def test_records_of_a_text_that_has_changed_are_gathered_anew_and_kept_without_the_text(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    data = tmp_path / "a.txt"
+    data.write_text(Path(json.__file__).read_text() * 2)
+    small = SMALL | {"run_dir": str(copy), "data": str(data)}
+    assert explore.main(ExploreConfig(**small)) == 0
+    capsys.readouterr()
+    assert explore.main(ExploreConfig(**small)) == 0
+    assert "fit: --force" in capsys.readouterr().err
+    data.write_text(data.read_text().swapcase())
+    assert explore.main(ExploreConfig(**small)) == 0
+    assert "a.txt is not what it was when those of" in capsys.readouterr().err
+    data.unlink()
+    assert explore.main(ExploreConfig(**small)) == 0
+    told = capsys.readouterr().err
+    assert "fit: --force" in told
+    assert "a.txt is not on this machine" in told
+
+
 def test_an_sae_that_was_trained_again_is_gathered_anew(explored, run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     shutil.rmtree(copy / "sae" / HOOKS[0])

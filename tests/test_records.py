@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -630,3 +631,25 @@ def test_columns_of_other_kinds_are_refused(store):
     (store / "max.npy").unlink()
     with pytest.raises(StoreError, match="missing or broken"):
         Store(store)["max"]
+
+
+def test_a_zip_in_the_place_of_a_column_and_a_header_nested_too_deeply_are_broken(store):
+    with (store / "max.npy").open("wb") as file:
+        np.savez(file, max=np.zeros(toy.D_SAE, np.float32))
+    with pytest.raises(StoreError, match=r"max\.npy is missing or broken \(it is no array of numpy"):
+        Store(store)["max"]
+    (header,) = store.glob("*.json")
+    header.write_text("[" * 100_000)
+    with pytest.raises(StoreError, match="is broken: maximum recursion depth"):
+        Store(store)
+
+
+def test_too_many_open_files_are_not_told_as_broken_records(store):
+    found = Store(store)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, before[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            found["max"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

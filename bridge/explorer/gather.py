@@ -50,6 +50,8 @@ class Plan(Json):
     records: Settings = dataclasses.field(default_factory=Settings)
     excluded: tuple[int, ...] = dataclasses.field(kw_only=True)
     """Ids of tokens that do not count, as in training (`bridge.selection`)."""
+    data_fingerprint: str | None = dataclasses.field(default=None, kw_only=True)
+    """Of the text, from `data_fingerprint`; None if it is not at hand, and then records of any text fit."""
 
     def settings(self) -> dict[str, object]:
         """As the header of a store says them, flat."""
@@ -64,11 +66,14 @@ def unfit(folder: Path, digests: Mapping[str, str], nano: Nanochat, plan: Plan) 
     """
     kept_or_not = {"keep_activations": True}
     wanted = plan.settings() | kept_or_not
+    del wanted["data_fingerprint"]
     try:
         for hook, digest in digests.items():
             store = Store(folder / hook, digest)
             found = store.header.settings | kept_or_not
             other = [f"{n} was {found.get(n)}" for n, value in wanted.items() if found.get(n) != value]
+            if plan.data_fingerprint not in (None, found.get("data_fingerprint")):
+                return f"the text of {plan.data} is not what it was when those of {hook} were gathered"
             if other:
                 return f"those of {hook} were gathered otherwise: {', '.join(other)}"
             if store.texts.header.fingerprint != nano.fingerprint:
@@ -129,6 +134,18 @@ def gather(
             run(nano, gatherers, tokens, plan.excluded, plan.drop_sinks, tell)
             for hook, gatherer in gatherers.items():
                 _write(partial / hook, nano, hook, gatherer, digests[hook], dropped, plan, tell)
+
+
+def data_fingerprint(nano: Nanochat, data: str, split: Split) -> str | None:
+    """Return the fingerprint of a text's content; None if the text is not on this machine.
+
+    Raises:
+      ValueError: it is there, and cannot be read.
+    """
+    try:
+        return Corpus(data, nano.tokenizer, split=split, row_len=2).fingerprint
+    except FileNotFoundError:
+        return None
 
 
 def read(nano: Nanochat, plan: Plan) -> tuple[UInt16[np.ndarray, "R T"], int]:

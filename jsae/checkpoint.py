@@ -200,7 +200,11 @@ class Checkpoints:
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=_Preserved(self._kept),
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+                    async_options=ocp.AsyncOptions(
+                        post_finalization_callback=self._list_files,
+                        # Where a folder cannot be made in the background, its files are waited for until the timeout.
+                        create_directories_asynchronously=False,
+                    ),
                     lightweight_initialize=True,  # reads nothing in the checkpoints
                 ),
             )

@@ -234,3 +234,70 @@ def test_numbers_that_are_not_finite_are_refused_wherever_they_are(folder, tmp_p
             save_file(weights | {name: broken}, odd / "sae_weights.safetensors")
             with pytest.raises(ValueError, match=rf"sae_weights.safetensors: {name} holds numbers that are not finite"):
                 torch_sae.load(odd)
+
+
+# ---- every room reads by it ----------------------------------------------------------------------------------------
+
+
+def hub_plan(run: Path) -> object:
+    from bridge import hub
+
+    return hub.plan(run, "someone/saes", license="mit")
+
+
+def neuronpedia_sources(run: Path) -> object:
+    from bridge.neuronpedia.sources import Wanted, of_run
+
+    return of_run(run, Wanted(model_id="toy", layers=4))
+
+
+def neuronpedia_saelens(run: Path) -> object:
+    from bridge.neuronpedia import saelens
+    from bridge.neuronpedia.ids import Ids
+
+    (folder,) = (run / "sae").iterdir()
+    return saelens.write(folder, run / "out", ids=Ids("toy", "set", "release", folder.name))
+
+
+def loaded_saes(run: Path) -> object:
+    from bridge.runtime import load_saes
+
+    return load_saes(run)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    hook = "blocks.1.hook_resid_post"
+    config = EXPORTS["topk"]
+    export.write(tmp_path / "sae" / hook, config, weights_of(config), 1.0, 1.0, {"hook_name": hook})
+    return tmp_path
+
+
+@pytest.mark.parametrize("reader", [hub_plan, neuronpedia_sources, neuronpedia_saelens, loaded_saes])
+def test_every_room_refuses_what_the_reader_refuses(reader, run):
+    reader(run)
+    file = next(run.glob("sae/*/cfg.json"))
+    cfg = json.loads(file.read_text())
+    for text, name in (
+        (json.dumps(cfg | {"k": True}), "k is True"),
+        (json.dumps(cfg | {"d_sae": [F]}), "d_sae"),
+        (json.dumps(cfg | {"use_softmax": True}), "use_softmax"),
+        (json.dumps(cfg | {"metadata": [1]}), "metadata is"),
+        ("[" * 10**6, "nested too deep"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=rf"^[^\n]*{name}[^\n]*$"):
+            reader(run)
+
+
+def test_a_place_on_neuronpedia_is_written_where_saelens_looks_for_it(run):
+    """Of a file of a version before 6, SAELens passes nested metadata over."""
+    import sae_lens
+
+    file = next(run.glob("sae/*/cfg.json"))
+    cfg = json.loads(file.read_text())
+    for written in (cfg, {**cfg, "metadata": {}, "sae_lens_version": "5.0.0", "hook_name": "blocks.1.hook_resid_post"}):
+        file.write_text(json.dumps(written))
+        neuronpedia_saelens(run)
+        found = sae_lens.SAE.load_from_disk(str(run / "out" / "blocks.1.hook_resid_post"))
+        assert found.cfg.metadata.neuronpedia_id == "toy/1-set"

@@ -6,13 +6,18 @@ reads. They are found on any module with `transformer.h[L].attn` and `.mlp`: thi
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from bridge.passes import Context, Stop, base, opened, require_python
 
 Acts = Float[torch.Tensor, "B T C"]
 Edit = Callable[[Acts], Acts]
@@ -31,10 +36,6 @@ _NAME = re.compile(r"blocks\.(\d+)\.((?:ln2\.)?hook_\w+)")
 _MODULES = {"attn": "attn", "mlp_in": "mlp", "mlp": "mlp"}
 
 
-class _Stop(Exception):  # noqa: N818 - control flow, not an error
-    """Ends a forward pass after the last captured activation."""
-
-
 def hook_name(layer: int, site: str) -> str:
     """The hook name of a layer and a short site name: `hook_name(3, "mlp")` is `blocks.3.hook_mlp_out`.
 
@@ -46,6 +47,7 @@ def hook_name(layer: int, site: str) -> str:
     return f"blocks.{layer}.{SITES[site]}"
 
 
+@functools.cache
 def parse(name: str) -> tuple[int, str]:
     """The layer and short site name of a hook name.
 
@@ -64,12 +66,13 @@ def find(model: nn.Module, name: str) -> nn.Module:
     """The module whose output the hook name means; of what an MLP reads, the MLP.
 
     Raises:
-      ValueError: no such name, a layer that the model does not have, or no nanochat.
+      ValueError: no such name, a layer that the model does not have, no nanochat, or one that does not run in Python.
     """
     layer, site = parse(name)
     blocks = _blocks(model)
     if layer >= len(blocks):
         raise ValueError(f"{name}: the model has {len(blocks)} layers, 0 to {len(blocks) - 1}")
+    require_python(blocks[layer])
     return blocks[layer] if site == "resid_post" else getattr(blocks[layer], _MODULES[site])
 
 
@@ -89,36 +92,53 @@ def depth(name: str) -> tuple[int, int]:
     return layer, list(SITES).index(site)
 
 
+class NotCapturedError(ValueError, KeyError):
+    """An activation that was looked up was not captured."""
+
+    __str__ = Exception.__str__  # a KeyError would show its message in quotes
+
+
+class Captured(dict[str, Acts]):
+    """The activations of the last forward pass by hook name. Looking up one that did not come by says why."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__()
+        self._names = tuple(names)
+
+    def __missing__(self, name: str) -> Acts:
+        if name not in self._names:
+            raise NotCapturedError(f"{name} was not captured: {', '.join(self._names)} are")
+        raise NotCapturedError(
+            f"nothing was captured at {name}: no forward pass of the model ran in Python within the context, or it was "
+            "stopped before"
+        )
+
+
 @contextlib.contextmanager
 def capture(model: nn.Module, names: Sequence[str], stop: bool = False) -> Iterator[dict[str, Acts]]:
     """Within the context, every forward pass leaves the activations of `names` in the dict that is yielded.
 
     Each is the tensor itself, (B, T, C), with its gradient history if there is one. With `stop` the forward pass ends
-    after the deepest of them and the model returns None.
+    after the deepest of them and the model returns None. A compiled model runs eagerly within the context.
 
     Raises:
-      ValueError: a name that the model does not have, or no name at all.
+      ValueError: a name that the model does not have, or no name at all; in the forward pass, a hook that it did not
+        reach; when an activation is looked up, one that did not come by.
     """
     if not names:
         raise ValueError("capture of no activations: give at least one hook name")
-    for name in names:
-        find(model, name)
     deepest = max(names, key=depth)
-    acts: dict[str, Acts] = {}
+    acts = Captured(names)
 
     def keep(name: str) -> Callable[[Acts], None]:
         def hook(found: Acts) -> None:
             acts[name] = found
             if stop and name == deepest:
-                raise _Stop
+                raise Stop(depth(name))
 
         return hook
 
-    with contextlib.ExitStack() as stack:
-        for name in dict.fromkeys(names):
-            stack.callback(_attach(model, name, keep(name)).remove)
-        if stop:
-            stack.enter_context(_quiet(model))
+    with _Hooked(model, {name: keep(name) for name in names}):
         yield acts
 
 
@@ -127,13 +147,12 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     """Within the context, the activations of each name are replaced by what its function returns for them.
 
     Functions get and return (B, T, C); several names act together, and contexts may be nested: the inner one sees
-    what the outer one made.
+    what the outer one made. A compiled model runs eagerly within the context.
 
     Raises:
-      ValueError: a name that the model does not have; in the forward pass, a function that returns another shape.
+      ValueError: a name that the model does not have; in the forward pass, a function that returns another shape, or a
+        hook that the pass did not reach.
     """
-    for name in edits:
-        find(model, name)
 
     def change(name: str) -> Callable[[Acts], Acts]:
         def hook(found: Acts) -> Acts:
@@ -144,46 +163,54 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
         return hook
 
-    with contextlib.ExitStack() as stack:
-        for name in edits:
-            stack.callback(_attach(model, name, change(name)).remove)
+    with _Hooked(model, {name: change(name) for name in edits}):
         yield
 
 
-def _attach(model: nn.Module, name: str, hook: Callable[[Acts], Acts | None]) -> RemovableHandle:
-    """Has every forward pass call the hook with the activations of a name; what it returns takes their place."""
-    module = find(model, name)
-    if parse(name)[1] == "mlp_in":
-        return module.register_forward_pre_hook(lambda module, inputs: hook(inputs[0]))
-    return module.register_forward_hook(lambda module, inputs, output: hook(output))
+def watch(model: nn.Module, before: Callable[[tuple, dict[str, Any]], None]) -> AbstractContextManager[None]:
+    """Within the context, `before` is called with the arguments of every forward pass before it runs."""
+    return opened(model, Context({}, before))
 
 
-@contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Within the context, a forward pass that was stopped returns None."""
-    forward = model.forward
+class _Hooked:
+    """Within the context, every forward pass calls the hooks with the activations of their names.
 
-    def stoppable(*args: object, **kwargs: object) -> object:
-        try:
-            return forward(*args, **kwargs)
-        except _Stop:
+    What a hook returns takes the activation's place.
+    """
+
+    def __init__(self, model: nn.Module, hooks: Mapping[str, Callable[[Acts], Acts | None]]):
+        self._hooks = [(find(model, name), name, hook) for name, hook in hooks.items()]
+        self._context = Context({name: depth(name) for name in hooks})
+        self._opened = opened(model, self._context)
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        self._opened.__enter__()
+        self._handles = [_attach(module, name, self._context, hook) for module, name, hook in self._hooks]
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._opened.__exit__(*exception)
+
+
+def _attach(module: nn.Module, name: str, context: Context, hook: Callable[[Acts], Acts | None]) -> RemovableHandle:
+    def call(called: nn.Module, found: Acts) -> Acts | None:
+        # Code that was compiled within the context, and copies of the model that were made there, keep the hook.
+        if not context.open or called is not module:
             return None
+        context.reached.add(name)
+        return hook(found)
 
-    had_own = "forward" in vars(model)
-    model.forward = stoppable
-    try:
-        yield
-    finally:
-        if had_own:
-            model.forward = forward
-        else:
-            del model.forward
+    if parse(name)[1] == "mlp_in":
+        return module.register_forward_pre_hook(lambda called, inputs: call(called, inputs[0]))
+    return module.register_forward_hook(lambda called, inputs, output: call(called, output))
 
 
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    """The blocks of a nanochat, compiled or not."""
-    inner = getattr(model, "_orig_mod", model)
-    try:
-        return inner.transformer.h
-    except AttributeError:
-        raise ValueError(f"a {type(model).__name__} has no transformer.h[i]: hooks need a nanochat") from None
+def _blocks(model: nn.Module) -> nn.ModuleList | nn.Sequential:
+    """The blocks of a nanochat, whatever is wrapped around it."""
+    inner = base(model)
+    blocks = getattr(getattr(inner, "transformer", None), "h", None)
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential):
+        raise ValueError(f"a {type(inner).__name__} has no transformer.h[i]: hooks need a nanochat")
+    return blocks

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
+from bridge import sae_config
 from bridge.exports import finished
 
 if TYPE_CHECKING:
@@ -208,22 +207,11 @@ def _read(folder: Path) -> _Export:
     """An export whose files are whole."""
     if not re.fullmatch(r"[\w.-]+", folder.name, re.ASCII):
         raise ValueError(f"{folder} cannot be a folder on the hub: name it as the hook, blocks.2.hook_resid_post")
-    cfg = _json(folder / "cfg.json")
-    weights = folder / _REQUIRED[1]
-    missing = [name for name in ("architecture", "d_in", "d_sae") if name not in cfg]
-    if missing or not weights.is_file():
-        raise ValueError(
-            f"{folder} is no whole export: {', '.join(missing) or weights.name} is missing; train it again"
-        )
-    try:
-        weights.open("rb").close()  # safetensors takes every file that it cannot open for one that is not there
-        with safe_open(weights, framework="numpy") as file:
-            shape = file.get_slice("W_dec").get_shape()
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is broken ({error}): nothing is sent; export the SAE again") from error
-    if list(shape) != [cfg["d_sae"], cfg["d_in"]]:
-        raise ValueError(f"{weights} holds W_dec {shape}, but cfg.json says [{cfg['d_sae']}, {cfg['d_in']}]")
-    return _Export(folder.name, folder, cfg)
+    if not (folder / _REQUIRED[1]).is_file():
+        raise ValueError(f"{folder} is no whole export: {_REQUIRED[1]} is missing; train it again")
+    settings = sae_config.read(folder)
+    settings.checked()
+    return _Export(folder.name, folder, settings.written)
 
 
 def _portable(value: Any) -> Any:

@@ -14,6 +14,7 @@ from bridge.attribution import Target, attribute
 from bridge.exports import finished, within
 from bridge.hooks import Acts, Edit, capture, depth, edit, find, parse
 from bridge.nanochat import engine
+from bridge.passes import base
 from bridge.steering import LENGTHS, Reading, Steer, edit_of, feature, mask, masked
 from bridge.torch_sae import TorchSAE
 from bridge.tracking import Features, Token, Trace, narrate, watch
@@ -85,6 +86,8 @@ def _check_kind(where: str | Path, sae: TorchSAE) -> None:
 
 class InterpretableModel:
     """A nanochat, this project's or upstream's own `GPT`, with SAEs at some of its hooks. The model is not changed.
+
+    It may be compiled or wrapped; within contexts it then runs eagerly, so that hooks fire (`bridge.hooks`).
 
     Hooks are on the model only within a context or a call, also if it ends by an exception; contexts may be nested,
     the inner one then reads what the outer one made. One thread at a time may run the model.
@@ -283,7 +286,7 @@ class InterpretableModel:
                 return self.model(*args, **kwargs)
 
         columns = engine.generate(
-            self.model,
+            base(self.model),
             ids,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -318,7 +321,7 @@ class InterpretableModel:
     @property
     def _embedding(self) -> Float[Tensor, "V C"]:
         """What tells the width, dtype and device of the stream."""
-        return self.model.transformer.wte.weight
+        return base(self.model).transformer.wte.weight
 
     def _check(self, name: str, sae: TorchSAE, fingerprint: str | None) -> None:
         """Raises ValueError for an SAE that is not of this model."""

@@ -1,38 +1,28 @@
 """Exported SAEs as torch modules: what tracking, steering, evaluation and users run. Reads SAELens directories."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-_PER_LATENT: Mapping[str, tuple[str, ...]] = {
-    "standard": ("b_enc",),
-    "topk": ("b_enc",),
-    "abstopk": ("b_enc",),
-    "jumprelu": ("b_enc", "threshold"),
-    "gated": ("b_gate", "r_mag", "b_mag"),
-}
-_TRANSCODERS: Mapping[str, str] = {
-    "transcoder": "standard",
-    "skip_transcoder": "standard",
-    "jumprelu_transcoder": "jumprelu",
-    "jumprelu_skip_transcoder": "jumprelu",
-}
-RANKED = ("topk", "abstopk")
-"""What chooses among its latents by their size, and knows how many: `cfg["k"]`."""
-_MEANT_OTHERWISE = {"normalize_activations": "none", "reshape_activations": "none"}
+from bridge.sae_config import read
+from bridge.sae_folding import fold
+from bridge.sae_settings import CHECKPOINTS, RANKED, TRANSCODERS, WEIGHTS, Settings
+from jsae.files import is_system_error
+
+__all__ = ["RANKED", "TorchSAE", "load"]
 
 Dense = Float[torch.Tensor, "*tokens f"]
 
 
 class TorchSAE(nn.Module):
-    """A trained SAE. `W_enc` (d_in, d_sae), `W_dec` (d_sae, d_out) with unit rows, `b_dec` (d_out,), biases (d_sae,).
+    """A trained SAE. `W_enc` (d_in, d_sae), `W_dec` (d_sae, d_out), `b_dec` (d_out,), biases (d_sae,).
+
+    Rows of `W_dec` have norm 1 in this project's exports; in files of others they have the norms that were trained.
 
     Takes and gives activations as the model has them. It is frozen; gradients flow through it to its input. `d_out` is
     `d_in` but of a transcoder, which gives another activation than it takes, and may have `W_skip` (d_out, d_in). A
@@ -46,9 +36,9 @@ class TorchSAE(nn.Module):
         self.architecture: str = cfg["architecture"]
         self.d_in: int = cfg["d_in"]
         self.d_sae: int = cfg["d_sae"]
-        self.is_transcoder: bool = self.architecture in _TRANSCODERS
+        self.is_transcoder: bool = self.architecture in TRANSCODERS
         self.d_out: int = cfg.get("d_out", self.d_in) if self.is_transcoder else self.d_in
-        self._encode = _ENCODE[_TRANSCODERS.get(self.architecture, self.architecture)]
+        self._encode = _ENCODE[TRANSCODERS.get(self.architecture, self.architecture)]
         self.metadata: dict[str, Any] = cfg.get("metadata", {})
         for name, weight in weights.items():
             if name == "W_enc":  # laid out latent by latent, in which few tokens are encoded fastest
@@ -110,86 +100,63 @@ class TorchSAE(nn.Module):
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> TorchSAE:
-    """Reads a SAELens directory: `cfg.json` and `sae_weights.safetensors`.
+    """Load a SAELens directory: `cfg.json` and `sae_weights.safetensors`.
+
+    Files of every version of SAELens are read. Weights are rounded to the file's `dtype`, as SAELens does, and computed
+    with in float32. Settings with an exact rewrite are folded into the weights (`bridge.sae_folding`), so that the
+    module always subtracts `b_dec` from its input, neither normalises nor rescales, and its `cfg` says so.
 
     Raises:
       FileNotFoundError: no such directory, or a file of it is missing.
-      ValueError: an architecture, normalisation, shape or number that this reader does not take; names it.
+      ValueError: a broken file, a setting that is unknown or not supported, an array that is missing, too many or of
+        another shape or type, or numbers that are not finite; names file and setting.
     """
-    folder = Path(path)
-    for name in ("cfg.json", "sae_weights.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no exported SAE: it has no {name}")
+    settings = read(path)
+    file = settings.folder / WEIGHTS
     try:
-        cfg = json.loads((folder / "cfg.json").read_text())
-        (folder / "sae_weights.safetensors").open("rb").close()  # load_file calls what it cannot open missing
-        weights = load_file(folder / "sae_weights.safetensors", device=str(device))
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RecursionError) as error:
-        raise ValueError(f"{folder} holds a broken export: {error}") from error
-    layers = 1
-    if isinstance(cfg, dict) and cfg.get("architecture") == "crosscoder":
-        cfg, weights, layers = _side_by_side(folder, cfg, weights)
-    _check(folder, cfg, weights)
-    return TorchSAE(cfg, {name: w.float() for name, w in weights.items()}, layers).eval()
+        file.open("rb").close()  # safetensors calls every file missing that it cannot open
+        weights = _rounded(file, settings.checked(), settings.dtype)
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, FileNotFoundError) or is_system_error(error):
+            raise
+        raise ValueError(f"{settings.folder} holds a broken export: {WEIGHTS} is broken: {error}") from error
+    _require_finite(file, weights, f" in {settings.dtype}")
+    weights = fold(settings, weights)
+    _require_finite(file, weights, " once its settings are folded into the weights")
+    return TorchSAE(_plain(settings), weights, settings.layers or 1).eval().to(device)
 
 
-def _side_by_side(
-    folder: Path, cfg: dict[str, Any], weights: dict[str, torch.Tensor]
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
-    """A crosscoder as the SAE that it is of its layers side by side, `d_in` their widths together; and their number.
-
-    Raises:
-      ValueError: settings or arrays that are not what `jsae.export.write` says of a crosscoder.
-    """
-    sizes = {name: cfg.get(name) for name in ("layers", "d_in", "d_sae")}
-    if not all(type(size) is int and size > 0 for size in sizes.values()):
-        raise ValueError(f"{folder}: layers, d_in and d_sae of a crosscoder must be positive integers, not {sizes}")
-    if cfg.get("activation") not in tuple(_PER_LATENT):
-        known = ", ".join(_PER_LATENT)
-        raise ValueError(f"{folder}: a crosscoder's activation {cfg.get('activation')!r} is not known: {known} are")
-    layers, d, f = sizes.values()
-    expected = {"W_enc": (layers, d, f), "W_dec": (f, layers, d), "b_dec": (layers, d)}
-    found = {name: tuple(weights[name].shape) if name in weights else None for name in expected}
-    if found != expected:
-        raise ValueError(f"{folder}: a crosscoder of {layers} layers of width {d} has {expected}, but the file {found}")
-    flat = {"W_enc": (layers * d, f), "W_dec": (f, layers * d), "b_dec": (layers * d,)}
-    weights = weights | {name: weights[name].reshape(shape) for name, shape in flat.items()}
-    return cfg | {"architecture": cfg["activation"], "d_in": layers * d}, weights, layers
+def _rounded(file: Path, names: Iterable[str], dtype: str) -> dict[str, torch.Tensor]:
+    """The arrays of a file, rounded to a type and given in float32."""
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name).to(getattr(torch, dtype)).float() for name in names}
 
 
-def _check(folder: Path, cfg: Any, weights: Mapping[str, torch.Tensor]) -> None:
-    """Raises ValueError unless cfg and weights are what `TorchSAE` computes with."""
-    known = (*_PER_LATENT, *_TRANSCODERS)
-    if not isinstance(cfg, dict) or cfg.get("architecture") not in known:
-        found = cfg.get("architecture") if isinstance(cfg, dict) else cfg
-        raise ValueError(f"{folder}: architecture {found!r} is not known: {', '.join(known)} are")
-    transcoder = cfg["architecture"] in _TRANSCODERS
-    if cfg.get("apply_b_dec_to_input", True) == transcoder:
-        raise ValueError(f"{folder}: apply_b_dec_to_input must be {str(not transcoder).lower()} here")
-    for key, only in _MEANT_OTHERWISE.items():
-        if cfg.get(key, only) != only:
-            raise ValueError(f"{folder}: {key} is {cfg[key]!r}: this reader takes {only!r} only; fold it at export")
-    if cfg.get("rescale_acts_by_decoder_norm"):
-        norms = weights["W_dec"].float().norm(dim=-1) if "W_dec" in weights else torch.zeros(1)
-        if not torch.allclose(norms, torch.ones_like(norms), atol=1e-4):
-            raise ValueError(f"{folder}: activations rescaled by decoder norms that are not 1 are not supported")
-    widths = {key: cfg.get(key) for key in ("d_in", "d_sae")}
-    widths["d_out"] = cfg.get("d_out", widths["d_in"]) if transcoder else widths["d_in"]
-    if not all(isinstance(w, int) and w > 0 for w in widths.values()):
-        raise ValueError(f"{folder}: d_in, d_sae and d_out must be positive integers, not {widths}")
-    if cfg["architecture"] in RANKED and not (isinstance(cfg.get("k"), int) and 1 <= cfg["k"] <= cfg["d_sae"]):
-        raise ValueError(f"{folder}: k is {cfg.get('k')!r}: it must be an integer between 1 and d_sae={cfg['d_sae']}")
-    expected = {"W_enc": ("d_in", "d_sae"), "W_dec": ("d_sae", "d_out"), "b_dec": ("d_out",)}
-    if "skip" in cfg["architecture"]:
-        expected["W_skip"] = ("d_out", "d_in")
-    expected |= dict.fromkeys(_PER_LATENT[_TRANSCODERS.get(cfg["architecture"], cfg["architecture"])], ("d_sae",))
-    shapes = {name: tuple(widths[axis] for axis in axes) for name, axes in expected.items()}
-    found = {name: tuple(w.shape) for name, w in weights.items()}
-    if found != shapes:
-        raise ValueError(f"{folder}: a {cfg['architecture']} SAE of {widths} has {shapes}, but the file has {found}")
+def _require_finite(file: Path, weights: Mapping[str, torch.Tensor], where: str) -> None:
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
-            raise ValueError(f"{folder}: {name} holds numbers that are not finite")
+            raise ValueError(f"{file}: {name} holds numbers that are not finite{where}")
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """The settings of what `fold` gives: those of an export of this project."""
+    layers = settings.layers or 1
+    cfg: dict[str, Any] = {
+        "architecture": "jumprelu" if settings.architecture in CHECKPOINTS else settings.architecture,
+        "d_in": layers * settings.d_in,
+        "d_sae": settings.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": not settings.is_transcoder,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": settings.metadata,
+    }
+    if settings.is_transcoder:
+        cfg["d_out"] = settings.d_out
+    if settings.k is not None:
+        cfg |= {"k": settings.k, "rescale_acts_by_decoder_norm": False}
+    return cfg
 
 
 def _standard(sae: TorchSAE, u: torch.Tensor) -> torch.Tensor:

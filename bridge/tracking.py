@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
+from bridge import hooks
 from bridge.hooks import Acts
 from bridge.steering import Reading
 from bridge.torch_sae import RANKED, TorchSAE
@@ -104,16 +105,13 @@ def watch(model: nn.Module, reading: Reading) -> Iterator[None]:
     It knows the caches of this project (`position`) and of upstream (`get_pos()`); without one a text starts at 0.
     """
 
-    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def note(args: tuple, kwargs: dict) -> None:
         given = [*args, *kwargs.values()]
         reading.tokens = next(value for value in given if isinstance(value, torch.Tensor))
         reading.start = next((start for value in given if (start := _position(value)) is not None), 0)
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with hooks.watch(model, note):
         yield
-    finally:
-        handle.remove()
 
 
 def _position(value: object) -> int | None:

@@ -60,8 +60,8 @@ def fold(weights: Arrays, scale: Scale, scale_out: Scale, ranked: bool = False) 
       weights: by name, in the trainer's layout (`jsae.axes.AXES`).
       scale: the factor on what is read in training, one number or one per dimension.
       scale_out: the factor on what is made, which is the same unless it is a transcoder's.
-      ranked: whether the SAE chooses among its latents by their size. Then n is the same for all, the mean of the row
-        norms, or it would choose others. They differ in a crosscoder and where weights were averaged.
+      ranked: whether the SAE chooses among its latents by their size. Then n is the same for all where norms differ,
+        their mean, or it would choose others. They differ in a crosscoder and where weights were averaged.
 
     Raises:
       ConfigError: a weight that is not finite, or a decoder row of norm 0.
@@ -77,13 +77,18 @@ def fold(weights: Arrays, scale: Scale, scale_out: Scale, ranked: bool = False) 
         exact["W_skip"] = exact["W_skip"] * scale / np.reshape(scale_out, (-1, 1))
     norms = np.linalg.norm(exact["W_dec"], axis=1)
     require(bool((norms > 0).all()), f"{int((norms == 0).sum())} decoder rows have norm 0: they cannot be normalised")
-    if ranked:
+    if ranked and not _alike(norms):
         norms = np.full_like(norms, norms.mean())
     exact["W_dec"] = exact["W_dec"] / norms[:, None]
     exact["W_enc"] = (exact["W_enc"] * scale * norms[:, None]).T
     for name in set(exact) - {"W_enc", "W_dec", "b_dec", "W_skip", "r_mag"}:  # r_mag is the log of a ratio of weights
         exact[name] = exact[name] * norms
     return {name: np.ascontiguousarray(w, np.float32) for name, w in exact.items()}
+
+
+def _alike(norms: Float[np.ndarray, " f"]) -> bool:
+    """Return whether norms of decoder rows are the same but for rounding: they then do not change a ranking."""
+    return bool(np.abs(norms / norms.mean() - 1).max() < 1e-6)
 
 
 def write(
@@ -99,6 +104,9 @@ def write(
     A crosscoder's directory has the same files in a layout of its own: architecture `crosscoder` with the encoder's
     form under `activation`, `W_enc` (layers, d, d_sae), `W_dec` (d_sae, layers, d), `b_dec` (layers, d), and `d_in` the
     width of one layer; a decoder row has norm 1 over all its layers (of `RANKED` forms about that, see `fold`).
+
+    A TopK or AbsTopK SAE with unit decoder rows says `rescale_acts_by_decoder_norm`, as SAELens's own do: it changes
+    nothing, and SAELens folds decoder norms only where it is set.
 
     Args:
       folder: made new; an export that is there is replaced.
@@ -126,8 +134,11 @@ def write(
     if config.is_transcoder:
         cfg |= {"d_out": config.width_out}
     if cfg["architecture"] in RANKED:
-        cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
+        cfg["k"] = config.k
     folded = fold(weights, scale, scale_out, cfg["architecture"] in RANKED)
+    if cfg["architecture"] in RANKED:
+        norms = np.linalg.norm(folded["W_dec"].astype(np.float64), axis=1)
+        cfg["rescale_acts_by_decoder_norm"] = config.layers == 1 and _alike(norms)
     if config.layers > 1:
         cfg |= {"architecture": "crosscoder", "activation": cfg["architecture"], "layers": config.layers}
         cfg["d_in"] = d = config.d_in // config.layers

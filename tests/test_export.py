@@ -181,6 +181,60 @@ def test_averaged_weights_choose_the_same_latents_when_they_are_exported(archite
             close(found(torch.from_numpy(x)).numpy(), expected)
 
 
+# ---- SAELens's own operations --------------------------------------------------------------------------------------
+
+SAELENS_FORMS = {
+    architecture: SAEConfig(architecture, D, F, k=4, nested_widths=(5,) if architecture == "matryoshka" else ())
+    for architecture in saes.ARCHITECTURES
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("form", [*SAELENS_FORMS, *TRANSCODERS])
+def test_what_saelens_does_with_an_sae_works_on_an_export(form, tmp_path):
+    """Load, fold decoder norms, name, cast, save and load again: the same numbers after each."""
+    config = SAELENS_FORMS.get(form) or TRANSCODERS[form]
+    cfg, _ = written(tmp_path / "sae", config, made(config), 2.0, 2.0)
+    lens = sae_lens.SAE.load_from_disk(str(tmp_path / "sae"))
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(N, D))).float()
+    ours = torch_sae.load(tmp_path / "sae")
+    with torch.no_grad():
+        latents, y_hat = lens.encode(x), lens(x)
+        decoded = lens.decode(latents)
+    folded = sae_lens.SAE.load_from_disk(str(tmp_path / "sae"), fold_W_dec_norm=True)
+    lens.save_model(tmp_path / "again")
+    again = sae_lens.SAE.load_from_disk(str(tmp_path / "again"))
+    folded.save_model(tmp_path / "folded")
+    readers = (folded, again, ours, torch_sae.load(tmp_path / "again"), torch_sae.load(tmp_path / "folded"))
+    for reader in readers:
+        with torch.no_grad():
+            assert torch.equal(reader.encode(x) != 0, latents != 0)
+            close(reader.encode(x).numpy(), latents.numpy())
+            close(reader.decode(latents).numpy(), decoded.numpy())
+            close(reader(x).numpy(), y_hat.numpy())
+    assert lens.get_name() == f"sae_toy_blocks.1.ln2.hook_normalized_{F}"
+    assert again.cfg.to_dict() == lens.cfg.to_dict()
+    half = again.to(dtype=torch.bfloat16)
+    half.save_model(tmp_path / "half")
+    with torch.no_grad():
+        rounded = sae_lens.SAE.load_from_disk(str(tmp_path / "half"))(x.bfloat16()).float()
+        error = (torch_sae.load(tmp_path / "half")(x) - rounded).norm(dim=1) / rounded.norm(dim=1)
+    assert error.median() < 0.03
+    assert cfg.get("rescale_acts_by_decoder_norm") == (True if form in ("topk", "abstopk") else None)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "abstopk"])
+def test_norms_that_differ_are_not_announced_as_foldable(architecture, tmp_path):
+    """Latents are ranked without their decoder norms, so folding those would choose others: SAELens refuses it."""
+    config = SAEConfig(architecture, D, F, k=3)
+    sae = made(config)
+    sae.W_dec[...] = sae.W_dec * jnp.linspace(0.3, 1, F)[:, None]
+    cfg, _ = written(tmp_path / "sae", config, sae, 4.0, 4.0)
+    assert cfg["rescale_acts_by_decoder_norm"] is False
+    with pytest.raises(NotImplementedError, match="not safe"):
+        sae_lens.SAE.load_from_disk(str(tmp_path / "sae"), fold_W_dec_norm=True)
+
+
 # ---- transcoders ---------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from bridge.neuronpedia import text
 from jsae.store import NON_ACTIVATING, TOP, Store, StoreError, digest
@@ -76,7 +75,7 @@ class Latents:
     def __init__(self, store: Store, sae_dir: Path, vectors: bool = False, shown: int = SHOWN):
         check(store, sae_dir)
         self.store, self._shown = store, shown
-        self._W_dec = load_file(sae_dir / "sae_weights.safetensors")["W_dec"] if vectors else None
+        self._W_dec = _decoder(sae_dir) if vectors else None
         self._spelled = functools.lru_cache(4096)(self._spell)  # one row is an example of many latents
 
     def __len__(self) -> int:
@@ -179,6 +178,13 @@ class Latents:
 
     def _spell(self, row: int) -> list[str]:
         return text.spell(self.store.texts, self.store.texts.tokens[row].tolist())
+
+
+def _decoder(sae_dir: Path) -> np.ndarray:
+    """The decoder rows that the SAE computes with, (d_sae, d_out): a file may scale them by its settings."""
+    from bridge import torch_sae
+
+    return torch_sae.load(sae_dir).W_dec.numpy()
 
 
 def check(store: Store, sae_dir: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bridge import sae_config
 from bridge.exports import finished
 from bridge.neuronpedia import ids as names
 from bridge.neuronpedia.about import CREATED_AT, About
@@ -85,18 +86,13 @@ def of_run(run: Path, wanted: Wanted, hook: str | None = None) -> list[Source]:
 
 
 def _source(run: Path, hook: str, folder: Path, wanted: Wanted, n_layer: int, digests: list[str]) -> Source:
-    cfg = _json(folder / "cfg.json")
-    metadata = cfg.get("metadata")
-    fingerprint = metadata.get("model_fingerprint") if isinstance(metadata, dict) else None
+    settings = sae_config.read(folder)
+    fingerprint, d_sae = settings.metadata.get("model_fingerprint"), settings.d_sae
     require(
         wanted.model_id is not None or isinstance(fingerprint, str),
         f"{folder} does not say which model it is of: give --model_id",
     )
     model = wanted.model_id or names.default_model(n_layer, str(fingerprint))
-    d_sae = cfg.get("d_sae")
-    require(
-        isinstance(d_sae, int) and d_sae > 0, f"{folder}/cfg.json: d_sae is {d_sae!r}, expected a number of latents"
-    )
     description = names.describe(hook, d_sae)
     ids = Ids(
         model,

@@ -1,0 +1,160 @@
+"""Exact rewrites of an SAE's settings into its weights, so that one plain form computes what every file means."""
+
+import json
+import math
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bridge.sae_settings import CHECKPOINTS, FACTORS, Settings
+from jsae.files import is_system_error
+
+SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
+_COLUMNS = 8192  # of W_enc that are read in float64 at once
+
+Weights = dict[str, torch.Tensor]
+
+
+def fold(settings: Settings, weights: Weights) -> Weights:
+    """Return the weights of the same SAE in plain form: `f = act((x - b_dec) W_enc + b)`, `y = f W_dec + b_dec`.
+
+    In this order: statistics of the input that a training checkpoint keeps beside the weights, decoder norms by which
+    latents are rescaled, the threshold of a BatchTopK checkpoint, factors that finetuning learned, and the bias that is
+    not subtracted from the input. Latents come out as SAELens gives them. A transcoder subtracts no bias in any form.
+
+    Args:
+      settings: of the file.
+      weights: float32, by name, with the shapes of `Settings.checked`.
+
+    Raises:
+      ValueError: statistics that are missing or broken, decoder rows of norm 0 that are divided by, or factors that
+        contradict the settings.
+    """
+    weights = dict(weights)
+    if "log_threshold" in weights:
+        weights["threshold"] = weights.pop("log_threshold").exp()
+    if settings.layers is not None:
+        weights = _side_by_side(settings, weights)
+    factors = _factors(settings, weights)
+    rescales = settings.rescales
+    if settings.normalization == "covariance_whitening":
+        if rescales:  # the norms that rank are those before the rows are mapped back
+            weights, rescales = _norms(settings, weights), False
+        weights = _whitening(settings, weights)
+    elif settings.normalization == "expected_average_only_in":
+        weights = _scale(settings, weights)
+    if rescales:
+        weights = _norms(settings, weights)
+    if settings.architecture in CHECKPOINTS:
+        weights["threshold"] = weights.pop("topk_threshold").expand(settings.d_sae).clone()
+    if factors is not None:
+        weights["W_dec"] = weights["W_dec"] * factors[:, None]
+    if not settings.subtracts_b_dec and not settings.is_transcoder:
+        weights = _shifted(weights, weights["b_dec"])
+    return weights
+
+
+def _side_by_side(settings: Settings, weights: Weights) -> Weights:
+    """A crosscoder's arrays as those of one SAE of its layers side by side."""
+    flat = {"W_enc": (-1, settings.d_sae), "W_dec": (settings.d_sae, -1), "b_dec": (-1,)}
+    return weights | {name: weights[name].reshape(shape) for name, shape in flat.items()}
+
+
+def _norms(settings: Settings, weights: Weights) -> Weights:
+    """Latents in units of unit decoder rows: `W_enc` and biases times the norms, `W_dec` over them."""
+    norms = torch.linalg.vector_norm(weights["W_dec"], dim=1, dtype=torch.float64).float()
+    zeros = int((norms == 0).sum())
+    if zeros:
+        raise ValueError(
+            f"{settings.folder}: rescale_acts_by_decoder_norm divides by the norms of decoder rows, and {zeros} are 0"
+        )
+    scaled = {"W_enc": weights["W_enc"] * norms, "W_dec": weights["W_dec"] / norms[:, None]}
+    return weights | scaled | {"b_enc": weights["b_enc"] * norms}
+
+
+def _factors(settings: Settings, weights: Weights) -> torch.Tensor | None:
+    """The factors on latents before they are decoded, taken out of the weights; None where they change nothing."""
+    names = [name for name in FACTORS if name in weights]
+    if len(names) > 1:
+        raise ValueError(f"{settings.folder}: the weights hold both {' and '.join(names)}: expected one of them")
+    factors = weights.pop(names[0]) if names else None
+    if names and torch.allclose(factors, torch.ones_like(factors)):
+        return None
+    if settings.finetuned != bool(names):
+        holds = f"the weights hold {names[0]}" if names else f"the weights hold no {FACTORS[0]}"
+        raise ValueError(
+            f"{settings.folder}: finetuning_scaling_factor is {str(settings.finetuned).lower()}, but {holds}: one of "
+            "them is of another SAE"
+        )
+    if names and settings.rescales:
+        raise ValueError(
+            f"{settings.folder}: finetuning_scaling_factor and rescale_acts_by_decoder_norm exclude each other"
+        )
+    return factors
+
+
+def _scale(settings: Settings, weights: Weights) -> Weights:
+    """Trained on `s x`: `W_enc` times s; `W_dec`, `b_dec`, and a threshold in units of decoder norms over s."""
+    scale = _scaler(settings).get("scaling_factor")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise ValueError(f"{settings.folder / SCALER}: scaling_factor is {scale!r}: expected a number above 0")
+    folded = {"W_enc": weights["W_enc"] * scale, "W_dec": weights["W_dec"] / scale, "b_dec": weights["b_dec"] / scale}
+    if "topk_threshold" in weights and settings.rescales:
+        folded["topk_threshold"] = weights["topk_threshold"] / scale
+    return weights | folded
+
+
+def _whitening(settings: Settings, weights: Weights) -> Weights:
+    """Trained on `(x - mean) M`: see `sae_lens`'s `fold_activation_whitening`, which computes the same."""
+    if _scaler(settings).get("has_whitening") is False:
+        raise ValueError(f"{settings.folder / SCALER}: has_whitening is false, but normalize_activations asks for it")
+    file, d = settings.folder / WHITENING, settings.d_in
+    expected = {"mean": (d,), "matrix": (d, d), "inverse_matrix": (d, d)}
+    try:
+        file.open("rb").close()  # safetensors calls every file missing that it cannot open
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            if shapes != expected:
+                raise ValueError(f"expected {expected}")
+            mean, matrix, inverse = (opened.get_tensor(name).double() for name in expected)
+    except (SafetensorError, OSError, ValueError) as error:
+        if is_system_error(error):
+            raise
+        raise ValueError(f"{file} is missing or broken: {error}. Export the SAE by save_inference_model") from error
+    folded = {
+        "W_enc": (matrix @ weights["W_enc"].double()).float(),
+        "W_dec": (weights["W_dec"].double() @ inverse).float(),
+        "b_dec": (weights["b_dec"].double() @ inverse + mean).float(),
+    }
+    weights = weights | folded
+    # Where b_dec is subtracted, the folded one subtracts the mean too.
+    return weights if settings.subtracts_b_dec else _shifted(weights, -mean)
+
+
+def _shifted(weights: Weights, by: torch.Tensor) -> Weights:
+    """The same pre-activations of an input from which `by` (d_in,) is subtracted: biases gain `by W_enc`."""
+    parts = weights["W_enc"].split(_COLUMNS, dim=1)
+    gain = torch.cat([by.double() @ part.double() for part in parts])
+    gains = {"b_enc": gain, "b_gate": gain}
+    if "r_mag" in weights:
+        gains["b_mag"] = gain * weights["r_mag"].double().exp()
+    return weights | {name: (weights[name].double() + g).float() for name, g in gains.items() if name in weights}
+
+
+def _scaler(settings: Settings) -> dict:
+    """The statistics that SAELens's trainer keeps beside the weights of a checkpoint."""
+    file = settings.folder / SCALER
+    if not file.is_file():
+        raise ValueError(
+            f"{settings.folder / 'cfg.json'}: normalize_activations is {settings.normalization!r}, but its statistics "
+            f"are missing ({SCALER}): inputs would not be scaled. Export the SAE by save_inference_model"
+        )
+    try:
+        if file.stat().st_size > 2**16:
+            raise ValueError("it is too large")
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"expected an object, not {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is broken: {error}") from error
+    return found

@@ -1,0 +1,155 @@
+"""What an exported SAE is: architectures by SAELens's names, checked settings, the arrays they ask for. No torch."""
+
+import dataclasses
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from jsae.files import is_system_error
+
+CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+ENCODERS: Mapping[str, tuple[str, ...]] = {
+    "standard": ("b_enc",),
+    "topk": ("b_enc",),
+    "abstopk": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "gated": ("b_gate", "r_mag", "b_mag"),
+}
+"""The forms of an encoder, by SAELens's names, and the arrays that each has per latent."""
+TRANSCODERS: Mapping[str, str] = {
+    "transcoder": "standard",
+    "skip_transcoder": "standard",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+CHECKPOINTS = ("batchtopk", "matryoshka_batchtopk")
+"""Forms that SAELens writes into training checkpoints only; its inference form of them is jumprelu."""
+RANKED = ("topk", "abstopk")
+"""Architectures that keep the k largest latents: `cfg["k"]`."""
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+_STORED = {"F32", "F64", "F16", "BF16"}
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 80
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the `cfg.json` of a SAELens directory says that changes the computation, checked.
+
+    `architecture` is SAELens's name; of a crosscoder, whose layout is this project's, the name of its encoder's form.
+    `d_in` and `d_out` are widths of one layer.
+    """
+
+    folder: Path
+    written: dict[str, Any]
+    """The file as it is."""
+    legacy: bool
+    """Whether SAELens reads the file as one of a version before 6."""
+    architecture: str
+    d_in: int
+    d_sae: int
+    d_out: int
+    layers: int | None
+    """Of a crosscoder; None for everything else."""
+    k: int | None
+    """Of `RANKED` architectures."""
+    dtype: str
+    subtracts_b_dec: bool
+    rescales: bool
+    """Whether latents are ranked and scaled by the norms of their decoder rows."""
+    normalization: str
+    """"none", or what is folded by the statistics of a training checkpoint."""
+    finetuned: bool
+    """Whether latents are multiplied by a factor each before they are decoded."""
+    metadata: dict[str, Any]
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it makes another activation than it reads."""
+        return self.architecture in TRANSCODERS
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every array that the weights must hold, by name."""
+        d, f, o = (self.d_in,), (self.d_sae,), (self.d_out,)
+        if self.layers is not None:
+            d = o = (self.layers, *d)
+        shapes = {"W_enc": d + f, "W_dec": f + o, "b_dec": o}
+        if "skip" in self.architecture:
+            shapes["W_skip"] = o + d
+        form = TRANSCODERS.get(self.architecture, self.architecture)
+        if form in CHECKPOINTS:
+            return shapes | {"b_enc": f, "topk_threshold": ()}
+        return shapes | dict.fromkeys(ENCODERS[form], f)
+
+    def checked(self) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of the arrays of `sae_weights.safetensors`, from its header alone.
+
+        Beside `shapes` a file may hold `scaling_factor` or `finetuning_scaling_factor` (d_sae,), and `log_threshold`
+        in the place of `threshold`, as earlier versions of SAELens wrote them.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: a broken file, arrays missing or too many, another shape, or numbers of another type than
+            float32, float64, float16 and bfloat16.
+        """
+        file = self.folder / WEIGHTS
+        require_file(file)
+        try:
+            file.open("rb").close()  # safetensors calls every file missing that it cannot open
+            with safe_open(file, framework="numpy") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+                found = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                types = {name: part.get_dtype() for name, part in slices.items()}
+        except (SafetensorError, OSError, ValueError) as error:
+            if is_system_error(error):
+                raise
+            raise ValueError(f"{self.folder} holds a broken export: {WEIGHTS} is broken: {error}") from error
+        expected = self.shapes()
+        if "threshold" in expected and "threshold" not in found and "log_threshold" in found:
+            expected = {"log_threshold" if name == "threshold" else name: s for name, s in expected.items()}
+        expected |= {name: (self.d_sae,) for name in FACTORS if name in found}
+        if found != expected:
+            there = {name: found.get(name) for name in expected} | found
+            kind = f"a {self.architecture} SAE of d_in {self.d_in}, d_sae {self.d_sae} and d_out {self.d_out} has"
+            if self.layers is not None:
+                kind = f"a crosscoder of {self.layers} layers of width {self.d_in} has"
+            has = " has" * (self.layers is None)
+            raise ValueError(f"{self.folder}: {kind} {expected}, but the file{has} {_few(there)} ({WEIGHTS})")
+        for name, kind in types.items():
+            if kind not in _STORED:
+                raise ValueError(
+                    f"{file}: {name} is stored as {kind}, expected float32, float64, float16 or bfloat16: bring "
+                    "weights that are not quantised"
+                )
+        return found
+
+
+FACTORS = ("scaling_factor", "finetuning_scaling_factor")
+"""What earlier versions of SAELens called the factors on latents that finetuning learned."""
+
+
+def require_file(file: Path) -> None:
+    """Raise FileNotFoundError where a file of an export is missing."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} is no exported SAE: it has no {file.name}")
+
+
+def shown(value: Any) -> str:
+    """Return a value as Python writes it, cut to what fits a line."""
+    return _BRIEF.repr(value)
+
+
+def shown_key(name: str) -> str:
+    """Return a name of a file, cut to what fits a line."""
+    return name if len(name) <= 80 else name[:80] + "…"
+
+
+def _few(found: dict[str, Any]) -> str:
+    """Some of what a file holds: a hostile one has millions of names."""
+    more = len(found) - 12
+    first = ", ".join(f"{shown_key(name)!r}: {shape}" for name, shape in list(found.items())[:12])
+    return f"{{{first}{f' and {more} more' if more > 0 else ''}}}"

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import flags
-from experiments.flags import flag
-from jsae.config import require
+from experiments.flags import CONTEXT, STEP, flag, settle
+from experiments.locations import Checkpoint, Data, FilePath
+from experiments.torch_device import check_name, require_torch
+from jsae.config import TOKENS, require
 
 if TYPE_CHECKING:
     from bridge.evaluate.text import Text
@@ -31,39 +33,44 @@ if TYPE_CHECKING:
 class EvaluateConfig:
     """What is measured, on what, and how much of it."""
 
-    run_dir: str | None = flag(None, "A run: all of its SAEs, on its model and the held-out part of its text.")
-    sae: str | None = flag(None, "Any SAELens directory for a hook of the run, measured instead of the run's own.")
-    compare: tuple[str, ...] = flag((), "Two runs or SAELens directories, A B: prints both side by side.")
+    run_dir: FilePath | None = flag(None, "A run: all of its SAEs, on its model and the held-out part of its text.")
+    sae: FilePath | None = flag(None, "Any SAELens directory for a hook of the run, measured instead of the run's own.")
+    compare: tuple[FilePath, ...] = flag((), "Two runs or SAELens directories, A B: prints both side by side.")
     hook: str | None = flag(None, "Only the SAE of this hook; of a --sae that does not say it: which hook it is for.")
-    checkpoint: str | None = flag(None, "The nanochat; none is the one the run was trained on.")
-    step: int | None = flag(None, "Step of --checkpoint; none is the last.")
-    tokenizer: str | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
-    data: str | None = flag(None, "Text, as for training; none is the run's.")
+    checkpoint: Checkpoint | None = flag(None, "The nanochat; none is the one the run was trained on.")
+    step: int | None = flag(None, "Step of --checkpoint; none is the last.", STEP)
+    tokenizer: FilePath | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
+    data: Data | None = flag(None, "Text, as for training; none is the run's.")
     split: Literal["heldout", "train", "all"] = flag("heldout", "Which part of it; 'all' for text of its own.")
-    context_size: int | None = flag(None, "Tokens per row of text; none is the run's, or the model's sequence_len.")
-    heldout_tokens: int = flag(200_000, "Tokens for the metrics, and as many for labels and token classes.")
-    probe_tokens: int = flag(400_000, "Tokens of the passages by which packages of the standard library are told.")
+    context_size: int | None = flag(
+        None, "Tokens per row of text; none is the run's, or the model's sequence_len.", CONTEXT
+    )
+    heldout_tokens: int = flag(200_000, "Tokens for the metrics, and as many for labels and token classes.", TOKENS)
+    probe_tokens: int = flag(
+        400_000, "Tokens of the passages by which packages of the standard library are told.", TOKENS
+    )
     drop_sinks: bool | None = flag(None, "Leave tokens of extreme norm as they are; none is as in the run.")
     probes: bool = flag(True, "Sparse probing and TPP (extra [eval]).")
     labels: bool = flag(True, "Name every latent by the simple predicate that fits it best.")
     plots: bool = flag(True, "Plot densities and training curves (extra [eval]).")
-    output_dir: str | None = flag(None, "Where to write; none is the run's directory, or that of --sae.")
+    output_dir: FilePath | None = flag(None, "Where to write; none is the run's directory, or that of --sae.")
     device: str = flag("cpu", "Where the model runs.")
 
     def __post_init__(self) -> None:
+        settle(self)
+        check_name(self.device)
         require(
             bool(self.run_dir or self.sae or self.compare), "nothing to measure: give --run_dir, --sae or --compare"
         )
         require(len(self.compare) in (0, 2), f"--compare takes two runs or SAEs, A B, not {len(self.compare)}")
         require(not (self.compare and self.sae), "--compare names the SAEs itself: leave out --sae")
-        for name in ("heldout_tokens", "probe_tokens"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
 
 
 def main(config: EvaluateConfig) -> int:
     """Measures every SAE, writes what was found, shows it."""
     output = None if config.compare else Path(config.output_dir or config.sae or config.run_dir)
     _need(config, output)
+    require_torch(config.device)
 
     from bridge.evaluate.core import finite
     from experiments import evaluate_view, subjects

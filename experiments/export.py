@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from experiments import flags
-from experiments.flags import flag
-from jsae.config import require
+from experiments.flags import flag, settle
+from experiments.locations import FilePath
+from jsae.config import at_least, require
 
 if TYPE_CHECKING:
     from bridge.neuronpedia.sources import Source, Wanted
@@ -27,12 +28,12 @@ Format = Literal["sae_lens", "neuronpedia", "saedashboard", "delphi", "circuit_t
 class ExportConfig:
     """What is written, where, under which names."""
 
-    run_dir: str = flag(None, "The run.")
+    run_dir: FilePath = flag(None, "The run.")
     format: tuple[Format, ...] = flag(
         ("neuronpedia",), "Any of sae_lens,neuronpedia,saedashboard,delphi,circuit_tracer."
     )
     hook: str | None = flag(None, "Only the SAE of this hook.")
-    out: str | None = flag(None, "Where to write, a folder per format; none is neuronpedia/ in the run.")
+    out: FilePath | None = flag(None, "Where to write, a folder per format; none is neuronpedia/ in the run.")
     model_id: str | None = flag(None, "Neuronpedia's id of the model; none is nanochat-dDEPTH-HASH.")
     source_set: str | None = flag(None, "Its source set; none is SITE-WIDTH-HASH, res-16k-1a2b3c for example.")
     release: str | None = flag(None, "Its release; none is the model's id and the hash of the run's SAEs.")
@@ -40,7 +41,7 @@ class ExportConfig:
     creator: str = flag("jsae", "Who is named as its creator.")
     url: str | None = flag(None, "Of the release.")
     created_at: str = flag("2026-01-01T00:00:00Z", "When the export says it was made; a fixed time, not the clock's.")
-    layers: int | None = flag(None, "Layers of the model; none asks its checkpoint.")
+    layers: int | None = flag(None, "Layers of the model; none asks its checkpoint.", at_least(1, 2**12))
     vectors: bool = flag(False, "Put the decoder rows into neuronpedia and saedashboard, to steer without the SAE.")
     hub_repo: str | None = flag(None, "Also push the SAEs to this repository of the Hugging Face hub (extra [hub]).")
     license: str | None = flag(None, "Licence of --hub_repo, mit or apache-2.0 for example.")
@@ -48,6 +49,7 @@ class ExportConfig:
     dry_run: bool = flag(False, "Say what --hub_repo would get, and send nothing.")
 
     def __post_init__(self) -> None:
+        settle(self)
         require(bool(self.run_dir), "nothing to export: give --run_dir")
         require(bool(self.format or self.hub_repo), "nothing to write: give --format or --hub_repo")
         require(not (self.hub_repo and not self.license), "--hub_repo publishes: say under which --license")

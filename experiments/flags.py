@@ -14,15 +14,35 @@ from typing import Any, Literal, TypeVar, Union
 
 from absl import flags
 
+from experiments import flagfile, locations
+from jsae.config import Range, at_least, check_fields
+
 Config = TypeVar("Config")
 
 # What a user can bring about and put right: told in one line, without a traceback. Anything else is our mistake.
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
-def flag(default: Any, text: str) -> Any:
-    """A dataclass field with a default and the help that its flag shows."""
-    return dataclasses.field(default=default, metadata={"help": text})
+_LONGEST_MESSAGE = 2000  # characters
+
+STEP = Range(0, 2**31 - 1, "be a step from 0")
+CONTEXT = at_least(2, 2**24)
+LONG_SEED = Range(0, 2**63 - 1, "lie in [0, 2**63)")
+
+
+def flag(default: Any, text: str, range: Range | None = None) -> Any:
+    """Return a dataclass field with a default, the help that its flag shows and the range that `settle` holds it to."""
+    return dataclasses.field(default=default, metadata={"help": text, "range": range})
+
+
+def settle(config: Any) -> None:
+    """Expand the paths of a frozen config in place and check its numbers: what every `__post_init__` begins with.
+
+    Raises:
+      ConfigError: a path with an unknown user or variable, a number out of its range; names the field.
+    """
+    locations.expand_fields(config)
+    check_fields(config)
 
 
 def define(
@@ -66,9 +86,15 @@ def define(
 def parse(
     config_class: type[Config], *, renames: Mapping[str, str] | None = None, flag_values: flags.FlagValues = flags.FLAGS
 ) -> Config:
-    """The config that the parsed flags say. Raises ValueError where the dataclass itself refuses the values."""
+    """Return the config that the parsed flags say, settled.
+
+    Raises:
+      ValueError: values that the dataclass or `settle` refuses.
+    """
     names = {field.name: (renames or {}).get(field.name, field.name) for field in dataclasses.fields(config_class)}
-    return config_class(**{field: flag_values[flag].value for field, flag in names.items()})
+    config = config_class(**{field: flag_values[flag].value for field, flag in names.items()})
+    settle(config)
+    return config
 
 
 def run(
@@ -82,8 +108,9 @@ def run(
 ) -> typing.NoReturn:
     """Runs a command: flags to a frozen config, then main(config); ends the process.
 
-    `--help` prints the flags of this command and nothing else. `--flagfile=FILE` reads flags from a file; what comes
-    later on the line wins. `--debug` shows the traceback of an error that is otherwise told in one line.
+    `--help` prints the flags of this command and nothing else. `--flagfile=FILE` reads flags from a file (see
+    `experiments.flagfile`); what comes later on the line wins. `--debug` shows the traceback of an error that is
+    otherwise told in one line.
 
     Exit codes: 0 (or what main returns) after success and `--help`, 1 when main fails, 2 for flags that are wrong.
     """
@@ -96,12 +123,12 @@ def run(
         _show_help(main, values)
         sys.exit(0)
     try:
-        rest = values(_joined(argv, values))[1:]
+        rest = values(_joined([argv[0], *flagfile.inline(argv[1:])], values))[1:]
         if rest:
             raise flags.Error(f"unexpected argument {rest[0]!r}: every option is written --name=value")
         config = parse(config_class, renames=renames, flag_values=values)
     except (flags.Error, ValueError, OSError) as error:
-        _fail(2, f"{error}\nPass --help to see the flags.")
+        _fail(2, error, "Pass --help to see the flags.")
     try:
         sys.exit(main(config))
     except KeyboardInterrupt:
@@ -109,7 +136,7 @@ def run(
     except EXPECTED_ERRORS as error:
         if values["debug"].value:
             raise
-        _fail(1, f"{error or type(error).__name__}\nPass --debug to see where.")
+        _fail(1, error, "Pass --debug to see where.")
 
 
 def _joined(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
@@ -207,6 +234,11 @@ def _shown(default: Any) -> str:
     return ",".join(map(str, default)) if isinstance(default, tuple) else repr(default)
 
 
-def _fail(code: int, message: str) -> typing.NoReturn:
-    print(f"FATAL {message}", file=sys.stderr)
+def _fail(code: int, error: object, hint: str | None = None) -> typing.NoReturn:
+    """End the process with one line that says what is wrong, and a hint below it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else "?" for c in text)  # others' files have a say in it: no control characters
+    if len(text) > _LONGEST_MESSAGE:
+        text = f"{text[:_LONGEST_MESSAGE]} … and {len(text) - _LONGEST_MESSAGE} more characters"
+    print(f"FATAL {text}" + (f"\n{hint}" if hint else ""), file=sys.stderr)
     sys.exit(code)

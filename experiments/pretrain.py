@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge.nanochat.config import GPTConfig
 from experiments import flags
-from experiments.flags import flag
+from experiments.flags import LONG_SEED, flag, settle
+from experiments.locations import Data, FilePath
 from experiments.signals import stop_requests
+from experiments.torch_device import check_name, require_torch
+from jsae.config import COUNT, FRACTION, RATE, WEIGHT, Range, at_least, require
 
 if TYPE_CHECKING:
     from bridge.nanochat.corpus import Corpus
@@ -25,54 +29,58 @@ if TYPE_CHECKING:
 class PretrainConfig:
     """What one run of pretraining is."""
 
-    out: str = flag("runs/nanochat", "Directory to write: model_*.pt, meta_*.json, tokenizer/.")
-    data: str = flag("stdlib", "What to learn: stdlib, parquet shards, .jsonl[.gz] or text files; comma-separated.")
-    tokenizer: str = flag("", "Directory of a tokenizer to use; empty: train one on the data.")
-    vocab_size: int = flag(4096, "Tokens of a tokenizer that is trained here.")
-    n_layer: int = flag(6, "Layers.")
-    n_embd: int = flag(128, "Channels.")
-    n_head: int = flag(4, "Query heads.")
-    n_kv_head: int = flag(4, "Key and value heads.")
-    sequence_len: int = flag(512, "Tokens the model sees at once.")
+    out: FilePath = flag("runs/nanochat", "Directory to write: model_*.pt, meta_*.json, tokenizer/.")
+    data: Data = flag("stdlib", "What to learn: stdlib, parquet shards, .jsonl[.gz] or text files; comma-separated.")
+    tokenizer: FilePath = flag("", "Directory of a tokenizer to use; empty: train one on the data.")
+    vocab_size: int = flag(4096, "Tokens of a tokenizer that is trained here.", at_least(1, 2**22))
+    n_layer: int = flag(6, "Layers.", at_least(1, 2**10))
+    n_embd: int = flag(128, "Channels.", at_least(1, 2**16))
+    n_head: int = flag(4, "Query heads.", at_least(1, 2**12))
+    n_kv_head: int = flag(4, "Key and value heads.", at_least(1, 2**12))
+    sequence_len: int = flag(512, "Tokens the model sees at once.", at_least(1, 2**17))
     window_pattern: str = flag("SSSL", "Attention windows of the layers: S short, L long; the last is always L.")
-    steps: int = flag(2000, "Optimiser steps.")
-    batch_rows: int = flag(16, "Rows of sequence_len tokens per step.")
-    micro_rows: int = flag(2, "Rows per forward: memory and speed.")
-    matrix_lr: float = flag(0.02, "Muon's rate for the matrices of the blocks.")
-    embedding_lr: float = flag(0.1, "AdamW's rate for the embeddings.")
-    head_lr: float = flag(0.01, "AdamW's rate for the head.")
-    scalar_lr: float = flag(0.02, "AdamW's rate for gates and scalars.")
-    weight_decay: float = flag(0.05, "Weight decay of the matrices of the blocks.")
-    warmup_steps: int = flag(40, "Steps over which the rates rise.")
-    warmdown: float = flag(0.5, "Part of the steps, at the end, over which the rates fall to zero.")
-    grad_clip: float = flag(1.0, "Largest norm of a gradient.")
+    steps: int = flag(2000, "Optimiser steps.", COUNT)
+    batch_rows: int = flag(16, "Rows of sequence_len tokens per step.", at_least(1, 2**20))
+    micro_rows: int = flag(2, "Rows per forward: memory and speed.", at_least(1, 2**20))
+    matrix_lr: float = flag(0.02, "Muon's rate for the matrices of the blocks.", RATE)
+    embedding_lr: float = flag(0.1, "AdamW's rate for the embeddings.", RATE)
+    head_lr: float = flag(0.01, "AdamW's rate for the head.", RATE)
+    scalar_lr: float = flag(0.02, "AdamW's rate for gates and scalars.", RATE)
+    weight_decay: float = flag(0.05, "Weight decay of the matrices of the blocks.", WEIGHT)
+    warmup_steps: int = flag(40, "Steps over which the rates rise.", at_least(0))
+    warmdown: float = flag(0.5, "Part of the steps, at the end, over which the rates fall to zero.", FRACTION)
+    grad_clip: float = flag(1.0, "Largest norm of a gradient.", Range(1e-12, 1e30, "be positive, from 1e-12 to 1e30"))
     bf16: bool = flag(True, "Compute in bfloat16 where that is safe; weights stay float32.")
     save_bf16: bool = flag(True, "Save matrices rounded to bfloat16: half the size.")
-    eval_every: int = flag(200, "Steps between measurements of held-out bits per byte, and saves.")
-    eval_rows: int = flag(64, "Held-out rows per measurement during training; at the end, four times as many.")
-    log_every: int = flag(20, "Steps between lines of progress.")
-    heldout_fraction: float = flag(0.05, "Part of the documents held out.")
-    seed: int = flag(0, "Of the weights and of the order of the data.")
-    workers: int = flag(2, "Forwards at a time on a CPU, one thread each; changes no number.")
+    eval_every: int = flag(200, "Steps between measurements of held-out bits per byte, and saves.", COUNT)
+    eval_rows: int = flag(64, "Held-out rows per measurement during training; at the end, four times as many.", COUNT)
+    log_every: int = flag(20, "Steps between lines of progress.", COUNT)
+    heldout_fraction: float = flag(0.05, "Part of the documents held out.", FRACTION)
+    seed: int = flag(0, "Of the weights and of the order of the data.", LONG_SEED)
+    workers: int = flag(2, "Forwards at a time on a CPU, one thread each; changes no number.", at_least(1, 2**10))
     device: str = flag("cpu", "Where to train.")
     resume: bool = flag(False, "Go on from the last save in out.")
 
     def __post_init__(self):
-        for name in ("eval_every", "eval_rows", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        settle(self)
+        check_name(self.device)
+        require(
+            self.batch_rows % self.micro_rows == 0,
+            f"batch_rows={self.batch_rows} must be a multiple of micro_rows={self.micro_rows}",
+        )
+        sizes = ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern", "vocab_size")
+        GPTConfig.of("G7", **{name: getattr(self, name) for name in sizes})
 
 
 def main(config: PretrainConfig) -> int:
     """Trains until the last step, or until told to stop; both save."""
+    require_torch(config.device)
     import torch
 
     from bridge.nanochat.pretraining import last_state
 
     if config.device == "cpu":
         torch.set_num_threads(1)  # each worker is one
-    elif not torch.cuda.is_available():
-        raise ValueError(f"--device={config.device}, but torch sees no GPU here; use --device=cpu")
     out = Path(config.out)
     state = last_state(out) if config.resume else None
     if state is None and any(out.glob("model_*.pt")):
@@ -102,13 +110,12 @@ def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus, object]:
 
     from bridge.nanochat import tokenizer as tokenizers
     from bridge.nanochat.corpus import Corpus
-    from bridge.nanochat.model import GPT, GPTConfig
+    from bridge.nanochat.model import GPT
     from bridge.nanochat.pretraining import Recipe, Trainer
 
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
     sizes = ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
     sizes = {name: getattr(config, name) for name in sizes}
-    GPTConfig.of("G7", vocab_size=config.vocab_size, **sizes)  # complains before anything is read
     data = {"row_len": config.sequence_len + 1, "seed": config.seed, "heldout_fraction": config.heldout_fraction}
     made = out / "tokenizer"
     if config.tokenizer or (config.resume and made.is_dir()):

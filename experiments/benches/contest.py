@@ -49,7 +49,7 @@ class Config:
     warmup_steps: int = flag(5, "Steps of everyone before the first that counts.")
     rounds: int = flag(10, "Rounds that count, at least 2.")
     threads: int | None = flag(None, "Threads of torch; none: as many as it takes by itself. jax has all cores.")
-    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)  # noqa: RUF009 - a field like the others
+    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
     device: Literal["cpu", "cuda"] = flag("cpu", "Where all run.")
     autocast: bool = flag(False, "On a GPU: let the others multiply in bfloat16.")
     markdown: bool = flag(False, "Print the table as Markdown.")

@@ -37,7 +37,7 @@ class Config:
     architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures.")
     trainers: tuple[str, ...] = flag(tuple(TRAINERS), "Trainers beside jsae, each where it has the architecture.")
     steps: int = flag(3, "Steps during which memory is watched.")
-    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)  # noqa: RUF009 - a field like the others
+    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
     device: Literal["cpu", "cuda"] = flag("cpu", "Where all run.")
     autocast: bool = flag(False, "On a GPU: let the others multiply in bfloat16.")
     markdown: bool = flag(False, "Print the table as Markdown.")

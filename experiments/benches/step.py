@@ -37,7 +37,7 @@ class Config:
     dead: float = flag(0.0, "Part of the latents that is dead: above 0 the TopK family learns with AuxK.")
     warmup_steps: int = flag(20, "Steps before the first that counts.")
     rounds: int = flag(15, "Rounds that count, at least 2.")
-    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)  # noqa: RUF009 - a field like the others
+    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
     way: str | None = flag(None, "Force a way through the step: cpu, gpu, plain or dense; none is the device's.")
     device: Literal["cpu", "cuda"] = flag("cpu", "Where it runs.")
     trace_dir: str | None = flag(None, "Also write a profile of a few steps of every architecture there.")

@@ -41,7 +41,7 @@ class Config:
     vocab_size: int = flag(32768, "Tokens of the random models' vocabulary.")
     rounds: int = flag(5, "Rounds that count, at least 2.")
     threads: int | None = flag(None, "Threads of torch in the stream; none is what training takes, all cores.")
-    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)  # noqa: RUF009 - a field like the others
+    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
     device: str = flag("cpu", "Where torch and jax run: cpu, cuda or cuda:N.")
     jax_memory_fraction: float = flag(0.4, "Part of the GPU's memory for jax; torch has the rest.")
     markdown: bool = flag(False, "Print the table as Markdown.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def inline(arguments: Sequence[str]) -> list[str]:
         path, files = Path(_named(value)), files + 1
         require(files <= _MOST_FILES, f"--flagfile={value} is file {files} of flags: at most {_MOST_FILES} are read")
         _check_nesting(path, above)
-        waiting += [(line, (*above, path.resolve())) for line in reversed(_lines(path))]
+        waiting += [(line, (*above, _real(path))) for line in reversed(_lines(path))]
     return flags
 
 
@@ -53,12 +54,16 @@ def _named(value: str) -> str:
 
 def _check_nesting(path: Path, above: tuple[Path, ...]) -> None:
     require(
-        path.resolve() not in above,
+        _real(path) not in above,
         f"--flagfile={path} includes itself" + (f" by way of {above[-1]}" if len(above) > 1 else ""),
     )
     require(
         len(above) < _DEEPEST, f"--flagfile={path} is included by {len(above)} files in a chain: at most {_DEEPEST}"
     )
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # resolve() raises for names that no file can have
 
 
 def _lines(path: Path) -> list[str]:

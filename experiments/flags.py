@@ -239,6 +239,6 @@ def _fail(code: int, error: object, hint: str | None = None) -> typing.NoReturn:
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(c if c.isprintable() else "?" for c in text)  # others' files have a say in it: no control characters
     if len(text) > _LONGEST_MESSAGE:
-        text = f"{text[:_LONGEST_MESSAGE]} … and {len(text) - _LONGEST_MESSAGE} more characters"
+        text = f"{text[: _LONGEST_MESSAGE // 2]} … {text[-_LONGEST_MESSAGE // 2 :]}"
     print(f"FATAL {text}" + (f"\n{hint}" if hint else ""), file=sys.stderr)
     sys.exit(code)

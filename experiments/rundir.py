@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from experiments.locations import absolute_fields
 from jsae.config import Json, require
 
 # What may differ between a run and its continuation without changing a number.
@@ -35,7 +36,8 @@ def claim(run: Path, config: Json) -> None:
         return
     require(record.is_file(), f"{run} holds no run to resume: leave out --resume to start one")
     before, now = read(run)["flags"], json.loads(json.dumps(config.to_json()))
-    differing = [name for name in sorted(set(now) | set(before)) if now.get(name) != before.get(name)]
+    same = [absolute_fields(type(config), values, resolve=True) for values in (before, now)]
+    differing = [name for name in sorted(set(now) | set(before)) if same[0].get(name) != same[1].get(name)]
     told = ", ".join(
         f"--{n}={_written(before.get(n))} (now {_written(now.get(n))})" for n in differing if n not in _FREE
     )
@@ -57,7 +59,8 @@ def record(run: Path, config: Json, facts: dict[str, Any]) -> None:
         require(not changed, f"{run} cannot go on to the same numbers: {'; '.join(changed)}")
         return
     versions = {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS}
-    text = json.dumps({"flags": config.to_json(), "facts": facts, "versions": versions}, indent=2)
+    flags = absolute_fields(type(config), config.to_json())  # whoever reads them may be in another directory
+    text = json.dumps({"flags": flags, "facts": facts, "versions": versions}, indent=2)
     partial = path.with_suffix(".partial")
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)

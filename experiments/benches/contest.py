@@ -25,6 +25,7 @@ from experiments import device
 from experiments.benches import peers, shapes, tables, timing
 from experiments.benches.shapes import Dtype, Size
 from experiments.flags import flag
+from experiments.locations import FilePath
 
 OURS, MATMUL, THEIR_MATMUL = "jsae", "encoder matmul", "encoder matmul in torch"
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "gated", "jumprelu")
@@ -53,8 +54,8 @@ class Config:
     device: Literal["cpu", "cuda"] = flag("cpu", "Where all run.")
     autocast: bool = flag(False, "On a GPU: let the others multiply in bfloat16.")
     markdown: bool = flag(False, "Print the table as Markdown.")
-    peer_env: str = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
-    out: str = flag("experiments/results/peers_{device}.json", "Where the figures go.")
+    peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
+    out: FilePath = flag("experiments/results/peers_{device}.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
         shapes.check(self.sizes, self.architectures, ARCHITECTURES)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.benches import models, timing
 from experiments.flags import flag
+from experiments.locations import FilePath
 
 if TYPE_CHECKING:
     from bridge.nanochat.model import GPT
@@ -39,7 +40,7 @@ class Config:
     threads: int | None = flag(None, "Threads of torch on a CPU; none: as many as it takes by itself.")
     device: str = flag("auto", "auto is cuda where there is one, else cpu.")
     saelens: bool = flag(True, "Measure SAELens too (extra [test]).")
-    out: str = flag("experiments/results/runtime_{device}.json", "Where the figures go.")
+    out: FilePath = flag("experiments/results/runtime_{device}.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
         for name in ("tokens", "prompt", "expansion_factor", "k", "threads"):

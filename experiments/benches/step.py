@@ -17,6 +17,7 @@ from experiments import device
 from experiments.benches import shapes, tables, timing
 from experiments.benches.shapes import Dtype, Size
 from experiments.flags import flag
+from experiments.locations import FilePath
 from jsae.config import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ class Config:
     matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
     way: str | None = flag(None, "Force a way through the step: cpu, gpu, plain or dense; none is the device's.")
     device: Literal["cpu", "cuda"] = flag("cpu", "Where it runs.")
-    trace_dir: str | None = flag(None, "Also write a profile of a few steps of every architecture there.")
+    trace_dir: FilePath | None = flag(None, "Also write a profile of a few steps of every architecture there.")
     markdown: bool = flag(False, "Print tables as Markdown.")
-    out: str = flag("experiments/results/step_{device}.json", "Where the figures go.")
+    out: FilePath = flag("experiments/results/step_{device}.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
         shapes.check(self.sizes, self.architectures, ARCHITECTURES)

@@ -17,6 +17,7 @@ from experiments import device
 from experiments.benches import models, shapes, tables, timing
 from experiments.benches.shapes import Dtype
 from experiments.flags import flag
+from experiments.locations import FilePath
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +46,7 @@ class Config:
     device: str = flag("cpu", "Where torch and jax run: cpu, cuda or cuda:N.")
     jax_memory_fraction: float = flag(0.4, "Part of the GPU's memory for jax; torch has the rest.")
     markdown: bool = flag(False, "Print the table as Markdown.")
-    out: str = flag("experiments/results/stream_{device}.json", "Where the figures go.")
+    out: FilePath = flag("experiments/results/stream_{device}.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
         for name in self.models:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.benches import timing
 from experiments.flags import flag
+from experiments.locations import FilePath
 
 if TYPE_CHECKING:
     from jsae.sweep import Member
@@ -33,7 +34,7 @@ class Config:
     block_size: int = flag(16384, "Activations per block; a round trains on two.")
     rounds: int = flag(5, "Rounds that count, at least 2.")
     threads: int = flag(1, "Threads of torch; jax has all cores.")
-    out: str = flag("experiments/results/sweep_cpu.json", "Where the figures go.")
+    out: FilePath = flag("experiments/results/sweep_cpu.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
         for name in ("expansion_factor", "k", "batch_size", "threads"):

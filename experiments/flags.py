@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union
 from absl import flags
 
 from experiments import flagfile, locations
-from jsae.config import Range, at_least, check_fields
+from jsae.config import Range, check_fields
 
 Config = TypeVar("Config")
 
@@ -26,7 +26,7 @@ EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 _LONGEST_MESSAGE = 2000  # characters
 
 STEP = Range(0, 2**31 - 1, "be a step from 0")
-CONTEXT = at_least(2, 2**24)
+CONTEXT = Range(2, 2**24, f"be 2 to {2**24} tokens, or less where the model takes less")
 LONG_SEED = Range(0, 2**63 - 1, "lie in [0, 2**63)")
 
 

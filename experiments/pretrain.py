@@ -62,6 +62,7 @@ class PretrainConfig:
     resume: bool = flag(False, "Go on from the last save in out.")
 
     def __post_init__(self):
+        require(self.workers >= 1, f"workers must be at least 1, got {self.workers}")
         settle(self)
         check_name(self.device)
         require(

@@ -50,7 +50,7 @@ class PublishConfig:
     out: FilePath | None = flag(None, "Folder for the bodies; none is neuronpedia/upload in the run.")
     yes: bool = flag(False, "Do not ask before sending.")
     keep_uploaded: bool = flag(False, "Leave features that were uploaded with other content as they are there.")
-    batch_features: int = flag(128, "Features per request at most.", Range(1, 128, "be 1 to 128, which the site takes"))
+    batch_features: int = flag(128, "Features per request at most.", Range(1, 128, "fit: the site takes 1 to 128"))
     batch_bytes: int = flag(
         3_500_000,
         "Bytes per request at most; the site's host takes 4.5 MB.",

@@ -8,6 +8,7 @@ Without --feature it shows what fires on the prompt. --interactive asks for prom
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,7 +33,7 @@ class SteerConfig:
 
     run_dir: FilePath = dataclasses.field(metadata={"help": "A run directory, or with --checkpoint any exported SAE."})
     prompt: str = flag("", "Text to continue; with --chat what the user says.")
-    feature: tuple[int, ...] = flag((), "Features to push, in this order.", at_least(0))
+    feature: tuple[int, ...] = flag((), "Features to push, in this order.")
     strength: tuple[float, ...] = flag((8.0,), "One for each feature, or one for all.", STRENGTH)
     mode: Literal["additive", "orthogonal", "projection_cap", "clamp", "scale", "ablate"] = flag(
         "additive", "How: see bridge.steering.Steer for the formulas."
@@ -52,6 +53,7 @@ class SteerConfig:
     device: str = flag("cpu", "Where the model runs.")
 
     def __post_init__(self) -> None:
+        require(all(map(math.isfinite, self.strength)), f"--strength is {self.strength}: give finite numbers")
         settle(self)
         check_name(self.device)
         given, wanted = len(self.strength), len(self.feature)

@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ from experiments.flags import CONTEXT, STEP, flag, settle
 from experiments.locations import Checkpoint, Data, FilePath
 from experiments.torch_device import check_name, require_torch
 from jsae.config import TOKENS, require
+from jsae.health import unusable
 
 if TYPE_CHECKING:
     from bridge.evaluate.text import Text
@@ -88,6 +90,9 @@ def main(config: EvaluateConfig) -> int:
 
     # What became of it.
     evaluate_view.show([(f"{s.place}\n{s.hook}", r["eval"]) for s, r in zip(found, results, strict=True)])
+    for subject, result in zip(found, results, strict=True):
+        if problem := result["eval"].get("problem"):
+            print(f"warning: {subject.place}, {subject.hook}: this SAE is of no use: {problem}", file=sys.stderr)
     if output is not None:
         by_hook = {subject.hook: result for subject, result in zip(found, results, strict=True)}
         _write(output, by_hook)
@@ -123,6 +128,8 @@ def _measure(config: EvaluateConfig, subject: Subject, text: Text, data: str) ->
     nano, sae = subject.nano, subject.sae
     site = Site(nano.model, subject.hook, nano.tokenizer.bos_token_id, subject.drop_sinks)
     summary, columns = measure(site, sae, text.tokens, nano.tokenizer.token_bytes)
+    if problem := unusable(summary):
+        summary["problem"] = problem
     summary["setting"] = {
         "sae": str(subject.place),
         "model": nano.fingerprint,

@@ -78,6 +78,7 @@ def main(config: ExploreConfig) -> int:
     from rich.text import Text
 
     from bridge.explorer import gather, page
+    from bridge.exports import warn_of_marked
     from experiments import explore_view
     from jsae.store import digest
 
@@ -90,6 +91,7 @@ def main(config: ExploreConfig) -> int:
     subjects, plan = _found(config)
     nano = subjects[0].nano
     saes = {subject.hook: subject.sae for subject in subjects}
+    warn_of_marked(run / "sae" / hook for hook in saes)
     digests = {hook: digest(run / "sae" / hook) for hook in saes}
     records = run / "explorer" / "records"
 

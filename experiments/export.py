@@ -77,6 +77,7 @@ class ExportConfig:
 def main(config: ExportConfig) -> int:
     """Writes every format for every SAE; before that, everything that can be refused is."""
     from bridge import hub
+    from bridge.exports import warn_of_marked
     from bridge.neuronpedia import sources
 
     run = Path(config.run_dir)
@@ -84,6 +85,7 @@ def main(config: ExportConfig) -> int:
         raise FileNotFoundError(f"{run} is no run: there is no such directory")
     found = sources.of_run(run, config.wanted(), config.hook)
     hooks = [source.ids.hook for source in found]
+    warn_of_marked(source.sae_dir for source in found)
     uploads = hub.plan(run, config.hub_repo, license=config.license, hooks=hooks) if config.hub_repo else []
     if set(config.format) - {"sae_lens"}:
         for source in found:

@@ -75,6 +75,8 @@ class PublishConfig:
 
 def main(config: PublishConfig) -> int:
     """Prepares and checks everything, says what will be sent, sends it; or imports; or reads."""
+    from bridge.exports import warn_of_marked
+
     if config.import_to:
         return _import(config)
     run = Path(config.run_dir or "")
@@ -83,6 +85,10 @@ def main(config: PublishConfig) -> int:
     sources = _sources(run, config)
     if config.explanations:
         return _read(sources, config)
+    marked = warn_of_marked(source.sae_dir for source in sources)
+    require(
+        not marked or config.dry_run, "SAEs that are marked as of no use are not uploaded: choose others with --hook"
+    )
     with contextlib.nullcontext() if config.dry_run else _client(config, _key()) as client:
         plans = [_prepare(run, source, config) for source in sources]
         left = [_tell(run, plan, config) for plan in plans]

@@ -136,6 +136,10 @@ class RunConfig(Json):
         settle(self)
         torch_device.check_name(self.device)
         require(self.checkpoint_every >= self.batch_size, "checkpoint_every must be at least one batch")
+        window = min(self.log_every * self.batch_size, self.checkpoint_every, self.num_activations)
+        require(
+            window < 2**31, f"log_every={self.log_every} steps are {window} activations: report at least every 2**31"
+        )
         require(self.block_size >= self.batch_size, "block_size must be at least one batch")
         require(
             0 < self.jax_memory_fraction < 0.95,

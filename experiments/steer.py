@@ -87,6 +87,7 @@ def main(config: SteerConfig) -> int:
 def _load(config: SteerConfig) -> InterpretableModel:
     """The checkpoint that the run says, with the run's SAEs."""
     import bridge.nanochat
+    from bridge.exports import warn_of_marked
     from bridge.runtime import InterpretableModel, load_saes
 
     told = {"checkpoint": config.checkpoint, "step": config.step, "tokenizer": config.tokenizer}
@@ -94,6 +95,7 @@ def _load(config: SteerConfig) -> InterpretableModel:
         recorded = rundir.read(Path(config.run_dir))["flags"]
         told = {name: value if value is not None else recorded.get(name) for name, value in told.items()}
     saes = load_saes(config.run_dir, config.device)
+    warn_of_marked([Path(config.run_dir), *(Path(config.run_dir) / "sae" / hook for hook in saes)])
     nano = bridge.nanochat.load(told["checkpoint"], told["step"], config.device, tokenizer=told["tokenizer"])
     require(nano.tokenizer is not None, f"no tokenizer lies beside {told['checkpoint']}: give it with --tokenizer")
     return InterpretableModel.of(nano, saes)

@@ -7,6 +7,7 @@ A run that was stopped or killed goes on, to the same numbers, with the same fla
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from experiments.run_config import RunConfig
 from jsae.config import require
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from bridge.nanochat import Nanochat
     from bridge.nanochat.corpus import Corpus
     from experiments.plan import Trainee
@@ -46,6 +49,10 @@ def main(config: RunConfig) -> int:
             trainee.folder.mkdir(exist_ok=True)
             rundir.record(trainee.folder, trainee.variant, facts)
 
+    # What would end the run in its last minute, found in its first.
+    rows = _heldout(config, heldout)
+    _check_activations(config, nano, plan.sites(trainees), rows)
+
     # The stream of activations and the loop that learns from it.
     source = ActivationStream(
         nano.model,
@@ -54,13 +61,14 @@ def main(config: RunConfig) -> int:
         bos_token_id=nano.tokenizer.bos_token_id,
         rows_per_forward=max(config.tokens_per_forward // corpus.row_len, 1),
         drop_sinks=config.drop_sinks,
+        decode=nano.tokenizer.decode,
     )
     states = train(run, config, trainees, source)
     if states is None:
         command = " ".join(a for a in sys.argv[1:] if a != "--resume")
         print(f"stopped and saved; go on with: python -m experiments.train {command} --resume")
         return 0
-    finish(config, trainees, states, nano, heldout)
+    finish(config, trainees, states, nano, rows)
     if config.prepare_neuronpedia:
         for folder in dict.fromkeys(trainee.folder for trainee in trainees):
             _prepare_neuronpedia(folder, config, torch_device)
@@ -105,6 +113,37 @@ def _texts(config: RunConfig, nano: "Nanochat") -> tuple["Corpus", "Corpus"]:
         "measured on it: give more text, or a smaller --context_size",
     )
     return train, heldout
+
+
+def _heldout(config: RunConfig, heldout: "Corpus") -> "np.ndarray":
+    """Return the held-out rows that the exports are measured on, (rows, tokens)."""
+    import numpy as np
+
+    return np.stack(list(heldout.one_pass(-(-config.heldout_tokens // heldout.row_len))))
+
+
+def _check_activations(
+    config: RunConfig, nano: "Nanochat", sites: Sequence[tuple[str, ...]], rows: "np.ndarray"
+) -> None:
+    """Warn of weights that are not finite, and check that all activations on held-out text can be measured.
+
+    Raises:
+      ActivationsError, DegenerateError: they cannot; names hook, token and place.
+    """
+    from bridge import finite
+
+    for found in finite.broken_weights(nano.model):
+        print(f"warning: {found} are not finite: text that needs them will end the run", file=sys.stderr, flush=True)
+    step = max(config.tokens_per_forward // rows.shape[1], 1)
+    finite.check_text(
+        nano.model,
+        list(dict.fromkeys(hook for site in sites for hook in site)),
+        [rows[start : start + step] for start in range(0, len(rows), step)],
+        bos_token_id=nano.tokenizer.bos_token_id,
+        drop_sinks=config.drop_sinks,
+        called=f"the held-out part of {config.data!r}",
+        decode=nano.tokenizer.decode,
+    )
 
 
 def _prepare_neuronpedia(run: Path, config: RunConfig, device: str) -> None:

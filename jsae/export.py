@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import save_file
 
+from jsae import files
 from jsae.config import SAEConfig, require
 
 SAELENS_VERSION = "6.54.12"
@@ -143,6 +144,18 @@ def write(
         folder.replace(outdated)
     unfinished.replace(folder)
     shutil.rmtree(outdated, ignore_errors=True)
+
+
+def mark(folder: Path, problem: str) -> None:
+    """Write into the metadata of an export why it is of no use, as `problem`; readers of SAELens keep it.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    path = folder / "cfg.json"
+    cfg = json.loads(path.read_text(encoding="utf-8"))
+    cfg["metadata"]["problem"] = problem
+    files.write(path, json.dumps(cfg, indent=2, allow_nan=False) + "\n")
 
 
 def write_sparsity(folder: Path, density: Float[np.ndarray, " f"]) -> None:

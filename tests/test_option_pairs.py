@@ -110,7 +110,7 @@ def covering() -> list[dict[str, object]]:
     rows = []
     while missing:
         first = min(missing, key=lambda pair: sorted(map(str, pair)))
-        row = dict(first)
+        row = dict(sorted(first, key=str))
         for name, values in sorted(OPTIONS.items(), key=lambda option: (option[0] != "activation", -len(option[1]))):
             if name not in row:
                 row[name] = max(values, key=functools.partial(gain, row, name, missing))
@@ -173,6 +173,14 @@ def test_an_option_that_an_architecture_does_not_read_is_refused_by_name(activat
 def test_k_anneals_only_from_a_start():
     with pytest.raises(ConfigError, match="--k_anneal_fraction is the time in which k comes down from --k_start"):
         RunConfig(k_anneal_fraction=0.7)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly_compiled():
+    """Programs run for five steps: compiling them is all that takes time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def acts(sae: SAEConfig, n: int, seed: int) -> train.Acts:

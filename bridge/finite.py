@@ -35,31 +35,57 @@ def is_sound(parts: Iterable[Float[torch.Tensor, "n _"]]) -> bool:
 
 
 def first_unsound(
+    model: nn.Module,
     acts: Mapping[str, Float[torch.Tensor, "n d"]],
     keep: Bool[torch.Tensor, " n"],
     tokens: Int[np.ndarray, " n"],
     row_len: int,
     decode: Decode | None = None,
 ) -> str:
-    """Return what is wrong with activations that are not sound: at which hook, how many, on which token first.
+    """Return what is wrong with activations that are not sound: at which hook, on how many tokens, and which began it.
+
+    In attention one token without numbers makes its whole row so. The one that began it ends the shortest part of the
+    row that is not sound, which is searched by running such parts.
 
     Args:
+      model: what gave the activations.
       acts: by hook name, in the order of the text.
       keep: which tokens count.
-      tokens: the ids.
-      row_len: tokens of a row of text; a row's first such token is where it began.
+      tokens: the ids, row after row.
+      row_len: tokens of a row of text.
       decode: makes text of ids.
+
+    Raises:
+      ValueError: all activations are sound.
     """
     for name, found in acts.items():
         largest = found.float().abs().amax(-1)
         odd = (~(largest <= LARGEST) & keep).nonzero().flatten().tolist()
         if odd:
-            at = odd[0]
+            start, place = odd[0] // row_len * row_len, odd[0] % row_len
+            row = tokens[start : start + row_len]
             return (
                 f"{len(odd)} of {int(keep.sum())} tokens have activations at {name} that are "
-                f"{_described(float(largest[at]), found.dtype)}; the first is {_token(tokens, at, row_len, decode)}"
+                f"{_described(float(largest[odd[0]]), found.dtype)}; it begins with "
+                f"{_token(row, _shortest(model, name, row, place) - 1, decode)}"
             )
     raise ValueError(f"the activations at {', '.join(acts)} are finite and within range")
+
+
+@torch.no_grad()
+def _shortest(model: nn.Module, name: str, row: Int[np.ndarray, " n"], sound: int) -> int:
+    """Return the length of the shortest part of a row whose activations are not sound; that of `sound` tokens is."""
+    device = next(model.parameters()).device
+    unsound = len(row)
+    while unsound - sound > 1:
+        middle = (sound + unsound) // 2
+        with capture(model, [name], stop=True) as acts:
+            model(torch.from_numpy(row[None, :middle].astype(np.int64)).to(device))
+        if is_sound([acts[name][0, 1:]]):  # the first token is BOS, which may be as large as it likes
+            sound = middle
+        else:
+            unsound = middle
+    return unsound
 
 
 def _described(largest: float, dtype: torch.dtype) -> str:
@@ -69,12 +95,12 @@ def _described(largest: float, dtype: torch.dtype) -> str:
     return f"{'infinite' if np.isinf(largest) else 'not numbers'}{bound}"
 
 
-def _token(tokens: Int[np.ndarray, " n"], at: int, row_len: int, decode: Decode | None) -> str:
+def _token(row: Int[np.ndarray, " n"], place: int, decode: Decode | None) -> str:
     """A token, its place in its row, and the text that leads to it."""
-    token, place = int(tokens[at]), at % row_len
+    token = int(row[place])
     if decode is None:
         return f"token {token} at position {place} of its row"
-    before = tokens[max(at - _SHOWN, at - place) : at + 1].tolist()
+    before = row[max(place - _SHOWN, 0) : place + 1].tolist()
     return f"token {token}, {decode([token])!r}, at position {place} of its row, after {decode(before)!r}"
 
 
@@ -115,7 +141,7 @@ def check_text(
         if not is_sound(counted.values()):
             name = next(name for name in hooks if not is_sound([counted[name]]))
             flat = {name: acts[name].flatten(0, 1)}
-            told = first_unsound(flat, keep[name].flatten(), ids.reshape(-1), ids.shape[1], decode)
+            told = first_unsound(model, flat, keep[name].flatten(), ids.reshape(-1), ids.shape[1], decode)
             raise ActivationsError(f"in {called}, rows {number * len(ids)} and on: {told}")
         for name in hooks:
             sums[name].add(counted[name])

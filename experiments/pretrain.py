@@ -7,7 +7,9 @@ A run that was stopped or killed goes on from its last save with --resume.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +21,14 @@ from experiments.locations import Data, FilePath
 from experiments.signals import stop_requests
 from experiments.torch_device import check_name, require_torch
 from jsae.config import COUNT, FRACTION, RATE, WEIGHT, Range, at_least, require
+from jsae.health import DivergedError, Watch
 
 if TYPE_CHECKING:
     from bridge.nanochat.corpus import Corpus
     from bridge.nanochat.pretraining import Trainer
+
+
+_LAST_LOSSES = 10
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,11 @@ class PretrainConfig:
 
 
 def main(config: PretrainConfig) -> int:
-    """Trains until the last step, or until told to stop; both save."""
+    """Trains until the last step, or until told to stop; both save.
+
+    Raises:
+      FloatingPointError: the loss is not finite, or has become worse than guessing. The last good save stays.
+    """
     require_torch(config.device)
     import torch
 
@@ -90,18 +100,30 @@ def main(config: PretrainConfig) -> int:
     trainer, heldout, token_bytes = _build(config, out)
     if state is not None:
         trainer.load_state_dict(state)
+    guess = math.log(trainer.model.config.vocab_size)
+    watch = Watch(2 * guess, f"loss ({guess:.2f} is guessing)", "lower the learning rates")
+    losses: collections.deque[float] = collections.deque(maxlen=_LAST_LOSSES)
     count = sum(weight.numel() for weight in trainer.model.parameters())
     print(f"{count:,} parameters, from step {trainer.step} to {config.steps}", flush=True)
     with stop_requests() as stopped:
         for figures in trainer.run():
+            losses.append(figures["loss"])
+            watch.see("", trainer.step, trainer.step, figures["loss"])
             if trainer.step % config.log_every == 0:
                 speed = config.batch_rows * config.sequence_len / figures["seconds"]
                 print(f"step {trainer.step} loss {figures['loss']:.4f} {speed:,.0f} tokens/s", flush=True)
-            if stopped or trainer.step % config.eval_every == 0 or trainer.step == config.steps:
+            last = trainer.step == config.steps
+            if stopped or last or (trainer.step % config.eval_every == 0 and not watch.suspects):
                 _save(config, out, trainer, heldout, token_bytes)
             if stopped:
                 print("stopped; --resume goes on from here", flush=True)
                 break
+    loss = sum(losses) / len(losses) if losses else 0.0
+    if trainer.step == config.steps and loss > 1.1 * guess:
+        raise DivergedError(
+            f"the model in {out} is of no use: its loss over the last {len(losses)} steps is {loss:.2f} nats a token, "
+            f"and guessing is {guess:.2f}. It is kept to look at; lower the learning rates"
+        )
     return 0
 
 
@@ -148,6 +170,11 @@ def _save(config: PretrainConfig, out: Path, trainer: Trainer, heldout: Corpus, 
     if done and config.save_bf16:
         exact = pretraining.heldout_bits_per_byte(trainer.model, heldout, token_bytes, rows, config.micro_rows)
         measured["val_bpb_float32"] = exact
+    if not all(map(math.isfinite, measured.values())):
+        raise FloatingPointError(
+            f"at step {trainer.step} the held-out bits per byte are {measured['val_bpb']}: the weights are not finite. "
+            "Nothing was saved over the last good save; lower the learning rates"
+        )
     told = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
     print(f"step {trainer.step} held out: {told} ({trainer.seconds:.0f} s)", flush=True)
     tokens = trainer.step * config.batch_rows * config.sequence_len

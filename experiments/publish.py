@@ -86,9 +86,7 @@ def main(config: PublishConfig) -> int:
     if config.explanations:
         return _read(sources, config)
     marked = warn_of_marked(source.sae_dir for source in sources)
-    require(
-        not marked or config.dry_run, "SAEs that are marked as of no use are not uploaded: choose others with --hook"
-    )
+    require(not marked or config.dry_run, "SAEs marked as of no use are not uploaded: choose others with --hook")
     with contextlib.nullcontext() if config.dry_run else _client(config, _key()) as client:
         plans = [_prepare(run, source, config) for source in sources]
         left = [_tell(run, plan, config) for plan in plans]

@@ -81,29 +81,41 @@ def unusable(summary: Mapping[str, float]) -> str | None:
 
 
 class Watch:
-    """Notices a run that diverges: windows of steps with an FVU above `DIVERGED`, or none, `DIVERGED_STEPS` on end."""
+    """Notices a run that diverges: its measure is above a limit, or NaN, in every window of many steps on end.
 
-    def __init__(self) -> None:
+    Args:
+      limit: above it no training is; the default is of an SAE's FVU.
+      measure: what is watched, with a word on what is usual.
+      advice: what helps.
+    """
+
+    def __init__(
+        self,
+        limit: float = DIVERGED,
+        measure: str = "FVU (1 is predicting the mean)",
+        advice: str = "lower --learning_rate or raise --warmup_fraction",
+    ):
+        self._limit, self._measure, self._advice = limit, measure, advice
         self._since: dict[str, int] = {}
 
     @property
     def suspects(self) -> bool:
-        """Whether the last window of some SAE was as bad: what is saved now may be lost already."""
+        """Whether the last window of some run was as bad: what is saved now may be lost already."""
         return bool(self._since)
 
-    def see(self, name: str, first: int, last: int, fvu: float) -> None:
-        """Take the FVU of the steps `first` to `last` of one SAE.
+    def see(self, name: str, first: int, last: int, value: float) -> None:
+        """Take the measure of the steps `first` to `last` of the run of this name, which is empty for the only one.
 
         Raises:
-          DivergedError: the SAE has diverged; says since when.
+          DivergedError: it was above the limit for `DIVERGED_STEPS` steps on end; says since when.
         """
-        if fvu <= DIVERGED:
+        if value <= self._limit:
             self._since.pop(name, None)
             return
         since = self._since.setdefault(name, first)
         if last - since + 1 >= DIVERGED_STEPS:
             whose = f" of {name}" if name else ""
             raise DivergedError(
-                f"the training{whose} has diverged: from step {since} to {last} the FVU is above {DIVERGED:g} "
-                f"({fvu:.3g} now, 1 is the mean activation): lower --learning_rate or raise --warmup_fraction"
+                f"the training{whose} has diverged: from step {since} to {last} the {self._measure} is above "
+                f"{self._limit:.3g}, {value:.3g} now: {self._advice}"
             )

@@ -20,7 +20,7 @@ from experiments.flags import LONG_SEED, flag, settle
 from experiments.locations import Data, FilePath
 from experiments.signals import stop_requests
 from experiments.torch_device import check_name, require_torch
-from jsae.config import COUNT, FRACTION, RATE, WEIGHT, Range, at_least, require
+from jsae.config import COUNT, FRACTION, RATE, Range, at_least, require
 from jsae.health import DivergedError, Watch
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ class PretrainConfig:
     embedding_lr: float = flag(0.1, "AdamW's rate for the embeddings.", RATE)
     head_lr: float = flag(0.01, "AdamW's rate for the head.", RATE)
     scalar_lr: float = flag(0.02, "AdamW's rate for gates and scalars.", RATE)
-    weight_decay: float = flag(0.05, "Weight decay of the matrices of the blocks.", WEIGHT)
+    weight_decay: float = flag(
+        0.05, "Weight decay of the matrices of the blocks.", Range(0, 100, "lie between 0 and 100")
+    )
     warmup_steps: int = flag(40, "Steps over which the rates rise.", at_least(0))
     warmdown: float = flag(0.5, "Part of the steps, at the end, over which the rates fall to zero.", FRACTION)
     grad_clip: float = flag(1.0, "Largest norm of a gradient.", Range(1e-12, 1e30, "be positive, from 1e-12 to 1e30"))

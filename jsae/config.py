@@ -314,7 +314,7 @@ class TrainConfig(Json):
         )
         require(
             self.warmup_fraction + self.decay_fraction <= 1,
-            f"warm-up ({self.warmup_fraction}) and decay ({self.decay_fraction}) together exceed the run",
+            f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} together exceed the run",
         )
         require(
             self.resample_every is None or self.resample_every >= self.batch_size,

@@ -63,7 +63,7 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_activations < 100 * self.batch_size:
             raise ValueError(
-                f"num_activations={self.num_activations} is less than 100 batches of {self.batch_size}: "
+                f"num_activations={self.num_activations} is less than 100 batches of batch_size={self.batch_size}: "
                 "warm-up and decay are parts of the run that must be whole steps"
             )
         if not 1 <= self.k <= self.d_sae:

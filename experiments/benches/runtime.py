@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.benches import models, timing
 from experiments.flags import flag
 from experiments.locations import FilePath
+from experiments.torch_device import check_name
 
 if TYPE_CHECKING:
     from bridge.nanochat.model import GPT
@@ -43,6 +44,8 @@ class Config:
     out: FilePath = flag("experiments/results/runtime_{device}.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
+        if self.device != "auto":
+            check_name(self.device)
         for name in ("tokens", "prompt", "expansion_factor", "k", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -18,6 +18,7 @@ from experiments.benches import models, shapes, tables, timing
 from experiments.benches.shapes import Dtype
 from experiments.flags import flag
 from experiments.locations import FilePath
+from experiments.torch_device import check_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,9 +59,8 @@ class Config:
         if self.rounds < 2:
             raise ValueError(f"rounds must be at least 2, got {self.rounds}")
         if not self.models or self.block_size < self.batch_size or self.block_size % self.batch_size:
-            raise ValueError(f"block_size={self.block_size} is not made of whole batches of {self.batch_size}")
-        if self.device != "cpu" and self.device.partition(":")[0] != "cuda":
-            raise ValueError(f"device is {self.device!r}: torch and jax share either cpu or cuda")
+            raise ValueError(f"block_size={self.block_size} is no multiple of batch_size={self.batch_size}")
+        check_name(self.device)
         if not 0 < self.jax_memory_fraction < 0.95:
             raise ValueError(f"jax_memory_fraction must lie between 0 and 0.95, got {self.jax_memory_fraction}")
 

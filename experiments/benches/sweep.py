@@ -45,7 +45,7 @@ class Config:
         if min(self.counts, default=0) < 1:
             raise ValueError(f"counts must name at least one number of SAEs, got {self.counts}")
         if self.block_size % self.batch_size:
-            raise ValueError(f"block_size={self.block_size} is not made of whole batches of {self.batch_size}")
+            raise ValueError(f"block_size={self.block_size} is no multiple of batch_size={self.batch_size}")
 
 
 def main(config: Config) -> int:

@@ -269,6 +269,30 @@ def test_a_token_of_the_held_out_text_without_numbers_ends_a_run_before_it_train
     assert "warning: 128 numbers of transformer.wte.weight in rows" in capsys.readouterr().err
 
 
+def test_a_token_of_the_training_text_without_numbers_is_named_and_so_again_by_resume(text, tmp_path):
+    nano = bridge.nanochat.load("demo")
+    asked = config(tmp_path / "run", text, num_activations=100_000)
+    corpus, heldout = train._texts(asked, nano)
+    measured = np.bincount(train._heldout(asked, heldout).ravel(), minlength=nano.config.vocab_size)
+    rows = np.concatenate([corpus.next_rows(1) for _ in range(600)])
+    first = {int(token): row for row, ids in reversed(list(enumerate(rows))) for token in ids}
+    late = next(
+        token for token, row in sorted(first.items(), key=lambda item: item[1]) if row > 200 and not measured[token]
+    )
+    flags = {"checkpoint": str(broken_demo(tmp_path / "broken", late)), "num_activations": 100_000}
+    for resume in (False, True):
+        with pytest.raises(ActivationsError) as refused:
+            train.main(config(tmp_path / "run", text, **flags, resume=resume))
+        told = str(refused.value)
+        step = int(told.split("the activations are not finite at step ")[1].split(";")[0])
+        saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+        assert f"it begins with token {late}, " in told
+        assert f"the checkpoint of step {max(saved)} is from before; --resume would end here again" in told
+        assert "start anew with a repaired model, or without that text in --data" in told
+        assert max(saved) < step
+        assert "learning rate" not in told
+
+
 def test_a_learning_rate_without_reason_is_marked_and_an_error_and_named_in_a_sweep(text, tmp_path, capsys):
     run = tmp_path / "run"
     with pytest.raises(UnusableError) as refused:

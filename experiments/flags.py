@@ -181,7 +181,15 @@ class _OptionalParser(flags.ArgumentParser):
         return f"{self._inner.flag_type()} or none"
 
 
-_SCALARS = {int: flags.IntegerParser, float: flags.FloatParser, str: flags.ArgumentParser, bool: flags.BooleanParser}
+class _IntegerParser(flags.IntegerParser):
+    def convert(self, argument: Any) -> int:
+        try:
+            return super().convert(argument)
+        except (TypeError, ValueError):
+            raise ValueError("it must be a whole number, such as 1000000") from None
+
+
+_SCALARS = {int: _IntegerParser, float: flags.FloatParser, str: flags.ArgumentParser, bool: flags.BooleanParser}
 
 
 def _parser(kind: Any, field: str) -> tuple[flags.ArgumentParser, flags.ArgumentSerializer]:

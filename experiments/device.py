@@ -2,7 +2,7 @@
 
 import os
 
-from experiments import torch_device
+from experiments import accelerators
 from jsae.config import require
 
 
@@ -19,7 +19,7 @@ def share(device: str, jax_memory_fraction: float) -> str:
     Raises:
       ConfigError: torch or jax has no such device.
     """
-    torch_device.check_name(device)
+    accelerators.check_name(device)
     kind, _, number = device.partition(":")
     if kind == "cpu":
         os.environ["JAX_PLATFORMS"] = kind
@@ -27,7 +27,7 @@ def share(device: str, jax_memory_fraction: float) -> str:
         return kind
     if number:  # for both alike; it is then the only one
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(device, int(number))
-    torch_device.require_torch(kind, called=device)
+    accelerators.require_torch(kind, called=device)
     import torch
 
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{jax_memory_fraction:.2f}"

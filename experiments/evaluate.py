@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import flags
+from experiments.accelerators import check_name, require_torch
 from experiments.flags import CONTEXT, STEP, flag, settle
 from experiments.locations import Checkpoint, Data, FilePath
-from experiments.torch_device import check_name, require_torch
 from jsae.config import TOKENS, require
 from jsae.health import unusable
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from experiments import flags
+from experiments.accelerators import check_name, require_torch
 from experiments.flags import CONTEXT, LONG_SEED, STEP, flag, settle
 from experiments.locations import Checkpoint, Data, FilePath
-from experiments.torch_device import check_name, require_torch
 from jsae.config import TOKENS, Range, require
 
 if TYPE_CHECKING:

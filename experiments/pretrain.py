@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from bridge.nanochat.config import GPTConfig
 from experiments import flags
+from experiments.accelerators import check_name, require_torch
 from experiments.flags import LONG_SEED, flag, settle
 from experiments.locations import Data, FilePath
 from experiments.signals import stop_requests
-from experiments.torch_device import check_name, require_torch
 from jsae.config import COUNT, FRACTION, RATE, Range, at_least, require
 from jsae.health import DivergedError, Watch
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from experiments import torch_device
+from experiments import accelerators
 from experiments.flags import CONTEXT, LONG_SEED, STEP, flag, settle
 from experiments.locations import Checkpoint, Data, FilePath
 from jsae.config import (
@@ -134,7 +134,7 @@ class RunConfig(Json):
 
     def __post_init__(self) -> None:
         settle(self)
-        torch_device.check_name(self.device)
+        accelerators.check_name(self.device)
         require(self.checkpoint_every >= self.batch_size, "checkpoint_every must be at least one batch")
         window = min(self.log_every * self.batch_size, self.checkpoint_every, self.num_activations)
         require(

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from experiments import flags, rundir
+from experiments.accelerators import check_name, require_torch
 from experiments.flags import LONG_SEED, STEP, flag, settle
 from experiments.locations import Checkpoint, FilePath
-from experiments.torch_device import check_name, require_torch
 from jsae.config import COUNT, Range, at_least, require
 
 if TYPE_CHECKING:

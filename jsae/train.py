@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
@@ -45,7 +46,7 @@ class TrainState(NamedTuple):
 Step = Callable[[TrainState, Acts], tuple[TrainState, metrics.Sums]]
 
 
-def init(sae_config: SAEConfig, config: TrainConfig, sample: Acts) -> TrainState:
+def init(sae_config: SAEConfig, config: TrainConfig, sample: Acts | np.ndarray | tuple[np.ndarray, ...]) -> TrainState:
     """Return the state before the first step, scaled and centred on a sample of activations.
 
     `scale` brings the sample's mean squared norm to its width, in a crosscoder layer by layer; `b_dec` starts at the
@@ -58,10 +59,11 @@ def init(sae_config: SAEConfig, config: TrainConfig, sample: Acts) -> TrainState
       ConfigError: activations of other widths than the SAE's.
       ActivationsError, DegenerateError: a sample that nothing can be learned from; an abstract one is not checked.
     """
+    sample = jax.tree.map(jnp.asarray, sample)
     ends(sae_config, sample)
     parts = sample if isinstance(sample, tuple) else (sample,)
     for number, part in enumerate(parts, 1):
-        if isinstance(part, jax.Array) and not isinstance(part, jax.core.Tracer):
+        if not isinstance(part, jax.core.Tracer):
             which = f" (part {number} of {len(parts)})" if len(parts) > 1 else ""
             data.check(part, f"{len(part)} activations{which}")
     return _init(sae_config, config, sample)

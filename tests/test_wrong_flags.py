@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import bench, device, flags, torch_device
+from experiments import accelerators, bench, device, flags
 from experiments.run_config import RunConfig
 from jsae import config as configs
 from jsae import train
@@ -132,10 +132,10 @@ def test_a_gpu_that_is_not_there_is_told_of_before_anything_is_read_or_made(comm
 def test_a_gpu_of_a_number_too_high_is_told_of_with_what_there_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    torch_device.require_torch("cuda")
-    torch_device.require_torch("cuda:1")
+    accelerators.require_torch("cuda")
+    accelerators.require_torch("cuda:1")
     with pytest.raises(ConfigError, match="--device=cuda:7: torch sees 2 GPUs here, cuda:0, cuda:1"):
-        torch_device.require_torch("cuda:7")
+        accelerators.require_torch("cuda:7")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-abc")
     assert device._visible("cuda:1", 1) == "GPU-abc"
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=2,GPU-abc leaves 2 to this process"):

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from experiments import device
+from experiments.accelerators import check_name
 from experiments.benches import models, shapes, tables, timing
 from experiments.benches.shapes import Dtype
 from experiments.flags import flag
 from experiments.locations import FilePath
-from experiments.torch_device import check_name
 
 if TYPE_CHECKING:
     import numpy as np

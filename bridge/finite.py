@@ -1,5 +1,6 @@
 """Weights and activations that are NaN, infinite or degenerate: where they are, before a long run meets them."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -26,6 +27,12 @@ def broken_weights(model: nn.Module) -> list[str]:
         where = f" in rows {', '.join(map(str, rows[:5]))}{' …' * (len(rows) > 5)} of {len(odd)}" if rows else ""
         found.append(f"{int(odd.sum())} numbers of {name}{where}")
     return found
+
+
+def warn_of_broken_weights(model: nn.Module) -> None:
+    """Print a warning to stderr for every weight of a model that holds NaN or infinite numbers."""
+    for found in broken_weights(model):
+        print(f"warning: {found} are not finite: text that needs them has no activations", file=sys.stderr, flush=True)
 
 
 def is_sound(parts: Iterable[Float[torch.Tensor, "n _"]]) -> bool:

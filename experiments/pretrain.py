@@ -145,6 +145,8 @@ def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus, object]:
     made = out / "tokenizer"
     if config.tokenizer or (config.resume and made.is_dir()):
         tokenizer = tokenizers.load(config.tokenizer or made)
+        if tokenizer.vocab_size != config.vocab_size:
+            print(f"note: the tokenizer has {tokenizer.vocab_size} tokens; --vocab_size is of one that is trained here")
     else:
         bytes_only = tokenizers.Tokenizer({bytes([i]): i for i in range(256)})
         tokenizer = tokenizers.train(Corpus(config.data, bytes_only, **data).documents(), config.vocab_size)

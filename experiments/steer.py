@@ -87,6 +87,7 @@ def main(config: SteerConfig) -> int:
 def _load(config: SteerConfig) -> InterpretableModel:
     """The checkpoint that the run says, with the run's SAEs."""
     import bridge.nanochat
+    from bridge import finite
     from bridge.exports import warn_of_marked
     from bridge.runtime import InterpretableModel, load_saes
 
@@ -97,6 +98,7 @@ def _load(config: SteerConfig) -> InterpretableModel:
     saes = load_saes(config.run_dir, config.device)
     warn_of_marked([Path(config.run_dir), *(Path(config.run_dir) / "sae" / hook for hook in saes)])
     nano = bridge.nanochat.load(told["checkpoint"], told["step"], config.device, tokenizer=told["tokenizer"])
+    finite.warn_of_broken_weights(nano.model)
     require(nano.tokenizer is not None, f"no tokenizer lies beside {told['checkpoint']}: give it with --tokenizer")
     return InterpretableModel.of(nano, saes)
 

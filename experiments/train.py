@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from experiments.plan import Trainee
 
 
+_MOST_TOKENS = 2**16  # in a forward pass over held-out text
+
+
 def main(config: RunConfig) -> int:
     """Trains, exports, evaluates what was exported; or stops where it is asked to."""
     started = time.perf_counter()
@@ -77,7 +80,10 @@ def main(config: RunConfig) -> int:
 
 
 def _announce(config: RunConfig, nano: "Nanochat", trainees: list["Trainee"]) -> None:
-    """Says what is going to happen."""
+    """Says what is going to happen, and which flag changes nothing of it."""
+    default = RunConfig.__dataclass_fields__["jax_memory_fraction"].default
+    if config.device == "cpu" and config.jax_memory_fraction != default:
+        print("note: --jax_memory_fraction is of a GPU's memory and changes nothing with --device=cpu", flush=True)
     import jax
 
     latents = trainees[0].member.sae.d_sae
@@ -132,9 +138,8 @@ def _check_activations(
     """
     from bridge import finite
 
-    for found in finite.broken_weights(nano.model):
-        print(f"warning: {found} are not finite: text that needs them will end the run", file=sys.stderr, flush=True)
-    step = max(config.tokens_per_forward // rows.shape[1], 1)
+    finite.warn_of_broken_weights(nano.model)
+    step = max(min(config.tokens_per_forward, _MOST_TOKENS) // rows.shape[1], 1)
     finite.check_text(
         nano.model,
         list(dict.fromkeys(hook for site in sites for hook in site)),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.accelerators import check_name
+from experiments.accelerators import check_name, require_torch
 from experiments.benches import models, timing
 from experiments.flags import flag
 from experiments.locations import FilePath
@@ -61,6 +61,7 @@ def main(config: Config) -> int:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    require_torch(device)
     found = []
     for depth in config.depths:
         with tempfile.TemporaryDirectory() as folder:

@@ -78,7 +78,7 @@ class RunConfig(Json):
     skip: bool = flag(False, "Give a transcoder a linear path beside its latents.")
     crosscoder: bool = flag(False, "One SAE that reads and makes all of --layer together.")
     activation: Architecture = flag("topk", "Architecture of the SAE.")
-    expansion_factor: int = flag(8, "Latents per dimension of the model.", at_least(1, 2**20))
+    expansion_factor: int = flag(8, "Latents per dimension of the model.", at_least(1, 2**28))
     k: tuple[int, ...] = flag(
         (32,), "Active latents per token (topk, abstopk), or on average (batchtopk, matryoshka).", COUNT
     )

@@ -1,5 +1,8 @@
 """Where the exported SAEs of a run lie. No torch."""
 
+import json
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from jsae import files
@@ -25,3 +28,19 @@ def finished(run: Path) -> list[Path]:
             f"example; there are {', '.join(variants)}"
         )
     return found
+
+
+def warn_of_marked(exports: Iterable[Path]) -> list[Path]:
+    """Print a warning to stderr for every export that its training marked as of no use, and return those exports."""
+    marked = []
+    for folder in exports:
+        try:
+            metadata = json.loads((folder / "cfg.json").read_text(encoding="utf-8")).get("metadata")
+            problem = metadata.get("problem") if isinstance(metadata, dict) else None
+        except (OSError, ValueError, AttributeError, RecursionError):  # whoever loads it says what is wrong
+            continue
+        if problem:
+            told = "".join(c if c.isprintable() else "?" for c in str(problem)[:200])
+            print(f"warning: {folder} is marked as of no use: {told}", file=sys.stderr, flush=True)
+            marked.append(folder)
+    return marked

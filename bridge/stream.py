@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from bridge import handover
+from bridge import finite, handover
 from bridge.hooks import capture, find
 from bridge.passes import base
 from bridge.selection import kept
 from jsae.config import require
 from jsae.data import Filling
+from jsae.health import ActivationsError
 
 
 @runtime_checkable
@@ -46,6 +47,7 @@ class ActivationStream:
       excluded: ids that are dropped from the stream (`bridge.selection.excluded_ids`); () keeps every token.
       rows_per_forward: rows in one forward pass.
       drop_sinks: whether to drop tokens of extreme norm.
+      decode: makes text of token ids, for errors.
 
     Raises:
       ValueError: a hook that the model does not have, or none at all.
@@ -60,6 +62,7 @@ class ActivationStream:
         excluded: tuple[int, ...],
         rows_per_forward: int = 16,
         drop_sinks: bool = True,
+        decode: finite.Decode | None = None,
     ):
         self._sites = tuple(tuple(site) for site in sites)
         self._hooks = tuple(dict.fromkeys(name for site in self._sites for name in site))
@@ -71,27 +74,37 @@ class ActivationStream:
         self.tokens_seen = 0
         self._model, self._rows = model, rows
         self._excluded, self._rows_per_forward, self._drop_sinks = excluded, rows_per_forward, drop_sinks
-        self._device = next(model.parameters()).device
+        self._device, self._decode = next(model.parameters()).device, decode
 
     def fill(self, rows: int) -> Filling:
-        """The next block: for every site a tuple of (rows, d_in) in the model's dtype; one forward pass a step."""
+        """The next block: for every site a tuple of (rows, d_in) in the model's dtype; one forward pass a step.
+
+        Raises:
+          ActivationsError: activations that are NaN, infinite or out of float32's range; names hook, token and place.
+        """
         blocks: dict[str, torch.Tensor] = {}
+        text = np.empty(rows, np.int32)
         keep = torch.empty(len(self._sites), rows, dtype=torch.bool, device=self._device)
         have = 0
         while have < rows:
-            acts, masks = self._forward(min(self._rows_per_forward, -(-(rows - have) // self._rows.row_len)))
+            ids, acts, masks = self._forward(min(self._rows_per_forward, -(-(rows - have) // self._rows.row_len)))
             new = min(masks.shape[1], rows - have)
             for name, found in acts.items():
                 if name not in blocks:
                     blocks[name] = torch.empty(rows, self.d_in, dtype=found.dtype, device=found.device)
                 blocks[name][have : have + new] = found.reshape(-1, self.d_in)[:new]
             keep[:, have : have + new] = masks[:, :new]
+            text[have : have + new] = ids.reshape(-1)[:new]
             have += new
             yield have / rows
-        return tuple(
-            tuple(handover.to_jax(part) for part in _packed([blocks[name] for name in site], keep[i], site))
-            for i, site in enumerate(self._sites)
-        )
+        packed = [_packed([blocks[name] for name in site], keep[i], site) for i, site in enumerate(self._sites)]
+        if not finite.is_sound(part for parts in packed for part in parts):
+            for site, stay in zip(self._sites, keep, strict=True):
+                acts = {name: blocks[name] for name in site}
+                if not finite.is_sound(block[stay] for block in acts.values()):
+                    place = (acts, stay, text, self._rows.row_len)
+                    raise ActivationsError(finite.first_unsound(self._model, *place, self._decode))
+        return tuple(tuple(handover.to_jax(part) for part in parts) for parts in packed)
 
     def position(self) -> dict[str, Any]:
         """Where the next block's text starts."""
@@ -102,8 +115,8 @@ class ActivationStream:
         self._rows.seek(position)
 
     @torch.no_grad()
-    def _forward(self, n: int) -> tuple[dict[str, Float[torch.Tensor, "B T C"]], Bool[torch.Tensor, "S n"]]:
-        """One forward pass of n rows, up to the deepest hook: activations, and for every site the tokens that stay."""
+    def _forward(self, n: int) -> tuple[np.ndarray, dict[str, Float[torch.Tensor, "B T C"]], Bool[torch.Tensor, "S n"]]:
+        """Run n rows up to the deepest hook: their tokens, activations, and for every site the tokens that stay."""
         ids = self._rows.next_rows(n)
         tokens = torch.from_numpy(ids.astype(np.int64)).to(self._device, non_blocking=True)
         with capture(self._model, self._hooks, stop=True) as acts:
@@ -111,7 +124,7 @@ class ActivationStream:
         stay = {name: kept(found, tokens, self._excluded, self._drop_sinks).flatten() for name, found in acts.items()}
         self.tokens_seen += tokens.numel()
         masks = [torch.stack([stay[name] for name in site]).all(0) for site in self._sites]
-        return dict(acts), torch.stack(masks)
+        return ids, dict(acts), torch.stack(masks)
 
 
 def _packed(

@@ -2,6 +2,7 @@
 
 import os
 
+from experiments import accelerators
 from jsae.config import require
 
 
@@ -18,20 +19,31 @@ def share(device: str, jax_memory_fraction: float) -> str:
     Raises:
       ConfigError: torch or jax has no such device.
     """
+    accelerators.check_name(device)
     kind, _, number = device.partition(":")
     if kind == "cpu":
         os.environ["JAX_PLATFORMS"] = kind
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
         return kind
-    if number:
-        os.environ["CUDA_VISIBLE_DEVICES"] = number  # for both alike; it is then the only one
+    if number:  # for both alike; it is then the only one
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible(device, int(number))
+    accelerators.require_torch(kind, called=device)
     import torch
 
-    require(torch.cuda.is_available(), f"--device={device}: torch sees no GPU here; use --device=cpu")
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{jax_memory_fraction:.2f}"
     torch.cuda.set_per_process_memory_fraction(max(0.95 - jax_memory_fraction, 0.05))
     jax_alone(kind)
     return kind
+
+
+def _visible(device: str, number: int) -> str:
+    """Return the value of CUDA_VISIBLE_DEVICES for one GPU, of those that the variable leaves to this process."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return str(number)
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    require(number < len(names), f"--device={device}: CUDA_VISIBLE_DEVICES={given} leaves {len(names)} to this process")
+    return names[number]
 
 
 def jax_alone(device: str) -> None:

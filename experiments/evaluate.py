@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import flags, rundir
-from experiments.flags import flag
+from experiments.accelerators import check_name, require_torch
+from experiments.flags import CONTEXT, STEP, flag, settle
+from experiments.locations import Checkpoint, Data, FilePath
 from experiments.run_config import ExcludeTokens
 from jsae import files
-from jsae.config import require
+from jsae.config import TOKENS, require
+from jsae.health import unusable
 
 if TYPE_CHECKING:
     from bridge.evaluate.text import Text
@@ -35,40 +38,45 @@ if TYPE_CHECKING:
 class EvaluateConfig:
     """What is measured, on what, and how much of it."""
 
-    run_dir: str | None = flag(None, "A run: all of its SAEs, on its model and the held-out part of its text.")
-    sae: str | None = flag(None, "Any SAELens directory for a hook of the run, measured instead of the run's own.")
-    compare: tuple[str, ...] = flag((), "Two runs or SAELens directories, A B: prints both side by side.")
+    run_dir: FilePath | None = flag(None, "A run: all of its SAEs, on its model and the held-out part of its text.")
+    sae: FilePath | None = flag(None, "Any SAELens directory for a hook of the run, measured instead of the run's own.")
+    compare: tuple[FilePath, ...] = flag((), "Two runs or SAELens directories, A B: prints both side by side.")
     hook: str | None = flag(None, "Only the SAE of this hook; of a --sae that does not say it: which hook it is for.")
-    checkpoint: str | None = flag(None, "The nanochat, as of training; none is the one the run was trained on.")
-    step: int | None = flag(None, "Step of --checkpoint; none is the last.")
-    tokenizer: str | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
-    data: str | None = flag(None, "Text, as for training; none is the run's.")
+    checkpoint: Checkpoint | None = flag(None, "The nanochat, as of training; none is the one the run was trained on.")
+    step: int | None = flag(None, "Step of --checkpoint; none is the last.", STEP)
+    tokenizer: FilePath | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
+    data: Data | None = flag(None, "Text, as for training; none is the run's.")
     split: Literal["heldout", "train", "all"] = flag("heldout", "Which part of it; 'all' for text of its own.")
-    context_size: int | None = flag(None, "Tokens per row of text; none is the run's, or the model's sequence_len.")
-    heldout_tokens: int = flag(200_000, "Tokens for the metrics, and as many for labels and token classes.")
-    probe_tokens: int = flag(400_000, "Tokens of the passages by which packages of the standard library are told.")
-    exclude_tokens: ExcludeTokens | None = flag(None, "Special tokens to leave out; none is as the SAE was trained.")  # noqa: RUF009
+    context_size: int | None = flag(
+        None, "Tokens per row of text; none is the run's, or the model's sequence_len.", CONTEXT
+    )
+    heldout_tokens: int = flag(200_000, "Tokens for the metrics, and as many for labels and token classes.", TOKENS)
+    probe_tokens: int = flag(
+        400_000, "Tokens of the passages by which packages of the standard library are told.", TOKENS
+    )
+    exclude_tokens: ExcludeTokens | None = flag(None, "Special tokens to leave out; none is as the SAE was trained.")
     drop_sinks: bool | None = flag(None, "Leave tokens of extreme norm as they are; none is as in the run.")
     probes: bool = flag(True, "Sparse probing and TPP (extra [eval]).")
     labels: bool = flag(True, "Name every latent by the simple predicate that fits it best.")
     plots: bool = flag(True, "Plot densities and training curves (extra [eval]).")
-    output_dir: str | None = flag(None, "Where to write; none is the run's directory, or that of --sae.")
+    output_dir: FilePath | None = flag(None, "Where to write; none is the run's directory, or that of --sae.")
     device: str = flag("cpu", "Where the model runs.")
 
     def __post_init__(self) -> None:
+        settle(self)
+        check_name(self.device)
         require(
             bool(self.run_dir or self.sae or self.compare), "nothing to measure: give --run_dir, --sae or --compare"
         )
         require(len(self.compare) in (0, 2), f"--compare takes two runs or SAEs, A B, not {len(self.compare)}")
         require(not (self.compare and self.sae), "--compare names the SAEs itself: leave out --sae")
-        for name in ("heldout_tokens", "probe_tokens"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
 
 
 def main(config: EvaluateConfig) -> int:
     """Measure every SAE, write what was found, show it."""
     output = None if config.compare else Path(config.output_dir or config.sae or config.run_dir)
     _need(config, output)
+    require_torch(config.device)
     with contextlib.nullcontext() if output is None else rundir.writing(output):
         return _evaluate(config, output)
 
@@ -90,6 +98,9 @@ def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
 
     # What became of it.
     evaluate_view.show([(f"{s.place}\n{s.hook}", r["eval"]) for s, r in zip(found, results, strict=True)])
+    for subject, result in zip(found, results, strict=True):
+        if problem := result["eval"].get("problem"):
+            print(f"warning: {subject.place}, {subject.hook}: this SAE is of no use: {problem}", file=sys.stderr)
     if output is not None:
         by_hook = {subject.hook: result for subject, result in zip(found, results, strict=True)}
         _write(output, by_hook)
@@ -125,6 +136,8 @@ def _measure(config: EvaluateConfig, subject: Subject, text: Text, data: str) ->
     nano, sae = subject.nano, subject.sae
     site = Site(nano.model, subject.hook, subject.excluded, subject.drop_sinks)
     summary, columns = measure(site, sae, text.tokens, nano.tokenizer.token_bytes)
+    if problem := unusable(summary):
+        summary["problem"] = problem
     summary["setting"] = {
         "sae": str(subject.place),
         "model": nano.fingerprint,

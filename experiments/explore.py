@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from experiments import flags, rundir
-from experiments.flags import flag
+from experiments.accelerators import check_name, require_torch
+from experiments.flags import CONTEXT, LONG_SEED, STEP, flag, settle
+from experiments.locations import Checkpoint, Data, FilePath
 from experiments.run_config import ExcludeTokens
-from jsae.config import require
+from jsae.config import TOKENS, Range, require
 
 if TYPE_CHECKING:
     from bridge.explorer.gather import Plan
@@ -34,25 +36,27 @@ if TYPE_CHECKING:
 class ExploreConfig:
     """Which run, what text, how much of it, and whether it is served."""
 
-    run_dir: str | None = flag(None, "The run: all of its SAEs, on its model and its text.")
-    num_tokens: int = flag(1_000_000, "Tokens of text to read.")
-    context_length: int = flag(128, "Tokens of a row of text, BOS first.")
-    data: str | None = flag(None, "Text, as for training; none is the run's.")
+    run_dir: FilePath | None = flag(None, "The run: all of its SAEs, on its model and its text.")
+    num_tokens: int = flag(1_000_000, "Tokens of text to read.", TOKENS)
+    context_length: int = flag(128, "Tokens of a row of text, BOS first.", CONTEXT)
+    data: Data | None = flag(None, "Text, as for training; none is the run's.")
     split: Literal["all", "train", "heldout"] = flag("all", "Which part of it.")
-    seed: int = flag(0, "Of the random samples of texts.")
+    seed: int = flag(0, "Of the random samples of texts.", LONG_SEED)
     keep_activations: bool = flag(
         True, "Keep every activation, 6 bytes each: --format=delphi of the export is of them."
     )
     force: bool = flag(False, "Gather again though the records fit.")
-    checkpoint: str | None = flag(None, "The nanochat, as of training; none is the one the run was trained on.")
-    step: int | None = flag(None, "Step of --checkpoint; none is the last.")
-    tokenizer: str | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
-    exclude_tokens: ExcludeTokens | None = flag(None, "Special tokens not to count; none is as the SAEs were trained.")  # noqa: RUF009
+    checkpoint: Checkpoint | None = flag(None, "The nanochat, as of training; none is the one the run was trained on.")
+    step: int | None = flag(None, "Step of --checkpoint; none is the last.", STEP)
+    tokenizer: FilePath | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
+    exclude_tokens: ExcludeTokens | None = flag(None, "Special tokens not to count; none is as the SAEs were trained.")
     drop_sinks: bool | None = flag(None, "Do not count tokens of extreme norm; none is as in the run.")
     device: str = flag("cpu", "Where the model runs.")
     serve: bool = flag(False, "Serve the page, with text and steering live (extra [web]).")
     host: str = flag("127.0.0.1", "Where --serve listens. Anything but loopback asks for a token that it prints.")
-    port: int = flag(8000, "Where --serve listens; 0 is any that is free.")
+    port: int = flag(
+        8000, "Where --serve listens; 0 is any that is free.", Range(0, 2**16 - 1, f"be from 0 to {2**16 - 1}")
+    )
     names: tuple[str, ...] = flag(
         (), "Other names by which browsers may call --host, host.docker.internal for example."
     )
@@ -61,10 +65,9 @@ class ExploreConfig:
     model_id: str | None = flag(None, "What that Neuronpedia calls the model; none takes any name.")
 
     def __post_init__(self) -> None:
+        settle(self)
+        check_name(self.device)
         require(bool(self.run_dir), "nothing to explore: give --run_dir")
-        require(self.num_tokens >= 1, f"num_tokens is {self.num_tokens}: it must be at least 1")
-        require(self.seed >= 0, f"seed is {self.seed}: it must not be negative")
-        require(0 <= self.port < 2**16, f"port is {self.port}: it must be from 0 to {2**16 - 1}")
         for name in ("names", "chat", "secret", "model_id"):
             require(self.serve or getattr(self, name) in (None, ()), f"--{name} is of --serve, which is not given")
 
@@ -72,6 +75,7 @@ class ExploreConfig:
 def main(config: ExploreConfig) -> int:
     """Gather unless there is nothing to gather, write the page, serve it."""
     run = Path(config.run_dir)
+    require_torch(config.device)
     with rundir.writing(run) if rundir.is_writable(run) else contextlib.nullcontext():
         if config.serve:
             _can_serve(config)
@@ -93,6 +97,7 @@ def _explore(run: Path, config: ExploreConfig) -> tuple[Nanochat, dict[str, Torc
     from rich.text import Text
 
     from bridge.explorer import gather, page
+    from bridge.exports import warn_of_marked
     from experiments import explore_view
     from jsae.store import digest
 
@@ -105,6 +110,7 @@ def _explore(run: Path, config: ExploreConfig) -> tuple[Nanochat, dict[str, Torc
     subjects, plan = _found(config)
     nano = subjects[0].nano
     saes = {subject.hook: subject.sae for subject in subjects}
+    warn_of_marked(run / "sae" / hook for hook in saes)
     digests = {hook: digest(run / "sae" / hook) for hook in saes}
     records = run / "explorer" / "records"
 

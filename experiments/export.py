@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from experiments import flags, rundir
-from experiments.flags import flag
-from jsae.config import require
+from experiments.flags import flag, settle
+from experiments.locations import FilePath
+from jsae.config import at_least, require
 
 if TYPE_CHECKING:
     from bridge.neuronpedia.sources import Source, Wanted
@@ -28,12 +29,12 @@ Format = Literal["sae_lens", "neuronpedia", "saedashboard", "delphi", "circuit_t
 class ExportConfig:
     """What is written, where, under which names."""
 
-    run_dir: str = flag(None, "The run.")
+    run_dir: FilePath = flag(None, "The run.")
     format: tuple[Format, ...] = flag(
         ("neuronpedia",), "Any of sae_lens,neuronpedia,saedashboard,delphi,circuit_tracer."
     )
     hook: str | None = flag(None, "Only the SAE of this hook.")
-    out: str | None = flag(None, "Where to write, a folder per format; none is neuronpedia/ in the run.")
+    out: FilePath | None = flag(None, "Where to write, a folder per format; none is neuronpedia/ in the run.")
     model_id: str | None = flag(None, "Neuronpedia's id of the model; none is nanochat-dDEPTH-HASH.")
     source_set: str | None = flag(None, "Its source set; none is SITE-WIDTH-HASH, res-16k-1a2b3c for example.")
     release: str | None = flag(None, "Its release; none is the model's id and the hash of the run's SAEs.")
@@ -41,7 +42,7 @@ class ExportConfig:
     creator: str = flag("jsae", "Who is named as its creator.")
     url: str | None = flag(None, "Of the release.")
     created_at: str = flag("2026-01-01T00:00:00Z", "When the export says it was made; a fixed time, not the clock's.")
-    layers: int | None = flag(None, "Layers of the model; none asks its checkpoint.")
+    layers: int | None = flag(None, "Layers of the model; none asks its checkpoint.", at_least(1, 2**12))
     vectors: bool = flag(False, "Put the decoder rows into neuronpedia and saedashboard, to steer without the SAE.")
     hub_repo: str | None = flag(None, "Also push the SAEs to this repository of the Hugging Face hub (extra [hub]).")
     license: str | None = flag(None, "Licence of --hub_repo, mit or apache-2.0 for example.")
@@ -49,6 +50,7 @@ class ExportConfig:
     dry_run: bool = flag(False, "Say what --hub_repo would get, and send nothing.")
 
     def __post_init__(self) -> None:
+        settle(self)
         require(bool(self.run_dir), "nothing to export: give --run_dir")
         require(bool(self.format or self.hub_repo), "nothing to write: give --format or --hub_repo")
         require(not (self.hub_repo and not self.license), "--hub_repo publishes: say under which --license")
@@ -84,12 +86,14 @@ def main(config: ExportConfig) -> int:
 
 def _export(run: Path, out: Path, config: ExportConfig) -> int:
     from bridge import hub
+    from bridge.exports import warn_of_marked
     from bridge.neuronpedia import sources
 
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is no run: there is no such directory")
     found = sources.of_run(run, config.wanted(), config.hook)
     hooks = [source.ids.hook for source in found]
+    warn_of_marked(source.sae_dir for source in found)
     uploads = hub.plan(run, config.hub_repo, license=config.license, hooks=hooks) if config.hub_repo else []
     if set(config.format) - {"sae_lens"}:
         for source in found:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
@@ -16,14 +17,18 @@ from bridge.evaluate.survey import survey
 from bridge.hooks import module_name
 from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
 from jsae import export, files, metrics
+from jsae.health import unusable
 from jsae.sweep import States
 from jsae.train import trained
 
 if TYPE_CHECKING:
     from bridge.nanochat import Nanochat
-    from bridge.nanochat.corpus import Corpus
     from experiments.plan import Trainee
     from experiments.run_config import RunConfig
+
+
+class UnusableError(ValueError):
+    """Exported SAEs that are no better than predicting the mean activation, or whose metrics are not finite."""
 
 
 def finish(
@@ -31,17 +36,21 @@ def finish(
     trainees: Sequence["Trainee"],
     states: States,
     nano: "Nanochat",
-    heldout: "Corpus",
+    rows: Int[np.ndarray, "R T"],
     data_fingerprint: str,
 ) -> None:
-    """Exports every SAE, measures the exports on held-out text, and says where everything lies."""
-    needed = -(-config.heldout_tokens // heldout.row_len)
-    rows = np.stack(list(heldout.one_pass(needed)))
+    """Export every SAE, measure the exports on held-out rows of tokens, and say where everything lies.
+
+    Raises:
+      UnusableError: some SAEs are of no use; names them. They are exported and measured all the same, and `eval.json`
+        and the metadata in `cfg.json` say it under `problem`.
+    """
     found: dict[Path, dict[str, dict[str, Any]]] = {}
+    problems: list[str] = []
     for trainee, state in zip(trainees, states, strict=True):
         folder = trainee.folder / "sae" / trainee.name
         scales = np.asarray(state.scale), np.asarray(state.scale_out)
-        metadata = _metadata(config, trainee, nano, heldout.row_len, data_fingerprint)
+        metadata = _metadata(config, trainee, nano, rows.shape[1], data_fingerprint)
         export.write(folder, state.sae.config, trained(state).arrays(), *scales, metadata)
         shipped = torch_sae.load(folder, nano.model.lm_head.weight.device)
         site = Site(
@@ -56,11 +65,21 @@ def finish(
         export.write_sparsity(folder, metrics.density(sums))
         summary = {name: value for name, value in metrics.summarize(sums).items() if name != "loss"}
         summary["density_histogram"] = metrics.histogram(metrics.density(sums), summary["tokens"])
+        problem = unusable(summary)
+        if problem is not None:
+            summary["problem"] = problem
+            export.mark(folder, problem)
+            problems.append(f"{trainee.label} ({problem})")
         found.setdefault(trainee.folder, {})[trainee.name] = summary
     for folder, summaries in found.items():
         told = json.dumps(finite(summaries), indent=2, allow_nan=False)
         files.write(folder / "eval.json", told + "\n")
     _tell(config, trainees, found)
+    if problems:
+        raise UnusableError(
+            f"{len(problems)} of {len(trainees)} exported SAEs are of no use: {'; '.join(problems)}. They are kept to "
+            "look at, and marked. Lower --learning_rate, or the penalty if L0 is 0, or train longer"
+        )
 
 
 def _metadata(

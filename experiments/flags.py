@@ -15,7 +15,8 @@ from typing import Any, Literal, TypeVar, Union
 
 from absl import flags
 
-from experiments import quiet, signals
+from experiments import flagfile, locations, quiet, signals
+from jsae.config import Range, check_fields
 
 Config = TypeVar("Config")
 
@@ -26,9 +27,26 @@ EXIT_CODES = f"""Exit codes: 0 done, 1 failed, 2 wrong flags, {signals.STOPPED} 
 130 interrupted, 143 terminated."""
 
 
-def flag(default: Any, text: str) -> Any:
-    """A dataclass field with a default and the help that its flag shows."""
-    return dataclasses.field(default=default, metadata={"help": text})
+_LONGEST_MESSAGE = 2000  # characters
+
+STEP = Range(0, 2**31 - 1, "be a step from 0")
+CONTEXT = Range(2, 2**24, f"be 2 to {2**24} tokens, or less where the model takes less")
+LONG_SEED = Range(0, 2**63 - 1, "lie in [0, 2**63)")
+
+
+def flag(default: Any, text: str, range: Range | None = None) -> Any:
+    """Return a dataclass field with a default, the help that its flag shows and the range that `settle` holds it to."""
+    return dataclasses.field(default=default, metadata={"help": text, "range": range})
+
+
+def settle(config: Any) -> None:
+    """Expand the paths of a frozen config in place and check its numbers: what every `__post_init__` begins with.
+
+    Raises:
+      ConfigError: a path with an unknown user or variable, a number out of its range; names the field.
+    """
+    locations.expand_fields(config)
+    check_fields(config)
 
 
 def define(
@@ -72,9 +90,15 @@ def define(
 def parse(
     config_class: type[Config], *, renames: Mapping[str, str] | None = None, flag_values: flags.FlagValues = flags.FLAGS
 ) -> Config:
-    """The config that the parsed flags say. Raises ValueError where the dataclass itself refuses the values."""
+    """Return the config that the parsed flags say, settled.
+
+    Raises:
+      ValueError: values that the dataclass or `settle` refuses.
+    """
     names = {field.name: (renames or {}).get(field.name, field.name) for field in dataclasses.fields(config_class)}
-    return config_class(**{field: flag_values[flag].value for field, flag in names.items()})
+    config = config_class(**{field: flag_values[flag].value for field, flag in names.items()})
+    settle(config)
+    return config
 
 
 def run(
@@ -88,8 +112,9 @@ def run(
 ) -> typing.NoReturn:
     """Runs a command: flags to a frozen config, then main(config); ends the process.
 
-    `--help` prints the flags of this command and nothing else. `--flagfile=FILE` reads flags from a file; what comes
-    later on the line wins. `--debug` shows the traceback of an error that is otherwise told in one line.
+    `--help` prints the flags of this command and nothing else. `--flagfile=FILE` reads flags from a file (see
+    `experiments.flagfile`); what comes later on the line wins. `--debug` shows the traceback of an error that is
+    otherwise told in one line.
 
     Exit codes: 0 (or what main returns) after success and `--help`, 1 when main fails, 2 for flags that are wrong, 75
     (what main returns) for a run that was stopped and saved, 130 after Ctrl-C and 143 after SIGTERM where there is
@@ -104,12 +129,12 @@ def run(
         _show_help(main, values)
         sys.exit(0)
     try:
-        rest = values(_joined(argv, values))[1:]
+        rest = values(_joined([argv[0], *flagfile.inline(argv[1:])], values))[1:]
         if rest:
             raise flags.Error(f"unexpected argument {rest[0]!r}: every option is written --name=value")
         config = parse(config_class, renames=renames, flag_values=values)
     except (flags.Error, ValueError, OSError) as error:
-        _fail(2, f"{error}\nPass --help to see the flags.")
+        _fail(2, error, "Pass --help to see the flags.")
     debug = bool(values["debug"].value)
     with quiet.libraries(debug), signals.handled():
         try:
@@ -129,7 +154,7 @@ def _end(error: BaseException, debug: bool) -> typing.NoReturn:
         _fail(signals.exit_code(number), signals.name(number))
     if debug or not isinstance(error, EXPECTED_ERRORS):
         raise error
-    _fail(1, f"{error or type(error).__name__}\nPass --debug to see where.")
+    _fail(1, error, "Pass --debug to see where.")
 
 
 def _joined(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
@@ -174,7 +199,15 @@ class _OptionalParser(flags.ArgumentParser):
         return f"{self._inner.flag_type()} or none"
 
 
-_SCALARS = {int: flags.IntegerParser, float: flags.FloatParser, str: flags.ArgumentParser, bool: flags.BooleanParser}
+class _IntegerParser(flags.IntegerParser):
+    def convert(self, argument: Any) -> int:
+        try:
+            return super().convert(argument)
+        except (TypeError, ValueError):
+            raise ValueError("it must be a whole number, such as 1000000") from None
+
+
+_SCALARS = {int: _IntegerParser, float: flags.FloatParser, str: flags.ArgumentParser, bool: flags.BooleanParser}
 
 
 def _parser(kind: Any, field: str) -> tuple[flags.ArgumentParser, flags.ArgumentSerializer]:
@@ -228,6 +261,11 @@ def _shown(default: Any) -> str:
     return ",".join(map(str, default)) if isinstance(default, tuple) else repr(default)
 
 
-def _fail(code: int, message: str) -> typing.NoReturn:
-    print(f"FATAL {message}", file=sys.stderr)
+def _fail(code: int, error: object, hint: str | None = None) -> typing.NoReturn:
+    """End the process with one line that says what is wrong, and a hint below it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else "?" for c in text)  # others' files have a say in it: no control characters
+    if len(text) > _LONGEST_MESSAGE:
+        text = f"{text[: _LONGEST_MESSAGE // 2]} … {text[-_LONGEST_MESSAGE // 2 :]}"
+    print(f"FATAL {text}" + (f"\n{hint}" if hint else ""), file=sys.stderr)
     sys.exit(code)

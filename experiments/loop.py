@@ -1,6 +1,7 @@
 """The loop of a training run: every step of every SAE, reports and checkpoints between."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from jsae import metrics, optim, sweep
 from jsae import train as training
 from jsae.checkpoint import Checkpoints
 from jsae.data import Cursor, Shuffled
+from jsae.health import ActivationsError, Watch
 from jsae.sweep import AllSums, Member, States
 
 if TYPE_CHECKING:
@@ -22,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def train(run: Path, config: "RunConfig", trainees: Sequence["Trainee"], source: "ActivationStream") -> States | None:
-    """Train from the start or the last checkpoint to the end; return None if it was asked to stop, after saving."""
+    """Train from the start or the last checkpoint to the end; return None if it was asked to stop, after saving.
+
+    Raises:
+      NotFiniteError: activations or a loss that are not finite; says what was kept and what to do.
+      DivergedError: an SAE got worse than any start, and stayed so. The last checkpoint is from before.
+    """
     members = [trainee.member for trainee in trainees]
     num_steps = members[0].train.num_steps
     save_every = max(config.checkpoint_every // config.batch_size, 1)
@@ -30,8 +37,12 @@ def train(run: Path, config: "RunConfig", trainees: Sequence["Trainee"], source:
     with Checkpoints(run / "checkpoints") as checkpoints:
         batches, states = _begin(config, members, source, checkpoints)
         begun, start = states, int(states[0].step)
-        last_fvu, window = float("nan"), None
-        with Reporter(run, trainees, start, num_steps, config.wandb_project) as reporter, stop_requests() as stopped:
+        last_fvu, window, watch = float("nan"), None, Watch()
+        with (
+            _explained(run, checkpoints),
+            Reporter(run, trainees, start, num_steps, config.wandb_project) as reporter,
+            stop_requests() as stopped,
+        ):
             for step, states, sums in sweep.fit(members, begun, batches):
                 window = sums if window is None else add(window, sums)
                 stop, last = bool(stopped), step == num_steps  # a later request waits for the next step
@@ -42,13 +53,39 @@ def train(run: Path, config: "RunConfig", trainees: Sequence["Trainee"], source:
                     values = _values(members, step, states, window)
                     tokens, source.tokens_seen = source.tokens_seen, 0
                     reporter.report(step, values, tokens)
+                    _look(watch, trainees, step, values, config.batch_size)
                     last_fvu, window = float(np.mean([v["fvu"] for v in values])), None
-                if due:
+                if due and (last or stopped or not watch.suspects):
                     checkpoints.save(step, states, {"cursor": batches.cursor().to_json()}, last_fvu)
                 if stop:
                     break
             checkpoints.wait()
     return None if stopped else states
+
+
+@contextlib.contextmanager
+def _explained(run: Path, checkpoints: Checkpoints) -> Iterator[None]:
+    """Add to an error of numbers what is left of the run, and what helps."""
+    try:
+        yield
+    except FloatingPointError as error:
+        checkpoints.wait()
+        step = checkpoints.latest()
+        left = "no checkpoint was saved" if step is None else f"the checkpoint of step {step} is from before"
+        helps = "other settings"
+        if isinstance(error, ActivationsError):
+            helps = "a repaired model, or without that text in --data"
+        told = f"In {run} {left}; --resume would end here again: start anew with {helps}"
+        raise type(error)(f"{error}. {told}") from error
+
+
+def _look(
+    watch: Watch, trainees: Sequence["Trainee"], step: int, values: Sequence[dict[str, Any]], batch_size: int
+) -> None:
+    """Show the reported metrics of every SAE to the watch."""
+    for trainee, value in zip(trainees, values, strict=True):
+        steps = round(value["activations"] / batch_size)
+        watch.see(trainee.label if len(trainees) > 1 else "", step - steps + 1, step, value["fvu"])
 
 
 def _begin(

@@ -8,67 +8,90 @@ saves and exits with code 75.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge.nanochat.config import GPTConfig
 from experiments import flags
-from experiments.flags import flag
+from experiments.accelerators import check_name, require_torch
+from experiments.flags import LONG_SEED, flag, settle
+from experiments.locations import Data, FilePath
 from experiments.signals import STOPPED, stop_requests
 from jsae import files
+from jsae.config import COUNT, FRACTION, RATE, Range, at_least, require
+from jsae.health import DivergedError, Watch
 
 if TYPE_CHECKING:
     from bridge.nanochat.corpus import Corpus
     from bridge.nanochat.pretraining import Trainer
 
 
+_LAST_LOSSES = 10
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """What one run of pretraining is."""
 
-    out: str = flag("runs/nanochat", "Directory to write: model_*.pt, meta_*.json, tokenizer/.")
-    data: str = flag(
+    out: FilePath = flag("runs/nanochat", "Directory to write: model_*.pt, meta_*.json, tokenizer/.")
+    data: Data = flag(
         "stdlib", "What to learn: stdlib, parquet shards, .jsonl, .json or text files, globs; comma-separated."
     )
-    tokenizer: str = flag("", "Directory of a tokenizer to use; empty: train one on the data.")
-    vocab_size: int = flag(4096, "Tokens of a tokenizer that is trained here.")
-    n_layer: int = flag(6, "Layers.")
-    n_embd: int = flag(128, "Channels.")
-    n_head: int = flag(4, "Query heads.")
-    n_kv_head: int = flag(4, "Key and value heads.")
-    sequence_len: int = flag(512, "Tokens the model sees at once.")
+    tokenizer: FilePath = flag("", "Directory of a tokenizer to use; empty: train one on the data.")
+    vocab_size: int = flag(4096, "Tokens of a tokenizer that is trained here.", at_least(1, 2**22))
+    n_layer: int = flag(6, "Layers.", at_least(1, 2**10))
+    n_embd: int = flag(128, "Channels.", at_least(1, 2**16))
+    n_head: int = flag(4, "Query heads.", at_least(1, 2**12))
+    n_kv_head: int = flag(4, "Key and value heads.", at_least(1, 2**12))
+    sequence_len: int = flag(512, "Tokens the model sees at once.", at_least(1, 2**17))
     window_pattern: str = flag("SSSL", "Attention windows of the layers: S short, L long; the last is always L.")
-    steps: int = flag(2000, "Optimiser steps.")
-    batch_rows: int = flag(16, "Rows of sequence_len tokens per step.")
-    micro_rows: int = flag(2, "Rows per forward: memory and speed.")
-    matrix_lr: float = flag(0.02, "Muon's rate for the matrices of the blocks.")
-    embedding_lr: float = flag(0.1, "AdamW's rate for the embeddings.")
-    head_lr: float = flag(0.01, "AdamW's rate for the head.")
-    scalar_lr: float = flag(0.02, "AdamW's rate for gates and scalars.")
-    weight_decay: float = flag(0.05, "Weight decay of the matrices of the blocks.")
-    warmup_steps: int = flag(40, "Steps over which the rates rise.")
-    warmdown: float = flag(0.5, "Part of the steps, at the end, over which the rates fall to zero.")
-    grad_clip: float = flag(1.0, "Largest norm of a gradient.")
+    steps: int = flag(2000, "Optimiser steps.", COUNT)
+    batch_rows: int = flag(16, "Rows of sequence_len tokens per step.", at_least(1, 2**20))
+    micro_rows: int = flag(2, "Rows per forward: memory and speed.", at_least(1, 2**20))
+    matrix_lr: float = flag(0.02, "Muon's rate for the matrices of the blocks.", RATE)
+    embedding_lr: float = flag(0.1, "AdamW's rate for the embeddings.", RATE)
+    head_lr: float = flag(0.01, "AdamW's rate for the head.", RATE)
+    scalar_lr: float = flag(0.02, "AdamW's rate for gates and scalars.", RATE)
+    weight_decay: float = flag(
+        0.05, "Weight decay of the matrices of the blocks.", Range(0, 100, "lie between 0 and 100")
+    )
+    warmup_steps: int = flag(40, "Steps over which the rates rise.", at_least(0))
+    warmdown: float = flag(0.5, "Part of the steps, at the end, over which the rates fall to zero.", FRACTION)
+    grad_clip: float = flag(1.0, "Largest norm of a gradient.", Range(1e-12, 1e30, "be positive, from 1e-12 to 1e30"))
     bf16: bool = flag(True, "Compute in bfloat16 where that is safe; weights stay float32.")
     save_bf16: bool = flag(True, "Save matrices rounded to bfloat16: half the size.")
-    eval_every: int = flag(200, "Steps between measurements of held-out bits per byte, and saves.")
-    eval_rows: int = flag(64, "Held-out rows per measurement during training; at the end, four times as many.")
-    log_every: int = flag(20, "Steps between lines of progress.")
-    heldout_fraction: float = flag(0.05, "Part of the documents held out.")
-    seed: int = flag(0, "Of the weights and of the order of the data.")
-    workers: int = flag(2, "Forwards at a time on a CPU, one thread each; changes no number.")
+    eval_every: int = flag(200, "Steps between measurements of held-out bits per byte, and saves.", COUNT)
+    eval_rows: int = flag(64, "Held-out rows per measurement during training; at the end, four times as many.", COUNT)
+    log_every: int = flag(20, "Steps between lines of progress.", COUNT)
+    heldout_fraction: float = flag(0.05, "Part of the documents held out.", FRACTION)
+    seed: int = flag(0, "Of the weights and of the order of the data.", LONG_SEED)
+    workers: int = flag(2, "Forwards at a time on a CPU, one thread each; changes no number.", at_least(1, 2**10))
     device: str = flag("cpu", "Where to train.")
     resume: bool = flag(False, "Go on from the last save in out.")
 
     def __post_init__(self):
-        for name in ("eval_every", "eval_rows", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require(self.workers >= 1, f"workers must be at least 1, got {self.workers}")
+        settle(self)
+        check_name(self.device)
+        require(
+            self.batch_rows % self.micro_rows == 0,
+            f"batch_rows={self.batch_rows} must be a multiple of micro_rows={self.micro_rows}",
+        )
+        sizes = ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern", "vocab_size")
+        GPTConfig.of("G7", **{name: getattr(self, name) for name in sizes})
 
 
 def main(config: PretrainConfig) -> int:
-    """Train until the last step, or until told to stop; both save."""
+    """Train until the last step, or until told to stop; both save.
+
+    Raises:
+      FloatingPointError: the loss is not finite, or has become worse than guessing. The last good save stays.
+    """
+    require_torch(config.device)
     with files.Lock(Path(config.out)):
         return _pretrain(config)
 
@@ -80,8 +103,6 @@ def _pretrain(config: PretrainConfig) -> int:
 
     if config.device == "cpu":
         torch.set_num_threads(1)  # each worker is one
-    elif not torch.cuda.is_available():
-        raise ValueError(f"--device={config.device}, but torch sees no GPU here; use --device=cpu")
     out = Path(config.out)
     state = last_state(out) if config.resume else None
     if state is None and any(out.glob("model_*.pt")):
@@ -90,18 +111,30 @@ def _pretrain(config: PretrainConfig) -> int:
     trainer, heldout, token_bytes = _build(config, out)
     if state is not None:
         trainer.load_state_dict(state)
+    guess = math.log(trainer.model.config.vocab_size)
+    watch = Watch(2 * guess, f"loss ({guess:.2f} is guessing)", "lower the learning rates")
+    losses: collections.deque[float] = collections.deque(maxlen=_LAST_LOSSES)
     count = sum(weight.numel() for weight in trainer.model.parameters())
     print(f"{count:,} parameters, from step {trainer.step} to {config.steps}", flush=True)
     with stop_requests() as stopped:
         for figures in trainer.run():
+            losses.append(figures["loss"])
+            watch.see("", trainer.step, trainer.step, figures["loss"])
             if trainer.step % config.log_every == 0:
                 speed = config.batch_rows * config.sequence_len / figures["seconds"]
                 print(f"step {trainer.step} loss {figures['loss']:.4f} {speed:,.0f} tokens/s", flush=True)
-            if stopped or trainer.step % config.eval_every == 0 or trainer.step == config.steps:
+            last = trainer.step == config.steps
+            if stopped or last or (trainer.step % config.eval_every == 0 and not watch.suspects):
                 _save(config, out, trainer, heldout, token_bytes)
             if stopped and trainer.step < config.steps:
                 print("stopped and saved; go on with the same command and --resume", flush=True)
                 return STOPPED
+    loss = sum(losses) / len(losses) if losses else 0.0
+    if trainer.step == config.steps and loss > 1.1 * guess:
+        raise DivergedError(
+            f"the model in {out} is of no use: its loss over the last {len(losses)} steps is {loss:.2f} nats a token, "
+            f"and guessing is {guess:.2f}. It is kept to look at; lower the learning rates"
+        )
     return 0
 
 
@@ -111,17 +144,18 @@ def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus, object]:
 
     from bridge.nanochat import tokenizer as tokenizers
     from bridge.nanochat.corpus import Corpus
-    from bridge.nanochat.model import GPT, GPTConfig
+    from bridge.nanochat.model import GPT
     from bridge.nanochat.pretraining import Recipe, Trainer
 
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
     sizes = ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
     sizes = {name: getattr(config, name) for name in sizes}
-    GPTConfig.of("G7", vocab_size=config.vocab_size, **sizes)  # complains before anything is read
     data = {"row_len": config.sequence_len + 1, "seed": config.seed, "heldout_fraction": config.heldout_fraction}
     made = out / "tokenizer"
     if config.tokenizer or (config.resume and (made / "tokenizer.pkl").is_file()):
         tokenizer = tokenizers.load(config.tokenizer or made)
+        if tokenizer.vocab_size != config.vocab_size:
+            print(f"note: the tokenizer has {tokenizer.vocab_size} tokens; --vocab_size is of one that is trained here")
     else:
         bytes_only = tokenizers.Tokenizer({bytes([i]): i for i in range(256)})
         tokenizer = tokenizers.train(Corpus(config.data, bytes_only, **data).documents(), config.vocab_size)
@@ -149,6 +183,11 @@ def _save(config: PretrainConfig, out: Path, trainer: Trainer, heldout: Corpus, 
     if done and config.save_bf16:
         exact = pretraining.heldout_bits_per_byte(trainer.model, heldout, token_bytes, rows, config.micro_rows)
         measured["val_bpb_float32"] = exact
+    if not all(map(math.isfinite, measured.values())):
+        raise FloatingPointError(
+            f"at step {trainer.step} the held-out bits per byte are {measured['val_bpb']}: the weights are not finite. "
+            "Nothing was saved over the last good save; lower the learning rates"
+        )
     told = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
     print(f"step {trainer.step} held out: {told} ({trainer.seconds:.0f} s)", flush=True)
     tokens = trainer.step * config.batch_rows * config.sequence_len

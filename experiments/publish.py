@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import flags, rundir
-from experiments.flags import flag
-from jsae.config import require
+from experiments.flags import flag, settle
+from experiments.locations import FilePath
+from jsae.config import Range, at_least, require
 
 if TYPE_CHECKING:
     from bridge.neuronpedia.client import Client
@@ -29,41 +30,47 @@ if TYPE_CHECKING:
     from bridge.neuronpedia.sources import Source
 
 SITE = "https://www.neuronpedia.org"
+SECONDS = Range(0, 1e6, "be seconds, from 0 to a million")
 
 
 @dataclass(frozen=True)
 class PublishConfig:
     """What goes where."""
 
-    run_dir: str | None = flag(
+    run_dir: FilePath | None = flag(
         None, "The run whose features are uploaded; needs records, as experiments.explore makes."
     )
     hook: str | None = flag(None, "Only the SAE of this hook.")
     model_id: str | None = flag(None, "Neuronpedia's id of the model; none is nanochat-dDEPTH-HASH.")
     source_set: str | None = flag(None, "Its source set; none is SITE-WIDTH-HASH, res-16k-1a2b3c for example.")
     url: str | None = flag(None, "Where model and SAE are told of: a paper, a repository.")
-    layers: int | None = flag(None, "Layers of the model; none asks its checkpoint.")
+    layers: int | None = flag(None, "Layers of the model; none asks its checkpoint.", at_least(1, 2**12))
     base_url: str = flag(SITE, "The site, or a local one, http://localhost:3000.")
     dry_run: bool = flag(False, "Check everything and write the requests' bodies; send nothing.")
-    out: str | None = flag(None, "Folder for the bodies; none is neuronpedia/upload in the run.")
+    out: FilePath | None = flag(None, "Folder for the bodies; none is neuronpedia/upload in the run.")
     yes: bool = flag(False, "Do not ask before sending.")
     keep_uploaded: bool = flag(False, "Leave features that were uploaded with other content as they are there.")
-    batch_features: int = flag(128, "Features per request at most.")
-    batch_bytes: int = flag(3_500_000, "Bytes per request at most; the site's host takes 4.5 MB.")
-    patience: float = flag(7200.0, "Seconds to wait in all for a site that is busy, or has had enough requests.")
-    settle: float = flag(20.0, "Seconds after an unclear failure before the site is asked what has arrived.")
-    explanations: tuple[int, ...] = flag((), "Send nothing: show what the site's people say of these features.")
+    batch_features: int = flag(128, "Features per request at most.", Range(1, 128, "fit: the site takes 1 to 128"))
+    batch_bytes: int = flag(
+        3_500_000,
+        "Bytes per request at most; the site's host takes 4.5 MB.",
+        Range(1000, 2**31 - 1, "be at least 1000: no feature is smaller"),
+    )
+    patience: float = flag(
+        7200.0, "Seconds to wait in all for a site that is busy, or has had enough requests.", SECONDS
+    )
+    settle: float = flag(20.0, "Seconds after an unclear failure before the site is asked what has arrived.", SECONDS)
+    explanations: tuple[int, ...] = flag(
+        (), "Send nothing: show what the site's people say of these features.", at_least(0)
+    )
     import_to: str | None = flag(None, "Database of a local Neuronpedia; the password may come from PGPASSWORD.")
-    folder: str | None = flag(None, "What is imported: a source of a v1 export, or a folder of several.")
+    folder: FilePath | None = flag(None, "What is imported: a source of a v1 export, or a folder of several.")
 
     def __post_init__(self) -> None:
+        settle(self)
         require(bool(self.run_dir or self.import_to), "nothing to publish: give --run_dir, or --import_to and --folder")
         require(not (self.run_dir and self.import_to), "--run_dir uploads and --import_to imports: give one of them")
         require(bool(self.import_to) == bool(self.folder), "--import_to and --folder belong together: give both")
-        require(1 <= self.batch_features <= 128, f"--batch_features is {self.batch_features}: the site takes 1 to 128")
-        require(self.batch_bytes >= 1000, f"--batch_bytes is {self.batch_bytes}: no feature is as small as that")
-        for name in ("patience", "settle"):
-            require(0 <= getattr(self, name) < 1e6, f"--{name} is {getattr(self, name)}: give seconds")
 
 
 def main(config: PublishConfig) -> int:
@@ -81,6 +88,8 @@ def main(config: PublishConfig) -> int:
 
 def _publish(run: Path, config: PublishConfig) -> int:
     sources = _sources(run, config)
+    marked = warn_of_marked(source.sae_dir for source in sources)
+    require(not marked or config.dry_run, "SAEs marked as of no use are not uploaded: choose others with --hook")
     with contextlib.nullcontext() if config.dry_run else _client(config, _key()) as client:
         plans = [_prepare(run, source, config) for source in sources]
         left = [_tell(run, plan, config) for plan in plans]

@@ -2,12 +2,32 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from experiments.flags import flag
-from jsae.config import SPARSE, Architecture, Json, SAEConfig, TrainConfig, require
+from experiments import accelerators
+from experiments.flags import CONTEXT, LONG_SEED, STEP, flag, settle
+from experiments.locations import Checkpoint, Data, FilePath
+from jsae.config import (
+    AVERAGED,
+    BANDWIDTH,
+    COUNT,
+    DEAD_AFTER,
+    FRACTION,
+    RATE,
+    SEED,
+    TARGET,
+    TOKENS,
+    WEIGHT,
+    Architecture,
+    Json,
+    SAEConfig,
+    TrainConfig,
+    at_least,
+    require,
+)
 
 HookType = Literal["resid_post", "attn", "mlp_in", "mlp"]
 ExcludeTokens = Literal["bos", "special", "nothing"]  # as in bridge.selection, which takes torch to import
@@ -22,58 +42,90 @@ SWEPT: Mapping[str, str] = {
 }
 """Flags that take several values, and how they are written in the name of a variant."""
 
+_DENSE = ("relu", "gated", "jumprelu")
+_TOPK = ("topk", "batchtopk", "matryoshka", "abstopk")
+USERS: Mapping[str, tuple[Architecture, ...]] = {
+    "k": _TOPK,
+    "k_start": _TOPK,
+    "k_anneal_fraction": _TOPK,
+    "nested_widths": ("matryoshka",),
+    "l1_coefficient": ("relu", "gated"),
+    "l0_coefficient": ("jumprelu",),
+    "jump_recipe": ("jumprelu",),
+    "bandwidth": ("jumprelu",),
+    "target_l0": _DENSE,
+    "sparsity_warmup_fraction": _DENSE,
+}
+"""Flags that only some architectures read, and which."""
+
+_CHECKED_BELOW = ("nested_widths", "target_l0", "k_start")  # by the SAE's own configuration
+MOST_VARIANTS = 1000
+_WIDEST = 2**20  # of a model, to check an SAE before its model is known
+
 
 @dataclass(frozen=True)
 class RunConfig(Json):
     """One pass over the text, as the command line says it: one SAE, or several where flags have several values."""
 
-    checkpoint: str = flag(
+    checkpoint: Checkpoint = flag(
         "demo", "nanochat checkpoint: a directory, a file of weights, hf://owner/name, or 'demo', which comes along."
     )
-    step: int | None = flag(None, "Step of the checkpoint directory; none is the last.")
-    tokenizer: str | None = flag(None, "Directory of the tokenizer; none looks beside and above the checkpoint.")
-    data: str = flag("stdlib", "Text: stdlib, parquet shards, .jsonl, .json or text files, globs; comma-separated.")
+    step: int | None = flag(None, "Step of the checkpoint directory; none is the last.", STEP)
+    tokenizer: FilePath | None = flag(None, "Directory of the tokenizer; none looks beside and above the checkpoint.")
+    data: Data = flag("stdlib", "Text: stdlib, parquet shards, .jsonl, .json or text files, globs; comma-separated.")
     layer: tuple[str, ...] = flag((), "Layers to read, from 0, an SAE each; or 'all'; none is half way.")
-    hook_type: HookType = flag("resid_post", "What to read there.")  # noqa: RUF009 - a field like the others
-    target_hook: HookType | None = flag(None, "A transcoder: what it predicts at the same layer, mlp from mlp_in.")  # noqa: RUF009
+    hook_type: HookType = flag("resid_post", "What to read there.")
+    target_hook: HookType | None = flag(None, "A transcoder: what it predicts at the same layer, mlp from mlp_in.")
     skip: bool = flag(False, "Give a transcoder a linear path beside its latents.")
     crosscoder: bool = flag(False, "One SAE that reads and makes all of --layer together.")
-    activation: Architecture = flag("topk", "Architecture of the SAE.")  # noqa: RUF009
-    expansion_factor: int = flag(8, "Latents per dimension of the model.")
-    k: tuple[int, ...] = flag((32,), "Active latents per token (topk, abstopk), or on average (batchtopk, matryoshka).")
-    nested_widths: tuple[int, ...] = flag((), "Inner widths of a matryoshka SAE; none is 1/16, 1/8, 1/4 and 1/2.")
-    l1_coefficient: tuple[float, ...] = flag((5.0,), "Weight of the L1 penalty (relu, gated).")
-    l0_coefficient: tuple[float, ...] = flag((5.0,), "Weight of the sparsity penalty (jumprelu).")
+    activation: Architecture = flag("topk", "Architecture of the SAE.")
+    expansion_factor: int = flag(8, "Latents per dimension of the model.", at_least(1, 2**28))
+    k: tuple[int, ...] = flag(
+        (32,), "Active latents per token (topk, abstopk), or on average (batchtopk, matryoshka).", COUNT
+    )
+    nested_widths: tuple[int, ...] = flag(
+        (), "Inner widths of a matryoshka SAE; none is 1/16, 1/8, 1/4 and 1/2.", COUNT
+    )
+    l1_coefficient: tuple[float, ...] = flag((5.0,), "Weight of the L1 penalty (relu, gated).", WEIGHT)
+    l0_coefficient: tuple[float, ...] = flag((5.0,), "Weight of the sparsity penalty (jumprelu).", WEIGHT)
     jump_recipe: Literal["tanh", "l0"] = flag(
         "tanh", "Anthropic's recipe of January 2025, or Gemma Scope's (jumprelu)."
     )
-    bandwidth: float = flag(2.0, "Window around thresholds through which gradients reach them (jumprelu).")
-    target_l0: tuple[float, ...] = flag((), "Lead the penalty until so many are active (relu, gated, jumprelu).")
-    num_activations: int = flag(10_000_000, "Activations to train on.")
-    batch_size: int = flag(2048, "Activations per step.")
-    learning_rate: tuple[float, ...] = flag((), "Peak rate; none is 2e-4 / sqrt(d_sae / 16384).")
-    warmup_fraction: float = flag(0.02, "Part of the run over which the learning rate rises.")
-    decay_fraction: float = flag(0.2, "Part of the run over which it falls to zero, at the end.")
-    sparsity_warmup_fraction: float = flag(0.05, "Part of the run over which sparsity penalties rise.")
-    k_start: int | None = flag(None, "Start with so many active latents and come down to k.")
-    k_anneal_fraction: float = flag(0.1, "Part of the run over which k comes down.")
-    average_fraction: float | None = flag(None, "Export a running mean of the weights over this part of the run.")
-    dead_after: int | None = flag(None, "Activations without firing that make a latent dead; none: a tenth of the run.")
+    bandwidth: float = flag(2.0, "Window around thresholds through which gradients reach them (jumprelu).", BANDWIDTH)
+    target_l0: tuple[float, ...] = flag(
+        (), "Lead the penalty until so many are active (relu, gated, jumprelu).", TARGET
+    )
+    num_activations: int = flag(10_000_000, "Activations to train on.", TOKENS)
+    batch_size: int = flag(2048, "Activations per step.", at_least(1, 2**24))
+    learning_rate: tuple[float, ...] = flag((), "Peak rate; none is 2e-4 / sqrt(d_sae / 16384).", RATE)
+    warmup_fraction: float = flag(0.02, "Part of the run over which the learning rate rises.", FRACTION)
+    decay_fraction: float = flag(0.2, "Part of the run over which it falls to zero, at the end.", FRACTION)
+    sparsity_warmup_fraction: float = flag(0.05, "Part of the run over which sparsity penalties rise.", FRACTION)
+    k_start: int | None = flag(None, "Start with so many active latents and come down to k.", COUNT)
+    k_anneal_fraction: float = flag(0.1, "Part of the run over which k comes down.", FRACTION)
+    average_fraction: float | None = flag(
+        None, "Export a running mean of the weights over this part of the run.", AVERAGED
+    )
+    dead_after: int | None = flag(
+        None, "Activations without firing that make a latent dead; none: a tenth of the run.", DEAD_AFTER
+    )
     matmul_dtype: Literal["float32", "bfloat16"] = flag("float32", "What is multiplied; bfloat16 is for GPUs.")
-    resample_every: int | None = flag(None, "Activations between resamplings of dead latents (relu, gated).")
-    seed: tuple[int, ...] = flag((0,), "Of the weights.")
-    data_seed: int = flag(0, "Of the order of the text and the shuffle.")
-    context_size: int | None = flag(None, "Tokens per row of text; none is the model's sequence_len.")
-    tokens_per_forward: int = flag(2048, "Tokens in one forward pass of the model; a GPU wants 16 times as many.")
-    block_size: int = flag(65536, "Activations that are held and shuffled together.")
-    exclude_tokens: ExcludeTokens = flag("bos", "Special tokens to leave out: bos, all nine (special), or nothing.")  # noqa: RUF009 - a field like the others
+    resample_every: int | None = flag(None, "Activations between resamplings of dead latents; none is never.", TOKENS)
+    seed: tuple[int, ...] = flag((0,), "Of the weights.", SEED)
+    data_seed: int = flag(0, "Of the order of the text and the shuffle.", LONG_SEED)
+    context_size: int | None = flag(None, "Tokens per row of text; none is the model's sequence_len.", CONTEXT)
+    tokens_per_forward: int = flag(
+        2048, "Tokens in one forward pass of the model; a GPU wants 16 times as many.", COUNT
+    )
+    block_size: int = flag(65536, "Activations that are held and shuffled together.", COUNT)
+    exclude_tokens: ExcludeTokens = flag("bos", "Special tokens to leave out: bos, all nine (special), or nothing.")
     drop_sinks: bool = flag(True, "Leave out tokens whose norm exceeds 10 times the median.")
-    heldout_tokens: int = flag(200_000, "Held-out tokens for the final metrics.")
-    checkpoint_every: int = flag(1_000_000, "Activations between checkpoints.")
-    log_every: int = flag(50, "Steps between reports.")
+    heldout_tokens: int = flag(200_000, "Held-out tokens for the final metrics.", TOKENS)
+    checkpoint_every: int = flag(1_000_000, "Activations between checkpoints.", TOKENS)
+    log_every: int = flag(50, "Steps between reports.", COUNT)
     device: str = flag("cpu", "Where both torch and jax run: cpu, cuda or cuda:N.")
     jax_memory_fraction: float = flag(0.4, "Part of the GPU's memory for jax; torch has the rest.")
-    output_dir: str = flag("runs/sae", "Directory of the run.")
+    output_dir: FilePath = flag("runs/sae", "Directory of the run.")
     resume: bool = flag(False, "Go on from the last checkpoint in output_dir.")
     wandb_project: str | None = flag(None, "Also log to this Weights & Biases project (extra [wandb]).")
     prepare_neuronpedia: bool = flag(False, "At the end, also gather records and write Neuronpedia's bulk export.")
@@ -83,14 +135,14 @@ class RunConfig(Json):
     )
 
     def __post_init__(self) -> None:
-        for name in ("expansion_factor", "tokens_per_forward", "block_size", "heldout_tokens", "log_every"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        settle(self)
+        accelerators.check_name(self.device)
         require(self.checkpoint_every >= self.batch_size, "checkpoint_every must be at least one batch")
-        require(self.block_size >= self.batch_size, "block_size must be at least one batch")
+        window = min(self.log_every * self.batch_size, self.checkpoint_every, self.num_activations)
         require(
-            self.device == "cpu" or self.device.split(":")[0] == "cuda",
-            f"device is {self.device!r}: torch and jax share either cpu or cuda",
+            window < 2**31, f"log_every={self.log_every} steps are {window} activations: report at least every 2**31"
         )
+        require(self.block_size >= self.batch_size, "block_size must be at least one batch")
         require(
             0 < self.jax_memory_fraction < 0.95,
             f"jax_memory_fraction is {self.jax_memory_fraction}: it must lie between 0 and 0.95",
@@ -102,9 +154,11 @@ class RunConfig(Json):
         require(len(set(self.layers(0))) == len(self.layers(0)), f"{told} names a layer twice")
         self._check_kind()
         self._check_swept()
+        self._check_used()
         self._check_neuronpedia()
         for variant in self.variants():  # complains before anything heavy is imported
             variant.train_config()
+            variant.check_sae()
 
     def _check_kind(self) -> None:
         """Refuses a transcoder or crosscoder that is none."""
@@ -123,11 +177,25 @@ class RunConfig(Json):
             values = getattr(self, name)
             require(len(set(values)) == len(values), f"--{name}={','.join(map(str, values))} has a value twice")
             require(bool(values) or name in ("learning_rate", "target_l0"), f"--{name} needs at least one value")
-        sparse = self.activation in SPARSE
-        penalty = {"l1_coefficient": ("relu", "gated"), "l0_coefficient": ("jumprelu",)}
-        unused = [name for name, users in penalty.items() if self.activation not in users] + ([] if sparse else ["k"])
-        for name in unused:
-            require(len(getattr(self, name)) == 1, f"--{name} means nothing to {self.activation}: give it no list")
+        count = math.prod(max(len(getattr(self, name)), 1) for name in SWEPT)
+        require(count <= MOST_VARIANTS, f"these flags ask for {count} variants: at most {MOST_VARIANTS} train together")
+
+    def _check_used(self) -> None:
+        """Refuse flags that the architecture does not read: a value of their own would change nothing."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, users in USERS.items():
+            if self.activation in users or getattr(self, name) == defaults[name] or name in _CHECKED_BELOW:
+                continue
+            theirs = ", ".join(f"--{flag}" for flag, users in USERS.items() if self.activation in users)
+            require(
+                False,
+                f"--{name} means nothing to {self.activation}: it is for {', '.join(users)}; leave it out. "
+                f"{self.activation} reads {theirs}",
+            )
+        require(
+            self.k_start is not None or self.k_anneal_fraction == defaults["k_anneal_fraction"],
+            "--k_anneal_fraction is the time in which k comes down from --k_start, which is not given",
+        )
 
     def _check_neuronpedia(self) -> None:
         """Refuses what Neuronpedia would refuse when the training is over."""
@@ -167,27 +235,46 @@ class RunConfig(Json):
             return ((n_layer - 1) // 2,)
         return tuple(range(n_layer)) if "all" in self.layer else tuple(int(layer) for layer in self.layer)
 
+    def check_sae(self) -> None:
+        """Check what can be said of a variant's SAE before the width of the model is known.
+
+        Raises:
+          ConfigError: a setting that no model's SAE can have.
+        """
+        require(
+            self.k_start is None or self.activation in _TOPK, f"{self.activation} has no k to lower: leave out k_start"
+        )
+        inner = self._default_widths(_WIDEST) if self.activation == "matryoshka" else self.nested_widths
+        SAEConfig(**self._sae_settings(_WIDEST, _WIDEST) | {"k": 1, "nested_widths": inner})
+
     def sae_config(self, width: int, layers: int = 1) -> SAEConfig:
-        """The SAE of a variant for a model of this width; `layers` of a crosscoder."""
+        """Return the SAE of a variant for a model of this width; `layers` of a crosscoder."""
         d_sae = width * self.expansion_factor
+        return SAEConfig(**self._sae_settings(width, d_sae) | {"d_in": width * layers, "layers": layers})
+
+    def _sae_settings(self, width: int, d_sae: int) -> dict[str, Any]:
+        """Return the fields of a variant's SAE, which reads one layer of a model."""
         nested = self.nested_widths
         if self.activation == "matryoshka" and not nested:
-            nested = tuple(sorted({max(d_sae // part, 1) for part in (16, 8, 4, 2)} - {d_sae}))
-        return SAEConfig(
-            self.activation,
-            width * layers,
-            d_sae,
-            k=self.k[0],
-            nested_widths=nested,
-            l1_coefficient=self.l1_coefficient[0],
-            l0_coefficient=self.l0_coefficient[0],
-            jump_recipe=self.jump_recipe,
-            bandwidth=self.bandwidth,
-            target_l0=self.target_l0[0] if self.target_l0 else None,
-            d_out=None if self.target_hook is None else width,
-            skip=self.skip,
-            layers=layers,
-        )
+            nested = self._default_widths(d_sae)
+        return {
+            "architecture": self.activation,
+            "d_in": width,
+            "d_sae": d_sae,
+            "k": self.k[0],
+            "nested_widths": nested,
+            "l1_coefficient": self.l1_coefficient[0],
+            "l0_coefficient": self.l0_coefficient[0],
+            "jump_recipe": self.jump_recipe,
+            "bandwidth": self.bandwidth,
+            "target_l0": self.target_l0[0] if self.target_l0 else None,
+            "d_out": None if self.target_hook is None else width,
+            "skip": self.skip,
+        }
+
+    @staticmethod
+    def _default_widths(d_sae: int) -> tuple[int, ...]:
+        return tuple(sorted({max(d_sae // part, 1) for part in (16, 8, 4, 2)} - {d_sae}))
 
     def train_config(self) -> TrainConfig:
         """How a variant is trained."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.locations import absolute_fields
 from jsae import files
 from jsae.config import Json, require
 
@@ -95,7 +96,8 @@ def _check_resumed(run: Path, config: Json) -> None:
     before, now = read(run)["flags"], json.loads(json.dumps(config.to_json()))
     defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
     before = json.loads(json.dumps(defaults)) | before  # of flags that the run's version did not have
-    differing = [name for name in sorted(set(now) | set(before)) if now.get(name) != before.get(name)]
+    same = [absolute_fields(type(config), values, resolve=True) for values in (before, now)]
+    differing = [name for name in sorted(set(now) | set(before)) if same[0].get(name) != same[1].get(name)]
     told = ", ".join(
         f"--{n}={_written(before.get(n))} (now {_written(now.get(n))})" for n in differing if n not in _FREE
     )
@@ -117,7 +119,8 @@ def record(run: Path, config: Json, facts: dict[str, Any]) -> None:
         require(not changed, f"{run} cannot go on to the same numbers: {'; '.join(changed)}")
         return
     versions = {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS}
-    text = json.dumps({"flags": config.to_json(), "facts": facts, "versions": versions}, indent=2)
+    flags = absolute_fields(type(config), config.to_json())  # whoever reads them may be in another directory
+    text = json.dumps({"flags": flags, "facts": facts, "versions": versions}, indent=2)
     files.write(path, text + "\n")
 
 

@@ -15,45 +15,53 @@ from typing import TYPE_CHECKING, Literal
 
 from bridge import ranges
 from experiments import flags, rundir
-from experiments.flags import flag
-from jsae.config import require
+from experiments.accelerators import check_name, require_torch
+from experiments.flags import LONG_SEED, STEP, flag, settle
+from experiments.locations import Checkpoint, FilePath
+from jsae.config import COUNT, Range, at_least, require
 
 if TYPE_CHECKING:
     from bridge.runtime import InterpretableModel, Steer
+
+
+STRENGTH = Range(-1e6, 1e6, "be finite, between -1e6 and 1e6")
+TEMPERATURE = Range(1e-6, 1e6, "be 0, or from 1e-6 to 1e6", also=(0,))
 
 
 @dataclass(frozen=True)
 class SteerConfig:
     """What to continue, and what to push."""
 
-    run_dir: str = dataclasses.field(metadata={"help": "A run directory, or with --checkpoint any exported SAE."})
+    run_dir: FilePath = dataclasses.field(metadata={"help": "A run directory, or with --checkpoint any exported SAE."})
     prompt: str = flag("", "Text to continue; with --chat what the user says.")
     feature: tuple[int, ...] = flag((), "Features to push, in this order.")
-    strength: tuple[float, ...] = flag((8.0,), "One for each feature, or one for all.")
+    strength: tuple[float, ...] = flag((8.0,), "One for each feature, or one for all.", STRENGTH)
     mode: Literal["additive", "orthogonal", "projection_cap", "clamp", "scale", "ablate"] = flag(
         "additive", "How: see bridge.steering.Steer for the formulas."
     )
     positions: Literal["all", "prompt", "generated", "not_special"] = flag("all", "At which tokens.")
-    strength_multiplier: float = flag(1.0, "Factor on strengths of additive, orthogonal and projection_cap.")
+    strength_multiplier: float = flag(1.0, "Factor on strengths of additive, orthogonal and projection_cap.", STRENGTH)
     hook: str | None = flag(None, "Whose features, where a run has several SAEs.")
-    max_tokens: int = flag(64, "Tokens to generate at most.")
-    temperature: float = flag(0.5, "Of the sampling; 0 takes the likeliest token.")
-    top_k: int | None = flag(None, "Sample among so many likeliest tokens; none: all.")
-    seed: int = flag(16, "Of the sampling, the same for both continuations.")
+    max_tokens: int = flag(64, "Tokens to generate at most.", at_least(1, 2**24))
+    temperature: float = flag(0.5, "Of the sampling; 0 takes the likeliest token.", TEMPERATURE)
+    top_k: int | None = flag(None, "Sample among so many likeliest tokens; none: all.", COUNT)
+    seed: int = flag(16, "Of the sampling, the same for both continuations.", LONG_SEED)
     chat: bool = flag(False, "The prompt is what a user says to a chat checkpoint.")
     interactive: bool = flag(False, "Ask for prompts, and for commands such as /steer, /top, /why.")
-    checkpoint: str | None = flag(None, "The nanochat, as of training; none is the one the run was trained on.")
-    step: int | None = flag(None, "Step of --checkpoint; none is the last.")
-    tokenizer: str | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
+    checkpoint: Checkpoint | None = flag(None, "The nanochat, as of training; none is the one the run was trained on.")
+    step: int | None = flag(None, "Step of --checkpoint; none is the last.", STEP)
+    tokenizer: FilePath | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
     device: str = flag("cpu", "Where the model runs.")
 
     def __post_init__(self) -> None:
+        require(all(map(math.isfinite, self.strength)), f"--strength is {self.strength}: give finite numbers")
+        settle(self)
+        check_name(self.device)
         given, wanted = len(self.strength), len(self.feature)
         require(
             given == 1 or given == wanted,
             f"--strength has {given} values for {wanted} features: give one for each, or one for all",
         )
-        require(all(map(math.isfinite, self.strength)), f"--strength is {self.strength}: give finite numbers")
         require(self.interactive or bool(self.prompt), "the prompt is empty: give --prompt=TEXT, or --interactive")
         self._check_ranges()
 
@@ -79,6 +87,7 @@ class SteerConfig:
 
 def main(config: SteerConfig) -> int:
     """Loads the model and its SAEs, then continues the prompt or asks for some."""
+    require_torch(config.device)
     im = _load(config)
     hook = _hook(config, im)
     from experiments.prompt_loop import Session, ask
@@ -94,6 +103,8 @@ def main(config: SteerConfig) -> int:
 def _load(config: SteerConfig) -> InterpretableModel:
     """The checkpoint that the run says, with the run's SAEs."""
     import bridge.nanochat
+    from bridge import finite
+    from bridge.exports import warn_of_marked
     from bridge.runtime import InterpretableModel, load_saes
 
     told = {"checkpoint": config.checkpoint, "step": config.step, "tokenizer": config.tokenizer}
@@ -101,7 +112,9 @@ def _load(config: SteerConfig) -> InterpretableModel:
         recorded = rundir.read(Path(config.run_dir))["flags"]
         told = {name: value if value is not None else recorded.get(name) for name, value in told.items()}
     saes = load_saes(config.run_dir, config.device)
+    warn_of_marked([Path(config.run_dir), *(Path(config.run_dir) / "sae" / hook for hook in saes)])
     nano = bridge.nanochat.load(told["checkpoint"], told["step"], config.device, tokenizer=told["tokenizer"])
+    finite.warn_of_broken_weights(nano.model)
     require(nano.tokenizer is not None, f"no tokenizer lies beside {told['checkpoint']}: give it with --tokenizer")
     return InterpretableModel.of(nano, saes)
 

@@ -37,6 +37,7 @@ def find(config: EvaluateConfig) -> list[Subject]:
       FileNotFoundError: no such run, export or checkpoint.
     """
     import bridge.nanochat
+    from bridge import finite
     from bridge.runtime import InterpretableModel
 
     models: dict[tuple[Any, ...], Nanochat] = {}
@@ -48,6 +49,7 @@ def find(config: EvaluateConfig) -> list[Subject]:
         if key not in models:
             checkpoint, step, tokenizer = key
             models[key] = bridge.nanochat.load(checkpoint, step, config.device, tokenizer=tokenizer)
+            finite.warn_of_broken_weights(models[key].model)
         nano = models[key]
         require(nano.tokenizer is not None, f"no tokenizer lies beside {key[0]}: give its directory with --tokenizer")
         InterpretableModel.of(nano, saes)  # refuses what does not fit

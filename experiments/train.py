@@ -10,6 +10,7 @@ import contextlib
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,14 @@ from jsae import files
 from jsae.config import require
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from bridge.nanochat import Nanochat
     from bridge.nanochat.corpus import Corpus
     from experiments.plan import Trainee
+
+
+_MOST_TOKENS = 2**16  # in a forward pass over held-out text
 
 
 def main(config: RunConfig) -> int:
@@ -56,6 +62,10 @@ def _train(run: Path, config: RunConfig, held: contextlib.ExitStack) -> int:
             held.enter_context(files.Lock(trainee.folder))
             rundir.record(trainee.folder, trainee.variant, facts)
 
+    # What would end the run in its last minute, found in its first.
+    rows = _heldout(config, heldout)
+    _check_activations(config, nano, plan.sites(trainees), rows)
+
     # The stream of activations and the loop that learns from it.
     source = ActivationStream(
         nano.model,
@@ -64,12 +74,13 @@ def _train(run: Path, config: RunConfig, held: contextlib.ExitStack) -> int:
         excluded=excluded_ids(config.exclude_tokens, nano.tokenizer),
         rows_per_forward=max(config.tokens_per_forward // corpus.row_len, 1),
         drop_sinks=config.drop_sinks,
+        decode=nano.tokenizer.decode,
     )
     states = train(run, config, trainees, source)
     if states is None:
         return _stopped()
     try:
-        finish(config, trainees, states, nano, heldout, corpus.fingerprint)
+        finish(config, trainees, states, nano, rows, corpus.fingerprint)
         if config.prepare_neuronpedia:
             for folder in dict.fromkeys(trainee.folder for trainee in trainees):
                 _prepare_neuronpedia(folder, config, torch_device)
@@ -87,7 +98,10 @@ def _stopped() -> int:
 
 
 def _announce(config: RunConfig, nano: "Nanochat", trainees: list["Trainee"]) -> None:
-    """Says what is going to happen."""
+    """Says what is going to happen, and which flag changes nothing of it."""
+    default = RunConfig.__dataclass_fields__["jax_memory_fraction"].default
+    if config.device == "cpu" and config.jax_memory_fraction != default:
+        print("note: --jax_memory_fraction is of a GPU's memory and changes nothing with --device=cpu", flush=True)
     import jax
 
     latents = trainees[0].member.sae.d_sae
@@ -140,6 +154,37 @@ def _check_data(run: Path, corpus: "Corpus") -> None:
     )
     what = changed(facts["data_files"], corpus.files)
     require(not what, f"{run} cannot go on to the same numbers, its data is not what it was: {what}")
+
+
+def _heldout(config: RunConfig, heldout: "Corpus") -> "np.ndarray":
+    """Return the held-out rows that the exports are measured on, (rows, tokens)."""
+    import numpy as np
+
+    return np.stack(list(heldout.one_pass(-(-config.heldout_tokens // heldout.row_len))))
+
+
+def _check_activations(
+    config: RunConfig, nano: "Nanochat", sites: Sequence[tuple[str, ...]], rows: "np.ndarray"
+) -> None:
+    """Warn of weights that are not finite, and check that all activations on held-out text can be measured.
+
+    Raises:
+      ActivationsError, DegenerateError: they cannot; names hook, token and place.
+    """
+    from bridge import finite
+    from bridge.selection import excluded_ids
+
+    finite.warn_of_broken_weights(nano.model)
+    step = max(min(config.tokens_per_forward, _MOST_TOKENS) // rows.shape[1], 1)
+    finite.check_text(
+        nano.model,
+        list(dict.fromkeys(hook for site in sites for hook in site)),
+        [rows[start : start + step] for start in range(0, len(rows), step)],
+        excluded=excluded_ids(config.exclude_tokens, nano.tokenizer),
+        drop_sinks=config.drop_sinks,
+        called=f"the held-out part of {config.data!r}",
+        decode=nano.tokenizer.decode,
+    )
 
 
 def _prepare_neuronpedia(run: Path, config: RunConfig, device: str) -> None:

@@ -1,10 +1,13 @@
 """What a run is told: frozen dataclasses, checked when made, JSON both ways. Imports nothing heavy."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
-from typing import Any, Literal, TypeVar, get_args
+import numbers
+import types
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Architecture = Literal["topk", "batchtopk", "matryoshka", "abstopk", "relu", "gated", "jumprelu"]
 SPARSE: frozenset[str] = frozenset({"topk", "batchtopk", "matryoshka", "abstopk"})
@@ -19,6 +22,118 @@ def require(condition: bool, message: str) -> None:
     """Raises `ConfigError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+class Range(NamedTuple):
+    """The numbers that a field may hold: from `low` to `high`, both included, and `also` these."""
+
+    low: float | int
+    high: float | int
+    words: str
+    """Completes "it must …"."""
+    also: tuple[float | int, ...] = ()
+
+    def holds(self, value: float | int) -> bool:
+        """Return whether a number lies in the range; NaN never does."""
+        return self.low <= value <= self.high or value in self.also
+
+
+def at_least(low: int, high: int = 2**31 - 1) -> Range:
+    """Return the range of whole numbers from `low` to `high`."""
+    return Range(low, high, f"be at least {low}, and at most {high}")
+
+
+COUNT = at_least(1)
+TOKENS = at_least(1, 2**50)
+SEED = Range(0, 2**31 - 1, "lie in [0, 2**31)")
+FRACTION = Range(0, 1, "lie between 0 and 1")
+RATE = Range(1e-12, 1e6, "be positive, from 1e-12 to 1e6")
+WEIGHT = Range(1e-30, 1e30, "be finite and not negative: 0, or from 1e-30 to 1e30", also=(0,))
+BANDWIDTH = Range(1e-6, 1e6, "be finite and positive, from 1e-6 to 1e6")
+TARGET = Range(1e-6, 2**28, "lie between 0 and d_sae, and be at least 1e-6")
+AVERAGED = Range(1e-9, 1, "lie above 0 and at most at 1; leave it out to export the last weights")
+BETA = Range(0, 0.999999, "lie in [0, 0.999999]")
+DEAD_AFTER = Range(1, 2**30, "lie between 1 and 2**30 activations")
+MOST_WEIGHTS = 2**41
+"""Of encoder and decoder together: 8 TiB."""
+_ANY = {
+    int: Range(-(2**63), 2**63 - 1, "be a whole number of at most 63 bits"),
+    float: Range(-3.4e38, 3.4e38, "be finite and within float32"),
+}
+
+
+def number(default: Any, range: Range) -> Any:
+    """Return a dataclass field with a default and the range that `check_fields` holds it to."""
+    return dataclasses.field(default=default, metadata={"range": range})
+
+
+def check_fields(config: Any) -> None:
+    """Check the numbers and choices of a dataclass against the types of its fields and their ranges.
+
+    A field's range is `metadata["range"]`; without one, whole numbers fit 64 bits and other numbers are finite. Where a
+    field is a tuple, its items are checked.
+
+    Raises:
+      ConfigError: a field that holds something else; names it.
+    """
+    for field in _fields(type(config)):
+        name, value = field.name, getattr(config, field.name)
+        if value is None and field.optional:
+            continue
+        require(not field.several or isinstance(value, (tuple, list)), f"{name} is {value!r}: it must be a list")
+        for item in value if field.several else (value,):
+            if field.choices:
+                require(item in field.choices, f"{name} is {item!r}: choose one of {', '.join(field.choices)}")
+            else:
+                _check_number(field, item)
+
+
+class _Field(NamedTuple):
+    """A field that `check_fields` knows."""
+
+    name: str
+    kind: type | None
+    """int or float; None for one of `choices`."""
+    choices: tuple[str, ...]
+    range: Range
+    optional: bool
+    several: bool
+
+
+def _check_number(field: _Field, value: Any) -> None:
+    wanted, noun = (numbers.Integral, "whole number") if field.kind is int else (numbers.Real, "number")
+    require(
+        isinstance(value, wanted) and not isinstance(value, bool), f"{field.name} is {value!r}: it must be a {noun}"
+    )
+    require(field.range.holds(value), f"{field.name} is {_shown(value)}: it must {field.range.words}")
+
+
+def _shown(value: Any) -> str:
+    """A number without thousands of digits."""
+    too_long = isinstance(value, int) and abs(value) >= 10**30
+    return "a number of more than 30 digits" if too_long else str(value)
+
+
+@functools.cache
+def _fields(config_class: type) -> list[_Field]:
+    """Return the fields of a dataclass that hold numbers or one of several words."""
+    found = []
+    hints = get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        hint, optional, several = hints[field.name], False, False
+        if get_origin(hint) in (Union, types.UnionType):
+            optional = type(None) in get_args(hint)
+            (hint, *others) = [arg for arg in get_args(hint) if arg is not type(None)]
+            if others:
+                continue
+        if get_origin(hint) is tuple and len(get_args(hint)) == 2 and get_args(hint)[1] is Ellipsis:
+            hint, several = get_args(hint)[0], True
+        if get_origin(hint) is Literal:
+            found.append(_Field(field.name, None, get_args(hint), _ANY[float], optional, several))
+        elif hint in _ANY:
+            limits = field.metadata.get("range") or _ANY[hint]
+            found.append(_Field(field.name, hint, (), limits, optional, several))
+    return found
 
 
 _Config = TypeVar("_Config", bound="Json")
@@ -40,6 +155,7 @@ class Json:
         """
         if isinstance(values, str):
             values = json.loads(values)
+        require(isinstance(values, dict), f"a {cls.__name__} is read from a JSON object, not from {values!r:.80}")
         fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - set(fields))
         require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
@@ -54,61 +170,56 @@ class SAEConfig(Json):
     """What an SAE is. `d_in` and `d_sae` are widths; coefficients are for inputs with a mean squared norm of `d_in`."""
 
     architecture: Architecture
-    d_in: int
-    d_sae: int
+    d_in: int = dataclasses.field(metadata={"range": at_least(1, 2**24)})
+    d_sae: int = dataclasses.field(metadata={"range": at_least(1, 2**28)})
     k: int = 32
     """Active latents per token (TopK, AbsTopK), or on average per token of a batch (BatchTopK, Matryoshka)."""
     nested_widths: tuple[int, ...] = ()
     """Matryoshka: how many of the first latents must reconstruct by themselves; d_sae is added."""
-    l1_coefficient: float = 5.0
+    l1_coefficient: float = number(5.0, WEIGHT)
     """ReLU, Gated: weight of the L1 penalty."""
-    l0_coefficient: float = 5.0
+    l0_coefficient: float = number(5.0, WEIGHT)
     """JumpReLU: weight of the sparsity penalty."""
     jump_recipe: Literal["tanh", "l0"] = "tanh"
-    bandwidth: float = 2.0
+    bandwidth: float = number(2.0, BANDWIDTH)
     """JumpReLU: width of the window around a threshold through which gradients reach it."""
-    initial_threshold: float = 0.1
-    pre_act_coefficient: float = 3e-6
+    initial_threshold: float = number(0.1, Range(1e-30, 1e30, "be finite and positive, from 1e-30 to 1e30"))
+    pre_act_coefficient: float = number(3e-6, WEIGHT)
     """JumpReLU, tanh recipe: weight of the pre-activation loss."""
-    aux_coefficient: float = 1 / 32
+    aux_coefficient: float = number(1 / 32, WEIGHT)
     """TopK family: weight of AuxK, Gao et al. 2024 (arXiv 2406.04093), section A.2."""
-    aux_k: int | None = None
+    aux_k: int | None = number(None, at_least(1, 2**28))
     """Dead latents that AuxK uses per token; None is `d_in // 2`."""
-    target_l0: float | None = None
+    target_l0: float | None = number(None, TARGET)
     """ReLU, Gated, JumpReLU: a controller moves the sparsity penalty until this many latents are active per token."""
-    d_out: int | None = None
+    d_out: int | None = number(None, at_least(1, 2**24))
     """Width of what a transcoder predicts; None is an autoencoder."""
     skip: bool = False
     """Whether a transcoder has a linear path beside its latents."""
-    layers: int = 1
+    layers: int = number(1, at_least(1, 2**12))
     """A crosscoder reads this many layers side by side: d_in is their widths together."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "nested_widths", tuple(self.nested_widths))
         require(
             self.architecture in ARCHITECTURES,
             f"unknown activation {self.architecture!r}: choose one of {', '.join(ARCHITECTURES)}",
         )
-        for name in ("d_in", "d_sae"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_fields(self)
+        object.__setattr__(self, "nested_widths", tuple(self.nested_widths))
         if self.architecture in SPARSE:
             require(
                 1 <= self.k <= self.d_sae,
                 f"k={self.k} active latents out of d_sae={self.d_sae}: k must be between 1 and d_sae; "
                 "lower k or raise the expansion factor",
             )
-        for name in ("l1_coefficient", "l0_coefficient", "aux_coefficient", "pre_act_coefficient"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value >= 0, f"{name} is {value}: it must be finite and not negative")
-        for name in ("bandwidth", "initial_threshold"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value > 0, f"{name} is {value}: it must be finite and positive")
-        require(self.aux_k is None or self.aux_k >= 1, f"aux_k is {self.aux_k}: it must be at least 1, or none")
+        require(
+            self.d_sae * (self.d_in + self.width_out) <= MOST_WEIGHTS,
+            f"d_sae={self.d_sae} latents of d_in={self.d_in} are more than {MOST_WEIGHTS} weights: lower d_sae",
+        )
         self._check_widths()
         self._check_target()
-        require(self.d_out is None or self.d_out >= 1, f"d_out is {self.d_out}: it must be at least 1")
         require(
-            self.layers >= 1 and self.d_in % self.layers == 0,
+            self.d_in % self.layers == 0,
             f"d_in={self.d_in} cannot be {self.layers} layers of one width",
         )
         require(not self.skip or self.is_transcoder, "only a transcoder has a skip path: give a target hook")
@@ -162,27 +273,27 @@ class SAEConfig(Json):
 class TrainConfig(Json):
     """How an SAE is trained. Lengths are in activations (tokens), never in steps, so that batch size is free."""
 
-    num_activations: int
-    batch_size: int = 2048
-    learning_rate: float | None = None
+    num_activations: int = dataclasses.field(metadata={"range": TOKENS})
+    batch_size: int = number(2048, at_least(1, 2**24))
+    learning_rate: float | None = number(None, RATE)
     """Peak rate; None is 2e-4 / sqrt(d_sae / 2**14), the scaling of Gao et al. 2024, section A.3."""
-    warmup_fraction: float = 0.02
-    decay_fraction: float = 0.2
-    clip_norm: float = 1.0
-    sparsity_warmup_fraction: float = 0.05
+    warmup_fraction: float = number(0.02, FRACTION)
+    decay_fraction: float = number(0.2, FRACTION)
+    clip_norm: float = number(1.0, Range(1e-12, 1e30, "be positive, from 1e-12 to 1e30 or inf", also=(math.inf,)))
+    sparsity_warmup_fraction: float = number(0.05, FRACTION)
     """The part of the run over which penalties on sparsity rise from zero."""
-    k_start: int | None = None
+    k_start: int | None = number(None, at_least(1, 2**28))
     """TopK family: codes per token at the very start, lowered linearly to k over `k_anneal_fraction`; None is k."""
-    k_anneal_fraction: float = 0.1
-    average_fraction: float | None = None
+    k_anneal_fraction: float = number(0.1, FRACTION)
+    average_fraction: float | None = number(None, AVERAGED)
     """Keeps an exponential mean of the weights over this part of the run and exports it; None exports the weights."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    dead_after: int = 10_000_000
+    beta1: float = number(0.9, BETA)
+    beta2: float = number(0.999, BETA)
+    dead_after: int = number(10_000_000, DEAD_AFTER)
     """A latent is dead after this many activations without a value above zero."""
-    resample_every: int | None = None
+    resample_every: int | None = number(None, TOKENS)
     """Give dead latents new weights and fresh Adam moments every so many activations; None is never."""
-    seed: int = 0
+    seed: int = number(0, SEED)
     matmul_dtype: Literal["float32", "bfloat16"] = "float32"
     """What matrices are rounded to before they are multiplied; sums, weights and moments are float32 in any case."""
 
@@ -191,32 +302,29 @@ class TrainConfig(Json):
             self.matmul_dtype in ("float32", "bfloat16"),
             f"matmul_dtype is {self.matmul_dtype!r}: it must be float32 or bfloat16",
         )
-        require(self.batch_size >= 1, f"batch_size is {self.batch_size}: it must be at least 1")
+        check_fields(self)
         require(
             self.num_activations >= self.batch_size,
             f"num_activations={self.num_activations} is less than one batch of {self.batch_size}",
         )
-        rate = self.learning_rate
-        require(rate is None or (math.isfinite(rate) and rate > 0), f"learning_rate is {rate}: it must be positive")
-        for name in ("warmup_fraction", "decay_fraction", "sparsity_warmup_fraction", "k_anneal_fraction"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name} is {value}: it must lie between 0 and 1")
+        require(
+            self.num_steps < 2**31,
+            f"num_activations={self.num_activations} are {self.num_steps} steps of batch_size={self.batch_size}: "
+            "they must be less than 2**31",
+        )
         require(
             self.warmup_fraction + self.decay_fraction <= 1,
-            f"warm-up ({self.warmup_fraction}) and decay ({self.decay_fraction}) together exceed the run",
-        )
-        require(self.clip_norm > 0, f"clip_norm is {self.clip_norm}: it must be positive")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must lie in [0, 1)")
-        require(
-            1 <= self.dead_after <= 2**30,
-            f"dead_after is {self.dead_after}: it must lie between 1 and 2**30 activations",
+            f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} together exceed the run",
         )
         require(
             self.resample_every is None or self.resample_every >= self.batch_size,
             f"resample_every={self.resample_every} is less than one batch of {self.batch_size}",
         )
-        require(0 <= self.seed < 2**31, f"seed is {self.seed}: it must lie in [0, 2**31)")
+        require(
+            self.resample_every is None or self.resample_every <= self.num_activations,
+            f"resample_every={self.resample_every} lies beyond the run of num_activations={self.num_activations}: "
+            "nothing would be resampled",
+        )
 
     @property
     def num_steps(self) -> int:

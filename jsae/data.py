@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt
 
 from jsae.config import require
+from jsae.health import ActivationsError, DegenerateError, Extent, degenerate
 
 Block = Array | tuple[Any, ...]
 """Activations, (rows, d); or a tree of tuples of such, of the same tokens: for every site what its SAE reads."""
@@ -132,6 +133,7 @@ class Shuffled:
         self._next_position = self._source.position()
         self._filling = self._source.fill(self._rows)
         self._share, self._filled = 0.0, None
+        self._filling_block = self._cursor.block if self._block is None else self._cursor.block + 1
 
     def _work(self, share: float) -> None:
         """Works on the block that is being filled until this share of it is done."""
@@ -140,6 +142,9 @@ class Shuffled:
                 self._share = next(self._filling)
         except StopIteration as done:
             self._filling, self._filled = None, done.value
+        except ActivationsError as error:
+            step = self._filling_block * self._per_block + 1
+            raise ActivationsError(f"the activations are not finite at step {step}; {error}") from error
 
     def _advance(self) -> None:
         """Makes the block at the cursor the current one, and starts on the one after it if there will be one."""
@@ -193,12 +198,47 @@ class ArraySource:
 
 
 def scale_of(acts: Float[Array, "n d"], layers: int = 1) -> Float[Array, "*d"]:
-    """The factor that gives activations a mean squared norm of d; for several layers side by side one each, (d,)."""
+    """Return the factor that gives activations a mean squared norm of d; of several layers side by side one each, (d,).
+
+    Squares are of activations divided by a power of two near the largest, so that none leaves float32.
+    """
     n, d = acts.shape
     width = d // layers
-    squares = jnp.square(acts.astype(jnp.float32)).reshape(n, layers, width).sum(-1).mean(0)
-    scales = jnp.sqrt(width / squares)
+    parts = acts.astype(jnp.float32).reshape(n, layers, width)
+    unit = _power_of_two(jnp.abs(parts).max(axis=(0, 2)))
+    squares = jnp.square(parts / unit[:, None]).sum(-1).mean(0)
+    scales = jnp.sqrt(width / squares) / unit
     return scales[0] if layers == 1 else jnp.repeat(scales, width)
+
+
+def check(acts: Float[Array, "n d"], where: str = "activations") -> None:
+    """Check that something can be learned from activations. Waits for the device.
+
+    Raises:
+      ActivationsError: NaN or infinite numbers among them.
+      DegenerateError: they are all zero, all alike, or of a scale that float32 sums do not hold.
+    """
+    extent = Extent(*(float(value) for value in jax.device_get(_extent(acts))))
+    problem = degenerate(extent._replace(nonfinite=int(extent.nonfinite)), where)
+    if problem is not None:
+        raise (ActivationsError if extent.nonfinite else DegenerateError)(problem)
+
+
+@jax.jit
+def _extent(acts: Float[Array, "n d"]) -> tuple[Array, ...]:
+    x = acts.astype(jnp.float32)
+    nonfinite = (~jnp.isfinite(x)).sum()
+    largest = jnp.abs(x).max()
+    unit = _power_of_two(largest)
+    x = x / unit
+    square, spread = jnp.square(x).mean(), jnp.square(x - x.mean(0)).mean()
+    return largest, jnp.sqrt(square) * unit, spread / square, nonfinite
+
+
+def _power_of_two(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Return the largest power of two that is not above x, by which dividing is exact; 1 where float32 has none."""
+    power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000, jnp.float32)
+    return jnp.where((power > 0) & jnp.isfinite(power), power, 1)
 
 
 def geometric_median(x: Float[Array, "n d"], iterations: int = 100) -> Float[Array, " d"]:

@@ -57,19 +57,22 @@ def resample(
     fresh |= sae.latent_arrays(sae.config)
 
     def renew(path: tuple[Any, ...], leaf: Array) -> Array:
-        name = _latent_array(path)
+        name = _latent_array(path, leaf)
         return leaf if name is None else jnp.where(_column(dead, leaf), fresh.get(name, 0), leaf)
 
     def forget(path: tuple[Any, ...], leaf: Array) -> Array:
-        return leaf if _latent_array(path) is None else jnp.where(_column(dead, leaf), 0, leaf)
+        return leaf if _latent_array(path, leaf) is None else jnp.where(_column(dead, leaf), 0, leaf)
 
     return jax.tree_util.tree_map_with_path(renew, sae), jax.tree_util.tree_map_with_path(forget, moments)
 
 
-def _latent_array(path: tuple[Any, ...]) -> str | None:
-    """The name of the array at `path` if it has one row per latent."""
+def _latent_array(path: tuple[Any, ...], leaf: Array) -> str | None:
+    """Return the name of the array at `path` if it has one row per latent.
+
+    BatchTopK and Matryoshka have one threshold for all latents, a scalar under the name of an array.
+    """
     names = [getattr(p, "name", getattr(p, "key", "")) for p in path]
-    return next((n for n in names if AXES.get(n, ("",))[0] == "f"), None)
+    return next((n for n in names if AXES.get(n, ("",))[0] == "f" and len(AXES[n]) == leaf.ndim), None)
 
 
 def _column(dead: Bool[Array, " f"], like: Array) -> Array:

@@ -150,6 +150,18 @@ def write(
         (partial / "cfg.json").write_text(json.dumps(cfg, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def mark(folder: Path, problem: str) -> None:
+    """Write into the metadata of an export why it is of no use, as `problem`; readers of SAELens keep it.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    path = folder / "cfg.json"
+    cfg = json.loads(path.read_text(encoding="utf-8"))
+    cfg["metadata"]["problem"] = problem
+    files.write(path, json.dumps(cfg, indent=2, allow_nan=False) + "\n")
+
+
 def write_sparsity(folder: Path, density: Float[np.ndarray, " f"]) -> None:
     """Write `sparsity.safetensors`: log10 of the share of tokens on which each latent fires, plus 1e-10.
 

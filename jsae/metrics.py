@@ -66,7 +66,7 @@ def of(x: Any, error: Any, values: Any, fired: Any, *, loss: Any, nonfinite: Any
     norm, norm_hat = square**0.5, (square_hat * (square_hat > 0)) ** 0.5  # rounding may leave less than nothing
     tiny = 1e-30  # a token of norm zero has cosine 0, not NaN
     return Sums(
-        tokens=(norm * 0 + 1).sum(),
+        tokens=((norm == norm) | (norm != norm)).sum(),  # all of them, whatever their numbers are
         loss=loss * x.shape[0],
         squared_error=squares.sum(),
         # A batch without variance has none to explain.

@@ -140,7 +140,10 @@ class SAE(nnx.Module):
             self._read_prediction(x, wanted)
         few = x[:_FIT_ROWS]
         made = self.spanned(self.activate(few)[0], len(few))
-        self._scale_encoder((made * wanted[:_FIT_ROWS]).sum() / jnp.square(made).sum())
+        square = jnp.square(made).sum()
+        # Where no latent is active on these rows there is nothing to scale by.
+        factor = (made * wanted[:_FIT_ROWS]).sum() / jnp.where(square > 0, square, 1)
+        self._scale_encoder(jnp.where(square > 0, factor, 1))
 
     def _read_prediction(self, x: Float[Array, "n d"], wanted: Float[Array, "n o"]) -> None:
         """W_enc = W_dec A^T, biases -W_enc mean(x), where (x - mean(x)) A is the ridge regression of what is wanted."""
@@ -371,6 +374,7 @@ class JumpReLU(SAE):
             few = x[:_FIT_ROWS]
             count = min(max(round(4 * target * len(few)), 1), len(few) * self.config.d_sae // 2)
             start = topk.kth_largest(self.pre_activations(few), count)
+            start = jnp.where(start > 0, start, self.config.initial_threshold)  # where fewer than that are positive
             self.log_threshold[...] = jnp.full(self.config.d_sae, jnp.log(start))
 
     @property

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
@@ -13,6 +14,7 @@ from jsae import axes, control, data, dead, losses, metrics, optim, paths, preci
 from jsae.codes import Codes, Input
 from jsae.config import SPARSE, SAEConfig, TrainConfig, require
 from jsae.control import Control
+from jsae.health import ActivationsError, NotFiniteError
 
 Acts = Float[Array, "n d"] | tuple[Float[Array, "n _"], ...]
 """Activations of n tokens: of one hook, of a transcoder's input and target, or of every layer of a crosscoder."""
@@ -44,20 +46,31 @@ class TrainState(NamedTuple):
 Step = Callable[[TrainState, Acts], tuple[TrainState, metrics.Sums]]
 
 
-class NotFiniteError(FloatingPointError):
-    """The loss became NaN or infinite: names the step."""
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def init(sae_config: SAEConfig, config: TrainConfig, sample: Acts) -> TrainState:
-    """The state before the first step, scaled and centred on a sample of activations.
+def init(sae_config: SAEConfig, config: TrainConfig, sample: Acts | np.ndarray | tuple[np.ndarray, ...]) -> TrainState:
+    """Return the state before the first step, scaled and centred on a sample of activations.
 
     `scale` brings the sample's mean squared norm to its width, in a crosscoder layer by layer; `b_dec` starts at the
     geometric median of what is to be made, so that the SAE does not spend its latents on the mean; `W_enc` starts as
     `W_dec` times the one factor with which the first reconstruction fits best (Gao et al. 2024, section A.1, make its
     norm right), or many latents that point the same way add up to several times the input and the first thousand steps
     go into unlearning that.
+
+    Raises:
+      ConfigError: activations of other widths than the SAE's.
+      ActivationsError, DegenerateError: a sample that nothing can be learned from; an abstract one is not checked.
     """
+    sample = jax.tree.map(jnp.asarray, sample)
+    ends(sae_config, sample)
+    parts = sample if isinstance(sample, tuple) else (sample,)
+    for number, part in enumerate(parts, 1):
+        if not isinstance(part, jax.core.Tracer):
+            which = f" (part {number} of {len(parts)})" if len(parts) > 1 else ""
+            data.check(part, f"{len(part)} activations{which}")
+    return _init(sae_config, config, sample)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(sae_config: SAEConfig, config: TrainConfig, sample: Acts) -> TrainState:
     x, y = ends(sae_config, sample)
     scale, scale_out = (data.scale_of(a, sae_config.layers) for a in (x, y))
     x, y = (a[:_INIT_ROWS].astype(jnp.float32) * s for a, s in ((x, scale), (y, scale_out)))
@@ -181,7 +194,7 @@ def check_finite(state: TrainState, sums: metrics.Sums, name: str | None = None)
     """Waits for the device and stops a run that went wrong; `name` says which SAE of several.
 
     Raises:
-      NotFiniteError: some step so far had a loss that is NaN or infinite.
+      NotFiniteError: some step so far had a loss that is NaN or infinite; an ActivationsError where they are the cause.
     """
     step = int(state.bad_step)
     if step >= 0:
@@ -192,7 +205,7 @@ def check_finite(state: TrainState, sums: metrics.Sums, name: str | None = None)
             else "the activations were finite: lower the learning rate or raise the warm-up"
         )
         whose = "" if name is None else f" of {name}"
-        raise NotFiniteError(f"the loss{whose} is not finite at step {step}; {cause}")
+        raise (ActivationsError if bad else NotFiniteError)(f"the loss{whose} is not finite at step {step}; {cause}")
 
 
 def trained(state: TrainState) -> saes.SAE:
@@ -302,6 +315,7 @@ def _counted(
         return jax.tree.map(lambda a: a.sum(0), jax.lax.map(part, jnp.arange(n // chunk)))
 
     sums = summed() if chunk < n else count(*whole)
+    sums = sums._replace(l0=sums.l0.astype(jnp.float32))  # a long window's count is more than an integer holds
     return sums._replace(fired=dead.times_fired(made.latents, d_sae)) if is_sparse else sums
 
 

@@ -105,6 +105,7 @@ WRITES = {
     "bridge/neuronpedia/strict.py: Lines.add": "into a folder that is being replaced",
     "bridge/nanochat/pretraining.py: save": "removes checkpoints when a later one is whole",
     "bridge/nanochat/tokenizer.py: save": "into memory",
+    "experiments/signals.py: end_at_once": "writes to the terminal",
     "experiments/benches/": "into temporary folders of its own; results go through timing.write",
 }
 """Where files are written, renamed or removed without `jsae.files`, and why that leaves nothing half there."""

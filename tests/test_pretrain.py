@@ -268,3 +268,30 @@ def test_settings_that_cannot_work_end_before_training(tmp_path, texts, change, 
     with pytest.raises((ValueError, FileNotFoundError), match=told):
         main(PretrainConfig(**{"out": str(tmp_path / "run"), "data": texts, "steps": 12, **TINY, **change}))
     assert not list(tmp_path.rglob("model_*.pt"))
+
+
+# ---- numbers that go wrong ----------------------------------------------------------------------------------------
+
+
+def test_a_model_worse_than_guessing_is_kept_to_look_at_and_an_error(tmp_path, texts):
+    rates = {"matrix_lr": 50.0, "embedding_lr": 1000.0, "head_lr": 1000.0}
+    with pytest.raises(FloatingPointError, match="lower the learning rates"):
+        main(PretrainConfig(out=str(tmp_path), data=texts, steps=12, **TINY, **rates))
+
+
+def test_a_run_that_diverges_is_stopped_with_the_last_good_save_kept(tmp_path, texts, monkeypatch):
+    losses = iter([5.0] * 20 + [30.0] * 200)
+    real = Trainer._update
+    monkeypatch.setattr(Trainer, "_update", lambda self, rows: real(self, rows) | {"loss": next(losses)})
+    with pytest.raises(FloatingPointError, match=r"from step 21 to 120 the loss \(5\.\d+ is guessing\) is above 11"):
+        main(PretrainConfig(out=str(tmp_path), data=texts, steps=300, **TINY | {"eval_every": 10}))
+    assert sorted(path.name for path in tmp_path.glob("model_*.pt")) == ["model_000020.pt"]
+
+
+def test_weights_that_are_not_finite_are_not_saved_over_the_last_good_save(tmp_path, texts, monkeypatch):
+    real = pretraining.heldout_bits_per_byte
+    found = iter([1.0, float("nan")])
+    monkeypatch.setattr(pretraining, "heldout_bits_per_byte", lambda *a: real(*a) * next(found))
+    with pytest.raises(FloatingPointError, match="at step 12 the held-out bits per byte are nan"):
+        main(PretrainConfig(out=str(tmp_path), data=texts, steps=18, **TINY))
+    assert [path.name for path in tmp_path.glob("model_*.pt")] == ["model_000006.pt"]

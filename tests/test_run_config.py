@@ -167,7 +167,7 @@ BAD_SAES = {
         {"k": (32, 1025)},
         "k=1025 active latents out of d_sae=1024: k must be between 1 and d_sae",
     ),
-    "a k of none": ({"k": (0,)}, "k=0 active latents out of d_sae=1024"),
+    "a k of none": ({"k": (0,)}, "k is 0: it must be at least 1"),
     "widths that do not increase": (
         {"activation": "matryoshka", "nested_widths": (256, 128)},
         r"nested widths must increase strictly from at least 1 up to d_sae: \(256, 128, 1024\) do not",

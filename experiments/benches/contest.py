@@ -25,6 +25,7 @@ from experiments import device
 from experiments.benches import peers, shapes, tables, timing
 from experiments.benches.shapes import Dtype, Size
 from experiments.flags import flag
+from experiments.locations import FilePath
 
 OURS, MATMUL, THEIR_MATMUL = "jsae", "encoder matmul", "encoder matmul in torch"
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "gated", "jumprelu")
@@ -49,12 +50,12 @@ class Config:
     warmup_steps: int = flag(5, "Steps of everyone before the first that counts.")
     rounds: int = flag(10, "Rounds that count, at least 2.")
     threads: int | None = flag(None, "Threads of torch; none: as many as it takes by itself. jax has all cores.")
-    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)  # noqa: RUF009 - a field like the others
+    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
     device: Literal["cpu", "cuda"] = flag("cpu", "Where all run.")
     autocast: bool = flag(False, "On a GPU: let the others multiply in bfloat16.")
     markdown: bool = flag(False, "Print the table as Markdown.")
-    peer_env: str = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
-    out: str = flag("experiments/results/peers_{device}.json", "Where the figures go.")
+    peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
+    out: FilePath = flag("experiments/results/peers_{device}.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
         shapes.check(self.sizes, self.architectures, ARCHITECTURES)

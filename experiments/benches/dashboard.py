@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.benches import peers, timing
 from experiments.flags import flag
+from experiments.locations import FilePath
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,8 +50,8 @@ class Config:
     k: int = flag(8, "Active latents per token.")
     rounds: int = flag(2, "Rounds that count, at least 2.")
     threads: int | None = flag(None, "Threads of torch on either side; none: as many as it takes by itself.")
-    peer_env: str = flag("~/.cache/jsae/saedashboard-0.8.0", "The virtual environment of SAEDashboard.")
-    out: str = flag("experiments/results/dashboard_cpu.json", "Where the figures go.")
+    peer_env: FilePath = flag("~/.cache/jsae/saedashboard-0.8.0", "The virtual environment of SAEDashboard.")
+    out: FilePath = flag("experiments/results/dashboard_cpu.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
         for name in ("prompts", "length", "layers", "k"):

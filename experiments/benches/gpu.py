@@ -19,6 +19,7 @@ from typing import Any
 from experiments import device
 from experiments.benches import contest, memory, peers, shapes, step, stream
 from experiments.flags import EXPECTED_ERRORS, flag
+from experiments.locations import FilePath
 
 OTHER_WAYS = ("plain", "dense")
 MEASUREMENTS = ("step", *(f"step_{way}" for way in OTHER_WAYS), "step_float32", "peers", "memory", "stream")
@@ -33,10 +34,10 @@ class Config:
     sizes: tuple[str, ...] = flag(("1280:20480:64:16384",), shapes.SIZES_HELP)
     models: tuple[str, ...] = flag(("d20",), "nanochats that are streamed: demo, or dN for random weights.")
     rounds: int = flag(20, "Rounds that count, at least 2.")
-    trace_dir: str | None = flag(None, "Also write a profile of a few steps there.")
+    trace_dir: FilePath | None = flag(None, "Also write a profile of a few steps there.")
     markdown: bool = flag(False, "Print tables as Markdown.")
-    peer_env: str = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
-    folder: str = flag("experiments/results", "Where the figures go.")
+    peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
+    folder: FilePath = flag("experiments/results", "Where the figures go.")
 
     def __post_init__(self) -> None:
         if not self.measurements or not set(self.measurements) <= set(MEASUREMENTS):

@@ -23,6 +23,7 @@ from experiments.benches import contest, peers, shapes, tables, timing
 from experiments.benches.contest import OURS, TRAINERS
 from experiments.benches.shapes import Dtype, Size
 from experiments.flags import flag
+from experiments.locations import FilePath
 from jsae.config import ARCHITECTURES
 
 SCRIPT = Path(__file__).with_name("memory_side.py")
@@ -37,12 +38,12 @@ class Config:
     architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures.")
     trainers: tuple[str, ...] = flag(tuple(TRAINERS), "Trainers beside jsae, each where it has the architecture.")
     steps: int = flag(3, "Steps during which memory is watched.")
-    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)  # noqa: RUF009 - a field like the others
+    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
     device: Literal["cpu", "cuda"] = flag("cpu", "Where all run.")
     autocast: bool = flag(False, "On a GPU: let the others multiply in bfloat16.")
     markdown: bool = flag(False, "Print the table as Markdown.")
-    peer_env: str = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
-    out: str = flag("experiments/results/memory_{device}.json", "Where the figures go.")
+    peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
+    out: FilePath = flag("experiments/results/memory_{device}.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
         shapes.check(self.sizes, self.architectures, ARCHITECTURES)

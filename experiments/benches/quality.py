@@ -24,14 +24,15 @@ from typing import Any
 from experiments.benches import peers, quality_sides, tables, timing
 from experiments.benches.quality_contest import ARCHITECTURES, OURS, TRAINERS, Contest
 from experiments.flags import flag
+from experiments.locations import Checkpoint, Data, FilePath
 
 
 @dataclass(frozen=True)
 class Config:
     """What is trained, and how often."""
 
-    checkpoint: str = flag("demo", "nanochat checkpoint whose activations are learned.")
-    data: str = flag("stdlib", "Its text.")
+    checkpoint: Checkpoint = flag("demo", "nanochat checkpoint whose activations are learned.")
+    data: Data = flag("stdlib", "Its text.")
     layer: int = flag(2, "Layer whose residual stream is read.")
     architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures.")
     trainers: tuple[str, ...] = flag(("SAELens", "dictionary_learning", "sparsify", OURS), "Trainers.")
@@ -49,8 +50,8 @@ class Config:
     threads: int | None = flag(None, "Threads of torch on either side; none: as many as it takes by itself.")
     quick: bool = flag(False, "Few activations, one rate, one seed: only to see that all runs.")
     markdown: bool = flag(False, "Print the table as Markdown.")
-    peer_env: str = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
-    out: str = flag("experiments/results/quality_cpu.json", "Where the figures go.")
+    peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
+    out: FilePath = flag("experiments/results/quality_cpu.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
         for name, known in (("architectures", ARCHITECTURES), ("trainers", TRAINERS)):
@@ -62,7 +63,7 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_activations < 100 * self.batch_size:
             raise ValueError(
-                f"num_activations={self.num_activations} is less than 100 batches of {self.batch_size}: "
+                f"num_activations={self.num_activations} is less than 100 batches of batch_size={self.batch_size}: "
                 "warm-up and decay are parts of the run that must be whole steps"
             )
         if not 1 <= self.k <= self.d_sae:

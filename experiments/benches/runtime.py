@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.accelerators import check_name, require_torch
 from experiments.benches import models, timing
 from experiments.flags import flag
+from experiments.locations import FilePath
 
 if TYPE_CHECKING:
     from bridge.nanochat.model import GPT
@@ -39,9 +41,11 @@ class Config:
     threads: int | None = flag(None, "Threads of torch on a CPU; none: as many as it takes by itself.")
     device: str = flag("auto", "auto is cuda where there is one, else cpu.")
     saelens: bool = flag(True, "Measure SAELens too (extra [test]).")
-    out: str = flag("experiments/results/runtime_{device}.json", "Where the figures go.")
+    out: FilePath = flag("experiments/results/runtime_{device}.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
+        if self.device != "auto":
+            check_name(self.device)
         for name in ("tokens", "prompt", "expansion_factor", "k", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -57,6 +61,7 @@ def main(config: Config) -> int:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    require_torch(device)
     found = []
     for depth in config.depths:
         with tempfile.TemporaryDirectory() as folder:

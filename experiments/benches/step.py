@@ -17,6 +17,7 @@ from experiments import device
 from experiments.benches import shapes, tables, timing
 from experiments.benches.shapes import Dtype, Size
 from experiments.flags import flag
+from experiments.locations import FilePath
 from jsae.config import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -37,12 +38,12 @@ class Config:
     dead: float = flag(0.0, "Part of the latents that is dead: above 0 the TopK family learns with AuxK.")
     warmup_steps: int = flag(20, "Steps before the first that counts.")
     rounds: int = flag(15, "Rounds that count, at least 2.")
-    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)  # noqa: RUF009 - a field like the others
+    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
     way: str | None = flag(None, "Force a way through the step: cpu, gpu, plain or dense; none is the device's.")
     device: Literal["cpu", "cuda"] = flag("cpu", "Where it runs.")
-    trace_dir: str | None = flag(None, "Also write a profile of a few steps of every architecture there.")
+    trace_dir: FilePath | None = flag(None, "Also write a profile of a few steps of every architecture there.")
     markdown: bool = flag(False, "Print tables as Markdown.")
-    out: str = flag("experiments/results/step_{device}.json", "Where the figures go.")
+    out: FilePath = flag("experiments/results/step_{device}.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
         shapes.check(self.sizes, self.architectures, ARCHITECTURES)

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from experiments import device
+from experiments.accelerators import check_name
 from experiments.benches import models, shapes, tables, timing
 from experiments.benches.shapes import Dtype
 from experiments.flags import flag
+from experiments.locations import FilePath
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,11 +43,11 @@ class Config:
     vocab_size: int = flag(32768, "Tokens of the random models' vocabulary.")
     rounds: int = flag(5, "Rounds that count, at least 2.")
     threads: int | None = flag(None, "Threads of torch in the stream; none is what training takes, all cores.")
-    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)  # noqa: RUF009 - a field like the others
+    matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
     device: str = flag("cpu", "Where torch and jax run: cpu, cuda or cuda:N.")
     jax_memory_fraction: float = flag(0.4, "Part of the GPU's memory for jax; torch has the rest.")
     markdown: bool = flag(False, "Print the table as Markdown.")
-    out: str = flag("experiments/results/stream_{device}.json", "Where the figures go.")
+    out: FilePath = flag("experiments/results/stream_{device}.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
         for name in self.models:
@@ -57,9 +59,8 @@ class Config:
         if self.rounds < 2:
             raise ValueError(f"rounds must be at least 2, got {self.rounds}")
         if not self.models or self.block_size < self.batch_size or self.block_size % self.batch_size:
-            raise ValueError(f"block_size={self.block_size} is not made of whole batches of {self.batch_size}")
-        if self.device != "cpu" and self.device.partition(":")[0] != "cuda":
-            raise ValueError(f"device is {self.device!r}: torch and jax share either cpu or cuda")
+            raise ValueError(f"block_size={self.block_size} is no multiple of batch_size={self.batch_size}")
+        check_name(self.device)
         if not 0 < self.jax_memory_fraction < 0.95:
             raise ValueError(f"jax_memory_fraction must lie between 0 and 0.95, got {self.jax_memory_fraction}")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.benches import timing
 from experiments.flags import flag
+from experiments.locations import FilePath
 
 if TYPE_CHECKING:
     from jsae.sweep import Member
@@ -33,7 +34,7 @@ class Config:
     block_size: int = flag(16384, "Activations per block; a round trains on two.")
     rounds: int = flag(5, "Rounds that count, at least 2.")
     threads: int = flag(1, "Threads of torch; jax has all cores.")
-    out: str = flag("experiments/results/sweep_cpu.json", "Where the figures go.")
+    out: FilePath = flag("experiments/results/sweep_cpu.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
         for name in ("expansion_factor", "k", "batch_size", "threads"):
@@ -44,7 +45,7 @@ class Config:
         if min(self.counts, default=0) < 1:
             raise ValueError(f"counts must name at least one number of SAEs, got {self.counts}")
         if self.block_size % self.batch_size:
-            raise ValueError(f"block_size={self.block_size} is not made of whole batches of {self.batch_size}")
+            raise ValueError(f"block_size={self.block_size} is no multiple of batch_size={self.batch_size}")
 
 
 def main(config: Config) -> int:

@@ -1,0 +1,136 @@
+"""Paths as people write them in flags: `~`, `~user`, `$VAR` and `${VAR}`, in every flag of every command alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, NamedTuple
+
+from jsae.config import ConfigError, require
+
+
+class Location(NamedTuple):
+    """Marks a flag that names files or folders."""
+
+    words: tuple[str, ...] = ()
+    """Values that are names of something else, and stay as they are."""
+    listed: bool = False
+    """Whether it is a comma-separated list of paths and globs."""
+
+
+FilePath = Annotated[str, Location()]
+"""A file or a folder."""
+Checkpoint = Annotated[str, Location(words=("demo",))]
+"""A nanochat checkpoint, or `demo`."""
+Data = Annotated[str, Location(words=("stdlib",), listed=True)]
+"""Text: paths and globs, comma-separated, or `stdlib`."""
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
+
+
+def expand(path: str) -> str:
+    """Return a path with `~`, `~user`, `$VAR` and `${VAR}` replaced; a relative path stays relative.
+
+    A path that exists as it is written stays as it is where a user or a variable is unknown.
+
+    Raises:
+      ConfigError: an unknown user, a variable that is not set, or a path that no file system can hold.
+    """
+    require("\0" not in path, f"the path {path!r} holds a zero byte")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        require(False, f"the path {path!r} is not UTF-8: rename it")
+    try:
+        return _home(_VARIABLE.sub(functools.partial(_value, path), path))
+    except ConfigError:
+        if os.path.lexists(path):
+            return path
+        raise
+
+
+def _value(path: str, match: re.Match[str]) -> str:
+    name = match[1] or match[2]
+    require(name in os.environ, f"the path {path!r} names the environment variable {name}, which is not set")
+    return os.environ[name]
+
+
+def _home(path: str) -> str:
+    found = os.path.expanduser(path)  # noqa: PTH111 - pathlib raises RuntimeError, and would turn ./x into x
+    user = path.split("/")[0]
+    require(found != path or not path.startswith("~"), f"the path {path!r} names the home of {user}, who is not known")
+    return found
+
+
+def expand_fields(config: Any) -> None:
+    """Expand the fields of a frozen dataclass that are marked as locations, in place.
+
+    Raises:
+      ConfigError: see `expand`; names the field.
+    """
+    for name, location in _locations(type(config)).items():
+        value = getattr(config, name)
+        try:
+            object.__setattr__(config, name, _each(value, location, expand))
+        except ConfigError as error:
+            raise ConfigError(f"--{name}: {error}") from None
+
+
+def absolute_fields(config_class: type, values: dict[str, Any], resolve: bool = False) -> dict[str, Any]:
+    """Return a config's fields, as JSON has them, with its locations absolute.
+
+    Args:
+      config_class: the dataclass.
+      values: its fields; others are left alone.
+      resolve: whether to follow symbolic links, so that two spellings of one place are equal.
+    """
+    absolute = os.path.realpath if resolve else _absolute
+    locations = _locations(config_class)
+
+    def changed(name: str, value: Any) -> Any:
+        return _each(value, locations[name], absolute) if name in locations else value
+
+    return {name: changed(name, value) for name, value in values.items()}
+
+
+def _absolute(path: str) -> str:
+    # What `..` leads to depends on symbolic links.
+    return os.path.realpath(path) if ".." in path.split("/") else os.path.abspath(path)  # noqa: PTH100
+
+
+def _each(value: Any, location: Location, change: Callable[[str], str]) -> Any:
+    """Apply `change` to every path of a field's value."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_each(item, location, change) for item in value)
+    if not isinstance(value, str) or not value:
+        return value
+    if location.listed:
+        return ",".join(_changed(part.strip(), location, change) for part in value.split(","))
+    return _changed(value, location, change)
+
+
+def _changed(path: str, location: Location, change: Callable[[str], str]) -> str:
+    return path if not path or path in location.words or _ADDRESS.match(path) else change(path)
+
+
+@functools.cache
+def _locations(config_class: type) -> dict[str, Location]:
+    """The fields of a dataclass that are marked."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    found = {field.name: next(_marks(hints[field.name]), None) for field in dataclasses.fields(config_class)}
+    return {name: location for name, location in found.items() if location is not None}
+
+
+def _marks(hint: Any) -> Iterable[Location]:
+    """The marks anywhere in a type: in `FilePath`, `FilePath | None`, `tuple[FilePath, ...]`."""
+    if typing.get_origin(hint) is Annotated:
+        yield from (mark for mark in hint.__metadata__ if isinstance(mark, Location))
+    elif typing.get_origin(hint) in (typing.Union, types.UnionType, tuple):
+        for part in typing.get_args(hint):
+            yield from _marks(part)

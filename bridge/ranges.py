@@ -77,8 +77,10 @@ def check_product(requests: Iterable[tuple[str, Number]], name: str = "strength"
 
 def shown(value: object) -> str:
     """Return a value as an error message shows it: at most 60 characters."""
+    if not isinstance(value, int | float | str | None):
+        return f"a {type(value).__name__}"
     try:
-        text = repr(value)
+        text = repr(value[:60] if isinstance(value, str) else value)
     except ValueError:  # an integer of more digits than Python prints
         return "an integer of too many digits"
     return text if len(text) <= 60 else text[:57] + "…"

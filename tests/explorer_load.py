@@ -7,6 +7,7 @@ attack, and ends the server. Tests import `Server`, `idle` and `health` for smal
 """
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -124,36 +125,74 @@ def told(name: str, server: Server, answers: list[tuple[float, int]], what: str)
     )
 
 
-def attack(server: Server) -> None:
-    """Every attack, one after the other."""
-    print(f"at rest: {server.memory('VmRSS') / 2**20:.0f} MiB")
+@contextlib.contextmanager
+def measured(name: str, server: Server) -> Iterator[list[str]]:
+    """Prints a line about what happens within the context, and what the context appends to the list."""
+    server.forget_peak()
+    what: list[str] = []
+    with health(server) as answers:
+        yield what
+    told(name, server, answers, ", ".join(what))
+
+
+def batches(server: Server) -> None:
+    """A batch of the largest prompts, with too many results and with as many as one answer has."""
     code = "".join(path.read_text() for path in sorted((ROOT / "bridge").rglob("*.py")))
     prompts = [code[2200 * i : 2200 * (i + 1)] for i in range(32)]
     for results in (1000, 16):
         body = MODEL | {"prompts": prompts, "sourceSet": "res", "numResults": results}
-        server.forget_peak()
-        with health(server) as answers, server.client() as client:
+        with measured(f"all-batch, {results} results", server) as what, server.client() as client:
             before = time.perf_counter()
             response = client.post("/v1/activation/all-batch", json=body)
-            seconds = time.perf_counter() - before
-        if response.status_code != 200:
-            print(response.text)
-        size = len(response.request.content)
-        what = f"{size:,} bytes get {response.status_code} with {len(response.content):,} bytes in {seconds:.1f} s"
-        told(f"all-batch, {results} results", server, answers, what)
-    for count in (140, 500):
-        server.forget_peak()
-        with idle(server.port, count), health(server) as answers:
-            time.sleep(3)
-            what = f"{server.descriptors()} descriptors"
-        told(f"{count} idle connections", server, answers, what)
+            what.append(f"{len(response.request.content):,} bytes get {response.status_code}")
+            what.append(f"{len(response.content):,} bytes in {time.perf_counter() - before:.1f} s")
+    largest = json.dumps(MODEL | {"prompt": prompts[0], "sourceSet": "res", "numResults": 500}).encode()
+    with measured("60 of the largest answers that nobody reads", server) as what:
+        head = b"POST /v1/activation/all HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with idle(server.port, 60, head + b"Content-Length: %d\r\n\r\n" % len(largest) + largest):
+            time.sleep(10)
+            what.append(f"{server.descriptors()} descriptors")
+
+
+def connections(server: Server) -> None:
+    """Connections that begin a request, or its body, and do not go on."""
     head = b"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    head += b"Content-Length: 999\r\n\r\n{"
-    server.forget_peak()
-    with idle(server.port, 200, head), health(server) as answers:
-        time.sleep(3)
-        what = f"{server.descriptors()} descriptors"
-    told("200 bodies that do not come", server, answers, what)
+    for count, begun in (
+        (140, b"GET / HTTP/1.1\r\n"),
+        (500, b"GET / HTTP/1.1\r\n"),
+        (200, head + b"Content-Length: 9\r\n\r\n{"),
+    ):
+        name = f"{count} times {begun.split(b' ')[0].decode()} that does not go on"
+        with measured(name, server) as what, idle(server.port, count, begun):
+            time.sleep(3)
+            what.append(f"{server.descriptors()} descriptors")
+
+
+def bodies(server: Server) -> None:
+    """The largest bodies, of as many small lists as there can be, all at once."""
+    body = b'{"text":[' + b",".join([b"[]"] * 99_990).ljust(2**20 - 20) + b"]}"
+    statuses: list[int] = []
+
+    def send() -> None:
+        with server.client() as client:
+            headers = {"content-type": "application/json"}
+            statuses.append(client.post("/v1/tokenize", content=body, headers=headers).status_code)
+
+    with measured("64 bodies of 99,990 lists", server) as what:
+        threads = [threading.Thread(target=send) for _ in range(64)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        what.append(f"statuses {set(statuses)}")
+
+
+def attack(server: Server) -> None:
+    """Every attack, one after the other."""
+    print(f"at rest: {server.memory('VmRSS') / 2**20:.0f} MiB")
+    batches(server)
+    connections(server)
+    bodies(server)
 
 
 def main() -> None:

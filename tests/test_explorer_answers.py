@@ -279,8 +279,9 @@ def test_notes_that_are_no_text_are_told(tmp_path, model):
         (b'{"temperature": -Infinity}', "temperature is not finite"),
         (b'{"a": ["x", "\\ud800"]}', "a[1] holds half of a surrogate pair"),
         (b'{"a": {"\\udfff": 1}}', "a name in a holds half of a surrogate pair"),
-        (b"[" * 10**6, "nested too deep"),
-        (b'{"a":' * 10**5, "nested too deep"),
+        (b"[" * 10**5, "nested too deep"),
+        (b'{"a": [' + b"[]," * 10**5 + b"1]}", "more than 100,000 brackets"),
+        (b'{"a":' * 10**5 + b"1", "nested too deep"),
         (b'{"text": "\xff"}', "can't decode byte 0xff"),
     ],
 )

@@ -129,12 +129,13 @@ def test_one_client_does_not_push_out_another():
         waits_for = "head"
 
         def __init__(self, address: str):
-            self.address, self.dropped = address, False
+            self.address, self.dropped, self.waits_since = address, False, next(times)
 
         def drop(self) -> None:
             self.dropped = True
             crowd.leave(self)
 
+    times = itertools.count()
     crowd = connections.Crowd(Limits(client_connections=2, connections=3))
     calm, *greedy = [Idle("a"), *(Idle("b") for _ in range(9))]
     assert all(crowd.enter(each) for each in (calm, *greedy))

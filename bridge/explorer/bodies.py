@@ -92,6 +92,8 @@ async def receive(request: Request, limits: Limits) -> bytes:
     return bytes(data)
 
 
+_MOST_BRACKETS = 100_000  # those in texts too; Python's garbage collector looks at every list again and again
+_SHORT = 60  # characters of a value that an error message shows
 _LONGEST_PLACE = 100  # characters of an error message that say where in a body something stands
 _LAST = {"connection": "close"}
 """The header of an answer after which a connection ends, because the body was not read to its end."""
@@ -109,6 +111,8 @@ def parse(data: bytes) -> dict[str, Any]:
       Refusal: 400 for what is no JSON object, and for what Python would let through: NaN, infinities (1e999 too), lone
         surrogates, a name that an object has twice, and depth.
     """
+    if data.count(b"[") + data.count(b"{") > _MOST_BRACKETS:
+        raise Refusal(400, f"the body has more than {_MOST_BRACKETS:,} brackets: send fewer lists and objects")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
@@ -282,5 +286,8 @@ def _kind(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    shown = json.dumps(value, ensure_ascii=False)
-    return shown if len(shown) <= 60 else shown[:57] + "…"
+    """Return a value as an error message shows it, without writing all of a large one."""
+    if isinstance(value, list | dict) and len(value) > _SHORT:
+        return f"{_kind(value)} of {len(value):,}"
+    shown = json.dumps(value[:_SHORT] if isinstance(value, str) else value, ensure_ascii=False)
+    return shown if len(shown) <= _SHORT else shown[: _SHORT - 3] + "…"

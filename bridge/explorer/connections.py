@@ -8,7 +8,7 @@ hold too many connections, the one that has waited longest for its client makes 
 import asyncio
 import ipaddress
 import json
-from collections.abc import Iterable
+from collections.abc import Set
 from typing import Any
 
 import h11
@@ -18,11 +18,13 @@ from bridge.explorer.bodies import Limits
 
 _MARGIN = 5.0
 """Seconds by which the deadline of a body is later here: where somebody reads the body, `bodies.receive` answers."""
+_TRUST = 1.0
+"""Seconds by which a connection that was answered has waited less than it has: a crowd of new ones comes before it."""
 _BUSY = b'{"error":"all connections that this server takes are in use: try again in a moment"}'
 
 
 class Crowd:
-    """The open connections of a server, those in front that have waited longest for their client.
+    """The open connections of a server.
 
     Args:
       limits: `connections` and `client_connections` of them, and the seconds of the deadlines.
@@ -30,7 +32,7 @@ class Crowd:
 
     def __init__(self, limits: Limits):
         self.limits = limits
-        self._open: dict[Connection, None] = {}
+        self._open: set[Connection] = set()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -41,31 +43,24 @@ class Crowd:
         Returns:
           Whether there is room. If all others are being answered there is none.
         """
-        own = [other for other in self._open if other.address == connection.address]
-        room = self._make_room(own, self.limits.client_connections) and self._make_room(
-            list(self._open), self.limits.connections
-        )
-        self._open[connection] = None
+        own = {other for other in self._open if other.address == connection.address}
+        room = self._make_room(own, self.limits.client_connections)
+        room = room and self._make_room(self._open, self.limits.connections)
+        self._open.add(connection)
         return room
-
-    def wait(self, connection: "Connection") -> None:
-        """Put a connection last: only now it begins to wait."""
-        if connection in self._open:
-            self._open[connection] = self._open.pop(connection)
 
     def leave(self, connection: "Connection") -> None:
         """Remove a connection."""
-        self._open.pop(connection, None)
+        self._open.discard(connection)
 
-    def _make_room(self, others: Iterable["Connection"], most: int) -> bool:
+    def _make_room(self, others: Set["Connection"], most: int) -> bool:
         """Return whether there are, or now are, fewer than `most` of some connections."""
-        others = list(others)
         if len(others) < most:
             return True
-        idle = next((other for other in others if other.waits_for is not None), None)
-        if idle is not None:
-            idle.drop()
-        return idle is not None
+        waiting = [other for other in others if other.waits_for is not None]
+        if waiting:
+            min(waiting, key=lambda other: other.waits_since).drop()
+        return bool(waiting)
 
 
 class Connection(H11Protocol):
@@ -93,6 +88,7 @@ class Connection(H11Protocol):
         self._unread = 0  # bytes that came after the end
         self.address = ""
         self.waits_for: str | None = None
+        self.waits_since = 0.0
 
     # ---- what asyncio calls ----------------------------------------------------------------------------------------
 
@@ -166,7 +162,7 @@ class Connection(H11Protocol):
         self._cancel()
         self._began, self.waits_for = began, waits_for
         if waits_for is not None:
-            self._crowd.wait(self)
+            self.waits_since = self.loop.time() + (_TRUST if waits_for == "next request" else 0.0)
             self._timer = self.loop.call_later(self._seconds[waits_for], self._late)
 
     def _whose_turn(self) -> str | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import logging
 import re
 import secrets
@@ -134,6 +135,7 @@ def serve(
             chat=chat,
             model_id=model_id,
         )
+        gc.freeze()  # what is loaded stays: the garbage collector need not look through it while the clients wait
         say(f"explorer at {address(host, listener.getsockname()[1], token)}")
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config(served, limits)).run(sockets=[listener])

@@ -92,7 +92,7 @@ def main(config: PretrainConfig) -> int:
             if stopped or trainer.step % config.eval_every == 0 or trainer.step == config.steps:
                 _save(config, out, trainer, heldout, token_bytes)
             if stopped and trainer.step < config.steps:
-                print("stopped and saved; go on with the same command and --resume", flush=True)
+                print("stopped and saved; --resume goes on from here", flush=True)
                 return STOPPED
     return 0
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -229,9 +230,18 @@ def last_state(directory: Path) -> dict[str, Any] | None:
     if not files:
         return None
     try:
+        _check_sums(files[-1])
         return torch.load(files[-1], map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{files[-1]} cannot be read ({error}); delete it to begin anew") from error
+
+
+def _check_sums(path: Path) -> None:
+    """Compare a file with the checksums that torch.save wrote in it and torch.load ignores. Raises ValueError."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"its part {damaged} is not what was written")
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

@@ -127,7 +127,7 @@ def _pretrain(config: PretrainConfig) -> int:
             if stopped or last or (trainer.step % config.eval_every == 0 and not watch.suspects):
                 _save(config, out, trainer, heldout, token_bytes)
             if stopped and trainer.step < config.steps:
-                print("stopped and saved; go on with the same command and --resume", flush=True)
+                print("stopped and saved; --resume goes on from here", flush=True)
                 return STOPPED
     loss = sum(losses) / len(losses) if losses else 0.0
     if trainer.step == config.steps and loss > 1.1 * guess:

@@ -1,10 +1,11 @@
 """What libraries print beside an error that a command tells in one line."""
 
+import atexit
 import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _LIBRARIES = ("/orbax/", "/tensorstore/", "/asyncio/")
@@ -12,28 +13,43 @@ _LIBRARIES = ("/orbax/", "/tensorstore/", "/asyncio/")
 
 @contextlib.contextmanager
 def libraries(debug: bool) -> Iterator[None]:
-    """Keep Orbax and TensorStore from logging tracebacks of an error that they also raise, unless debugging.
+    """Keep Orbax and TensorStore from printing tracebacks of an error that they also raise, unless debugging.
 
-    After a failed write or read they leave unfinished coroutines and late callbacks behind, whose exceptions Python
-    would print one by one. Exceptions of anything else are printed as ever.
+    After a failed write or read they leave unfinished coroutines, futures and late callbacks behind, whose exceptions
+    Python would print one by one, some of them only when the process ends. Those of anything else are printed as ever.
     """
     if debug:
         yield
         return
+    restore = _drop()
+    try:
+        yield
+    except BaseException:
+        atexit.register(_drop)
+        raise
+    finally:
+        restore()
+
+
+def _drop() -> Callable[[], None]:
+    """Drop the errors of the libraries from now on; return what ends that."""
     import absl.logging  # noqa: F401 - makes the logger of that name
 
     loggers = [logging.getLogger("absl"), logging.getLogger("asyncio")]
     for logger in loggers:
         logger.addFilter(_is_no_error)
     hook, sys.unraisablehook = sys.unraisablehook, _without_libraries(sys.unraisablehook)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
-        try:
-            yield
-        finally:
-            sys.unraisablehook = hook
-            for logger in loggers:
-                logger.removeFilter(_is_no_error)
+    filters = warnings.catch_warnings()
+    filters.__enter__()
+    warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
+
+    def restore() -> None:
+        filters.__exit__(None, None, None)
+        sys.unraisablehook = hook
+        for logger in loggers:
+            logger.removeFilter(_is_no_error)
+
+    return restore
 
 
 def _is_no_error(record: logging.LogRecord) -> bool:

@@ -328,5 +328,7 @@ def _told(what: str, kind: type[OSError]) -> Iterator[None]:
     except (DamagedError, ConfigError, MemoryError):
         raise
     except Exception as error:
-        line = " ".join(str(error).split())
-        raise kind(f"{what}: {line[:400] or type(error).__name__}") from error
+        line = " ".join(str(error).split()) or type(error).__name__
+        if len(line) > 500:  # TensorStore's messages are long, and say at their end what the system said
+            line = f"{line[:200]} … {line[-300:]}"
+        raise kind(f"{what}: {line}") from error

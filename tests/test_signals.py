@@ -202,6 +202,32 @@ def test_an_ignored_interrupt_stays_ignored(tmp_path):
     assert (done.returncode, done.stdout) == (0, "went on\n")
 
 
+def test_what_orbax_leaves_behind_is_not_printed_even_at_the_end_but_what_we_leave_is(tmp_path):
+    body = """
+import asyncio, gc
+async def fail():
+    raise ValueError("of a library")
+async def several():
+    tasks = [asyncio.ensure_future(fail()) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    return tasks
+global kept
+kept = asyncio.run(several())
+fail()
+class Thing:
+    def __del__(self):
+        raise ValueError("of ours")
+Thing()
+raise OSError("the disk is full")
+"""
+    done = program(tmp_path, body)
+    assert done.returncode == 1
+    assert "of a library" not in done.stderr
+    assert "never awaited" not in done.stderr
+    assert "ValueError: of ours" in done.stderr
+    assert done.stderr.count("FATAL the disk is full") == 1
+
+
 # ---- the commands --------------------------------------------------------------------------------------------------
 
 COMMANDS = {

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -235,6 +236,7 @@ def last_state(directory: Path) -> dict[str, Any] | None:
     if not saves:
         return None
     try:
+        _check_sums(saves[-1])
         return torch.load(saves[-1], map_location="cpu", weights_only=True)
     except Exception as error:
         if files.is_system_error(error):
@@ -246,3 +248,11 @@ def _save(value: dict[str, Any], path: Path) -> None:
     """Have torch write a file that appears only when it is complete."""
     with files.replacing(path) as partial, partial.open("wb") as file:  # by a path, torch.save hides why it failed
         torch.save(value, file)
+
+
+def _check_sums(path: Path) -> None:
+    """Compare a file with the checksums that torch.save wrote in it and torch.load ignores. Raises ValueError."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"its part {damaged} is not what was written")

@@ -270,9 +270,9 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(two, tmp_path):
 
 
 def test_states_of_another_configuration_are_refused_with_the_array(two):
-    narrow = (train.init(SAEConfig("topk", 32, 48, k=4), RUN, jnp.ones((100, 32))),)
+    narrow = (train.init(SAEConfig("topk", 32, 48, k=4), RUN, jax.random.normal(jax.random.key(0), (100, 32))),)
     with_average = TrainConfig(num_activations=1000, batch_size=100, average_fraction=0.1)
-    averaged = (train.init(SAE, with_average, jnp.ones((100, 32))),)
+    averaged = (train.init(SAE, with_average, jax.random.normal(jax.random.key(0), (100, 32))),)
     with Checkpoints(two) as checkpoints:
         with pytest.raises(ConfigError, match=r"the array .*W_dec.* is float32\[64, 32\] there and must be .*48, 32\]"):
             checkpoints.restore(narrow)

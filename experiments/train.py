@@ -45,16 +45,14 @@ def main(config: RunConfig) -> int:
     plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config))
     corpus, heldout = _texts(config, nano)
     _announce(config, nano, trainees)
+    rows = _heldout(config, heldout)
+    _check_activations(config, nano, plan.sites(trainees), rows)  # what would end the run in its last minute
     facts = {"model": nano.fingerprint, "data": corpus.fingerprint}
     rundir.record(run, config, facts | {"hook_names": [list(hooks) for hooks in plan.sites(trainees)]})
     for trainee in trainees:
         if trainee.folder != run:
             trainee.folder.mkdir(exist_ok=True)
             rundir.record(trainee.folder, trainee.variant, facts)
-
-    # What would end the run in its last minute, found in its first.
-    rows = _heldout(config, heldout)
-    _check_activations(config, nano, plan.sites(trainees), rows)
 
     # The stream of activations and the loop that learns from it.
     source = ActivationStream(

@@ -1,6 +1,7 @@
 """The loop of a training run: every step of every SAE, reports and checkpoints between."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ def train(run: Path, config: "RunConfig", trainees: Sequence["Trainee"], source:
 
     Raises:
       NotFiniteError: activations or a loss that are not finite; says what was kept and what to do.
-      DivergedError: an SAE got worse than any start, and stayed so. The last checkpoint is from before.
+      DivergedError: all SAEs got worse than any start, and stayed so. The last checkpoint is from before.
     """
     members = [trainee.member for trainee in trainees]
     num_steps = members[0].train.num_steps
@@ -37,7 +38,7 @@ def train(run: Path, config: "RunConfig", trainees: Sequence["Trainee"], source:
     with Checkpoints(run / "checkpoints") as checkpoints:
         batches, states = _begin(config, members, source, checkpoints)
         begun, start = states, int(states[0].step)
-        last_fvu, window, watch = float("nan"), None, Watch()
+        last_fvu, window, watch = float("nan"), None, Watch(len(trainees))
         with (
             _explained(run, checkpoints),
             Reporter(run, trainees, start, num_steps, config.wandb_project) as reporter,
@@ -55,7 +56,7 @@ def train(run: Path, config: "RunConfig", trainees: Sequence["Trainee"], source:
                     reporter.report(step, values, tokens)
                     _look(watch, trainees, step, values, config.batch_size)
                     last_fvu, window = float(np.mean([v["fvu"] for v in values])), None
-                if due and (last or stopped or not watch.suspects):
+                if due and (last or stopped or not watch.suspects_all):
                     checkpoints.save(step, states, {"cursor": batches.cursor().to_json()}, last_fvu)
                 if stop:
                     break
@@ -82,10 +83,12 @@ def _explained(run: Path, checkpoints: Checkpoints) -> Iterator[None]:
 def _look(
     watch: Watch, trainees: Sequence["Trainee"], step: int, values: Sequence[dict[str, Any]], batch_size: int
 ) -> None:
-    """Show the reported metrics of every SAE to the watch."""
+    """Show the reported metrics of every SAE to the watch, and warn of one that has diverged beside others."""
     for trainee, value in zip(trainees, values, strict=True):
         steps = round(value["activations"] / batch_size)
-        watch.see(trainee.label if len(trainees) > 1 else "", step - steps + 1, step, value["fvu"])
+        told = watch.see(trainee.label if len(trainees) > 1 else "", step - steps + 1, step, value["fvu"])
+        if told is not None:
+            print(f"warning: {told}. The other SAEs go on", file=sys.stderr, flush=True)
 
 
 def _begin(

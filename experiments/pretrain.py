@@ -112,7 +112,7 @@ def _pretrain(config: PretrainConfig) -> int:
     if state is not None:
         trainer.load_state_dict(state)
     guess = math.log(trainer.model.config.vocab_size)
-    watch = Watch(2 * guess, f"loss ({guess:.2f} is guessing)", "lower the learning rates")
+    watch = Watch(1, 2 * guess, f"loss ({guess:.2f} is guessing)", "lower the learning rates")
     losses: collections.deque[float] = collections.deque(maxlen=_LAST_LOSSES)
     count = sum(weight.numel() for weight in trainer.model.parameters())
     print(f"{count:,} parameters, from step {trainer.step} to {config.steps}", flush=True)
@@ -124,7 +124,7 @@ def _pretrain(config: PretrainConfig) -> int:
                 speed = config.batch_rows * config.sequence_len / figures["seconds"]
                 print(f"step {trainer.step} loss {figures['loss']:.4f} {speed:,.0f} tokens/s", flush=True)
             last = trainer.step == config.steps
-            if stopped or last or (trainer.step % config.eval_every == 0 and not watch.suspects):
+            if stopped or last or (trainer.step % config.eval_every == 0 and not watch.suspects_all):
                 _save(config, out, trainer, heldout, token_bytes)
             if stopped and trainer.step < config.steps:
                 print("stopped and saved; --resume goes on from here", flush=True)

@@ -54,6 +54,8 @@ def _train(run: Path, config: RunConfig, held: contextlib.ExitStack) -> int:
     plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config))
     corpus, heldout = _texts(config, nano)
     _announce(config, nano, trainees)
+    rows = _heldout(config, heldout)
+    _check_activations(config, nano, plan.sites(trainees), rows)  # what would end the run in its last minute
     facts = {"model": nano.fingerprint, "data": corpus.fingerprint, "data_files": corpus.files}
     _check_data(run, corpus)
     rundir.record(run, config, facts | {"hook_names": [list(hooks) for hooks in plan.sites(trainees)]})
@@ -61,10 +63,6 @@ def _train(run: Path, config: RunConfig, held: contextlib.ExitStack) -> int:
         if trainee.folder != run:
             held.enter_context(files.Lock(trainee.folder))
             rundir.record(trainee.folder, trainee.variant, facts)
-
-    # What would end the run in its last minute, found in its first.
-    rows = _heldout(config, heldout)
-    _check_activations(config, nano, plan.sites(trainees), rows)
 
     # The stream of activations and the loop that learns from it.
     source = ActivationStream(

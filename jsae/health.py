@@ -81,9 +81,10 @@ def unusable(summary: Mapping[str, float]) -> str | None:
 
 
 class Watch:
-    """Notices a run that diverges: its measure is above a limit, or NaN, in every window of many steps on end.
+    """Notices runs that diverge: their measure is above a limit, or NaN, in every window of many steps on end.
 
     Args:
+      count: runs that are stepped together. As long as one of them is well, all go on.
       limit: above it no training is; the default is of an SAE's FVU.
       measure: what is watched, with a word on what is usual.
       advice: what helps.
@@ -91,31 +92,42 @@ class Watch:
 
     def __init__(
         self,
+        count: int = 1,
         limit: float = DIVERGED,
         measure: str = "FVU (1 is predicting the mean)",
         advice: str = "lower --learning_rate or raise --warmup_fraction",
     ):
-        self._limit, self._measure, self._advice = limit, measure, advice
+        self._count, self._limit, self._measure, self._advice = count, limit, measure, advice
         self._since: dict[str, int] = {}
+        self._diverged: set[str] = set()
 
     @property
-    def suspects(self) -> bool:
-        """Whether the last window of some run was as bad: what is saved now may be lost already."""
-        return bool(self._since)
+    def suspects_all(self) -> bool:
+        """Whether the last window of every run was as bad: what is saved now may be lost already."""
+        return len(self._since) == self._count
 
-    def see(self, name: str, first: int, last: int, value: float) -> None:
-        """Take the measure of the steps `first` to `last` of the run of this name, which is empty for the only one.
+    def see(self, name: str, first: int, last: int, value: float) -> str | None:
+        """Take the measure of the steps `first` to `last` of one run, whose name is empty if it is the only one.
+
+        Returns:
+          what to tell of the run if it has just diverged, but others are well; else None.
 
         Raises:
-          DivergedError: it was above the limit for `DIVERGED_STEPS` steps on end; says since when.
+          DivergedError: all runs were above the limit for `DIVERGED_STEPS` steps on end; says since when.
         """
         if value <= self._limit:
             self._since.pop(name, None)
-            return
+            self._diverged.discard(name)
+            return None
         since = self._since.setdefault(name, first)
-        if last - since + 1 >= DIVERGED_STEPS:
-            whose = f" of {name}" if name else ""
-            raise DivergedError(
-                f"the training{whose} has diverged: from step {since} to {last} the {self._measure} is above "
-                f"{self._limit:.3g}, {value:.3g} now: {self._advice}"
-            )
+        if name in self._diverged or last - since + 1 < DIVERGED_STEPS:
+            return None
+        self._diverged.add(name)
+        whose = f" of {name}" if name else ""
+        told = (
+            f"the training{whose} has diverged: from step {since} to {last} the {self._measure} is above "
+            f"{self._limit:.3g}, {value:.3g} now: {self._advice}"
+        )
+        if len(self._diverged) == self._count:
+            raise DivergedError(told)
+        return told

@@ -16,7 +16,7 @@ from toy_saes import toy_sae
 import bridge.nanochat
 from bridge import exports, finite
 from bridge.hooks import hook_name
-from bridge.nanochat.engine import generate
+from bridge.nanochat import engine
 from bridge.stream import ActivationStream
 from experiments import evaluate, explore, train
 from experiments.evaluate import EvaluateConfig
@@ -119,12 +119,22 @@ def test_the_summary_of_an_sae_says_whether_it_is_of_use():
 
 def test_a_run_diverges_when_it_is_far_off_for_long():
     watch = Watch()
-    for step in range(50, 1000, 50):  # far off every other window: this may still become something
-        watch.see("a", step - 49, step, 1e9 if step % 100 else 0.5)
-    watch.see("b", 1, 50, 101.0)
-    assert watch.suspects
-    with pytest.raises(DivergedError, match=r"of b has diverged: from step 1 to 100 the FVU .* lower --learning_rate"):
-        watch.see("b", 51, 100, float("nan"))
+    for step in range(50, 1001, 50):  # far off every other window: this may still become something
+        watch.see("", step - 49, step, 1e9 if step % 100 else 0.5)
+    watch.see("", 1001, 1050, 101.0)
+    assert watch.suspects_all
+    with pytest.raises(DivergedError, match=r"has diverged: from step 1001 to 1100 the FVU .* lower --learning_rate"):
+        watch.see("", 1051, 1100, float("nan"))
+
+
+def test_a_run_that_diverges_beside_one_that_is_well_is_told_of_once_and_does_not_end_it():
+    watch = Watch(2)
+    assert watch.see("a", 1, 100, 0.5) is None
+    assert watch.see("b", 1, 100, 1e3).startswith("the training of b has diverged: from step 1 to 100")
+    assert watch.see("b", 101, 200, 1e3) is None
+    assert not watch.suspects_all
+    with pytest.raises(DivergedError, match="of a has diverged"):
+        watch.see("a", 101, 200, 1e3)
 
 
 # ---- the model and its text ----------------------------------------------------------------------------------------
@@ -214,8 +224,8 @@ def test_generation_from_logits_that_are_not_numbers_is_an_error_and_no_token():
     model = tiny("G7")
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
-    with pytest.raises(FloatingPointError, match="logits are not numbers"):
-        next(generate(model, [0, 5], max_tokens=3))
+    with pytest.raises(engine.NotFiniteError, match="logits are not finite"):
+        next(engine.generate(model, [0, 5], max_tokens=3))
 
 
 # ---- the commands --------------------------------------------------------------------------------------------------

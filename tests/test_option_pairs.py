@@ -203,6 +203,7 @@ def test_a_pair_of_options_trains_is_restored_and_exported(row, tmp_path):
                 checkpoints.wait()
         restored = checkpoints.restore((shapes,)).states[0]
     train.check_finite(state, sums)
+    restored = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)  # of no device: compiled already
     *_, (step, again, _) = train.fit(config, restored, iter(batches[-1:]))
     assert step == STEPS
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):

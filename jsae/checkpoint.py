@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jsae.config import ConfigError
-from jsae.sweep import States
+from jsae.train import States
 
 
 class Restored(NamedTuple):

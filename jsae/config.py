@@ -1,161 +1,15 @@
-"""What a run is told: frozen dataclasses, checked when made, JSON both ways. Imports nothing heavy."""
+"""How a run is trained: a frozen dataclass, checked when made. Imports nothing heavy."""
 
 import dataclasses
-import itertools
-import json
 import math
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal
 
-Architecture = Literal["topk", "batchtopk", "matryoshka", "abstopk", "relu", "gated", "jumprelu"]
-SPARSE: frozenset[str] = frozenset({"topk", "batchtopk", "matryoshka", "abstopk"})
-ARCHITECTURES: tuple[str, ...] = get_args(Architecture)
+from jsae.settings import ConfigError, Json, require
 
+if TYPE_CHECKING:
+    from jsae.architectures import SAEConfig
 
-class ConfigError(ValueError):
-    """A setting that cannot work: says what came, what was expected and what to do."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises `ConfigError(message)` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-_Config = TypeVar("_Config", bound="Json")
-
-
-class Json:
-    """Mixed into frozen dataclasses of plain fields: `to_json()` and `from_json()`, strict about unknown names."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
-
-    @classmethod
-    def from_json(cls: type[_Config], values: dict[str, Any] | str) -> _Config:
-        """The inverse of `to_json`.
-
-        Raises:
-          ConfigError: a name that is no field, or a field with no default that is missing.
-        """
-        if isinstance(values, str):
-            values = json.loads(values)
-        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(values) - set(fields))
-        require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
-        no_default = dataclasses.MISSING
-        missing = [n for n, f in fields.items() if n not in values and f.default is no_default is f.default_factory]
-        require(not missing, f"{cls.__name__} needs {', '.join(missing)}")
-        return cls(**values)
-
-
-@dataclasses.dataclass(frozen=True)
-class SAEConfig(Json):
-    """What an SAE is. `d_in` and `d_sae` are widths; coefficients are for inputs with a mean squared norm of `d_in`."""
-
-    architecture: Architecture
-    d_in: int
-    d_sae: int
-    k: int = 32
-    """Active latents per token (TopK, AbsTopK), or on average per token of a batch (BatchTopK, Matryoshka)."""
-    nested_widths: tuple[int, ...] = ()
-    """Matryoshka: how many of the first latents must reconstruct by themselves; d_sae is added."""
-    l1_coefficient: float = 5.0
-    """ReLU, Gated: weight of the L1 penalty."""
-    l0_coefficient: float = 5.0
-    """JumpReLU: weight of the sparsity penalty."""
-    jump_recipe: Literal["tanh", "l0"] = "tanh"
-    bandwidth: float = 2.0
-    """JumpReLU: width of the window around a threshold through which gradients reach it."""
-    initial_threshold: float = 0.1
-    pre_act_coefficient: float = 3e-6
-    """JumpReLU, tanh recipe: weight of the pre-activation loss."""
-    aux_coefficient: float = 1 / 32
-    """TopK family: weight of AuxK, Gao et al. 2024 (arXiv 2406.04093), section A.2."""
-    aux_k: int | None = None
-    """Dead latents that AuxK uses per token; None is `d_in // 2`."""
-    target_l0: float | None = None
-    """ReLU, Gated, JumpReLU: a controller moves the sparsity penalty until this many latents are active per token."""
-    d_out: int | None = None
-    """Width of what a transcoder predicts; None is an autoencoder."""
-    skip: bool = False
-    """Whether a transcoder has a linear path beside its latents."""
-    layers: int = 1
-    """A crosscoder reads this many layers side by side: d_in is their widths together."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "nested_widths", tuple(self.nested_widths))
-        require(
-            self.architecture in ARCHITECTURES,
-            f"unknown activation {self.architecture!r}: choose one of {', '.join(ARCHITECTURES)}",
-        )
-        for name in ("d_in", "d_sae"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.architecture in SPARSE:
-            require(
-                1 <= self.k <= self.d_sae,
-                f"k={self.k} active latents out of d_sae={self.d_sae}: k must be between 1 and d_sae; "
-                "lower k or raise the expansion factor",
-            )
-        for name in ("l1_coefficient", "l0_coefficient", "aux_coefficient", "pre_act_coefficient"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value >= 0, f"{name} is {value}: it must be finite and not negative")
-        for name in ("bandwidth", "initial_threshold"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value > 0, f"{name} is {value}: it must be finite and positive")
-        require(self.aux_k is None or self.aux_k >= 1, f"aux_k is {self.aux_k}: it must be at least 1, or none")
-        self._check_widths()
-        self._check_target()
-        require(self.d_out is None or self.d_out >= 1, f"d_out is {self.d_out}: it must be at least 1")
-        require(
-            self.layers >= 1 and self.d_in % self.layers == 0,
-            f"d_in={self.d_in} cannot be {self.layers} layers of one width",
-        )
-        require(not self.skip or self.is_transcoder, "only a transcoder has a skip path: give a target hook")
-
-    def _check_widths(self) -> None:
-        widths = self.all_widths
-        if self.architecture != "matryoshka":
-            require(not self.nested_widths, f"nested widths {self.nested_widths} are matryoshka's alone")
-            return
-        require(len(widths) > 1, "a matryoshka SAE needs nested widths, such as d_sae/16, d_sae/4")
-        require(
-            widths[0] >= 1 and all(a < b for a, b in itertools.pairwise(widths)),
-            f"nested widths must increase strictly from at least 1 up to d_sae: {widths} do not",
-        )
-
-    def _check_target(self) -> None:
-        if self.target_l0 is None:
-            return
-        require(
-            0 < self.target_l0 <= self.d_sae,
-            f"target_l0 is {self.target_l0}: it must lie between 0 and d_sae={self.d_sae}",
-        )
-        require(
-            self.architecture not in SPARSE,
-            f"{self.architecture} has k for its L0: target_l0 is for {', '.join(sorted(set(ARCHITECTURES) - SPARSE))}",
-        )
-
-    @property
-    def is_transcoder(self) -> bool:
-        """Whether it predicts another activation than the one it reads."""
-        return self.d_out is not None
-
-    @property
-    def width_out(self) -> int:
-        """Width of what it makes."""
-        return self.d_in if self.d_out is None else self.d_out
-
-    @property
-    def all_widths(self) -> tuple[int, ...]:
-        """The nested widths, d_sae the last of them."""
-        inner = self.nested_widths
-        return inner if inner and inner[-1] == self.d_sae else (*inner, self.d_sae)
-
-    @property
-    def dead_k(self) -> int:
-        """How many dead latents AuxK gives a token: `aux_k`, else half of `d_in`; never more than there are."""
-        return min(self.aux_k or max(self.d_in // 2, 1), self.d_sae)
+__all__ = ["ConfigError", "Json", "TrainConfig", "require"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,15 +82,15 @@ class TrainConfig(Json):
         """Steps over which k comes down."""
         return 0 if self.k_start is None else max(round(self.k_anneal_fraction * self.num_steps), 1)
 
-    def anneals(self, sae: SAEConfig) -> bool:
-        """Whether k starts above that of the SAE.
+    def anneals(self, sae: "SAEConfig") -> bool:
+        """Return whether k starts above that of the SAE.
 
         Raises:
           ConfigError: it would, but the architecture has no k.
         """
         if self.k_start is None:
             return False
-        require(sae.architecture in SPARSE, f"{sae.architecture} has no k to lower: leave out k_start")
+        require(sae.k is not None, f"{sae.architecture} has no k to lower: leave out k_start")
         require(
             sae.k <= self.k_start <= sae.d_sae,
             f"k_start={self.k_start} must lie between k={sae.k} and d_sae={sae.d_sae}",

@@ -4,27 +4,19 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import save_file
 
-from jsae.config import SAEConfig, require
+from jsae.settings import require
+
+if TYPE_CHECKING:
+    from jsae.architectures import SAEConfig
 
 SAELENS_VERSION = "6.54.12"
 """The version of the file format; SAELens reads a file without one as a much older form."""
-
-ARCHITECTURES: Mapping[str, str] = {
-    "topk": "topk",
-    "batchtopk": "jumprelu",
-    "matryoshka": "jumprelu",
-    "abstopk": "abstopk",
-    "relu": "standard",
-    "gated": "gated",
-    "jumprelu": "jumprelu",
-}
-"""Names here to names in SAELens: of what is left for inference."""
 
 TRANSCODERS: Mapping[str, str] = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
 """The same of transcoders; with a skip path `_transcoder` becomes `_skip_transcoder`."""
@@ -36,17 +28,20 @@ Arrays = Mapping[str, np.ndarray]
 Scale = float | np.ndarray
 
 
-def architecture(config: SAEConfig) -> str:
+def architecture(config: "SAEConfig") -> str:
     """SAELens's name for what an SAE of this configuration leaves as.
 
     Raises:
       ConfigError: SAELens has no form of it.
     """
-    name = ARCHITECTURES[config.architecture]
+    name = config.sae.form
     if not config.is_transcoder:
         return name
-    possible = ", ".join(a for a, form in ARCHITECTURES.items() if form in TRANSCODERS)
-    require(name in TRANSCODERS, f"there is no exported form of a {config.architecture} transcoder: use {possible}")
+    require(
+        name in TRANSCODERS,
+        f"there is no exported form of a {config.architecture} transcoder: use an architecture that leaves as "
+        f"{' or '.join(TRANSCODERS)}, such as relu, jumprelu or batchtopk",
+    )
     return TRANSCODERS[name].replace("transcoder", "skip_transcoder") if config.skip else TRANSCODERS[name]
 
 
@@ -88,7 +83,7 @@ def fold(weights: Arrays, scale: Scale, scale_out: Scale, ranked: bool = False) 
 
 def write(
     folder: Path,
-    config: SAEConfig,
+    config: "SAEConfig",
     weights: Arrays,
     scale: Scale,
     scale_out: Scale,

@@ -15,8 +15,7 @@ from bridge.evaluate.core import finite
 from bridge.evaluate.survey import survey
 from bridge.hooks import module_name
 from jsae import export, metrics
-from jsae.sweep import States
-from jsae.train import trained
+from jsae.train import States
 
 if TYPE_CHECKING:
     from bridge.nanochat import Nanochat
@@ -36,7 +35,7 @@ def finish(
         folder = trainee.folder / "sae" / trainee.name
         scales = np.asarray(state.scale), np.asarray(state.scale_out)
         metadata = _metadata(config, trainee, nano, heldout.row_len)
-        export.write(folder, state.sae.config, trained(state).arrays(), *scales, metadata)
+        export.write(folder, state.sae.config, state.exported.arrays(), *scales, metadata)
         shipped = torch_sae.load(folder, nano.model.lm_head.weight.device)
         site = Site(
             nano.model,

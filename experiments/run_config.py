@@ -4,10 +4,13 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.flags import flag
-from jsae.config import SPARSE, Architecture, Json, SAEConfig, TrainConfig, require
+from jsae.config import Json, TrainConfig, require
+
+if TYPE_CHECKING:
+    from jsae.architectures import SAE, SAEConfig
 
 HookType = Literal["resid_post", "attn", "mlp_in", "mlp"]
 
@@ -20,6 +23,17 @@ SWEPT: Mapping[str, str] = {
     "seed": "seed",
 }
 """Flags that take several values, and how they are written in the name of a variant."""
+
+_OWN = (
+    "k",
+    "nested_widths",
+    "l1_coefficient",
+    "l0_coefficient",
+    "jump_recipe",
+    "bandwidth",
+    "target_l0",
+)
+"""Flags that are settings of some architectures."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,11 @@ class RunConfig(Json):
     target_hook: HookType | None = flag(None, "A transcoder: what it predicts at the same layer, mlp from mlp_in.")  # noqa: RUF009
     skip: bool = flag(False, "Give a transcoder a linear path beside its latents.")
     crosscoder: bool = flag(False, "One SAE that reads and makes all of --layer together.")
-    activation: Architecture = flag("topk", "Architecture of the SAE.")  # noqa: RUF009
+    activation: str = flag(
+        "topk",
+        "Architecture of the SAE: topk, batchtopk, matryoshka, abstopk, relu, gated, jumprelu, or your own class, "
+        "written module:Class, with its default settings beside those that flags have.",
+    )
     expansion_factor: int = flag(8, "Latents per dimension of the model.")
     k: tuple[int, ...] = flag((32,), "Active latents per token (topk, abstopk), or on average (batchtopk, matryoshka).")
     nested_widths: tuple[int, ...] = flag((), "Inner widths of a matryoshka SAE; none is 1/16, 1/8, 1/4 and 1/2.")
@@ -119,11 +137,14 @@ class RunConfig(Json):
             values = getattr(self, name)
             require(len(set(values)) == len(values), f"--{name}={','.join(map(str, values))} has a value twice")
             require(bool(values) or name in ("learning_rate", "target_l0"), f"--{name} needs at least one value")
-        sparse = self.activation in SPARSE
-        penalty = {"l1_coefficient": ("relu", "gated"), "l0_coefficient": ("jumprelu",)}
-        unused = [name for name, users in penalty.items() if self.activation not in users] + ([] if sparse else ["k"])
-        for name in unused:
-            require(len(getattr(self, name)) == 1, f"--{name} means nothing to {self.activation}: give it no list")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        has = {field.name for field in dataclasses.fields(self.architecture.Config)}
+        theirs = ", ".join(f"--{name}" for name in _OWN if name in has) or "no flags"
+        for name in _OWN:
+            require(
+                name in has or getattr(self, name) == defaults[name],
+                f"--{name} means nothing to {self.activation}: leave it out. {self.activation} has {theirs}",
+            )
 
     def _check_neuronpedia(self) -> None:
         """Refuses what Neuronpedia would refuse when the training is over."""
@@ -163,27 +184,34 @@ class RunConfig(Json):
             return ((n_layer - 1) // 2,)
         return tuple(range(n_layer)) if "all" in self.layer else tuple(int(layer) for layer in self.layer)
 
-    def sae_config(self, width: int, layers: int = 1) -> SAEConfig:
-        """The SAE of a variant for a model of this width; `layers` of a crosscoder."""
+    @property
+    def architecture(self) -> "type[SAE]":
+        """The class of the SAE. Its module is imported.
+
+        Raises:
+          ConfigError: there is no such architecture.
+        """
+        from jsae.architectures import find
+
+        return find(self.activation)
+
+    def sae_config(self, width: int, layers: int = 1) -> "SAEConfig":
+        """Return the SAE of a variant for a model of this width; `layers` of a crosscoder."""
         d_sae = width * self.expansion_factor
-        nested = self.nested_widths
-        if self.activation == "matryoshka" and not nested:
-            nested = tuple(sorted({max(d_sae // part, 1) for part in (16, 8, 4, 2)} - {d_sae}))
-        return SAEConfig(
-            self.activation,
-            width * layers,
-            d_sae,
-            k=self.k[0],
-            nested_widths=nested,
-            l1_coefficient=self.l1_coefficient[0],
-            l0_coefficient=self.l0_coefficient[0],
-            jump_recipe=self.jump_recipe,
-            bandwidth=self.bandwidth,
-            target_l0=self.target_l0[0] if self.target_l0 else None,
-            d_out=None if self.target_hook is None else width,
-            skip=self.skip,
-            layers=layers,
-        )
+        widths = tuple(sorted({max(d_sae // part, 1) for part in (16, 8, 4, 2)} - {d_sae}))
+        given: dict[str, Any] = {
+            "k": self.k[0],
+            "nested_widths": self.nested_widths or widths,
+            "l1_coefficient": self.l1_coefficient[0],
+            "l0_coefficient": self.l0_coefficient[0],
+            "jump_recipe": self.jump_recipe,
+            "bandwidth": self.bandwidth,
+            "target_l0": self.target_l0[0] if self.target_l0 else None,
+        }
+        config = self.architecture.Config
+        own = {field.name: given[field.name] for field in dataclasses.fields(config) if field.name in given}
+        d_out = None if self.target_hook is None else width
+        return config(width * layers, d_sae, d_out=d_out, skip=self.skip, layers=layers, **own)
 
     def train_config(self) -> TrainConfig:
         """How a variant is trained."""

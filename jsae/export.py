@@ -1,19 +1,17 @@
-"""The exported SAE: a SAELens directory, with input scale and decoder norms folded into the weights. numpy only."""
+"""The exported SAE: a SAELens directory, with input scale and decoder norms folded into the weights."""
 
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import save_file
 
+from jsae.architectures import ARCHITECTURES, SAEConfig
 from jsae.settings import require
-
-if TYPE_CHECKING:
-    from jsae.architectures import SAEConfig
 
 SAELENS_VERSION = "6.54.12"
 """The version of the file format; SAELens reads a file without one as a much older form."""
@@ -28,7 +26,7 @@ Arrays = Mapping[str, np.ndarray]
 Scale = float | np.ndarray
 
 
-def architecture(config: "SAEConfig") -> str:
+def architecture(config: SAEConfig) -> str:
     """SAELens's name for what an SAE of this configuration leaves as.
 
     Raises:
@@ -37,11 +35,8 @@ def architecture(config: "SAEConfig") -> str:
     name = config.sae.form
     if not config.is_transcoder:
         return name
-    require(
-        name in TRANSCODERS,
-        f"there is no exported form of a {config.architecture} transcoder: use an architecture that leaves as "
-        f"{' or '.join(TRANSCODERS)}, such as relu, jumprelu or batchtopk",
-    )
+    others = ", ".join(sae.name for sae in ARCHITECTURES.values() if sae.form in TRANSCODERS)
+    require(name in TRANSCODERS, f"there is no exported form of a {config.architecture} transcoder: use {others}")
     return TRANSCODERS[name].replace("transcoder", "skip_transcoder") if config.skip else TRANSCODERS[name]
 
 
@@ -83,7 +78,7 @@ def fold(weights: Arrays, scale: Scale, scale_out: Scale, ranked: bool = False) 
 
 def write(
     folder: Path,
-    config: "SAEConfig",
+    config: SAEConfig,
     weights: Arrays,
     scale: Scale,
     scale_out: Scale,

@@ -36,9 +36,7 @@ def auxk(
     return jnp.minimum(dead.sum() / k, 1) * share
 
 
-def nested(
-    y: Float[Array, "n o"], levels: Float[Array, "l n o"], b_dec: Float[Array, " o"]
-) -> Float[Array, ""]:
+def nested(y: Float[Array, "n o"], levels: Float[Array, "l n o"], b_dec: Float[Array, " o"]) -> Float[Array, ""]:
     """Return sum_w mean_n |y - (f[:w] W_dec[:w] + b_dec)|^2 over the inner widths w, all but d_sae.
 
     Bussmann et al. 2025, "Learning multi-level features with Matryoshka sparse autoencoders" (arXiv 2503.17547),

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ EPSILON = 1e-8
 _UNIT = "W_dec"  # the array whose rows keep norm 1
 
 
+@runtime_checkable
 class Optimizer(Protocol):
     """What a step needs of an optimiser. Instances are hashable: they are part of a compiled program."""
 

@@ -21,10 +21,10 @@ def setting(
     default: Any,
     help: str,
     *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
+    at_least: int | float | None = None,
+    above: int | float | None = None,
+    at_most: int | float | None = None,
+    below: int | float | None = None,
     choices: tuple[Any, ...] = (),
 ) -> Any:
     """Return a dataclass field with its help and the range that `check_settings` holds its values to.
@@ -40,7 +40,7 @@ def check_settings(config: Any) -> None:
     """Raise ConfigError unless every field of a dataclass lies in the range that `setting` gave it."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        ranges: Mapping[str, float] = field.metadata.get("range", {})
+        ranges: Mapping[str, int | float] = field.metadata.get("range", {})
         choices: tuple[Any, ...] = field.metadata.get("choices", ())
         optional = field.default is None and value is None
         require(
@@ -52,7 +52,7 @@ def check_settings(config: Any) -> None:
             require(is_number and _lies_in(value, ranges), f"{field.name} is {value!r}: it must be {_shown(ranges)}")
 
 
-def _lies_in(value: float, ranges: Mapping[str, float]) -> bool:
+def _lies_in(value: int | float, ranges: Mapping[str, int | float]) -> bool:
     return (
         value >= ranges.get("at_least", -math.inf)
         and value > ranges.get("above", -math.inf)
@@ -61,7 +61,7 @@ def _lies_in(value: float, ranges: Mapping[str, float]) -> bool:
     )
 
 
-def _shown(ranges: Mapping[str, float]) -> str:
+def _shown(ranges: Mapping[str, int | float]) -> str:
     words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
     return " and ".join(f"{words[name]} {bound:g}" for name, bound in ranges.items())
 

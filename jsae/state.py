@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -15,7 +16,7 @@ from jsae.control import Control
 from jsae.ops import Ops
 from jsae.settings import require
 
-Acts = Float[Array, "n d"] | tuple[Float[Array, "n _"], ...]
+Acts = Float[Array | np.ndarray, "n d"] | tuple[Float[Array | np.ndarray, "n _"], ...]
 """Activations of n tokens: of one hook, of a transcoder's input and target, or of every layer of a crosscoder."""
 
 _INIT_ROWS = 16384  # of the sample

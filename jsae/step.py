@@ -19,6 +19,8 @@ class Made(NamedTuple):
     loss: Float[Array, ""]
     latents: Latents
     error: Float[Array, "n o"]
+    statistics: dict[str, Float[Array, ""]]
+    """The values of the SAE's running statistics."""
 
 
 def update(
@@ -43,9 +45,9 @@ def update(
     optimizer = optimizer or optim.make(config, sae.config.d_sae, ops, sae.rate_factors)
     context = _context(config, ops, state, number, room)
     gradients = _sparse_gradients if sae.sparse else _dense_gradients
-    sums, grads, latents = gradients(config, state, acts, context)
+    sums, grads, statistics = gradients(config, state, acts, context)
     new, opt = optimizer.apply(grads, state.opt, sae, factor=2 / n)
-    new.update_statistics(latents, _statistics_rate(config, number))
+    _move_statistics(new, sae, statistics, _statistics_rate(config, number))
     since_fired = dead.after(state.since_fired, sums.fired, n)
     if config.resample_steps is not None:
         new, opt, since_fired = _resampled(config, ops, state, number, new, opt, since_fired, acts)
@@ -70,18 +72,23 @@ def update(
 def loss_of(
     sae: SAE, x: Float[Array, "n d"], y: Float[Array, "n o"], context: Context
 ) -> tuple[Float[Array, ""], Made]:
-    """Return mean_n |y_hat - y|^2 plus the architecture's penalty, and what was computed. y is scaled."""
+    """Return mean_n |y_hat - y|^2 plus the architecture's penalty, and what was computed. y is scaled.
+
+    Raises:
+      TypeError: in training, latents of another form than the class declares by `sparse`.
+    """
     latents, extra = sae.activate(x, context)
+    if context.training and isinstance(latents, Codes) != sae.sparse:
+        raise TypeError(f"{sae.name} declares sparse={sae.sparse}, but activate returned {type(latents).__name__}")
     error = sae.decode(latents, Input(x, context.scale).read(), context.ops, minus=y)
-    loss = losses.mean_square(error) + sae.penalty(Forward(x, y, error, latents, extra, context))
-    return loss, Made(loss, latents, error)
+    forward = Forward(x, y, error, latents, extra, context)
+    loss = losses.mean_square(error) + sae.penalty(forward)
+    return loss, Made(loss, latents, error, sae.batch_statistics(forward))
 
 
 def _context(config: TrainConfig, ops: Ops, state: TrainState, number: Int[Array, ""], room: int | None) -> Context:
     sae = state.sae
-    strength = control.strength(
-        state.control, sae.config.target_l0, sae.control_gain, number, config.num_steps
-    )
+    strength = control.strength(state.control, sae.config.target_l0, sae.control_gain, number, config.num_steps)
     return Context(
         ops=ops,
         training=True,
@@ -92,15 +99,18 @@ def _context(config: TrainConfig, ops: Ops, state: TrainState, number: Int[Array
     )
 
 
-def _gradients(
-    state: TrainState, x: Float[Array, "n d"], y: Float[Array, "n o"], context: Context
-) -> tuple[Made, Any]:
+def _gradients(state: TrainState, x: Float[Array, "n d"], y: Float[Array, "n o"], context: Context) -> tuple[Made, Any]:
     """Return what was computed, and the gradients of n / 2 times the loss.
 
-    In this unit the gradient of the reconstruction is the error itself.
+    In this unit the gradient of the reconstruction is the error itself. Running statistics get none.
     """
+    statistics = state.sae.initial_statistics(state.sae.config)
+
+    def constant(path: tuple[Any, ...], leaf: Array) -> Array:
+        return jax.lax.stop_gradient(leaf) if statistics.keys() & optim.names_of(path) else leaf
 
     def objective(sae: SAE) -> tuple[Float[Array, ""], Made]:
+        sae = jax.tree_util.tree_map_with_path(constant, sae)
         loss, made = loss_of(sae, x, y * state.scale_out, context)
         return loss * (len(x) / 2), made
 
@@ -110,8 +120,8 @@ def _gradients(
 
 def _sparse_gradients(
     config: TrainConfig, state: TrainState, acts: Acts, context: Context
-) -> tuple[metrics.Sums, Any, Latents]:
-    """Return sums, gradients and latents of a batch. AuxK counts only while a latent is dead."""
+) -> tuple[metrics.Sums, Any, dict[str, Array]]:
+    """Return sums, gradients and statistics of a batch. AuxK counts only while a latent is dead."""
     x, y = _floats(state, acts)
     is_dead = state.since_fired >= config.dead_after
     made, grads = context.ops.if_any(
@@ -123,27 +133,30 @@ def _sparse_gradients(
 
     def count(some: tuple[Acts, Array, Array, Array]) -> metrics.Sums:
         raw, y, error, values = some
-        return _sums(state, raw, y, Made(made.loss, values, error), mean, fired=0)
+        return _sums(state, raw, y, made._replace(latents=values, error=error), mean, fired=0)
 
     arrays = (acts, y, made.error, codes.values)
     sums = context.ops.sum_over_tokens(count, arrays, state.sae.config.d_in, d_sae, gradients=False)
-    return sums._replace(fired=dead.times_fired(codes, d_sae)), grads, codes
+    return sums._replace(fired=dead.times_fired(codes, d_sae)), grads, made.statistics
 
 
 def _dense_gradients(
     config: TrainConfig, state: TrainState, acts: Acts, context: Context
-) -> tuple[metrics.Sums, Any, None]:
-    """Return sums and gradients of a batch. Every term of the loss is a mean over tokens, so that they add up."""
-    mean = _floats(state, acts)[1].mean(0)
-    sizes = state.sae.config
+) -> tuple[metrics.Sums, Any, dict[str, Array]]:
+    """Return sums, gradients and statistics of a batch.
 
-    def part(acts: Acts) -> tuple[metrics.Sums, Any]:
+    Every term of the loss is a mean over tokens, so that parts of the batch add up.
+    """
+    y = _floats(state, acts)[1]
+    n, mean, sizes = len(y), y.mean(0), state.sae.config
+
+    def part(acts: Acts) -> tuple[metrics.Sums, Any, dict[str, Array]]:
         x, y = _floats(state, acts)
         made, grads = _gradients(state, x, y, context)
-        return _sums(state, acts, y, made, mean, fired=dead.times_fired(made.latents, sizes.d_sae)), grads
+        sums = _sums(state, acts, y, made, mean, fired=dead.times_fired(made.latents, sizes.d_sae))
+        return sums, grads, {name: value * (len(y) / n) for name, value in made.statistics.items()}
 
-    sums, grads = context.ops.sum_over_tokens(part, acts, sizes.d_in, sizes.d_sae, gradients=True)
-    return sums, grads, None
+    return context.ops.sum_over_tokens(part, acts, sizes.d_in, sizes.d_sae, gradients=True)
 
 
 def _sums(
@@ -171,6 +184,20 @@ def _floats(state: TrainState, acts: Acts) -> tuple[Float[Array, "n d"], Float[A
 def _ramp(config: TrainConfig, number: Int[Array, ""]) -> Float[Array, ""]:
     """Return the warm-up of penalties: from 0 to 1."""
     return jnp.minimum(number / max(config.sparsity_warmup_fraction * config.num_steps, 1), 1)
+
+
+def _move_statistics(new: SAE, before: SAE, values: dict[str, Array], rate: Float[Array, ""]) -> None:
+    """Set the running statistics of `new` to those before the step, moved towards the batch's by the share `rate`.
+
+    Raises:
+      TypeError: the class declares other statistics than it returns.
+    """
+    declared = before.initial_statistics(before.config)
+    if declared.keys() != values.keys():
+        raise TypeError(f"{before.name} declares the statistics {list(declared)}, but returned {list(values)}")
+    for name, value in values.items():
+        last = getattr(before, name)[...]
+        getattr(new, name)[...] = last + rate * (value - last)
 
 
 def _statistics_rate(config: TrainConfig, number: Int[Array, ""]) -> Float[Array, ""]:

@@ -99,13 +99,15 @@ def fit(
     members save the compilation.
 
     Raises:
-      ConfigError: members whose runs differ in their number of steps.
+      ConfigError: no members, members whose runs differ in their number of steps, or batches that end before the run.
     """
     steps = {member.train.num_steps for member in members}
     require(len(steps) == 1, f"SAEs of one pass take the same number of steps, not {sorted(steps)}")
-    programs = programs or Programs(members)
-    for number in range(int(states[0].step) + 1, steps.pop() + 1):
-        states, sums = programs.at(number)(states, tuple(next(batches)))
+    programs, last = programs or Programs(members), steps.pop()
+    for number in range(int(states[0].step) + 1, last + 1):
+        batch = next(batches, None)
+        require(batch is not None, f"the activations ended after {number - 1} of {last} steps: give more of them")
+        states, sums = programs.at(number)(states, tuple(batch))
         yield number, states, sums
 
 

@@ -8,7 +8,8 @@ import pytest
 import bridge.nanochat
 from experiments import plan
 from experiments.run_config import RunConfig
-from jsae.config import ConfigError, SAEConfig, TrainConfig
+from jsae.architectures import sae_config
+from jsae.config import ConfigError, TrainConfig
 
 RUN = Path("runs/some")
 
@@ -33,7 +34,7 @@ def names(**flags) -> list[str]:
 def test_one_value_of_every_flag_is_one_sae_in_the_run_itself(nano):
     (only,) = planned(nano)
     assert (only.folder, only.label, only.hooks) == (RUN, "blocks.2.hook_resid_post", ("blocks.2.hook_resid_post",))
-    assert only.member.sae == SAEConfig("topk", 128, 1024, k=32)
+    assert only.member.sae == sae_config("topk", 128, 1024, k=32)
     assert only.member.train == TrainConfig(10_000_000, dead_after=1_000_000)
 
 
@@ -88,13 +89,13 @@ def test_a_transcoder_reads_and_makes_the_same_layer(nano):
     assert [t.hooks for t in found] == [
         (f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out") for layer in (1, 2)
     ]
-    assert all(t.member.sae == SAEConfig("batchtopk", 128, 1024, k=32, d_out=128, skip=True) for t in found)
+    assert all(t.member.sae == sae_config("batchtopk", 128, 1024, k=32, d_out=128, skip=True) for t in found)
     assert found[0].name == "blocks.1.ln2.hook_normalized"
 
 
 def test_a_crosscoder_reads_all_layers_at_once_and_is_named_by_them(nano):
     (only,) = planned(nano, layer=("1", "2", "4"), crosscoder=True, expansion_factor=4)
-    assert only.member.sae == SAEConfig("topk", 3 * 128, 512, layers=3)
+    assert only.member.sae == sae_config("topk", 3 * 128, 512, layers=3)
     assert only.hooks == tuple(f"blocks.{layer}.hook_resid_post" for layer in (1, 2, 4))
     assert only.name == "blocks.1-2-4.hook_resid_post"
     (every,) = planned(nano, layer=("all",), crosscoder=True)

@@ -13,7 +13,6 @@ from experiments import device
 from experiments.bench import BENCHES
 from experiments.benches import contest, gpu, memory, peers, resident, shapes, step, stream
 from experiments.benches.shapes import Size
-from jsae import train
 from jsae.config import ConfigError
 
 TINY = "16:64:4:32"
@@ -102,19 +101,21 @@ def test_steps_and_their_parts_are_measured_over_the_encoder(tmp_path, capsys):
 def test_latents_that_shall_be_dead_stay_so_while_it_is_measured(architecture):
     size = Size.parse("16:64:4:32")
     x = shapes.activations(size)
-    state = shapes.begin(architecture, size, x, dead=0.25)
+    member = shapes.member(architecture, size)
+    (state,) = states = shapes.begin(member, x, dead=0.25)
     faint = np.array(state.sae.W_enc[...])[:16]
-    config = shapes.train_config(size)
     for _ in range(3):
-        state, _ = train.make_step(config, size.d_sae)(state, x)
-    is_dead = np.asarray(state.since_fired) >= config.dead_after
+        states, _ = shapes.program(member)(states, (x,))
+    (state,) = states
+    is_dead = np.asarray(state.since_fired) >= member.train.dead_after
     np.testing.assert_array_equal(is_dead, np.arange(64) < 16)
     assert (np.asarray(state.sae.W_enc[...])[:16] != faint).any()  # AuxK reaches them
 
 
 def test_no_latent_dies_where_none_shall():
     size = Size.parse(TINY)
-    assert not (np.asarray(shapes.begin("topk", size, shapes.activations(size)).since_fired) > 0).any()
+    (state,) = shapes.begin(shapes.member("topk", size), shapes.activations(size))
+    assert not (np.asarray(state.since_fired) > 0).any()
 
 
 def test_trainers_are_compared_round_by_round(stand_in, tmp_path, capsys):
@@ -281,6 +282,7 @@ def test_every_measurement_shows_its_flags_without_torch_and_jax():
         (step, {"architectures": ("me",)}),
         (step, {"rounds": 1}),
         (step, {"dead": 1.0}),
+        (step, {"ops": "fast"}),
         (step, {"warmup_steps": -1}),
         (contest, {"trainers": ("me",)}),
         (contest, {"later_architectures": ("abstopk",)}),

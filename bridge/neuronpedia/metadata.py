@@ -19,7 +19,7 @@ def create_neuronpedia_metadata(
 
     Args:
       sae: the exported SAE (`bridge.torch_sae.load`), which knows all but the coefficient of its sparsity penalty.
-      config: what it was trained with (`jsae.config.SAEConfig`); without one the coefficient is None.
+      config: what it was trained with (`jsae.architectures.SAEConfig`); without one the coefficient is None.
       training_info: anything about the training, such as the tokens.
       eval_metrics: anything measured, such as a hook's part of eval.json.
 

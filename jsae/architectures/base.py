@@ -6,6 +6,7 @@ changes nothing in it. Shapes: n tokens, d = d_in, f = d_sae, o = d_out, which i
 
 import abc
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jsae.ops import Codes, Input, Latents, Ops, Reference
 from jsae.settings import Json, check_settings, require, setting
+
+Arrays = dict[str, Array | np.ndarray]
+"""Arrays by name."""
 
 INIT_ROWS = 2048
 """Tokens of the sample that the encoder's factor is fitted on."""
@@ -77,6 +81,22 @@ class SAEConfig(Json):
         """Return the fields and the architecture's name as plain JSON values."""
         return {"architecture": self.architecture} | dataclasses.asdict(self)
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any] | str) -> "SAEConfig":
+        """Return the inverse of `to_json`; the architecture's name may be left out.
+
+        Raises:
+          ConfigError: another architecture's name, a name that is no setting, or one that is missing.
+        """
+        values = dict(json.loads(values) if isinstance(values, str) else values)
+        own = cls.sae.name if hasattr(cls, "sae") else None
+        name = values.pop("architecture", own)
+        require(
+            name == own is not None,
+            f"these settings are of {name!r}: read them with jsae.architectures.config_from_json",
+        )
+        return super().from_json({n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+
 
 class Context(NamedTuple):
     """What a forward pass gets beside its input. The defaults are those of inference."""
@@ -125,8 +145,11 @@ class SAE(nnx.Module):
     - `sparse`: whether `activate` returns `Codes`;
     - `initial_latents`, `activate`, `penalty`, `inference_arrays`: what these methods say;
 
-    and where they differ from the defaults `biases`, `rate_factors`, `control_gain`, `initialize_latents` and
-    `update_statistics`.
+    and where they differ from the defaults `biases`, `rate_factors`, `control_gain`, `initialize_latents`,
+    `initial_statistics` and `batch_statistics`. No other method is overridden.
+
+    Raises:
+      TypeError: at the definition of a subclass with a `Config` that lacks one of these, or that shares its `Config`.
     """
 
     Config: ClassVar[type[SAEConfig]]
@@ -149,6 +172,7 @@ class SAE(nnx.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "Config" in vars(cls):
+            _check_declared(cls)
             cls.Config.sae = cls
             cls.name = vars(cls).get("name", f"{cls.__module__}:{cls.__qualname__}")
 
@@ -194,14 +218,18 @@ class SAE(nnx.Module):
         """Return what the loss adds to the squared error."""
 
     @abc.abstractmethod
-    def inference_arrays(self) -> dict[str, Array]:
+    def inference_arrays(self) -> Arrays:
         """Return the arrays of latents that the inference form `form` has, (f,) each, by SAELens's names."""
 
     def initialize_latents(self, x: Float[Array, "n d"], ops: Ops) -> None:
         """Set arrays of latents from scaled activations, after the encoder has been initialised. A hook."""
 
-    def update_statistics(self, latents: Latents, rate: Float[Array, ""]) -> None:
-        """Move running statistics towards the values of a training step, by the share `rate`. A hook."""
+    def batch_statistics(self, forward: Forward) -> dict[str, Float[Array, ""]]:
+        """Return the value of every running statistic in one batch, by name; training averages them over batches.
+
+        An SAE that is not `sparse` sees a batch in parts, whose values are averaged. None by default.
+        """
+        return {}
 
     # ---- what all share -------------------------------------------------------------------------------------------
 
@@ -282,6 +310,18 @@ class SAE(nnx.Module):
     def _scale_encoder(self, factor: Float[Array, ""]) -> None:
         for name in ("W_enc", *self.biases):
             getattr(self, name)[...] = getattr(self, name) * factor
+
+
+def _check_declared(cls: type[SAE]) -> None:
+    """Raise TypeError unless a class declares what an architecture must, with a Config of its own."""
+    missing = [name for name in ("form", "sparse") if not hasattr(cls, name)]
+    missing += [name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)]
+    if missing:
+        raise TypeError(f"{cls.__qualname__} is no whole architecture: it lacks {', '.join(missing)}")
+    if not (isinstance(cls.Config, type) and issubclass(cls.Config, SAEConfig)) or "sae" in vars(cls.Config):
+        raise TypeError(f"{cls.__qualname__}.Config must be a class of its own, derived from SAEConfig")
+    if "name" in vars(cls) and not cls.__module__.startswith(__package__ + "."):
+        raise TypeError(f"{cls.__qualname__} is called {cls.__module__}:{cls.__qualname__}: leave out its name")
 
 
 def _unit_rows(key: Key[Array, ""], f: int, d: int) -> Float[Array, "f d"]:

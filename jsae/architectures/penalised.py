@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jsae import jump, losses
-from jsae.architectures.base import SAE, Context, Forward, SAEConfig
+from jsae.architectures.base import SAE, Arrays, Context, Forward, SAEConfig
 from jsae.ops import Ops, selection
 from jsae.settings import require, setting
 
@@ -65,7 +65,7 @@ class ReLU(SAE):
         l1 = losses.l1(forward.latents, self.W_dec[...])
         return forward.context.strength * self.config.l1_coefficient * l1
 
-    def inference_arrays(self) -> dict[str, Array]:
+    def inference_arrays(self) -> Arrays:
         """Return the encoder bias."""
         return {"b_enc": self.b_enc[...]}
 
@@ -108,7 +108,7 @@ class Gated(SAE):
         sparsity = context.strength * self.config.l1_coefficient * losses.l1(gate, W_dec)
         return sparsity + losses.squared_error(forward.y, context.ops.matmul(gate, W_dec) + b_dec)
 
-    def inference_arrays(self) -> dict[str, Array]:
+    def inference_arrays(self) -> Arrays:
         """Return the biases and the log of the ratio of the weights."""
         return {name: getattr(self, name)[...] for name in ("b_gate", "b_mag", "r_mag")}
 
@@ -179,6 +179,6 @@ class JumpReLU(SAE):
         """The thresholds theta."""
         return jnp.exp(self.log_threshold[...])
 
-    def inference_arrays(self) -> dict[str, Array]:
+    def inference_arrays(self) -> Arrays:
         """Return the encoder bias and the thresholds."""
         return {"b_enc": self.b_enc[...], "threshold": self.threshold}

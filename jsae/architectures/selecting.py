@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jsae import losses
-from jsae.architectures.base import SAE, Context, Forward, SAEConfig
+from jsae.architectures.base import SAE, Arrays, Context, Forward, SAEConfig
 from jsae.ops import Codes, Latents, Select
 from jsae.settings import require, setting
 
@@ -102,7 +102,7 @@ class TopK(Selecting):
         """Return AuxK."""
         return self.auxk(forward)
 
-    def inference_arrays(self) -> dict[str, Array]:
+    def inference_arrays(self) -> Arrays:
         """Return the encoder bias."""
         return {"b_enc": self.b_enc[...]}
 
@@ -128,7 +128,7 @@ class AbsTopK(Selecting):
         """Return AuxK."""
         return self.auxk(forward)
 
-    def inference_arrays(self) -> dict[str, Array]:
+    def inference_arrays(self) -> Arrays:
         """Return the encoder bias."""
         return {"b_enc": self.b_enc[...]}
 
@@ -150,11 +150,11 @@ class BatchSelecting(Selecting):
         pre = self.pre_activations(x, context)
         return jnp.where(pre > self.threshold, jax.nn.relu(pre), 0), None
 
-    def update_statistics(self, latents: Codes, rate: Float[Array, ""]) -> None:
-        """Move the threshold towards the smallest value above 0 of this batch."""
-        self.threshold[...] = self.threshold + rate * (least_active(latents) - self.threshold)
+    def batch_statistics(self, forward: Forward) -> dict[str, Float[Array, ""]]:
+        """Return the smallest value above 0 of the batch."""
+        return {"threshold": least_active(forward.latents)}
 
-    def inference_arrays(self) -> dict[str, Array]:
+    def inference_arrays(self) -> Arrays:
         """Return the encoder bias, and the threshold once per latent."""
         threshold = jnp.full(self.config.d_sae, self.threshold[...], jnp.float32)
         return {"b_enc": self.b_enc[...], "threshold": threshold}

@@ -13,6 +13,7 @@ from jsae.ops.xla import PLAIN, Xla
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "PLAIN",
     "AdamScalars",
     "AdamSettings",
     "Codes",

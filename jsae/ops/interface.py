@@ -60,7 +60,7 @@ class Ops(abc.ABC):
     """The dtype that factors of matrix products are rounded to. Sums, weights and moments are float32."""
 
     name: ClassVar[str]
-    """Name of the implementation, as `config.json` records it."""
+    """Name of the implementation."""
 
     def matmul(self, a: Float[Array, "n m"], b: Float[Array, "m o"]) -> Float[Array, "n o"]:
         """Return a @ b, with factors of `matmul_dtype` and sums in float32."""
@@ -97,6 +97,8 @@ class Ops(abc.ABC):
         bias: Float[Array, " f"] | None = None,
     ) -> Codes:
         """Return the k entries of every row of pre (+ bias) with the largest magnitude, with their signs.
+
+        Minus infinity counts as the smallest magnitude.
 
         Raises:
           ValueError: k is not between 1 and f.

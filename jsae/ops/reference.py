@@ -46,7 +46,7 @@ class Reference(Ops):
         """Sort the magnitudes of every row."""
         check_k(k, pre.shape[1])
         pre = pre if bias is None else pre + bias
-        _, indices = lax.top_k(jnp.abs(pre), k)
+        _, indices = lax.top_k(magnitudes(pre), k)
         return first(Codes(jnp.take_along_axis(pre, indices, axis=1), indices), limit)
 
     def batch_top_k(
@@ -147,6 +147,11 @@ def first(codes: Codes, limit: Int[Array, ""] | None) -> Codes:
     if limit is None:
         return codes
     return codes._replace(values=jnp.where(jnp.arange(codes.values.shape[1]) < limit, codes.values, 0))
+
+
+def magnitudes(pre: Float[Array, "n f"]) -> Float[Array, "n f"]:
+    """Return |pre|, where minus infinity, which marks a latent that must not be selected, stays the smallest."""
+    return jnp.where(jnp.isneginf(pre), pre, jnp.abs(pre))
 
 
 def tangent_rows(g: Float[Array, "f d"], rows: Float[Array, "f d"]) -> Float[Array, "f d"]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jsae.ops import selection
 from jsae.ops.interface import Ops, Result, slice_rows
+from jsae.ops.reference import magnitudes
 from jsae.ops.types import Codes, Input, Select
 
 
@@ -68,7 +69,7 @@ class SparseOps(Ops):
     ) -> Codes:
         """Select magnitudes in two stages."""
         pre = pre if bias is None else pre + bias
-        codes = selection.top_k(jnp.abs(pre), k, None, None, self.sort)
+        codes = selection.top_k(magnitudes(pre), k, None, None, self.sort)
         values = jnp.take_along_axis(pre, codes.indices, axis=1)
         return selection.first(codes._replace(values=values), limit)
 

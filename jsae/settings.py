@@ -87,8 +87,8 @@ class Json:
             values = json.loads(values)
         fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - set(fields))
-        require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
+        require(not unknown, f"{cls.__qualname__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
         no_default = dataclasses.MISSING
         missing = [n for n, f in fields.items() if n not in values and f.default is no_default is f.default_factory]
-        require(not missing, f"{cls.__name__} needs {', '.join(missing)}")
+        require(not missing, f"{cls.__qualname__} needs {', '.join(missing)}")
         return cls(**values)

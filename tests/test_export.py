@@ -26,6 +26,12 @@ METADATA = {
     "context_size": 8,
     "prepend_bos": True,
 }
+SETTINGS = {
+    "topk": {"k": 4},
+    "abstopk": {"k": 4},
+    "batchtopk": {"k": 4},
+    "matryoshka": {"k": 4, "nested_widths": (5,)},
+}
 CROSSCODERS = {
     "relu": sae_config("relu", L * D, F, layers=L),
     "topk": sae_config("topk", L * D, F, k=4, layers=L),
@@ -212,7 +218,7 @@ def test_a_transcoder_without_an_exported_form_is_refused_with_those_that_have_o
     with pytest.raises(
         ConfigError, match=f"no exported form of a {architecture} transcoder: use batchtopk, matryoshka"
     ):
-        export.architecture(sae_config(architecture, D, F, k=4, d_out=D))
+        export.architecture(sae_config(architecture, D, F, d_out=D, **SETTINGS.get(architecture, {})))
 
 
 def test_weights_that_are_broken_are_not_written(tmp_path):
@@ -328,8 +334,7 @@ def test_a_truncated_file_of_weights_is_refused_by_name(size, crosscoder, tmp_pa
 
 def test_every_architecture_leaves_as_a_form_that_is_read(tmp_path):
     for architecture in ARCHITECTURES:
-        settings = {"nested_widths": (5,)} if architecture == "matryoshka" else {}
-        config = sae_config(architecture, D, F, **settings)
+        config = sae_config(architecture, D, F, **SETTINGS.get(architecture, {}))
         written(tmp_path / architecture, config, made(config), 1.0, 1.0)
         assert torch_sae.load(tmp_path / architecture).architecture == export.architecture(config)
         wider = dataclasses.replace(config, layers=2)

@@ -127,6 +127,12 @@ BAD_FLAGS = {
     "a layer in other digits": ({"layer": ("\u0663",)}, "neither a number"),
     "a layer of too many digits": ({"layer": ("9" * 5000,)}, "neither a number"),
     "a list of k for what has none": ({"activation": "relu", "k": (8, 16)}, "--k means nothing to relu"),
+    "a k for what has none": ({"activation": "gated", "k": (8,)}, "gated has --l1_coefficient, --target_l0"),
+    "a recipe for what has none": ({"activation": "relu", "jump_recipe": "l0"}, "--jump_recipe means nothing to relu"),
+    "an architecture that is none": (
+        {"activation": "topp"},
+        "unknown activation .topp.: choose one of topk",
+    ),
     "a list of L1 for what has none": ({"l1_coefficient": (1.0, 2.0)}, "--l1_coefficient means nothing to topk"),
     "a list of L0 for what has none": (
         {"activation": "gated", "l0_coefficient": (1.0, 2.0)},
@@ -177,7 +183,7 @@ BAD_SAES = {
         {"activation": "matryoshka", "nested_widths": (128, 2048)},
         r"up to d_sae: \(128, 2048, 1024\) do not",
     ),
-    "widths of what has none": ({"nested_widths": (128,)}, r"nested widths \(128,\) are matryoshka's alone"),
+    "widths of what has none": ({"nested_widths": (128,)}, r"--nested_widths means nothing to topk"),
     "a target above the latents": (
         {"activation": "jumprelu", "target_l0": (1025.0,)},
         "target_l0 is 1025.0: it must lie between 0 and d_sae=1024",
@@ -185,7 +191,7 @@ BAD_SAES = {
     "a target of nothing": ({"activation": "relu", "target_l0": (0.0,)}, "target_l0 is 0.0"),
     "a target of what has a k": (
         {"target_l0": (32.0, 64.0)},
-        "topk has k for its L0: target_l0 is for gated, jumprelu, relu",
+        "--target_l0 means nothing to topk: leave it out. topk has --k",
     ),
     "a transcoder without an exported form": (
         {"hook_type": "mlp_in", "target_hook": "mlp"},

@@ -1,6 +1,6 @@
-"""The alphabet of axes, which array has which, and how a mesh cuts them.
+"""The letters of axes, the axes of every array, and how a mesh cuts them.
 
-n: tokens of a batch.  d: what is read, `d_in`.  o: what is made, `d_in` too unless it is a transcoder.
+n: tokens of a batch.  d: width of the input, `d_in`.  o: width of the target, `d_in` too unless it is a transcoder.
 f: latents, `d_sae`.  k: active latents of a token.
 """
 
@@ -31,7 +31,7 @@ RULES: Mapping[str, str | None] = {"n": "data", "f": "latent", "d": None, "o": N
 
 
 def spec(axes: tuple[str, ...]) -> PartitionSpec:
-    """The partition of an array with these axes.
+    """Return the partition of an array with these axes.
 
     Raises:
       KeyError: an axis outside the alphabet.
@@ -45,7 +45,7 @@ def spec(axes: tuple[str, ...]) -> PartitionSpec:
 
 
 def make_mesh(latent: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh (data, latent) over all devices of all processes, `latent` of them sharing one copy of the SAE.
+    """Return a mesh (data, latent) over all devices of all processes, `latent` of them sharing one copy of the SAE.
 
     Raises:
       ValueError: the devices cannot be divided so.

@@ -13,8 +13,8 @@ from jsae.ops import Codes, Input, Latents, Ops
 from jsae.state import Acts, TrainState, input_and_target
 
 
-class Made(NamedTuple):
-    """What a forward pass computed of a batch, or of some of its tokens."""
+class Outputs(NamedTuple):
+    """Loss, latents, error and statistics of a batch, or of some of its tokens."""
 
     loss: Float[Array, ""]
     latents: Latents
@@ -71,7 +71,7 @@ def update(
 
 def loss_of(
     sae: SAE, x: Float[Array, "n d"], y: Float[Array, "n o"], context: Context
-) -> tuple[Float[Array, ""], Made]:
+) -> tuple[Float[Array, ""], Outputs]:
     """Return mean_n |y_hat - y|^2 plus the architecture's penalty, and what was computed. y is scaled.
 
     Raises:
@@ -83,7 +83,7 @@ def loss_of(
     error = sae.decode(latents, Input(x, context.scale).read(), context.ops, minus=y)
     forward = Forward(x, y, error, latents, extra, context)
     loss = losses.mean_square(error) + sae.penalty(forward)
-    return loss, Made(loss, latents, error, sae.batch_statistics(forward))
+    return loss, Outputs(loss, latents, error, sae.batch_statistics(forward))
 
 
 def _context(config: TrainConfig, ops: Ops, state: TrainState, number: Int[Array, ""], room: int | None) -> Context:
@@ -99,7 +99,9 @@ def _context(config: TrainConfig, ops: Ops, state: TrainState, number: Int[Array
     )
 
 
-def _gradients(state: TrainState, x: Float[Array, "n d"], y: Float[Array, "n o"], context: Context) -> tuple[Made, Any]:
+def _gradients(
+    state: TrainState, x: Float[Array, "n d"], y: Float[Array, "n o"], context: Context
+) -> tuple[Outputs, Any]:
     """Return what was computed, and the gradients of n / 2 times the loss.
 
     In this unit the gradient of the reconstruction is the error itself. Running statistics get none.
@@ -109,13 +111,13 @@ def _gradients(state: TrainState, x: Float[Array, "n d"], y: Float[Array, "n o"]
     def constant(path: tuple[Any, ...], leaf: Array) -> Array:
         return jax.lax.stop_gradient(leaf) if statistics.keys() & optim.names_of(path) else leaf
 
-    def objective(sae: SAE) -> tuple[Float[Array, ""], Made]:
+    def objective(sae: SAE) -> tuple[Float[Array, ""], Outputs]:
         sae = jax.tree_util.tree_map_with_path(constant, sae)
-        loss, made = loss_of(sae, x, y * state.scale_out, context)
-        return loss * (len(x) / 2), made
+        loss, outputs = loss_of(sae, x, y * state.scale_out, context)
+        return loss * (len(x) / 2), outputs
 
-    (_, made), grads = jax.value_and_grad(objective, has_aux=True)(state.sae)
-    return made, grads
+    (_, outputs), grads = jax.value_and_grad(objective, has_aux=True)(state.sae)
+    return outputs, grads
 
 
 def _sparse_gradients(
@@ -124,20 +126,20 @@ def _sparse_gradients(
     """Return sums, gradients and statistics of a batch. AuxK counts only while a latent is dead."""
     x, y = _floats(state, acts)
     is_dead = state.since_fired >= config.dead_after
-    made, grads = context.ops.if_any(
+    outputs, grads = context.ops.if_any(
         is_dead.any(),
         lambda: _gradients(state, x, y, context._replace(dead=is_dead)),
         lambda: _gradients(state, x, y, context),
     )
-    codes, mean, d_sae = made.latents, y.mean(0), state.sae.config.d_sae
+    codes, mean, d_sae = outputs.latents, y.mean(0), state.sae.config.d_sae
 
     def count(some: tuple[Acts, Array, Array, Array]) -> metrics.Sums:
         raw, y, error, values = some
-        return _sums(state, raw, y, made._replace(latents=values, error=error), mean, fired=0)
+        return _sums(state, raw, y, outputs._replace(latents=values, error=error), mean, fired=0)
 
-    arrays = (acts, y, made.error, codes.values)
+    arrays = (acts, y, outputs.error, codes.values)
     sums = context.ops.sum_over_tokens(count, arrays, state.sae.config.d_in, d_sae, gradients=False)
-    return sums._replace(fired=dead.times_fired(codes, d_sae)), grads, made.statistics
+    return sums._replace(fired=dead.times_fired(codes, d_sae)), grads, outputs.statistics
 
 
 def _dense_gradients(
@@ -149,27 +151,28 @@ def _dense_gradients(
     """
     y = _floats(state, acts)[1]
     n, mean, sizes = len(y), y.mean(0), state.sae.config
+    context = context._replace(dead=state.since_fired >= config.dead_after)
 
     def part(acts: Acts) -> tuple[metrics.Sums, Any, dict[str, Array]]:
         x, y = _floats(state, acts)
-        made, grads = _gradients(state, x, y, context)
-        sums = _sums(state, acts, y, made, mean, fired=dead.times_fired(made.latents, sizes.d_sae))
-        return sums, grads, {name: value * (len(y) / n) for name, value in made.statistics.items()}
+        outputs, grads = _gradients(state, x, y, context)
+        sums = _sums(state, acts, y, outputs, mean, fired=dead.times_fired(outputs.latents, sizes.d_sae))
+        return sums, grads, {name: value * (len(y) / n) for name, value in outputs.statistics.items()}
 
     return context.ops.sum_over_tokens(part, acts, sizes.d_in, sizes.d_sae, gradients=True)
 
 
 def _sums(
-    state: TrainState, raw: Acts, y: Float[Array, "n o"], made: Made, mean: Float[Array, " o"], fired: Any
+    state: TrainState, raw: Acts, y: Float[Array, "n o"], outputs: Outputs, mean: Float[Array, " o"], fired: Any
 ) -> metrics.Sums:
     """Return the sums of some tokens in the activations' own units; `mean` is the target's over the batch."""
-    values = made.latents.values if isinstance(made.latents, Codes) else made.latents
+    values = outputs.latents.values if isinstance(outputs.latents, Codes) else outputs.latents
     return metrics.of(
         y,
-        made.error * (1 / state.scale_out),
+        outputs.error * (1 / state.scale_out),
         values / state.scale_out.mean(),
         fired,
-        loss=made.loss,
+        loss=outputs.loss,
         nonfinite=sum((~jnp.isfinite(a)).sum() for a in jax.tree.leaves(raw)),
         mean=mean,
     )

@@ -206,6 +206,24 @@ def test_a_run_takes_it_by_its_name():
         RunConfig(activation=NAME, k=(16,))
 
 
+def test_a_dense_penalty_is_told_which_latents_are_dead(acts):
+    """Its batch goes in parts, and every term of its loss is a mean over them."""
+
+    def penalty(self, forward):
+        return 1000.0 * forward.context.dead.sum()
+
+    plain, counting = (
+        whole(penalty=p, initial_statistics=None, batch_statistics=None).Config(D, F)
+        for p in (lambda self, forward: jnp.zeros(()), penalty)
+    )
+    losses = []
+    for config in (plain, counting):
+        start = begin(config, RUN, acts)
+        start = start._replace(since_fired=start.since_fired.at[:7].set(RUN.dead_after))
+        losses.append(float(stepping(config, RUN)(start, acts[: 4 * N])[1].loss) / (4 * N))
+    assert losses[1] - losses[0] == pytest.approx(7000, rel=1e-4)
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 

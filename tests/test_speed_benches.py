@@ -264,6 +264,19 @@ def test_without_a_gpu_the_suite_and_each_measurement_say_so():
         device.share("cuda:1", 0.4)
 
 
+def test_jax_is_kept_to_the_processor_where_it_is_imported_already(monkeypatch):
+    """Flags that name an architecture import it, before the device is shared."""
+    monkeypatch.delenv("JAX_PLATFORMS")
+    code = (
+        "import jax\n"
+        "from experiments import device\n"
+        "device.share('cpu', 0.4)\n"
+        "assert jax.config.jax_platforms == 'cpu'\n"
+        "assert jax.devices()[0].platform == 'cpu'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(step.__file__).parents[2])
+
+
 def test_every_measurement_shows_its_flags_without_torch_and_jax():
     code = (
         "import sys, importlib\n"

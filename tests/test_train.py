@@ -155,6 +155,14 @@ def test_members_with_another_number_of_steps_are_refused_with_the_numbers():
         next(train.fit([MEMBERS[0], longer], states, iter([])))
 
 
+def test_activations_that_end_before_the_run_are_told_with_the_steps_taken():
+    member = Member(sae_config("relu", D, F), RUN)
+    batch = jnp.asarray(activations(0)[:64])
+    steps = train.fit([member], train.init([member], [batch]), iter([[batch]] * 3))
+    with pytest.raises(ConfigError, match="the activations ended after 3 of 20 steps"):
+        list(steps)
+
+
 @pytest.mark.parametrize(
     ("config", "widths", "wanted"),
     [

@@ -139,7 +139,7 @@ def _parts(config: Config, size: Size) -> dict[str, Callable[[], None]]:
         SELECTION: waiting(select, pre),
         DECODE: waiting(decode, picked, W_dec, zeros),
         GRADIENT: waiting(gradient, picked, W_dec, x),
-        OPTIMISER: _optimiser(state, member.train, ops),
+        OPTIMISER: _optimiser(jax.tree.map(jnp.copy, state), member.train, ops),  # which donates it
     }
 
 

@@ -107,11 +107,11 @@ class Context(NamedTuple):
     strength: Float[Array, ""] | float = 1.0
     """Factor on sparsity penalties: their warm-up, and the controller's where L0 has a target."""
     dead: Bool[Array, " f"] | None = None
-    """Which latents are dead; None where none is."""
+    """Which latents are dead; None where it is known that none is."""
     room: int | None = None
     """Codes per token that are selected, while k comes down from a larger one; None is k."""
     limit: Int[Array, ""] | None = None
-    """How many of them count."""
+    """How many of the `room` codes count."""
     scale: Float[Array, "*d"] | None = None
     """Factor on the activations as they are read; None where they are scaled already."""
 

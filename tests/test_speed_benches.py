@@ -11,7 +11,7 @@ import torch
 
 from experiments import device
 from experiments.bench import BENCHES
-from experiments.benches import contest, gpu, memory, peers, resident, shapes, step, stream
+from experiments.benches import contest, gpu, memory, peers, resident, shapes, step, stream, sweep
 from experiments.benches.shapes import Size
 from jsae.config import ConfigError
 
@@ -236,6 +236,15 @@ def test_a_stream_is_measured_against_the_bare_forward(tmp_path, capsys):
         assert found["stream_over_forward"]["median"] > 0
         assert found["hidden"]["median"] <= 1.5
     assert f"| {demo['stream_over_forward']['median']:.2f} (" in capsys.readouterr().out
+
+
+def test_many_saes_in_one_pass_are_measured_against_runs_and_against_other_ways_of_stepping(tmp_path):
+    sizes = {"batch_size": 128, "block_size": 256, "expansion_factor": 2, "k": 4}
+    assert sweep.main(sweep.Config(counts=(2,), rounds=2, out=f"{tmp_path}/sweep.json", **sizes)) == 0
+    (found,) = _read(tmp_path / "sweep.json")["results"]
+    assert found["count"] == 2
+    assert found["one_pass_over_runs"]["median"] > 0
+    assert set(found["step_over_one_program"]) == {sweep.STACKED, sweep.MAPPED}
 
 
 def test_a_stream_of_text_that_the_model_has_no_tokens_for_is_refused():

@@ -151,20 +151,20 @@ def _steps(config: Config) -> dict[str, Callable[[], None]]:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         together = train.Programs(members).at(1)
 
-        def one(state: TrainState) -> TrainState:
+        def one(state: TrainState, x: jax.Array) -> TrainState:
             return step.update(how, ops, state, x)[0]
 
         ways = {
-            TURN: (lambda s: together(s, (x,))[0], states),
-            STACKED: (jax.jit(jax.vmap(one), donate_argnums=0), stacked),
-            MAPPED: (jax.jit(lambda s: jax.lax.map(one, s), donate_argnums=0), stacked),
+            TURN: (lambda s, x: together(s, (x,))[0], states),
+            STACKED: (jax.jit(jax.vmap(one, (0, None)), donate_argnums=0), stacked),
+            MAPPED: (jax.jit(lambda s, x: jax.lax.map(lambda each: one(each, x), s), donate_argnums=0), stacked),
         }
 
-        def case(program: Callable[[Any], Any], begin: Any) -> Callable[[], None]:
+        def case(program: Callable[[Any, jax.Array], Any], begin: Any) -> Callable[[], None]:
             kept = [jax.tree.map(jnp.copy, begin)]
 
             def run() -> None:
-                kept[0] = jax.block_until_ready(program(kept[0]))
+                kept[0] = jax.block_until_ready(program(kept[0], x))
 
             return run
 

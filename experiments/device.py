@@ -1,6 +1,7 @@
 """Who gets what of the device, decided before torch or jax take anything of it."""
 
 import os
+import sys
 
 from experiments import accelerators
 from jsae.config import require
@@ -22,7 +23,7 @@ def share(device: str, jax_memory_fraction: float) -> str:
     accelerators.check_name(device)
     kind, _, number = device.partition(":")
     if kind == "cpu":
-        os.environ["JAX_PLATFORMS"] = kind
+        _restrict_jax(kind)
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
         return kind
     if number:  # for both alike; it is then the only one
@@ -52,13 +53,20 @@ def jax_alone(device: str) -> None:
     Raises:
       ConfigError: jax has no such device.
     """
-    os.environ["JAX_PLATFORMS"] = "cpu" if device == "cpu" else f"{device},cpu"
+    _restrict_jax("cpu" if device == "cpu" else f"{device},cpu")
     import jax
 
     try:
         jax.devices(device)
     except (RuntimeError, AssertionError) as error:  # the latter where there is no backend at all
         require(False, f"--device={device}: jax has no GPU here ({error}); README says which plugin to install")
+
+
+def _restrict_jax(platforms: str) -> None:
+    """Restrict jax to some platforms, also where it is imported already, as long as it has started no device."""
+    os.environ["JAX_PLATFORMS"] = platforms
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_platforms", platforms)
 
 
 def cores() -> int:

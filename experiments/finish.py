@@ -18,8 +18,7 @@ from bridge.hooks import module_name
 from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
 from jsae import export, files, metrics
 from jsae.health import unusable
-from jsae.sweep import States
-from jsae.train import trained
+from jsae.train import States
 
 if TYPE_CHECKING:
     from bridge.nanochat import Nanochat
@@ -51,7 +50,7 @@ def finish(
         folder = trainee.folder / "sae" / trainee.name
         scales = np.asarray(state.scale), np.asarray(state.scale_out)
         metadata = _metadata(config, trainee, nano, rows.shape[1], data_fingerprint)
-        export.write(folder, state.sae.config, trained(state).arrays(), *scales, metadata)
+        export.write(folder, state.sae.config, state.exported.arrays(), *scales, metadata)
         shipped = torch_sae.load(folder, nano.model.lm_head.weight.device)
         site = Site(
             nano.model,

@@ -11,12 +11,12 @@ import numpy as np
 
 from experiments.report import Reporter
 from experiments.signals import stop_requests
-from jsae import metrics, optim, sweep
+from jsae import metrics, optim
 from jsae import train as training
 from jsae.checkpoint import Checkpoints
 from jsae.data import Cursor, Shuffled
 from jsae.health import ActivationsError, Watch
-from jsae.sweep import AllSums, Member, States
+from jsae.train import AllSums, Member, States
 
 if TYPE_CHECKING:
     from bridge.stream import ActivationStream
@@ -44,7 +44,7 @@ def train(run: Path, config: "RunConfig", trainees: Sequence["Trainee"], source:
             Reporter(run, trainees, start, num_steps, config.wandb_project) as reporter,
             stop_requests() as stopped,
         ):
-            for step, states, sums in sweep.fit(members, begun, batches):
+            for step, states, sums in training.fit(members, begun, batches):
                 window = sums if window is None else add(window, sums)
                 stop, last = bool(stopped), step == num_steps  # a later request waits for the next step
                 due = last or stop or step % save_every == 0
@@ -103,7 +103,7 @@ def _begin(
     }
     if config.resume and checkpoints.latest() is not None:
         sample = tuple({member.site: _abstract(member, source.d_in) for member in members}.values())
-        like = jax.eval_shape(lambda x: sweep.init(members, x), sample)
+        like = jax.eval_shape(lambda x: training.init(members, x), sample)
         found = checkpoints.restore(like)
         for step, reason, moved_to in found.damaged:
             print(f"WARNING the checkpoint of step {step} is damaged, and is now {moved_to}: {reason}")
@@ -112,7 +112,7 @@ def _begin(
     if config.resume:
         print("there is no checkpoint yet: beginning with the first step", flush=True)
     batches = Shuffled(source, **shuffle)
-    return batches, sweep.init(members, batches.peek())
+    return batches, training.init(members, batches.peek())
 
 
 def _abstract(member: Member, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:

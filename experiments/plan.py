@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from experiments.run_config import RunConfig
 from jsae import export
 from jsae.config import require
-from jsae.sweep import Member
+from jsae.train import Member
 
 if TYPE_CHECKING:
     from bridge.nanochat import Nanochat

@@ -5,29 +5,28 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import accelerators
 from experiments.flags import CONTEXT, LONG_SEED, STEP, flag, settle
 from experiments.locations import Checkpoint, Data, FilePath
-from jsae.config import (
+from jsae.config import TrainConfig
+from jsae.settings import (
     AVERAGED,
-    BANDWIDTH,
     COUNT,
     DEAD_AFTER,
     FRACTION,
     RATE,
     SEED,
-    TARGET,
     TOKENS,
     WEIGHT,
-    Architecture,
     Json,
-    SAEConfig,
-    TrainConfig,
     at_least,
     require,
 )
+
+if TYPE_CHECKING:
+    from jsae.architectures import SAE, SAEConfig
 
 HookType = Literal["resid_post", "attn", "mlp_in", "mlp"]
 ExcludeTokens = Literal["bos", "special", "nothing"]  # as in bridge.selection, which takes torch to import
@@ -42,21 +41,10 @@ SWEPT: Mapping[str, str] = {
 }
 """Flags that take several values, and how they are written in the name of a variant."""
 
-_DENSE = ("relu", "gated", "jumprelu")
-_TOPK = ("topk", "batchtopk", "matryoshka", "abstopk")
-USERS: Mapping[str, tuple[Architecture, ...]] = {
-    "k": _TOPK,
-    "k_start": _TOPK,
-    "k_anneal_fraction": _TOPK,
-    "nested_widths": ("matryoshka",),
-    "l1_coefficient": ("relu", "gated"),
-    "l0_coefficient": ("jumprelu",),
-    "jump_recipe": ("jumprelu",),
-    "bandwidth": ("jumprelu",),
-    "target_l0": _DENSE,
-    "sparsity_warmup_fraction": _DENSE,
-}
-"""Flags that only some architectures read, and which."""
+_SELECTING = ("k_start", "k_anneal_fraction")  # of training, where an architecture has a k
+_PENALISED = ("sparsity_warmup_fraction",)  # of training, where an architecture has none
+_OWN = ("k", "nested_widths", "l1_coefficient", "l0_coefficient", "jump_recipe", "bandwidth", "target_l0")
+"""Flags that are settings of some architectures."""
 
 _CHECKED_BELOW = ("nested_widths", "target_l0", "k_start")  # by the SAE's own configuration
 MOST_VARIANTS = 1000
@@ -78,7 +66,11 @@ class RunConfig(Json):
     target_hook: HookType | None = flag(None, "A transcoder: what it predicts at the same layer, mlp from mlp_in.")
     skip: bool = flag(False, "Give a transcoder a linear path beside its latents.")
     crosscoder: bool = flag(False, "One SAE that reads and makes all of --layer together.")
-    activation: Architecture = flag("topk", "Architecture of the SAE.")
+    activation: str = flag(
+        "topk",
+        "Architecture of the SAE: topk, batchtopk, matryoshka, abstopk, relu, gated, jumprelu, or your own class, "
+        "written module:Class, with its default settings beside those that flags have.",
+    )
     expansion_factor: int = flag(8, "Latents per dimension of the model.", at_least(1, 2**28))
     k: tuple[int, ...] = flag(
         (32,), "Active latents per token (topk, abstopk), or on average (batchtopk, matryoshka).", COUNT
@@ -91,9 +83,9 @@ class RunConfig(Json):
     jump_recipe: Literal["tanh", "l0"] = flag(
         "tanh", "Anthropic's recipe of January 2025, or Gemma Scope's (jumprelu)."
     )
-    bandwidth: float = flag(2.0, "Window around thresholds through which gradients reach them (jumprelu).", BANDWIDTH)
+    bandwidth: float = flag(2.0, "Window around thresholds through which gradients reach them (jumprelu).")
     target_l0: tuple[float, ...] = flag(
-        (), "Lead the penalty until so many are active (relu, gated, jumprelu).", TARGET
+        (), "Lead the penalty until so many are active (relu, gated, jumprelu)."
     )
     num_activations: int = flag(10_000_000, "Activations to train on.", TOKENS)
     batch_size: int = flag(2048, "Activations per step.", at_least(1, 2**24))
@@ -183,14 +175,13 @@ class RunConfig(Json):
     def _check_used(self) -> None:
         """Refuse flags that the architecture does not read: a value of their own would change nothing."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name, users in USERS.items():
-            if self.activation in users or getattr(self, name) == defaults[name] or name in _CHECKED_BELOW:
-                continue
-            theirs = ", ".join(f"--{flag}" for flag, users in USERS.items() if self.activation in users)
+        has = self._own_settings()
+        read = {*has, *(_SELECTING if "k" in has else _PENALISED)}
+        theirs = ", ".join(f"--{name}" for name in (*_OWN, *_SELECTING, *_PENALISED) if name in read) or "no flags"
+        for name in (*_OWN, *_SELECTING, *_PENALISED):
             require(
-                False,
-                f"--{name} means nothing to {self.activation}: it is for {', '.join(users)}; leave it out. "
-                f"{self.activation} reads {theirs}",
+                name in read or getattr(self, name) == defaults[name],
+                f"--{name} means nothing to {self.activation}: leave it out. {self.activation} has {theirs}",
             )
         require(
             self.k_start is not None or self.k_anneal_fraction == defaults["k_anneal_fraction"],
@@ -235,42 +226,47 @@ class RunConfig(Json):
             return ((n_layer - 1) // 2,)
         return tuple(range(n_layer)) if "all" in self.layer else tuple(int(layer) for layer in self.layer)
 
+    @property
+    def architecture(self) -> "type[SAE]":
+        """The class of the SAE. Its module is imported.
+
+        Raises:
+          ConfigError: there is no such architecture.
+        """
+        from jsae.architectures import find
+
+        return find(self.activation)
+
     def check_sae(self) -> None:
         """Check what can be said of a variant's SAE before the width of the model is known.
 
         Raises:
           ConfigError: a setting that no model's SAE can have.
         """
-        require(
-            self.k_start is None or self.activation in _TOPK, f"{self.activation} has no k to lower: leave out k_start"
-        )
-        inner = self._default_widths(_WIDEST) if self.activation == "matryoshka" else self.nested_widths
-        SAEConfig(**self._sae_settings(_WIDEST, _WIDEST) | {"k": 1, "nested_widths": inner})
+        inner = self.nested_widths or self._default_widths(_WIDEST)
+        self._sae_config(_WIDEST, _WIDEST, 1, k=1, nested_widths=inner)
 
-    def sae_config(self, width: int, layers: int = 1) -> SAEConfig:
+    def sae_config(self, width: int, layers: int = 1) -> "SAEConfig":
         """Return the SAE of a variant for a model of this width; `layers` of a crosscoder."""
-        d_sae = width * self.expansion_factor
-        return SAEConfig(**self._sae_settings(width, d_sae) | {"d_in": width * layers, "layers": layers})
+        return self._sae_config(width, width * self.expansion_factor, layers)
 
-    def _sae_settings(self, width: int, d_sae: int) -> dict[str, Any]:
-        """Return the fields of a variant's SAE, which reads one layer of a model."""
-        nested = self.nested_widths
-        if self.activation == "matryoshka" and not nested:
-            nested = self._default_widths(d_sae)
-        return {
-            "architecture": self.activation,
-            "d_in": width,
-            "d_sae": d_sae,
+    def _own_settings(self) -> set[str]:
+        """Return the names of the architecture's settings."""
+        return {field.name for field in dataclasses.fields(self.architecture.Config)}
+
+    def _sae_config(self, width: int, d_sae: int, layers: int, **replaced: Any) -> "SAEConfig":
+        given: dict[str, Any] = {
             "k": self.k[0],
-            "nested_widths": nested,
+            "nested_widths": self.nested_widths or self._default_widths(d_sae),
             "l1_coefficient": self.l1_coefficient[0],
             "l0_coefficient": self.l0_coefficient[0],
             "jump_recipe": self.jump_recipe,
             "bandwidth": self.bandwidth,
             "target_l0": self.target_l0[0] if self.target_l0 else None,
-            "d_out": None if self.target_hook is None else width,
-            "skip": self.skip,
-        }
+        } | replaced
+        own = {name: value for name, value in given.items() if name in self._own_settings()}
+        d_out = None if self.target_hook is None else width
+        return self.architecture.Config(width * layers, d_sae, d_out=d_out, skip=self.skip, layers=layers, **own)
 
     @staticmethod
     def _default_widths(d_sae: int) -> tuple[int, ...]:

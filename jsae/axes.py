@@ -1,10 +1,10 @@
-"""The alphabet of axes, which array has which, and how a mesh cuts them.
+"""The letters of axes, the axes of every array, and how a mesh cuts them.
 
-n: tokens of a batch.  d: what is read, `d_in`.  o: what is made, `d_in` too unless it is a transcoder.
+n: tokens of a batch.  d: width of the input, `d_in`.  o: width of the target, `d_in` too unless it is a transcoder.
 f: latents, `d_sae`.  k: active latents of a token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ RULES: Mapping[str, str | None] = {"n": "data", "f": "latent", "d": None, "o": N
 
 
 def spec(axes: tuple[str, ...]) -> PartitionSpec:
-    """The partition of an array with these axes.
+    """Return the partition of an array with these axes.
 
     Raises:
       KeyError: an axis outside the alphabet.
@@ -45,7 +45,7 @@ def spec(axes: tuple[str, ...]) -> PartitionSpec:
 
 
 def make_mesh(latent: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh (data, latent) over all devices of all processes, `latent` of them sharing one copy of the SAE.
+    """Return a mesh (data, latent) over all devices of all processes, `latent` of them sharing one copy of the SAE.
 
     Raises:
       ValueError: the devices cannot be divided so.
@@ -58,15 +58,21 @@ def make_mesh(latent: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh(shape, ("data", "latent"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """For every array of `tree` its sharding, found by the array's name in `AXES`; unnamed ones are replicated.
+def shardings(tree: Any, mesh: Mesh, latent_arrays: Iterable[str] = ()) -> Any:
+    """Return the sharding of every array of `tree`, found by the array's name in `AXES`; unnamed ones are replicated.
 
     The moments of an optimiser carry the names of the weights that they belong to, so they are cut alike.
+
+    Args:
+      tree: arrays by name.
+      mesh: a mesh with the axes of `RULES`.
+      latent_arrays: names of more arrays with one number per latent.
     """
+    table = dict.fromkeys(latent_arrays, ("f",)) | AXES
 
     def place(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
         names = [str(getattr(p, "name", getattr(p, "key", ""))) for p in path]
-        axes = next((AXES[n] for n in reversed(names) if n in AXES), None)
+        axes = next((table[n] for n in reversed(names) if n in table), None)
         if axes is None or jax.numpy.ndim(leaf) != len(axes):
             return NamedSharding(mesh, PartitionSpec())
         return NamedSharding(mesh, spec(axes))

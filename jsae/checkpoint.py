@@ -22,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from jsae import checksum, manifest
 from jsae.config import ConfigError
 from jsae.manifest import DamagedError
-from jsae.sweep import States
+from jsae.train import States
 
 DAMAGED = ".damaged"
 """Suffix of a damaged checkpoint that was moved aside."""

@@ -1,4 +1,4 @@
-"""The controller that leads L0 to its target by the strength of the sparsity penalty."""
+"""The controller that moves L0 to its target by the strength of the sparsity penalty: proportional and integral."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 FIRST_STRENGTH = 0.1
-"""What a controlled penalty starts with: one that is too strong at first kills latents before they have learned."""
+"""Strength of a controlled penalty at first: one that is too strong kills latents before they have learned."""
 
 _LEAD = 0.3  # the part of the run over which L0 is led from where it starts to its target
 _GAIN = 30.0  # an L0 that is e times too large makes the strength e times larger within 1 / _GAIN of the run
@@ -25,14 +25,14 @@ class Control(NamedTuple):
 
 
 def begin(target: float | None) -> Control:
-    """Before the first step; without a target the strength is 1 and stays it."""
+    """Return the state before the first step. Without a target the strength is 1 throughout."""
     return Control(jnp.float32(1 if target is None else FIRST_STRENGTH), jnp.float32(0), jnp.float32(0))
 
 
 def strength(
     control: Control, target: float | None, proportional: float, number: Int[Array, ""], num_steps: int
 ) -> Float[Array, ""]:
-    """The factor on the penalty in step `number` >= 1: the integral part, times e to `proportional` times the error."""
+    """Return the factor on the penalty in step `number` >= 1: the integral part times exp(`proportional` * error)."""
     if target is None:
         return control.strength
     error = _error(control.l0, control.first_l0, target, number, num_steps)
@@ -42,7 +42,7 @@ def strength(
 def after(
     control: Control, target: float | None, l0: Float[Array, ""], number: Int[Array, ""], num_steps: int
 ) -> Control:
-    """The state after step `number`, whose batch had this L0.
+    """Return the state after step `number`, whose batch had this L0.
 
     L0 falls by itself as an SAE learns, and a controller that asked for the end at once would overshoot and kill
     latents. So the wanted L0 goes from the first step's down to the target in a straight line of logarithms.
@@ -61,7 +61,7 @@ def after(
 def _error(
     l0: Float[Array, ""], first_l0: Float[Array, ""], target: float, number: Int[Array, ""], num_steps: int
 ) -> Float[Array, ""]:
-    """log(L0 / wanted L0), between -1 and 1."""
+    """Return log(L0 / wanted L0), clipped to [-1, 1]."""
     lead = jnp.maximum(1 - number / (_LEAD * num_steps), 0)
     wanted = jnp.log(target) + lead * jnp.log(jnp.maximum(first_l0, target) / target)
     return jnp.clip(jnp.log(jnp.maximum(l0, 1e-3)) - wanted, -1, 1)

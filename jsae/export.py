@@ -1,4 +1,4 @@
-"""The exported SAE: a SAELens directory, with input scale and decoder norms folded into the weights. numpy only."""
+"""The exported SAE: a SAELens directory, with input scale and decoder norms folded into the weights."""
 
 import json
 from collections.abc import Mapping
@@ -10,21 +10,11 @@ from jaxtyping import Float
 from safetensors.numpy import save, save_file
 
 from jsae import files
-from jsae.config import SAEConfig, require
+from jsae.architectures import ARCHITECTURES, SAEConfig
+from jsae.settings import require
 
 SAELENS_VERSION = "6.54.12"
 """The version of the file format; SAELens reads a file without one as a much older form."""
-
-ARCHITECTURES: Mapping[str, str] = {
-    "topk": "topk",
-    "batchtopk": "jumprelu",
-    "matryoshka": "jumprelu",
-    "abstopk": "abstopk",
-    "relu": "standard",
-    "gated": "gated",
-    "jumprelu": "jumprelu",
-}
-"""Names here to names in SAELens: of what is left for inference."""
 
 TRANSCODERS: Mapping[str, str] = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
 """The same of transcoders; with a skip path `_transcoder` becomes `_skip_transcoder`."""
@@ -42,11 +32,11 @@ def architecture(config: SAEConfig) -> str:
     Raises:
       ConfigError: SAELens has no form of it.
     """
-    name = ARCHITECTURES[config.architecture]
+    name = config.sae.form
     if not config.is_transcoder:
         return name
-    possible = ", ".join(a for a, form in ARCHITECTURES.items() if form in TRANSCODERS)
-    require(name in TRANSCODERS, f"there is no exported form of a {config.architecture} transcoder: use {possible}")
+    others = ", ".join(sae.name for sae in ARCHITECTURES.values() if sae.form in TRANSCODERS)
+    require(name in TRANSCODERS, f"there is no exported form of a {config.architecture} transcoder: use {others}")
     return TRANSCODERS[name].replace("transcoder", "skip_transcoder") if config.skip else TRANSCODERS[name]
 
 

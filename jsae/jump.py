@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 
 def _window(pre: Float[Array, "n f"], threshold: Float[Array, " f"], width: float) -> Float[Array, "n f"]:
-    """The rectangle kernel: 1 within width / 2 of the threshold, else 0."""
+    """Return the rectangle kernel: 1 within width / 2 of the threshold, else 0."""
     return (jnp.abs(pre - threshold) < width / 2).astype(pre.dtype)
 
 
@@ -16,7 +16,7 @@ def _window(pre: Float[Array, "n f"], threshold: Float[Array, " f"], width: floa
 def jump_relu(
     pre: Float[Array, "n f"], threshold: Float[Array, " f"], width: float, to_input: bool
 ) -> Float[Array, "n f"]:
-    """What exceeds its threshold as it is, else 0.
+    """Return every pre-activation that exceeds its threshold, unchanged, and 0 in the place of the others.
 
     Rajamanoharan et al. 2024, "Jumping ahead" (arXiv 2407.14435), equations 11 and 12: the gradient of the threshold
     is -threshold / width within the window. With `to_input` the pre-activation gets the opposite of it besides its own,
@@ -41,7 +41,10 @@ jump_relu.defvjp(_jump_forward, _jump_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def step(pre: Float[Array, "n f"], threshold: Float[Array, " f"], width: float) -> Float[Array, "n f"]:
-    """1 where pre exceeds its threshold, else 0; the gradient of the threshold is -1 / width within the window."""
+    """Return 1 where pre exceeds its threshold, else 0.
+
+    The gradient of the threshold is -1 / width within the window (equation 12).
+    """
     return (pre > threshold).astype(pre.dtype)
 
 

@@ -1,42 +1,35 @@
-"""The optimiser: one optax transformation, Adam on weights whose decoder rows stay on the sphere."""
+"""Optimisers: Adam on weights whose decoder rows keep norm 1, and any `optax.GradientTransformation` in its place."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from jsae import paths
 from jsae.config import TrainConfig
+from jsae.ops import AdamScalars, AdamSettings, Moments, Ops
+from jsae.ops.reference import tangent_rows
 
-_EPSILON = 1e-8
-_THRESHOLD_RATE = 10.0  # learning rate of thresholds, relative to the rest's
-
-
-class _Scalars(NamedTuple):
-    """What is one number for all weights."""
-
-    clip: Float[Array, ""]
-    """The factor on the gradient, which brings its norm down to the largest allowed."""
-    rate: Float[Array, ""]
-    """The learning rate, over the share of the first moment that is there already."""
-    spread: Float[Array, ""]
-    """One over that share of the second moment."""
+EPSILON = 1e-8
+_UNIT = "W_dec"  # the array whose rows keep norm 1
 
 
-class _Moved(NamedTuple):
-    """One weight and its moments."""
+@runtime_checkable
+class Optimizer(Protocol):
+    """What a step needs of an optimiser. Instances are hashable: they are part of a compiled program."""
 
-    p: Array
-    mu: Array
-    nu: Array
+    def init(self, params: Any) -> Any:
+        """Return the state before the first step."""
+
+    def apply(self, grads: Any, state: Any, params: Any, factor: float) -> tuple[Any, Any]:
+        """Return the weights after one update by `factor * grads`, decoder rows of norm 1, and the new state."""
 
 
 def schedule(config: TrainConfig, d_sae: int) -> optax.Schedule:
-    """Linear warm-up, a plateau, then linear decay to zero over the last part of the run; step to learning rate."""
+    """Return step -> learning rate: linear warm-up, a plateau, linear decay to zero over the last part of the run."""
     steps = config.num_steps
     warmup, decay = round(config.warmup_fraction * steps), round(config.decay_fraction * steps)
     peak = config.peak_rate(d_sae)
@@ -49,94 +42,96 @@ def schedule(config: TrainConfig, d_sae: int) -> optax.Schedule:
     return optax.join_schedules(pieces, [warmup, steps - decay])
 
 
-def optimizer(config: TrainConfig, d_sae: int) -> optax.GradientTransformation:
+@dataclasses.dataclass(frozen=True)
+class UnitRowAdam:
     """Clip by global norm, project decoder gradients on the sphere, Adam, learning rate, back on the sphere.
 
-    It is what a chain of `optax.clip_by_global_norm`, `tangent_rows`, `optax.scale_by_adam`,
-    `optax.scale_by_learning_rate` and a norm of 1 for every decoder row computes, written as one pass over every
-    weight: a chain writes and reads the gradients anew between its links. Thresholds get a higher rate: Adam moves the
-    logarithm of a threshold by at most the learning rate a step, far less than a direction turns.
+    It computes what a chain of `optax.clip_by_global_norm`, the projection, `optax.scale_by_adam`,
+    `optax.scale_by_learning_rate` and a norm of 1 for every decoder row computes, in one pass over every weight.
+
+    Args:
+      config: rates and constants.
+      d_sae: number of latents, for the default rate.
+      ops: the implementation of the update.
+      rate_factors: factors on the learning rate by the name of the array, as pairs.
     """
-    adam = optax.scale_by_adam(config.beta1, config.beta2, _EPSILON)
 
-    def update(grads: Any, state: optax.ScaleByAdamState, params: Any) -> tuple[Any, optax.ScaleByAdamState]:
-        new, state = apply(config, d_sae, grads, state, params)
-        return jax.tree.map(jnp.subtract, new, params), state
+    config: TrainConfig
+    d_sae: int
+    ops: Ops
+    rate_factors: tuple[tuple[str, float], ...] = ()
 
-    return optax.GradientTransformation(adam.init, update)
+    def init(self, params: Any) -> optax.ScaleByAdamState:
+        """Return moments of zero."""
+        return optax.scale_by_adam(self.config.beta1, self.config.beta2, EPSILON).init(params)
 
-
-def apply(
-    config: TrainConfig, d_sae: int, grads: Any, state: optax.ScaleByAdamState, params: Any, factor: float = 1.0
-) -> tuple[Any, optax.ScaleByAdamState]:
-    """The weights with `optimizer`'s update on them, and its state, a block of rows after the other.
-
-    The gradient is `factor` times `grads`. Weights and moments are overwritten where they stand, so that a step takes
-    no more memory than one block.
-    """
-    count = state.count + 1
-    norm = factor * jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
-    scalars = _Scalars(
-        factor * jnp.minimum(1, config.clip_norm / norm),
-        schedule(config, d_sae)(state.count) / (1 - config.beta1**count),
-        1 / (1 - config.beta2**count),
-    )
-
-    def one(path: tuple[Any, ...], *arrays: Array) -> _Moved:
-        return _moved(config, _name(path), scalars, *arrays)
-
-    moved = jax.tree_util.tree_map_with_path(one, grads, params, state.mu, state.nu)
-    params, mu, nu = (
-        jax.tree.map(lambda m, i=i: m[i], moved, is_leaf=lambda m: isinstance(m, _Moved)) for i in range(3)
-    )
-    return params, optax.ScaleByAdamState(count, mu, nu)
-
-
-def _moved(
-    config: TrainConfig, name: str | None, scalars: _Scalars, g: Array, p: Array, mu: Array, nu: Array
-) -> _Moved:
-    """One weight after the step."""
-    is_rows = name == "W_dec"
-    rate = scalars.rate * (_THRESHOLD_RATE if name == "log_threshold" else 1)
-
-    def part(at: Callable[[Array], Array], put: Callable[[Array, Array], Array], now: _Moved) -> _Moved:
-        p, mu, nu = now
-        d = scalars.clip * (tangent_rows(at(g), at(p)) if is_rows else at(g))
-        mu = put(mu, config.beta1 * at(mu) + (1 - config.beta1) * d)
-        nu = put(nu, config.beta2 * at(nu) + (1 - config.beta2) * jnp.square(d))
-        # Read back, or the compiler works them out a second time, from what it must then keep a copy of.
-        new = at(p) - rate * at(mu) / (jnp.sqrt(scalars.spread * at(nu)) + _EPSILON)
-        return _Moved(put(p, _unit(new) if is_rows else new), mu, nu)
-
-    size = paths.chosen().block
-    if size is None or g.ndim < 2 or (rows := paths.part_of(len(g), max(size // g.shape[1], 1))) == len(g):
-        return part(lambda a: a, lambda _, new: new, _Moved(p, mu, nu))
-
-    def block(i: Int[Array, ""], now: _Moved) -> _Moved:
-        return part(
-            lambda a: lax.dynamic_slice_in_dim(a, i * rows, rows),
-            lambda a, new: lax.dynamic_update_slice_in_dim(a, new, i * rows, 0),
-            now,
+    def apply(
+        self, grads: Any, state: optax.ScaleByAdamState, params: Any, factor: float = 1.0
+    ) -> tuple[Any, optax.ScaleByAdamState]:
+        """Return the weights after one update by `factor * grads`, and the new moments."""
+        config, count = self.config, state.count + 1
+        norm = factor * jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
+        scalars = AdamScalars(
+            factor * jnp.minimum(1, config.clip_norm / norm),
+            schedule(config, self.d_sae)(state.count) / (1 - config.beta1**count),
+            1 / (1 - config.beta2**count),
         )
+        factors = dict(self.rate_factors)
 
-    return lax.fori_loop(0, len(g) // rows, block, _Moved(p, mu, nu))
+        def one(path: tuple[Any, ...], g: Array, *arrays: Array) -> Moments:
+            names = names_of(path)
+            rate_factor = next((factors[n] for n in names if n in factors), 1.0)
+            settings = AdamSettings(config.beta1, config.beta2, EPSILON, rate_factor, _UNIT in names)
+            return self.ops.adam(scalars, settings, g, Moments(*arrays))
 
-
-def tangent_rows(g: Float[Array, "f d"], row: Float[Array, "f d"]) -> Float[Array, "f d"]:
-    """Takes from the gradient of every unit row its part along the row, which the norm would undo."""
-    return g - _dots(g, row)[:, None] * row
-
-
-def _unit(rows: Float[Array, "f d"]) -> Float[Array, "f d"]:
-    return rows * lax.rsqrt(_dots(rows, rows))[:, None]
-
-
-def _dots(a: Float[Array, "f d"], b: Float[Array, "f d"]) -> Float[Array, " f"]:
-    """Row by row, as a product, so that no array of the products is written."""
-    return jnp.einsum("fd,fd->f", a, b)
+        moved = jax.tree_util.tree_map_with_path(one, grads, params, state.mu, state.nu)
+        params, mu, nu = (
+            jax.tree.map(lambda m, i=i: m[i], moved, is_leaf=lambda m: isinstance(m, Moments)) for i in range(3)
+        )
+        return params, optax.ScaleByAdamState(count, mu, nu)
 
 
-def _name(path: tuple[Any, ...]) -> str | None:
-    """The name of the weight at a path."""
-    names = [getattr(p, "name", getattr(p, "key", None)) for p in path]
-    return next((n for n in names if n in ("W_dec", "log_threshold")), None)
+@dataclasses.dataclass(frozen=True)
+class UnitRows:
+    """Any optax transformation, between a projection of decoder gradients on the sphere and a norm of 1 for every row.
+
+    Args:
+      inner: the transformation; it contains its own learning rate.
+    """
+
+    inner: optax.GradientTransformation
+
+    def init(self, params: Any) -> Any:
+        """Return the state of the transformation."""
+        return self.inner.init(params)
+
+    def apply(self, grads: Any, state: Any, params: Any, factor: float = 1.0) -> tuple[Any, Any]:
+        """Return the weights after one update by `factor * grads`, and the new state."""
+
+        def project(path: tuple[Any, ...], g: Array, p: Array) -> Array:
+            return factor * (tangent_rows(g, p) if _UNIT in names_of(path) else g)
+
+        def normalise(path: tuple[Any, ...], p: Array) -> Array:
+            return p / jnp.linalg.norm(p, axis=1, keepdims=True) if _UNIT in names_of(path) else p
+
+        grads = jax.tree_util.tree_map_with_path(project, grads, params)
+        updates, state = self.inner.update(grads, state, params)
+        return jax.tree_util.tree_map_with_path(normalise, optax.apply_updates(params, updates)), state
+
+
+def make(
+    config: TrainConfig,
+    d_sae: int,
+    ops: Ops,
+    rate_factors: Mapping[str, float] | None = None,
+    inner: optax.GradientTransformation | None = None,
+) -> Optimizer:
+    """Return the optimiser of an SAE: `UnitRowAdam`, or `UnitRows` around a transformation that is given."""
+    if inner is not None:
+        return UnitRows(inner)
+    return UnitRowAdam(config, d_sae, ops, tuple(sorted((rate_factors or {}).items())))
+
+
+def names_of(path: tuple[Any, ...]) -> list[str]:
+    """Return the names along a path of a pytree."""
+    return [str(getattr(p, "name", getattr(p, "key", ""))) for p in path]

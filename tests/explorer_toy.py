@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jsae import export
-from jsae.config import SAEConfig
+from jsae.architectures import sae_config
 from jsae.store import (
     NON_ACTIVATING,
     TOP,
@@ -102,7 +102,7 @@ def write_store(folder: Path, hook: str = HOOK, everything: bool = True, seed: i
     place = folder / "sae" / hook
     weights = _weights(seed)
     metadata = {"hook_name": hook, "model_name": "nanochat-toy", "model_fingerprint": "ab" * 32, "context_size": LENGTH}
-    export.write(place, SAEConfig("topk", D_IN, D_SAE, k=2), weights, 1.0, 1.0, metadata)
+    export.write(place, sae_config("topk", D_IN, D_SAE, k=2), weights, 1.0, 1.0, metadata)
     text = tokens()
     acts = activations(text)
     records = folder / "explorer" / "records"

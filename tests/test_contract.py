@@ -10,27 +10,30 @@ import pytest
 import sae_lens
 import torch
 import toy
+from alone import begin, fit, stepping
 
 from bridge import torch_sae
-from jsae import axes, dead, export, metrics, saes, train
+from jsae import axes, dead, export, metrics, step, train
+from jsae.architectures import ARCHITECTURES, Context, SAEConfig, sae_config
 from jsae.checkpoint import Checkpoints
-from jsae.codes import Codes
-from jsae.config import SAEConfig, TrainConfig
+from jsae.config import TrainConfig
 from jsae.data import ArraySource, Shuffled
+from jsae.ops import Codes, Latents, choose
+from jsae.state import Acts, TrainState, input_and_target, place
 
 D, F = toy.D_IN, 64
 CASES = {
-    "topk": SAEConfig("topk", D, F, k=3),
-    "batchtopk": SAEConfig("batchtopk", D, F, k=3),
-    "matryoshka": SAEConfig("matryoshka", D, F, k=3, nested_widths=(52,)),
-    "abstopk": SAEConfig("abstopk", D, F, k=3),
-    "relu": SAEConfig("relu", D, F, l1_coefficient=2.0),
-    "gated": SAEConfig("gated", D, F, l1_coefficient=2.0, target_l0=2.5),
-    "jumprelu": SAEConfig("jumprelu", D, F, l0_coefficient=0.5, target_l0=2.0),
-    "jumprelu_l0": SAEConfig("jumprelu", D, F, l0_coefficient=0.5, jump_recipe="l0", target_l0=2.0),
-    "transcoder": SAEConfig("relu", D, F, l1_coefficient=1.0, d_out=toy.D_OUT),
-    "skip_transcoder": SAEConfig("batchtopk", D, F, k=3, d_out=toy.D_OUT, skip=True),
-    "crosscoder": SAEConfig("batchtopk", 2 * D, F, k=3, layers=2),
+    "topk": sae_config("topk", D, F, k=3),
+    "batchtopk": sae_config("batchtopk", D, F, k=3),
+    "matryoshka": sae_config("matryoshka", D, F, k=3, nested_widths=(52,)),
+    "abstopk": sae_config("abstopk", D, F, k=3),
+    "relu": sae_config("relu", D, F, l1_coefficient=2.0),
+    "gated": sae_config("gated", D, F, l1_coefficient=2.0, target_l0=2.5),
+    "jumprelu": sae_config("jumprelu", D, F, l0_coefficient=0.5, target_l0=2.0),
+    "jumprelu_l0": sae_config("jumprelu", D, F, l0_coefficient=0.5, jump_recipe="l0", target_l0=2.0),
+    "transcoder": sae_config("relu", D, F, l1_coefficient=1.0, d_out=toy.D_OUT),
+    "skip_transcoder": sae_config("batchtopk", D, F, k=3, d_out=toy.D_OUT, skip=True),
+    "crosscoder": sae_config("batchtopk", 2 * D, F, k=3, layers=2),
 }
 SHARDED = ("topk", "batchtopk", "relu", "gated", "jumprelu", "skip_transcoder")
 N, BLOCK = 500, 10_000
@@ -38,7 +41,7 @@ RUN = TrainConfig(num_activations=300_000, batch_size=N, learning_rate=4e-3, dea
 
 
 def test_every_architecture_is_in_the_contract():
-    assert {c.architecture for c in CASES.values()} == set(saes.ARCHITECTURES) == set(export.ARCHITECTURES)
+    assert {c.architecture for c in CASES.values()} == set(ARCHITECTURES)
 
 
 @functools.cache
@@ -50,39 +53,40 @@ def world_of(config: SAEConfig) -> toy.World:
     return world(config.d_out, config.layers)
 
 
-def rows(config: SAEConfig, start: int, stop: int) -> train.Acts:
+def rows(config: SAEConfig, start: int, stop: int) -> Acts:
     """Some activations, as a training step gets them."""
     acts = tuple(jnp.asarray(a[start:stop]) for a in world_of(config).acts)
     return acts if len(acts) > 1 else acts[0]
 
 
-def begun(config: SAEConfig) -> train.TrainState:
+def begun(config: SAEConfig) -> TrainState:
     """The state before the first step, on as many activations everywhere: it is compiled once."""
-    return train.init(config, RUN, rows(config, 0, BLOCK))
+    return begin(config, RUN, rows(config, 0, BLOCK))
 
 
-def scaled(config: SAEConfig, state: train.TrainState) -> tuple[jax.Array, jax.Array]:
+def scaled(config: SAEConfig, state: TrainState) -> tuple[jax.Array, jax.Array]:
     """A batch as the SAE knows it: what is read, and what is to be made of it."""
-    x, y = train.ends(config, rows(config, 0, N))
+    x, y = input_and_target(config, rows(config, 0, N))
     return x * state.scale, y * state.scale_out
 
 
-activate = jax.jit(lambda sae, x: sae.activate(x)[0])
-encode = jax.jit(lambda sae, x: sae.encode(x))
-decode = jax.jit(lambda sae, latents, x: sae.decode(latents, x))
+OPS = choose()
+activate = jax.jit(lambda sae, x: sae.activate(x, Context(OPS, training=True))[0])
+encode = jax.jit(lambda sae, x: sae.encode(x, OPS))
+decode = jax.jit(lambda sae, latents, x: sae.decode(latents, x, OPS))
 
 
 @pytest.fixture(scope="module")
-def trained() -> dict[str, tuple[train.TrainState, dict[str, float]]]:
+def trained() -> dict[str, tuple[TrainState, dict[str, float]]]:
     """One run per case: its last state, and the metrics of its last tenth."""
     runs = {}
     for name, config in CASES.items():
         source = ArraySource(*world_of(config).acts)
         batches = BLOCK // N
         stream = Shuffled(source, batch_size=N, batches_per_block=batches, seed=0, num_batches=RUN.num_steps)
-        initial, tail = train.init(config, RUN, stream.peek()), None
-        for step, state, sums in train.fit(RUN, initial, stream):  # noqa: B007 - the last state is wanted
-            if step > 0.9 * RUN.num_steps:
+        initial, tail = begin(config, RUN, stream.peek()), None
+        for number, state, sums in fit(config, RUN, initial, stream):  # noqa: B007 - the last state is wanted
+            if number > 0.9 * RUN.num_steps:
                 tail = sums if tail is None else metrics.add(tail, sums)
         train.check_finite(state, tail)
         runs[name] = (state, metrics.summarize(tail))
@@ -100,16 +104,16 @@ def case(name) -> SAEConfig:
 
 
 @pytest.fixture
-def state(name, trained) -> train.TrainState:
+def state(name, trained) -> TrainState:
     return trained[name][0]
 
 
-def scales(state: train.TrainState) -> tuple[np.ndarray, np.ndarray]:
+def scales(state: TrainState) -> tuple[np.ndarray, np.ndarray]:
     """Of what is read and what is made, for the export."""
     return np.asarray(state.scale), np.asarray(state.scale_out)
 
 
-def dense(latents: saes.Latents) -> np.ndarray:
+def dense(latents: Latents) -> np.ndarray:
     return np.asarray(latents.dense(N, F) if isinstance(latents, Codes) else latents)
 
 
@@ -139,16 +143,16 @@ def test_decoder_rows_stay_unit(state):
 def test_jit_equals_eager(case, state):
     x, _ = scaled(case, state)
     with jax.disable_jit():
-        eager = dense(state.sae.encode(x))
+        eager = dense(state.sae.encode(x, OPS))
     compiled = dense(encode(state.sae, x))
     np.testing.assert_allclose(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_finite_and_reach_every_parameter(case):
     start = begun(case)
-    now = saes.Now(jnp.float32(1), jnp.arange(F) % 2 == 0)
+    context = Context(OPS, training=True, dead=jnp.arange(F) % 2 == 0)
     x, y = scaled(case, start)
-    gradients = jax.jit(jax.grad(lambda sae: train._loss(sae, x, y, now)[0]))(start.sae)
+    gradients = jax.jit(jax.grad(lambda sae: step.loss_of(sae, x, y, context)[0]))(start.sae)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.isfinite(gradient).all(), path
         assert np.asarray(gradient).any() or "threshold" in str(path), path
@@ -187,13 +191,13 @@ def test_sharded_equals_whole(name, case):
     mesh = axes.make_mesh(latent=2)
     assert mesh.shape == {"data": 2, "latent": 2}
     whole, sharded = begun(case), begun(case)
-    sharded = train.place(sharded, mesh)
+    sharded = place(sharded, mesh)
     cut = jax.NamedSharding(mesh, axes.spec(("n", "d")))
-    step = train.make_step(RUN, case.d_sae)
+    program = stepping(case, RUN)
     for i in range(5):
         batch = rows(case, N * i, N * (i + 1))
-        whole, sums = step(whole, batch)
-        sharded, sharded_sums = step(sharded, jax.device_put(batch, cut))
+        whole, sums = program(whole, batch)
+        sharded, sharded_sums = program(sharded, jax.device_put(batch, cut))
     for ours, theirs in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
     assert metrics.summarize(sharded_sums) == pytest.approx(metrics.summarize(sums), rel=1e-3)
@@ -240,9 +244,9 @@ def test_an_export_replaces_the_one_before_and_leaves_nothing_else(case, state, 
 def test_resampling_renews_the_dead_and_nothing_else(case, state):
     sae, is_dead = state.sae, jnp.arange(F) % 5 == 0
     x, y = scaled(case, state)
-    renewed, moments = dead.resample(sae, state.opt, is_dead, x, y, jax.random.key(3))
+    renewed, moments = dead.resample(sae, state.opt, is_dead, x, y, jax.random.key(3), OPS)
     gone = np.asarray(is_dead)
-    start = sae.latent_arrays(case)
+    start = sae.initial_latents(case)
     for name in ("W_enc", "W_dec", *start):
         before, after = np.asarray(getattr(sae, name)), np.asarray(getattr(renewed, name))
         np.testing.assert_array_equal(after[~gone], before[~gone])

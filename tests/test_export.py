@@ -13,9 +13,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from bridge import torch_sae
-from jsae import export, saes
-from jsae.codes import Codes
-from jsae.config import ConfigError, SAEConfig
+from jsae import export
+from jsae.architectures import ARCHITECTURES, SAE, SAEConfig, make, sae_config
+from jsae.config import ConfigError
+from jsae.ops import Codes, Latents
 
 D, F, L, N = 6, 20, 3, 50
 METADATA = {
@@ -25,25 +26,31 @@ METADATA = {
     "context_size": 8,
     "prepend_bos": True,
 }
+SETTINGS = {
+    "topk": {"k": 4},
+    "abstopk": {"k": 4},
+    "batchtopk": {"k": 4},
+    "matryoshka": {"k": 4, "nested_widths": (5,)},
+}
 CROSSCODERS = {
-    "relu": SAEConfig("relu", L * D, F, layers=L),
-    "topk": SAEConfig("topk", L * D, F, k=4, layers=L),
-    "abstopk": SAEConfig("abstopk", L * D, F, k=4, layers=L),
-    "batchtopk": SAEConfig("batchtopk", L * D, F, k=4, layers=L),
-    "jumprelu": SAEConfig("jumprelu", L * D, F, layers=L),
-    "gated": SAEConfig("gated", L * D, F, layers=L),
+    "relu": sae_config("relu", L * D, F, layers=L),
+    "topk": sae_config("topk", L * D, F, k=4, layers=L),
+    "abstopk": sae_config("abstopk", L * D, F, k=4, layers=L),
+    "batchtopk": sae_config("batchtopk", L * D, F, k=4, layers=L),
+    "jumprelu": sae_config("jumprelu", L * D, F, layers=L),
+    "gated": sae_config("gated", L * D, F, layers=L),
 }
 TRANSCODERS = {
-    "transcoder": SAEConfig("relu", D, F, d_out=D + 1),
-    "skip_transcoder": SAEConfig("relu", D, F, d_out=D + 1, skip=True),
-    "jumprelu_transcoder": SAEConfig("batchtopk", D, F, k=4, d_out=D + 1),
-    "jumprelu_skip_transcoder": SAEConfig("jumprelu", D, F, d_out=D + 1, skip=True),
+    "transcoder": sae_config("relu", D, F, d_out=D + 1),
+    "skip_transcoder": sae_config("relu", D, F, d_out=D + 1, skip=True),
+    "jumprelu_transcoder": sae_config("batchtopk", D, F, k=4, d_out=D + 1),
+    "jumprelu_skip_transcoder": sae_config("jumprelu", D, F, d_out=D + 1, skip=True),
 }
 
 
-def made(config: SAEConfig) -> saes.SAE:
+def made(config: SAEConfig) -> SAE:
     """An SAE whose every number is as if it had been trained."""
-    sae = saes.make(config, key=jax.random.key(0))
+    sae = make(config, key=jax.random.key(0))
     for i, name in enumerate(("W_enc", "b_dec", "W_skip", "b_enc", "b_gate", "b_mag", "r_mag", "log_threshold")):
         if hasattr(sae, name):
             noise = 0.3 * jax.random.normal(jax.random.key(i), getattr(sae, name).shape)
@@ -57,13 +64,13 @@ def layered(*factors: float) -> np.ndarray:
     return np.repeat(np.float32(factors), D)
 
 
-def written(folder: Path, config: SAEConfig, sae: saes.SAE, scale, scale_out) -> tuple[dict, dict[str, np.ndarray]]:
+def written(folder: Path, config: SAEConfig, sae: SAE, scale, scale_out) -> tuple[dict, dict[str, np.ndarray]]:
     """What the files of an export say."""
     export.write(folder, config, sae.arrays(), scale, scale_out, METADATA)
     return json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
 
 
-def dense(latents: saes.Latents) -> np.ndarray:
+def dense(latents: Latents) -> np.ndarray:
     return np.asarray(latents.dense(N, F) if isinstance(latents, Codes) else latents)
 
 
@@ -169,7 +176,7 @@ def test_a_skip_path_and_two_scales_fold_as_worked_out_by_hand():
 @pytest.mark.parametrize("architecture", ["topk", "abstopk"])
 def test_averaged_weights_choose_the_same_latents_when_they_are_exported(architecture, tmp_path):
     """Their rows have other norms than 1: were those folded one by one, the largest latents would be others."""
-    config = SAEConfig(architecture, D, F, k=3)
+    config = sae_config(architecture, D, F, k=3)
     sae = made(config)
     sae.W_dec[...] = sae.W_dec * jnp.linspace(0.3, 1, F)[:, None]
     written(tmp_path / "sae", config, sae, 4.0, 4.0)
@@ -265,11 +272,11 @@ def test_a_transcoder_without_an_exported_form_is_refused_with_those_that_have_o
     with pytest.raises(
         ConfigError, match=f"no exported form of a {architecture} transcoder: use batchtopk, matryoshka"
     ):
-        export.architecture(SAEConfig(architecture, D, F, k=4, d_out=D))
+        export.architecture(sae_config(architecture, D, F, d_out=D, **SETTINGS.get(architecture, {})))
 
 
 def test_weights_that_are_broken_are_not_written(tmp_path):
-    config = SAEConfig("relu", D, F)
+    config = sae_config("relu", D, F)
     sae = made(config)
     sae.b_enc[...] = sae.b_enc.at[3].set(jnp.nan)
     with pytest.raises(ConfigError, match="b_enc holds numbers that are not finite"):
@@ -380,9 +387,8 @@ def test_a_truncated_file_of_weights_is_refused_by_name(size, crosscoder, tmp_pa
 
 
 def test_every_architecture_leaves_as_a_form_that_is_read(tmp_path):
-    for architecture in saes.ARCHITECTURES:
-        nested = (5,) if architecture == "matryoshka" else ()
-        config = SAEConfig(architecture, D, F, k=4, nested_widths=nested)
+    for architecture in ARCHITECTURES:
+        config = sae_config(architecture, D, F, **SETTINGS.get(architecture, {}))
         written(tmp_path / architecture, config, made(config), 1.0, 1.0)
         assert torch_sae.load(tmp_path / architecture).architecture == export.architecture(config)
         wider = dataclasses.replace(config, layers=2)

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from alone import begin
 
-from jsae import jump, saes, train
-from jsae.config import SAEConfig, TrainConfig
+from jsae import jump, step
+from jsae.architectures import Context, Forward, JumpReLU, make, sae_config
+from jsae.config import TrainConfig
+from jsae.ops import choose
 
 WIDTH = 0.5
 # Far below, in the window below, at the threshold, in the window above, far above: of a threshold of 1 and one of 2.
@@ -67,20 +70,20 @@ def test_a_window_that_covers_everything_gives_thresholds_the_slope_of_a_smoothe
 N, D, F = 40, 6, 16
 
 
-def sae_and_input(recipe: str) -> tuple[saes.JumpReLU, np.ndarray]:
-    config = SAEConfig("jumprelu", D, F, l0_coefficient=0.7, jump_recipe=recipe, bandwidth=0.8, initial_threshold=0.3)
-    sae = saes.make(config, key=jax.random.key(0), b_dec=jnp.linspace(-0.2, 0.3, D))
+def sae_and_input(recipe: str) -> tuple[JumpReLU, np.ndarray]:
+    config = sae_config("jumprelu", D, F, l0_coefficient=0.7, jump_recipe=recipe, bandwidth=0.8, initial_threshold=0.3)
+    sae = make(config, key=jax.random.key(0), b_dec=jnp.linspace(-0.2, 0.3, D))
     sae.W_dec[...] = sae.W_dec * jnp.linspace(0.5, 2, F)[:, None]  # rows that are not unit, so that norms show
     return sae, np.asarray(jax.random.normal(jax.random.key(1), (N, D)))
 
 
-def penalty(sae: saes.JumpReLU, x: np.ndarray, strength: float) -> float:
-    now = saes.Now(jnp.float32(strength), jnp.zeros(F, bool))
-    latents, seen = sae.activate(jnp.asarray(x), now)
-    return float(sae.penalty(saes.Pass(x, x, 0 * x, latents, seen, now)))
+def penalty(sae: JumpReLU, x: np.ndarray, strength: float) -> float:
+    context, x = Context(choose(), training=True, strength=jnp.float32(strength)), jnp.asarray(x)
+    latents, extra = sae.activate(x, context)
+    return float(sae.penalty(Forward(x, x, 0 * x, latents, extra, context)))
 
 
-def parts(sae: saes.JumpReLU, x: np.ndarray) -> tuple[np.ndarray, ...]:
+def parts(sae: JumpReLU, x: np.ndarray) -> tuple[np.ndarray, ...]:
     """Pre-activations, latents, decoder norms, in float64."""
     W_enc, W_dec, b_dec = (np.asarray(getattr(sae, n)[...], np.float64) for n in ("W_enc", "W_dec", "b_dec"))
     pre = (x - b_dec) @ W_enc.T
@@ -105,8 +108,8 @@ def test_the_penalty_of_gemma_scopes_recipe_is_the_number_of_active_latents():
 @pytest.mark.parametrize("recipe", ["tanh", "l0"])
 def test_the_gradient_of_log_thresholds_is_what_the_recipe_says_number_by_number(recipe):
     sae, x = sae_and_input(recipe)
-    now = saes.Now(jnp.float32(1), jnp.zeros(F, bool))
-    ours = jax.grad(lambda sae: train._loss(sae, jnp.asarray(x), jnp.asarray(x), now)[0])(sae).log_threshold
+    context = Context(choose(), training=True)
+    ours = jax.grad(lambda sae: step.loss_of(sae, jnp.asarray(x), jnp.asarray(x), context)[0])(sae).log_threshold
     pre, latents, norms = parts(sae, x)
     theta, width = 0.3, 0.8
     window = np.abs(pre - theta) < width / 2
@@ -123,8 +126,8 @@ def test_the_gradient_of_log_thresholds_is_what_the_recipe_says_number_by_number
 
 def test_thresholds_start_where_l0_is_four_times_its_target():
     x = np.random.default_rng(0).normal(size=(500, D)).astype(np.float32)
-    config = SAEConfig("jumprelu", D, 64, target_l0=3.0)
-    state = train.init(config, TrainConfig(num_activations=1000, batch_size=500), x)
+    config = sae_config("jumprelu", D, 64, target_l0=3.0)
+    state = begin(config, TrainConfig(num_activations=1000, batch_size=500), x)
     latents = np.asarray(state.sae.encode(x * state.scale))
     assert (latents != 0).sum(1).mean() == pytest.approx(12, abs=0.01)
 

@@ -1,11 +1,19 @@
-"""AuxK against its definition, written out."""
+"""Every term of the loss against its definition, written out."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsae import codes, losses
+from jsae import losses
+from jsae.ops import Cpu, Input, Ops, Reference, Xla
+
+OPS: dict[str, Ops] = {"cpu": Cpu(), "xla": Xla(), "reference": Reference()}
+
+
+@pytest.fixture(params=OPS)
+def ops(request) -> Ops:
+    return OPS[request.param]
 
 
 def weights(seed: int, f: int, d: int) -> tuple[jax.Array, ...]:
@@ -25,21 +33,26 @@ def by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, k):
     return min(dead.sum() / k, 1) * share
 
 
+def auxk(ops, inputs, residual, W_enc, b_enc, W_dec, dead, k) -> jax.Array:
+    """The term as an SAE computes it."""
+    return losses.auxk(residual, ops.decode_dead(inputs, W_enc, b_enc, W_dec, dead, k), dead, k)
+
+
 @pytest.mark.parametrize("n_dead", [0, 2, 4, 5, 16])
-def test_auxk_equals_its_definition_for_no_few_and_many_dead_latents(n_dead):
+def test_auxk_equals_its_definition_for_no_few_and_many_dead_latents(ops, n_dead):
     W_enc, b_enc, W_dec, b_dec, x, residual = weights(1, 16, 5)
     dead = np.arange(16) >= 16 - n_dead
-    ours = losses.auxk(codes.Input(x, None, b_dec), residual, W_enc, b_enc, W_dec, jnp.asarray(dead), 4)
+    ours = auxk(ops, Input(x, None, b_dec), residual, W_enc, b_enc, W_dec, jnp.asarray(dead), 4)
     np.testing.assert_allclose(ours, by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, 4), rtol=1e-4)
 
 
 @pytest.mark.parametrize("n_dead", [2, 9])
-def test_the_gradient_of_auxk_reaches_encoder_and_decoder_of_the_dead_only_and_not_the_residual(n_dead):
+def test_the_gradient_of_auxk_reaches_encoder_and_decoder_of_the_dead_only_and_not_the_residual(ops, n_dead):
     W_enc, b_enc, W_dec, b_dec, x, residual = weights(2, 16, 5)
     dead = jnp.arange(16) < n_dead
 
     def aux(residual, W_enc, b_enc, W_dec):
-        return losses.auxk(codes.Input(x, None, b_dec), residual, W_enc, b_enc, W_dec, dead, 4)
+        return auxk(ops, Input(x, None, b_dec), residual, W_enc, b_enc, W_dec, dead, 4)
 
     to_residual, *to_weights = jax.grad(aux, (0, 1, 2, 3))(residual, W_enc, b_enc, W_dec)
     assert not np.asarray(to_residual).any()
@@ -49,11 +62,11 @@ def test_the_gradient_of_auxk_reaches_encoder_and_decoder_of_the_dead_only_and_n
         assert not np.asarray(gradient[n_dead:]).any()
 
 
-def test_auxk_of_a_residual_that_is_zero_is_zero_with_a_finite_gradient():
+def test_auxk_of_a_residual_that_is_zero_is_zero_with_a_finite_gradient(ops):
     W_enc, b_enc, W_dec, b_dec, x, residual = weights(3, 16, 5)
 
     def aux(W_dec):
-        return losses.auxk(codes.Input(x, None, b_dec), residual * 0, W_enc, b_enc, W_dec, jnp.zeros(16, bool), 4)
+        return auxk(ops, Input(x, None, b_dec), residual * 0, W_enc, b_enc, W_dec, jnp.zeros(16, bool), 4)
 
     value, gradient = jax.value_and_grad(aux)(W_dec)
     assert float(value) == 0

@@ -20,7 +20,8 @@ from bridge.explorer.labels import Names
 from bridge.neuronpedia import api, dashboard, ids, rows, sources, strict, text, v1
 from bridge.neuronpedia.about import About
 from bridge.neuronpedia.ids import Ids
-from jsae.config import ConfigError, SAEConfig
+from jsae.architectures import sae_config
+from jsae.config import ConfigError
 from jsae.store import VERSION, Store, StoreError, Texts
 
 METADATA = ("release", "model", "sourceset", "source")
@@ -637,7 +638,9 @@ def test_paths_of_this_machine_are_not_published(source, tmp_path, monkeypatch):
 
 def test_the_names_of_nanochat_sae_are_there(source):
     sae = torch_sae.load(source.sae_dir)
-    told = bridge.neuronpedia.create_neuronpedia_metadata(sae, SAEConfig("topk", 8, 8, k=2), {"tokens": 5}, {"l0": 2.0})
+    told = bridge.neuronpedia.create_neuronpedia_metadata(
+        sae, sae_config("topk", 8, 8, k=2), {"tokens": 5}, {"l0": 2.0}
+    )
     assert told == {
         "architecture": {"type": "topk", "d_in": 8, "d_sae": 8, "expansion_factor": 1.0, "normalize_decoder": True},
         "sparsity_config": {"k": 2, "l1_coefficient": None},

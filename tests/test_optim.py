@@ -9,9 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from alone import begin, fit
 
-from jsae import dead, optim, saes, train
-from jsae.config import ConfigError, SAEConfig, TrainConfig
+from jsae import dead, optim, step, train
+from jsae.architectures import Context, SAEConfig, make, sae_config
+from jsae.config import ConfigError, TrainConfig
+from jsae.ops import Cpu, Ops, Reference, choose
+from jsae.ops.reference import tangent_rows
+from jsae.state import TrainState
 
 D, F = 8, 24
 RUN = TrainConfig(num_activations=100 * 20, batch_size=20, learning_rate=1e-2)
@@ -24,12 +29,12 @@ def x(steps: int, d: int = D) -> list[jax.Array]:
 
 
 @functools.cache
-def run(config: SAEConfig, how: TrainConfig, steps: int) -> list[train.TrainState]:
+def run(config: SAEConfig, how: TrainConfig, steps: int) -> list[TrainState]:
     """The states before the first step and after every step, as they were then."""
     batches = x(steps)
-    start = train.init(config, how, batches[0])
+    start = begin(config, how, batches[0])
     seen = [jax.device_get(start)]
-    for _, state, _ in itertools.islice(train.fit(how, start, iter(batches)), steps):
+    for _, state, _ in itertools.islice(fit(config, how, start, batches), steps):
         seen.append(jax.device_get(state))
     return seen
 
@@ -74,39 +79,50 @@ def by_hand(gradient: np.ndarray, parameter: np.ndarray, name: str, norm: float)
     return update
 
 
-def test_the_first_update_is_what_the_chain_says_and_thresholds_move_ten_times_as_fast():
-    config = SAEConfig("jumprelu", D, F)
+OPTIMISING: dict[str, Ops] = {"cpu": Cpu(block=2 * D), "reference": Reference()}
+
+
+@pytest.fixture(params=OPTIMISING)
+def ops(request) -> Ops:
+    return OPTIMISING[request.param]
+
+
+def updated(sae, gradients, optimizer: optim.Optimizer):
+    """The weights after one update."""
+    return optimizer.apply(gradients, optimizer.init(sae), sae, 1.0)[0]
+
+
+def test_the_first_update_is_what_the_chain_says_and_thresholds_move_ten_times_as_fast(ops):
+    config = sae_config("jumprelu", D, F)
     how = dataclasses.replace(RUN, warmup_fraction=0.02)
-    sae = saes.make(config, key=jax.random.key(0))
+    sae = make(config, key=jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), 9))
     gradients = jax.tree.map(lambda w: 3 * jax.random.normal(next(keys), w.shape), sae)
     norm = float(np.sqrt(sum(np.square(g).sum() for g in map(np.asarray, jax.tree.leaves(gradients)))))
-    chain = optim.optimizer(how, F)
-    updates, _ = chain.update(gradients, chain.init(sae), sae)
+    new = updated(sae, gradients, optim.make(how, F, ops, sae.rate_factors))
+    updates = jax.tree.map(jnp.subtract, new, sae)
     for name in ("W_enc", "W_dec", "b_enc", "b_dec", "log_threshold"):
         ours, g, w = (np.asarray(getattr(tree, name)[...]) for tree in (updates, gradients, sae))
         np.testing.assert_allclose(ours, by_hand(g, w, name, norm), atol=2e-6, err_msg=name)
-    new = optax.apply_updates(sae, updates)
     np.testing.assert_allclose(np.linalg.norm(new.W_dec[...], axis=1), 1, atol=1e-6)
 
 
-def test_a_skip_path_and_what_is_kept_beside_the_weights_are_no_decoder_rows():
-    config = SAEConfig("batchtopk", D, F, k=3, d_out=5, skip=True)
-    sae = saes.make(config, key=jax.random.key(0))
+def test_a_skip_path_and_what_is_kept_beside_the_weights_are_no_decoder_rows(ops):
+    config = sae_config("batchtopk", D, F, k=3, d_out=5, skip=True)
+    sae = make(config, key=jax.random.key(0))
     ones = jax.tree.map(jnp.ones_like, sae)
-    how = optim.optimizer(RUN, F)
-    updates, _ = how.update(ones, how.init(sae), sae)
+    updates = jax.tree.map(jnp.subtract, updated(sae, ones, optim.make(RUN, F, ops)), sae)
     for name in ("W_enc", "W_skip", "b_enc", "b_dec", "threshold"):
         np.testing.assert_allclose(getattr(updates, name)[...], -RUN.learning_rate / 2, rtol=1e-4)
     assert not np.allclose(updates.W_dec[...], -RUN.learning_rate / 2, rtol=1e-2)
 
 
-def test_one_pass_over_the_weights_equals_the_chain_of_optaxs_own_links():
-    sae = saes.make(SAEConfig("topk", D, F, k=3), key=jax.random.key(0))
-    how = optim.optimizer(RUN, F)
+def test_one_pass_over_the_weights_equals_the_chain_of_optaxs_own_links(ops):
+    sae = make(sae_config("topk", D, F, k=3), key=jax.random.key(0))
+    how = optim.make(RUN, F, ops)
     links = optax.chain(
         optax.clip_by_global_norm(RUN.clip_norm),
-        on_decoder(optim.tangent_rows),
+        on_decoder(tangent_rows),
         optax.scale_by_adam(RUN.beta1, RUN.beta2),
         optax.scale_by_learning_rate(optim.schedule(RUN, F)),
         on_decoder(unit_rows),
@@ -116,12 +132,64 @@ def test_one_pass_over_the_weights_equals_the_chain_of_optaxs_own_links():
     for i in range(5):
         keys = iter(jax.random.split(jax.random.key(i), 9))
         gradients = jax.tree.map(lambda w, keys=keys: 0.2 * jax.random.normal(next(keys), w.shape), sae)
-        updates, state = how.update(gradients, state, mine)
-        mine = optax.apply_updates(mine, updates)
+        mine, state = how.apply(gradients, state, mine, 1.0)
         updates, chain = links.update(gradients, chain, theirs)
         theirs = optax.apply_updates(theirs, updates)
     for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lion", "adafactor"])
+def test_any_transformation_of_optax_trains_an_sae_with_unit_decoder_rows(name):
+    """Also with weight decay, which leaves alone what is no weight: the threshold is the mean that it always is."""
+    inner = {
+        "sgd": optax.sgd(0.02, momentum=0.9),
+        "adamw": optax.adamw(1e-2, weight_decay=0.3),
+        "lion": optax.lion(2e-3, weight_decay=0.1),
+        "adafactor": optax.adafactor(1e-2),
+    }[name]
+    config = sae_config("batchtopk", D, F, k=3)
+    how = dataclasses.replace(RUN, num_activations=60 * 20)
+    batches = [x(1)[0]] * 60
+    last, losses, threshold = begin(config, how, batches[0], inner), [], 0.0
+    before = jax.device_get(last)
+    for number, last, sums in fit(config, how, last, batches, inner):  # noqa: B020 - the state goes on
+        losses.append(float(sums.loss))
+        np.testing.assert_allclose(np.linalg.norm(last.sae.W_dec[...], axis=1), 1, atol=1e-6)
+        threshold += max(1 / 3, 1 / number) * (least_kept(before, batches[0], 3) - threshold)
+        assert float(last.sae.threshold[...]) == pytest.approx(threshold, rel=1e-3)
+        before = jax.device_get(last)
+    assert losses[-1] < 0.8 * losses[0]
+    assert int(last.step) == how.num_steps == len(losses)
+
+
+def test_a_transformation_gets_projected_gradients_and_its_own_state():
+    seen = []
+
+    def update(grads, state, params):
+        seen.append((grads, params))
+        return jax.tree.map(jnp.zeros_like, grads), state + 1
+
+    inner = optax.GradientTransformation(lambda params: jnp.int32(0), update)
+    config = sae_config("relu", D, F)
+    start = begin(config, RUN, x(1)[0], inner)
+    weights = jax.device_get(start.sae)
+    new, sums = step.update(RUN, choose(), start, x(1)[0], optimizer=optim.make(RUN, F, choose(), inner=inner))
+    ((grads, params),) = seen
+    assert int(new.opt) == 1
+    np.testing.assert_allclose((grads.W_dec * params.W_dec).sum(1), 0, atol=1e-5)
+    assert np.asarray(grads.W_dec[...]).any()
+    for ours, theirs in zip(jax.tree.leaves(new.sae), jax.tree.leaves(weights), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+    def loss(W_enc):  # the gradient is that of the loss itself, whatever unit the step works in
+        sae = jax.tree.map(jnp.asarray, weights)
+        sae.W_enc[...] = W_enc
+        context = Context(choose(), training=True, strength=step._ramp(RUN, jnp.int32(1)), scale=start.scale)
+        return step.loss_of(sae, x(1)[0], x(1)[0] * start.scale_out, context)[0]
+
+    np.testing.assert_allclose(grads.W_enc[...], jax.grad(loss)(weights.W_enc[...]), rtol=1e-4, atol=1e-5)
+    assert float(sums.loss) / RUN.batch_size == pytest.approx(float(loss(weights.W_enc[...])), rel=1e-5)
 
 
 def unit_rows(update, rows):
@@ -143,30 +211,29 @@ def on_decoder(change) -> optax.GradientTransformation:
 
 
 def test_k_comes_down_from_k_start_in_a_straight_line_and_stays():
-    config = SAEConfig("topk", D, F, k=4)
+    config = sae_config("topk", D, F, k=4)
     how = dataclasses.replace(RUN, k_start=14, k_anneal_fraction=0.1)
-    limits = [int(train._k_now(how, 4, jnp.int32(number))) for number in range(1, 14)]
+    limits = [int(step._k_now(how, 4, jnp.int32(number))) for number in range(1, 14)]
     assert limits == [13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 4, 4, 4]
-    assert [train.room(how, config, number) for number in (1, 10, 11, 100)] == [14, 14, None, None]
-    assert train.room(RUN, config, 1) is None
+    assert [train.room(train.Member(config, how), number) for number in (1, 10, 11, 100)] == [14, 14, None, None]
+    assert train.room(train.Member(config, RUN), 1) is None
 
 
 def test_every_step_draws_as_many_codes_as_the_schedule_says():
-    config, how = SAEConfig("batchtopk", D, F, k=2), dataclasses.replace(RUN, k_start=6, k_anneal_fraction=0.04)
-    start, batches = train.init(config, how, x(1)[0]), iter(x(6))
-    steps = itertools.islice(train.fit(how, start, batches), 6)
+    config, how = sae_config("batchtopk", D, F, k=2), dataclasses.replace(RUN, k_start=6, k_anneal_fraction=0.04)
+    steps = itertools.islice(fit(config, how, begin(config, how, x(1)[0]), x(6)), 6)
     assert [float(sums.l0) / RUN.batch_size for _, _, sums in steps] == [5, 4, 3, 2, 2, 2]
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka", "abstopk"])
 def test_with_room_for_more_codes_so_many_count_as_k_comes_to(architecture):
-    nested = (6,) if architecture == "matryoshka" else ()
-    config = SAEConfig(architecture, D, F, k=3, nested_widths=nested)
-    sae = saes.make(config, key=jax.random.key(0))
-    wider = saes.make(dataclasses.replace(config, k=5), key=jax.random.key(0))
-    batch = x(1)[0]
-    now = saes.Now(jnp.float32(1), jnp.zeros(F, bool), k=7, limit=jnp.int32(5))
-    ours, theirs = sae.activate(batch, now)[0], wider.activate(batch)[0]
+    nested = {"nested_widths": (6,)} if architecture == "matryoshka" else {}
+    config = sae_config(architecture, D, F, k=3, **nested)
+    sae = make(config, key=jax.random.key(0))
+    wider = make(dataclasses.replace(config, k=5), key=jax.random.key(0))
+    batch, context = x(1)[0], Context(choose(), training=True)
+    ours = sae.activate(batch, context._replace(room=7, limit=jnp.int32(5)))[0]
+    theirs = wider.activate(batch, context)[0]
     assert ours.values.shape == (RUN.batch_size, 7)
     np.testing.assert_array_equal(ours.dense(len(batch), F), theirs.dense(len(batch), F))
 
@@ -174,11 +241,11 @@ def test_with_room_for_more_codes_so_many_count_as_k_comes_to(architecture):
 def test_k_start_is_refused_where_it_means_nothing_or_is_no_start():
     how = dataclasses.replace(RUN, k_start=10)
     with pytest.raises(ConfigError, match="relu has no k to lower"):
-        how.anneals(SAEConfig("relu", D, F))
+        how.anneals(sae_config("relu", D, F))
     with pytest.raises(ConfigError, match="k_start=10 must lie between k=12 and d_sae=24"):
-        how.anneals(SAEConfig("topk", D, F, k=12))
+        how.anneals(sae_config("topk", D, F, k=12))
     with pytest.raises(ConfigError, match="k_start=25 must lie between k=3 and d_sae=24"):
-        dataclasses.replace(RUN, k_start=25).anneals(SAEConfig("topk", D, F, k=3))
+        dataclasses.replace(RUN, k_start=25).anneals(sae_config("topk", D, F, k=3))
 
 
 # ---- penalties -----------------------------------------------------------------------------------------------------
@@ -187,25 +254,25 @@ def test_k_start_is_refused_where_it_means_nothing_or_is_no_start():
 @pytest.mark.parametrize(
     "config",
     [
-        SAEConfig("relu", D, F, l1_coefficient=3.0),
-        SAEConfig("gated", D, F, l1_coefficient=3.0),
-        SAEConfig("jumprelu", D, F, l0_coefficient=3.0, jump_recipe="l0"),
-        SAEConfig("jumprelu", D, F, l0_coefficient=3.0, pre_act_coefficient=0.0),
+        sae_config("relu", D, F, l1_coefficient=3.0),
+        sae_config("gated", D, F, l1_coefficient=3.0),
+        sae_config("jumprelu", D, F, l0_coefficient=3.0, jump_recipe="l0"),
+        sae_config("jumprelu", D, F, l0_coefficient=3.0, pre_act_coefficient=0.0),
     ],
     ids=["relu", "gated", "jumprelu, l0", "jumprelu, tanh"],
 )
 def test_penalties_rise_from_nothing_over_the_warm_up_and_stay(config):
     """Seen in the loss of a state that does not change: it is a straight line in the ramp, from the plain loss up."""
     how, batch = dataclasses.replace(RUN, sparsity_warmup_fraction=0.1), x(1)[0]
-    start = train.init(config, how, batch)
-    loss = jax.jit(lambda number: train.update(how, start._replace(step=number - 1), batch)[1].loss)
+    start, ops = begin(config, how, batch), choose()
+    loss = jax.jit(lambda number: step.update(how, ops, start._replace(step=number - 1), batch)[1].loss)
     losses = {number: float(loss(jnp.int32(number))) / RUN.batch_size for number in (1, 2, 5, 10, 11, 100)}
     full = losses[10] - losses[5]  # half of the penalty
     plain = losses[10] - 2 * full
     assert full > 0
     expected = {number: plain + 2 * full * min(number / 10, 1) for number in losses}
     assert losses == pytest.approx(expected, rel=1e-5)
-    assert float(train._ramp(dataclasses.replace(RUN, sparsity_warmup_fraction=0.0), jnp.int32(1))) == 1
+    assert float(step._ramp(dataclasses.replace(RUN, sparsity_warmup_fraction=0.0), jnp.int32(1))) == 1
 
 
 # ---- the mean of the weights ---------------------------------------------------------------------------------------
@@ -213,39 +280,43 @@ def test_penalties_rise_from_nothing_over_the_warm_up_and_stay(config):
 
 def test_the_average_is_the_mean_at_first_and_then_an_exponential_one_and_is_what_is_exported():
     how = dataclasses.replace(RUN, average_fraction=0.03)  # over 3 steps
-    states = run(SAEConfig("batchtopk", D, F, k=3), how, 8)
+    states = run(sae_config("batchtopk", D, F, k=3), how, 8)
     for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
         mean = np.zeros_like(getattr(states[0].sae, name)[...], np.float64)
         for number, state in enumerate(states[1:], 1):
             rate = max(1 / 3, 1 / number)
             mean = (1 - rate) * mean + rate * getattr(state.sae, name)[...]
             np.testing.assert_allclose(getattr(state.average, name)[...], mean, rtol=1e-5, atol=1e-6)
-        exported = train.trained(states[-1]).arrays()[name]
+        exported = states[-1].exported.arrays()[name]
         np.testing.assert_allclose(exported, np.broadcast_to(mean, exported.shape), rtol=1e-5, atol=1e-6)
         assert not np.allclose(exported, getattr(states[-1].sae, name)[...], atol=1e-5)
 
 
 def test_an_average_changes_nothing_of_what_is_trained():
-    config = SAEConfig("batchtopk", D, F, k=3)
+    config = sae_config("batchtopk", D, F, k=3)
     with_mean, without = run(config, dataclasses.replace(RUN, average_fraction=0.03), 8)[-1], run(config, RUN, 8)[-1]
     for ours, theirs in zip(jax.tree.leaves(with_mean.sae), jax.tree.leaves(without.sae), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     assert without.average is None
-    assert train.trained(without) is without.sae
+    assert without.exported is without.sae
 
 
 # ---- what an SAE keeps by itself -----------------------------------------------------------------------------------
 
 
+def least_kept(before: TrainState, batch: jax.Array, k: int) -> float:
+    """The smallest pre-activation that a step from this state keeps."""
+    sae = before.sae
+    pre = (np.asarray(batch) * before.scale - sae.b_dec[...]) @ sae.W_enc[...].T + sae.b_enc[...]
+    return float(np.sort(pre.ravel())[-k * len(batch)])
+
+
 def test_the_threshold_is_the_mean_of_the_smallest_values_that_were_kept():
     batches = x(8)
-    states = run(SAEConfig("batchtopk", D, F, k=3), RUN, 8)  # 100 steps in all: a mean over the last 5
+    states = run(sae_config("batchtopk", D, F, k=3), RUN, 8)  # 100 steps in all: a mean over the last 5
     threshold = 0.0
     for number, (before, batch) in enumerate(zip(states, batches, strict=False), 1):
-        sae = before.sae
-        pre = (np.asarray(batch) * before.scale - sae.b_dec[...]) @ sae.W_enc[...].T + sae.b_enc[...]
-        least = np.sort(pre.ravel())[-3 * RUN.batch_size]
-        threshold += max(1 / 5, 1 / number) * (least - threshold)
+        threshold += max(1 / 5, 1 / number) * (least_kept(before, batch, 3) - threshold)
         assert float(states[number].sae.threshold[...]) == pytest.approx(threshold, rel=1e-4)
 
 

@@ -8,7 +8,8 @@ import pytest
 import bridge.nanochat
 from experiments import plan
 from experiments.run_config import RunConfig
-from jsae.config import ConfigError, SAEConfig, TrainConfig
+from jsae.architectures import sae_config
+from jsae.config import ConfigError, TrainConfig
 
 RUN = Path("runs/some")
 
@@ -33,7 +34,7 @@ def names(**flags) -> list[str]:
 def test_one_value_of_every_flag_is_one_sae_in_the_run_itself(nano):
     (only,) = planned(nano)
     assert (only.folder, only.label, only.hooks) == (RUN, "blocks.2.hook_resid_post", ("blocks.2.hook_resid_post",))
-    assert only.member.sae == SAEConfig("topk", 128, 1024, k=32)
+    assert only.member.sae == sae_config("topk", 128, 1024, k=32)
     assert only.member.train == TrainConfig(10_000_000, dead_after=1_000_000)
 
 
@@ -88,13 +89,13 @@ def test_a_transcoder_reads_and_makes_the_same_layer(nano):
     assert [t.hooks for t in found] == [
         (f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out") for layer in (1, 2)
     ]
-    assert all(t.member.sae == SAEConfig("batchtopk", 128, 1024, k=32, d_out=128, skip=True) for t in found)
+    assert all(t.member.sae == sae_config("batchtopk", 128, 1024, k=32, d_out=128, skip=True) for t in found)
     assert found[0].name == "blocks.1.ln2.hook_normalized"
 
 
 def test_a_crosscoder_reads_all_layers_at_once_and_is_named_by_them(nano):
     (only,) = planned(nano, layer=("1", "2", "4"), crosscoder=True, expansion_factor=4)
-    assert only.member.sae == SAEConfig("topk", 3 * 128, 512, layers=3)
+    assert only.member.sae == sae_config("topk", 3 * 128, 512, layers=3)
     assert only.hooks == tuple(f"blocks.{layer}.hook_resid_post" for layer in (1, 2, 4))
     assert only.name == "blocks.1-2-4.hook_resid_post"
     (every,) = planned(nano, layer=("all",), crosscoder=True)
@@ -126,6 +127,12 @@ BAD_FLAGS = {
     "a layer in other digits": ({"layer": ("\u0663",)}, "neither a number"),
     "a layer of too many digits": ({"layer": ("9" * 5000,)}, "neither a number"),
     "a list of k for what has none": ({"activation": "relu", "k": (8, 16)}, "--k means nothing to relu"),
+    "a k for what has none": ({"activation": "gated", "k": (8,)}, "gated has --l1_coefficient, --target_l0"),
+    "a recipe for what has none": ({"activation": "relu", "jump_recipe": "l0"}, "--jump_recipe means nothing to relu"),
+    "an architecture that is none": (
+        {"activation": "topp"},
+        "unknown activation .topp.: choose one of topk",
+    ),
     "a list of L1 for what has none": ({"l1_coefficient": (1.0, 2.0)}, "--l1_coefficient means nothing to topk"),
     "a list of L0 for what has none": (
         {"activation": "gated", "l0_coefficient": (1.0, 2.0)},
@@ -176,7 +183,7 @@ BAD_SAES = {
         {"activation": "matryoshka", "nested_widths": (128, 2048)},
         r"up to d_sae: \(128, 2048, 1024\) do not",
     ),
-    "widths of what has none": ({"nested_widths": (128,)}, r"nested widths \(128,\) are matryoshka's alone"),
+    "widths of what has none": ({"nested_widths": (128,)}, r"--nested_widths means nothing to topk"),
     "a target above the latents": (
         {"activation": "jumprelu", "target_l0": (1025.0,)},
         "target_l0 is 1025.0: it must lie between 0 and d_sae=1024",
@@ -184,7 +191,7 @@ BAD_SAES = {
     "a target of nothing": ({"activation": "relu", "target_l0": (0.0,)}, "target_l0 is 0.0"),
     "a target of what has a k": (
         {"target_l0": (32.0, 64.0)},
-        "topk has k for its L0: target_l0 is for gated, jumprelu, relu",
+        "--target_l0 means nothing to topk: leave it out. topk has --k",
     ),
     "a transcoder without an exported form": (
         {"hook_type": "mlp_in", "target_hook": "mlp"},

@@ -20,7 +20,7 @@ from bridge.nanochat.engine import generate
 from bridge.nanochat.tokenizer import Tokenizer
 from bridge.runtime import InterpretableModel, Steer, load_saes
 from bridge.steering import MODES, POSITIONS
-from jsae.config import SAEConfig
+from jsae.architectures import sae_config
 from jsae.export import write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -579,12 +579,12 @@ def test_what_is_half_written_or_outdated_is_no_sae(tmp_path):
 
 OTHERS = {
     "transcoder": (
-        SAEConfig("relu", C, 64, d_out=C),
+        sae_config("relu", C, 64, d_out=C),
         {"hook_name": "blocks.1.ln2.hook_normalized", "hook_name_out": "blocks.1.hook_mlp_out"},
         "is a transcoder: it makes blocks.1.hook_mlp_out of what it reads",
     ),
     "crosscoder": (
-        SAEConfig("relu", 3 * C, 64, layers=3),
+        sae_config("relu", 3 * C, 64, layers=3),
         {"hook_name": EARLY, "hook_names": [EARLY, HOOK, LATE]},
         "is a crosscoder of 3 layers: it makes all of them of one code",
     ),

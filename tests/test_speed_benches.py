@@ -11,9 +11,8 @@ import torch
 
 from experiments import device
 from experiments.bench import BENCHES
-from experiments.benches import contest, gpu, memory, peers, resident, shapes, step, stream
+from experiments.benches import contest, gpu, memory, peers, resident, shapes, step, stream, sweep
 from experiments.benches.shapes import Size
-from jsae import train
 from jsae.config import ConfigError
 
 TINY = "16:64:4:32"
@@ -102,19 +101,21 @@ def test_steps_and_their_parts_are_measured_over_the_encoder(tmp_path, capsys):
 def test_latents_that_shall_be_dead_stay_so_while_it_is_measured(architecture):
     size = Size.parse("16:64:4:32")
     x = shapes.activations(size)
-    state = shapes.begin(architecture, size, x, dead=0.25)
+    member = shapes.member(architecture, size)
+    (state,) = states = shapes.begin(member, x, dead=0.25)
     faint = np.array(state.sae.W_enc[...])[:16]
-    config = shapes.train_config(size)
     for _ in range(3):
-        state, _ = train.make_step(config, size.d_sae)(state, x)
-    is_dead = np.asarray(state.since_fired) >= config.dead_after
+        states, _ = shapes.program(member)(states, (x,))
+    (state,) = states
+    is_dead = np.asarray(state.since_fired) >= member.train.dead_after
     np.testing.assert_array_equal(is_dead, np.arange(64) < 16)
     assert (np.asarray(state.sae.W_enc[...])[:16] != faint).any()  # AuxK reaches them
 
 
 def test_no_latent_dies_where_none_shall():
     size = Size.parse(TINY)
-    assert not (np.asarray(shapes.begin("topk", size, shapes.activations(size)).since_fired) > 0).any()
+    (state,) = shapes.begin(shapes.member("topk", size), shapes.activations(size))
+    assert not (np.asarray(state.since_fired) > 0).any()
 
 
 def test_trainers_are_compared_round_by_round(stand_in, tmp_path, capsys):
@@ -237,6 +238,15 @@ def test_a_stream_is_measured_against_the_bare_forward(tmp_path, capsys):
     assert f"| {demo['stream_over_forward']['median']:.2f} (" in capsys.readouterr().out
 
 
+def test_many_saes_in_one_pass_are_measured_against_runs_and_against_other_ways_of_stepping(tmp_path):
+    sizes = {"batch_size": 128, "block_size": 256, "expansion_factor": 2, "k": 4}
+    assert sweep.main(sweep.Config(counts=(2,), rounds=2, out=f"{tmp_path}/sweep.json", **sizes)) == 0
+    (found,) = _read(tmp_path / "sweep.json")["results"]
+    assert found["count"] == 2
+    assert found["one_pass_over_runs"]["median"] > 0
+    assert set(found["step_over_one_program"]) == {sweep.STACKED, sweep.MAPPED}
+
+
 def test_a_stream_of_text_that_the_model_has_no_tokens_for_is_refused():
     with pytest.raises(ValueError, match="vocab_size=100"):
         stream.main(stream.Config(models=("d2",), vocab_size=100, batch_size=64, block_size=64))
@@ -263,6 +273,19 @@ def test_without_a_gpu_the_suite_and_each_measurement_say_so():
         device.share("cuda:1", 0.4)
 
 
+def test_jax_is_kept_to_the_processor_where_it_is_imported_already(monkeypatch):
+    """Flags that name an architecture import it, before the device is shared."""
+    monkeypatch.delenv("JAX_PLATFORMS")
+    code = (
+        "import jax\n"
+        "from experiments import device\n"
+        "device.share('cpu', 0.4)\n"
+        "assert jax.config.jax_platforms == 'cpu'\n"
+        "assert jax.devices()[0].platform == 'cpu'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(step.__file__).parents[2])
+
+
 def test_every_measurement_shows_its_flags_without_torch_and_jax():
     code = (
         "import sys, importlib\n"
@@ -281,6 +304,7 @@ def test_every_measurement_shows_its_flags_without_torch_and_jax():
         (step, {"architectures": ("me",)}),
         (step, {"rounds": 1}),
         (step, {"dead": 1.0}),
+        (step, {"ops": "fast"}),
         (step, {"warmup_steps": -1}),
         (contest, {"trainers": ("me",)}),
         (contest, {"later_architectures": ("abstopk",)}),

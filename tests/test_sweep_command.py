@@ -344,6 +344,55 @@ def test_signed_latents_go_all_the_way_to_measurement_records_and_steering(text,
     assert re.search(r"[1-9]\d* of \d+", capsys.readouterr().out)
 
 
+# ---- an architecture of one's own ----------------------------------------------------------------------------------
+
+OWN = """
+import dataclasses
+import jax
+from jsae.architectures import SAE, SAEConfig
+
+class Plain(SAE):
+    form, sparse = "standard", False
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(SAEConfig):
+        l1_coefficient: float = 1.0
+
+    @classmethod
+    def initial_latents(cls, config):
+        return {"b_enc": 0.0}
+
+    def activate(self, x, context):
+        return jax.nn.relu(self.pre_activations(x, context)), None
+
+    def penalty(self, forward):
+        return forward.context.strength * self.config.l1_coefficient * forward.latents.sum(-1).mean()
+
+    def inference_arrays(self):
+        return {"b_enc": self.b_enc[...]}
+"""
+
+
+def test_a_class_in_a_file_of_ones_own_is_trained_exported_and_resumed_by_its_name(text, tmp_path, monkeypatch):
+    (tmp_path / "my_own_sae.py").write_text(OWN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    flags = {"activation": "my_own_sae:Plain", "l1_coefficient": "0.3,0.6"}
+    done = process(tmp_path / "run", text, **flags)
+    assert done.returncode == 0, done.stderr
+    assert "2 my_own_sae:Plain SAEs" in done.stdout
+    for variant in ("l1_0.3", "l1_0.6"):
+        folder = tmp_path / "run" / variant / "sae" / HOOKS[1]
+        assert torch_sae.load(folder).architecture == "standard"
+        assert json.loads((folder / "cfg.json").read_text())["metadata"]["training_architecture"] == "my_own_sae:Plain"
+        assert measured(tmp_path / "run" / variant)[HOOKS[1]]["fvu"] < 0.9
+    done = process(tmp_path / "run", text, resume=True, **flags)
+    assert done.returncode == 0, done.stderr
+    done = process(tmp_path / "other", text, activation="my_own_sae:Plain", k=8)
+    assert done.returncode == 2
+    assert "--k means nothing to my_own_sae:Plain: leave it out" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 BAD = {

@@ -19,8 +19,8 @@ def create_neuronpedia_metadata(
 
     Args:
       sae: the exported SAE (`bridge.torch_sae.load`), which knows all but the coefficient of its sparsity penalty.
-      config: what it was trained with (`jsae.config.SAEConfig`); without one, or where the architecture has no L1
-        penalty, the coefficient is None.
+      config: what it was trained with (`jsae.architectures.SAEConfig`); without one, or where the architecture has no
+        L1 penalty, the coefficient is None.
       training_info: anything about the training, such as the tokens.
       eval_metrics: anything measured, such as a hook's part of eval.json.
 

@@ -114,7 +114,7 @@ def _lay_out(config: Config, folder: Path) -> None:
     import numpy as np
 
     from jsae import export
-    from jsae.config import SAEConfig
+    from jsae.architectures import sae_config
 
     random = np.random.default_rng(0)
     tokens = random.integers(1, config.vocab_size, (config.prompts, config.length))
@@ -124,7 +124,7 @@ def _lay_out(config: Config, folder: Path) -> None:
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     biases = {"b_enc": np.zeros(config.d_sae), "b_dec": np.zeros(config.d_model)}
     weights = {"W_enc": rows, "W_dec": rows} | biases
-    sae = SAEConfig("topk", config.d_model, config.d_sae, k=config.k)
+    sae = sae_config("topk", config.d_model, config.d_sae, k=config.k)
     export.write(folder / "sae" / config.hook, sae, weights, 1.0, 1.0, {"hook_name": config.hook, "model_name": "toy"})
     job = dataclasses.asdict(config) | {"hook": config.hook, "bos": BOS}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")

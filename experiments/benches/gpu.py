@@ -21,8 +21,9 @@ from experiments.benches import contest, memory, peers, shapes, step, stream
 from experiments.flags import EXPECTED_ERRORS, flag
 from experiments.locations import FilePath
 
-OTHER_WAYS = ("plain", "dense")
-MEASUREMENTS = ("step", *(f"step_{way}" for way in OTHER_WAYS), "step_float32", "peers", "memory", "stream")
+OTHERS = {"plain": "plain", "dense": "xla-dense"}
+"""Implementations that the step is also measured with, by the names of their files."""
+MEASUREMENTS = ("step", *(f"step_{name}" for name in OTHERS), "step_float32", "peers", "memory", "stream")
 _MANY = 16 * 2048  # tokens in a forward pass
 
 
@@ -79,8 +80,8 @@ def suite(config: Config) -> Mapping[str, tuple[Callable[[Any], int], Any]]:
     every = {
         "step": (step.main, step.Config(**sized, **rounds, **fast, trace_dir=config.trace_dir, **out("step"))),
         **{
-            f"step_{way}": (step.main, step.Config(**sized, **rounds, **fast, way=way, **out(f"step_{way}")))
-            for way in OTHER_WAYS
+            f"step_{name}": (step.main, step.Config(**sized, **rounds, **fast, ops=ops, **out(f"step_{name}")))
+            for name, ops in OTHERS.items()
         },
         "step_float32": (step.main, step.Config(**sized, **rounds, **out("step_float32"))),
         "peers": (contest.main, contest.Config(**against, **rounds, **fast, **out("peers"))),

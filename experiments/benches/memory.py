@@ -24,7 +24,6 @@ from experiments.benches.contest import OURS, TRAINERS
 from experiments.benches.shapes import Dtype, Size
 from experiments.flags import flag
 from experiments.locations import FilePath
-from jsae.config import ARCHITECTURES
 
 SCRIPT = Path(__file__).with_name("memory_side.py")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +34,7 @@ class Config:
     """What is measured."""
 
     sizes: tuple[str, ...] = flag((shapes.SIZE,), shapes.SIZES_HELP)
-    architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures.")
+    architectures: tuple[str, ...] = flag((), "Architectures; none is all.")
     trainers: tuple[str, ...] = flag(tuple(TRAINERS), "Trainers beside jsae, each where it has the architecture.")
     steps: int = flag(3, "Steps during which memory is watched.")
     matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
@@ -46,7 +45,9 @@ class Config:
     out: FilePath = flag("experiments/results/memory_{device}.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
-        shapes.check(self.sizes, self.architectures, ARCHITECTURES)
+        known = shapes.known_architectures()
+        object.__setattr__(self, "architectures", self.architectures or known)
+        shapes.check(self.sizes, self.architectures, known)
         contest.check(self.trainers, self.autocast, self.device)
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")

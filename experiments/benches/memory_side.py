@@ -26,18 +26,16 @@ def _needed(job: dict[str, Any]) -> dict[str, int]:
     """Bytes: of temporary arrays that are planned, before the first step, and the most during some steps."""
     import jax
 
-    from jsae import train
-
     size = Size(*job["size"])
-    x = shapes.activations(size)
-    state = shapes.begin(job["architecture"], size, x)
-    program = train.make_step(shapes.train_config(size, job["matmul_dtype"]), size.d_sae).lower(state, x).compile()
-    state = jax.block_until_ready(state)
+    x, member = shapes.activations(size), shapes.member(job["architecture"], size, job["matmul_dtype"])
+    states = shapes.begin(member, x)
+    program = shapes.program(member).lower(states, (x,)).compile()
+    states = jax.block_until_ready(states)
     card = None if job["device"] == "cpu" else jax.devices()[0]
     before = resident.forget_peak() if card is None else card.memory_stats()["bytes_in_use"]
     for _ in range(job["steps"]):
-        state, _sums = program(state, x)
-        jax.block_until_ready(state)
+        states, _sums = program(states, (x,))
+        jax.block_until_ready(states)
     most = resident.peak() if card is None else card.memory_stats()["peak_bytes_in_use"]
     return {"planned": program.memory_analysis().temp_size_in_bytes, "before": before, "peak": most}
 

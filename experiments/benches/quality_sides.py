@@ -96,14 +96,15 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     from jsae import export
     from jsae import train as training
-    from jsae.config import SAEConfig, TrainConfig
+    from jsae.architectures import sae_config
+    from jsae.config import TrainConfig
 
     acts = np.load(folder / "train.npy", mmap_mode="r")
     name, _, recipe = job["recipe"].partition(" ")
     own = {"k": job["k"]} if job["coefficient"] is None else {"target_l0": job["coefficient"]}
     own |= {"jump_recipe": recipe} if recipe else {}
     own |= {"nested_widths": tuple(job["widths"])} if name == "matryoshka" else {}
-    sae = SAEConfig(name, job["d_in"], job["d_sae"], **own)
+    sae = sae_config(name, job["d_in"], job["d_sae"], **own)
     config = TrainConfig(
         num_activations=job["steps"] * job["batch_size"],
         batch_size=job["batch_size"],
@@ -111,16 +112,17 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         dead_after=max(round(job["dead"] * job["steps"]), 1) * job["batch_size"],
         seed=job["seed"],
     )
-    begun = training.init(sae, config, jnp.asarray(acts[: 16 * job["batch_size"]]))
+    members = [training.Member(sae, config)]
+    begun = training.init(members, (jnp.asarray(acts[: 16 * job["batch_size"]]),))
     first = 0.0
-    for step, state, _ in training.fit(config, begun, _batches(job, acts)):
+    for step, (state,), _ in training.fit(members, begun, ((batch,) for batch in _batches(job, acts))):
         if step == 1:
             jax.block_until_ready(state.step)
             first = time.perf_counter()
     finite = bool(jax.block_until_ready(state.bad_step) < 0)
     end = time.perf_counter()
     if finite:
-        weights = training.trained(state).arrays()
+        weights = state.exported.arrays()
         export.write(Path(job["folder"]), sae, weights, np.asarray(state.scale), np.asarray(state.scale_out), {})
     return {"seconds": end - first, "finite": finite}
 

@@ -87,10 +87,10 @@ def _interpretable(config: Config, model: GPT, folder: Path, device: str) -> Int
     from bridge.hooks import hook_name
     from bridge.runtime import InterpretableModel, load_saes
     from jsae import export
-    from jsae.config import SAEConfig
+    from jsae.architectures import sae_config
 
     width = model.config.n_embd
-    sae = SAEConfig("topk", width, width * config.expansion_factor, k=config.k)
+    sae = sae_config("topk", width, width * config.expansion_factor, k=config.k)
     rows = np.random.default_rng(0).standard_normal((sae.d_sae, width), np.float32)
     weights = {
         "W_enc": rows,

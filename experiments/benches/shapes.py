@@ -6,16 +6,19 @@ dies and a sparse step touches all rows of the weights.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from jsae.config import SPARSE, SAEConfig, TrainConfig
+from jsae.config import TrainConfig
 
 if TYPE_CHECKING:
     import jax
 
-    from jsae.train import TrainState
+    from jsae.architectures import SAEConfig
+    from jsae.ops import Ops
+    from jsae.train import Member, States
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPE_HELP = "What is multiplied: bfloat16 is for GPUs."
@@ -60,8 +63,15 @@ class Size(NamedTuple):
         return tuple(sorted({max(self.d_sae // 16, 1), max(self.d_sae // 4, 2)}))
 
 
+def known_architectures() -> tuple[str, ...]:
+    """Return the names of all architectures."""
+    from jsae.architectures import ARCHITECTURES
+
+    return tuple(ARCHITECTURES)
+
+
 def check(sizes: Sequence[str], architectures: Sequence[str], known: Sequence[str]) -> None:
-    """Refuses what cannot be measured.
+    """Refuse what cannot be measured.
 
     Raises:
       ValueError: a size or an architecture that is none, or no size or no architecture.
@@ -75,9 +85,13 @@ def check(sizes: Sequence[str], architectures: Sequence[str], known: Sequence[st
 
 
 def sae_config(architecture: str, size: Size) -> SAEConfig:
-    """An SAE of that size, with the defaults of training; L0 does not matter to the time of dense steps."""
-    nested = size.nested_widths if architecture == "matryoshka" else ()
-    return SAEConfig(architecture, size.d_in, size.d_sae, k=min(size.k, size.d_sae), nested_widths=nested)
+    """Return an SAE of that size, with the defaults of training; L0 does not matter to the time of dense steps."""
+    from jsae.architectures import find
+
+    config = find(architecture).Config
+    given = {"k": min(size.k, size.d_sae), "nested_widths": size.nested_widths}
+    own = {field.name: given[field.name] for field in dataclasses.fields(config) if field.name in given}
+    return config(size.d_in, size.d_sae, **own)
 
 
 def train_config(size: Size, matmul_dtype: Dtype = "float32") -> TrainConfig:
@@ -97,35 +111,50 @@ def batches(size: Size) -> list[jax.Array]:
     return [activations(size, seed) for seed in range(_BATCHES)]
 
 
-def begin(architecture: str, size: Size, sample: jax.Array, dead: float = 0.0) -> TrainState:
-    """The state of a run before its first step; of the TopK family with that part of the latents dead for good."""
+def member(architecture: str, size: Size, matmul_dtype: Dtype = "float32") -> Member:
+    """Return the only SAE of a run."""
+    from jsae.train import Member
+
+    return Member(sae_config(architecture, size), train_config(size, matmul_dtype))
+
+
+def begin(member: Member, sample: jax.Array, dead: float = 0.0, ops: Ops | None = None) -> States:
+    """Return the state before the first step; of sparse architectures with that part of the latents dead for good."""
     from jsae import train
 
-    config = train_config(size)
-    state = train.init(sae_config(architecture, size), config, sample)
-    count = round(dead * size.d_sae)
-    if not count or architecture not in SPARSE:
-        return state
+    (state,) = train.init([member], (sample,), ops)
+    count = round(dead * member.sae.d_sae)
+    if not count or not state.sae.sparse:
+        return (state,)
     # Latents that read next to nothing lose to all others, and AuxK raises them but slowly.
     state.sae.W_enc[...] = state.sae.W_enc.at[:count].multiply(_FAINT)
-    return state._replace(since_fired=state.since_fired.at[:count].set(config.dead_after))
+    return (state._replace(since_fired=state.since_fired.at[:count].set(member.train.dead_after)),)
+
+
+def program(member: Member, ops: Ops | None = None) -> Callable[..., Any]:
+    """Return the compiled step that `experiments.train` runs: (states, batch) -> (states, sums)."""
+    from jsae import train
+
+    return train.Programs([member], ops).at(member.train.num_steps)
 
 
 def stepping(
-    architecture: str, size: Size, dead: float = 0.0, warmup_steps: int = 0, matmul_dtype: Dtype = "float32"
+    architecture: str,
+    size: Size,
+    dead: float = 0.0,
+    warmup_steps: int = 0,
+    matmul_dtype: Dtype = "float32",
+    ops: Ops | None = None,
 ) -> Callable[[], None]:
-    """A case that takes one training step and waits for it, after some warm-up."""
+    """Return a case that takes one training step and waits for it, after some warm-up."""
     import jax
 
-    from jsae import train
-
-    fed = batches(size)
-    turn, kept = itertools.cycle(fed), [begin(architecture, size, fed[0], dead)]
-    program = train.make_step(train_config(size, matmul_dtype), size.d_sae)
+    only, fed = member(architecture, size, matmul_dtype), batches(size)
+    turn, kept, step = itertools.cycle(fed), [begin(only, fed[0], dead, ops)], program(only, ops)
 
     def run() -> None:
-        state, _ = program(kept[0], next(turn))
-        kept[0] = jax.block_until_ready(state)
+        states, _ = step(kept[0], (next(turn),))
+        kept[0] = jax.block_until_ready(states)
 
     for _ in range(warmup_steps):
         run()

@@ -8,7 +8,7 @@ codes, and the optimiser with all its arrays. Activations per second are absolut
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,10 +18,11 @@ from experiments.benches import shapes, tables, timing
 from experiments.benches.shapes import Dtype, Size
 from experiments.flags import flag
 from experiments.locations import FilePath
-from jsae.config import ARCHITECTURES
 
 if TYPE_CHECKING:
-    from jsae.paths import Paths
+    from jsae.config import TrainConfig
+    from jsae.ops import Ops
+    from jsae.state import TrainState
 
 MATMUL, TOPK = "encoder matmul", "topk"
 SELECTION, DECODE, GRADIENT, OPTIMISER = "top-k selection", "decode", "gradient of one weight", "optimiser"
@@ -34,46 +35,49 @@ class Config:
     """What is measured, and how often."""
 
     sizes: tuple[str, ...] = flag((shapes.SIZE,), shapes.SIZES_HELP)
-    architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures; with topk come its parts.")
+    architectures: tuple[str, ...] = flag((), "Architectures, none is all; with topk come its parts.")
     dead: float = flag(0.0, "Part of the latents that is dead: above 0 the TopK family learns with AuxK.")
     warmup_steps: int = flag(20, "Steps before the first that counts.")
     rounds: int = flag(15, "Rounds that count, at least 2.")
     matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
-    way: str | None = flag(None, "Force a way through the step: cpu, gpu, plain or dense; none is the device's.")
+    ops: str | None = flag(
+        None, "Implementation: cpu, xla, xla-dense, plain or reference; none is the one for the device."
+    )
     device: Literal["cpu", "cuda"] = flag("cpu", "Where it runs.")
     trace_dir: FilePath | None = flag(None, "Also write a profile of a few steps of every architecture there.")
     markdown: bool = flag(False, "Print tables as Markdown.")
     out: FilePath = flag("experiments/results/step_{device}.json", "Where the figures go.")
 
     def __post_init__(self) -> None:
-        shapes.check(self.sizes, self.architectures, ARCHITECTURES)
+        known = shapes.known_architectures()
+        object.__setattr__(self, "architectures", self.architectures or known)
+        shapes.check(self.sizes, self.architectures, known)
         if not 0 <= self.dead < 1:
             raise ValueError(f"dead must be at least 0 and below 1, got {self.dead}")
-        if self.way is not None:
-            _way(self.way)
+        _ops(self)
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
         if self.rounds < 2:
             raise ValueError(f"rounds must be at least 2, got {self.rounds}")
 
 
-def _way(name: str) -> Paths:
-    from jsae.paths import WAYS
+def _ops(config: Config) -> Ops | None:
+    """Return the implementation that was asked for; None is the one for the device."""
+    from jsae.ops import IMPLEMENTATIONS
 
-    if name not in WAYS:
-        raise ValueError(f"way must be one of {', '.join(WAYS)}, got {name}")
-    return WAYS[name]
+    if config.ops is None:
+        return None
+    if config.ops not in IMPLEMENTATIONS:
+        raise ValueError(f"ops must be one of {', '.join(IMPLEMENTATIONS)}, got {config.ops}")
+    return dataclasses.replace(IMPLEMENTATIONS[config.ops], matmul_dtype=config.matmul_dtype)
 
 
 def main(config: Config) -> int:
     """Measures every size, prints tables, writes the figures."""
     device.jax_alone(config.device)
-    from jsae import paths
-
     machine, found = None, []
     for size in map(Size.parse, config.sizes):
-        with contextlib.nullcontext() if config.way is None else paths.force(_way(config.way)):
-            found.append(_measure(config, size))
+        found.append(_measure(config, size))
         machine = machine or _machine(config)
         tables.show(f"one training step, {size}", _COLUMNS, _rows(found[-1]), machine, config.markdown)
     out = config.out.format(device=config.device)
@@ -91,9 +95,9 @@ def _machine(config: Config) -> dict[str, Any]:
 
 def _measure(config: Config, size: Size) -> dict[str, Any]:
     """Seconds of all cases of a size, and their ratios to the matmul and to the TopK step."""
-    how = (config.dead, config.warmup_steps, config.matmul_dtype)
+    how = (config.dead, config.warmup_steps, config.matmul_dtype, _ops(config))
     steps = {architecture: shapes.stepping(architecture, size, *how) for architecture in config.architectures}
-    parts = _parts(size) if TOPK in steps else {}
+    parts = _parts(config, size) if TOPK in steps else {}
     cases = {MATMUL: shapes.encoder_matmul(size, config.matmul_dtype), **steps, **parts}
     seconds = timing.by_turns(cases, config.rounds)
     if config.trace_dir is not None:
@@ -110,19 +114,20 @@ def _measure(config: Config, size: Size) -> dict[str, Any]:
     return found
 
 
-def _parts(size: Size) -> dict[str, Callable[[], None]]:
+def _parts(config: Config, size: Size) -> dict[str, Callable[[], None]]:
     """The parts of the TopK step, each a program of its own on arrays that are there."""
     import jax
+    import jax.numpy as jnp
 
-    from jsae import codes, topk
-
-    x, n = shapes.activations(size), size.batch
-    sae = shapes.begin(TOPK, size, x).sae
+    x, member = shapes.activations(size), shapes.member(TOPK, size, config.matmul_dtype)
+    ops = _ops(config) or member.ops
+    (state,) = shapes.begin(member, x, ops=ops)
+    sae, zeros = state.sae, jnp.zeros_like(x)
     W_enc, W_dec = sae.W_enc[...], sae.W_dec[...]
     pre = jax.jit(lambda x, W: x @ W.T)(x, W_enc)
-    select = jax.jit(lambda pre: topk.top_k(pre, size.k))
-    decode = jax.jit(lambda picked, W: codes.decode(picked, W, n))
-    gradient = jax.jit(lambda picked, W, g: jax.vjp(lambda W: codes.decode(picked, W, n), W)[1](g))
+    select = jax.jit(lambda pre: ops.top_k(pre, size.k))
+    decode = jax.jit(ops.decode)
+    gradient = jax.jit(lambda picked, W, g: jax.vjp(lambda W: ops.decode(picked, W, zeros), W)[1](g))
     picked = select(pre)
 
     def waiting(program: Callable[..., Any], *arrays: Any) -> Callable[[], None]:
@@ -133,23 +138,23 @@ def _parts(size: Size) -> dict[str, Callable[[], None]]:
 
     return {
         SELECTION: waiting(select, pre),
-        DECODE: waiting(decode, picked, W_dec),
+        DECODE: waiting(decode, picked, W_dec, zeros),
         GRADIENT: waiting(gradient, picked, W_dec, x),
-        OPTIMISER: _optimiser(size),
+        OPTIMISER: _optimiser(jax.tree.map(jnp.copy, state), member.train, ops),  # which donates it
     }
 
 
-def _optimiser(size: Size) -> Callable[[], None]:
+def _optimiser(state: TrainState, config: TrainConfig, ops: Ops) -> Callable[[], None]:
     """The update of all weights from given gradients; weights and moments are donated, as in the step."""
     import jax
 
     from jsae import optim
 
-    state = shapes.begin(TOPK, size, shapes.activations(size))
+    optimizer = optim.make(config, state.sae.config.d_sae, ops)
     grads = jax.tree.map(lambda w: 1e-3 * jax.random.normal(jax.random.key(2), w.shape), state.sae)
 
     def moved(grads: Any, sae: Any, opt: Any) -> tuple[Any, Any]:
-        return optim.apply(shapes.train_config(size), size.d_sae, grads, opt, sae)
+        return optimizer.apply(grads, opt, sae)
 
     program = jax.jit(moved, donate_argnums=(1, 2))
     kept = [(state.sae, state.opt)]

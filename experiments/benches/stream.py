@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from jsae.config import SAEConfig, TrainConfig
+    from jsae.train import Member
 
 FORWARD, ITS_FORWARD, STEPS, STREAM = "forward", "forward, the stream's threads", "steps", "stream"
 
@@ -89,8 +89,8 @@ def _measure(config: Config, name: str, where: str) -> dict[str, Any]:
     return {
         "model": name,
         "hook": run.hook,
-        "d_in": run.sae.d_in,
-        "d_sae": run.sae.d_sae,
+        "d_in": run.member.sae.d_in,
+        "d_sae": run.member.sae.d_sae,
         "threads": run.threads,
         "seconds_per_block": {case: timing.spread(s) for case, s in seconds.items()},
         "activations_per_second": {case: config.block_size / timing.spread(s)["median"] for case, s in seconds.items()},
@@ -108,7 +108,9 @@ class _Run:
         import bridge.nanochat
         from bridge.hooks import find, hook_name
         from bridge.nanochat.corpus import Corpus
-        from jsae.config import SAEConfig, TrainConfig
+        from jsae.architectures import sae_config
+        from jsae.config import TrainConfig
+        from jsae.train import Member
 
         demo = bridge.nanochat.load("demo", device=where)
         self.model = demo.model if name == "demo" else models.random_nanochat(int(name[1:]), config.vocab_size, where)
@@ -120,10 +122,10 @@ class _Run:
         self.corpus = Corpus("stdlib", demo.tokenizer, split="train", row_len=shape.sequence_len)
         self.bos = demo.tokenizer.bos_token_id
         self.rows_per_forward = max(config.tokens_per_forward // self.corpus.row_len, 1)
-        self.sae: SAEConfig = SAEConfig("topk", shape.n_embd, shape.n_embd * config.expansion_factor, k=config.k)
         # A run that is longer than what is measured of it.
-        self.train: TrainConfig = TrainConfig(
-            config.block_size * (config.rounds + 2), config.batch_size, matmul_dtype=config.matmul_dtype
+        self.member: Member = Member(
+            sae_config("topk", shape.n_embd, shape.n_embd * config.expansion_factor, k=config.k),
+            TrainConfig(config.block_size * (config.rounds + 2), config.batch_size, matmul_dtype=config.matmul_dtype),
         )
         self.threads = {FORWARD: device.cores(), STREAM: config.threads or torch.get_num_threads()}
         self._config, self._where = config, where
@@ -182,19 +184,19 @@ class _Run:
         )
         size, count = self._config.batch_size, self._config.block_size // self._config.batch_size
         batches = Shuffled(source, batch_size=size, batches_per_block=count, seed=0)
-        (sample,) = batches.peek()
-        given = [tuple(part[i * size : (i + 1) * size] for part in sample) for i in range(count)]
-        fitting = train.fit(self.train, train.init(self.sae, self.train, sample), (acts for (acts,) in batches))
-        program = train.make_step(self.train, self.sae.d_sae)
-        kept = [train.init(self.sae, self.train, sample)]
+        sample, members = batches.peek(), [self.member]
+        given = [jax.tree.map(lambda acts, i=i: acts[i * size : (i + 1) * size], sample) for i in range(count)]
+        programs = train.Programs(members)
+        fitting = train.fit(members, train.init(members, sample), batches, programs)
+        kept = [train.init(members, sample)]
 
         def stream() -> None:
-            *_, (_, state, _) = (next(fitting) for _ in range(count))
-            jax.block_until_ready(state)
+            *_, (_, states, _) = (next(fitting) for _ in range(count))
+            jax.block_until_ready(states)
 
         def steps() -> None:
-            for acts in given:
-                kept[0], _ = program(kept[0], acts)
+            for batch in given:
+                kept[0], _ = programs.at(1)(kept[0], batch)
             jax.block_until_ready(kept[0])
 
         return stream, steps

@@ -17,7 +17,8 @@ from experiments.flags import flag
 from experiments.locations import FilePath
 
 if TYPE_CHECKING:
-    from jsae.sweep import Member
+    from jsae.state import TrainState
+    from jsae.train import Member
 
 ALONE, TURN, STACKED, MAPPED = "alone", "one program", "vmap", "map"
 
@@ -77,12 +78,13 @@ def main(config: Config) -> int:
 
 def _members(config: Config, n: int, d_in: int, num_activations: int, same: bool) -> list[Member]:
     """N SAEs; `same` shape throughout, or every other with half the k."""
-    from jsae.config import SAEConfig, TrainConfig
-    from jsae.sweep import Member
+    from jsae.architectures import sae_config
+    from jsae.config import TrainConfig
+    from jsae.train import Member
 
     def one(i: int) -> Member:
         k = config.k if same or i % 2 == 0 else max(config.k // 2, 1)
-        sae = SAEConfig("topk", d_in, d_in * config.expansion_factor, k=k)
+        sae = sae_config("topk", d_in, d_in * config.expansion_factor, k=k)
         return Member(sae, TrainConfig(num_activations, config.batch_size, seed=i), 0)
 
     return [one(i) for i in range(n)]
@@ -97,7 +99,7 @@ def _passes(config: Config) -> dict[str, Callable[[], None]]:
     import bridge.nanochat
     from bridge.nanochat.corpus import Corpus
     from bridge.stream import ActivationStream
-    from jsae import sweep
+    from jsae import train
     from jsae.data import Shuffled
 
     nano = bridge.nanochat.load("demo")
@@ -122,9 +124,9 @@ def _passes(config: Config) -> dict[str, Callable[[], None]]:
                 num_batches=steps,
             )
             if not kept:
-                kept.append(sweep.init(members, batches.peek()))
-                kept.append(sweep.Programs(members))
-            *_, (_, last, _) = itertools.islice(sweep.fit(members, kept[0], batches, kept[1]), steps)
+                kept.append(train.init(members, batches.peek()))
+                kept.append(train.Programs(members))
+            *_, (_, last, _) = itertools.islice(train.fit(members, kept[0], batches, kept[1]), steps)
             kept[0] = jax.block_until_ready(last)
 
         return run
@@ -137,27 +139,32 @@ def _steps(config: Config) -> dict[str, Callable[[], None]]:
     import jax
     import jax.numpy as jnp
 
-    from jsae import sweep, train
+    from jsae import step, train
 
     d_in = 128
     x = jax.random.normal(jax.random.key(0), (config.batch_size, d_in))
 
     def cases(n: int) -> dict[str, Callable[[], None]]:
         members = _members(config, n, d_in, 2**30, same=True)
-        states = sweep.init(members, (x,))
-        how = members[0].train
+        states = train.init(members, (x,))
+        how, ops = members[0].train, members[0].ops
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        together = train.Programs(members).at(1)
+
+        def one(state: TrainState, x: jax.Array) -> TrainState:
+            return step.update(how, ops, state, x)[0]
+
         ways = {
-            TURN: (lambda s: tuple(train.update(how, state, x)[0] for state in s), states),
-            STACKED: (jax.vmap(lambda s: train.update(how, s, x)[0]), stacked),
-            MAPPED: (lambda s: jax.lax.map(lambda one: train.update(how, one, x)[0], s), stacked),
+            TURN: (lambda s, x: together(s, (x,))[0], states),
+            STACKED: (jax.jit(jax.vmap(one, (0, None)), donate_argnums=0), stacked),
+            MAPPED: (jax.jit(lambda s, x: jax.lax.map(lambda each: one(each, x), s), donate_argnums=0), stacked),
         }
 
-        def case(step: Callable[[Any], Any], begin: Any) -> Callable[[], None]:
-            program, kept = jax.jit(step, donate_argnums=0), [jax.tree.map(jnp.copy, begin)]
+        def case(program: Callable[[Any, jax.Array], Any], begin: Any) -> Callable[[], None]:
+            kept = [jax.tree.map(jnp.copy, begin)]
 
             def run() -> None:
-                kept[0] = jax.block_until_ready(program(kept[0]))
+                kept[0] = jax.block_until_ready(program(kept[0], x))
 
             return run
 

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from alone import begin, fit
 
-from jsae import metrics, sweep, train
+from jsae import metrics, train
+from jsae.architectures import sae_config
 from jsae.checkpoint import Checkpoints
-from jsae.config import ConfigError, SAEConfig, TrainConfig
+from jsae.config import ConfigError, TrainConfig
 from jsae.data import ArraySource, Cursor, Shuffled
-from jsae.sweep import Member
+from jsae.train import Member
 
 D, F, STEPS = 12, 48, 20
 RUN = TrainConfig(num_activations=STEPS * 64, batch_size=64, learning_rate=2e-3, dead_after=300)
@@ -21,14 +23,14 @@ ANNEALED = dataclasses.replace(RUN, k_start=12, k_anneal_fraction=1.0)
 # Another architecture, width, k, seed, learning rate or site each; sites 0 and 1 are layers, 2 the ends of a
 # transcoder, 3 the layers of a crosscoder.
 MEMBERS = (
-    Member(SAEConfig("topk", D, F, k=4, aux_k=6), RUN, 0),
-    Member(SAEConfig("topk", D, F, k=8, aux_k=6), dataclasses.replace(ANNEALED, seed=1, learning_rate=5e-3), 1),
-    Member(SAEConfig("matryoshka", D, F, k=4, nested_widths=(8, 16)), dataclasses.replace(ANNEALED, seed=2), 0),
-    Member(SAEConfig("jumprelu", D, F // 2, target_l0=5.0), dataclasses.replace(RUN, seed=3), 1),
-    Member(SAEConfig("relu", D, F, skip=True, d_out=D), dataclasses.replace(RUN, average_fraction=0.2), 2),
-    Member(SAEConfig("topk", 2 * D, F, k=4, layers=2), RUN, 3),
+    Member(sae_config("topk", D, F, k=4, aux_k=6), RUN, 0),
+    Member(sae_config("topk", D, F, k=8, aux_k=6), dataclasses.replace(ANNEALED, seed=1, learning_rate=5e-3), 1),
+    Member(sae_config("matryoshka", D, F, k=4, nested_widths=(8, 16)), dataclasses.replace(ANNEALED, seed=2), 0),
+    Member(sae_config("jumprelu", D, F // 2, target_l0=5.0), dataclasses.replace(RUN, seed=3), 1),
+    Member(sae_config("relu", D, F, skip=True, d_out=D), dataclasses.replace(RUN, average_fraction=0.2), 2),
+    Member(sae_config("topk", 2 * D, F, k=4, layers=2), RUN, 3),
 )
-PROGRAMS = sweep.Programs(MEMBERS)
+PROGRAMS = train.Programs(MEMBERS)
 
 
 def activations(seed: int) -> np.ndarray:
@@ -69,18 +71,18 @@ def stream(site: int | None = None, cursor: Cursor | None = None) -> Shuffled:
     return Shuffled(source, batch_size=64, batches_per_block=8, seed=5, num_batches=STEPS, cursor=cursor)
 
 
-def first(batches: Shuffled) -> sweep.States:
+def first(batches: Shuffled) -> train.States:
     """The states before the first step, where restored ones are, too, so that both run the same program."""
-    return jax.device_put(sweep.init(MEMBERS, batches.peek()), jax.devices()[0])
+    return jax.device_put(train.init(MEMBERS, batches.peek()), jax.devices()[0])
 
 
 @pytest.fixture(scope="module")
-def together() -> tuple[list[sweep.States], list[sweep.AllSums]]:
+def together() -> tuple[list[train.States], list[train.AllSums]]:
     """States and sums after every step of the pass, the states before the first one in front."""
     batches = stream()
     begun = first(batches)
     seen, sums = [jax.device_get(begun)], []
-    for _, states, found in sweep.fit(MEMBERS, begun, batches, PROGRAMS):
+    for _, states, found in train.fit(MEMBERS, begun, batches, PROGRAMS):
         seen.append(jax.device_get(states))
         sums.append(jax.device_get(found))
     return seen, sums
@@ -90,8 +92,8 @@ def together() -> tuple[list[sweep.States], list[sweep.AllSums]]:
 def test_each_sae_of_a_pass_equals_the_one_trained_alone(i, together):
     member = MEMBERS[i]
     batches = stream(member.site)
-    begun = train.init(member.sae, member.train, batches.peek())
-    steps = list(train.fit(member.train, begun, batches))
+    begun = begin(member.sae, member.train, batches.peek())
+    steps = list(fit(member.sae, member.train, begun, batches))
     for (number, _, sums), all_sums in zip(steps, together[1], strict=True):
         theirs = metrics.summarize(all_sums[i])
         assert metrics.summarize(sums) == pytest.approx(theirs, rel=1e-4, abs=1e-5), number
@@ -124,23 +126,23 @@ def test_every_sae_draws_its_own_k_while_it_comes_down(together):
 
 def test_the_program_changes_where_k_has_come_down_and_nowhere_else():
     half = dataclasses.replace(ANNEALED, k_anneal_fraction=0.5)
-    programs = sweep.Programs((MEMBERS[0], Member(MEMBERS[1].sae, half, 1)))
-    assert programs.of(1) is programs.of(10)
-    assert programs.of(11) is programs.of(20)
-    assert programs.of(10) is not programs.of(11)
+    programs = train.Programs((MEMBERS[0], Member(MEMBERS[1].sae, half, 1)))
+    assert programs.at(1) is programs.at(10)
+    assert programs.at(11) is programs.at(20)
+    assert programs.at(10) is not programs.at(11)
 
 
 @pytest.mark.parametrize("number", [3, 17])
 def test_a_pass_that_was_cut_off_goes_on_to_the_same_bits(number, together, tmp_path):
     batches = stream()
-    begun = sweep.fit(MEMBERS, first(batches), batches, PROGRAMS)
+    begun = train.fit(MEMBERS, first(batches), batches, PROGRAMS)
     *_, (_, states, _) = itertools.islice(begun, number)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(number, states, {"cursor": batches.cursor().to_json()}, fvu=0.5)
         checkpoints.wait()
-        found = checkpoints.restore(jax.eval_shape(lambda sample: sweep.init(MEMBERS, sample), stream().peek()))
+        found = checkpoints.restore(jax.eval_shape(lambda sample: train.init(MEMBERS, sample), stream().peek()))
     rest = stream(cursor=Cursor(**found.notes["cursor"]))
-    *_, (last, states, _) = steps = list(sweep.fit(MEMBERS, found.states, rest, PROGRAMS))
+    *_, (last, states, _) = steps = list(train.fit(MEMBERS, found.states, rest, PROGRAMS))
     assert (len(steps), last) == (STEPS - number, STEPS)
     for ours, theirs in zip(jax.tree.leaves(states), jax.tree.leaves(together[0][-1]), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -148,25 +150,33 @@ def test_a_pass_that_was_cut_off_goes_on_to_the_same_bits(number, together, tmp_
 
 def test_members_with_another_number_of_steps_are_refused_with_the_numbers():
     longer = Member(MEMBERS[0].sae, dataclasses.replace(RUN, num_activations=64 * (STEPS + 3)), 0)
-    states = jax.eval_shape(lambda sample: sweep.init([MEMBERS[0]], sample), stream().peek())
+    states = jax.eval_shape(lambda sample: train.init([MEMBERS[0]], sample), stream().peek())
     with pytest.raises(ConfigError, match=r"same number of steps, not \[20, 23\]"):
-        next(sweep.fit([MEMBERS[0], longer], states, iter([])))
+        next(train.fit([MEMBERS[0], longer], states, iter([])))
+
+
+def test_activations_that_end_before_the_run_are_told_with_the_steps_taken():
+    member = Member(sae_config("relu", D, F), RUN)
+    batch = jnp.asarray(activations(0)[:64])
+    steps = train.fit([member], train.init([member], [batch]), iter([[batch]] * 3))
+    with pytest.raises(ConfigError, match="the activations ended after 3 of 20 steps"):
+        list(steps)
 
 
 @pytest.mark.parametrize(
     ("config", "widths", "wanted"),
     [
-        (SAEConfig("relu", D, F), [D + 1], r"\[12\], but these have \[13\]"),
-        (SAEConfig("relu", D, F, d_out=5), [D, 6], r"\[12, 5\], but these have \[12, 6\]"),
-        (SAEConfig("relu", D, F, d_out=5), [D], r"\[12, 5\], but these have \[12\]"),
-        (SAEConfig("relu", 3 * D, F, layers=3), [D, D], r"\[12, 12, 12\], but these have \[12, 12\]"),
-        (SAEConfig("relu", 2 * D, F, layers=2), [D, 2 * D], r"\[12, 12\], but these have \[12, 24\]"),
+        (sae_config("relu", D, F), [D + 1], r"\[12\], but these have \[13\]"),
+        (sae_config("relu", D, F, d_out=5), [D, 6], r"\[12, 5\], but these have \[12, 6\]"),
+        (sae_config("relu", D, F, d_out=5), [D], r"\[12, 5\], but these have \[12\]"),
+        (sae_config("relu", 3 * D, F, layers=3), [D, D], r"\[12, 12, 12\], but these have \[12, 12\]"),
+        (sae_config("relu", 2 * D, F, layers=2), [D, 2 * D], r"\[12, 12\], but these have \[12, 24\]"),
     ],
 )
 def test_activations_of_other_widths_are_refused_before_anything_is_trained(config, widths, wanted):
     acts = tuple(np.ones((8, width), np.float32) for width in widths)
     with pytest.raises(ConfigError, match=f"activations of the widths {wanted}"):
-        train.init(config, RUN, acts)
+        begin(config, RUN, acts)
 
 
 def test_a_loss_that_is_not_finite_is_told_of_the_one_sae_that_had_it(together):

@@ -1,36 +1,41 @@
 """Products of rounded numbers: what is rounded, what is not, and what it costs."""
 
+import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementations import ALL
 
-from jsae import precision, saes, train
-from jsae.config import SAEConfig, TrainConfig
+from jsae import state as states
+from jsae import step, train
+from jsae.architectures import Context, SAEConfig, make, sae_config
+from jsae.config import TrainConfig
+from jsae.ops import Cpu, choose
 
 D, F, N = 16, 64, 128
 CASES = {
-    "topk": SAEConfig("topk", D, F, k=4),
-    "batchtopk": SAEConfig("batchtopk", D, F, k=4),
-    "relu": SAEConfig("relu", D, F),
-    "gated": SAEConfig("gated", D, F),
-    "jumprelu": SAEConfig("jumprelu", D, F),
-    "transcoder": SAEConfig("topk", D, F, k=4, d_out=D, skip=True),
+    "topk": sae_config("topk", D, F, k=4),
+    "batchtopk": sae_config("batchtopk", D, F, k=4),
+    "relu": sae_config("relu", D, F),
+    "gated": sae_config("gated", D, F),
+    "jumprelu": sae_config("jumprelu", D, F),
+    "transcoder": sae_config("topk", D, F, k=4, d_out=D, skip=True),
 }
 
 
-def run(config: SAEConfig, dtype: str) -> tuple[train.TrainState, float]:
+def run(config: SAEConfig, dtype: str) -> tuple[states.TrainState, float]:
     """The state after 40 steps, and the last FVU."""
     how = TrainConfig(num_activations=50 * N, batch_size=N, learning_rate=5e-3, matmul_dtype=dtype)
     x = jax.random.normal(jax.random.key(0), (N, D)) @ jax.random.normal(jax.random.key(1), (D, D)) + 5
     acts = (x, x) if config.is_transcoder else x
-    state = train.init(config, how, acts)
-    step = train.make_step(how, F)
-    for _ in range(40):
-        state, sums = step(state, acts)
-    return state, float(sums.squared_error / (sums.squared_norm - jnp.square(sums.total).sum() / N))
+    members = [train.Member(config, how)]
+    programs, state = train.Programs(members), train.init(members, [acts])
+    for number in range(1, 41):
+        state, (sums,) = programs.at(number)(state, [acts])
+    return state[0], float(sums.squared_error / (sums.squared_norm - jnp.square(sums.total).sum() / N))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -43,14 +48,15 @@ def test_rounded_products_learn_as_well_with_weights_that_are_not_rounded(name):
             assert not np.array_equal(weights, weights.astype(jnp.bfloat16).astype(jnp.float32))
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("name", CASES)
-def test_no_large_product_is_of_whole_floats_forwards_or_backwards(name):
-    config = CASES[name]
+def test_no_large_product_is_of_whole_floats_forwards_or_backwards(name, platform):
+    config, ops = CASES[name], choose("bfloat16", platform)
     how = TrainConfig(num_activations=50 * N, batch_size=N, matmul_dtype="bfloat16")
     x = jnp.zeros((N, D))
     acts = (x, x) if config.is_transcoder else x
-    state = jax.eval_shape(lambda: train.init(config, how, acts))
-    text = jax.jit(lambda s, a: train.update(how, s, a)).lower(state, acts).as_text()
+    state = jax.eval_shape(lambda: states.init(config, how, ops, acts))
+    text = jax.jit(lambda s, a: step.update(how, ops, s, a)).lower(state, acts).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line and "batching_dims" not in line]
     sides = [re.search(r": \((tensor<\S+>), (tensor<\S+>)\)", line).groups() for line in products]
     large = [pair for pair in sides if all(re.fullmatch(r"tensor<\d+x\d+x\w+>", side) for side in pair)]
@@ -58,26 +64,27 @@ def test_no_large_product_is_of_whole_floats_forwards_or_backwards(name):
     assert all("bf16" in side for pair in large for side in pair), large
 
 
-def test_what_activations_have_in_common_does_not_cost_the_digits_that_tell_them_apart():
+@pytest.mark.parametrize("name", ALL)
+def test_what_activations_have_in_common_does_not_cost_the_digits_that_tell_them_apart(name):
     """With a mean a thousand times their spread, rounding them as they are would leave nothing."""
     noise = jax.random.normal(jax.random.key(0), (N, D))
     far = jnp.full(D, 1000.0)
-    sae = saes.make(CASES["relu"], key=jax.random.key(1), b_dec=far)
-    exact = sae.pre_activations(noise + far)
-    with precision.multiplying_in("bfloat16"):
-        rounded = sae.pre_activations(noise + far)
+    sae = make(CASES["relu"], key=jax.random.key(1), b_dec=far)
+    exactly, roundly = (Context(dataclasses.replace(ALL[name], matmul_dtype=d)) for d in ("float32", "bfloat16"))
+    exact, rounded = (sae.pre_activations(noise + far, context) for context in (exactly, roundly))
     assert float(jnp.abs(rounded - exact).max()) < 0.03
-    gradient = jax.grad(lambda sae: jnp.sin(sae.pre_activations(noise + far)).sum())
-    with precision.multiplying_in("bfloat16"):
-        found = gradient(sae)
-    wanted = gradient(sae)
-    np.testing.assert_allclose(found.b_dec[...], wanted.b_dec[...], atol=0.05 * float(jnp.abs(wanted.b_dec[...]).max()))
+    assert not np.array_equal(rounded, exact)
+
+    def gradient(context: Context) -> jax.Array:
+        return jax.grad(lambda sae: jnp.sin(sae.pre_activations(noise + far, context)).sum())(sae).b_dec[...]
+
+    found, wanted = gradient(roundly), gradient(exactly)
+    np.testing.assert_allclose(found, wanted, atol=0.05 * float(jnp.abs(wanted).max()))
 
 
 def test_gradients_of_a_rounded_product_are_rounded_products():
     a, b, g = (jax.random.normal(jax.random.key(i), (8, 8)) for i in range(3))
-    with precision.multiplying_in("bfloat16"):
-        product, pull = jax.vjp(precision.matmul, a, b)
+    product, pull = jax.vjp(Cpu("bfloat16").matmul, a, b)
     da, db = pull(g)
     for found, left, right in ((product, a, b), (da, g, b.T), (db, a.T, g)):
         rounded = (np.asarray(m.astype(jnp.bfloat16), np.float64) for m in (left, right))

@@ -1,0 +1,192 @@
+"""Architectures whose latents are sparse by a penalty: ReLU, Gated and JumpReLU."""
+
+import dataclasses
+import math
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jsae import jump, losses
+from jsae.architectures.base import SAE, Arrays, Context, Forward, SAEConfig
+from jsae.ops import Ops, selection
+from jsae.settings import WEIGHT, Range, number, require
+
+_TARGET = Range(1e-6, 2**28, "lie between 0 and d_sae, and be at least 1e-6")
+_BANDWIDTH = Range(1e-6, 1e6, "be finite and positive, from 1e-6 to 1e6")
+_THRESHOLD = Range(1e-30, 1e30, "be finite and positive, from 1e-30 to 1e30")
+
+
+@dataclasses.dataclass(frozen=True)
+class PenalisedConfig(SAEConfig):
+    """Settings of architectures with a penalty on sparsity.
+
+    Raises:
+      ConfigError: target_l0 is not between 0 and d_sae.
+    """
+
+    target_l0: float | None = number(None, _TARGET)
+    """A controller moves the sparsity penalty until this many latents are active per token."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.target_l0 is None or 0 < self.target_l0 <= self.d_sae,
+            f"target_l0 is {self.target_l0}: it must lie between 0 and d_sae={self.d_sae}",
+        )
+
+
+class ReLU(SAE):
+    """f = ReLU((x - b_dec) W_enc^T + b_enc), penalty  l1 * sum_i f_i |W_dec,i|.
+
+    Bricken et al. 2023, "Towards monosemanticity"; the weighting by decoder norms from Conerly et al. 2024 (Anthropic,
+    April update), where it makes the penalty blind to how a latent's size is shared between encoder and decoder.
+    """
+
+    name = "relu"
+    form = "standard"
+    sparse = False
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(PenalisedConfig):
+        """Settings of ReLU."""
+
+        l1_coefficient: float = number(5.0, WEIGHT)
+        """Weight of the L1 penalty."""
+
+    @classmethod
+    def initial_latents(cls, config: SAEConfig) -> dict[str, float]:
+        """Return the encoder bias."""
+        return {"b_enc": 0.0}
+
+    def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Float[Array, "n f"], None]:
+        """Return every latent that is above zero."""
+        return jax.nn.relu(self.pre_activations(x, context)), None
+
+    def penalty(self, forward: Forward) -> Float[Array, ""]:
+        """Return the L1 of the latents, each weighted by its decoder norm."""
+        l1 = losses.l1(forward.latents, self.W_dec[...])
+        return forward.context.strength * self.config.l1_coefficient * l1
+
+    def inference_arrays(self) -> Arrays:
+        """Return the encoder bias."""
+        return {"b_enc": self.b_enc[...]}
+
+
+class Gated(SAE):
+    """f = 1[pi > 0] * ReLU(h exp(r_mag) + b_mag)  with  h = (x - b_dec) W_enc^T  and  pi = h + b_gate.
+
+    Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders" (arXiv 2404.16014),
+    equations 3 to 8: the gate is trained by an L1 penalty on ReLU(pi) and by reconstructing x from ReLU(pi) through a
+    frozen copy of the decoder.
+    """
+
+    name = "gated"
+    form = "gated"
+    sparse = False
+    biases = ("b_gate", "b_mag")
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(PenalisedConfig):
+        """Settings of Gated."""
+
+        l1_coefficient: float = number(5.0, WEIGHT)
+        """Weight of the L1 penalty."""
+
+    @classmethod
+    def initial_latents(cls, config: SAEConfig) -> dict[str, float]:
+        """Return the biases of gate and magnitude, and the log of the ratio of their weights."""
+        return {"b_gate": 0.0, "b_mag": 0.0, "r_mag": 0.0}
+
+    def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Float[Array, "n f"], Float[Array, "n f"]]:
+        """Return the gated magnitudes, and ReLU(pi) for the penalty."""
+        h = self.pre_activations(x, context, bias=None)
+        gate = h + self.b_gate
+        magnitude = jax.nn.relu(h * jnp.exp(self.r_mag[...]) + self.b_mag)
+        return jnp.where(gate > 0, magnitude, 0), jax.nn.relu(gate)
+
+    def penalty(self, forward: Forward) -> Float[Array, ""]:
+        """Return the L1 of the gate, and the error of the gate's own reconstruction through a frozen decoder."""
+        context, gate = forward.context, forward.extra
+        W_dec, b_dec = jax.lax.stop_gradient((self.W_dec[...], self.b_dec[...]))
+        sparsity = context.strength * self.config.l1_coefficient * losses.l1(gate, W_dec)
+        return sparsity + losses.squared_error(forward.y, context.ops.matmul(gate, W_dec) + b_dec)
+
+    def inference_arrays(self) -> Arrays:
+        """Return the biases and the log of the ratio of the weights."""
+        return {name: getattr(self, name)[...] for name in ("b_gate", "b_mag", "r_mag")}
+
+
+class JumpReLU(SAE):
+    """f = p * 1[p > theta]  with  p = (x - b_dec) W_enc^T + b_enc  and a learned threshold theta = exp(log_threshold).
+
+    Two recipes. `tanh` (Anthropic, January 2025 update): penalty  l0 sum_i tanh(4 f_i |W_dec,i|), gradients of the jump
+    reach the pre-activations too, and latents below their threshold are pulled up by a small pre-activation loss.
+    `l0` (Rajamanoharan et al. 2024, arXiv 2407.14435, and Gemma Scope): penalty  l0 sum_i 1[p_i > theta_i].
+    """
+
+    name = "jumprelu"
+    form = "jumprelu"
+    sparse = False
+    control_gain = 2.0
+    # Adam moves the logarithm of a threshold by at most the learning rate a step, far less than a direction turns.
+    rate_factors: ClassVar = {"log_threshold": 10.0}
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(PenalisedConfig):
+        """Settings of JumpReLU."""
+
+        l0_coefficient: float = number(5.0, WEIGHT)
+        """Weight of the sparsity penalty."""
+        jump_recipe: Literal["tanh", "l0"] = "tanh"
+        bandwidth: float = number(2.0, _BANDWIDTH)
+        """Width of the window around a threshold through which gradients reach it."""
+        initial_threshold: float = number(0.1, _THRESHOLD)
+        """Where thresholds start, unless L0 has a target."""
+        pre_act_coefficient: float = number(3e-6, WEIGHT)
+        """Weight of the pre-activation loss of the tanh recipe."""
+
+    @classmethod
+    def initial_latents(cls, config: SAEConfig) -> dict[str, float]:
+        """Return the encoder bias, and the log of the threshold."""
+        return {"b_enc": 0.0, "log_threshold": math.log(config.initial_threshold)}
+
+    def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Float[Array, "n f"], Float[Array, "n f"]]:
+        """Return every latent above its threshold, and the pre-activations for the penalty."""
+        pre = self.pre_activations(x, context)
+        to_input = self.config.jump_recipe == "tanh"
+        return jump.jump_relu(pre, self.threshold, self.config.bandwidth, to_input), pre
+
+    def penalty(self, forward: Forward) -> Float[Array, ""]:
+        """Return the recipe's penalty on sparsity, and for `tanh` the pre-activation loss."""
+        pre, strength = forward.extra, forward.context.strength
+        norms = jnp.linalg.norm(self.W_dec[...], axis=1)
+        if self.config.jump_recipe == "l0":
+            active = jump.step(pre, self.threshold, self.config.bandwidth)
+            return strength * self.config.l0_coefficient * active.sum(-1).mean()
+        sparsity = jnp.tanh(4 * forward.latents * norms).sum(-1).mean()
+        below = (jax.nn.relu(self.threshold - pre) @ norms).mean()
+        return strength * self.config.l0_coefficient * sparsity + self.config.pre_act_coefficient * below
+
+    def initialize_latents(self, x: Float[Array, "n d"], ops: Ops) -> None:
+        """Where L0 has a target, let thresholds start where L0 is four times that.
+
+        Thresholds move slowly, by a factor per step that the learning rate bounds: from theta_0 a short run would
+        never get there.
+        """
+        target = self.config.target_l0
+        if target is not None:
+            count = min(max(round(4 * target * len(x)), 1), len(x) * self.config.d_sae // 2)
+            start = selection.kth_largest(self.pre_activations(x, Context(ops)), count)
+            start = jnp.where(start > 0, start, self.config.initial_threshold)  # where fewer than that are positive
+            self.log_threshold[...] = jnp.full(self.config.d_sae, jnp.log(start))
+
+    @property
+    def threshold(self) -> Float[Array, " f"]:
+        """The thresholds theta."""
+        return jnp.exp(self.log_threshold[...])
+
+    def inference_arrays(self) -> Arrays:
+        """Return the encoder bias and the thresholds."""
+        return {"b_enc": self.b_enc[...], "threshold": self.threshold}

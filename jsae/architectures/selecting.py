@@ -1,0 +1,228 @@
+"""Architectures that select k latents: TopK, AbsTopK, and BatchTopK and Matryoshka with one threshold per batch."""
+
+import dataclasses
+import functools
+import itertools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jsae import losses
+from jsae.architectures.base import SAE, Arrays, Context, Forward, SAEConfig
+from jsae.ops import Codes, Latents, Select
+from jsae.settings import WEIGHT, at_least, number, require
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectingConfig(SAEConfig):
+    """Settings of architectures that select k latents.
+
+    Raises:
+      ConfigError: k is not between 1 and d_sae, or a setting is out of its range.
+    """
+
+    k: int = 32
+    """Active latents per token, or on average per token of a batch."""
+    aux_coefficient: float = number(1 / 32, WEIGHT)
+    """Weight of AuxK, Gao et al. 2024 (arXiv 2406.04093), section A.2."""
+    aux_k: int | None = number(None, at_least(1, 2**28))
+    """Dead latents that AuxK uses per token; none is d_in // 2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            1 <= self.k <= self.d_sae,
+            f"k={self.k} active latents out of d_sae={self.d_sae}: k must be between 1 and d_sae; "
+            "lower k or raise the expansion factor",
+        )
+
+    @property
+    def dead_k(self) -> int:
+        """How many dead latents AuxK gives a token: `aux_k`, else half of `d_in`; never more than there are."""
+        return min(self.aux_k or max(self.d_in // 2, 1), self.d_sae)
+
+
+class Selecting(SAE):
+    """What architectures that select latents share: sparse codes, and AuxK. Abstract."""
+
+    sparse: ClassVar[bool] = True
+
+    @classmethod
+    def initial_latents(cls, config: SAEConfig) -> dict[str, float]:
+        """Return the encoder bias."""
+        return {"b_enc": 0.0}
+
+    def select(self, x: Float[Array, "n d"], select: Select, context: Context, by_token: bool = True) -> Codes:
+        """Return the codes that `select(pre, k=, limit=, bias=)` picks of the pre-activations, raw."""
+        return context.ops.encode(
+            self.inputs(x, context),
+            self.W_enc[...],
+            self.b_enc[...],
+            functools.partial(select, k=self.config.k if context.room is None else context.room),
+            limit=context.limit,
+            by_token=by_token,
+        )
+
+    def auxk(self, forward: Forward) -> Float[Array, ""]:
+        """Return AuxK times its coefficient: dead latents learn what the living left over."""
+        context = forward.context
+        if context.dead is None:
+            return jnp.zeros(())
+        e_hat = context.ops.decode_dead(
+            self.inputs(forward.x, context),
+            self.W_enc[...],
+            self.b_enc[...],
+            self.W_dec[...],
+            context.dead,
+            self.config.dead_k,
+        )
+        return self.config.aux_coefficient * losses.auxk(-forward.error, e_hat, context.dead, self.config.dead_k)
+
+
+class TopK(Selecting):
+    """f = ReLU(TopK_k((x - b_dec) W_enc^T + b_enc)), with AuxK against dead latents.
+
+    Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), equations 3 and 4 and section A.2.
+    """
+
+    name = "topk"
+    form = "topk"
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(SelectingConfig):
+        """Settings of TopK."""
+
+    def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Codes, None]:
+        """Return exactly k codes per token; those that are not positive have value 0."""
+        codes = self.select(x, context.ops.top_k, context)
+        return codes._replace(values=jax.nn.relu(codes.values)), None
+
+    def penalty(self, forward: Forward) -> Float[Array, ""]:
+        """Return AuxK."""
+        return self.auxk(forward)
+
+    def inference_arrays(self) -> Arrays:
+        """Return the encoder bias."""
+        return {"b_enc": self.b_enc[...]}
+
+
+class AbsTopK(Selecting):
+    """f = the k entries of (x - b_dec) W_enc^T + b_enc with the largest magnitude, with their signs; AuxK.
+
+    Zhu et al. 2025, "AbsTopK: rethinking sparse autoencoders for bidirectional features" (arXiv 2510.00404).
+    """
+
+    name = "abstopk"
+    form = "abstopk"
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(SelectingConfig):
+        """Settings of AbsTopK."""
+
+    def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Codes, None]:
+        """Return exactly k codes per token, of either sign."""
+        return self.select(x, context.ops.abs_top_k, context), None
+
+    def penalty(self, forward: Forward) -> Float[Array, ""]:
+        """Return AuxK."""
+        return self.auxk(forward)
+
+    def inference_arrays(self) -> Arrays:
+        """Return the encoder bias."""
+        return {"b_enc": self.b_enc[...]}
+
+
+class BatchSelecting(Selecting):
+    """What BatchTopK and Matryoshka share: a batch-wide selection in training, a threshold afterwards. Abstract."""
+
+    form = "jumprelu"
+
+    @classmethod
+    def initial_statistics(cls, config: SAEConfig) -> dict[str, float]:
+        """Return the threshold: the mean over batches of the smallest value that was kept."""
+        return {"threshold": 0.0}
+
+    def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Latents, None]:
+        """Return on average k codes per token in training, afterwards every latent above the threshold."""
+        if context.training:
+            return self.select(x, context.ops.batch_top_k, context, by_token=False), None
+        pre = self.pre_activations(x, context)
+        return jnp.where(pre > self.threshold, jax.nn.relu(pre), 0), None
+
+    def batch_statistics(self, forward: Forward) -> dict[str, Float[Array, ""]]:
+        """Return the smallest value above 0 of the batch."""
+        return {"threshold": least_active(forward.latents)}
+
+    def inference_arrays(self) -> Arrays:
+        """Return the encoder bias, and the threshold once per latent."""
+        threshold = jnp.full(self.config.d_sae, self.threshold[...], jnp.float32)
+        return {"b_enc": self.b_enc[...], "threshold": threshold}
+
+
+class BatchTopK(BatchSelecting):
+    """In training f = ReLU of the n k largest pre-activations of the whole batch; afterwards those above a threshold.
+
+    Bussmann et al. 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410), equations 4 to 6: the threshold is the
+    mean over batches of the smallest value kept. It is exported as JumpReLU. AuxK as for TopK.
+    """
+
+    name = "batchtopk"
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(SelectingConfig):
+        """Settings of BatchTopK."""
+
+    def penalty(self, forward: Forward) -> Float[Array, ""]:
+        """Return AuxK."""
+        return self.auxk(forward)
+
+
+class Matryoshka(BatchSelecting):
+    """BatchTopK whose first w latents must reconstruct by themselves, for every nested width w.
+
+    Bussmann et al. 2025, "Learning multi-level features with Matryoshka sparse autoencoders" (arXiv 2503.17547):
+    one batch-wide selection serves all widths, and their squared errors count alike.
+    """
+
+    name = "matryoshka"
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(SelectingConfig):
+        """Settings of Matryoshka.
+
+        Raises:
+          ConfigError: nested widths that do not increase up to d_sae.
+        """
+
+        nested_widths: tuple[int, ...] = ()
+        """How many of the first latents must reconstruct by themselves; d_sae is added."""
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "nested_widths", tuple(self.nested_widths))
+            super().__post_init__()
+            widths = self.all_widths
+            require(len(widths) > 1, "a matryoshka SAE needs nested widths, such as d_sae/16, d_sae/4")
+            require(
+                widths[0] >= 1 and all(a < b for a, b in itertools.pairwise(widths)),
+                f"nested widths must increase strictly from at least 1 up to d_sae: {widths} do not",
+            )
+
+        @property
+        def all_widths(self) -> tuple[int, ...]:
+            """The nested widths, d_sae the last of them."""
+            inner = self.nested_widths
+            return inner if inner and inner[-1] == self.d_sae else (*inner, self.d_sae)
+
+    def penalty(self, forward: Forward) -> Float[Array, ""]:
+        """Return the errors of the inner widths, and AuxK."""
+        inner = self.config.all_widths[:-1]
+        parts = forward.context.ops.decode_levels(forward.latents, self.W_dec[...], inner, len(forward.y))
+        return losses.nested(forward.y, parts, self.b_dec[...]) + self.auxk(forward)
+
+
+def least_active(codes: Codes) -> Float[Array, ""]:
+    """Return the smallest value above 0, the threshold of the batch; 0 where there is none."""
+    least = jnp.where(codes.values > 0, codes.values, jnp.inf).min()
+    return jnp.where(jnp.isinf(least), 0, least)

@@ -1,0 +1,257 @@
+"""Operations that touch only the rows a token uses, with gradients that stay sparse.
+
+What every fast implementation shares: the derivatives, the two-stage selection, the forms of AuxK. How rows are summed
+is left to the implementation. The one array of n x f numbers is the pre-activations.
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jsae.ops import selection
+from jsae.ops.interface import Ops, Result, slice_rows
+from jsae.ops.reference import magnitudes
+from jsae.ops.types import Codes, Input, Select
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseOps(Ops):
+    """Sparse forward and backward passes over implementations of three sums of rows. Abstract."""
+
+    @abc.abstractmethod
+    def sort(self, values: Float[Array, "n w"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+        """Return the k largest of every row and their places, as `lax.top_k`, equal values in any order."""
+
+    @abc.abstractmethod
+    def decoded(self, codes: Codes, W: Float[Array, "f d"], start: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        """Return start[t] + sum of values[i, j] * W[indices[i, j]] over the codes of token t."""
+
+    @abc.abstractmethod
+    def dots(self, codes: Codes, g: Float[Array, "n d"], W: Float[Array, "f d"]) -> Float[Array, "m k"]:
+        """Return g[token] . W[latent] of every code: the gradient of its value."""
+
+    @abc.abstractmethod
+    def latent_sums(self, codes: Codes, inputs: Input, f: int) -> Float[Array, "f d"]:
+        """Return out[i] = sum of value * input[token] over the codes of latent i: the gradient of a weight matrix."""
+
+    @abc.abstractmethod
+    def encode_chunk(self, n: int, d_in: int, d_sae: int) -> int:
+        """Return how many of n tokens are encoded at once: a divisor of n."""
+
+    @abc.abstractmethod
+    def sum_chunk(self, n: int, d_in: int, d_sae: int, gradients: bool) -> int:
+        """Return how many of n tokens `sum_over_tokens` takes at once: a divisor of n."""
+
+    def top_k(
+        self,
+        pre: Float[Array, "n f"],
+        k: int,
+        limit: Int[Array, ""] | None = None,
+        bias: Float[Array, " f"] | None = None,
+    ) -> Codes:
+        """Select in two stages."""
+        return selection.top_k(pre, k, limit, bias, self.sort)
+
+    def abs_top_k(
+        self,
+        pre: Float[Array, "n f"],
+        k: int,
+        limit: Int[Array, ""] | None = None,
+        bias: Float[Array, " f"] | None = None,
+    ) -> Codes:
+        """Select magnitudes in two stages."""
+        pre = pre if bias is None else pre + bias
+        codes = selection.top_k(magnitudes(pre), k, None, None, self.sort)
+        values = jnp.take_along_axis(pre, codes.indices, axis=1)
+        return selection.first(codes._replace(values=values), limit)
+
+    def batch_top_k(
+        self,
+        pre: Float[Array, "n f"],
+        k: int,
+        limit: Int[Array, ""] | None = None,
+        bias: Float[Array, " f"] | None = None,
+    ) -> Codes:
+        """Search for the batch's threshold."""
+        return selection.batch_top_k(pre, k, limit, bias)
+
+    def pre_activations(
+        self, inputs: Input, W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"]
+    ) -> Float[Array, "n f"]:
+        """Return (x * scale) W_enc^T + (b_enc - b_in W_enc^T): the gradient of b_in needs no n x f x d product."""
+        centred, bias = self._centred(inputs, W_enc, b_enc)
+        return self.matmul(centred.read(), W_enc.T) + bias
+
+    def encode(
+        self,
+        inputs: Input,
+        W_enc: Float[Array, "f d"],
+        b_enc: Float[Array, " f"],
+        select: Select,
+        *,
+        limit: Int[Array, ""] | None = None,
+        allowed: Bool[Array, " f"] | None = None,
+        by_token: bool = True,
+    ) -> Codes:
+        """Encode in parts of the batch, so that the pre-activations of all tokens need not exist at once."""
+        return _encode(self, select, by_token, inputs, W_enc, b_enc, allowed, limit)
+
+    def decode(self, codes: Codes, W_dec: Float[Array, "f o"], start: Float[Array, "n o"]) -> Float[Array, "n o"]:
+        """Sum the rows that the codes name."""
+        return _decode(self, codes, W_dec, start)
+
+    def decode_levels(
+        self, codes: Codes, W_dec: Float[Array, "f o"], widths: tuple[int, ...], n: int
+    ) -> Float[Array, "l n o"]:
+        """Decode all levels in one pass, each code into the first level that holds its latent, and add them up."""
+        levels = len(widths)
+        level = jnp.searchsorted(jnp.asarray(widths), codes.indices, side="right")
+        inside = level < levels
+        moved = Codes(jnp.where(inside, codes.values, 0), codes.indices, jnp.where(inside, level, 0) * n + codes.tokens)
+        parts = self.decode(moved, W_dec, jnp.zeros((levels * n, W_dec.shape[1])))
+        return jnp.cumsum(parts.reshape(levels, n, -1), axis=0)
+
+    def decode_dead(
+        self,
+        inputs: Input,
+        W_enc: Float[Array, "f d"],
+        b_enc: Float[Array, " f"],
+        W_dec: Float[Array, "f o"],
+        dead: Bool[Array, " f"],
+        k: int,
+    ) -> Float[Array, "n o"]:
+        """Where at most k latents are dead, compute all of them: a small dense product instead of a selection."""
+        n_dead = dead.sum()
+
+        def all_of_them() -> Float[Array, "n o"]:
+            (rows,) = jnp.nonzero(dead, size=k, fill_value=0)
+            real = jnp.arange(k) < n_dead
+            pre = self.pre_activations(inputs, W_enc[rows], b_enc[rows])
+            return self.matmul(jnp.where(real, pre, 0), W_dec[rows])
+
+        def the_largest() -> Float[Array, "n o"]:
+            codes = self.encode(inputs, W_enc, b_enc, functools.partial(self.top_k, k=k), allowed=dead)
+            return self.decode(codes, W_dec, jnp.zeros((len(inputs.x), W_dec.shape[1])))
+
+        return lax.cond(n_dead > k, the_largest, all_of_them)
+
+    def if_any(self, condition: Bool[Array, ""], do: Callable[[], Result], otherwise: Callable[[], Result]) -> Result:
+        """Decide on the device."""
+        return lax.cond(condition, do, otherwise)
+
+    def sum_over_tokens(
+        self, function: Callable[[Any], Result], arrays: Any, d_in: int, d_sae: int, *, gradients: bool
+    ) -> Result:
+        """Add up equal parts of the batch, one after the other."""
+        n = len(jax.tree.leaves(arrays)[0])
+        chunk = self.sum_chunk(n, d_in, d_sae, gradients)
+        if chunk == n:
+            return function(arrays)
+
+        def add(i: Int[Array, ""], total: Result) -> Result:
+            return jax.tree.map(jnp.add, total, function(slice_rows(arrays, i * chunk, chunk)))
+
+        return lax.fori_loop(1, n // chunk, add, function(jax.tree.map(lambda a: a[:chunk], arrays)))
+
+    def _centred(
+        self, inputs: Input, W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"]
+    ) -> tuple[Input, Float[Array, " f"]]:
+        """Return inputs and bias whose product and sum are the pre-activations, with b_in moved into the bias.
+
+        Where factors are rounded, the input is centred before it is rounded: what all tokens have in common would cost
+        the digits that tell them apart. That uses a copy of b_in without a gradient; the bias has the gradient.
+        """
+        if inputs.b_in is None:
+            return inputs, b_enc
+        if self.matmul_dtype == "float32":
+            return inputs._replace(b_in=None), b_enc - W_enc @ inputs.b_in
+        centre = lax.stop_gradient(inputs.b_in)
+        return inputs._replace(b_in=centre), b_enc - W_enc @ (inputs.b_in - centre)
+
+
+# ---- derivatives --------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _decode(ops: SparseOps, codes: Codes, W_dec: Float[Array, "f d"], start: Float[Array, "n d"]) -> Array:
+    return ops.decoded(codes, W_dec, start)
+
+
+def _decode_forward(ops, codes, W_dec, start):
+    return ops.decoded(codes, W_dec, start), (codes, W_dec)
+
+
+def _decode_backward(ops, saved, g):
+    codes, W_dec = saved
+    rows = None if codes.rows is None else _no_gradient(codes.rows)
+    dcodes = Codes(ops.dots(codes, g, W_dec), _no_gradient(codes.indices), rows)
+    return dcodes, ops.latent_sums(codes, Input(g), len(W_dec)), g
+
+
+_decode.defvjp(_decode_forward, _decode_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _encode(
+    ops: SparseOps,
+    select: Select,
+    by_token: bool,
+    inputs: Input,
+    W_enc: Float[Array, "f d"],
+    b_enc: Float[Array, " f"],
+    allowed: Bool[Array, " f"] | None,
+    limit: Int[Array, ""] | None,
+) -> Codes:
+    centred, bias = ops._centred(inputs, W_enc, b_enc)
+    if allowed is not None:
+        bias = jnp.where(allowed, bias, -jnp.inf)
+
+    def pick(x: Float[Array, "m d"]) -> Codes:
+        return select(ops.matmul(centred._replace(x=x).read(), W_enc.T), bias=bias, limit=limit)
+
+    n, d = inputs.x.shape
+    chunk = ops.encode_chunk(n, d, len(W_enc)) if by_token else n
+    chunks = lax.map(pick, inputs.x.reshape(-1, chunk, d)) if chunk < n else pick(inputs.x)
+    codes = jax.tree.map(lambda a: a.reshape(n, -1), chunks)
+    if allowed is None:
+        return codes
+    return codes._replace(values=jnp.where(jnp.isneginf(codes.values), 0, codes.values))
+
+
+def _encode_forward(ops, select, by_token, inputs, W_enc, b_enc, allowed, limit):
+    codes = _encode(ops, select, by_token, inputs, W_enc, b_enc, allowed, limit)
+    return codes, (inputs, W_enc, allowed, limit, codes)
+
+
+def _encode_backward(ops, select, by_token, saved, g):
+    inputs, W_enc, allowed, limit, codes = saved
+    # A code of value 0 only fills up the array and is no function of the weights.
+    dvalues = jnp.where(codes.values == 0, 0, g.values)
+    dcodes = codes._replace(values=dvalues)
+    db_enc = jnp.zeros(len(W_enc), dvalues.dtype).at[codes.indices].add(dvalues)
+    dW_enc = ops.latent_sums(dcodes, inputs, len(W_enc))
+    # The gradient of x is removed by the compiler where x is data.
+    dx = ops.decoded(dcodes, W_enc, jnp.zeros((len(inputs.x), W_enc.shape[1]), jnp.result_type(dvalues, W_enc)))
+    dinputs = Input(
+        dx if inputs.scale is None else dx * inputs.scale,
+        None if inputs.scale is None else jnp.zeros_like(inputs.scale),
+        None if inputs.b_in is None else -(db_enc @ W_enc),
+    )
+    nothing = [None if a is None else _no_gradient(a) for a in (allowed, limit)]
+    return dinputs, dW_enc, db_enc, *nothing
+
+
+_encode.defvjp(_encode_forward, _encode_backward)
+
+
+def _no_gradient(x: Array) -> np.ndarray:
+    """Return the cotangent that jax expects for an array of integers or booleans."""
+    return np.zeros(x.shape, jax.dtypes.float0)

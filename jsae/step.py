@@ -1,0 +1,246 @@
+"""One training step: loss, gradients, optimiser, dead latents, statistics."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jsae import control, dead, losses, metrics, optim
+from jsae.architectures import SAE, Context, Forward
+from jsae.config import TrainConfig
+from jsae.ops import Codes, Input, Latents, Ops
+from jsae.state import Acts, TrainState, input_and_target
+
+
+class Outputs(NamedTuple):
+    """Loss, latents, error and statistics of a batch, or of some of its tokens."""
+
+    loss: Float[Array, ""]
+    latents: Latents
+    error: Float[Array, "n o"]
+    statistics: dict[str, Float[Array, ""]]
+    """The values of the SAE's running statistics."""
+
+
+def update(
+    config: TrainConfig,
+    ops: Ops,
+    state: TrainState,
+    acts: Acts,
+    room: int | None = None,
+    optimizer: optim.Optimizer | None = None,
+) -> tuple[TrainState, metrics.Sums]:
+    """Return the state after one step on a batch, and the sums of the batch. Not compiled.
+
+    Args:
+      config: how the SAE is trained.
+      ops: the implementation.
+      state: before the step.
+      acts: the batch.
+      room: codes per token in a step in which k is still above the SAE's; None afterwards.
+      optimizer: None is the default, Adam.
+    """
+    sae, number, n = state.sae, state.step + 1, len(jax.tree.leaves(acts)[0])
+    optimizer = optimizer or optim.make(config, sae.config.d_sae, ops, sae.rate_factors)
+    context = _context(config, ops, state, number, room)
+    gradients = _sparse_gradients if sae.sparse else _dense_gradients
+    sums, grads, statistics = gradients(config, state, acts, context)
+    new, opt = optimizer.apply(grads, state.opt, sae, factor=2 / n)
+    _move_statistics(new, sae, statistics, _statistics_rate(config, number))
+    since_fired = dead.after(state.since_fired, sums.fired, n)
+    if config.resample_steps is not None:
+        new, opt, since_fired = _resampled(config, ops, state, number, new, opt, since_fired, acts)
+    loss = sums.loss / n
+    target, steps = sae.config.target_l0, config.num_steps
+    return (
+        TrainState(
+            sae=new,
+            opt=opt,
+            average=_averaged(config, state.average, new, number),
+            since_fired=since_fired,
+            scale=state.scale,
+            scale_out=state.scale_out,
+            control=control.after(state.control, target, sums.fired.sum() / n, number, steps),
+            step=number,
+            bad_step=jnp.where(~jnp.isfinite(loss) & (state.bad_step < 0), number, state.bad_step),
+        ),
+        sums,
+    )
+
+
+def loss_of(
+    sae: SAE, x: Float[Array, "n d"], y: Float[Array, "n o"], context: Context
+) -> tuple[Float[Array, ""], Outputs]:
+    """Return mean_n |y_hat - y|^2 plus the architecture's penalty, and what was computed. y is scaled.
+
+    Raises:
+      TypeError: in training, latents of another form than the class declares by `sparse`.
+    """
+    latents, extra = sae.activate(x, context)
+    if context.training and isinstance(latents, Codes) != sae.sparse:
+        raise TypeError(f"{sae.name} declares sparse={sae.sparse}, but activate returned {type(latents).__name__}")
+    error = sae.decode(latents, Input(x, context.scale).read(), context.ops, minus=y)
+    forward = Forward(x, y, error, latents, extra, context)
+    loss = losses.mean_square(error) + sae.penalty(forward)
+    return loss, Outputs(loss, latents, error, sae.batch_statistics(forward))
+
+
+def _context(config: TrainConfig, ops: Ops, state: TrainState, number: Int[Array, ""], room: int | None) -> Context:
+    sae = state.sae
+    strength = control.strength(state.control, sae.config.target_l0, sae.control_gain, number, config.num_steps)
+    return Context(
+        ops=ops,
+        training=True,
+        strength=strength * _ramp(config, number),
+        room=room,
+        limit=None if room is None else _k_now(config, sae.config.k, number),
+        scale=state.scale,
+    )
+
+
+def _gradients(
+    state: TrainState, x: Float[Array, "n d"], y: Float[Array, "n o"], context: Context
+) -> tuple[Outputs, Any]:
+    """Return what was computed, and the gradients of n / 2 times the loss.
+
+    In this unit the gradient of the reconstruction is the error itself. Running statistics get none.
+    """
+    statistics = state.sae.initial_statistics(state.sae.config)
+
+    def constant(path: tuple[Any, ...], leaf: Array) -> Array:
+        return jax.lax.stop_gradient(leaf) if statistics.keys() & optim.names_of(path) else leaf
+
+    def objective(sae: SAE) -> tuple[Float[Array, ""], Outputs]:
+        sae = jax.tree_util.tree_map_with_path(constant, sae)
+        loss, outputs = loss_of(sae, x, y * state.scale_out, context)
+        return loss * (len(x) / 2), outputs
+
+    (_, outputs), grads = jax.value_and_grad(objective, has_aux=True)(state.sae)
+    return outputs, grads
+
+
+def _sparse_gradients(
+    config: TrainConfig, state: TrainState, acts: Acts, context: Context
+) -> tuple[metrics.Sums, Any, dict[str, Array]]:
+    """Return sums, gradients and statistics of a batch. AuxK counts only while a latent is dead."""
+    x, y = _floats(state, acts)
+    is_dead = state.since_fired >= config.dead_after
+    outputs, grads = context.ops.if_any(
+        is_dead.any(),
+        lambda: _gradients(state, x, y, context._replace(dead=is_dead)),
+        lambda: _gradients(state, x, y, context),
+    )
+    codes, mean, d_sae = outputs.latents, y.mean(0), state.sae.config.d_sae
+
+    def count(some: tuple[Acts, Array, Array, Array]) -> metrics.Sums:
+        raw, y, error, values = some
+        return _sums(state, raw, y, outputs._replace(latents=values, error=error), mean, fired=0)
+
+    arrays = (acts, y, outputs.error, codes.values)
+    sums = context.ops.sum_over_tokens(count, arrays, state.sae.config.d_in, d_sae, gradients=False)
+    return sums._replace(fired=dead.times_fired(codes, d_sae)), grads, outputs.statistics
+
+
+def _dense_gradients(
+    config: TrainConfig, state: TrainState, acts: Acts, context: Context
+) -> tuple[metrics.Sums, Any, dict[str, Array]]:
+    """Return sums, gradients and statistics of a batch.
+
+    Every term of the loss is a mean over tokens, so that parts of the batch add up.
+    """
+    y = _floats(state, acts)[1]
+    n, mean, sizes = len(y), y.mean(0), state.sae.config
+    context = context._replace(dead=state.since_fired >= config.dead_after)
+
+    def part(acts: Acts) -> tuple[metrics.Sums, Any, dict[str, Array]]:
+        x, y = _floats(state, acts)
+        outputs, grads = _gradients(state, x, y, context)
+        sums = _sums(state, acts, y, outputs, mean, fired=dead.times_fired(outputs.latents, sizes.d_sae))
+        return sums, grads, {name: value * (len(y) / n) for name, value in outputs.statistics.items()}
+
+    return context.ops.sum_over_tokens(part, acts, sizes.d_in, sizes.d_sae, gradients=True)
+
+
+def _sums(
+    state: TrainState, raw: Acts, y: Float[Array, "n o"], outputs: Outputs, mean: Float[Array, " o"], fired: Any
+) -> metrics.Sums:
+    """Return the sums of some tokens in the activations' own units; `mean` is the target's over the batch."""
+    values = outputs.latents.values if isinstance(outputs.latents, Codes) else outputs.latents
+    sums = metrics.of(
+        y,
+        outputs.error * (1 / state.scale_out),
+        values / state.scale_out.mean(),
+        fired,
+        loss=outputs.loss,
+        nonfinite=sum((~jnp.isfinite(a)).sum() for a in jax.tree.leaves(raw)),
+        mean=mean,
+    )
+    return sums._replace(l0=sums.l0.astype(jnp.float32))  # the count of a long window is more than an integer holds
+
+
+def _floats(state: TrainState, acts: Acts) -> tuple[Float[Array, "n d"], Float[Array, "n o"]]:
+    """Return input and target in float32."""
+    x, y = input_and_target(state.sae.config, acts)
+    return x.astype(jnp.float32), y.astype(jnp.float32)
+
+
+def _ramp(config: TrainConfig, number: Int[Array, ""]) -> Float[Array, ""]:
+    """Return the warm-up of penalties: from 0 to 1."""
+    return jnp.minimum(number / max(config.sparsity_warmup_fraction * config.num_steps, 1), 1)
+
+
+def _move_statistics(new: SAE, before: SAE, values: dict[str, Array], rate: Float[Array, ""]) -> None:
+    """Set the running statistics of `new` to those before the step, moved towards the batch's by the share `rate`.
+
+    Raises:
+      TypeError: the class declares other statistics than it returns.
+    """
+    declared = before.initial_statistics(before.config)
+    if declared.keys() != values.keys():
+        raise TypeError(f"{before.name} declares the statistics {list(declared)}, but returned {list(values)}")
+    for name, value in values.items():
+        last = getattr(before, name)[...]
+        getattr(new, name)[...] = last + rate * (value - last)
+
+
+def _statistics_rate(config: TrainConfig, number: Int[Array, ""]) -> Float[Array, ""]:
+    """Return the rate of running means: over the last 1,000 steps, or the last twentieth of a shorter run."""
+    return jnp.maximum(1 / jnp.clip(config.num_steps / 20, 1, 1000), 1 / number)
+
+
+def _k_now(config: TrainConfig, k: int, number: Int[Array, ""]) -> Int[Array, ""]:
+    """Return the k of a step: from k_start down to k in a straight line."""
+    share = jnp.minimum(number / config.anneal_steps, 1)
+    return jnp.round(config.k_start + (k - config.k_start) * share).astype(jnp.int32)
+
+
+def _averaged(config: TrainConfig, average: SAE | None, sae: SAE, number: Int[Array, ""]) -> SAE | None:
+    if average is None:
+        return None
+    rate = jnp.maximum(1 / max(config.average_fraction * config.num_steps, 1), 1 / number)
+    return jax.tree.map(lambda mean, new: mean + rate * (new - mean), average, sae)
+
+
+def _resampled(
+    config: TrainConfig,
+    ops: Ops,
+    state: TrainState,
+    number: Array,
+    sae: SAE,
+    opt: Any,
+    since_fired: Array,
+    acts: Acts,
+) -> tuple[SAE, Any, Array]:
+    """Resample the dead latents where it is time to, but not while the learning rate decays."""
+    last = round((1 - config.decay_fraction) * config.num_steps)
+    due = (number % config.resample_steps == 0) & (number <= last)
+    x, y = _floats(state, acts)
+
+    def renew() -> tuple[SAE, Any, Array]:
+        is_dead = since_fired >= config.dead_after
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        renewed = dead.resample(sae, opt, is_dead, x * state.scale, y * state.scale_out, key, ops)
+        return *renewed, jnp.where(is_dead, 0, since_fired)
+
+    return jax.lax.cond(due, renew, lambda: (sae, opt, since_fired))

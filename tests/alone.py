@@ -1,0 +1,42 @@
+"""One SAE through the training loop: a run of one member, without the tuples."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import optax
+
+from jsae import metrics, train
+from jsae.architectures import SAEConfig
+from jsae.config import TrainConfig
+from jsae.state import Acts, TrainState
+
+
+def begin(
+    config: SAEConfig, how: TrainConfig, sample: Acts, inner: optax.GradientTransformation | None = None
+) -> TrainState:
+    """The state before the first step."""
+    return train.init([train.Member(config, how, inner=inner)], (sample,))[0]
+
+
+def fit(
+    config: SAEConfig,
+    how: TrainConfig,
+    state: TrainState,
+    batches: Iterable[Acts],
+    inner: optax.GradientTransformation | None = None,
+) -> Iterator[tuple[int, TrainState, metrics.Sums]]:
+    """Every step to the end of the run."""
+    members = [train.Member(config, how, inner=inner)]
+    for number, states, sums in train.fit(members, (state,), ((batch,) for batch in batches)):
+        yield number, states[0], sums[0]
+
+
+def stepping(config: SAEConfig, how: TrainConfig) -> Callable[[TrainState, Any], tuple[TrainState, metrics.Sums]]:
+    """The program of the steps in which k has come down: (state, acts) -> (state, sums); the state is donated."""
+    program = train.Programs([train.Member(config, how)]).at(how.num_steps)
+
+    def step(state: TrainState, acts: Acts) -> tuple[TrainState, metrics.Sums]:
+        (state,), (sums,) = program((state,), (acts,))
+        return state, sums
+
+    return step

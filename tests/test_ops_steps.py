@@ -1,0 +1,129 @@
+"""Every implementation takes the steps of the plain one, and the program that ships runs the one it is given."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from implementations import PIECES
+
+from jsae import optim, step, train
+from jsae import state as states
+from jsae.architectures import Context, SAEConfig, make, sae_config
+from jsae.config import TrainConfig
+from jsae.ops import PLAIN, Cpu, Ops, Reference, Xla, choose
+
+D, F, N = 16, 96, 60
+OTHERS: dict[str, Ops] = {
+    "reference": Reference(),
+    "in pieces": PIECES,
+    "gpu": Xla(),
+    "dense": Xla(decoding="dense"),
+}
+SPARSE = {
+    "topk": sae_config("topk", D, F, k=4, aux_k=5),
+    "batchtopk": sae_config("batchtopk", D, F, k=4, aux_k=5),
+    "matryoshka": sae_config("matryoshka", D, F, k=4, nested_widths=(24,), aux_k=5),
+    "abstopk": sae_config("abstopk", D, F, k=4, aux_k=5),
+    "transcoder": sae_config("topk", D, F, k=4, aux_k=5, d_out=8),
+}
+DENSE = {
+    "relu": sae_config("relu", D, F, l1_coefficient=0.1),
+    "gated": sae_config("gated", D, F, l1_coefficient=0.1),
+    "jumprelu": sae_config("jumprelu", D, F, l0_coefficient=0.01, jump_recipe="l0", bandwidth=0.5),
+    "controlled": sae_config("jumprelu", D, F, target_l0=5.0),
+    "crosscoder": sae_config("relu", D, F, l1_coefficient=0.1, layers=2),
+}
+
+
+@functools.cache
+def steps(config: SAEConfig, ops: Ops) -> tuple[states.TrainState, list]:
+    """The state after three steps, the last two of which have dead latents, and their sums."""
+    how = TrainConfig(num_activations=50 * N, batch_size=N, learning_rate=1e-2, dead_after=1)
+    x = jax.random.normal(jax.random.key(0), (3, N, D)) + 0.2
+    batches = list(x) if config.layers == 1 else [tuple(jnp.split(batch, config.layers, axis=1)) for batch in x]
+    members = [train.Member(config, how)]
+    programs, state, seen = train.Programs(members, ops), train.init(members, [batches[0]], ops), []
+    for number, batch in enumerate(batches, 1):
+        state, sums = programs.at(number)(state, [batch])
+        seen.append(sums[0])
+    return state[0], seen
+
+
+SAME = [(architecture, name) for name in ("in pieces", "reference") for architecture in ("topk", "batchtopk", *DENSE)]
+# Its thresholds start at one of the pre-activations, which rounding then puts above or below.
+SAME.remove(("controlled", "reference"))
+
+
+@pytest.mark.parametrize(("architecture", "name"), SAME)
+def test_a_step_in_pieces_is_the_step_as_a_whole(architecture, name):
+    config = (SPARSE | DENSE)[architecture]
+    plain, wanted = steps(config, PLAIN)
+    state, found = steps(config, OTHERS[name])
+    for ours, theirs in zip(jax.tree.leaves((state.sae, found)), jax.tree.leaves((plain.sae, wanted)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
+    np.testing.assert_array_equal(state.since_fired, plain.since_fired)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("architecture", SPARSE)
+def test_gradients_are_the_same_in_every_implementation(architecture, name):
+    config = SPARSE[architecture]
+    sae = make(config, key=jax.random.key(1))
+    x = jax.random.normal(jax.random.key(2), (N, D))
+    y = x[:, :8] if config.is_transcoder else x
+
+    def gradients(ops: Ops) -> list[jax.Array]:
+        context = Context(ops, training=True, dead=jnp.arange(F) % 3 == 0)
+        return jax.tree.leaves(jax.jit(jax.grad(lambda sae: step.loss_of(sae, x, y, context)[0]))(sae))
+
+    plain = gradients(PLAIN)
+    largest = max(float(jnp.abs(g).max()) for g in plain)
+    for ours, theirs in zip(gradients(OTHERS[name]), plain, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6 * largest)
+
+
+def test_the_optimiser_overwrites_blocks_without_an_array_of_all():
+    """What a step needs beside weights, moments and gradients is a few blocks, whatever the number of latents."""
+    config, d, f = TrainConfig(num_activations=2**20), 64, 8192
+    sae = jax.eval_shape(lambda: make(sae_config("topk", d, f), key=jax.random.key(0)))
+
+    def planned(ops: Ops) -> int:
+        optimizer = optim.make(config, f, ops)
+        moments = jax.eval_shape(optimizer.init, sae)
+
+        def step(params, state, grads):
+            return optimizer.apply(grads, state, params)
+
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(sae, moments, sae).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    block = 2**15
+    assert planned(Cpu(block=block)) < 8 * 4 * block
+    assert planned(PLAIN) >= 4 * d * f
+
+
+class CalledError(RuntimeError):
+    """An implementation was asked for something."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusing(Reference):
+    """An implementation that does not decode."""
+
+    def decode(self, codes, W_dec, start):
+        raise CalledError
+
+
+def test_the_device_decides_unless_an_implementation_is_given():
+    member = train.Member(SPARSE["topk"], TrainConfig(num_activations=2 * N, batch_size=N, matmul_dtype="bfloat16"))
+    assert member.ops == choose("bfloat16") == Cpu("bfloat16")
+    x = jnp.ones((N, D))
+    begun = train.init([member], [x])
+    with pytest.raises(CalledError):
+        train.init([member], [x], Refusing())
+    with pytest.raises(CalledError):
+        train.Programs([member], Refusing()).at(1)(begun, [x])
+    train.Programs([member]).at(1)(begun, [x])

@@ -47,7 +47,7 @@ def test_rounded_products_learn_as_well_with_weights_that_are_not_rounded(name):
 def test_no_large_product_is_of_whole_floats_forwards_or_backwards(name):
     config = CASES[name]
     how = TrainConfig(num_activations=50 * N, batch_size=N, matmul_dtype="bfloat16")
-    x = jnp.zeros((N, D))
+    x = jax.random.normal(jax.random.key(0), (N, D))
     acts = (x, x) if config.is_transcoder else x
     state = jax.eval_shape(lambda: train.init(config, how, acts))
     text = jax.jit(lambda s, a: train.update(how, s, a)).lower(state, acts).as_text()

@@ -316,7 +316,7 @@ def measure(case: Case, path: Path) -> Outcome:
 
 
 def _peak() -> int:
-    """Return this process's peak memory in KiB. Unlike `ru_maxrss`, it does not begin with that of the process before."""
+    """Return the peak memory of this process in KiB; `ru_maxrss` begins with that of the process that started it."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 

@@ -115,6 +115,11 @@ def _metadata(
     return told
 
 
+def _written(value: float) -> str:
+    """A number in the width of a column, also one that is out of all proportion."""
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
+
+
 def _tell(config: "RunConfig", trainees: Sequence["Trainee"], found: dict[Path, dict[str, dict[str, Any]]]) -> None:
     tokens = next(iter(next(iter(found.values())).values()))["tokens"]
     table = Table(title=f"on {tokens:,.0f} held-out tokens")
@@ -125,11 +130,11 @@ def _tell(config: "RunConfig", trainees: Sequence["Trainee"], found: dict[Path, 
         summary = found[trainee.folder][trainee.name]
         table.add_row(
             trainee.label,
-            f"{summary['fvu']:.4f}",
+            _written(summary["fvu"]),
             f"{summary['l0']:.2f}",
             f"{summary['dead_fraction']:.2%}",
             f"{summary['cosine']:.4f}",
-            f"{summary['relative_reconstruction_bias']:.4f}",
+            _written(summary["relative_reconstruction_bias"]),
         )
     console = Console()
     console.print(table)

@@ -87,6 +87,8 @@ def main(config: PublishConfig) -> int:
 
 
 def _publish(run: Path, config: PublishConfig) -> int:
+    from bridge.exports import warn_of_marked
+
     sources = _sources(run, config)
     marked = warn_of_marked(source.sae_dir for source in sources)
     require(not marked or config.dry_run, "SAEs marked as of no use are not uploaded: choose others with --hook")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bridge.runtime import InterpretableModel, Steer
 
 
-STRENGTH = Range(-1e6, 1e6, "be finite, between -1e6 and 1e6")
+STRENGTH = Range(-ranges.LONGEST, ranges.LONGEST, f"be finite, between -{ranges.LONGEST:g} and {ranges.LONGEST:g}")
 TEMPERATURE = Range(1e-6, 1e6, "be 0, or from 1e-6 to 1e6", also=(0,))
 
 

@@ -218,7 +218,8 @@ def check(acts: Float[Array, "n d"], where: str = "activations") -> None:
       ActivationsError: NaN or infinite numbers among them.
       DegenerateError: they are all zero, all alike, or of a scale that float32 sums do not hold.
     """
-    extent = Extent(*(float(value) for value in jax.device_get(_extent(acts))))
+    with jax.ensure_compile_time_eval():  # also where a caller is being traced
+        extent = Extent(*(float(value) for value in jax.device_get(_extent(acts))))
     problem = degenerate(extent._replace(nonfinite=int(extent.nonfinite)), where)
     if problem is not None:
         raise (ActivationsError if extent.nonfinite else DegenerateError)(problem)

@@ -172,7 +172,7 @@ def _records(run: Path, version: int) -> None:
     torch.set_num_threads(1)
     nano = bridge.nanochat.load("demo")
     sae = toy_sae("topk", 128, 24, version, hook_name=HOOK)
-    plan = gather.Plan(__file__, "all", 64 * 4, 64, False)
+    plan = gather.Plan(__file__, "all", 64 * 4, 64, False, excluded=(nano.tokenizer.bos_token_id,))
     gather.gather(nano, {HOOK: sae}, {HOOK: f"{version}" * 64}, run / "gathered", plan)
 
 

@@ -100,8 +100,8 @@ def test_a_file_of_that_very_name_is_taken_at_its_word(home):
 def test_a_run_is_resumed_from_another_directory_by_an_equivalent_spelling(home, monkeypatch):
     (home / "texts").mkdir()
     run = home / "run"
-    rundir.claim(run, RunConfig(output_dir="run", data="texts/*.txt,stdlib", checkpoint="models/d4"))
-    rundir.record(run, RunConfig(output_dir="run", data="texts/*.txt,stdlib", checkpoint="models/d4"), {})
+    with rundir.claimed(run, RunConfig(output_dir="run", data="texts/*.txt,stdlib", checkpoint="models/d4")):
+        rundir.record(run, RunConfig(output_dir="run", data="texts/*.txt,stdlib", checkpoint="models/d4"), {})
     recorded = rundir.read(run)["flags"]
     assert recorded["data"] == f"{home}/texts/*.txt,stdlib"
     assert recorded["checkpoint"] == f"{home}/models/d4"
@@ -110,11 +110,11 @@ def test_a_run_is_resumed_from_another_directory_by_an_equivalent_spelling(home,
     (home / "link").symlink_to(home / "texts")
     monkeypatch.chdir(home / "elsewhere")
     for data in ("~/texts/*.txt,stdlib", "../texts/*.txt, stdlib", "$HOME/link/*.txt,stdlib"):
-        rundir.claim(run, RunConfig(output_dir="../run", data=data, checkpoint="~/models/d4", resume=True))
-    with pytest.raises(ConfigError, match=r"was started with --data=.*texts"):
-        rundir.claim(
-            run, RunConfig(output_dir="../run", data="texts/*.txt,stdlib", checkpoint="~/models/d4", resume=True)
-        )
+        with rundir.claimed(run, RunConfig(output_dir="../run", data=data, checkpoint="~/models/d4", resume=True)):
+            pass
+    other = RunConfig(output_dir="../run", data="texts/*.txt,stdlib", checkpoint="~/models/d4", resume=True)
+    with pytest.raises(ConfigError, match=r"was started with --data=.*texts"), rundir.claimed(run, other):
+        pass
 
 
 def test_words_are_recorded_as_they_are(home):

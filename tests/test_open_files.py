@@ -18,13 +18,13 @@ READERS = {
     "an export for the hub": "hub.plan(run, 'owner/name', license='mit')",
     "a v1 export": "list(importer._lines(run / 'batch.jsonl.gz'))",
     "a tokenizer": "tokenizer.load(demo / 'tokenizer')",
-    "the bytes of tokens": "tokenizer._read_token_bytes(demo / 'tokenizer' / 'token_bytes.pt')",
-    "a model": "checkpoint.read_weights(next(demo.glob('model_*.pt')))",
+    "the bytes of tokens": "tokenizer_file.read_token_bytes(demo / 'tokenizer' / 'token_bytes.pt')",
+    "a model": "weights.read(next(demo.glob('model_*.pt')))",
     "a save of pretraining": "pretraining.last_state(run)",
-    "a parquet shard": "sources._parquet_units(run / 'shard.parquet', 'all')",
-    "a row group": "sources._read_row_group(run / 'shard.parquet', 0)",
-    "compressed JSON lines": "list(sources._lines(run / 'batch.jsonl.gz', True))",
-    "a module of the standard library": "sources._read_source(Path(json.__file__))",
+    "a parquet shard": "shards.units(run / 'shard.parquet', [run / 'shard.parquet'], 0)",
+    "a row group": "list(sources.documents(shard))",
+    "compressed JSON lines": "sources.all_units(str(run / 'batch.jsonl.gz'))",
+    "a module of the standard library": "library._read_source(Path(json.__file__))",
     "a table of an evaluation": "evaluate._kept(run / 'labels.json')",
 }
 
@@ -33,7 +33,7 @@ SCRIPT = """
     from pathlib import Path
     import pyarrow, pyarrow.parquet, torch
     from bridge import hub, torch_sae
-    from bridge.nanochat import checkpoint, pretraining, sources, tokenizer
+    from bridge.nanochat import checkpoint, library, pretraining, shards, sources, tokenizer, tokenizer_file, weights
     from bridge.neuronpedia import importer
     from experiments import evaluate
     from jsae import store
@@ -43,6 +43,7 @@ SCRIPT = """
         file.write('{"text": "a"}\\n')
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), run / "shard.parquet")
     torch.save({"step": 1}, run / "optim_000001_rank0.pt")
+    (shard,) = sources.all_units(str(run / "shard.parquet"))
     def tried(code):
         try:
             eval(code)

@@ -53,7 +53,7 @@ def test_rounded_products_learn_as_well_with_weights_that_are_not_rounded(name):
 def test_no_large_product_is_of_whole_floats_forwards_or_backwards(name, platform):
     config, ops = CASES[name], choose("bfloat16", platform)
     how = TrainConfig(num_activations=50 * N, batch_size=N, matmul_dtype="bfloat16")
-    x = jnp.zeros((N, D))
+    x = jax.random.normal(jax.random.key(0), (N, D))
     acts = (x, x) if config.is_transcoder else x
     state = jax.eval_shape(lambda: states.init(config, how, ops, acts))
     text = jax.jit(lambda s, a: step.update(how, ops, s, a)).lower(state, acts).as_text()

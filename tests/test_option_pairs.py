@@ -145,7 +145,16 @@ def test_all_pairs_are_covered_and_by_few_runs():
 def test_the_options_are_all_that_change_a_training():
     told = set(RunConfig.__dataclass_fields__)
     other = {"checkpoint", "step", "tokenizer", "data", "layer", "data_seed", "context_size", "tokens_per_forward"} | {
-        *("block_size", "drop_sinks", "heldout_tokens", "checkpoint_every", "log_every", "device", "output_dir"),
+        *(
+            "block_size",
+            "exclude_tokens",
+            "drop_sinks",
+            "heldout_tokens",
+            "checkpoint_every",
+            "log_every",
+            "device",
+            "output_dir",
+        ),
         *("jax_memory_fraction", "resume", "wandb_project", "prepare_neuronpedia", "model_id", "source_set"),
         *("num_activations", "hook_type", "target_hook", "skip", "crosscoder"),
     }

@@ -636,7 +636,7 @@ def test_columns_of_other_kinds_are_refused(store):
 def test_a_zip_in_the_place_of_a_column_and_a_header_nested_too_deeply_are_broken(store):
     with (store / "max.npy").open("wb") as file:
         np.savez(file, max=np.zeros(toy.D_SAE, np.float32))
-    with pytest.raises(StoreError, match=r"max\.npy is missing or broken \(it is no array of numpy"):
+    with pytest.raises(StoreError, match=r"max\.npy is missing or broken \(the magic string is not correct"):
         Store(store)["max"]
     (header,) = store.glob("*.json")
     header.write_text("[" * 100_000)

@@ -84,9 +84,7 @@ class RunConfig(Json):
         "tanh", "Anthropic's recipe of January 2025, or Gemma Scope's (jumprelu)."
     )
     bandwidth: float = flag(2.0, "Window around thresholds through which gradients reach them (jumprelu).")
-    target_l0: tuple[float, ...] = flag(
-        (), "Lead the penalty until so many are active (relu, gated, jumprelu)."
-    )
+    target_l0: tuple[float, ...] = flag((), "Lead the penalty until so many are active (relu, gated, jumprelu).")
     num_activations: int = flag(10_000_000, "Activations to train on.", TOKENS)
     batch_size: int = flag(2048, "Activations per step.", at_least(1, 2**24))
     learning_rate: tuple[float, ...] = flag((), "Peak rate; none is 2e-4 / sqrt(d_sae / 16384).", RATE)

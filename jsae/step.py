@@ -131,15 +131,8 @@ def _sparse_gradients(
         lambda: _gradients(state, x, y, context._replace(dead=is_dead)),
         lambda: _gradients(state, x, y, context),
     )
-    codes, mean, d_sae = outputs.latents, y.mean(0), state.sae.config.d_sae
-
-    def count(some: tuple[Acts, Array, Array, Array]) -> metrics.Sums:
-        raw, y, error, values = some
-        return _sums(state, raw, y, outputs._replace(latents=values, error=error), mean, fired=0)
-
-    arrays = (acts, y, outputs.error, codes.values)
-    sums = context.ops.sum_over_tokens(count, arrays, state.sae.config.d_in, d_sae, gradients=False)
-    return sums._replace(fired=dead.times_fired(codes, d_sae)), grads, outputs.statistics
+    sums = _sums(state, acts, y, outputs, y.mean(0), context.ops)
+    return sums, grads, outputs.statistics
 
 
 def _dense_gradients(
@@ -156,27 +149,35 @@ def _dense_gradients(
     def part(acts: Acts) -> tuple[metrics.Sums, Any, dict[str, Array]]:
         x, y = _floats(state, acts)
         outputs, grads = _gradients(state, x, y, context)
-        sums = _sums(state, acts, y, outputs, mean, fired=dead.times_fired(outputs.latents, sizes.d_sae))
+        sums = _sums(state, acts, y, outputs, mean, context.ops)
         return sums, grads, {name: value * (len(y) / n) for name, value in outputs.statistics.items()}
 
     return context.ops.sum_over_tokens(part, acts, sizes.d_in, sizes.d_sae, gradients=True)
 
 
 def _sums(
-    state: TrainState, raw: Acts, y: Float[Array, "n o"], outputs: Outputs, mean: Float[Array, " o"], fired: Any
+    state: TrainState, acts: Acts, y: Float[Array, "n o"], outputs: Outputs, mean: Float[Array, " o"], ops: Ops
 ) -> metrics.Sums:
     """Return the sums of some tokens in the activations' own units; `mean` is the target's over the batch."""
-    values = outputs.latents.values if isinstance(outputs.latents, Codes) else outputs.latents
-    sums = metrics.of(
-        y,
-        outputs.error * (1 / state.scale_out),
-        values / state.scale_out.mean(),
-        fired,
-        loss=outputs.loss,
-        nonfinite=sum((~jnp.isfinite(a)).sum() for a in jax.tree.leaves(raw)),
-        mean=mean,
-    )
-    return sums._replace(l0=sums.l0.astype(jnp.float32))  # the count of a long window is more than an integer holds
+    latents, sizes = outputs.latents, state.sae.config
+    sparse = isinstance(latents, Codes)  # codes may be of any token, so that only their values are cut into parts
+
+    def part(some: tuple[Acts, Array, Array, Array]) -> metrics.Sums:
+        raw, y, error, values = some
+        return metrics.of(
+            y,
+            error * (1 / state.scale_out),
+            values / state.scale_out.mean(),
+            0 if sparse else dead.times_fired(values, sizes.d_sae),
+            loss=outputs.loss,
+            nonfinite=sum((~jnp.isfinite(a)).sum() for a in jax.tree.leaves(raw)),
+            mean=mean,
+        )
+
+    arrays = (acts, y, outputs.error, latents.values if sparse else latents)
+    sums = ops.sum_over_tokens(part, arrays, sizes.d_in, sizes.d_sae, gradients=False)
+    sums = sums._replace(l0=sums.l0.astype(jnp.float32))  # the count of a long window is more than an integer holds
+    return sums._replace(fired=dead.times_fired(latents, sizes.d_sae)) if sparse else sums
 
 
 def _floats(state: TrainState, acts: Acts) -> tuple[Float[Array, "n d"], Float[Array, "n o"]]:

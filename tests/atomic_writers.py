@@ -84,9 +84,9 @@ def _weights(version: int) -> dict[str, np.ndarray]:
 
 def _export(run: Path, version: int) -> None:
     from jsae import export
-    from jsae.config import SAEConfig
+    from jsae.architectures import sae_config
 
-    export.write(run / "sae" / "new", SAEConfig("topk", 8, 40, k=2), _weights(version), 1.0, 1.0, {"v": version})
+    export.write(run / "sae" / "new", sae_config("topk", 8, 40, k=2), _weights(version), 1.0, 1.0, {"v": version})
 
 
 def _sparsity(run: Path, version: int) -> None:

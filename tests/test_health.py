@@ -25,11 +25,13 @@ from experiments.finish import UnusableError
 from experiments.run_config import RunConfig
 from jsae import data, health, metrics
 from jsae import train as training
-from jsae.config import SAEConfig, TrainConfig
+from jsae.architectures import sae_config
+from jsae.config import TrainConfig
 from jsae.health import ActivationsError, DegenerateError, DivergedError, Extent, Watch
+from jsae.train import Member
 
 D, N = 8, 512
-TOPK = SAEConfig("topk", D, 32, k=4)
+TOPK = sae_config("topk", D, 32, k=4)
 SHORT = TrainConfig(num_activations=40 * 64, batch_size=64, learning_rate=3e-3)
 
 
@@ -55,7 +57,7 @@ LOST = {
 def test_a_sample_that_nothing_can_be_learned_from_is_named(what):
     acts, kind, told = LOST[what]
     with pytest.raises(kind, match=told) as refused:
-        training.init(TOPK, SHORT, jnp.asarray(acts.astype(np.float32)))
+        training.init([Member(TOPK, SHORT)], (jnp.asarray(acts.astype(np.float32)),))
     assert "learning rate" not in str(refused.value)
 
 
@@ -70,9 +72,12 @@ ODD = {
 @pytest.mark.parametrize("what", ODD)
 def test_odd_activations_that_can_be_learned_from_train(architecture, what):
     acts = jnp.asarray(ODD[what](normal(n=64 * 40)).astype(np.float32))
-    sae = SAEConfig(architecture, D, 32, k=4, l1_coefficient=0.1, l0_coefficient=0.1)
+    own = {"relu": {"l1_coefficient": 0.1}, "jumprelu": {"l0_coefficient": 0.1}}.get(architecture, {"k": 4})
+    sae = sae_config(architecture, D, 32, **own)
     sums = None
-    for step, state, new in training.fit(SHORT, training.init(sae, SHORT, acts), iter(acts.reshape(40, 64, D))):
+    members = [Member(sae, SHORT)]
+    begun = training.init(members, (acts,))
+    for step, (state,), (new,) in training.fit(members, begun, ((batch,) for batch in acts.reshape(40, 64, D))):
         sums = new if sums is None or step < 30 else metrics.add(sums, new)
         last = state
     training.check_finite(last, sums)
@@ -93,9 +98,9 @@ def test_the_scale_is_the_plain_formula_bit_by_bit_and_holds_far_beyond_it():
 
 
 def test_a_part_of_a_transcoder_or_a_crosscoder_is_named():
-    transcoder = SAEConfig("relu", D, 32, d_out=D)
+    transcoder = sae_config("relu", D, 32, d_out=D)
     with pytest.raises(DegenerateError, match=r"activations \(part 2 of 2\) are all zero"):
-        training.init(transcoder, SHORT, (jnp.asarray(normal()), jnp.zeros((N, D))))
+        training.init([Member(transcoder, SHORT)], ((jnp.asarray(normal()), jnp.zeros((N, D))),))
 
 
 def test_metrics_of_numbers_that_are_none_are_no_error_of_an_empty_set():

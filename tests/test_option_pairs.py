@@ -13,8 +13,10 @@ import torch
 from bridge import torch_sae
 from experiments.run_config import RunConfig
 from jsae import export, train
+from jsae.architectures import SAEConfig
 from jsae.checkpoint import Checkpoints
-from jsae.config import ConfigError, SAEConfig, TrainConfig
+from jsae.config import ConfigError, TrainConfig
+from jsae.state import Acts, input_and_target
 
 WIDTH, STEPS = 8, 5
 KINDS = {
@@ -192,7 +194,7 @@ def _quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def acts(sae: SAEConfig, n: int, seed: int) -> train.Acts:
+def acts(sae: SAEConfig, n: int, seed: int) -> Acts:
     """Activations that are off the origin and of another scale than 1."""
     parts = 2 if sae.is_transcoder else sae.layers
     draws = np.random.default_rng(seed).normal(3, 5, (parts, n, WIDTH)).astype(np.float32)
@@ -202,26 +204,27 @@ def acts(sae: SAEConfig, n: int, seed: int) -> train.Acts:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['activation']}-{row['kind']}-{ROWS.index(row)}")
 def test_a_pair_of_options_trains_is_restored_and_exported(row, tmp_path):
     sae, config = configs(row)
-    first = train.init(sae, config, acts(sae, 64, 0))
+    members = [train.Member(sae, config)]
+    first = train.init(members, (acts(sae, 64, 0),))
     shapes = jax.eval_shape(lambda: first)
     batches = [acts(sae, config.batch_size, i) for i in range(STEPS)]
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        for step, state, sums in train.fit(config, first, iter(batches)):  # noqa: B007 - the last are wanted
+        for step, (state,), (sums,) in train.fit(members, first, ((batch,) for batch in batches)):  # noqa: B007 - the last are wanted
             if step == STEPS - 1:
                 checkpoints.save(step, (state,), {}, fvu=0.5)
                 checkpoints.wait()
-        restored = checkpoints.restore((shapes,)).states[0]
+        restored = checkpoints.restore(shapes).states
     train.check_finite(state, sums)
     restored = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)  # of no device: compiled already
-    *_, (step, again, _) = train.fit(config, restored, iter(batches[-1:]))
+    *_, (step, (again,), _) = train.fit(members, restored, iter([(batches[-1],)]))
     assert step == STEPS
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         assert np.isfinite(leaf).all(), path
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
-    weights = train.trained(state).arrays()
+    weights = state.exported.arrays()
     export.write(tmp_path / "sae", sae, weights, np.asarray(state.scale), np.asarray(state.scale_out), {})
-    read, wanted = train.ends(sae, batches[0])
+    read, wanted = input_and_target(sae, batches[0])
     with torch.no_grad():
         made = torch_sae.load(tmp_path / "sae").made
         found = made(

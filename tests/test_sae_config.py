@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bridge import sae_config, torch_sae
-from jsae import export
-from jsae.config import SAEConfig
+from jsae import architectures, export
+from jsae.architectures import SAEConfig
 
 D, F = 6, 10
 WRONG = {
@@ -33,11 +33,11 @@ WRONG = {
     "a long word": "x" * 10**5,
 }
 EXPORTS = {
-    "topk": SAEConfig("topk", D, F, k=3),
-    "jumprelu": SAEConfig("batchtopk", D, F, k=3),
-    "gated": SAEConfig("gated", D, F),
-    "skip_transcoder": SAEConfig("relu", D, F, d_out=D + 1, skip=True),
-    "crosscoder": SAEConfig("topk", 2 * D, F, k=3, layers=2),
+    "topk": architectures.sae_config("topk", D, F, k=3),
+    "jumprelu": architectures.sae_config("batchtopk", D, F, k=3),
+    "gated": architectures.sae_config("gated", D, F),
+    "skip_transcoder": architectures.sae_config("relu", D, F, d_out=D + 1, skip=True),
+    "crosscoder": architectures.sae_config("topk", 2 * D, F, k=3, layers=2),
 }
 SETTINGS = (
     *("architecture", "d_in", "d_sae", "d_out", "layers", "activation", "k", "dtype", "device", "metadata"),

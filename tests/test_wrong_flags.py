@@ -17,9 +17,9 @@ import torch
 
 from experiments import accelerators, bench, device, flags
 from experiments.run_config import RunConfig
-from jsae import config as configs
-from jsae import train
-from jsae.config import ConfigError, SAEConfig, TrainConfig
+from jsae import settings, train
+from jsae.architectures import JumpReLU, SAEConfig, TopK
+from jsae.config import ConfigError, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
@@ -62,7 +62,7 @@ def assert_one_line(told: str) -> None:
 
 def names(command: str, of_numbers: bool) -> list[str]:
     """The flags of a command that hold numbers, or one of a few words."""
-    return [field.name for field in configs._fields(COMMANDS[command]) if (field.kind is not None) == of_numbers]
+    return [field.name for field in settings._fields(COMMANDS[command]) if (field.kind is not None) == of_numbers]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -177,8 +177,8 @@ def test_wrong_values_are_told_before_torch_and_jax_are_loaded(command):
 
 EXTREMES = (0, -1, 1, 2**31, 2**63, 10**400, 1e-320, 1e30, math.nan, math.inf, -math.inf, "x", True, [1], None)
 BASES = [
-    (SAEConfig, {"architecture": "topk", "d_in": 8, "d_sae": 16, "k": 4}),
-    (SAEConfig, {"architecture": "jumprelu", "d_in": 8, "d_sae": 16}),
+    (TopK.Config, {"d_in": 8, "d_sae": 16, "k": 4}),
+    (JumpReLU.Config, {"d_in": 8, "d_sae": 16}),
     (TrainConfig, {"num_activations": 4096, "batch_size": 64}),
     (RunConfig, {}),
     (RunConfig, {"activation": "relu"}),
@@ -197,7 +197,7 @@ def test_an_extreme_number_is_a_config_error_that_names_the_field_or_a_config_th
 def try_extremes() -> None:
     """Every number of every config, one after the other."""
     for config_class, base in BASES:
-        for field in configs._fields(config_class):
+        for field in settings._fields(config_class):
             values = [(value,) for value in EXTREMES] if field.several else []
             for value in [*values, *EXTREMES]:
                 before = time.perf_counter()
@@ -234,4 +234,4 @@ def works(config: SAEConfig | TrainConfig | RunConfig) -> None:
         )
         sample = (*sample, jax.ShapeDtypeStruct((4, config.d_out), np.float32)) if config.d_out else sample
         run = TrainConfig(num_activations=64, batch_size=4)
-        jax.eval_shape(lambda x: train.init(config, run, x), sample)
+        jax.eval_shape(lambda x: train.init([train.Member(config, run)], (x,)), sample)

@@ -151,10 +151,18 @@ def _end(error: BaseException, debug: bool) -> typing.NoReturn:
     if number is None and isinstance(error, KeyboardInterrupt):
         number = signal.SIGINT
     if number is not None and not debug:
+        if _is_command():  # threads of XLA may still compute, and crash while Python takes itself down
+            signals.end_at_once(number)
         _fail(signals.exit_code(number), signals.name(number))
     if debug or not isinstance(error, EXPECTED_ERRORS):
         raise error
     _fail(1, error, "Pass --debug to see where.")
+
+
+def _is_command() -> bool:
+    """Return whether this process runs one of the commands and nothing else."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name.partition(".")[0] == __package__
 
 
 def _joined(argv: Sequence[str], values: flags.FlagValues) -> list[str]:

@@ -238,7 +238,7 @@ class Checkpoints:
         try:
             with _told(f"the checkpoint of step {step} could not be written to {self._folder}", OSError):
                 yield
-        except BaseException:
+        except Exception:
             self._saving = None
             for path in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)

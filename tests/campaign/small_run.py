@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -106,6 +107,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 
 def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a run went on is no news
     events = EventAccumulator(str(folder)).Reload()
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-import signal
 import sys
 import textwrap
 import types
@@ -123,10 +122,10 @@ def run(
 def _end(error: BaseException, debug: bool) -> typing.NoReturn:
     """End the process after an exception; raise one that is our mistake again."""
     number = signals.request()
-    if number is None and isinstance(error, KeyboardInterrupt):
-        number = signal.SIGINT
     if number is not None and not debug:
-        _fail(signals.exit_code(number), signals.name(number))
+        signals.end_at_once(number)  # what jax still computes would crash or hang a process that clears up
+    if isinstance(error, KeyboardInterrupt) and not debug:
+        _fail(130, "interrupted")
     if debug or not isinstance(error, EXPECTED_ERRORS):
         raise error
     _fail(1, f"{error or type(error).__name__}\nPass --debug to see where.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-import signal
 import sys
 import textwrap
 import types
@@ -148,21 +147,13 @@ def run(
 def _end(error: BaseException, debug: bool) -> typing.NoReturn:
     """End the process after an exception; raise one that is our mistake again."""
     number = signals.request()
-    if number is None and isinstance(error, KeyboardInterrupt):
-        number = signal.SIGINT
     if number is not None and not debug:
-        if _is_command():  # threads of XLA may still compute, and crash while Python takes itself down
-            signals.end_at_once(number)
-        _fail(signals.exit_code(number), signals.name(number))
+        signals.end_at_once(number)  # what jax still computes would crash or hang a process that clears up
+    if isinstance(error, KeyboardInterrupt) and not debug:
+        _fail(130, "interrupted")
     if debug or not isinstance(error, EXPECTED_ERRORS):
         raise error
     _fail(1, error, "Pass --debug to see where.")
-
-
-def _is_command() -> bool:
-    """Return whether this process runs one of the commands and nothing else."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec is not None and spec.name.partition(".")[0] == __package__
 
 
 def _joined(argv: Sequence[str], values: flags.FlagValues) -> list[str]:

@@ -1,16 +1,8 @@
 """What every test shares: shape checks switched on, the place of the goldens."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
-
-# What was compiled once is not compiled again, by no process that a test starts and by no later run of the tests.
-os.environ |= {
-    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "compiled"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
 
 import jax
 import pytest

@@ -43,10 +43,10 @@ def words(run: Path, text: Path, **more: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, text) -> Path:
-    """A small run that nothing happened to."""
+    """A small run that nothing happened to, with records, so that every command has something to do."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.train", *words(folder, text)],
+        [sys.executable, "-m", "experiments.train", *words(folder, text), "--prepare_neuronpedia"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -130,6 +130,19 @@ print('lost')
 """,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "FATAL interrupted\n")
+
+
+def test_a_request_while_jax_computes_in_the_background_neither_crashes_nor_waits(tmp_path):
+    body = """
+import jax, jax.numpy as jnp
+f = jax.jit(lambda x: jax.lax.fori_loop(0, 100_000, lambda i, x: jnp.sin(x @ x), x))
+y = f.lower(x := jnp.ones((800, 800))).compile()(x)
+ask()
+"""
+    began = time.monotonic()
+    done = program(tmp_path, body)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "FATAL interrupted\n")
+    assert time.monotonic() - began < 60
 
 
 def test_a_request_within_an_import_ends_the_process_at_once(tmp_path):
@@ -273,7 +286,10 @@ def test_ctrl_c_at_any_moment_of_a_command_is_neither_a_traceback_nor_lost(comma
         reach(process, moment)
         asked = process.poll() is None
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        try:
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
         for word in ("Traceback", "Exception ignored", "Error"):
             assert word not in out + err, (moment, err)
         # 75 where a run saved first; a signal's number before the command has begun; where it was ending anyway its own

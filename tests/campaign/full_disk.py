@@ -61,7 +61,12 @@ def main() -> int:
     for place, count in sorted(failures.items()):
         print(f"{count:4} {place}")
     if arguments.out is not None:
-        result = {"command": "python -m tests.campaign.full_disk", "failures": dict(failures), "problems": problems}
+        result = {
+            "command": "python -m tests.campaign.full_disk",
+            "limits": len(FILE_SIZES) + len(FREE) * (os.geteuid() == 0),
+            "failures": dict(failures),
+            "problems": problems,
+        }
         arguments.out.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return 1 if problems else 0
 
@@ -134,7 +139,7 @@ def _checkpoints(work: Path) -> set[str]:
 
 
 def _shortened(fatal: str, work: Path) -> str:
-    return fatal.replace(str(work), "")[:160]
+    return fatal.replace(str(_run(work)), "RUN")[:160]
 
 
 def _chain(work: Path, text: Path, expected: dict[str, Any] | None) -> list[str]:

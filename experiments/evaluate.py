@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import flags, rundir
 from experiments.accelerators import check_name, require_torch
-from experiments.flags import CONTEXT, STEP, flag, settle
+from experiments.flags import CONTEXT, STEP, ExcludeTokens, flag, settle
 from experiments.locations import Checkpoint, Data, FilePath
-from experiments.run_config import ExcludeTokens
 from jsae import files
 from jsae.config import TOKENS, require
 from jsae.health import unusable

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Literal
 
 from experiments import flags, rundir
 from experiments.accelerators import check_name, require_torch
-from experiments.flags import CONTEXT, LONG_SEED, STEP, flag, settle
+from experiments.flags import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
 from experiments.locations import Checkpoint, Data, FilePath
-from experiments.run_config import ExcludeTokens
 from jsae.config import TOKENS, Range, require
 
 if TYPE_CHECKING:

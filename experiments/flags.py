@@ -30,6 +30,9 @@ _LONGEST_MESSAGE = 2000  # characters
 
 STEP = Range(0, 2**31 - 1, "be a step from 0")
 CONTEXT = Range(2, 2**24, f"be 2 to {2**24} tokens, or less where the model takes less")
+ExcludeTokens = Literal["bos", "special", "nothing"]
+"""As in `bridge.selection`, which takes torch to import."""
+
 LONG_SEED = Range(0, 2**63 - 1, "lie in [0, 2**63)")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import accelerators
-from experiments.flags import CONTEXT, LONG_SEED, STEP, flag, settle
+from experiments.flags import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
 from experiments.locations import Checkpoint, Data, FilePath
 from jsae.config import TrainConfig
 from jsae.settings import (
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from jsae.architectures import SAE, SAEConfig
 
 HookType = Literal["resid_post", "attn", "mlp_in", "mlp"]
-ExcludeTokens = Literal["bos", "special", "nothing"]  # as in bridge.selection, which takes torch to import
 
 SWEPT: Mapping[str, str] = {
     "k": "k",

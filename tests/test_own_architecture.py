@@ -22,7 +22,7 @@ from jsae.architectures import ARCHITECTURES, SAE, Context, ReLU, SAEConfig, Top
 from jsae.checkpoint import Checkpoints
 from jsae.config import ConfigError, TrainConfig
 from jsae.ops import Codes, Cpu, Reference, choose
-from jsae.settings import setting
+from jsae.settings import WEIGHT, number
 
 D, F, N = toy.D_IN, 64, 500
 NAME = f"{__name__}:Amplified"
@@ -40,7 +40,7 @@ class Amplified(SAE):
 
     @dataclasses.dataclass(frozen=True)
     class Config(SAEConfig):
-        coefficient: float = setting(1.0, "Weight of the penalty.", at_least=0)
+        coefficient: float = number(1.0, WEIGHT)
         sizes: tuple[int, ...] = ()
 
     @classmethod

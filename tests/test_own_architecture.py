@@ -202,7 +202,7 @@ def test_a_run_takes_it_by_its_name():
     config = RunConfig(activation=NAME, expansion_factor=2)
     assert config.sae_config(D) == Amplified.Config(D, 2 * D)
     assert RunConfig.from_json(config.to_json()) == config
-    with pytest.raises(ConfigError, match=rf"--k means nothing to {NAME}: leave it out. {NAME} has no flags"):
+    with pytest.raises(ConfigError, match=rf"--k means nothing to {NAME}: leave it out. {NAME} has --sparsity_warmup_fraction"):
         RunConfig(activation=NAME, k=(16,))
 
 

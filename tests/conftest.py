@@ -1,6 +1,8 @@
 """What every test shares: shape checks switched on, the place of the goldens."""
 
+import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,19 @@ jax.config.update("jax_num_cpu_devices", 4)
 
 # Tiny models on one thread: threads that wait for each other cost minutes as soon as another process wants a core.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_end_with_their_module() -> Iterator[None]:
+    """Free what a module compiled.
+
+    Every program that jax compiles for the processor holds memory mappings. Those of the whole suite together exceed
+    the kernel's limit for one process (vm.max_map_count, 65,530), and then the compiler crashes.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

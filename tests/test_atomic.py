@@ -1,7 +1,6 @@
 """Nothing that is written is ever half there: killed and on a full disk, writers leave the old or the new, whole."""
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -51,18 +50,25 @@ def test_a_full_disk_leaves_the_old_and_is_told_with_the_path(outcomes, writer):
         assert named, said
 
 
+# The limit is set by the process itself: jax warns, an error here, where a process that uses it forks to set one.
+LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+os.execv(sys.executable, [sys.executable, "-m", "experiments.export", *sys.argv[1:]])
+"""
+
+
 @pytest.mark.parametrize("kind", ["sae_lens", "neuronpedia", "saedashboard", "delphi", "circuit_tracer"])
 def test_an_export_that_does_not_fit_is_one_line_with_the_path(tmp_path, kind):
     run = tmp_path / "toy"
     toy.write_store(run)
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.export", f"--run_dir={run}", f"--format={kind}", "--layers=9"],
+        [sys.executable, "-c", LIMITED, f"--run_dir={run}", f"--format={kind}", "--layers=9"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)),
     )
     assert done.returncode == 1
     first, *rest = done.stderr.strip().splitlines()

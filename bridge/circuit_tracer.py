@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from jsae import files
-from jsae.store import NON_ACTIVATING, TOP, Store, StoreError, digest
+from jsae.records.store import NON_ACTIVATING, TOP, Store, StoreError, digest
 
 _SHOWN = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
 """How circuit-tracer shows white space that would break a line."""

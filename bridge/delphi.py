@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jsae import files
-from jsae.store import Activations, Store, StoreError, Texts, digest
+from jsae.records.store import Activations, Store, StoreError, Texts, digest
 
 ACTIVATIONS_PER_FILE = 1 << 23
 """About how many activations share a file: what bounds the memory to write it, and to read it in delphi."""

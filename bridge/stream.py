@@ -11,9 +11,9 @@ from bridge import finite, handover
 from bridge.hooks import capture, find
 from bridge.passes import base
 from bridge.selection import kept
-from jsae.config import require
 from jsae.data import Filling
 from jsae.health import ActivationsError
+from jsae.settings import require
 
 
 @runtime_checkable

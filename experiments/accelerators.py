@@ -2,7 +2,7 @@
 
 import re
 
-from jsae.config import require
+from jsae.settings import require
 
 _NAME = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 

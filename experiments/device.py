@@ -4,7 +4,7 @@ import os
 import sys
 
 from experiments import accelerators
-from jsae.config import require
+from jsae.settings import require
 
 
 def share(device: str, jax_memory_fraction: float) -> str:

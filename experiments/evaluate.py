@@ -25,8 +25,8 @@ from experiments.accelerators import check_name, require_torch
 from experiments.flags import CONTEXT, STEP, ExcludeTokens, flag, settle
 from experiments.locations import Checkpoint, Data, FilePath
 from jsae import files
-from jsae.config import TOKENS, require
 from jsae.health import unusable
+from jsae.settings import TOKENS, require
 
 if TYPE_CHECKING:
     from bridge.evaluate.text import Text

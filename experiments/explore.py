@@ -22,7 +22,7 @@ from experiments import flags, rundir
 from experiments.accelerators import check_name, require_torch
 from experiments.flags import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
 from experiments.locations import Checkpoint, Data, FilePath
-from jsae.config import TOKENS, Range, require
+from jsae.settings import TOKENS, Range, require
 
 if TYPE_CHECKING:
     from bridge.explorer.gather import Plan
@@ -80,8 +80,8 @@ def main(config: ExploreConfig) -> int:
             _can_serve(config)
         nano, saes = _explore(run, config)
     if config.serve:  # without the lock: all that the server writes is people's notes
-        from bridge.explorer.server import serve
         from bridge.runtime import InterpretableModel
+        from bridge.server.server import serve
 
         address = functools.partial(print, flush=True)  # at once, also into a pipe
         loaded = InterpretableModel.of(nano, saes), nano
@@ -98,7 +98,7 @@ def _explore(run: Path, config: ExploreConfig) -> tuple[Nanochat, dict[str, Torc
     from bridge.explorer import gather, page
     from bridge.exports import warn_of_marked
     from experiments import explore_view
-    from jsae.store import digest
+    from jsae.records.store import digest
 
     console = Console(stderr=True)
 
@@ -141,7 +141,7 @@ def _explore(run: Path, config: ExploreConfig) -> tuple[Nanochat, dict[str, Torc
 
 def _can_serve(config: ExploreConfig) -> None:
     """Complains of a missing extra and of a port in use before anything is done."""
-    from bridge.explorer.server import listen
+    from bridge.server.server import listen
 
     listen(config.host, config.port).close()
 
@@ -151,7 +151,7 @@ def _found(config: ExploreConfig) -> tuple[list[Subject], Plan]:
     from bridge.explorer.gather import Plan, data_fingerprint
     from experiments import subjects
     from experiments.evaluate import EvaluateConfig
-    from jsae.records import Settings
+    from jsae.records.recorder import Settings
 
     place = Path(config.run_dir)
     shared = ("run_dir", "checkpoint", "step", "tokenizer", "data", "exclude_tokens", "drop_sinks", "device")

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from jsae.store import Store
+from jsae.records.store import Store
 
 
 @contextlib.contextmanager

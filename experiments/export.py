@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from experiments import flags, rundir
 from experiments.flags import flag, settle
 from experiments.locations import FilePath
-from jsae.config import at_least, require
+from jsae.settings import at_least, require
 
 if TYPE_CHECKING:
     from bridge.neuronpedia.sources import Source, Wanted
@@ -127,7 +127,7 @@ def _sae_lens(source: Source, out: Path, config: ExportConfig) -> list[Path]:
 
 
 def _neuronpedia(source: Source, out: Path, config: ExportConfig) -> list[Path]:
-    from bridge.explorer.labels import Names
+    from bridge.labels import Names
     from bridge.neuronpedia import v1
 
     names = Names.read(config.run_dir, source.ids.hook)

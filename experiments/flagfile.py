@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.locations import expand
-from jsae.config import ConfigError, require
+from jsae.settings import ConfigError, require
 
 _LONGEST = 2**20  # bytes of a file
 _MOST_FILES = 1000  # on one command line

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union
 from absl import flags
 
 from experiments import flagfile, locations, quiet, signals
-from jsae.config import Range, check_fields
+from jsae.settings import Range, check_fields
 
 Config = TypeVar("Config")
 

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, NamedTuple
 
-from jsae.config import ConfigError, require
+from jsae.settings import ConfigError, require
 
 
 class Location(NamedTuple):

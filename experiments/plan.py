@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from experiments.run_config import RunConfig
 from jsae import export
-from jsae.config import require
+from jsae.settings import require
 from jsae.train import Member
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from experiments.flags import LONG_SEED, flag, settle
 from experiments.locations import Data, FilePath
 from experiments.signals import STOPPED, stop_requests
 from jsae import files
-from jsae.config import COUNT, FRACTION, RATE, Range, at_least, require
 from jsae.health import DivergedError, Watch
+from jsae.settings import COUNT, FRACTION, RATE, Range, at_least, require
 
 if TYPE_CHECKING:
     from bridge.nanochat.corpus import Corpus

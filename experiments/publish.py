@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from experiments import flags, rundir
 from experiments.flags import flag, settle
 from experiments.locations import FilePath
-from jsae.config import Range, at_least, require
+from jsae.settings import Range, at_least, require
 
 if TYPE_CHECKING:
     from bridge.neuronpedia.client import Client
@@ -135,7 +135,7 @@ def _client(config: PublishConfig, key: str | None) -> Client:
 
 def _prepare(run: Path, source: Source, config: PublishConfig) -> Plan:
     """The checked bodies of one SAE's features, on the disk."""
-    from bridge.explorer.labels import Names
+    from bridge.labels import Names
     from bridge.neuronpedia.api import api_features
     from bridge.neuronpedia.payload import Target
     from bridge.neuronpedia.upload import NeuronpediaUploader

@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments.locations import absolute_fields
 from jsae import files
-from jsae.config import Json, require
+from jsae.settings import Json, require
 
 # What may differ between a run and its continuation without changing a number.
 _FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fraction", "heldout_tokens"} | {

@@ -18,7 +18,7 @@ from experiments import flags, rundir
 from experiments.accelerators import check_name, require_torch
 from experiments.flags import LONG_SEED, STEP, flag, settle
 from experiments.locations import Checkpoint, FilePath
-from jsae.config import COUNT, Range, at_least, require
+from jsae.settings import COUNT, Range, at_least, require
 
 if TYPE_CHECKING:
     from bridge.runtime import InterpretableModel, Steer

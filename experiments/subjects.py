@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import rundir
-from jsae.config import require
+from jsae.settings import require
 
 if TYPE_CHECKING:
     from bridge.evaluate.text import Text

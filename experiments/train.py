@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from experiments import device, flags, rundir, signals
 from experiments.run_config import RunConfig
 from jsae import files
-from jsae.config import require
+from jsae.settings import require
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,8 +20,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jsae import checksum, manifest
-from jsae.config import ConfigError
 from jsae.manifest import DamagedError
+from jsae.settings import ConfigError
 from jsae.train import States
 
 DAMAGED = ".damaged"

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Literal
 from jsae.settings import (
     AVERAGED,
     BETA,
-    COUNT,
     DEAD_AFTER,
     FRACTION,
     RATE,
     SEED,
     TOKENS,
-    ConfigError,
     Json,
     Range,
     at_least,
@@ -24,22 +22,6 @@ from jsae.settings import (
 
 if TYPE_CHECKING:
     from jsae.architectures import SAEConfig
-
-__all__ = [
-    "COUNT",
-    "FRACTION",
-    "RATE",
-    "SEED",
-    "TOKENS",
-    "ConfigError",
-    "Json",
-    "Range",
-    "TrainConfig",
-    "at_least",
-    "check_fields",
-    "number",
-    "require",
-]
 
 
 @dataclasses.dataclass(frozen=True)

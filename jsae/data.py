@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt
 
-from jsae.config import require
 from jsae.health import ActivationsError, DegenerateError, Extent, degenerate
+from jsae.settings import require
 
 Block = Array | tuple[Any, ...]
 """Activations, (rows, d); or a tree of tuples of such, of the same tokens: for every site what its SAE reads."""

@@ -103,7 +103,7 @@ def _sae_lens(run: Path, version: int) -> None:
 
 
 def _v1(run: Path, version: int) -> None:
-    from bridge.explorer.labels import Names
+    from bridge.labels import Names
     from bridge.neuronpedia import v1
 
     source, names = _source(run, version), Names.read(run, HOOK)
@@ -155,7 +155,7 @@ def _write_page(run: Path, version: int) -> None:
 
 
 def _note(run: Path, version: int) -> None:
-    from bridge.explorer import labels
+    from bridge import labels
 
     if version == 1:
         labels.notes_file(run).unlink(missing_ok=True)

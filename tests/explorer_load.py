@@ -30,7 +30,7 @@ import sys
 sys.path.insert(0, "tests")
 from pathlib import Path
 from live_explorer import load
-from bridge.explorer.server import serve
+from bridge.server.server import serve
 run = Path(sys.argv[1])
 serve(run, lambda: load(run), port=0, say=lambda text: print(text, flush=True))
 """

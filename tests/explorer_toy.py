@@ -10,7 +10,7 @@ import numpy as np
 
 from jsae import export
 from jsae.architectures import sae_config
-from jsae.store import (
+from jsae.records.store import (
     NON_ACTIVATING,
     TOP,
     VERSION,

@@ -13,10 +13,10 @@ import uvicorn
 from toy_saes import export, toy_sae
 
 import bridge.nanochat
-from bridge.explorer import server
-from bridge.explorer.bodies import Limits
 from bridge.nanochat import Nanochat
 from bridge.runtime import InterpretableModel, load_saes
+from bridge.server import server
+from bridge.server.bodies import Limits
 
 RESID, MLP = "blocks.2.hook_resid_post", "blocks.4.hook_mlp_out"
 C = 128

@@ -22,7 +22,7 @@ COMMANDS = {
 EVERYWHERE = {"help", "debug", "flagfile", "name"}  # --name=value says how flags are written
 DATA = (
     *(f"bridge.nanochat.{name}" for name in ("contents", "corpus", "documents", "library", "lines", "pages", "shards")),
-    "bridge.nanochat.sources",
+    "bridge.nanochat.units",
     "bridge.evaluate.text",
     "bridge.explorer.gather",
 )
@@ -100,6 +100,6 @@ def test_messages_about_data_name_flags_of_all_commands_that_read_it(name):
 
 
 def test_every_command_that_reads_text_has_a_flag_for_it():
-    readers = [command for command in COMMANDS if "bridge.nanochat.sources" in REACHED[command]]
+    readers = [command for command in COMMANDS if "bridge.nanochat.units" in REACHED[command]]
     assert {"train", "pretrain", "evaluate", "explore"} <= set(readers)
     assert all("data" in flags_of(command) for command in ("train", "pretrain", "evaluate", "explore"))

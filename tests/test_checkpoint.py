@@ -19,8 +19,9 @@ import pytest
 from jsae import train
 from jsae.architectures import sae_config
 from jsae.checkpoint import Checkpoints
-from jsae.config import ConfigError, TrainConfig
+from jsae.config import TrainConfig
 from jsae.manifest import DamagedError
+from jsae.settings import ConfigError
 
 SAE, RUN = sae_config("topk", 32, 64, k=4), TrainConfig(num_activations=1000, batch_size=100)
 NOTES = {"cursor": {"block": 1, "batch": 2, "position": {"row": 7}}}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bridge import circuit_tracer
-from jsae.store import NON_ACTIVATING, Store, StoreError
+from jsae.records.store import NON_ACTIVATING, Store, StoreError
 
 LAYER = 2
 KEYS = {  # of the feature model of circuit-tracer 0.5.0

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from safetensors.numpy import load_file
 
-from bridge.nanochat import lines, sources
+from bridge.nanochat import lines, units
 from bridge.nanochat import tokenizer as tokenizers
 from bridge.nanochat.corpus import Corpus, bestfit_rows
 from bridge.nanochat.tokenizer import Tokenizer
@@ -264,8 +264,8 @@ def test_chats_are_rendered(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def stdlib_units() -> list[sources.Unit]:
-    return sources.find_units("stdlib", "all", 0.05)
+def stdlib_units() -> list[units.Unit]:
+    return units.find_units("stdlib", "all", 0.05)
 
 
 def test_the_standard_library_is_source_and_documentation(stdlib_units):
@@ -282,15 +282,13 @@ def test_the_standard_library_is_source_and_documentation(stdlib_units):
 
 
 def test_the_standard_library_is_the_same_in_every_process(stdlib_units):
-    code = (
-        "from bridge.nanochat import sources; print(*(u.name for u in sources.find_units('stdlib', 'all', 0)), sep='#')"
-    )
+    code = "from bridge.nanochat import units; print(*(u.name for u in units.find_units('stdlib', 'all', 0)), sep='#')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip().split("#") == [unit.name for unit in stdlib_units]
 
 
 def test_the_standard_library_is_split_by_document(stdlib_units):
-    train, heldout = ({u.name for u in sources.find_units("stdlib", split, 0.05)} for split in ("train", "heldout"))
+    train, heldout = ({u.name for u in units.find_units("stdlib", split, 0.05)} for split in ("train", "heldout"))
     assert not train & heldout
     assert train | heldout == {u.name for u in stdlib_units}
     assert 0.02 < len(heldout) / len(stdlib_units) < 0.08

@@ -8,7 +8,7 @@ import torch
 
 from bridge import torch_sae
 from experiments.benches import dashboard
-from jsae.store import Store
+from jsae.records.store import Store
 
 
 @pytest.fixture

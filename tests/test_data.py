@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jsae import data
-from jsae.config import ConfigError
 from jsae.data import ArraySource, Cursor, Shuffled
+from jsae.settings import ConfigError
 
 
 class CountingSource:

@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 from bridge import delphi
-from jsae.store import Activations, AllHeader, Store, StoreError
+from jsae.records.store import Activations, AllHeader, Store, StoreError
 
 
 @pytest.fixture(scope="module")

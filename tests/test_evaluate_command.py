@@ -14,7 +14,7 @@ from toy_saes import export, toy_sae
 import bridge.nanochat
 from experiments import evaluate, plots
 from experiments.evaluate import EvaluateConfig
-from jsae.config import ConfigError
+from jsae.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 HOOKS = ("blocks.2.hook_mlp_out", "blocks.3.hook_resid_post")

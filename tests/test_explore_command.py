@@ -21,8 +21,8 @@ import bridge.nanochat
 from experiments import explore, rundir
 from experiments.explore import ExploreConfig
 from jsae import files
-from jsae.config import ConfigError
-from jsae.store import Store, digest
+from jsae.records.store import Store, digest
+from jsae.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 HOOKS = ("blocks.1.hook_mlp_out", "blocks.2.hook_resid_post")
@@ -163,7 +163,7 @@ def test_a_killed_gathering_leaves_the_old_records(explored, run, tmp_path):
 
 def test_a_run_that_cannot_be_written_to_is_served_as_it_is(explored, run, monkeypatch, capsys):
     """Root may write anywhere, so the system's answer is replaced."""
-    from bridge.explorer import server
+    from bridge.server import server
 
     before = {path: path.stat().st_mtime_ns for path in (run, *run.rglob("*"))}
     served = []
@@ -288,7 +288,7 @@ def test_flags_that_make_no_sense_are_refused():
 
 def test_no_jax_is_loaded():
     check = (
-        "import sys, bridge.explorer.gather, bridge.explorer.page, bridge.explorer.server, experiments.explore,"
+        "import sys, bridge.explorer.gather, bridge.explorer.page, bridge.server.server, experiments.explore,"
         "experiments.explore_view; assert 'jax' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)

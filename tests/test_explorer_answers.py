@@ -12,8 +12,9 @@ from explorer_load import MODEL, Server, health
 from live_explorer import MLP, RESID, C, load, served, write_run
 from toy_saes import export, toy_sae
 
-from bridge.explorer import answers, bodies, labels
-from bridge.explorer.bodies import Limits, Refusal
+from bridge import labels
+from bridge.server import answers, bodies
+from bridge.server.bodies import Limits, Refusal
 
 RES = "2-res-256"
 PUSH = {"hook": RESID, "index": 7, "mode": "additive", "strength": 40}

@@ -14,8 +14,8 @@ import pytest
 from explorer_load import Server, health, idle
 from live_explorer import RESID, lines, load, served, write_run
 
-from bridge.explorer import connections
-from bridge.explorer.bodies import Limits
+from bridge.server import connections
+from bridge.server.bodies import Limits
 
 HEAD = b"GET /api/info HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /api/activations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

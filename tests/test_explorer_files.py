@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from chromium import open_latent, wait_for
 
-from bridge.explorer import labels, page
-from jsae.store import COLUMNS, VERSION, Header, Store, StoreError, Texts, TextsHeader
+from bridge import labels
+from bridge.explorer import page
+from jsae.records.store import COLUMNS, VERSION, Header, Store, StoreError, Texts, TextsHeader
 
 OTHER = "blocks.1.hook_mlp_out"
 

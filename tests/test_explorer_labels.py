@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge.explorer import labels
-from bridge.explorer.labels import Name, Names
+from bridge import labels
+from bridge.labels import Name, Names
 
 HOOK = "blocks.2.hook_resid_post"
 

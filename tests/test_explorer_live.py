@@ -17,10 +17,11 @@ from chromium import ENOUGH, PHONE, assert_fits, contrasts, open_latent
 from toy_saes import export, toy_sae
 
 import bridge.nanochat
-from bridge.explorer import labels, page
+from bridge import labels
+from bridge.explorer import page
 from experiments import rundir
 from experiments.train import RunConfig
-from jsae.store import Store
+from jsae.records.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 OTHER = "blocks.1.hook_mlp_out"

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from chromium import ENOUGH, PHONE, assert_fits, contrasts, open_latent, shown, wait_for
 
-from bridge.explorer import labels, page
-from jsae.store import Store
+from bridge import labels
+from bridge.explorer import page
+from jsae.records.store import Store
 
 OTHER = "blocks.1.hook_mlp_out"
 DEEP = f"#hook={toy.HOOK}&latent="

@@ -17,13 +17,13 @@ import pytest
 import torch
 from live_explorer import MLP, RESID, lines, listening, load, raw, served, write_run
 
-from bridge.explorer import server
-from bridge.explorer.bodies import Limits
-from bridge.explorer.session import Session
 from bridge.hooks import capture
 from bridge.nanochat.engine import chat_prompt
 from bridge.ranges import FACTORS
 from bridge.runtime import Steer
+from bridge.server import server
+from bridge.server.bodies import Limits
+from bridge.server.session import Session
 from bridge.steering import MODES, POSITIONS
 from bridge.tracking import active, narrate
 
@@ -621,7 +621,7 @@ import sys
 sys.path.insert(0, "tests")
 from live_explorer import load
 from pathlib import Path
-from bridge.explorer.server import serve
+from bridge.server.server import serve
 run = Path(sys.argv[1])
 serve(run, lambda: load(run), host=sys.argv[2], port=0, say=lambda text: print(text, flush=True))
 print("ended", "jax" in sys.modules)
@@ -664,6 +664,6 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(run):
 
 
 def test_a_missing_extra_is_named():
-    command = "import sys; sys.modules['uvicorn'] = None; import bridge.explorer.server"
+    command = "import sys; sys.modules['uvicorn'] = None; import bridge.server.server"
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert "pip install 'jsae[web]'" in done.stderr.splitlines()[-1]

@@ -11,12 +11,12 @@ import torch
 from live_explorer import MLP, RESID, C, load, served, write_run
 from toy_saes import toy_sae
 
-from bridge.explorer.bodies import Limits, Refusal
-from bridge.explorer.session import Session
-from bridge.explorer.sources import Sources
 from bridge.hooks import capture
 from bridge.nanochat.engine import chat_prompt
 from bridge.runtime import InterpretableModel, Steer
+from bridge.server.bodies import Limits, Refusal
+from bridge.server.session import Session
+from bridge.server.source_ids import Sources
 
 MODEL, SECRET = "nanochat-d6-toy", "localhost-secret"
 RES, MLPS = "2-res-256", "4-mlp-192"

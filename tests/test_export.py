@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from bridge import torch_sae
 from jsae import export
 from jsae.architectures import ARCHITECTURES, SAE, SAEConfig, make, sae_config
-from jsae.config import ConfigError
 from jsae.ops import Codes, Latents
+from jsae.settings import ConfigError
 
 D, F, L, N = 6, 20, 3, 50
 METADATA = {

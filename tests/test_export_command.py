@@ -14,8 +14,8 @@ from sae_lens import SAE
 from experiments import export
 from experiments.export import ExportConfig
 from experiments.train import RunConfig
-from jsae.config import ConfigError
-from jsae.store import StoreError
+from jsae.records.store import StoreError
+from jsae.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = ("sae_lens", "neuronpedia", "saedashboard", "delphi", "circuit_tracer")

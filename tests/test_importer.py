@@ -14,7 +14,7 @@ import pytest
 from explorer_toy import HOOK, write_store
 from postgres import CREATOR, TABLES, cluster
 
-from bridge.explorer.labels import Names
+from bridge.labels import Names
 from bridge.neuronpedia import importer, sources, v1
 from bridge.neuronpedia.importer import Counts, ImportRefusedError, import_folder
 

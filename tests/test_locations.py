@@ -10,7 +10,7 @@ import pytest
 
 from experiments import flagfile, flags, locations, rundir
 from experiments.run_config import RunConfig
-from jsae.config import ConfigError
+from jsae.settings import ConfigError
 
 COMMANDS = {
     name: next(v for k, v in vars(importlib.import_module(f"experiments.{name}")).items() if k == config)

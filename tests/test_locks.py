@@ -17,7 +17,7 @@ from bridge import hub
 from experiments import evaluate, export, publish, rundir
 from experiments.run_config import RunConfig
 from jsae import files
-from jsae.config import ConfigError
+from jsae.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {

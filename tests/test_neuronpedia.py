@@ -14,15 +14,14 @@ from neuronpedia_schema import SCHEMAS, SHARED, hold, read
 from safetensors.numpy import load_file
 
 import bridge.neuronpedia
-from bridge import torch_sae
-from bridge.explorer import labels
-from bridge.explorer.labels import Names
+from bridge import labels, torch_sae
+from bridge.labels import Names
 from bridge.neuronpedia import api, dashboard, ids, rows, sources, strict, text, v1
 from bridge.neuronpedia.about import About
 from bridge.neuronpedia.ids import Ids
 from jsae.architectures import sae_config
-from jsae.config import ConfigError
-from jsae.store import VERSION, Store, StoreError, Texts
+from jsae.records.store import VERSION, Store, StoreError, Texts
+from jsae.settings import ConfigError
 
 METADATA = ("release", "model", "sourceset", "source")
 TABLES = ("features", "activations", "explanations")

@@ -22,8 +22,8 @@ READERS = {
     "a model": "weights.read(next(demo.glob('model_*.pt')))",
     "a save of pretraining": "pretraining.last_state(run)",
     "a parquet shard": "shards.units(run / 'shard.parquet', [run / 'shard.parquet'], 0)",
-    "a row group": "list(sources.documents(shard))",
-    "compressed JSON lines": "sources.all_units(str(run / 'batch.jsonl.gz'))",
+    "a row group": "list(units.documents(shard))",
+    "compressed JSON lines": "units.all_units(str(run / 'batch.jsonl.gz'))",
     "a module of the standard library": "library._read_source(Path(json.__file__))",
     "a table of an evaluation": "evaluate._kept(run / 'labels.json')",
 }
@@ -33,17 +33,17 @@ SCRIPT = """
     from pathlib import Path
     import pyarrow, pyarrow.parquet, torch
     from bridge import hub, torch_sae
-    from bridge.nanochat import checkpoint, library, pretraining, shards, sources, tokenizer, tokenizer_file, weights
+    from bridge.nanochat import checkpoint, library, pretraining, shards, tokenizer, tokenizer_file, units, weights
     from bridge.neuronpedia import importer
     from experiments import evaluate
-    from jsae import store
+    from jsae.records import store
     run, HOOK, readers = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     demo = Path(checkpoint.__file__).parent / "demo"
     with gzip.open(run / "batch.jsonl.gz", "wt") as file:
         file.write('{"text": "a"}\\n')
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), run / "shard.parquet")
     torch.save({"step": 1}, run / "optim_000001_rank0.pt")
-    (shard,) = sources.all_units(str(run / "shard.parquet"))
+    (shard,) = units.all_units(str(run / "shard.parquet"))
     def tried(code):
         try:
             eval(code)

@@ -13,9 +13,10 @@ from alone import begin, fit
 
 from jsae import dead, optim, step, train
 from jsae.architectures import Context, SAEConfig, make, sae_config
-from jsae.config import ConfigError, TrainConfig
+from jsae.config import TrainConfig
 from jsae.ops import Cpu, Ops, Reference, choose
 from jsae.ops.reference import tangent_rows
+from jsae.settings import ConfigError
 from jsae.state import TrainState
 
 D, F = 8, 24

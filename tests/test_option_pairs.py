@@ -15,7 +15,8 @@ from experiments.run_config import RunConfig
 from jsae import export, train
 from jsae.architectures import SAEConfig
 from jsae.checkpoint import Checkpoints
-from jsae.config import ConfigError, TrainConfig
+from jsae.config import TrainConfig
+from jsae.settings import ConfigError
 from jsae.state import Acts, input_and_target
 
 WIDTH, STEPS = 8, 5

@@ -20,9 +20,9 @@ from experiments.run_config import RunConfig
 from jsae import axes, dead, export, losses, state
 from jsae.architectures import ARCHITECTURES, SAE, Context, ReLU, SAEConfig, TopK, config_from_json, find, sae_config
 from jsae.checkpoint import Checkpoints
-from jsae.config import ConfigError, TrainConfig
+from jsae.config import TrainConfig
 from jsae.ops import Codes, Cpu, Reference, choose
-from jsae.settings import WEIGHT, number
+from jsae.settings import WEIGHT, ConfigError, number
 
 D, F, N = toy.D_IN, 64, 500
 NAME = f"{__name__}:Amplified"
@@ -130,10 +130,10 @@ def test_its_statistic_is_the_running_mean_over_batches_and_no_gradient_and_no_d
     how, acts = dataclasses.replace(RUN, num_activations=100 * 4 * N, batch_size=4 * N), acts[: 4 * N]
     last, expected = begin(CONFIG, how, acts, inner), 0.25
     before = jax.device_get(last.sae)
-    for number, last, _ in itertools.islice(fit(CONFIG, how, last, itertools.repeat(acts), inner), 8):  # noqa: B020
+    for step, last, _ in itertools.islice(fit(CONFIG, how, last, itertools.repeat(acts), inner), 8):  # noqa: B020
         pre = (acts * np.asarray(last.scale) - before.b_dec[...]) @ before.W_enc[...].T + before.b_enc[...]
         mass = float((np.maximum(pre, 0) * np.exp(before.log_gain[...])).sum(1).mean())
-        expected += max(1 / 5, 1 / number) * (mass - expected)
+        expected += max(1 / 5, 1 / step) * (mass - expected)
         assert float(last.sae.mass[...]) == pytest.approx(expected, rel=1e-4)
         before = jax.device_get(last.sae)
 
@@ -202,7 +202,9 @@ def test_a_run_takes_it_by_its_name():
     config = RunConfig(activation=NAME, expansion_factor=2)
     assert config.sae_config(D) == Amplified.Config(D, 2 * D)
     assert RunConfig.from_json(config.to_json()) == config
-    with pytest.raises(ConfigError, match=rf"--k means nothing to {NAME}: leave it out. {NAME} has --sparsity_warmup_fraction"):
+    with pytest.raises(
+        ConfigError, match=rf"--k means nothing to {NAME}: leave it out. {NAME} has --sparsity_warmup_fraction"
+    ):
         RunConfig(activation=NAME, k=(16,))
 
 

@@ -23,7 +23,7 @@ from bridge.neuronpedia.ids import Ids
 from bridge.neuronpedia.ledger import Ledger, LedgerError
 from bridge.neuronpedia.payload import PayloadError, Target
 from bridge.neuronpedia.upload import NeuronpediaUploader, Progress
-from jsae.config import ConfigError
+from jsae.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 IDS = Ids("nanochat-toy", "res-1k", "toy", "blocks.1.hook_resid_post")

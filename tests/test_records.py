@@ -18,12 +18,12 @@ import bridge.nanochat
 from bridge.explorer import gather, weights
 from bridge.hooks import capture, edit, hook_name
 from bridge.nanochat.config import GENERATIONS
-from jsae import records
-from jsae.config import ConfigError
-from jsae.correlation import Moments, correlated
-from jsae.records import Recorder, Settings, distinct, interval, window_hashes
-from jsae.spill import Spill
-from jsae.store import COLUMNS, NON_ACTIVATING, TOP, Activations, Store, StoreError, Texts, digest
+from jsae.records import recorder as records
+from jsae.records.correlation import Moments, correlated
+from jsae.records.recorder import Recorder, Settings, distinct, interval, window_hashes
+from jsae.records.spill import Spill
+from jsae.records.store import COLUMNS, NON_ACTIVATING, TOP, Activations, Store, StoreError, Texts, digest
+from jsae.settings import ConfigError
 
 SETTINGS = Settings(
     top=toy.EACH,
@@ -535,7 +535,7 @@ def test_a_store_reads_what_was_written(store):
 
 
 def test_activations_beyond_half_precision_stay_finite(tmp_path, store):
-    from jsae.store import ActivationsWriter, AllHeader
+    from jsae.records.store import ActivationsWriter, AllHeader
 
     writer = ActivationsWriter(tmp_path / "all")
     writer.append(np.array([0, 5]), np.array([1e6, 2.0], np.float32))

@@ -9,7 +9,8 @@ import bridge.nanochat
 from experiments import plan
 from experiments.run_config import RunConfig
 from jsae.architectures import sae_config
-from jsae.config import ConfigError, TrainConfig
+from jsae.config import TrainConfig
+from jsae.settings import ConfigError
 
 RUN = Path("runs/some")
 

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bridge.nanochat import contents, documents, lines, sources
+from bridge.nanochat import contents, documents, lines, units
 from bridge.nanochat.contents import DataChangedError
 from bridge.nanochat.corpus import Corpus, changed
 from bridge.nanochat.tokenizer import Tokenizer
@@ -243,7 +243,7 @@ def test_a_document_above_16_mib_is_refused_and_one_below_is_read_in_pieces(tmp_
 
 
 def test_a_large_text_file_is_read_in_pieces_that_make_it_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 64)
+    monkeypatch.setattr(units, "PIECE", 64)
     text = "".join(f"Zeile {i} mit Grüßen, 日本語 und mehr\r\n" for i in range(50)) + "é" * 200 + "日" * 99
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     found = texts(tmp_path / "a.txt")
@@ -283,7 +283,7 @@ def test_of_a_single_document_the_last_share_is_held_out(tmp_path, form):
 
 
 def test_the_share_of_a_file_in_pieces_is_at_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 1000)
+    monkeypatch.setattr(units, "PIECE", 1000)
     (tmp_path / "a.txt").write_text(PARAGRAPHS)
     train, heldout = sides(tmp_path / "a.txt", heldout_fraction=0.25)
     assert "".join(train + heldout) == PARAGRAPHS
@@ -433,11 +433,11 @@ def test_a_file_that_was_only_touched_is_read_on(tmp_path, monkeypatch):
 
 
 def test_a_changed_module_of_the_standard_library_is_noticed(monkeypatch):
-    units = [unit for unit in sources.find_units("stdlib", "all", 0.05) if unit.name.startswith("text json/decoder.py")]
-    assert len(list(units[0].read())) == 1
+    parts = [unit for unit in units.find_units("stdlib", "all", 0.05) if unit.name.startswith("text json/decoder.py")]
+    assert len(list(parts[0].read())) == 1
     monkeypatch.setattr("tokenize.open", lambda file: io.StringIO("other"))
     with pytest.raises(DataChangedError, match=r"json/decoder\.py of the standard library has changed"):
-        list(units[0].read())
+        list(parts[0].read())
 
 
 # ---- paths and the machine ----------------------------------------------------------------------------------------

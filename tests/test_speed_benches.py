@@ -13,7 +13,7 @@ from experiments import device
 from experiments.bench import BENCHES
 from experiments.benches import contest, gpu, memory, peers, resident, shapes, step, stream, sweep
 from experiments.benches.shapes import Size
-from jsae.config import ConfigError
+from jsae.settings import ConfigError
 
 TINY = "16:64:4:32"
 

@@ -25,7 +25,7 @@ from experiments.export import ExportConfig
 from experiments.export import main as export_main
 from experiments.run_config import RunConfig
 from experiments.steer import SteerConfig
-from jsae.store import Store, digest
+from jsae.records.store import Store, digest
 
 ROOT = Path(__file__).resolve().parents[1]
 HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")

@@ -12,8 +12,9 @@ from alone import begin, fit
 from jsae import metrics, train
 from jsae.architectures import sae_config
 from jsae.checkpoint import Checkpoints
-from jsae.config import ConfigError, TrainConfig
+from jsae.config import TrainConfig
 from jsae.data import ArraySource, Cursor, Shuffled
+from jsae.settings import ConfigError
 from jsae.train import Member
 
 D, F, STEPS = 12, 48, 20

@@ -22,7 +22,8 @@ import bridge.nanochat
 from bridge import torch_sae
 from bridge.hooks import capture
 from jsae import export, train
-from jsae.config import SAEConfig, TrainConfig
+from jsae.config import TrainConfig
+from jsae.settings import SAEConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 HOOK = "blocks.2.hook_resid_post"

@@ -19,7 +19,8 @@ from experiments import accelerators, bench, device, flags
 from experiments.run_config import RunConfig
 from jsae import settings, train
 from jsae.architectures import JumpReLU, SAEConfig, TopK
-from jsae.config import ConfigError, TrainConfig
+from jsae.config import TrainConfig
+from jsae.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {

@@ -13,8 +13,8 @@ from bridge.evaluate import text as texts
 from bridge.evaluate.probing import Examples
 from bridge.evaluate.site import Site
 from bridge.evaluate.text import Text
-from bridge.nanochat.sources import Unit, find_units
 from bridge.nanochat.tokenizer import Tokenizer
+from bridge.nanochat.units import Unit, find_units
 from bridge.torch_sae import TorchSAE
 
 CONTEXT = 128

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from bridge.nanochat import sources
-from bridge.nanochat.sources import Split, Unit, find_units
+from bridge.nanochat import units
 from bridge.nanochat.tokenizer import Tokenizer
+from bridge.nanochat.units import Split, Unit, find_units
 
 HELDOUT_FRACTION = 0.05
 """The part that `bridge.nanochat.corpus.Corpus` holds out unless told otherwise."""
@@ -38,19 +38,19 @@ class Text:
 
 
 def documents(spec: str, split: Split, tokenizer: Tokenizer) -> Iterator[Document]:
-    """The documents of a corpus (see `sources.find_units`), in an order that is shuffled but always the same.
+    """The documents of a corpus (see `units.find_units`), in an order that is shuffled but always the same.
 
     Raises:
       FileNotFoundError, ValueError: as `find_units`.
     """
-    units = find_units(spec, split, HELDOUT_FRACTION)
-    for u in np.random.default_rng(0).permutation(len(units)):
-        yield from of_unit(units[u], tokenizer)
+    parts = find_units(spec, split, HELDOUT_FRACTION)
+    for u in np.random.default_rng(0).permutation(len(parts)):
+        yield from of_unit(parts[u], tokenizer)
 
 
 def of_unit(unit: Unit, tokenizer: Tokenizer) -> Iterator[Document]:
     """Yield the documents of one unit, long ones in pieces; chats as nanochat renders them."""
-    for document in sources.documents(unit):
+    for document in units.documents(unit):
         if isinstance(document, str):
             ids = tokenizer.encode(document)
         else:

@@ -1,1 +1,1 @@
-"""What every latent fires on: gathered into records, shown on a page, served beside the running model."""
+"""Gather what every latent fires on into records and show them on a page."""

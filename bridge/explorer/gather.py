@@ -16,14 +16,14 @@ from bridge.explorer import weights
 from bridge.hooks import capture, parse
 from bridge.nanochat import Nanochat
 from bridge.nanochat.corpus import Corpus
-from bridge.nanochat.sources import Split
+from bridge.nanochat.units import Split
 from bridge.selection import kept
 from bridge.torch_sae import TorchSAE
 from jsae import files
-from jsae.config import Json, require
-from jsae.correlation import Moments
-from jsae.records import Recorder, Settings, distinct
-from jsae.store import VERSION, ActivationsWriter, AllHeader, Header, Store, StoreError, Texts, TextsHeader
+from jsae.records.correlation import Moments
+from jsae.records.recorder import Recorder, Settings, distinct
+from jsae.records.store import VERSION, ActivationsWriter, AllHeader, Header, Store, StoreError, Texts, TextsHeader
+from jsae.settings import Json, require
 
 Tell = Callable[[str, float], None]
 """Gets what is being done and which share of it is."""
@@ -100,7 +100,7 @@ def gather(
     Args:
       nano: with its tokenizer.
       saes: of hooks of this model.
-      digests: `jsae.store.digest` of the export of each.
+      digests: `jsae.records.store.digest` of the export of each.
       folder: `explorer/records` of a run.
       plan: what to read and keep.
       tell: is told how far it is.

@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from bridge.explorer.labels import Names
+from bridge.labels import Names
 from jsae import files
-from jsae.store import TOP, Store, Texts, digest
+from jsae.records.store import TOP, Store, Texts, digest
 
 BYTES_PER_LATENT = 19_000
 """So that 500 latents take less than 10 MB; a smaller SAE may take as much as one of 500."""

@@ -34,7 +34,7 @@ def direct_path(model: GPT, hook_name: str) -> float:
 
 @torch.no_grad()
 def columns(model: GPT, hook_name: str, sae: TorchSAE, *, nearest: int, bins: int) -> dict[str, np.ndarray]:
-    """The columns of `jsae.store.COLUMNS` that come from the weights.
+    """The columns of `jsae.records.store.COLUMNS` that come from the weights.
 
     Logits are `direct_path * W_dec lm_head^T` over the vocabulary without its padding, and neither the final norm nor
     the softcap is in them: the field's convention but for the factor, by which they can be divided.

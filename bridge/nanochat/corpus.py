@@ -12,8 +12,8 @@ from typing import Any, final, get_args
 import numpy as np
 from jaxtyping import Int32
 
-from bridge.nanochat.sources import Document, Split, Unit, all_units, documents, is_split_by_place, split_units
 from bridge.nanochat.tokenizer import Tokenizer
+from bridge.nanochat.units import Document, Split, Unit, all_units, documents, is_split_by_place, split_units
 
 _MOST_FILES = 256
 

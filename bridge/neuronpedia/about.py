@@ -5,8 +5,8 @@ import re
 from datetime import UTC, datetime
 from pathlib import PurePath
 
-from jsae.config import require
-from jsae.store import Store
+from jsae.records.store import Store
+from jsae.settings import require
 
 CREATED_AT = "2026-01-01T00:00:00Z"
 """When an export says it was made unless told otherwise. No clock: the same run gives the same bytes on any day."""

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bridge.explorer.labels import Names
+from bridge.labels import Names
 from bridge.neuronpedia.rows import Context, Latent, Latents
-from jsae.store import Store
+from jsae.records.store import Store
 
 WINDOW = 64
 """Tokens of a text: requests are limited by bytes, and no page shows more than some tens of tokens at first."""

@@ -13,7 +13,7 @@ from bridge.neuronpedia.ids import CREATOR, Ids
 from bridge.neuronpedia.rows import Context, Latent, Latents
 from bridge.neuronpedia.strict import write_json
 from jsae import files
-from jsae.store import Store
+from jsae.records.store import Store
 
 PER_BATCH = 128
 """Latents per file at most, as there."""

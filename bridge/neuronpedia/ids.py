@@ -5,7 +5,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 
-from jsae.config import require
+from jsae.settings import require
 
 CREATOR = "clkht01d40000jv08hvalcvly"
 """The user who owns what is imported: the only id that exists in every Neuronpedia and whose texts are public."""
@@ -124,7 +124,7 @@ def default_source_set(hook: str, d_sae: int, digests: Iterable[str]) -> str:
     Args:
       hook: which the SAE reads.
       d_sae: its latents.
-      digests: `jsae.store.digest` of all SAEs of the run, which then share the set where site and width agree.
+      digests: `jsae.records.store.digest` of all SAEs of the run, which then share the set where site and width agree.
 
     Raises:
       ConfigError: a hook of a kind that Neuronpedia has no name for.

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsae.config import require
 from jsae.files import is_system_error
+from jsae.settings import require
 
 if TYPE_CHECKING:
     import psycopg

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bridge.neuronpedia import text
-from jsae.store import NON_ACTIVATING, TOP, Store, StoreError, digest
+from jsae.records.store import NON_ACTIVATING, TOP, Store, StoreError, digest
 
 SHOWN = 127
 """Tokens of a text that are shown: all of a row of 128 but the BOS before them."""

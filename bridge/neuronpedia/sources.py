@@ -11,8 +11,8 @@ from bridge.exports import finished
 from bridge.neuronpedia import ids as names
 from bridge.neuronpedia.about import CREATED_AT, About
 from bridge.neuronpedia.ids import Ids
-from jsae.config import require
-from jsae.store import Store, digest
+from jsae.records.store import Store, digest
+from jsae.settings import require
 
 
 @dataclasses.dataclass(frozen=True)

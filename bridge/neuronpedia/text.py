@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from jsae.store import Texts
+from jsae.records.store import Texts
 
 EMPTY = "◌"
 """Stands where a token has no character of its own: an empty one, or the first part of a character."""

@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bridge.explorer.labels import Name, Names
+from bridge.labels import Name, Names
 from bridge.neuronpedia.about import About, dataset
 from bridge.neuronpedia.ids import CREATOR, Ids
 from bridge.neuronpedia.rows import Context, Latent, Latents
 from bridge.neuronpedia.strict import Lines, write_line
 from jsae import files
-from jsae.store import Store
+from jsae.records.store import Store
 
 PER_FILE = 1024
 """Latents per file, as in Neuronpedia's own exports."""

@@ -154,7 +154,7 @@ def _ours(config: Config, folder: Path) -> float:
     from bridge.neuronpedia import dashboard
     from bridge.neuronpedia.about import About
     from bridge.neuronpedia.ids import Ids
-    from jsae.records import Recorder, Settings
+    from jsae.records.recorder import Recorder, Settings
 
     model, sae, tokens = _subjects(config, folder)
     settings = Settings()
@@ -182,7 +182,7 @@ def _in_order(folder: Path) -> list[Path]:
 
 def _write(config: Config, folder: Path, tokens: np.ndarray, columns: dict[str, np.ndarray], counted: int) -> Any:
     """Writes the records, and opens them."""
-    from jsae.store import VERSION, Header, Store, Texts, TextsHeader, digest
+    from jsae.records.store import VERSION, Header, Store, Texts, TextsHeader, digest
 
     names = {"dataset": "toy", "split": "all", "model": "toy", "fingerprint": "", "seed": 0}
     shape = {"rows": config.prompts, "row_length": config.length, "vocab_size": config.vocab_size}
@@ -232,7 +232,7 @@ def _agreement(config: Config, folder: Path) -> dict[str, float]:
     """The share of latents for which both sides found the same, as far as SAEDashboard's rounding tells."""
     import numpy as np
 
-    from jsae.store import Store
+    from jsae.records.store import Store
 
     store = Store(folder / "records" / config.hook)
     files = sorted(folder.glob("batch-*.json"))

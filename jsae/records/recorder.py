@@ -1,7 +1,7 @@
 """What each latent fires on: counts, histograms and contexts of all latents, gathered in one pass over the text.
 
 `Recorder.add` takes sparse codes batch by batch, from any SAE in any framework, as numpy arrays; `Recorder.finish`
-gives the columns of `jsae.store.COLUMNS` that come from the text. All of them are exact but for `together`, which is
+gives the columns of `store.COLUMNS` that come from the text. All of them are exact but for `together`, which is
 counted on a sample of each latent's own tokens (`Settings.together_sample`; exact for latents that fire less often).
 """
 
@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int64, Integer, UInt16, UInt64
 
-from jsae.config import Json, require
-from jsae.correlation import Moments, correlated
-from jsae.spill import Block, Spill
-from jsae.store import NON_ACTIVATING, TOP
+from jsae.records.correlation import Moments, correlated
+from jsae.records.spill import Block, Spill
+from jsae.records.store import NON_ACTIVATING, TOP
+from jsae.settings import Json, require
 
 INTERVALS = 5
 

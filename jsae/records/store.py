@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jsae.columns import VERSION, Folder, Growing, StoreError, write, write_header
-from jsae.config import Json
+from jsae.records.columns import VERSION, Folder, Growing, StoreError, write, write_header
+from jsae.settings import Json
 
 __all__ = [
     "ALL_COLUMNS",

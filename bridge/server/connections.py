@@ -14,7 +14,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from bridge.explorer.bodies import Limits
+from bridge.server.bodies import Limits
 
 _MARGIN = 5.0
 """Seconds by which the deadline of a body is later here: where somebody reads the body, `bodies.receive` answers."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jsae import files
-from jsae.config import Json, require
+from jsae.settings import Json, require
 
 VERSION = 1
 

@@ -22,14 +22,14 @@ try:
 except ImportError as error:
     raise ImportError("the live explorer needs starlette and uvicorn: pip install 'jsae[web]'") from error
 
-from bridge.explorer import wire
-from bridge.explorer.bodies import Limits, Refusal
-from bridge.explorer.connections import Connection, Crowd
-from bridge.explorer.guard import Guard, answer, is_loopback
-from bridge.explorer.live import Api
-from bridge.explorer.session import Session
 from bridge.nanochat import Nanochat
 from bridge.runtime import InterpretableModel
+from bridge.server import wire
+from bridge.server.bodies import Limits, Refusal
+from bridge.server.connections import Connection, Crowd
+from bridge.server.guard import Guard, answer, is_loopback
+from bridge.server.live import Api
+from bridge.server.session import Session
 
 log = logging.getLogger(__name__)
 

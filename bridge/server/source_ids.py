@@ -6,9 +6,9 @@ from typing import Any
 
 from starlette.requests import Request
 
-from bridge.explorer.bodies import Fields, Refusal
-from bridge.explorer.session import Session
 from bridge.hooks import parse
+from bridge.server.bodies import Fields, Refusal
+from bridge.server.session import Session
 
 _SITES: Mapping[str, str] = {"resid_post": "res", "attn": "att", "mlp": "mlp"}
 _SOURCE = re.compile(r"(\d{1,4})-([A-Za-z0-9_.-]{1,128})", re.ASCII)

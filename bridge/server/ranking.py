@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bridge.explorer.session import Acts, parts
+from bridge.server.session import Acts, parts
 from bridge.torch_sae import TorchSAE
 
 

@@ -12,11 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bridge import ranges
-from bridge.explorer.answers import Stream, while_there
-from bridge.explorer.bodies import Fields, Refusal, refusing
-from bridge.explorer.session import Session
-from bridge.explorer.sources import Sources
 from bridge.runtime import InterpretableModel, Steer, Token
+from bridge.server.answers import Stream, while_there
+from bridge.server.bodies import Fields, Refusal, refusing
+from bridge.server.session import Session
+from bridge.server.source_ids import Sources
 from bridge.steering import feature
 from bridge.torch_sae import TorchSAE
 

@@ -14,12 +14,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from bridge import ranges
-from bridge.explorer import labels
-from bridge.explorer.answers import Stream
-from bridge.explorer.bodies import Fields, Refusal, refusing
-from bridge.explorer.session import Session
+from bridge import labels, ranges
 from bridge.runtime import Steer, Token
+from bridge.server.answers import Stream
+from bridge.server.bodies import Fields, Refusal, refusing
+from bridge.server.session import Session
 from bridge.steering import MODES, POSITIONS
 
 log = logging.getLogger(__name__)

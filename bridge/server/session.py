@@ -13,12 +13,12 @@ from anyio import from_thread, to_thread
 from jaxtyping import Float
 from starlette.requests import Request
 
-from bridge.explorer.answers import Answer, Outbox, Slots, encode, while_there
-from bridge.explorer.bodies import Limits, Refusal, parse, receive, refusing
 from bridge.hooks import capture
 from bridge.nanochat import Nanochat
 from bridge.nanochat.engine import NotFiniteError, chat_prompt, max_positions
 from bridge.runtime import InterpretableModel, Token
+from bridge.server.answers import Answer, Outbox, Slots, encode, while_there
+from bridge.server.bodies import Limits, Refusal, parse, receive, refusing
 from bridge.tracking import active
 
 _POSITIONS_AT_ONCE = 64

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from bridge.explorer.bodies import Refusal
+from bridge.server.bodies import Refusal
 
 _PIECE = 2**16
 """Bytes that are sent together: what a client does not read of an answer waits here, not in the connection."""

@@ -13,12 +13,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from bridge.explorer.bodies import Fields, Refusal, refusing
-from bridge.explorer.ranking import Strongest, strongest
-from bridge.explorer.session import Session
-from bridge.explorer.sources import Sources
-from bridge.explorer.wire_steer import BOS, LARGEST, Steering
 from bridge.hooks import find
+from bridge.server.bodies import Fields, Refusal, refusing
+from bridge.server.ranking import Strongest, strongest
+from bridge.server.session import Session
+from bridge.server.source_ids import Sources
+from bridge.server.wire_steer import BOS, LARGEST, Steering
 
 MOST_RESULTS = 1000
 """Features that /v1/activation/all gives at most."""

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bridge.explorer.bodies import Refusal
+from bridge.server.bodies import Refusal
 
 log = logging.getLogger(__name__)
 

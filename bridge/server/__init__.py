@@ -1,0 +1,1 @@
+"""Serve a run in the browser: its page, live requests to the model, and the interface of Neuronpedia."""

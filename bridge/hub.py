@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from bridge import sae_config
-from bridge.exports import finished
+from bridge.run.exports import finished
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from bridge import ranges, torch_sae
 from bridge.attribution import Target, attribute
-from bridge.exports import finished, within
 from bridge.hooks import Acts, Edit, capture, depth, edit, find, parse
 from bridge.nanochat import engine
 from bridge.passes import base
+from bridge.run.exports import finished, within
 from bridge.steering import LENGTHS, Reading, Steer, edit_of, feature, mask, masked
 from bridge.torch_sae import TorchSAE
 from bridge.tracking import Features, Token, Trace, narrate, watch

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from experiments import flags, rundir
-from experiments.accelerators import check_name, require_torch
-from experiments.flags import CONTEXT, STEP, ExcludeTokens, flag, settle
-from experiments.locations import Checkpoint, Data, FilePath
+from bridge.accelerators import check_name, require_torch
+from bridge.locations import Checkpoint, Data, FilePath
+from bridge.run import directory as rundir
+from bridge.settings import CONTEXT, STEP, ExcludeTokens, flag, settle
+from experiments import flags
 from jsae import files
 from jsae.health import unusable
 from jsae.settings import TOKENS, require

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from experiments import flags, rundir
-from experiments.accelerators import check_name, require_torch
-from experiments.flags import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
-from experiments.locations import Checkpoint, Data, FilePath
+from bridge.accelerators import check_name, require_torch
+from bridge.locations import Checkpoint, Data, FilePath
+from bridge.run import directory as rundir
+from bridge.settings import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
+from experiments import flags
 from jsae.settings import TOKENS, Range, require
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _explore(run: Path, config: ExploreConfig) -> tuple[Nanochat, dict[str, Torc
     from rich.text import Text
 
     from bridge.explorer import gather, page
-    from bridge.exports import warn_of_marked
+    from bridge.run.exports import warn_of_marked
     from experiments import explore_view
     from jsae.records.store import digest
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from experiments import flags, rundir
-from experiments.flags import flag, settle
-from experiments.locations import FilePath
+from bridge.locations import FilePath
+from bridge.run import directory as rundir
+from bridge.settings import flag, settle
+from experiments import flags
 from jsae.settings import at_least, require
 
 if TYPE_CHECKING:
@@ -86,8 +87,8 @@ def main(config: ExportConfig) -> int:
 
 def _export(run: Path, out: Path, config: ExportConfig) -> int:
     from bridge import hub
-    from bridge.exports import warn_of_marked
     from bridge.neuronpedia import sources
+    from bridge.run.exports import warn_of_marked
 
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is no run: there is no such directory")
@@ -127,8 +128,8 @@ def _sae_lens(source: Source, out: Path, config: ExportConfig) -> list[Path]:
 
 
 def _neuronpedia(source: Source, out: Path, config: ExportConfig) -> list[Path]:
-    from bridge.labels import Names
     from bridge.neuronpedia import v1
+    from bridge.run.labels import Names
 
     names = Names.read(config.run_dir, source.ids.hook)
     return v1.write(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.locations import expand
+from bridge.locations import expand
 from jsae.settings import ConfigError, require
 
 _LONGEST = 2**20  # bytes of a file

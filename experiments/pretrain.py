@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge.accelerators import check_name, require_torch
+from bridge.locations import Data, FilePath
 from bridge.nanochat.config import GPTConfig
+from bridge.settings import LONG_SEED, flag, settle
 from experiments import flags
-from experiments.accelerators import check_name, require_torch
-from experiments.flags import LONG_SEED, flag, settle
-from experiments.locations import Data, FilePath
 from experiments.signals import STOPPED, stop_requests
 from jsae import files
 from jsae.health import DivergedError, Watch

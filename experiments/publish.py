@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments import flags, rundir
-from experiments.flags import flag, settle
-from experiments.locations import FilePath
+from bridge.locations import FilePath
+from bridge.run import directory as rundir
+from bridge.settings import flag, settle
+from experiments import flags
 from jsae.settings import Range, at_least, require
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def main(config: PublishConfig) -> int:
 
 
 def _publish(run: Path, config: PublishConfig) -> int:
-    from bridge.exports import warn_of_marked
+    from bridge.run.exports import warn_of_marked
 
     sources = _sources(run, config)
     marked = warn_of_marked(source.sae_dir for source in sources)
@@ -135,10 +136,10 @@ def _client(config: PublishConfig, key: str | None) -> Client:
 
 def _prepare(run: Path, source: Source, config: PublishConfig) -> Plan:
     """The checked bodies of one SAE's features, on the disk."""
-    from bridge.labels import Names
     from bridge.neuronpedia.api import api_features
     from bridge.neuronpedia.payload import Target
     from bridge.neuronpedia.upload import NeuronpediaUploader
+    from bridge.run.labels import Names
 
     ids, about = source.ids, source.about
     target = Target(ids, about.n_layer, description=about.description, url=about.url)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bridge import ranges
-from experiments import flags, rundir
-from experiments.accelerators import check_name, require_torch
-from experiments.flags import LONG_SEED, STEP, flag, settle
-from experiments.locations import Checkpoint, FilePath
+from bridge.accelerators import check_name, require_torch
+from bridge.locations import Checkpoint, FilePath
+from bridge.run import directory as rundir
+from bridge.settings import LONG_SEED, STEP, flag, settle
+from experiments import flags
 from jsae.settings import COUNT, Range, at_least, require
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _load(config: SteerConfig) -> InterpretableModel:
     """The checkpoint that the run says, with the run's SAEs."""
     import bridge.nanochat
     from bridge import finite
-    from bridge.exports import warn_of_marked
+    from bridge.run.exports import warn_of_marked
     from bridge.runtime import InterpretableModel, load_saes
 
     told = {"checkpoint": config.checkpoint, "step": config.step, "tokenizer": config.tokenizer}

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import rundir
+from bridge.run import directory as rundir
 from jsae.settings import require
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def text_for(config: EvaluateConfig, nano: Nanochat) -> Text:
 def _saes(config: EvaluateConfig, place: Path) -> dict[str, TorchSAE]:
     """The SAEs of a place by hook; `--hook` chooses one, or says what a lone export does not."""
     from bridge import torch_sae
-    from bridge.exports import within
+    from bridge.run.exports import within
     from bridge.runtime import load_saes
 
     if config.hook is not None and (place / "cfg.json").is_file():

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments import device, flags, rundir, signals
-from experiments.run_config import RunConfig
+from bridge.run import directory as rundir
+from bridge.training import device
+from bridge.training.config import RunConfig
+from experiments import flags, signals
 from jsae import files
 from jsae.settings import require
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from bridge.nanochat import Nanochat
     from bridge.nanochat.corpus import Corpus
-    from experiments.plan import Trainee
+    from bridge.training.plan import Trainee
 
 
 _MOST_TOKENS = 2**16  # in a forward pass over held-out text
@@ -44,9 +46,9 @@ def _train(run: Path, config: RunConfig, held: contextlib.ExitStack) -> int:
     import bridge.nanochat
     from bridge.selection import excluded_ids
     from bridge.stream import ActivationStream
-    from experiments import plan
-    from experiments.finish import finish
-    from experiments.loop import train
+    from bridge.training import plan
+    from bridge.training.finish import finish
+    from bridge.training.loop import train
 
     # The model, the text it reads and the SAEs that are wanted of it.
     nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
@@ -74,7 +76,7 @@ def _train(run: Path, config: RunConfig, held: contextlib.ExitStack) -> int:
         drop_sinks=config.drop_sinks,
         decode=nano.tokenizer.decode,
     )
-    states = train(run, config, trainees, source)
+    states = train(run, config, trainees, source, signals.stop_requests)
     if states is None:
         return _stopped()
     try:

@@ -103,8 +103,8 @@ def _sae_lens(run: Path, version: int) -> None:
 
 
 def _v1(run: Path, version: int) -> None:
-    from bridge.labels import Names
     from bridge.neuronpedia import v1
+    from bridge.run.labels import Names
 
     source, names = _source(run, version), Names.read(run, HOOK)
     v1.write(source.store(), source.sae_dir, run / "out", ids=source.ids, about=source.about, names=names)
@@ -155,7 +155,7 @@ def _write_page(run: Path, version: int) -> None:
 
 
 def _note(run: Path, version: int) -> None:
-    from bridge import labels
+    from bridge.run import labels
 
     if version == 1:
         labels.notes_file(run).unlink(missing_ok=True)
@@ -183,7 +183,7 @@ def _table(run: Path, version: int) -> None:
 
 
 def _metrics(run: Path, version: int) -> None:
-    from experiments import report
+    from bridge.training import report
 
     if version == 1:
         files.write(run / "metrics.jsonl", "".join(json.dumps({"step": step}) + "\n" for step in range(900)))
@@ -192,8 +192,8 @@ def _metrics(run: Path, version: int) -> None:
 
 
 def _config(run: Path, version: int) -> None:
-    from experiments import rundir
-    from experiments.run_config import RunConfig
+    from bridge.run import directory as rundir
+    from bridge.training.config import RunConfig
 
     if version == 2:
         rundir.record(run / "fresh", RunConfig(), {"model": "hash"})
@@ -374,7 +374,7 @@ _IMPORTED = (
     "bridge.neuronpedia.upload",
     "bridge.neuronpedia.v1",
     "experiments.evaluate",
-    "experiments.report",
+    "bridge.training.report",
 )
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import pytest
 from toy_saes import export, toy_sae
 
 import bridge.nanochat
-from experiments import explore, rundir
+from bridge.run import directory as rundir
+from experiments import explore
 from experiments.explore import ExploreConfig
 from jsae import files
 from jsae.records.store import Store, digest

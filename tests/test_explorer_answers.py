@@ -12,7 +12,7 @@ from explorer_load import MODEL, Server, health
 from live_explorer import MLP, RESID, C, load, served, write_run
 from toy_saes import export, toy_sae
 
-from bridge import labels
+from bridge.run import labels
 from bridge.server import answers, bodies
 from bridge.server.bodies import Limits, Refusal
 

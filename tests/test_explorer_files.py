@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from chromium import open_latent, wait_for
 
-from bridge import labels
 from bridge.explorer import page
+from bridge.run import labels
 from jsae.records.store import COLUMNS, VERSION, Header, Store, StoreError, Texts, TextsHeader
 
 OTHER = "blocks.1.hook_mlp_out"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge import labels
-from bridge.labels import Name, Names
+from bridge.run import labels
+from bridge.run.labels import Name, Names
 
 HOOK = "blocks.2.hook_resid_post"
 

@@ -17,9 +17,9 @@ from chromium import ENOUGH, PHONE, assert_fits, contrasts, open_latent
 from toy_saes import export, toy_sae
 
 import bridge.nanochat
-from bridge import labels
 from bridge.explorer import page
-from experiments import rundir
+from bridge.run import directory as rundir
+from bridge.run import labels
 from experiments.train import RunConfig
 from jsae.records.store import Store
 

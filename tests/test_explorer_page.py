@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from chromium import ENOUGH, PHONE, assert_fits, contrasts, open_latent, shown, wait_for
 
-from bridge import labels
 from bridge.explorer import page
+from bridge.run import labels
 from jsae.records.store import Store
 
 OTHER = "blocks.1.hook_mlp_out"

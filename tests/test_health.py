@@ -14,15 +14,16 @@ from toy_saes import export as export_toy
 from toy_saes import toy_sae
 
 import bridge.nanochat
-from bridge import exports, finite
+from bridge import finite
 from bridge.hooks import hook_name
 from bridge.nanochat import engine
+from bridge.run import exports
 from bridge.stream import ActivationStream
+from bridge.training.config import RunConfig
+from bridge.training.finish import UnusableError
 from experiments import evaluate, explore, train
 from experiments.evaluate import EvaluateConfig
 from experiments.explore import ExploreConfig
-from experiments.finish import UnusableError
-from experiments.run_config import RunConfig
 from jsae import data, health, metrics
 from jsae import train as training
 from jsae.architectures import sae_config

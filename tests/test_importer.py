@@ -14,9 +14,9 @@ import pytest
 from explorer_toy import HOOK, write_store
 from postgres import CREATOR, TABLES, cluster
 
-from bridge.labels import Names
 from bridge.neuronpedia import importer, sources, v1
 from bridge.neuronpedia.importer import Counts, ImportRefusedError, import_folder
+from bridge.run.labels import Names
 
 ROOT = Path(__file__).resolve().parents[1]
 WHO = {"creatorId": CREATOR, "createdAt": "2026-01-01T00:00:00.000Z"}

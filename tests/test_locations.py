@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import flagfile, flags, locations, rundir
-from experiments.run_config import RunConfig
+from bridge import locations
+from bridge.run import directory as rundir
+from bridge.training.config import RunConfig
+from experiments import flagfile, flags
 from jsae.settings import ConfigError
 
 COMMANDS = {

@@ -14,8 +14,9 @@ import explorer_toy as toy
 import pytest
 
 from bridge import hub
-from experiments import evaluate, export, publish, rundir
-from experiments.run_config import RunConfig
+from bridge.run import directory as rundir
+from bridge.training.config import RunConfig
+from experiments import evaluate, export, publish
 from jsae import files
 from jsae.settings import ConfigError
 

@@ -19,8 +19,9 @@ import bridge.stream
 from bridge import torch_sae
 from bridge.neuronpedia import dashboard, sources
 from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids, kept, recorded_ids
-from experiments import evaluate, explore, run_config, train
-from experiments.run_config import RunConfig
+from bridge.training import config as run_config
+from bridge.training.config import RunConfig
+from experiments import evaluate, explore, train
 
 HOOK = "blocks.2.hook_resid_post"
 READERS = (bridge.stream, bridge.evaluate.site, bridge.evaluate.splice, bridge.explorer.gather)

@@ -14,11 +14,12 @@ from neuronpedia_schema import SCHEMAS, SHARED, hold, read
 from safetensors.numpy import load_file
 
 import bridge.neuronpedia
-from bridge import labels, torch_sae
-from bridge.labels import Names
+from bridge import torch_sae
 from bridge.neuronpedia import api, dashboard, ids, rows, sources, strict, text, v1
 from bridge.neuronpedia.about import About
 from bridge.neuronpedia.ids import Ids
+from bridge.run import labels
+from bridge.run.labels import Names
 from jsae.architectures import sae_config
 from jsae.records.store import VERSION, Store, StoreError, Texts
 from jsae.settings import ConfigError

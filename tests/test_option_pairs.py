@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bridge import torch_sae
-from experiments.run_config import RunConfig
+from bridge.training.config import RunConfig
 from jsae import export, train
 from jsae.architectures import SAEConfig
 from jsae.checkpoint import Checkpoints

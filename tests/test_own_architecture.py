@@ -16,7 +16,7 @@ import toy
 from alone import begin, fit, stepping
 
 from bridge import torch_sae
-from experiments.run_config import RunConfig
+from bridge.training.config import RunConfig
 from jsae import axes, dead, export, losses, state
 from jsae.architectures import ARCHITECTURES, SAE, Context, ReLU, SAEConfig, TopK, config_from_json, find, sae_config
 from jsae.checkpoint import Checkpoints

@@ -6,7 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from experiments.events import Events
+from bridge.training.events import Events
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,7 +57,7 @@ SCRIPT = """
     import resource, sys
     from pathlib import Path
     from types import SimpleNamespace
-    from experiments import report
+    from bridge.training import report
     run, reported = Path(sys.argv[1]), 0
     trainee = SimpleNamespace(folder=run, name="blocks.1", label="blocks.1")
     values = {"loss": 1.0, "fvu": 0.5, "l0": 8.0, "dead_fraction": 0.0, "activations": 9}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import bridge.nanochat
-from experiments import plan
-from experiments.run_config import RunConfig
+from bridge.training import plan
+from bridge.training.config import RunConfig
 from jsae.architectures import sae_config
 from jsae.config import TrainConfig
 from jsae.settings import ConfigError

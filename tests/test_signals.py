@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import finish, flags, train
-from experiments.run_config import RunConfig
+from bridge.training import finish
+from bridge.training.config import RunConfig
+from experiments import flags, train
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import device
+from bridge.training import device
 from experiments.bench import BENCHES
 from experiments.benches import contest, gpu, memory, peers, resident, shapes, step, stream, sweep
 from experiments.benches.shapes import Size
@@ -278,7 +278,7 @@ def test_jax_is_kept_to_the_processor_where_it_is_imported_already(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     code = (
         "import jax\n"
-        "from experiments import device\n"
+        "from bridge.training import device\n"
         "device.share('cpu', 0.4)\n"
         "assert jax.config.jax_platforms == 'cpu'\n"
         "assert jax.devices()[0].platform == 'cpu'"

@@ -13,8 +13,9 @@ from toy_saes import export, toy_sae
 
 import bridge.nanochat
 from bridge.nanochat import tokenizer as tokenizers
+from bridge.run import directory as rundir
 from bridge.runtime import InterpretableModel, Steer, load_saes
-from experiments import flags, rundir, steer, steer_view
+from experiments import flags, steer, steer_view
 from experiments.train import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]

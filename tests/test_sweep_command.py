@@ -18,12 +18,12 @@ from safetensors.numpy import load_file
 import bridge.nanochat
 from bridge import torch_sae
 from bridge.hooks import capture
+from bridge.training.config import RunConfig
 from experiments import evaluate, explore, steer, train
 from experiments.evaluate import EvaluateConfig
 from experiments.explore import ExploreConfig
 from experiments.export import ExportConfig
 from experiments.export import main as export_main
-from experiments.run_config import RunConfig
 from experiments.steer import SteerConfig
 from jsae.records.store import Store, digest
 

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import accelerators, bench, device, flags
-from experiments.run_config import RunConfig
+from bridge import accelerators
+from bridge.training import device
+from bridge.training.config import RunConfig
+from experiments import bench, flags
 from jsae import settings, train
 from jsae.architectures import JumpReLU, SAEConfig, TopK
 from jsae.config import TrainConfig

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge.labels import Names
+from bridge.run.labels import Names
 from jsae import files
 from jsae.records.store import TOP, Store, Texts, digest
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bridge.labels import Names
 from bridge.neuronpedia.rows import Context, Latent, Latents
+from bridge.run.labels import Names
 from jsae.records.store import Store
 
 WINDOW = 64

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bridge import sae_config
-from bridge.exports import finished
 from bridge.neuronpedia import ids as names
 from bridge.neuronpedia.about import CREATED_AT, About
 from bridge.neuronpedia.ids import Ids
+from bridge.run.exports import finished
 from jsae.records.store import Store, digest
 from jsae.settings import require
 

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bridge.labels import Name, Names
 from bridge.neuronpedia.about import About, dataset
 from bridge.neuronpedia.ids import CREATOR, Ids
 from bridge.neuronpedia.rows import Context, Latent, Latents
 from bridge.neuronpedia.strict import Lines, write_line
+from bridge.run.labels import Name, Names
 from jsae import files
 from jsae.records.store import Store
 

@@ -14,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from bridge import labels, ranges
+from bridge import ranges
+from bridge.run import labels
 from bridge.runtime import Steer, Token
 from bridge.server.answers import Stream
 from bridge.server.bodies import Fields, Refusal, refusing

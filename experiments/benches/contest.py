@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import device
+from bridge.locations import FilePath
+from bridge.settings import flag
+from bridge.training import device
 from experiments.benches import peers, shapes, tables, timing
 from experiments.benches.shapes import Dtype, Size
-from experiments.flags import flag
-from experiments.locations import FilePath
 
 OURS, MATMUL, THEIR_MATMUL = "jsae", "encoder matmul", "encoder matmul in torch"
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "gated", "jumprelu")

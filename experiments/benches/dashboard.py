@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridge.locations import FilePath
+from bridge.settings import flag
 from experiments.benches import peers, timing
-from experiments.flags import flag
-from experiments.locations import FilePath
 
 if TYPE_CHECKING:
     import numpy as np

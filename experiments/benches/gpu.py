@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from experiments import device
+from bridge.locations import FilePath
+from bridge.settings import flag
+from bridge.training import device
 from experiments.benches import contest, memory, peers, shapes, step, stream
-from experiments.flags import EXPECTED_ERRORS, flag
-from experiments.locations import FilePath
+from experiments.flags import EXPECTED_ERRORS
 
 OTHERS = {"plain": "plain", "dense": "xla-dense"}
 """Implementations that the step is also measured with, by the names of their files."""

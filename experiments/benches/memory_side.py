@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import device
+from bridge.training import device
 from experiments.benches import resident, shapes
 from experiments.benches.shapes import Size
 

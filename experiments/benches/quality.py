@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bridge.locations import Checkpoint, Data, FilePath
+from bridge.settings import flag
 from experiments.benches import peers, quality_sides, tables, timing
 from experiments.benches.quality_contest import ARCHITECTURES, OURS, TRAINERS, Contest
-from experiments.flags import flag
-from experiments.locations import Checkpoint, Data, FilePath
 
 
 @dataclass(frozen=True)

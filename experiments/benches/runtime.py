@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.accelerators import check_name, require_torch
+from bridge.accelerators import check_name, require_torch
+from bridge.locations import FilePath
+from bridge.settings import flag
 from experiments.benches import models, timing
-from experiments.flags import flag
-from experiments.locations import FilePath
 
 if TYPE_CHECKING:
     from bridge.nanochat.model import GPT

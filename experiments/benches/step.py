@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from experiments import device
+from bridge.locations import FilePath
+from bridge.settings import flag
+from bridge.training import device
 from experiments.benches import shapes, tables, timing
 from experiments.benches.shapes import Dtype, Size
-from experiments.flags import flag
-from experiments.locations import FilePath
 
 if TYPE_CHECKING:
     from jsae.config import TrainConfig

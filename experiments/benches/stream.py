@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from experiments import device
-from experiments.accelerators import check_name
+from bridge.accelerators import check_name
+from bridge.locations import FilePath
+from bridge.settings import flag
+from bridge.training import device
 from experiments.benches import models, shapes, tables, timing
 from experiments.benches.shapes import Dtype
-from experiments.flags import flag
-from experiments.locations import FilePath
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bridge.locations import FilePath
+from bridge.settings import flag
 from experiments.benches import timing
-from experiments.flags import flag
-from experiments.locations import FilePath
 
 if TYPE_CHECKING:
     from jsae.state import TrainState

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from experiments import accelerators
+from bridge import accelerators
 from jsae.settings import require
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.run_config import RunConfig
+from bridge.training.config import RunConfig
 from jsae import export
 from jsae.settings import require
 from jsae.train import Member

@@ -22,8 +22,8 @@ from jsae.train import States
 
 if TYPE_CHECKING:
     from bridge.nanochat import Nanochat
-    from experiments.plan import Trainee
-    from experiments.run_config import RunConfig
+    from bridge.training.config import RunConfig
+    from bridge.training.plan import Trainee
 
 
 class UnusableError(ValueError):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.locations import absolute_fields
+from bridge.locations import absolute_fields
 from jsae import files
 from jsae.settings import Json, require
 

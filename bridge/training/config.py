@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from experiments import accelerators
-from experiments.flags import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
-from experiments.locations import Checkpoint, Data, FilePath
+from bridge import accelerators
+from bridge.locations import Checkpoint, Data, FilePath
+from bridge.settings import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
 from jsae.config import TrainConfig
 from jsae.settings import (
     AVERAGED,

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments.events import Events
+from bridge.training.events import Events
 from jsae import files
 
 if TYPE_CHECKING:
-    from experiments.plan import Trainee
+    from bridge.training.plan import Trainee
 
 
 class Reporter:

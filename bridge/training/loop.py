@@ -2,15 +2,14 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from experiments.report import Reporter
-from experiments.signals import stop_requests
+from bridge.training.report import Reporter
 from jsae import metrics, optim
 from jsae import train as training
 from jsae.checkpoint import Checkpoints
@@ -20,12 +19,26 @@ from jsae.train import AllSums, Member, States
 
 if TYPE_CHECKING:
     from bridge.stream import ActivationStream
-    from experiments.plan import Trainee
-    from experiments.run_config import RunConfig
+    from bridge.training.config import RunConfig
+    from bridge.training.plan import Trainee
+
+StopRequests = Callable[[], contextlib.AbstractContextManager[Collection[object]]]
 
 
-def train(run: Path, config: "RunConfig", trainees: Sequence["Trainee"], source: "ActivationStream") -> States | None:
+def _none() -> contextlib.AbstractContextManager[Collection[object]]:
+    return contextlib.nullcontext(())
+
+
+def train(
+    run: Path,
+    config: "RunConfig",
+    trainees: Sequence["Trainee"],
+    source: "ActivationStream",
+    stop_requests: StopRequests = _none,
+) -> States | None:
     """Train from the start or the last checkpoint to the end; return None if it was asked to stop, after saving.
+
+    `stop_requests` is entered while steps are taken; what it gives becomes true when the run is to stop.
 
     Raises:
       NotFiniteError: activations or a loss that are not finite; says what was kept and what to do.

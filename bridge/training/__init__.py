@@ -1,0 +1,1 @@
+"""Train SAEs on the activations of a nanochat."""

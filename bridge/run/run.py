@@ -155,8 +155,9 @@ class Run(Layout):
     def labels(self) -> Mapping[str, Names]:
         """The names of latents by hook: labels of the evaluation, and over them those that people gave.
 
-        Raises (when a hook is looked up):
-          KeyError: no SAE, records or labels of that hook.
+        A hook without SAE, records, labels and notes is a KeyError, which names the others.
+
+        Raises:
           ValueError: labels or notes are broken.
         """
         return _Labels(self)

@@ -49,7 +49,7 @@ def run(tmp_path_factory) -> Run:
     )
     assert train.main(config) == 0
     explore(of_run(run), SMALL)
-    ((subject, results),) = evaluate(of_run(run), Measured("all", heldout_tokens=2000, probes=False))
+    ((subject, results),) = evaluate(of_run(run), Measured("all", heldout_tokens=1000, probes=False))
     run.write_evaluation({subject.hook: results})
     return run
 
@@ -62,6 +62,7 @@ def copy(run, tmp_path) -> Run:
 def test_everything_of_a_run_is_at_hand(run):
     nano, sae, store = run.model(), run.sae(HOOK), run.records(HOOK)
     assert nano.fingerprint == run.facts["model"]
+    assert nano.tokenizer.decode(nano.tokenizer.encode("def")) == "def"
     assert run.flags["checkpoint"] == "demo"
     assert "torch" in run.versions
     assert (sae.d_in, sae.d_sae) == (nano.config.n_embd, store.header.d_sae)

@@ -21,6 +21,7 @@ from bridge.run import exports
 from bridge.stream import ActivationStream
 from bridge.training.config import RunConfig
 from bridge.training.finish import UnusableError
+from bridge.training.text import heldout_rows, texts
 from experiments import evaluate, explore, train
 from experiments.evaluate import EvaluateConfig
 from experiments.explore import ExploreConfig
@@ -276,8 +277,8 @@ def broken_demo(folder: Path, token: int) -> Path:
 def test_a_token_of_the_held_out_text_without_numbers_ends_a_run_before_it_trains(text, tmp_path, capsys):
     nano = bridge.nanochat.load("demo")
     asked = config(tmp_path / "run", text)
-    heldout = train._texts(asked, nano)[1]
-    counts = np.bincount(train._heldout(asked, heldout).ravel(), minlength=nano.config.vocab_size)
+    heldout = texts(asked, nano)[1]
+    counts = np.bincount(heldout_rows(asked, heldout).ravel(), minlength=nano.config.vocab_size)
     rare = int(np.flatnonzero(counts == 1)[0])
     with pytest.raises(ActivationsError, match=rf"in the held-out part of .* it begins with token {rare}, "):
         train.main(config(tmp_path / "run", text, checkpoint=str(broken_demo(tmp_path / "broken", rare))))
@@ -288,8 +289,8 @@ def test_a_token_of_the_held_out_text_without_numbers_ends_a_run_before_it_train
 def test_a_token_of_the_training_text_without_numbers_is_named_and_so_again_by_resume(text, tmp_path):
     nano = bridge.nanochat.load("demo")
     asked = config(tmp_path / "run", text, num_activations=100_000)
-    corpus, heldout = train._texts(asked, nano)
-    measured = np.bincount(train._heldout(asked, heldout).ravel(), minlength=nano.config.vocab_size)
+    corpus, heldout = texts(asked, nano)
+    measured = np.bincount(heldout_rows(asked, heldout).ravel(), minlength=nano.config.vocab_size)
     rows = np.concatenate([corpus.next_rows(1) for _ in range(600)])
     first = {int(token): row for row, ids in reversed(list(enumerate(rows))) for token in ids}
     late = next(

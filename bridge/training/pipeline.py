@@ -65,7 +65,8 @@ def config_of(settings: dict[str, Any]) -> RunConfig:
     for name in settings:
         if name not in kinds:
             near = difflib.get_close_matches(name, kinds, 1)
-            raise ConfigError(f"{name} is no setting of a run" + f": did you mean {near[0]}?" * bool(near))
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{name} is no setting of a run{hint}")
     values = {}
     for name, value in settings.items():
         if typing.get_origin(kinds[name]) is tuple:

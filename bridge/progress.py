@@ -12,14 +12,16 @@ prints, where the output is a file or a pipe,
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
+
+Item = TypeVar("Item")
 
 EVERY = 10
 """Seconds between two plain lines."""
@@ -38,7 +40,7 @@ class Progress:
       total: how many units that is; None if it is not known.
       unit: what is counted, in the plural; "" for a share between 0 and 1.
       start: units that were done before.
-      every: seconds between two lines.
+      every: seconds between two lines; None is `EVERY`.
       console: where to write; None is stderr.
       clock: returns seconds that never decrease; tests replace it.
     """
@@ -50,12 +52,12 @@ class Progress:
         unit: str = "",
         start: int | float = 0,
         *,
-        every: int | float = EVERY,
+        every: int | float | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._console = console or Console(stderr=True)
-        self._every, self._clock = every, clock
+        self._every, self._clock = EVERY if every is None else every, clock
         self._lock = threading.RLock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
@@ -103,6 +105,12 @@ class Progress:
         """Report that `units` more are done."""
         with self._lock:
             self.update(self._done + units, self._note)
+
+    def each(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items, and advance by one after each."""
+        for item in items:
+            yield item
+            self.advance()
 
     def share(self, name: str, share: int | float) -> None:
         """Report the share of a phase that is done, from 0 to 1; a name that is new begins the next phase."""

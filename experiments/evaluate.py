@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, Data, FilePath
+from bridge.run import commands
 from bridge.run import directory as rundir
 from bridge.settings import CONTEXT, STEP, ExcludeTokens, flag, settle
 from experiments import flags
@@ -31,6 +32,7 @@ from jsae.settings import TOKENS, require
 
 if TYPE_CHECKING:
     from bridge.evaluate.text import Text
+    from bridge.progress import Progress
     from experiments.subjects import Subject
 
 
@@ -83,6 +85,7 @@ def main(config: EvaluateConfig) -> int:
 
 def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
     from bridge.evaluate.core import finite
+    from bridge.progress import Progress
     from experiments import evaluate_view, subjects
 
     # What is measured, and on which text.
@@ -93,8 +96,8 @@ def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
     # The measuring.
     results: list[dict[str, Any]] = []
     for subject in found:
-        with evaluate_view.busy(f"measuring {subject.place}, {subject.hook}"):
-            results.append(finite(_measure(config, subject, texts[id(subject.nano)], data)))
+        with Progress(f"measuring {subject.hook}", None) as progress, progress.tokens_of(subject.nano.model):
+            results.append(finite(_measure(config, subject, texts[id(subject.nano)], data, progress)))
 
     # What became of it.
     evaluate_view.show([(f"{s.place}\n{s.hook}", r["eval"]) for s, r in zip(found, results, strict=True)])
@@ -129,12 +132,14 @@ def _need(config: EvaluateConfig, output: Path | None) -> None:
     require(os.access(output, os.W_OK), f"{output} cannot be written to: give another --output_dir")
 
 
-def _measure(config: EvaluateConfig, subject: Subject, text: Text, data: str) -> dict[str, Any]:
+def _measure(config: EvaluateConfig, subject: Subject, text: Text, data: str, progress: Progress) -> dict[str, Any]:
     """What the files say of one SAE: metrics, what is known of every latent, labels."""
     from bridge.evaluate import Site, classes, labels, measure, probing
+    from bridge.evaluate.core import PASSES
 
     nano, sae = subject.nano, subject.sae
     site = Site(nano.model, subject.hook, subject.excluded, subject.drop_sinks)
+    progress.phase(f"measuring {subject.hook}", PASSES * text.tokens.size, "tokens")
     summary, columns = measure(site, sae, text.tokens, nano.tokenizer.token_bytes)
     if problem := unusable(summary):
         summary["problem"] = problem
@@ -151,15 +156,20 @@ def _measure(config: EvaluateConfig, subject: Subject, text: Text, data: str) ->
     }
     found: dict[str, Any] = {"eval": summary, "latents": columns}
     if config.probes:
+        progress.phase("reading text for probes", None)
         passages = classes.packages(data, nano.tokenizer, config.probe_tokens)
+        tokens = text.tokens.size + (0 if passages is None else passages.tokens.size)
+        progress.phase("reading activations for probes", tokens, "tokens")
         examples = {
             "package": None if passages is None else classes.of_passages(site, sae, passages),
             "syntax": classes.of_tokens(site, sae, text),
         }
+        progress.phase("fitting probes", None)
         W_dec = sae.W_dec.cpu().numpy()
         summary["sparse_probing"] = {name: x and probing.sparse_probing(x) for name, x in examples.items()}
         summary["tpp"] = {name: x and probing.tpp(x, W_dec) for name, x in examples.items()}
     if config.labels:
+        progress.phase("labelling latents", text.tokens.size, "tokens")
         named = labels.label(labels.firings(site, sae, text), text, nano.tokenizer)
         summary["labels"] = labels.summary(named)
         found["labels"] = labels.table(named)
@@ -189,5 +199,11 @@ def _kept(path: Path) -> dict[str, Any]:
     return table
 
 
+def next_commands(config: EvaluateConfig) -> list[str]:
+    """Return what to do with the run that was measured; of two that were compared with the first."""
+    run = Path(config.run_dir or (config.compare or (config.sae,))[0])
+    return commands.after_evaluation(run) if (run / "config.json").is_file() else []
+
+
 if __name__ == "__main__":
-    flags.run(EvaluateConfig, main)
+    flags.run(EvaluateConfig, main, after=next_commands)

@@ -14,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, Data, FilePath
+from bridge.run import commands
 from bridge.run import directory as rundir
 from bridge.settings import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
 from experiments import flags
@@ -80,6 +82,8 @@ def main(config: ExploreConfig) -> int:
         if config.serve:
             _can_serve(config)
         nano, saes = _explore(run, config)
+    if config.chat:
+        flags.warn_of_base(nano)
     if config.serve:  # without the lock: all that the server writes is people's notes
         from bridge.runtime import InterpretableModel
         from bridge.server.server import serve
@@ -97,6 +101,7 @@ def _explore(run: Path, config: ExploreConfig) -> tuple[Nanochat, dict[str, Torc
     from rich.text import Text
 
     from bridge.explorer import gather, page
+    from bridge.progress import Progress
     from bridge.run.exports import warn_of_marked
     from experiments import explore_view
     from jsae.records.store import digest
@@ -116,6 +121,7 @@ def _explore(run: Path, config: ExploreConfig) -> tuple[Nanochat, dict[str, Torc
 
     # The records.
     reason = "--force" if config.force else gather.unfit(records, digests, nano, plan)
+    gathered: float | None = None  # seconds
     if reason is None:
         say(f"the records in {records} fit: --force gathers them again")
         if plan.data_fingerprint is None:
@@ -123,11 +129,14 @@ def _explore(run: Path, config: ExploreConfig) -> tuple[Nanochat, dict[str, Torc
     else:
         say(f"gathering records: {reason}")
         before = time.perf_counter()
-        with explore_view.progress(console) as tell:
-            gather.gather(nano, saes, digests, records, plan, tell)
-        say(f"gathered in {time.perf_counter() - before:.0f} s")
+        with Progress("gathering", console=console) as progress:
+            gather.gather(nano, saes, digests, records, plan, progress.share)
+        gathered = time.perf_counter() - before
+        say(f"gathered in {gathered:.0f} s")
     for hook in saes:
         say(explore_view.summary(records, hook))
+    if rundir.is_writable(run):
+        _label(run, nano, saes, plan, gathered, say)
 
     # The page.
     index = run / "explorer" / "index.html"
@@ -138,6 +147,35 @@ def _explore(run: Path, config: ExploreConfig) -> tuple[Nanochat, dict[str, Torc
         page.write(run, list(saes))
     say(f"written to {index}")
     return nano, saes
+
+
+def _label(
+    run: Path,
+    nano: Nanochat,
+    saes: dict[str, TorchSAE],
+    plan: Plan,
+    gathered: float | None,
+    say: Callable[[str], None],
+) -> None:
+    """Find quick labels for SAEs that have none, in at most a third of the time that gathering took, and say so."""
+    from bridge import quick_labels
+    from bridge.progress import Progress
+    from bridge.run.labels import automatic_hooks
+
+    try:
+        with Progress("labelling latents", None):
+            summaries = quick_labels.write(run, nano, saes, plan, None if gathered is None else gathered / 6)
+    except FileNotFoundError as error:
+        say(f"no labels were found: {error}")
+        return
+    for hook, count in automatic_hooks(run).items():
+        if hook in summaries:
+            fitting = summaries[hook]["f1_over_50_percent"]
+            say(f"{hook}: {count:,} latents labelled from a part of the text, {fitting:,} with an F1 over 0.5")
+        elif hook in saes:
+            say(f"{hook}: {count:,} latents have labels in {run / 'labels.json'}")
+    if summaries:
+        say(f"labels from more text, and their scores: python -m experiments.evaluate --run_dir={run}")
 
 
 def _can_serve(config: ExploreConfig) -> None:
@@ -179,5 +217,10 @@ def _found(config: ExploreConfig) -> tuple[list[Subject], Plan]:
     return found, plan
 
 
+def next_commands(config: ExploreConfig) -> list[str]:
+    """Return what to do with the records."""
+    return commands.after_exploring(Path(config.run_dir), config.serve)
+
+
 if __name__ == "__main__":
-    flags.run(ExploreConfig, main)
+    flags.run(ExploreConfig, main, after=next_commands)

@@ -1,30 +1,8 @@
-"""How gathering is shown: a bar for what is being done, a line for what was found."""
+"""What an exploration prints of each SAE."""
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
 from jsae.records.store import Store
-
-
-@contextlib.contextmanager
-def progress(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """Within the context, a function that takes what is being done and which share of it."""
-    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
-        tasks: dict[str, int] = {}
-
-        def tell(what: str, share: float) -> None:
-            if what not in tasks:
-                for task in tasks.values():
-                    shown.update(task, visible=False)
-                tasks[what] = shown.add_task(what, total=1.0)
-            shown.update(tasks[what], completed=share)
-
-        yield tell
 
 
 def summary(records: Path, hook: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bridge.locations import FilePath
+from bridge.run import commands
 from bridge.run import directory as rundir
 from bridge.settings import flag, settle
 from experiments import flags
@@ -88,6 +89,7 @@ def main(config: ExportConfig) -> int:
 def _export(run: Path, out: Path, config: ExportConfig) -> int:
     from bridge import hub
     from bridge.neuronpedia import sources
+    from bridge.progress import Progress
     from bridge.run.exports import warn_of_marked
 
     if not run.is_dir():
@@ -101,12 +103,14 @@ def _export(run: Path, out: Path, config: ExportConfig) -> int:
             store = source.store()
             if "delphi" in config.format:
                 store.all.of(0)
-    for source in found:
-        for name in config.format:
-            folder, write = FORMATS[name]
-            files = write(source, out / folder, config)
-            size = sum(file.stat().st_size for file in files)
-            print(f"{name:<15} {_common(files)}   {len(files)} files, {size / 2**20:.1f} MiB", flush=True)
+    with Progress("exporting", len(found) * len(config.format), "formats") as progress:
+        for source in found:
+            for name in config.format:
+                folder, write = FORMATS[name]
+                files = write(source, out / folder, config)
+                size = sum(file.stat().st_size for file in files)
+                print(f"{name:<15} {_common(files)}   {len(files)} files, {size / 2**20:.1f} MiB", flush=True)
+                progress.advance()
     if config.hub_repo:
         for upload in uploads:
             print(f"{'hub':<15} {upload.path}   {upload.size:,} bytes", flush=True)
@@ -177,5 +181,17 @@ def _push(run: Path, hooks: list[str], config: ExportConfig) -> None:
     print(f"{'hub':<15} {len(sent)} files {told} https://huggingface.co/{config.hub_repo}")
 
 
+def next_commands(config: ExportConfig) -> list[str]:
+    """Return what reads the files that were written, or pushed."""
+    run = Path(config.run_dir)
+    lines = commands.after_export(
+        run, Path(config.out) if config.out else run / "neuronpedia", config.format, config.hook
+    )
+    if config.hub_repo and not config.dry_run:
+        hook = config.hook or sorted(path.parent.name for path in (run / "sae").glob("*/cfg.json"))[0]
+        lines.append(f'sae_lens.SAE.from_pretrained("{config.hub_repo}", "{hook}")')
+    return lines
+
+
 if __name__ == "__main__":
-    flags.run(ExportConfig, main)
+    flags.run(ExportConfig, main, after=next_commands)

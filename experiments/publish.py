@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge.locations import FilePath
+from bridge.run import commands
 from bridge.run import directory as rundir
 from bridge.settings import flag, settle
 from experiments import flags
@@ -139,6 +140,7 @@ def _prepare(run: Path, source: Source, config: PublishConfig) -> Plan:
     from bridge.neuronpedia.api import api_features
     from bridge.neuronpedia.payload import Target
     from bridge.neuronpedia.upload import NeuronpediaUploader
+    from bridge.progress import Progress
     from bridge.run.labels import Names
 
     ids, about = source.ids, source.about
@@ -146,13 +148,14 @@ def _prepare(run: Path, source: Source, config: PublishConfig) -> Plan:
     folder = (Path(config.out) if config.out else run / "neuronpedia" / "upload") / ids.model / ids.source
     store = source.store()
     features = api_features(store, source.sae_dir, Names.read(run, ids.hook))
-    return NeuronpediaUploader(target).prepare_sae_for_upload(
-        features,
-        folder,
-        d_sae=store.header.d_sae,
-        max_features=config.batch_features,
-        max_bytes=config.batch_bytes,
-    )
+    with Progress(f"preparing {ids.source}", store.header.d_sae, "features") as progress:
+        return NeuronpediaUploader(target).prepare_sae_for_upload(
+            progress.each(features),
+            folder,
+            d_sae=store.header.d_sae,
+            max_features=config.batch_features,
+            max_bytes=config.batch_bytes,
+        )
 
 
 def _ledger(run: Path, plan: Plan, config: PublishConfig) -> Ledger:
@@ -195,19 +198,16 @@ def _agreed(config: PublishConfig) -> bool:
 
 
 def _upload(run: Path, plan: Plan, client: Client, config: PublishConfig) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from bridge.neuronpedia.upload import NeuronpediaUploader
+    from bridge.progress import Progress
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with _ledger(run, plan, config) as ledger, Progress(*columns, transient=True) as bar:
-        task = bar.add_task("features", total=plan.features)
+    with _ledger(run, plan, config) as ledger, Progress("uploading", plan.features, "features") as progress:
         done = NeuronpediaUploader(plan.target).upload(
             plan,
             client,
             ledger,
             keep=config.keep_uploaded,
-            told=lambda progress: bar.update(task, completed=progress.features),
+            told=lambda so_far: progress.update(so_far.features),
         )
     first = next(iter(plan.batches[0].contents))
     print(
@@ -232,14 +232,23 @@ def _read(sources: list[Source], config: PublishConfig) -> int:
 
 def _import(config: PublishConfig) -> int:
     from bridge.neuronpedia.importer import import_folder
+    from bridge.progress import Progress
 
-    counts = import_folder(
-        Path(config.folder or ""), config.import_to or "", told=lambda file, _: print(f"  {file}", flush=True)
-    )
+    with Progress("importing", None):
+        counts = import_folder(
+            Path(config.folder or ""), config.import_to or "", told=lambda file, _: print(f"  {file}", flush=True)
+        )
     for table, count in counts.items():
         print(f"{table:<14} {count.inserted} new, {count.already} there before")
     return 0
 
 
+def next_commands(config: PublishConfig) -> list[str]:
+    """Return what to do with features that were uploaded, or would be."""
+    if config.run_dir is None or config.explanations:
+        return []
+    return commands.after_publishing(Path(config.run_dir), config.hook, config.dry_run)
+
+
 if __name__ == "__main__":
-    flags.run(PublishConfig, main)
+    flags.run(PublishConfig, main, after=next_commands)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from bridge import ranges
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, FilePath
+from bridge.run import commands
 from bridge.run import directory as rundir
 from bridge.settings import LONG_SEED, STEP, flag, settle
 from experiments import flags
@@ -117,6 +118,8 @@ def _load(config: SteerConfig) -> InterpretableModel:
     nano = bridge.nanochat.load(told["checkpoint"], told["step"], config.device, tokenizer=told["tokenizer"])
     finite.warn_of_broken_weights(nano.model)
     require(nano.tokenizer is not None, f"no tokenizer lies beside {told['checkpoint']}: give it with --tokenizer")
+    if config.chat:
+        flags.warn_of_base(nano)
     return InterpretableModel.of(nano, saes)
 
 
@@ -135,5 +138,11 @@ def _requests(config: SteerConfig, hook: str) -> list[Steer]:
     return [Steer(hook, index, config.mode, strength, config.positions) for index, strength in pairs]
 
 
+def next_commands(config: SteerConfig) -> list[str]:
+    """Return what else to steer, and where to see more."""
+    model = {name: getattr(config, name) for name in ("checkpoint", "step", "tokenizer")}
+    return commands.after_steering(Path(config.run_dir), config.hook, bool(config.feature), **model)
+
+
 if __name__ == "__main__":
-    flags.run(SteerConfig, main)
+    flags.run(SteerConfig, main, after=next_commands)

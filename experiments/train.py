@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge.run import commands
 from bridge.run import directory as rundir
 from bridge.training import device
 from bridge.training.config import RunConfig
@@ -195,5 +196,11 @@ def _prepare_neuronpedia(run: Path, config: RunConfig, device: str) -> None:
     export.main(export.ExportConfig(run_dir=str(run), model_id=config.model_id, source_set=config.source_set))
 
 
+def next_commands(config: RunConfig) -> list[str]:
+    """Return what to do with the run; of a sweep with its first."""
+    first = config.variant_name(next(config.variants()))
+    return commands.after_training(Path(config.output_dir) / first)
+
+
 if __name__ == "__main__":
-    flags.run(RunConfig, main)
+    flags.run(RunConfig, main, after=next_commands)

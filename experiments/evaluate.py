@@ -20,7 +20,7 @@ from typing import Literal
 
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, Data, FilePath
-from bridge.run import Run
+from bridge.run import Run, commands
 from bridge.settings import CONTEXT, STEP, ExcludeTokens, flag, settle
 from experiments import flags
 from jsae.settings import TOKENS, require
@@ -81,7 +81,7 @@ def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
     places = tuple(Path(place) for place in config.compare or (config.sae or config.run_dir,))
     run = Path(config.run_dir) if config.run_dir else None
     choice = Choice(places, run, own_runs_first=bool(config.compare), **flags.shared(Choice, config))
-    results = evaluate(choice, Extent(**flags.shared(Extent, config)), evaluate_view.busy)
+    results = evaluate(choice, Extent(**flags.shared(Extent, config)), show_progress=True)
 
     evaluate_view.show([(f"{subject.place}\n{subject.hook}", result["eval"]) for subject, result in results])
     for subject, result in results:
@@ -115,5 +115,11 @@ def _need(config: EvaluateConfig, output: Path | None) -> None:
     require(os.access(output, os.W_OK), f"{output} cannot be written to: give another --output_dir")
 
 
+def next_commands(config: EvaluateConfig) -> list[str]:
+    """Return what to do with the run that was measured; of two that were compared with the first."""
+    run = Run(config.run_dir or (config.compare or (config.sae,))[0])
+    return commands.after_evaluation(run.path) if run.config_file.is_file() else []
+
+
 if __name__ == "__main__":
-    flags.run(EvaluateConfig, main)
+    flags.run(EvaluateConfig, main, after=next_commands)

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Literal
 
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, Data, FilePath
-from bridge.run import Run
+from bridge.run import Run, commands
 from bridge.settings import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
 from experiments import flags
 from jsae.settings import TOKENS, Range, require
 
 if TYPE_CHECKING:
-    from bridge.explorer.explore import Explored
+    from bridge.exploration import Explored
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ def main(config: ExploreConfig) -> int:
         if config.serve:
             _can_serve(config)
         explored = _explore(run, config)
+    if config.chat:
+        flags.warn_of_base(explored.nano)
     if config.serve:  # without the lock: all that the server writes is people's notes
         from bridge.runtime import InterpretableModel
         from bridge.server.server import serve
@@ -86,14 +88,12 @@ def main(config: ExploreConfig) -> int:
 
 
 def _explore(run: Run, config: ExploreConfig) -> Explored:
-    from bridge.explorer.explore import Extent, explore
+    from bridge.exploration import Extent, explore
     from bridge.run.subjects import Choice
-    from experiments import explore_view
 
     choice = Choice((run.path,), run.path, **flags.shared(Choice, config))
     extent = Extent(**flags.shared(Extent, config))
-    shown = {"say": explore_view.say, "progress": explore_view.progress}
-    return explore(choice, extent, force=config.force, keep_page=config.serve, **shown)
+    return explore(choice, extent, force=config.force, keep_page=config.serve, show_progress=True)
 
 
 def _can_serve(config: ExploreConfig) -> None:
@@ -103,5 +103,10 @@ def _can_serve(config: ExploreConfig) -> None:
     listen(config.host, config.port).close()
 
 
+def next_commands(config: ExploreConfig) -> list[str]:
+    """Return what to do with the records."""
+    return commands.after_exploring(Run(config.run_dir).path, config.serve)
+
+
 if __name__ == "__main__":
-    flags.run(ExploreConfig, main)
+    flags.run(ExploreConfig, main, after=next_commands)

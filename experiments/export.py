@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from bridge import formats
 from bridge.formats import Format
 from bridge.locations import FilePath
-from bridge.run import Run
+from bridge.run import Run, commands
 from bridge.settings import flag, settle
 from experiments import flags
 from jsae.settings import at_least, require
@@ -75,6 +75,7 @@ def main(config: ExportConfig) -> int:
 def _export(run: Run, config: ExportConfig) -> int:
     from bridge import hub
     from bridge.neuronpedia import sources
+    from bridge.progress import Progress
     from bridge.run.exports import warn_of_marked
 
     if not run.path.is_dir():
@@ -85,8 +86,9 @@ def _export(run: Run, config: ExportConfig) -> int:
     uploads = hub.plan(run.path, config.hub_repo, license=config.license, hooks=hooks) if config.hub_repo else []
     formats.check(chosen, config.format)
     out = Path(config.out) if config.out else None
-    for written in formats.write(run, chosen, config.format, out=out, vectors=config.vectors):
-        print(written, flush=True)
+    with Progress("exporting", len(chosen) * len(config.format), "formats") as progress:
+        for written in progress.each(formats.write(run, chosen, config.format, out=out, vectors=config.vectors)):
+            print(written, flush=True)
     if config.hub_repo:
         for upload in uploads:
             print(f"{'hub':<15} {upload.path}   {upload.size:,} bytes", flush=True)
@@ -97,5 +99,16 @@ def _export(run: Run, config: ExportConfig) -> int:
     return 0
 
 
+def next_commands(config: ExportConfig) -> list[str]:
+    """Return what reads the files that were written, or pushed."""
+    run = Run(config.run_dir)
+    out = Path(config.out) if config.out else run.neuronpedia_folder
+    lines = commands.after_export(run.path, out, config.format, config.hook)
+    if config.hub_repo and not config.dry_run:
+        hook = config.hook or next(iter(run.exports))
+        lines.append(f'sae_lens.SAE.from_pretrained("{config.hub_repo}", "{hook}")')
+    return lines
+
+
 if __name__ == "__main__":
-    flags.run(ExportConfig, main)
+    flags.run(ExportConfig, main, after=next_commands)

@@ -16,10 +16,10 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bridge.locations import FilePath
-from bridge.run import Run
+from bridge.run import Run, commands
 from bridge.settings import flag, settle
 from experiments import flags
 from jsae.settings import Range, at_least, require
@@ -87,7 +87,6 @@ def main(config: PublishConfig) -> int:
 
 
 def _publish(run: Run, config: PublishConfig) -> int:
-    from bridge.neuronpedia.publication import Publication
     from bridge.run.exports import warn_of_marked
 
     sources = _sources(run, config)
@@ -96,7 +95,7 @@ def _publish(run: Run, config: PublishConfig) -> int:
     most = {"max_features": config.batch_features, "max_bytes": config.batch_bytes}
     out = Path(config.out) if config.out else None
     with contextlib.nullcontext() if config.dry_run else _client(config, _key()) as client:
-        publications = [Publication.prepare(run, source, config.base_url, out=out, **most) for source in sources]
+        publications = [_prepare(run, source, config.base_url, out=out, **most) for source in sources]
         left = [_show(publication, config) for publication in publications]
         if client is None or (sum(left) and not _agreed(config)):
             print("Nothing was sent.")
@@ -118,6 +117,14 @@ def _sources(run: Run, config: PublishConfig) -> list[Source]:
 
     wanted = sources.Wanted(config.model_id, config.source_set, url=config.url, layers=config.layers)
     return sources.of_run(run.path, wanted, config.hook)
+
+
+def _prepare(run: Run, source: Source, server: str, **options: Any) -> Publication:
+    from bridge.neuronpedia.publication import Publication
+    from bridge.progress import Progress
+
+    with Progress(f"preparing {source.ids.source}", source.store().header.d_sae, "features") as progress:
+        return Publication.prepare(run, source, server, each=progress.each, **options)
 
 
 def _key() -> str:
@@ -164,15 +171,11 @@ def _agreed(config: PublishConfig) -> bool:
 
 
 def _upload(publication: Publication, client: Client, config: PublishConfig) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from bridge.progress import Progress
 
     plan = publication.plan
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("features", total=plan.features)
-        done = publication.send(
-            client, config.keep_uploaded, lambda progress: bar.update(task, completed=progress.features)
-        )
+    with Progress("uploading", plan.features, "features") as progress:
+        done = publication.send(client, config.keep_uploaded, lambda sent: progress.update(sent.features))
     first = next(iter(plan.batches[0].contents))
     print(
         f"{done.features} features are there, {done.sent / 1e6:.1f} MB were sent: "
@@ -196,14 +199,23 @@ def _read(sources: list[Source], config: PublishConfig) -> int:
 
 def _import(config: PublishConfig) -> int:
     from bridge.neuronpedia.importer import import_folder
+    from bridge.progress import Progress
 
-    counts = import_folder(
-        Path(config.folder or ""), config.import_to or "", told=lambda file, _: print(f"  {file}", flush=True)
-    )
+    with Progress("importing", None):
+        counts = import_folder(
+            Path(config.folder or ""), config.import_to or "", told=lambda file, _: print(f"  {file}", flush=True)
+        )
     for table, count in counts.items():
         print(f"{table:<14} {count.inserted} new, {count.already} there before")
     return 0
 
 
+def next_commands(config: PublishConfig) -> list[str]:
+    """Return what to do with features that were uploaded, or would be."""
+    if config.run_dir is None or config.explanations:
+        return []
+    return commands.after_publishing(Path(config.run_dir), config.hook, config.dry_run)
+
+
 if __name__ == "__main__":
-    flags.run(PublishConfig, main)
+    flags.run(PublishConfig, main, after=next_commands)

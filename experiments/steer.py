@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bridge import ranges
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, FilePath
-from bridge.run import Run
+from bridge.run import Run, commands
 from bridge.settings import LONG_SEED, STEP, flag, settle
 from experiments import flags
 from jsae.settings import COUNT, Range, at_least, require
@@ -110,7 +111,10 @@ def _load(config: SteerConfig) -> InterpretableModel:
     saes = run.saes(config.device)
     warn_of_marked([run.path])  # an exported SAE by itself
     run.warn_of_marked(saes)
-    return InterpretableModel.of(model.load(config.device), saes)
+    nano = model.load(config.device)
+    if config.chat:
+        flags.warn_of_base(nano)
+    return InterpretableModel.of(nano, saes)
 
 
 def _hook(config: SteerConfig, im: InterpretableModel) -> str:
@@ -128,5 +132,11 @@ def _requests(config: SteerConfig, hook: str) -> list[Steer]:
     return [Steer(hook, index, config.mode, strength, config.positions) for index, strength in pairs]
 
 
+def next_commands(config: SteerConfig) -> list[str]:
+    """Return what else to steer, and where to see more."""
+    model = {name: getattr(config, name) for name in ("checkpoint", "step", "tokenizer")}
+    return commands.after_steering(Path(config.run_dir), config.hook, bool(config.feature), **model)
+
+
 if __name__ == "__main__":
-    flags.run(SteerConfig, main)
+    flags.run(SteerConfig, main, after=next_commands)

@@ -9,6 +9,7 @@ stop (Ctrl-C, SIGTERM) saves and exits with code 75, so that nothing that needs 
 import shlex
 import sys
 
+from bridge.run import Run, commands
 from bridge.training import RunConfig, Stopped, train
 from experiments import flags, signals
 
@@ -24,5 +25,11 @@ def main(config: RunConfig) -> int:
     return 0
 
 
+def next_commands(config: RunConfig) -> list[str]:
+    """Return what to do with the run; of a sweep with its first."""
+    first = config.variant_name(next(config.variants()))
+    return commands.after_training(Run(config.output_dir).path / first)
+
+
 if __name__ == "__main__":
-    flags.run(RunConfig, main)
+    flags.run(RunConfig, main, after=next_commands)

@@ -129,7 +129,7 @@ def test_what_a_config_shares_with_another_dataclass_is_handed_on():
         ("bridge.run.subjects.Choice", "evaluate.EvaluateConfig", {"places", "run", "own_runs_first"}),
         ("bridge.run.subjects.Choice", "explore.ExploreConfig", {"places", "run", "own_runs_first"}),
         ("bridge.evaluate.evaluation.Extent", "evaluate.EvaluateConfig", set()),
-        ("bridge.explorer.explore.Extent", "explore.ExploreConfig", set()),
+        ("bridge.exploration.Extent", "explore.ExploreConfig", set()),
         ("bridge.neuronpedia.sources.Wanted", "export.ExportConfig", set()),
         ("experiments.prompt_loop.Settings", "steer.SteerConfig", set()),
     ],

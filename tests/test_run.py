@@ -11,7 +11,7 @@ import torch
 from bridge import formats
 from bridge.evaluate.evaluation import Extent as Measured
 from bridge.evaluate.evaluation import evaluate
-from bridge.explorer.explore import Extent, explore, of_run
+from bridge.exploration import Extent, explore, of_run
 from bridge.neuronpedia.sources import Wanted
 from bridge.neuronpedia.sources import of_run as sources_of
 from bridge.run import Run, directory

@@ -352,7 +352,12 @@ def test_another_run_is_never_overwritten(whole, text):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     done = run_to_the_end(run, text)
     assert done.returncode == 1
-    assert "already holds another run" in done.stderr
+    assert f"{run} already holds this run, finished. Next: " in done.stderr
+    for name in ("evaluate", "explore", "steer"):
+        assert f"-m experiments.{name} --run_dir={run}" in done.stderr
+    done = run_to_the_end(run, text, k=4)
+    assert done.returncode == 1
+    assert f"{run} already holds another run: choose another --output_dir" in done.stderr
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
 

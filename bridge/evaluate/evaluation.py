@@ -1,24 +1,22 @@
 """The evaluation of chosen SAEs: metrics, what is known of every latent, labels. Its results go into a run's tables."""
 
-import contextlib
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
+
 from bridge.evaluate import classes, labels, probing, text
-from bridge.evaluate.core import finite, measure
+from bridge.evaluate.core import PASSES, finite, measure
 from bridge.evaluate.site import Site
 from bridge.evaluate.text import Text
 from bridge.nanochat import Nanochat
 from bridge.nanochat.units import Split
+from bridge.progress import Progress
 from bridge.run import subjects
 from bridge.run.subjects import Choice, Subject
 from jsae.health import unusable
 from jsae.settings import require
-
-Busy = Callable[[str], contextlib.AbstractContextManager[None]]
-"""Gives a context within which the named work is done."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,13 @@ class Extent:
     labels: bool = True
 
 
-def evaluate(
-    choice: Choice, extent: Extent, busy: Busy = lambda what: contextlib.nullcontext()
-) -> list[tuple[Subject, dict[str, Any]]]:
+def evaluate(choice: Choice, extent: Extent, *, show_progress: bool = False) -> list[tuple[Subject, dict[str, Any]]]:
     """Measure every chosen SAE on the same text.
 
     Args:
       choice: the SAEs, their model and their text, that of the first place.
       extent: how much is read and measured.
-      busy: is entered for every SAE.
+      show_progress: show on stderr how far it is.
 
     Returns:
       Every SAE with its results as `Run.write_evaluation` takes them: "eval" (metrics), "latents" (columns) and, if
@@ -56,10 +52,11 @@ def evaluate(
     chosen = subjects.find(choice)
     data = subjects.reading(choice, choice.places[0]).data
     texts = {id(subject.nano): _text(choice, extent, subject.nano) for subject in chosen}
-    results = []
+    results, console = [], Console(stderr=True, quiet=not show_progress)
     for subject in chosen:
-        with busy(f"measuring {subject.place}, {subject.hook}"):
-            results.append(finite(_measure(extent, subject, texts[id(subject.nano)], data)))
+        progress = Progress(f"measuring {subject.hook}", None, console=console)
+        with progress, progress.tokens_of(subject.nano.model):
+            results.append(finite(_measure(extent, subject, texts[id(subject.nano)], data, progress)))
     return list(zip(chosen, results, strict=True))
 
 
@@ -78,10 +75,11 @@ def _text(choice: Choice, extent: Extent, nano: Nanochat) -> Text:
     return text.read(documents, nano.tokenizer, row_len, extent.heldout_tokens)
 
 
-def _measure(extent: Extent, subject: Subject, rows: Text, data: str) -> dict[str, Any]:
+def _measure(extent: Extent, subject: Subject, rows: Text, data: str, progress: Progress) -> dict[str, Any]:
     """Return the results of one SAE, numpy numbers and arrays among them."""
     nano, sae = subject.nano, subject.sae
     site = Site(nano.model, subject.hook, subject.excluded, subject.drop_sinks)
+    progress.phase(f"measuring {subject.hook}", PASSES * rows.tokens.size, "tokens")
     summary, columns = measure(site, sae, rows.tokens, nano.tokenizer.token_bytes)
     if problem := unusable(summary):
         summary["problem"] = problem
@@ -98,21 +96,26 @@ def _measure(extent: Extent, subject: Subject, rows: Text, data: str) -> dict[st
     }
     results: dict[str, Any] = {"eval": summary, "latents": columns}
     if extent.probes:
-        summary |= _probes(extent, subject, site, rows, data)
+        summary |= _probes(extent, subject, site, rows, data, progress)
     if extent.labels:
+        progress.phase("labelling latents", rows.tokens.size, "tokens")
         labelled = labels.label(labels.firings(site, sae, rows), rows, nano.tokenizer)
         summary["labels"] = labels.summary(labelled)
         results["labels"] = labels.table(labelled)
     return results
 
 
-def _probes(extent: Extent, subject: Subject, site: Site, rows: Text, data: str) -> dict[str, Any]:
+def _probes(extent: Extent, subject: Subject, site: Site, rows: Text, data: str, progress: Progress) -> dict[str, Any]:
     """Return the metrics of sparse probing and TPP, each by kind of class; None for a kind that the text lacks."""
+    progress.phase("reading text for probes", None)
     passages = classes.packages(data, subject.nano.tokenizer, extent.probe_tokens)
+    tokens = rows.tokens.size + (0 if passages is None else passages.tokens.size)
+    progress.phase("reading activations for probes", tokens, "tokens")
     examples = {
         "package": None if passages is None else classes.of_passages(site, subject.sae, passages),
         "syntax": classes.of_tokens(site, subject.sae, rows),
     }
+    progress.phase("fitting probes", None)
     W_dec = subject.sae.W_dec.cpu().numpy()
     return {
         "sparse_probing": {kind: x and probing.sparse_probing(x) for kind, x in examples.items()},

@@ -21,6 +21,8 @@ from bridge.nanochat.tokenizer import Tokenizer
 from bridge.nanochat.tokenizer import load as load_tokenizer
 from bridge.nanochat.weights import Weights
 
+_CHAT_FOLDERS = ("mid_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints")
+
 
 @dataclasses.dataclass(frozen=True)
 class Nanochat:
@@ -37,6 +39,11 @@ class Nanochat:
     """Every file that the weights are in."""
     name: str
     """What to call it: its directory, or its repository on the hub."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the path says that it was trained to chat: nanochat gives such checkpoints folders of their own."""
+        return any(part in _CHAT_FOLDERS for part in self.path.parts)
 
     @functools.cached_property
     def fingerprint(self) -> str:

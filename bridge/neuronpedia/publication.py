@@ -1,9 +1,10 @@
 """The upload of a run's features to a Neuronpedia: requests on the disk, and the run's ledger of what was sent."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bridge.neuronpedia.api import api_features
 from bridge.neuronpedia.client import Client, site
@@ -49,6 +50,7 @@ class Publication:
         out: Path | None = None,
         max_features: int = MAX_FEATURES,
         max_bytes: int = MAX_BYTES,
+        each: Callable[[Iterable[dict[str, Any]]], Iterable[dict[str, Any]]] = iter,
     ) -> "Publication":
         """Check all features and write the bodies of the requests; send nothing.
 
@@ -59,6 +61,7 @@ class Publication:
           out: where the bodies are written, in folders per model and source; None is the run's own folder.
           max_features: features per request at most.
           max_bytes: bytes per request at most.
+          each: yields the features that it gets, and may show how many have gone by.
 
         Raises:
           FileNotFoundError, StoreError: no records, or none that fit.
@@ -68,7 +71,7 @@ class Publication:
         ids, about, store = source.ids, source.about, source.store()
         target = Target(ids, about.n_layer, description=about.description, url=about.url)
         plan = NeuronpediaUploader(target).prepare_sae_for_upload(
-            api_features(store, source.sae_dir, Names.read(run.path, ids.hook)),
+            each(api_features(store, source.sae_dir, Names.read(run.path, ids.hook))),
             (out or run.bodies_folder) / ids.model / ids.source,
             d_sae=store.header.d_sae,
             max_features=max_features,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.locations import absolute_fields
+from bridge.run import commands
 from bridge.run.layout import WRITTEN, Layout
 from jsae import files
 from jsae.settings import Json, require
@@ -50,7 +51,7 @@ def claimed(run: Path, config: Json, variants: Iterable[str] = ()) -> Iterator[c
         require(config_file.is_file(), f"{run} holds no run to resume: leave out --resume to start one")
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.Lock(run))
-        _check_resumed(run, config) if resume else _check_new(run)
+        _check_resumed(run, config) if resume else _check_new(run, config)
         files.clear(run, *WRITTEN)
         for name in variants:
             if (run / name).is_dir():
@@ -89,27 +90,42 @@ def is_writable(run: Path) -> bool:
     return os.access(run, os.W_OK)
 
 
-def _check_new(run: Path) -> None:
+def _check_new(run: Path, config: Json) -> None:
     """Refuse a directory that holds anything but the lock and remains of killed processes."""
     nothing = {files.LOCK, *(name + files.PARTIAL for name in WRITTEN)}
-    require(
-        all(path.name in nothing for path in run.iterdir()),
-        f"{run} already holds {'another run' if (run / 'config.json').is_file() else 'something else'}: "
-        "choose another --output_dir, or go on with that run by its own flags and --resume",
-    )
+    if all(path.name in nothing for path in run.iterdir()):
+        return
+    other = "choose another --output_dir"
+    if not Layout(run).config_file.is_file():
+        require(False, f"{run} already holds something else: {other}")
+    if _differing(run, config):
+        require(
+            False, f"{run} already holds another run: {other}, or go on with that run by its own flags and --resume"
+        )
+    folders = (run, *sorted(path for path in run.iterdir() if path.is_dir()))
+    finished = next((folder for folder in folders if Layout(folder).table_file("eval").is_file()), None)
+    if finished is None:
+        require(False, f"{run} already holds this run, unfinished: go on with it by --resume, or {other}")
+    lines = "; ".join(commands.after_training(finished))
+    require(False, f"{run} already holds this run, finished. Next: {lines}. To train it again, {other}")
 
 
-def _check_resumed(run: Path, config: Json) -> None:
-    """Refuse to go on with a run of other flags."""
+def _differing(run: Path, config: Json) -> str:
+    """The flags of the run that are not those of `config` and change its numbers, as a text; "" if there are none."""
     before, now = read(run)["flags"], json.loads(json.dumps(config.to_json()))
     defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
     before = json.loads(json.dumps(defaults)) | before  # of flags that the run's version did not have
     same = [absolute_fields(type(config), values, resolve=True) for values in (before, now)]
     differing = [name for name in sorted(set(now) | set(before)) if same[0].get(name) != same[1].get(name)]
-    told = ", ".join(
+    return ", ".join(
         f"--{n}={_written(before.get(n))} (now {_written(now.get(n))})" for n in differing if n not in _FREE
     )
-    require(not told, f"the run in {run} was started with {told}: resume it with its own flags")
+
+
+def _check_resumed(run: Path, config: Json) -> None:
+    """Refuse to go on with a run of other flags."""
+    flags = _differing(run, config)
+    require(not flags, f"the run in {run} was started with {flags}: resume it with its own flags")
 
 
 def record(run: Path, config: Json, facts: dict[str, Any]) -> None:

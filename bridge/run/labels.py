@@ -1,5 +1,6 @@
 """Labels of latents: automatic ones of the evaluation, and those that people wrote, which come first."""
 
+import contextlib
 import dataclasses
 import json
 import unicodedata
@@ -75,6 +76,20 @@ class Names:
     def label(self, latent: int) -> str:
         """Return the label of a latent, "" if it has none."""
         return self[latent].label
+
+
+def automatic_hooks(run: str | Path) -> dict[str, int]:
+    """Return the hooks whose latents have automatic labels in `labels.json`, and how many of them have one.
+
+    Raises:
+      ValueError: the file is broken.
+    """
+    file = Path(run) / "labels.json"
+    if not file.is_file():
+        return {}
+    hooks = _table(file)
+    counts = {hook: len(_automatic(file, hook)) for hook in hooks}
+    return {hook: count for hook, count in counts.items() if count}
 
 
 def notes_file(run: str | Path) -> Path:
@@ -166,14 +181,30 @@ def _automatic(file: Path, hook: str) -> dict[int, Name]:
     """Return the labels of a hook from a file of {hook: {latent: {label, f1, …}}}."""
     if not file.is_file():
         return {}
+    with _broken(file):
+        table = _table(file).get(hook, {})
+        return {int(latent): _of_table(line) for latent, line in table.items() if line["label"]}
+
+
+def _table(file: Path) -> dict[str, Any]:
+    """The labels of all hooks."""
+    with _broken(file):
+        table = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(table, dict):
+            raise TypeError(f"expected an object, got {type(table).__name__}")
+        return table
+
+
+@contextlib.contextmanager
+def _broken(file: Path) -> Iterator[None]:
+    """Raise ValueError with the name of the file for whatever is wrong with its content."""
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        table = told.get(hook, {})
-        found = {int(latent): _of_table(line) for latent, line in table.items() if line["label"]}
+        yield
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        if str(file) in str(error):
+            raise
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} is broken ({what}): `python -m experiments.evaluate` writes it anew") from error
-    return found
 
 
 def _of_table(line: Mapping[str, Any]) -> Name:

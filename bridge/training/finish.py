@@ -15,6 +15,7 @@ from bridge.evaluate import Site
 from bridge.evaluate.core import finite
 from bridge.evaluate.survey import survey
 from bridge.hooks import module_name
+from bridge.progress import Progress
 from bridge.run import Run
 from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
 from jsae import export, files, metrics
@@ -61,7 +62,8 @@ def finish(
             config.tokens_per_forward,
             beside=trainee.hooks[1:],
         )
-        sums = survey(site, shipped, site.batches(rows)).sums
+        with Progress(f"measuring {trainee.label}", rows.size, "tokens") as progress, progress.tokens_of(nano.model):
+            sums = survey(site, shipped, site.batches(rows)).sums
         export.write_sparsity(folder, metrics.density(sums))
         summary = {name: value for name, value in metrics.summarize(sums).items() if name != "loss"}
         summary["density_histogram"] = metrics.histogram(metrics.density(sums), summary["tokens"])

@@ -62,6 +62,7 @@ def train(
                 window = sums if window is None else add(window, sums)
                 stop, last = bool(stopped), step == num_steps  # a later request waits for the next step
                 due = last or stop or step % save_every == 0
+                reporter.step(step)
                 if due or step % config.log_every == 0:
                     for trainee, state, total in zip(trainees, states, window, strict=True):
                         training.check_finite(state, total, trainee.label if len(trainees) > 1 else None)

@@ -150,7 +150,7 @@ def _announce(config: RunConfig, nano: "Nanochat", trainees: list["Trainee"]) ->
 def _prepare_neuronpedia(run: Run, config: RunConfig, torch_device: str) -> None:
     """Gather records of a run and write its export for Neuronpedia, with the defaults of the commands that do so."""
     from bridge import formats
-    from bridge.explorer.explore import Extent, explore, of_run
+    from bridge.exploration import Extent, explore, of_run
     from bridge.neuronpedia import sources
 
     explore(of_run(run, torch_device), Extent())

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a progress bar, a JSON line per report, TensorBoard events."""
+"""What a run reports while it trains: progress, a JSON line per report, TensorBoard events."""
 
 import json
 import time
@@ -7,9 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from bridge.progress import Progress
 from bridge.run import Run
 from bridge.training.events import Events
 from jsae import files
@@ -40,23 +38,26 @@ class Reporter:
         self._lines = {folder: files.Lines(Run(folder).metrics_file, sync=False) for folder in folders}
         self._events = Events(Run(run).events_folder, start + 1)
         self._wandb = None if wandb_project is None else _wandb(wandb_project, run)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._task = self._progress.add_task("starting", total=num_steps, completed=start)
+        self._progress = Progress("training", num_steps, "steps", start)
+        self._note = ""
         self._last = time.perf_counter()
 
     def __enter__(self) -> "Reporter":
-        self._progress.start()
+        self._progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._progress.__exit__(kind, error, trace)
         for lines in self._lines.values():
             lines.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def step(self, step: int) -> None:
+        """Show that a step is done."""
+        self._progress.update(step, self._note)
 
     def report(self, step: int, values: Sequence[dict[str, Any]], tokens: int) -> None:
         """One line of metrics for every SAE; `activations` and `tokens` since the last report become rates."""
@@ -74,11 +75,12 @@ class Reporter:
         self._events.add(step, scalars)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
-        self._progress.update(self._task, completed=step, description=_told(values, rates["activations_per_second"]))
+        self._note = _note(values, rates["activations_per_second"])
+        self._progress.update(step, self._note)
 
 
-def _told(values: Sequence[dict[str, Any]], rate: float) -> str:
-    """A line for the progress bar: of several SAEs from the least to the most."""
+def _note(values: Sequence[dict[str, Any]], rate: float) -> str:
+    """Return the metrics that are shown with the progress; of several SAEs their range."""
 
     def ends(name: str, form: str) -> str:
         found = [value[name] for value in values]

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bridge.progress import Progress
 from experiments.benches import peers, quality_sides, tables, timing
 from experiments.benches.quality_config import OURS, Config
 from experiments.benches.quality_contest import Contest
@@ -52,7 +53,11 @@ def main(config: Config) -> int:
         )
         with peers.process(python, script, folder) as (versions, ask):
             contest = Contest(config, subject, folder, ask, tell)
-            found = [row for architecture in config.architectures for row in contest.rows(architecture)]
+            found = []
+            with Progress("training and scoring", len(config.architectures), "architectures") as progress:
+                for architecture in config.architectures:
+                    found += contest.rows(architecture)
+                    progress.advance()
     console.print(markdown(found), soft_wrap=True, markup=False) if config.markdown else console.print(_table(found))
     settings = timing.settings(config, "peer_env", "quick")
     work = " ".join(__doc__.split("\n\n")[1].split())

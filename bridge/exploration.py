@@ -1,26 +1,24 @@
 """The explorer's files of a run: records of its SAEs, gathered unless those that are there fit, and their page."""
 
-import contextlib
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from rich.console import Console
+
+from bridge import quick_labels
 from bridge.explorer import gather, page
-from bridge.explorer.gather import Plan, Tell
+from bridge.explorer.gather import Plan
 from bridge.nanochat import Nanochat
 from bridge.nanochat.units import Split
+from bridge.progress import Progress
 from bridge.run import Run, subjects
+from bridge.run.labels import automatic_hooks
 from bridge.run.subjects import Choice, Subject
 from bridge.torch_sae import TorchSAE
 from jsae.records.recorder import Settings
 from jsae.records.store import digest
 from jsae.settings import require
-
-Say = Callable[[str], None]
-"""Shows a line to the user."""
-Progress = Callable[[], contextlib.AbstractContextManager[Tell]]
-"""Gives a context within which progress is shown by what it yields."""
 
 
 @dataclass(frozen=True)
@@ -45,32 +43,24 @@ class Explored:
     saes: dict[str, TorchSAE]
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _silent() -> contextlib.AbstractContextManager[Tell]:
-    return contextlib.nullcontext(lambda what, share: None)
-
-
 def explore(
     choice: Choice,
     extent: Extent,
     *,
     force: bool = False,
     keep_page: bool = False,
-    say: Say = _say,
-    progress: Progress = _silent,
+    show_progress: bool = False,
 ) -> Explored:
-    """Gather the records of a run's SAEs unless those that are there fit, and write the page.
+    """Gather the records of a run's SAEs unless those that are there fit, label latents, and write the page.
+
+    SAEs without labels get quick ones, from a part of the text. What is done is said on stderr.
 
     Args:
       choice: one run, and what is to be other than it recorded; see `of_run`.
       extent: which text is read, and what is kept.
       force: gather again though the records fit.
       keep_page: leave a page as it is if the run cannot be written to.
-      say: shows lines.
-      progress: shows how far it is.
+      show_progress: show how far it is.
 
     Raises:
       ConfigError, ValueError: an SAE that does not fit, SAEs trained on different tokens, too little text.
@@ -82,14 +72,16 @@ def explore(
         chosen = subjects.find(choice)
         nano, saes = chosen[0].nano, {subject.hook: subject.sae for subject in chosen}
         run.warn_of_marked(saes)
-        _gather(run, nano, saes, _plan(choice, extent, chosen), force, say, progress)
+        plan, console = _plan(choice, extent, chosen), Console(stderr=True, quiet=not show_progress)
+        seconds = _gather(run, nano, saes, plan, force, console)
+        if run.is_writable:
+            _label(run, nano, saes, plan, seconds, console)
         if keep_page and run.page_file.is_file() and not run.is_writable:
-            say(f"{run.path} cannot be written to: the page is served as it is")
+            _say(f"{run.path} cannot be written to: the page is served as it is")
         else:
-            with progress() as tell:
-                tell("writing the page", 0.0)
+            with Progress("writing the page", None, console=console):
                 page.write(run.path, list(saes))
-            say(f"written to {run.page_file}")
+            _say(f"written to {run.page_file}")
     return Explored(nano, saes)
 
 
@@ -122,23 +114,50 @@ def _plan(choice: Choice, extent: Extent, chosen: list[Subject]) -> Plan:
 
 
 def _gather(
-    run: Run, nano: Nanochat, saes: dict[str, TorchSAE], plan: Plan, force: bool, say: Say, progress: Progress
-) -> None:
-    """Gather records unless those that are there fit; say which, and what was gathered."""
+    run: Run, nano: Nanochat, saes: dict[str, TorchSAE], plan: Plan, force: bool, console: Console
+) -> float | None:
+    """Gather records unless those that are there fit; return the seconds it took, None if they fit."""
     digests = {hook: digest(run.sae_folder(hook)) for hook in saes}
     reason = "--force" if force else gather.unfit(run.records_folder, digests, nano, plan)
+    seconds = None
     if reason is None:
-        say(f"the records in {run.records_folder} fit: --force gathers them again")
+        _say(f"the records in {run.records_folder} fit: --force gathers them again")
         if plan.data_fingerprint is None:
-            say(f"{plan.data} is not on this machine: whether its text is still the same was not looked at")
+            _say(f"{plan.data} is not on this machine: whether its text is still the same was not looked at")
     else:
-        say(f"gathering records: {reason}")
+        _say(f"gathering records: {reason}")
         before = time.perf_counter()
-        with progress() as tell:
-            gather.gather(nano, saes, digests, run.records_folder, plan, tell)
-        say(f"gathered in {time.perf_counter() - before:.0f} s")
+        with Progress("gathering", console=console) as progress:
+            gather.gather(nano, saes, digests, run.records_folder, plan, progress.share)
+        seconds = time.perf_counter() - before
+        _say(f"gathered in {seconds:.0f} s")
     for hook in saes:
-        say(_summary(run, hook))
+        _say(_summary(run, hook))
+    return seconds
+
+
+def _label(
+    run: Run, nano: Nanochat, saes: dict[str, TorchSAE], plan: Plan, gathered: float | None, console: Console
+) -> None:
+    """Find quick labels for SAEs that have none, in at most a third of the time that gathering took."""
+    try:
+        with Progress("labelling latents", None, console=console):
+            summaries = quick_labels.write(run, nano, saes, plan, None if gathered is None else gathered / 6)
+    except FileNotFoundError as error:
+        _say(f"no labels were found: {error}")
+        return
+    for hook, count in automatic_hooks(run.path).items():
+        if hook in summaries:
+            fitting = summaries[hook]["f1_over_50_percent"]
+            _say(f"{hook}: {count:,} latents labelled from a part of the text, {fitting:,} with an F1 over 0.5")
+        elif hook in saes:
+            _say(f"{hook}: {count:,} latents have labels in {run.table_file('labels')}")
+    if summaries:
+        _say(f"labels from more text, and their scores: python -m experiments.evaluate --run_dir={run.path}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _summary(run: Run, hook: str) -> str:

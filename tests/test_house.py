@@ -198,3 +198,10 @@ def test_everything_is_written_through_one_module():
 def test_direct_writes_are_known_when_they_are_seen(code, direct, tmp_path):
     (tmp_path / "module.py").write_text(code)
     assert bool(_direct_writes(tmp_path / "module.py")) == direct
+
+
+def test_processes_that_may_not_write_large_files_write_no_compiled_modules():
+    limiting = [p for p in sorted(Path(__file__).parent.glob("test_*.py")) if "RLIMIT_" + "FSIZE" in p.read_text()]
+    assert limiting
+    for file in limiting:
+        assert "env=file_limit.ENVIRONMENT" in file.read_text() or "{**file_limit.ENVIRONMENT" in file.read_text(), file

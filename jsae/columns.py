@@ -13,7 +13,8 @@ import numpy as np
 from jsae import files
 from jsae.config import Json, require
 
-VERSION = 1
+VERSION = 2
+"""Of the layout. Version 1 named SAEs by their weights alone, so that a change of their settings was not noticed."""
 
 
 class StoreError(ValueError):

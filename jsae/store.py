@@ -13,6 +13,7 @@ import codecs
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -144,10 +145,45 @@ class AllHeader(Json):
     sae_sha256: str
 
 
+_STATISTICS = ("activation_scaler.json", "activation_whitening.safetensors")
+_DESCRIPTIVE = ("metadata", "device")
+_HOOKS = ("hook_name", "hook_name_out", "hook_names", "sae_lens_version")
+_LARGEST_CFG = 16 * 2**20
+
+
 def digest(export: Path) -> str:
-    """sha256 of an exported SAE: of its weights' file."""
-    with (export / "sae_weights.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the sha256 of an exported SAE: of everything in its directory that its latents depend on.
+
+    These are the weights, the statistics that scale its input where there are some, and the settings of `cfg.json`: all
+    but the device and the metadata, of which only the names of hooks and the version of SAELens count.
+
+    Raises:
+      FileNotFoundError: the weights or the settings are missing.
+      ValueError: `cfg.json` is broken.
+    """
+    settings = json.dumps(_settings(export / "cfg.json"), sort_keys=True)
+    names = ["sae_weights.safetensors", *(name for name in _STATISTICS if (export / name).is_file())]
+    total = hashlib.sha256(settings.encode())
+    for name in names:
+        with (export / name).open("rb") as file:
+            total.update(f"\n{name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return total.hexdigest()
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """Return what a `cfg.json` says that latents may depend on."""
+    try:
+        size = file.stat().st_size
+        if size > _LARGEST_CFG:
+            raise ValueError(f"it has {size:,} bytes, and at most {_LARGEST_CFG:,} are read")
+        cfg = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(cfg, dict):
+            raise ValueError(f"expected an object, got {type(cfg).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is broken: {str(error)[:200]}") from error
+    metadata = cfg.get("metadata")
+    described = {name: metadata[name] for name in _HOOKS if name in metadata} if isinstance(metadata, dict) else {}
+    return {name: value for name, value in cfg.items() if name not in _DESCRIPTIVE} | {"metadata": described}
 
 
 class Texts(Folder):
@@ -288,7 +324,7 @@ class Store(Folder):
         if sae_sha256 is not None and found != sae_sha256:
             raise StoreError(
                 f"the records at {self.path} are of the SAE {found[:12]}, not of {sae_sha256[:12]}: "
-                "it was trained again since"
+                "it was trained again or its settings changed since"
             )
 
     def _sizes(self) -> dict[str, int]:

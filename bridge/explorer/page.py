@@ -128,7 +128,8 @@ def _stores(run: Path, hooks: Sequence[str] | None) -> list[Store]:
     stores = []
     for hook in hooks:
         export = run / "sae" / hook
-        known = digest(export) if (export / "sae_weights.safetensors").is_file() else None
+        is_there = all((export / name).is_file() for name in ("sae_weights.safetensors", "cfg.json"))
+        known = digest(export) if is_there else None
         stores.append(Store(records / hook, known))
     return sorted(stores, key=lambda store: (store.header.layer, store.header.hook))
 

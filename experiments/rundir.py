@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.locations import absolute_fields
-from jsae import files
-from jsae.config import Json, require
+from jsae import files, jsons
+from jsae.config import ConfigError, Json, require
 
 # What may differ between a run and its continuation without changing a number.
 _FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fraction", "heldout_tokens"} | {
@@ -133,10 +133,11 @@ def read(run: Path) -> dict[str, Any]:
     path = run / "config.json"
     require(path.is_file(), f"{run} is no run: it has no config.json")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        require(False, f"{path} is broken: {error}")
-    require(isinstance(found, dict) and {"flags", "facts"} <= set(found), f"{path} is not what a run writes")
+        found = jsons.read(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    tables = isinstance(found, dict) and all(isinstance(found.get(name), dict) for name in ("flags", "facts"))
+    require(tables, f"{path} is not what a run writes")
     return found
 
 

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jsae import jsons
 from jsae.columns import VERSION, Folder, Growing, StoreError, write, write_header
 from jsae.config import Json
 
@@ -148,7 +149,6 @@ class AllHeader(Json):
 _STATISTICS = ("activation_scaler.json", "activation_whitening.safetensors")
 _DESCRIPTIVE = ("metadata", "device")
 _HOOKS = ("hook_name", "hook_name_out", "hook_names", "sae_lens_version")
-_LARGEST_CFG = 16 * 2**20
 
 
 def digest(export: Path) -> str:
@@ -172,15 +172,9 @@ def digest(export: Path) -> str:
 
 def _settings(file: Path) -> dict[str, Any]:
     """Return what a `cfg.json` says that latents may depend on."""
-    try:
-        size = file.stat().st_size
-        if size > _LARGEST_CFG:
-            raise ValueError(f"it has {size:,} bytes, and at most {_LARGEST_CFG:,} are read")
-        cfg = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(cfg, dict):
-            raise ValueError(f"expected an object, got {type(cfg).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is broken: {str(error)[:200]}") from error
+    cfg = jsons.read(file)
+    if not isinstance(cfg, dict):
+        raise ValueError(f"{file} is broken: expected an object, got {type(cfg).__name__}")
     metadata = cfg.get("metadata")
     described = {name: metadata[name] for name in _HOOKS if name in metadata} if isinstance(metadata, dict) else {}
     return {name: value for name, value in cfg.items() if name not in _DESCRIPTIVE} | {"metadata": described}

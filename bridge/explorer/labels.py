@@ -9,12 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jsae import files
+from jsae import files, jsons
 
 LONGEST_LABEL = 512
 """Characters of a label: Neuronpedia takes no longer explanation."""
 LONGEST_NOTE = 10_000
 _LARGEST_FILE = 2**28
+_LARGEST_LABELS = 2**26
 _LARGEST_LATENT = 2**31
 _FIELDS = ("hook", "latent", "label", "note", "time")
 
@@ -101,12 +102,12 @@ def notes(run: str | Path) -> list[dict[str, Any]]:
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
+            line = jsons.loads(text)
             if not isinstance(line, dict):
                 raise ValueError(f"expected an object, got {type(line).__name__}")
             found.append(_checked(**{name: line.get(name, "") for name in _FIELDS}))
-        except (ValueError, RecursionError) as error:
-            warnings.warn(f"{file}, line {number} is left out: {str(error) or 'nested too deep'}", stacklevel=2)
+        except ValueError as error:
+            warnings.warn(f"{file}, line {number} is left out: {error}", stacklevel=2)
     return found
 
 
@@ -165,11 +166,12 @@ def _automatic(file: Path, hook: str) -> dict[int, Name]:
     """The labels that an evaluation wrote, {hook: {latent: {label, f1, …}}}."""
     if not file.is_file():
         return {}
+    jsons.check_size(file, _LARGEST_LABELS)
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
+        told = jsons.loads(file.read_text(encoding="utf-8"))
         table = told.get(hook, {})
         found = {int(latent): _of_table(line) for latent, line in table.items() if line["label"]}
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} is broken ({what}): `python -m experiments.evaluate` writes it anew") from error
     return found

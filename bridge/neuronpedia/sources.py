@@ -1,7 +1,6 @@
 """The SAEs of a run as Neuronpedia's sources: where they and their records lie, what they are called."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from bridge.exports import finished
 from bridge.neuronpedia import ids as names
 from bridge.neuronpedia.about import CREATED_AT, About
 from bridge.neuronpedia.ids import Ids
+from jsae import jsons
 from jsae.config import require
 from jsae.store import Store, digest
 
@@ -130,9 +130,6 @@ def _json(file: Path) -> dict[str, Any]:
     """A JSON table, empty where there is no file."""
     if not file.is_file():
         return {}
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is broken: {error}") from error
+    told = jsons.read(file)
     require(isinstance(told, dict), f"{file} holds {type(told).__name__}, expected a table")
     return told

@@ -137,11 +137,19 @@ def plan(run: str | Path, repo_id: str, *, license: str, hooks: Sequence[str] | 
         for name in (*_REQUIRED, *_OPTIONAL):
             file = export.folder / name
             if name == "cfg.json":
-                content = (json.dumps(_portable(export.cfg), indent=2, allow_nan=False) + "\n").encode()
+                content = _cfg(export).encode()
                 uploads.append(Upload(f"{export.hook}/{name}", content, len(content)))
             elif file.is_file():
                 uploads.append(Upload(f"{export.hook}/{name}", file, file.stat().st_size))
     return uploads
+
+
+def _cfg(export: _Export) -> str:
+    """Return the `cfg.json` that is sent."""
+    try:
+        return json.dumps(_portable(export.cfg), indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{export.folder / 'cfg.json'} holds numbers that are not finite ({error})") from error
 
 
 def card(run: str | Path, repo_id: str, *, license: str) -> str:
@@ -320,7 +328,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     """Text that stays within its place on the card."""
-    return re.sub(r"[\s`|<>\[\]*]+", " ", str(value)).strip()[:200]
+    whole = str(value).encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
+    return re.sub(r"[\s`|<>\[\]*]+", " ", whole).strip()[:200]
 
 
 def _number(value: float | None) -> str:

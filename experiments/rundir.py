@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,23 @@ def read(run: Path) -> dict[str, Any]:
         raise ConfigError(str(error)) from error
     tables = isinstance(found, dict) and all(isinstance(found.get(name), dict) for name in ("flags", "facts"))
     require(tables, f"{path} is not what a run writes")
+    for name, kinds in _KINDS.items():
+        value = found["flags"].get(name)
+        known = name not in found["flags"] or type(value) in kinds
+        expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        require(known, f"{path} is not what a run writes: {name} is {value!r:.80}, expected {expected}")
     return found
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "checkpoint": (str,),
+    "step": (int, type(None)),
+    "tokenizer": (str, type(None)),
+    "data": (str,),
+    "context_size": (int, type(None)),
+    "drop_sinks": (bool,),
+}
+"""The flags of a run that other commands take over, and what they may be."""
 
 
 def _written(value: Any) -> str:

@@ -62,6 +62,47 @@ def test_the_number_of_layers_is_not_read_from_a_broken_file(run):
     path.unlink()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data", 7),
+        ("data", ["a"]),
+        ("checkpoint", {"a": 1}),
+        ("checkpoint", None),
+        ("step", "last"),
+        ("step", True),
+        ("tokenizer", 3),
+        ("context_size", "64"),
+        ("drop_sinks", "x"),
+    ],
+)
+def test_flags_of_a_run_that_other_commands_take_over_have_their_kinds(run, name, value):
+    flags = {"checkpoint": "demo", "step": None, "tokenizer": None, "data": "stdlib", "context_size": 64}
+    spoil(run / "config.json", json.dumps({"flags": flags | {"drop_sinks": True}, "facts": {}}))
+    assert rundir.read(run)["flags"]["data"] == "stdlib"
+    spoil(run / "config.json", json.dumps({"flags": flags | {name: value}, "facts": {}}))
+    with pytest.raises(ConfigError, match=rf"config\.json is not what a run writes: {name} is "):
+        rundir.read(run)
+    if name in ("checkpoint", "step", "tokenizer") and value is not True:
+        with pytest.raises(ValueError, match=r"config\.json (is not what a run writes|names no checkpoint)"):
+            sources.of_run(run, sources.Wanted("toy", "toy-res"), toy.HOOK)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "complaint"),
+    [({"dataset_path": "\ud800"}, None), ({"model_name": "a\ud800\x1b["}, None), ({"a": math.nan}, "not finite")],
+)
+def test_a_card_is_made_of_whatever_the_metadata_says(run, metadata, complaint):
+    path = run / "sae" / toy.HOOK / "cfg.json"
+    cfg = json.loads(path.read_text())
+    path.write_text(json.dumps(cfg | {"metadata": cfg["metadata"] | metadata}))
+    if complaint is None:
+        assert all(isinstance(upload.content, Path) or upload.size for upload in hub.plan(run, "me/sae", license="mit"))
+    else:
+        with pytest.raises(ValueError, match=rf"cfg\.json holds numbers that are {complaint}"):
+            hub.plan(run, "me/sae", license="mit")
+
+
 @pytest.mark.parametrize("flags", ['{"flags": [], "facts": {}}', '{"flags": {}, "facts": 7}', "[]", "{}"])
 def test_a_config_that_is_not_what_a_run_writes_is_refused(run, flags):
     spoil(run / "config.json", flags)

@@ -117,11 +117,16 @@ def _layers(run: Path) -> int:
     """How many layers the model of a run has; its checkpoint knows."""
     import bridge.nanochat
 
-    flags: Mapping[str, Any] = _json(run / "config.json").get("flags") or {}
+    flags: Mapping[str, Any] = _json(run / "config.json").get("flags")
+    require(isinstance(flags, dict | None), f"{run}/config.json is not what a run writes: its flags are {flags!r:.80}")
+    flags = flags or {}
     checkpoint = flags.get("checkpoint")
     require(isinstance(checkpoint, str), f"{run}/config.json names no checkpoint: give --layers, those of the model")
+    step, tokenizer = flags.get("step"), flags.get("tokenizer")
+    known = isinstance(step, int | None) and isinstance(tokenizer, str | None)
+    require(known, f"{run}/config.json is not what a run writes: step is {step!r:.80}, tokenizer {tokenizer!r:.80}")
     try:
-        return bridge.nanochat.load(checkpoint, flags.get("step"), tokenizer=flags.get("tokenizer")).config.n_layer
+        return bridge.nanochat.load(checkpoint, step, tokenizer=tokenizer).config.n_layer
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. Without the checkpoint, give --layers, those of the model") from error
 

@@ -193,6 +193,10 @@ class Texts(Folder):
 
     header: TextsHeader
 
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self._check_shape("tokens", self._mapped("tokens"))  # the header's numbers are used before any column is read
+
     def _sizes(self) -> dict[str, int]:
         header = self.header
         return {"R": header.rows, "T": header.row_length, "V": header.vocab_size}
@@ -300,6 +304,7 @@ class Store(Folder):
     Args:
       path: `records/HOOK`; the texts lie beside it.
       sae_sha256: `digest` of the SAE at hand; records of another are refused.
+      hook: whose records they must be; none: whose the header says.
 
     Raises:
       FileNotFoundError: there are none.
@@ -311,8 +316,10 @@ class Store(Folder):
 
     header: Header
 
-    def __init__(self, path: str | Path, sae_sha256: str | None = None):
+    def __init__(self, path: str | Path, sae_sha256: str | None = None, hook: str | None = None):
         super().__init__(path)
+        if hook is not None and hook != self.header.hook:
+            raise StoreError(f"the records at {self.path} are of {self.header.hook!r:.200}, not of {hook}")
         self.texts = Texts(self.path.parent / "texts")
         found = self.header.sae_sha256
         if sae_sha256 is not None and found != sae_sha256:

@@ -572,6 +572,19 @@ def test_records_of_an_sae_whose_settings_changed_are_refused(store, change, cou
         assert Store(store, digest(sae)).header.d_sae == toy.D_SAE
 
 
+def test_records_of_another_hook_or_more_rows_than_there_are_are_refused(store):
+    told = json.loads((store / "records.json").read_text())
+    (store / "records.json").write_text(json.dumps(told | {"hook": "../../elsewhere"}))
+    with pytest.raises(StoreError, match=r"are of '../../elsewhere', not of blocks\.2"):
+        Store(store, hook=toy.HOOK)
+    (store / "records.json").write_text(json.dumps(told))
+    texts = store.parent / "texts"
+    header = json.loads((texts / "texts.json").read_text())
+    (texts / "texts.json").write_text(json.dumps(header | {"rows": 2**62}))
+    with pytest.raises(StoreError, match=r"tokens\.npy is uint16"):
+        Texts(texts)
+
+
 def test_statistics_that_scale_the_input_are_part_of_an_sae(store):
     sae = store.parents[2] / "sae" / toy.HOOK
     found = {digest(sae)}

@@ -130,7 +130,7 @@ def _stores(run: Path, hooks: Sequence[str] | None) -> list[Store]:
         export = run / "sae" / hook
         is_there = all((export / name).is_file() for name in ("sae_weights.safetensors", "cfg.json"))
         known = digest(export) if is_there else None
-        stores.append(Store(records / hook, known))
+        stores.append(Store(records / hook, known, hook))
     return sorted(stores, key=lambda store: (store.header.layer, store.header.hook))
 
 

@@ -1,11 +1,10 @@
 """Where the exported SAEs of a run lie. No torch."""
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from jsae import files
+from jsae import files, jsons
 
 
 def within(folder: Path) -> list[Path]:
@@ -35,9 +34,9 @@ def warn_of_marked(exports: Iterable[Path]) -> list[Path]:
     marked = []
     for folder in exports:
         try:
-            metadata = json.loads((folder / "cfg.json").read_text(encoding="utf-8")).get("metadata")
+            metadata = jsons.read(folder / "cfg.json").get("metadata")
             problem = metadata.get("problem") if isinstance(metadata, dict) else None
-        except (OSError, ValueError, AttributeError, RecursionError):  # whoever loads it says what is wrong
+        except (OSError, ValueError, AttributeError):  # whoever loads it says what is wrong
             continue
         if problem:
             told = "".join(c if c.isprintable() else "?" for c in str(problem)[:200])

@@ -25,13 +25,15 @@ from experiments.accelerators import check_name, require_torch
 from experiments.flags import CONTEXT, STEP, flag, settle
 from experiments.locations import Checkpoint, Data, FilePath
 from experiments.run_config import ExcludeTokens
-from jsae import files
+from jsae import files, jsons
 from jsae.config import TOKENS, require
 from jsae.health import unusable
 
 if TYPE_CHECKING:
     from bridge.evaluate.text import Text
     from experiments.subjects import Subject
+
+_LARGEST_TABLE = 2**30
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,8 @@ def _kept(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        table = jsons.read(path, _LARGEST_TABLE)
+    except ValueError:
         table = None
     if not isinstance(table, dict):
         print(f"{path} was broken and is replaced: what it said of other hooks is lost", file=sys.stderr)

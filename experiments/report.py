@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.events import Events
-from jsae import files
+from jsae import files, jsons
 
 if TYPE_CHECKING:
     from experiments.plan import Trainee
@@ -92,15 +92,13 @@ def _told(values: Sequence[dict[str, Any]], rate: float) -> str:
 def _keep_until(lines: Path, step: int) -> None:
     """Drop the lines beyond a step, and one that was cut off."""
     if lines.is_file():
-        kept = [line for line in lines.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        files.write(lines, "".join(line + "\n" for line in kept))
+        kept = [line for line, values in jsons.objects(lines) if _step_of(values) <= step]
+        files.write(lines, b"".join(line + b"\n" for line in kept))
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # cut off in the middle of a write
+def _step_of(values: dict[str, Any] | None) -> float:
+    step = (values or {}).get("step")
+    return step if isinstance(step, int | float) else float("inf")  # cut off in the middle of a write
 
 
 def _wandb(project: str, run: Path) -> Any:

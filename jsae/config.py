@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import numbers
 import types
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from jsae import jsons
 
 Architecture = Literal["topk", "batchtopk", "matryoshka", "abstopk", "relu", "gated", "jumprelu"]
 SPARSE: frozenset[str] = frozenset({"topk", "batchtopk", "matryoshka", "abstopk"})
@@ -151,10 +152,11 @@ class Json:
         """The inverse of `to_json`.
 
         Raises:
+          ValueError: a text that is not JSON.
           ConfigError: a name that is no field, or a field with no default that is missing.
         """
         if isinstance(values, str):
-            values = json.loads(values)
+            values = jsons.loads(values)
         require(isinstance(values, dict), f"a {cls.__name__} is read from a JSON object, not from {values!r:.80}")
         fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - set(fields))

@@ -128,8 +128,9 @@ def _stores(run: Path, hooks: Sequence[str] | None) -> list[Store]:
     stores = []
     for hook in hooks:
         export = run / "sae" / hook
-        known = digest(export) if (export / "sae_weights.safetensors").is_file() else None
-        stores.append(Store(records / hook, known))
+        is_there = all((export / name).is_file() for name in ("sae_weights.safetensors", "cfg.json"))
+        known = digest(export) if is_there else None
+        stores.append(Store(records / hook, known, hook))
     return sorted(stores, key=lambda store: (store.header.layer, store.header.hook))
 
 

@@ -1,7 +1,6 @@
 """The SAEs of a run as Neuronpedia's sources: where they and their records lie, what they are called."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from bridge.exports import finished
 from bridge.neuronpedia import ids as names
 from bridge.neuronpedia.about import CREATED_AT, About
 from bridge.neuronpedia.ids import Ids
+from jsae import jsons
 from jsae.config import require
 from jsae.store import Store, digest
 
@@ -57,7 +57,7 @@ class Source:
           FileNotFoundError: none were gathered.
           StoreError: of another version or SAE, or broken.
         """
-        return Store(self.records, digest(self.sae_dir))
+        return Store(self.records, digest(self.sae_dir), self.records.name)
 
 
 def of_run(run: Path, wanted: Wanted, hook: str | None = None) -> list[Source]:
@@ -117,11 +117,16 @@ def _layers(run: Path) -> int:
     """How many layers the model of a run has; its checkpoint knows."""
     import bridge.nanochat
 
-    flags: Mapping[str, Any] = _json(run / "config.json").get("flags") or {}
+    flags: Mapping[str, Any] = _json(run / "config.json").get("flags")
+    require(isinstance(flags, dict | None), f"{run}/config.json is not what a run writes: its flags are {flags!r:.80}")
+    flags = flags or {}
     checkpoint = flags.get("checkpoint")
     require(isinstance(checkpoint, str), f"{run}/config.json names no checkpoint: give --layers, those of the model")
+    step, tokenizer = flags.get("step"), flags.get("tokenizer")
+    known = isinstance(step, int | None) and isinstance(tokenizer, str | None)
+    require(known, f"{run}/config.json is not what a run writes: step is {step!r:.80}, tokenizer {tokenizer!r:.80}")
     try:
-        return bridge.nanochat.load(checkpoint, flags.get("step"), tokenizer=flags.get("tokenizer")).config.n_layer
+        return bridge.nanochat.load(checkpoint, step, tokenizer=tokenizer).config.n_layer
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. Without the checkpoint, give --layers, those of the model") from error
 
@@ -130,9 +135,6 @@ def _json(file: Path) -> dict[str, Any]:
     """A JSON table, empty where there is no file."""
     if not file.is_file():
         return {}
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is broken: {error}") from error
+    told = jsons.read(file)
     require(isinstance(told, dict), f"{file} holds {type(told).__name__}, expected a table")
     return told

@@ -4,11 +4,9 @@ Needs the extra [hub] to push; the card and the plan need nothing. The layout is
 `sae_lens.SAE.from_pretrained("owner/name", "blocks.2.hook_resid_post")` reads.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge import sae_config
 from bridge.run import Run
+from jsae import jsons
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -138,11 +137,19 @@ def plan(run: str | Path, repo_id: str, *, license: str, hooks: Sequence[str] | 
         for name in (*_REQUIRED, *_OPTIONAL):
             file = export.folder / name
             if name == "cfg.json":
-                content = (json.dumps(_portable(export.cfg), indent=2, allow_nan=False) + "\n").encode()
+                content = _cfg(export).encode()
                 uploads.append(Upload(f"{export.hook}/{name}", content, len(content)))
             elif file.is_file():
                 uploads.append(Upload(f"{export.hook}/{name}", file, file.stat().st_size))
     return uploads
+
+
+def _cfg(export: _Export) -> str:
+    """Return the `cfg.json` that is sent."""
+    try:
+        return json.dumps(_portable(export.cfg), indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{export.folder / 'cfg.json'} holds numbers that are not finite ({error})") from error
 
 
 def card(run: str | Path, repo_id: str, *, license: str) -> str:
@@ -323,7 +330,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     """Text that stays within its place on the card."""
-    return re.sub(r"[\s`|<>\[\]*]+", " ", str(value)).strip()[:200]
+    whole = str(value).encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
+    return re.sub(r"[\s`|<>\[\]*]+", " ", whole).strip()[:200]
 
 
 def _number(value: float | None) -> str:
@@ -337,18 +345,14 @@ def _find(table: Mapping[str, Any], place: str) -> float | None:
     value: Any = table
     for key in place.split("."):
         value = value.get(key) if isinstance(value, dict) else None
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if number else None
+    return value if jsons.is_finite(value) else None
 
 
 def _json(file: Path) -> dict[str, Any]:
     """Return the JSON object of a file; {} if there is no file."""
     if not file.is_file():
         return {}
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is broken: {error}") from error
+    table = jsons.read(file)
     if not isinstance(table, dict):
         raise ValueError(f"{file} holds {type(table).__name__}, expected an object")
     return table
@@ -357,8 +361,6 @@ def _json(file: Path) -> dict[str, Any]:
 def _last_line(file: Path) -> dict[str, Any]:
     """Return the last whole line of a JSON Lines file; {} if there is none."""
     last: dict[str, Any] = {}
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):  # a run that was killed leaves half a line
-            table = json.loads(line)
-            last = table if isinstance(table, dict) else last
+    for _, line in jsons.objects(file):
+        last = line or last
     return last

@@ -10,8 +10,9 @@ from bridge.explorer.gather import Plan
 from bridge.nanochat import Nanochat
 from bridge.run import Run
 from bridge.run.labels import automatic_hooks
+from bridge.run.tables import LARGEST_TABLE
 from bridge.torch_sae import TorchSAE
-from jsae import files
+from jsae import files, jsons
 
 SHARE = 10
 """Of as many tokens as are gathered, one in `SHARE` is read for labels, within the next two bounds."""
@@ -56,6 +57,6 @@ def write(
         named = labels.label(firings, read, nano.tokenizer)
         tables[hook], summaries[hook] = labels.table(named), labels.summary(named)
     file = run.table_file("labels")
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    before = jsons.read(file, LARGEST_TABLE) if file.is_file() else {}
     files.write(file, json.dumps(before | tables, allow_nan=False) + "\n")
     return summaries

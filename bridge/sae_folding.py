@@ -1,12 +1,10 @@
 """Exact rewrites of an SAE's settings into its weights, so that one plain form computes what every file means."""
 
-import json
-import math
-
 import torch
 from safetensors import SafetensorError, safe_open
 
-from bridge.sae_settings import CHECKPOINTS, FACTORS, Settings
+from bridge.sae_settings import CHECKPOINTS, FACTORS, Settings, shown
+from jsae import jsons
 from jsae.files import is_system_error
 
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
@@ -96,8 +94,8 @@ def _factors(settings: Settings, weights: Weights) -> torch.Tensor | None:
 def _scale(settings: Settings, weights: Weights) -> Weights:
     """Trained on `s x`: `W_enc` times s; `W_dec`, `b_dec`, and a threshold in units of decoder norms over s."""
     scale = _scaler(settings).get("scaling_factor")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
-        raise ValueError(f"{settings.folder / SCALER}: scaling_factor is {scale!r}: expected a number above 0")
+    if not jsons.is_finite(scale) or scale <= 0:
+        raise ValueError(f"{settings.folder / SCALER}: scaling_factor is {shown(scale)}: expected a number above 0")
     folded = {"W_enc": weights["W_enc"] * scale, "W_dec": weights["W_dec"] / scale, "b_dec": weights["b_dec"] / scale}
     if "topk_threshold" in weights and settings.rescales:
         folded["topk_threshold"] = weights["topk_threshold"] / scale
@@ -152,9 +150,9 @@ def _scaler(settings: Settings) -> dict:
     try:
         if file.stat().st_size > 2**16:
             raise ValueError("it is too large")
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = jsons.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"expected an object, not {type(found).__name__}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{file} is broken: {error}") from error
     return found

@@ -126,7 +126,8 @@ def _packed(
     count = keep.sum()
     if not count:
         raise ValueError(
-            f"{len(keep)} tokens at {', '.join(site)} gave no activation to keep: all text is BOS or else left out"
+            f"none of the {len(keep)} tokens of a block is kept at {', '.join(site)}: each is BOS, another token "
+            "that is left out or one of extreme norm; read larger blocks, or leave out fewer tokens"
         )
     order = torch.argsort(~keep, stable=True)
     order = order[torch.arange(len(keep), device=keep.device) % count]

@@ -25,6 +25,8 @@ from bridge.settings import CONTEXT, STEP, ExcludeTokens, flag, settle
 from experiments import flags
 from jsae.settings import TOKENS, require
 
+_LARGEST_TABLE = 2**30
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:

@@ -1,11 +1,10 @@
 """Plots of an evaluation, as PNG files: how dense latents are, how L0 and loss went in training. Needs no display."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.run import Run
-from jsae import files
+from jsae import files, jsons
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,17 +60,11 @@ def _density(axes: Any, hook: str, entry: dict[str, Any]) -> None:
 
 def _curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Return steps and values of loss and L0 in a run's metrics; {} if there are none."""
-    if not path.is_file():
-        return {}
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:  # the last line of a run that was killed
-            continue
-    found = {}
-    for name, label in (("loss", "loss"), ("l0", "L0")):
-        points = [(line["step"], line[name]) for line in lines if "step" in line and name in line]
-        if points:
-            found[label] = tuple(map(list, zip(*points, strict=True)))
-    return found
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for _, line in jsons.objects(path):
+        for name, label in (("loss", "loss"), ("l0", "L0")):
+            point = [(line or {}).get("step"), (line or {}).get(name)]
+            if all(map(jsons.is_finite, point)):
+                for values, value in zip(curves.setdefault(label, ([], [])), point, strict=True):
+                    values.append(value)
+    return curves

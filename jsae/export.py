@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import save, save_file
 
-from jsae import files
+from jsae import files, jsons
 from jsae.architectures import ARCHITECTURES, SAEConfig
 from jsae.settings import require
 
@@ -147,7 +147,7 @@ def mark(folder: Path, problem: str) -> None:
       OSError: the file cannot be written.
     """
     path = folder / "cfg.json"
-    cfg = json.loads(path.read_text(encoding="utf-8"))
+    cfg = jsons.read(path)
     cfg["metadata"]["problem"] = problem
     files.write(path, json.dumps(cfg, indent=2, allow_nan=False) + "\n")
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-import json
 import numbers
 import types
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from jsae import jsons
 
 
 class ConfigError(ValueError):
@@ -144,7 +145,7 @@ class Json:
           ConfigError: a name that is no field, or a field with no default that is missing.
         """
         if isinstance(values, str):
-            values = json.loads(values)
+            values = jsons.loads(values)
         require(isinstance(values, dict), f"a {cls.__name__} is read from a JSON object, not from {values!r:.80}")
         fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - set(fields))

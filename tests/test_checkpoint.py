@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import file_limit
 import jax
 import numpy as np
 import pytest
@@ -365,7 +366,7 @@ def test_a_full_disk_is_one_error_and_leaves_the_checkpoints_before(size, tmp_pa
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", FULL, folder, str(size)],
-        env={**os.environ, "PYTHONPATH": f"{here.parent}:{here}"},
+        env={**file_limit.ENVIRONMENT, "PYTHONPATH": f"{here.parent}:{here}"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -286,3 +286,43 @@ def test_the_layout_of_a_run_is_spelt_in_one_package():
 )
 def test_names_of_a_runs_files_are_known_when_they_are_seen(code, names):
     assert _layout_names(code) == set(names)
+
+
+def test_processes_that_may_not_write_large_files_write_no_compiled_modules():
+    limiting = [p for p in sorted(Path(__file__).parent.glob("test_*.py")) if "RLIMIT_" + "FSIZE" in p.read_text()]
+    assert limiting
+    for file in limiting:
+        assert "env=file_limit.ENVIRONMENT" in file.read_text() or "{**file_limit.ENVIRONMENT" in file.read_text(), file
+
+
+def _unguarded(file: Path) -> list[int]:
+    """The lines of a file that read JSON where too deep a text would raise RecursionError."""
+    found = []
+
+    def walk(node: ast.AST, guarded: bool) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            guarded = False
+        reads = isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.loads", "json.load")
+        if reads and not guarded and not ast.unparse(node.args[0]).startswith("json.dumps("):
+            found.append(node.lineno)
+        caught = isinstance(node, ast.Try) and any("RecursionError" in ast.unparse(h.type) for h in node.handlers)
+        for inner in ast.iter_child_nodes(node):
+            walk(inner, guarded or (caught and inner in node.body))
+
+    walk(ast.parse(file.read_text(encoding="utf-8")), False)
+    return found
+
+
+def test_json_that_is_nested_too_deeply_is_an_error_like_any_other():
+    """`json` raises RecursionError: `jsae.jsons` makes a ValueError of it, whoever calls `json` expects it."""
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line}"
+        for top in ("jsae", "bridge", "experiments")
+        for file in sorted((ROOT / top).rglob("*.py"))
+        if "benches" not in file.parts and file.name not in _CALLED_WITHIN
+        for line in _unguarded(file)
+    ]
+    assert wrong == []
+
+
+_CALLED_WITHIN = {"lines.py": "its callers expect RecursionError"}

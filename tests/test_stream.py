@@ -160,7 +160,7 @@ def test_bfloat16_activations_arrive_as_bfloat16(model):
 def test_text_of_nothing_but_bos_is_refused(model):
     source = stream(model)
     source._rows.next_rows = lambda n: np.full((n, ROW), BOS, np.int32)
-    with pytest.raises(ValueError, match="all text is BOS"):
+    with pytest.raises(ValueError, match=r"none of the \d+ tokens of a block is kept at .* read larger blocks"):
         take(source, 10)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import file_limit
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,7 +66,12 @@ def run_to_the_end(run: Path, text: Path, **flags: object) -> subprocess.Complet
 
 def start(run: Path, text: Path, **flags: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(run, text, **flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(run, text, **flags),
+        cwd=ROOT,
+        env=file_limit.ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

@@ -69,7 +69,7 @@ def unfit(folder: Path, digests: Mapping[str, str], nano: Nanochat, plan: Plan) 
     del wanted["data_fingerprint"]
     try:
         for hook, digest in digests.items():
-            store = Store(folder / hook, digest)
+            store = Store(folder / hook, digest, hook)
             found = store.header.settings | kept_or_not
             other = [f"{n} was {found.get(n)}" for n, value in wanted.items() if found.get(n) != value]
             if plan.data_fingerprint not in (None, found.get("data_fingerprint")):

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from jsae import files
+from jsae import files, jsons
 
 State = Literal["sending", "accepted"]
 
@@ -83,8 +83,8 @@ class Ledger:
     def _read(self) -> None:
         for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
-                self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                self._take(jsons.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 raise LedgerError(
                     f"{self.path}, line {number} is no line of a ledger ({error}); without it features may be "
                     "uploaded twice, so move the file away only if nothing was uploaded"

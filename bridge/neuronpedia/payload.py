@@ -3,14 +3,13 @@
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.neuronpedia.ids import Ids
-from jsae import files
+from jsae import files, jsons
 
 MAX_FEATURES = 128
 """Features in one request; the server's own limit."""
@@ -78,7 +77,7 @@ def encode(feature: Mapping[str, Any]) -> bytes:
     _known(feature, _FEATURE_KEYS, where)
     density = feature.get("density")
     _require(
-        density is None or (_is_finite(density) and 0 <= density <= 1),
+        density is None or (jsons.is_finite(density) and 0 <= density <= 1),
         f"{where}: density is {density!r}, no share from 0 to 1",
     )
     for side in ("topLogits", "bottomLogits"):
@@ -102,7 +101,7 @@ def _check_logits(logits: Sequence[Mapping[str, Any]], where: str) -> None:
     for logit in logits:
         _known(logit, {"token", "value"}, where)
         _check_text(logit.get("token"), f"{where}: a token")
-        _require(_is_finite(logit.get("value")), f"{where}: value {logit.get('value')!r} is no finite number")
+        _require(jsons.is_finite(logit.get("value")), f"{where}: value {logit.get('value')!r} is no finite number")
 
 
 def _check_explanation(explanation: Mapping[str, Any], where: str) -> None:
@@ -123,10 +122,12 @@ def _check_activation(activation: Mapping[str, Any], where: str) -> None:
     for position, token in enumerate(tokens):
         _check_text(token, f"{where}: token {position}")
     for position, value in enumerate(values):
-        _require(_is_finite(value), f"{where}: value {position} is {value!r}, no finite number")
+        _require(jsons.is_finite(value), f"{where}: value {position} is {value!r}, no finite number")
     for key, most in (("quantileMax", 99_999_999), ("quantileMin", 99_999_999), ("quantileFraction", 1)):
         value = activation.get(key)
-        _require(value is None or (_is_finite(value) and value <= most), f"{where}: {key} is {value!r}, above {most}")
+        _require(
+            value is None or (jsons.is_finite(value) and value <= most), f"{where}: {key} is {value!r}, above {most}"
+        )
     fraction = activation.get("quantileFraction")
     _require(
         fraction is None or fraction >= 0,
@@ -151,10 +152,6 @@ def _known(found: Mapping[str, Any], known: set[str], where: str) -> None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _units(text: str) -> int:
@@ -211,7 +208,7 @@ class Plan:
         )
         if only is None or only == set(batch.contents):
             return body
-        told = json.loads(body)
+        told = jsons.loads(body)
         return dump(told | {"features": [feature for feature in told["features"] if feature["index"] in only]})
 
 

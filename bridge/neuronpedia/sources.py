@@ -54,7 +54,7 @@ class Source:
           FileNotFoundError: none were gathered.
           StoreError: of another version or SAE, or broken.
         """
-        return Store(self.records, digest(self.sae_dir))
+        return Store(self.records, digest(self.sae_dir), self.records.name)
 
 
 def of_run(path: str | Path, wanted: Wanted, hook: str | None = None) -> list[Source]:

@@ -1,7 +1,6 @@
 """Command lines to try next, with the paths of the run at hand: what a command prints when it is done."""
 
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -9,6 +8,8 @@ import sys
 from pathlib import Path
 
 from bridge.run.layout import Layout
+from bridge.run.tables import LARGEST_TABLE
+from jsae import jsons
 
 PROMPT = "def "
 """What the packaged nanochat can continue."""
@@ -121,7 +122,7 @@ def _hook(run: Path) -> str | None:
 def _best(run: Path, hook: str | None) -> int:
     """The latent whose label fits best; 0 where none has one."""
     try:
-        tables = json.loads(Layout(run).table_file("labels").read_text(encoding="utf-8"))
+        tables = jsons.read(Layout(run).table_file("labels"), LARGEST_TABLE)
         table = tables[hook if hook is not None else next(iter(tables))]
         return int(max(table, key=lambda latent: table[latent]["f1"] or 0))
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
@@ -131,7 +132,7 @@ def _best(run: Path, hook: str | None) -> int:
 def _is_evaluated(run: Path) -> bool:
     """Whether `experiments.evaluate` measured the run, and not only the end of its training."""
     try:
-        measured = json.loads(Layout(run).table_file("eval").read_text(encoding="utf-8"))
+        measured = jsons.read(Layout(run).table_file("eval"), LARGEST_TABLE)
         return any("setting" in metrics for metrics in measured.values())
     except (OSError, ValueError, AttributeError, TypeError):
         return False

@@ -6,15 +6,15 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bridge.locations import absolute_fields
 from bridge.run import commands
 from bridge.run.layout import WRITTEN, Layout
-from jsae import files
-from jsae.settings import Json, require
+from jsae import files, jsons
+from jsae.settings import ConfigError, Json, require
 
 # What may differ between a run and its continuation without changing a number.
 _FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fraction", "heldout_tokens"} | {
@@ -157,11 +157,28 @@ def read(run: Path) -> dict[str, Any]:
     path = Layout(run).config_file
     require(path.is_file(), f"{run} is no run: it has no config.json")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        require(False, f"{path} is broken: {error}")
-    require(isinstance(found, dict) and {"flags", "facts"} <= set(found), f"{path} is not what a run writes")
+        found = jsons.read(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    tables = isinstance(found, dict) and all(isinstance(found.get(name), dict) for name in ("flags", "facts"))
+    require(tables, f"{path} is not what a run writes")
+    for name, kinds in _KINDS.items():
+        value = found["flags"].get(name)
+        known = name not in found["flags"] or type(value) in kinds
+        expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        require(known, f"{path} is not what a run writes: {name} is {value!r:.80}, expected {expected}")
     return found
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "checkpoint": (str,),
+    "step": (int, type(None)),
+    "tokenizer": (str, type(None)),
+    "data": (str,),
+    "context_size": (int, type(None)),
+    "drop_sinks": (bool,),
+}
+"""The flags of a run that other commands take over, and what they may be."""
 
 
 def _written(value: Any) -> str:

@@ -1,12 +1,11 @@
 """Which exported SAEs and records a run has. No torch."""
 
-import json
 import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from bridge.run.layout import Layout
-from jsae import files
+from jsae import files, jsons
 
 
 def within(folder: Path) -> list[Path]:
@@ -64,7 +63,8 @@ def known_digest(export: Path) -> str | None:
     """Return the digest of an exported SAE, by which its records are known; None where it has no weights."""
     from jsae.records.store import digest
 
-    return digest(export) if (export / "sae_weights.safetensors").is_file() else None
+    is_there = all((export / name).is_file() for name in ("sae_weights.safetensors", "cfg.json"))
+    return digest(export) if is_there else None
 
 
 def warn_of_marked(exports: Iterable[Path]) -> list[Path]:
@@ -72,9 +72,9 @@ def warn_of_marked(exports: Iterable[Path]) -> list[Path]:
     marked = []
     for folder in exports:
         try:
-            metadata = json.loads((folder / "cfg.json").read_text(encoding="utf-8")).get("metadata")
+            metadata = jsons.read(folder / "cfg.json").get("metadata")
             problem = metadata.get("problem") if isinstance(metadata, dict) else None
-        except (OSError, ValueError, AttributeError, RecursionError):  # whoever loads it says what is wrong
+        except (OSError, ValueError, AttributeError):  # whoever loads it says what is wrong
             continue
         if problem:
             text = "".join(c if c.isprintable() else "?" for c in str(problem)[:200])

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import unicodedata
 import warnings
@@ -11,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from bridge.run.layout import Layout
-from jsae import files
+from jsae import files, jsons
 
 LONGEST_LABEL = 512
 """Characters of a label: Neuronpedia takes no longer explanation."""
 LONGEST_NOTE = 10_000
-_LARGEST_FILE = 2**28
+_LARGEST_FILE = 2**26
+_LONGEST_LINE = 2**18
+_MOST_LINES = 2**18
+_MOST_LABELS = 2**20
+_MOST_WARNINGS = 20
 _LARGEST_LATENT = 2**31
 _FIELDS = ("hook", "latent", "label", "note", "time")
 
@@ -101,29 +106,51 @@ def notes(run: str | Path) -> list[dict[str, Any]]:
     """Return all lines that people wrote, in their order. Lines that are no notes are left out with a warning.
 
     Raises:
-      ValueError: the file is larger than a quarter of a GiB, or not UTF-8.
+      ValueError: the file has more than 64 MiB or 262,144 lines, or is not UTF-8.
     """
     file = notes_file(run)
     if not file.is_file():
         return []
     if file.stat().st_size > _LARGEST_FILE:
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes: too many for notes, move it away")
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error}): repair it, or move it away") from error
-    found = []
-    for number, text in enumerate(lines, 1):
+    found, odd = [], 0
+    for number, text in enumerate(_lines(file), 1):
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
-            if not isinstance(line, dict):
-                raise ValueError(f"expected an object, got {type(line).__name__}")
-            found.append(_checked(**{name: line.get(name, "") for name in _FIELDS}))
-        except (ValueError, RecursionError) as error:
-            warnings.warn(f"{file}, line {number} is left out: {str(error) or 'nested too deep'}", stacklevel=2)
+            found.append(_note(text))
+        except ValueError as error:
+            odd += 1
+            if odd <= _MOST_WARNINGS:
+                warnings.warn(f"{file}, line {number} is left out: {error}", stacklevel=2)
+    if odd > _MOST_WARNINGS:
+        warnings.warn(f"{file}: {odd - _MOST_WARNINGS:,} more lines are left out", stacklevel=2)
     return found
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a file of notes, one after the other; those that are too long in parts, which are no notes."""
+    with file.open(encoding="utf-8", newline="\n") as lines:
+        try:
+            for number in itertools.count(1):
+                line = lines.readline(_LONGEST_LINE)
+                if not line:
+                    return
+                if number > _MOST_LINES:
+                    raise ValueError(f"{file} has more than {_MOST_LINES:,} lines: too many for notes, move it away")
+                yield line
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 ({error}): repair it, or move it away") from error
+
+
+def _note(text: str) -> dict[str, Any]:
+    """The note that a line is. Raises ValueError if it is none."""
+    if len(text) >= _LONGEST_LINE:
+        raise ValueError(f"it has {_LONGEST_LINE:,} characters or more")
+    line = jsons.loads(text)
+    if not isinstance(line, dict):
+        raise ValueError(f"expected an object, got {type(line).__name__}")
+    return _checked(**{name: line.get(name, "") for name in _FIELDS})
 
 
 def append(run: str | Path, hook: str, latent: int, label: str, note: str = "") -> dict[str, Any]:
@@ -187,9 +214,17 @@ def _automatic(file: Path, hook: str) -> dict[int, Name]:
 
 
 def _table(file: Path) -> dict[str, Any]:
-    """The labels of all hooks."""
+    """Return the labels of all hooks.
+
+    Raises:
+      ValueError: the file is broken or too large.
+    """
+    jsons.check_size(file, _LARGEST_FILE)
+    data = file.read_bytes()
+    if data.count(b"{") + data.count(b"[") > _MOST_LABELS:
+        raise ValueError(f"{file} has more than {_MOST_LABELS:,} labels: move it away")
     with _broken(file):
-        table = json.loads(file.read_text(encoding="utf-8"))
+        table = jsons.loads(data.decode("utf-8"))
         if not isinstance(table, dict):
             raise TypeError(f"expected an object, got {type(table).__name__}")
         return table
@@ -200,7 +235,7 @@ def _broken(file: Path) -> Iterator[None]:
     """Raise ValueError with the name of the file for whatever is wrong with its content."""
     try:
         yield
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         if str(file) in str(error):
             raise
         what = f"{type(error).__name__}: {error}"

@@ -161,7 +161,7 @@ class Run(Layout):
         from jsae.records.store import Store
 
         hook = exports.choose(self.path, self.recorded_hooks, hook, "records") if hook is None else hook
-        return Store(self.store_folder(hook), exports.known_digest(self.sae_folder(hook)))
+        return Store(self.store_folder(hook), exports.known_digest(self.sae_folder(hook)), hook)
 
     @property
     def labels(self) -> Mapping[str, Names]:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bridge.run.layout import Layout
-from jsae import files
+from jsae import files, jsons
+
+LARGEST_TABLE = 2**30
+"""Bytes of a table."""
 
 Results = Mapping[str, Mapping[str, Any]]
 """By hook, what was measured of its SAE: "eval", "latents" and "labels", the last only where latents were labelled."""
@@ -31,8 +34,8 @@ def kept(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        table = jsons.read(path, LARGEST_TABLE)
+    except ValueError:
         table = None
     if not isinstance(table, dict):
         print(f"{path} was broken and is replaced: what it said of other hooks is lost", file=sys.stderr)
@@ -51,10 +54,7 @@ def read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path} does not exist: `python -m experiments.evaluate --run_dir={path.parent}` writes it"
         )
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is broken: {error}") from error
+    table = jsons.read(path, LARGEST_TABLE)
     if not isinstance(table, dict):
         raise ValueError(f"{path} holds {type(table).__name__}, expected an object")
     return table

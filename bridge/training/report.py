@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bridge.progress import Progress
 from bridge.run import Run
 from bridge.training.events import Events
-from jsae import files
+from jsae import files, jsons
 
 if TYPE_CHECKING:
     from bridge.training.plan import Trainee
@@ -112,15 +112,13 @@ def _note(values: Sequence[dict[str, Any]], rate: float) -> str:
 def _keep_until(lines: Path, step: int) -> None:
     """Drop the lines beyond a step, and one that is cut off."""
     if lines.is_file():
-        kept = [line for line in lines.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        files.write(lines, "".join(line + "\n" for line in kept))
+        kept = [line for line, values in jsons.objects(lines) if _step_of(values) <= step]
+        files.write(lines, b"".join(line + b"\n" for line in kept))
 
 
-def _step_of(line: str) -> int | float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # the process was killed while it wrote
+def _step_of(values: dict[str, Any] | None) -> int | float:
+    step = (values or {}).get("step")
+    return step if isinstance(step, int | float) else float("inf")  # the process was killed while it wrote
 
 
 def _wandb(project: str, run: Path) -> Any:

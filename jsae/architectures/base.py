@@ -6,7 +6,6 @@ changes nothing in it. Shapes: n tokens, d = d_in, f = d_sae, o = d_out, which i
 
 import abc
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jsae import jsons
 from jsae.ops import Codes, Input, Latents, Ops, Reference
 from jsae.settings import Json, at_least, check_fields, number, require
 
@@ -90,7 +90,7 @@ class SAEConfig(Json):
         Raises:
           ConfigError: another architecture's name, a name that is no setting, or one that is missing.
         """
-        values = dict(json.loads(values) if isinstance(values, str) else values)
+        values = dict(jsons.loads(values) if isinstance(values, str) else values)
         own = cls.sae.name if hasattr(cls, "sae") else None
         name = values.pop("architecture", own)
         require(

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jsae import files
+from jsae import files, jsons
 from jsae.settings import Json, require
 
-VERSION = 1
+VERSION = 2
+"""Of the layout. Version 1 named SAEs by their weights alone, so that a change of their settings was not noticed."""
 
 
 class StoreError(ValueError):
@@ -49,15 +50,15 @@ class Folder:
                 f"no records at {self.path}: `python -m experiments.explore --run_dir=…` makes them"
             )
         try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise StoreError(f"{file} is broken: {error}") from error
+            told = jsons.read(file)
+        except ValueError as error:
+            raise StoreError(str(error)) from error
         version = told.get("version") if isinstance(told, dict) else told
         if version != VERSION:
-            raise StoreError(f"{file} is of version {version!r}, this program reads {VERSION}")
+            raise StoreError(f"{file} is of version {version!r:.80}, this program reads {VERSION}")
         for field in dataclasses.fields(self._header):
             if field.name in told and not _KINDS[field.type][1](told[field.name]):
-                raise StoreError(f"{file}: {field.name} is {told[field.name]!r}, not {_KINDS[field.type][0]}")
+                raise StoreError(f"{file}: {field.name} is {told[field.name]!r:.80}, not {_KINDS[field.type][0]}")
         try:
             self.header = self._header.from_json(told)
         except ValueError as error:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from bridge import sae_config
+from jsae.saelens import config as sae_config
 from bridge.run.exports import finished
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bridge import sae_config, torch_sae
+from bridge import torch_sae
+from jsae.saelens import config as sae_config
 from jsae import architectures, export
 from jsae.architectures import SAEConfig
 

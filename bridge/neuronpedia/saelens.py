@@ -3,7 +3,8 @@
 import shutil
 from pathlib import Path
 
-from bridge import sae_config, torch_sae
+from bridge import torch_sae
+from jsae.saelens import config as sae_config
 from bridge.neuronpedia.ids import Ids
 from bridge.neuronpedia.strict import write_json
 from jsae import files

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from jsae.saelens import config as sae_config
 from bridge.run.exports import finished
+from jsae.saelens import config as sae_config
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -179,8 +179,8 @@ def _snapshot(address: Address, reason: str) -> Path:
         if root.name:
             return root
         raise FileNotFoundError(
-            f"{address.repo} at revision {address.revision or 'main'} is not in the local cache, and {reason}: fetch it "
-            f"once while the hub can be reached (hf download {address.repo}), or give a local directory"
+            f"{address.repo} at revision {address.revision or 'main'} is not in the local cache, and {reason}: fetch "
+            f"it once while the hub can be reached (hf download {address.repo}), or give a local directory"
         ) from error
 
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bridge import torch_sae
-from jsae.saelens import config as sae_config
 from jsae import architectures, export
 from jsae.architectures import SAEConfig
+from jsae.saelens import config as sae_config
 
 D, F = 6, 10
 WRONG = {

@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 from bridge import torch_sae
-from jsae.saelens import config as sae_config
 from bridge.neuronpedia.ids import Ids
 from bridge.neuronpedia.strict import write_json
 from jsae import files
+from jsae.saelens import config as sae_config
 
 
 def write(sae_dir: Path, out: Path, *, ids: Ids) -> list[Path]:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jsae.saelens import config as sae_config
 from bridge.neuronpedia import ids as names
 from bridge.neuronpedia.about import CREATED_AT, About
 from bridge.neuronpedia.ids import Ids
 from bridge.run.exports import finished
 from jsae.records.store import Store, digest
+from jsae.saelens import config as sae_config
 from jsae.settings import require
 
 

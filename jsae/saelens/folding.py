@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
-from jsae.saelens.settings import CHECKPOINTS, FACTORS, Settings
 from jsae.files import is_system_error
+from jsae.saelens.settings import CHECKPOINTS, FACTORS, Settings
 
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
 _COLUMNS = 8192  # of W_enc that are read in float64 at once

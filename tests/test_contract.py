@@ -13,7 +13,7 @@ import toy
 from alone import begin, fit, stepping
 
 from bridge import torch_sae
-from jsae import axes, dead, export, metrics, step, train
+from jsae import axes, dead, export, loop, metrics, step
 from jsae.architectures import ARCHITECTURES, Context, SAEConfig, sae_config
 from jsae.checkpoint import Checkpoints
 from jsae.config import TrainConfig
@@ -88,7 +88,7 @@ def trained() -> dict[str, tuple[TrainState, dict[str, float]]]:
         for number, state, sums in fit(config, RUN, initial, stream):  # noqa: B007 - the last state is wanted
             if number > 0.9 * RUN.num_steps:
                 tail = sums if tail is None else metrics.add(tail, sums)
-        train.check_finite(state, tail)
+        loop.check_finite(state, tail)
         runs[name] = (state, metrics.summarize(tail))
     return runs
 

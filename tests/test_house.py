@@ -53,7 +53,7 @@ def test_the_torch_runtime_loads_no_jax():
 
 def test_importing_the_library_starts_no_device():
     check = (
-        "import jsae.train, jsae.checkpoint, bridge.stream, bridge.training.loop, jax;"
+        "import jsae.loop, jsae.checkpoint, bridge.stream, bridge.training.loop, jax;"
         "assert not jax._src.xla_bridge.backends_are_initialized()"
     )
     done = run(sys.executable, "-c", check)

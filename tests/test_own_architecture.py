@@ -139,12 +139,12 @@ def test_its_statistic_is_the_running_mean_over_batches_and_no_gradient_and_no_d
 
 
 def test_every_implementation_takes_the_same_step_with_it(acts):
-    from jsae import train
+    from jsae import loop
 
-    members, found = [train.Member(CONFIG, RUN)], []
+    members, found = [loop.Member(CONFIG, RUN)], []
     for ops in (Reference(), Cpu(tokens=100), Cpu()):
-        states = train.init(members, (acts[:N],), ops)
-        found.append(train.Programs(members, ops).at(1)(states, (acts[:N],)))
+        states = loop.init(members, (acts[:N],), ops)
+        found.append(loop.Programs(members, ops).at(1)(states, (acts[:N],)))
     for ours in found[1:]:
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(found[0]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

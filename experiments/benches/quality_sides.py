@@ -94,8 +94,7 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from jsae import export
-    from jsae import train as training
+    from jsae import export, loop
     from jsae.architectures import sae_config
     from jsae.config import TrainConfig
 
@@ -112,10 +111,10 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         dead_after=max(round(job["dead"] * job["steps"]), 1) * job["batch_size"],
         seed=job["seed"],
     )
-    members = [training.Member(sae, config)]
-    begun = training.init(members, (jnp.asarray(acts[: 16 * job["batch_size"]]),))
+    members = [loop.Member(sae, config)]
+    begun = loop.init(members, (jnp.asarray(acts[: 16 * job["batch_size"]]),))
     first = 0.0
-    for step, (state,), _ in training.fit(members, begun, ((batch,) for batch in _batches(job, acts))):
+    for step, (state,), _ in loop.fit(members, begun, ((batch,) for batch in _batches(job, acts))):
         if step == 1:
             jax.block_until_ready(state.step)
             first = time.perf_counter()

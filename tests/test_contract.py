@@ -15,9 +15,10 @@ from alone import begin, fit, stepping
 from bridge import torch_sae
 from jsae import axes, dead, export, loop, metrics, step
 from jsae.architectures import ARCHITECTURES, Context, SAEConfig, sae_config
+from jsae.arrays import ArraySource
 from jsae.checkpoint import Checkpoints
 from jsae.config import TrainConfig
-from jsae.data import ArraySource, Shuffled
+from jsae.data import Shuffled
 from jsae.ops import Codes, Latents, choose
 from jsae.state import Acts, TrainState, input_and_target, place
 

@@ -11,9 +11,10 @@ from alone import begin, fit
 
 from jsae import loop, metrics
 from jsae.architectures import sae_config
+from jsae.arrays import ArraySource
 from jsae.checkpoint import Checkpoints
 from jsae.config import TrainConfig
-from jsae.data import ArraySource, Cursor, Shuffled
+from jsae.data import Cursor, Shuffled
 from jsae.loop import Member
 from jsae.settings import ConfigError
 
@@ -78,7 +79,7 @@ def first(batches: Shuffled) -> loop.States:
 
 
 @pytest.fixture(scope="module")
-def together() -> tuple[list[loop.States], list[train.AllSums]]:
+def together() -> tuple[list[loop.States], list[loop.AllSums]]:
     """States and sums after every step of the pass, the states before the first one in front."""
     batches = stream()
     begun = first(batches)
@@ -185,7 +186,5 @@ def test_a_loss_that_is_not_finite_is_told_of_the_one_sae_that_had_it(together):
     sums = together[1][-1]
     loop.check_finite(good, sums[0], "k4 blocks.0")
     broken = bad._replace(bad_step=jnp.int32(7))
-    with pytest.raises(
-        loop.NotFiniteError, match=r"the loss of k8 blocks\.1 is not finite at step 7; the activations"
-    ):
+    with pytest.raises(loop.NotFiniteError, match=r"the loss of k8 blocks\.1 is not finite at step 7; the activations"):
         loop.check_finite(broken, sums[1], "k8 blocks.1")

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jsae.ops import Codes, Input, Latents, Ops, Reference
+from jsae.saelens.settings import ENCODERS
 from jsae.settings import Json, at_least, check_fields, number, require
 
 Arrays = dict[str, Array | np.ndarray]
@@ -151,7 +152,8 @@ class SAE(nnx.Module):
     `initial_statistics` and `batch_statistics`. No other method is overridden.
 
     Raises:
-      TypeError: at the definition of a subclass with a `Config` that lacks one of these, or that shares its `Config`.
+      TypeError: at the definition of a subclass with a `Config` that lacks one of these, that shares its `Config`,
+        or whose `form` SAELens does not know.
     """
 
     Config: ClassVar[type[SAEConfig]]
@@ -323,6 +325,8 @@ def _check_declared(cls: type[SAE]) -> None:
     missing += [name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)]
     if missing:
         raise TypeError(f"{cls.__qualname__} is no whole architecture: it lacks {', '.join(missing)}")
+    if cls.form not in ENCODERS:
+        raise TypeError(f"{cls.__qualname__}.form is {cls.form!r}: SAELens knows {', '.join(ENCODERS)}")
     if not (isinstance(cls.Config, type) and issubclass(cls.Config, SAEConfig)) or "sae" in vars(cls.Config):
         raise TypeError(f"{cls.__qualname__}.Config must be a class of its own, derived from SAEConfig")
     if "name" in vars(cls) and not cls.__module__.startswith(__package__ + "."):

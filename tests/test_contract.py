@@ -1,4 +1,4 @@
-"""Every architecture of the package keeps the contract (`jsae.testing`); its export is what torch and SAELens compute."""
+"""Every architecture of the package keeps the contract (`jsae.testing`), and torch and SAELens read what it exports."""
 
 from pathlib import Path
 

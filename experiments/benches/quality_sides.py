@@ -95,14 +95,15 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     import numpy as np
 
     from jsae import export, loop
-    from jsae.architectures import sae_config
+    from jsae.architectures import find, sae_config
     from jsae.config import TrainConfig
 
     acts = np.load(folder / "train.npy", mmap_mode="r")
     name, _, recipe = job["recipe"].partition(" ")
     own = {"k": job["k"]} if job["coefficient"] is None else {"target_l0": job["coefficient"]}
     own |= {"jump_recipe": recipe} if recipe else {}
-    own |= {"nested_widths": tuple(job["widths"])} if name == "matryoshka" else {}
+    nested = any(field.name == "nested_widths" for field in dataclasses.fields(find(name).Config))
+    own |= {"nested_widths": tuple(job["widths"])} if nested else {}
     sae = sae_config(name, job["d_in"], job["d_sae"], **own)
     config = TrainConfig(
         num_activations=job["steps"] * job["batch_size"],

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jsae.ops import Codes, Input, Latents, Ops, Reference
 from jsae.saelens.settings import ENCODERS
-from jsae.settings import Json, at_least, check_fields, number, require
+from jsae.settings import at_least, check_fields, number, read_fields, require
 
 Arrays = dict[str, Array | np.ndarray]
 """Arrays by name."""
@@ -31,7 +31,7 @@ _RIDGE = 1e-3  # relative to the mean variance of a channel
 
 
 @dataclasses.dataclass(frozen=True)
-class SAEConfig(Json):
+class SAEConfig:
     """Sizes of an SAE. An architecture's own settings are the fields of its `Config`, a subclass of this one.
 
     Coefficients are for inputs with a mean squared norm of `d_in`.
@@ -98,7 +98,7 @@ class SAEConfig(Json):
             name == own is not None,
             f"these settings are of {name!r}: read them with jsae.architectures.config_from_json",
         )
-        return super().from_json({n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+        return read_fields(cls, {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
 
 class Context(NamedTuple):

@@ -5,8 +5,8 @@
 
     TestMine = jsae.testing.contract(MySAE, l1_coefficient=2.0)
 
-The SAE is trained once on a toy world with a known dictionary, which takes seconds. On one device the sharded step is the
-whole one; `jax.config.update("jax_num_cpu_devices", 4)` in a conftest.py makes it a real one.
+The SAE is trained once on a toy world with a known dictionary, which takes seconds. On one device the sharded step is
+the whole one; `jax.config.update("jax_num_cpu_devices", 4)` in a conftest.py makes it a real one.
 """
 
 import functools
@@ -44,8 +44,8 @@ def contract(
     Args:
       sae: the class of the architecture; or its settings, with `d_in` the width of the toy world (32 per layer) and
         `d_out`, of a transcoder, 24.
-      no_gradient: arrays of weights that may have no gradient in the first step, where gradients reach them only through
-        a window, for example.
+      no_gradient: arrays of weights that may have no gradient in the first step, where gradients reach them only
+        through a window, for example.
       sharded: whether a step on several devices is compared with that on one.
       settings: of the architecture, such that about 1 to 8 of 64 latents are active on 2 true directions per token.
 
@@ -212,9 +212,9 @@ def trained_on(config: SAEConfig) -> tuple[TrainState, dict[str, float]]:
     """Return the last state of a run on the toy world, and the metrics of its last tenth."""
     source = ArraySource(*world_of(config).acts)
     stream = Shuffled(source, batch_size=N, batches_per_block=_BLOCK // N, seed=0, num_batches=RUN.num_steps)
-    member, tail = loop.Member(config, RUN), None
-    states = loop.init([member], (stream.peek(),))
-    for number, states, (sums,) in loop.fit([member], states, ((acts,) for acts in stream)):  # noqa: B020
+    members, tail = [loop.Member(config, RUN)], None
+    fitting = loop.fit(members, loop.init(members, (stream.peek(),)), ((acts,) for acts in stream))
+    for number, states, (sums,) in fitting:  # noqa: B007 - the last states are wanted
         if number > 0.9 * RUN.num_steps:
             tail = sums if tail is None else metrics.add(tail, sums)
     loop.check_finite(states[0], tail)

@@ -43,7 +43,7 @@ class ArraySource:
       ConfigError: no array, an array that is not two-dimensional, empty or not of floats, or unequal lengths.
     """
 
-    def __init__(self, *arrays: Rows, seed: int | None = None):
+    def __init__(self, *arrays: Any, seed: int | None = None):
         require(len(arrays) >= 1, "training needs at least one array of activations")
         check(arrays)
         self._arrays, self._seed, self._row = arrays, seed, 0
@@ -106,33 +106,35 @@ class StreamSource:
     Args:
       chunks: an iterator, which is read once; or an iterable, such as a DataLoader, or a function that returns an
         iterator, such as a generator function. It gives arrays (rows, width), or tuples of arrays of the same tokens.
+      total: rows after which nothing more is read; what is missing in the last block are its first rows once more. None
+        reads whole blocks.
 
     Raises:
       ConfigError: it gives nothing, or something else than arrays of activations.
     """
 
-    def __init__(self, chunks: Iterable[Any] | Callable[[], Iterable[Any]]):
+    def __init__(self, chunks: Iterable[Any] | Callable[[], Iterable[Any]], total: int | None = None):
         self._again = chunks if callable(chunks) else (None if _is_iterator(chunks) else lambda: chunks)
         self._chunks: Iterator[Any] = iter(chunks() if callable(chunks) else chunks)
-        self._taken, self._read = 0, 0
+        self._taken, self._read, self._total = 0, 0, total
         self.widths: list[int] = []
         self._rest = self._next_chunk()
         self.d_in = self.widths[0]
 
     def fill(self, rows: int) -> Filling:
-        """Return the next `rows` activations.
+        """Return the next `rows` activations; beyond the total the first of them once more.
 
         Raises:
           ConfigError: the arrays end before.
         """
         pieces: list[list[Any]] = [[] for _ in self.widths]
-        taken = 0
-        while taken < rows:
-            for piece, array in zip(pieces, self._take(rows - taken), strict=True):
+        taken, wanted = 0, rows if self._total is None else min(rows, max(self._total - self._taken, 1))
+        while taken < wanted:
+            for piece, array in zip(pieces, self._take(wanted - taken), strict=True):
                 piece.append(array)
             taken += len(pieces[0][-1])
-            yield taken / rows
-        return _block([_joined(piece) for piece in pieces])
+            yield taken / wanted
+        return _block([_filled(_joined(piece), rows) for piece in pieces])
 
     def position(self) -> dict[str, Any]:
         """Return the number of rows that were read."""
@@ -171,8 +173,9 @@ class StreamSource:
             chunk = next(self._chunks, None)
         require(
             chunk is not None,
-            f"the activations ended after {self._taken:,} rows of whole blocks were read: give more, lower "
-            "num_activations, or give an array or a generator function, which are read again",
+            f"the activations ended after {self._taken:,} rows"
+            + (f", and {self._total:,} are to be trained on" if self._total else "")
+            + ": give more, lower num_activations, or give an array or a generator function, which are read again",
         )
         arrays = list(chunk) if isinstance(chunk, tuple | list) else [chunk]
         check(arrays)
@@ -184,13 +187,14 @@ class StreamSource:
         return arrays
 
 
-def source_of(acts: Activations, seed: int | None = None) -> Source:
+def source_of(acts: Activations, seed: int | None = None, total: int | None = None) -> Source:
     """Return a source that reads a user's activations.
 
     Args:
       acts: an array (rows, width) of numpy or jax, a memory map, or whatever has rows (h5py, zarr); a list of such of
         the same tokens; an iterator, iterable or generator function of arrays; or a source, which is returned.
       seed: of the order in which an array is read; see `ArraySource`.
+      total: rows that are read of an iterator; see `StreamSource`.
 
     Raises:
       ConfigError: nothing that can be read as activations.
@@ -207,7 +211,7 @@ def source_of(acts: Activations, seed: int | None = None) -> Source:
         "activations are an array (rows, width), a memory map (np.load(path, mmap_mode='r')), a list of arrays, or an "
         f"iterator of arrays, not {type(acts).__name__}",
     )
-    return StreamSource(acts)
+    return StreamSource(acts, total)
 
 
 def check(arrays: Sequence[Any]) -> None:
@@ -258,6 +262,12 @@ def _joined(pieces: list[Any]) -> Any:
         return jnp.concatenate(pieces)
     with np.errstate(over="ignore"):
         return np.concatenate([np.asarray(piece).astype(_dtype(piece)) for piece in pieces])
+
+
+def _filled(array: Any, rows: int) -> Any:
+    """Return an array of so many rows: those that are missing are its first ones once more."""
+    missing = np.arange(rows) % len(array)
+    return array if len(array) == rows else array[missing]
 
 
 def _block(arrays: list[Any]) -> Block:

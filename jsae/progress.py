@@ -12,13 +12,26 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 EVERY = 10.0
 """Seconds between plain lines."""
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """A stream of text, such as stderr."""
+
+    def write(self, text: str, /) -> Any:
+        """Write a text."""
+        ...
+
+    def flush(self) -> Any:
+        """Write what is held back."""
+        ...
 
 
 class Display(abc.ABC):
@@ -41,7 +54,7 @@ class Display(abc.ABC):
         self.close()
 
 
-def display(total: int, *, start: int = 0, unit: str = "steps", stream: TextIO | None = None) -> Display:
+def display(total: int, *, start: int = 0, unit: str = "steps", stream: Stream | None = None) -> Display:
     """Return what fits the output: a bar in a terminal or a notebook, else plain lines.
 
     Args:
@@ -73,7 +86,7 @@ class Lines(Display):
         *,
         start: int = 0,
         unit: str = "steps",
-        stream: TextIO,
+        stream: Stream,
         every: float = EVERY,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -158,7 +171,7 @@ def _time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _console(stream: TextIO) -> "Console | None":
+def _console(stream: Stream) -> "Console | None":
     """Return the console on which rich can draw a bar; None where the output is neither terminal nor notebook."""
     notebook = "ipykernel" in sys.modules
     terminal = getattr(stream, "isatty", lambda: False)() and os.environ.get("TERM") != "dumb"

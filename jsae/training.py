@@ -1,5 +1,6 @@
 """Training on a user's own activations: `fit`, which yields progress, and `train`, which returns a finished SAE."""
 
+import functools
 import math
 import time
 import warnings
@@ -95,7 +96,7 @@ def fit(
         f"block_size={block_size} is less than one batch of {config.batch_size}: raise block_size",
     )
     config.anneals(sae)  # raises where k_start means nothing
-    source = source_of(acts, data_seed)
+    source = source_of(acts, data_seed, config.num_steps * config.batch_size)
     widths = getattr(source, "widths", None)
     require(
         widths in (None, state.widths(sae)),
@@ -176,7 +177,7 @@ class _Run(NamedTuple):
             yield Progress(num_steps, num_steps, finished, begun[0])
             return
         window, tail, since, started = None, None, int(begun[0].step), time.perf_counter()
-        add, programs = jax.jit(metrics.add), loop.Programs(members, self.ops)
+        add, programs = jax.jit(metrics.add), _programs(self.member, self.ops)
         for number, states, (sums,) in loop.fit(members, begun, ((acts,) for acts in batches), programs):
             window = sums if window is None else add(window, sums)
             if number > (1 - _TAIL) * num_steps:
@@ -251,6 +252,12 @@ class _Run(NamedTuple):
             rate = optim.schedule(self.member.train, self.member.sae.d_sae)(number - 1)
             summary["learning_rate"] = float(rate)
         return summary
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(member: loop.Member, ops: Ops | None) -> loop.Programs:
+    """Return the compiled steps of an SAE; the last few are kept for when the same is trained again."""
+    return loop.Programs([member], ops)
 
 
 _ADVICE = "lower learning_rate or raise warmup_fraction"

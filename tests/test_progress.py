@@ -16,11 +16,11 @@ from jsae.progress import Bar, Lines, display, line
     ("done", "rate", "seconds", "text", "expected"),
     [
         (0, 0.0, 10.2, "", "0 %  0 of 2,000 steps  0:10 so far"),
-        (500, 12.5, 40, "FVU 0.2", "25 %  500 of 2,000 steps  12.5 steps/s  2:00 left  FVU 0.2"),
-        (1000, 0.25, 9000, "", "50 %  1,000 of 2,000 steps  0.2 steps/s  1:06:40 left"),
-        (1999, 1234.5, 3, "", "100 %  1,999 of 2,000 steps  1,234 steps/s  0:00 left"),
-        (2000, 10.0, 3725, "", "100 %  2,000 of 2,000 steps  10.0 steps/s  1:02:05 taken"),
-        (2000, 0.0, 3, "", "100 %  2,000 of 2,000 steps  0:03 taken"),
+        (500, 12.5, 40.0, "FVU 0.2", "25 %  500 of 2,000 steps  12.5 steps/s  2:00 left  FVU 0.2"),
+        (1000, 0.25, 9000.0, "", "50 %  1,000 of 2,000 steps  0.2 steps/s  1:06:40 left"),
+        (1999, 1234.5, 3.0, "", "100 %  1,999 of 2,000 steps  1,234 steps/s  0:00 left"),
+        (2000, 10.0, 3725.0, "", "100 %  2,000 of 2,000 steps  10.0 steps/s  1:02:05 taken"),
+        (2000, 0.0, 3.0, "", "100 %  2,000 of 2,000 steps  0:03 taken"),
     ],
 )
 def test_a_line_says_the_share_the_rate_and_the_time_left(done, rate, seconds, text, expected):

@@ -87,9 +87,9 @@ def test_an_sae_is_loaded_alike_by_jax_and_torch_at_any_revision(answers):
 
 
 def test_only_settings_and_weights_are_fetched_and_each_once(answers):
-    assert sorted(answers["fetched"]) == sorted(
-        f"{folder}{name}" for folder in (f"{HOOK}/", "deep/er/", "") for name in ("cfg.json", "sae_weights.safetensors")
-    ) + ["weights/cfg.json"]
+    folders, names = (f"{HOOK}/", "deep/er/", ""), ("cfg.json", "sae_weights.safetensors")
+    expected = [*(folder + name for folder in folders for name in names), "weights/cfg.json"]
+    assert sorted(answers["fetched"]) == sorted(expected)
 
 
 def test_afterwards_the_local_cache_serves(answers):

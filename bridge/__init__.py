@@ -11,13 +11,12 @@ if TYPE_CHECKING:
     from bridge.handover import to_jax, to_torch
     from bridge.hooks import capture, edit
     from bridge.nanochat.checkpoint import Nanochat, load
-    from bridge.run import Run as Run
+    from bridge.run import Run
     from bridge.runtime import InterpretableModel, load_saes
     from bridge.steering import Steer
     from bridge.torch_sae import TorchSAE
     from bridge.torch_sae import load as load_sae
-    from bridge.training import RunConfig as RunConfig
-    from bridge.training import train as train
+    from bridge.training import RunConfig, train
 
 _PLACES = {
     "InterpretableModel": "bridge.runtime:InterpretableModel",
@@ -40,6 +39,8 @@ _PLACES = {
 __all__ = [
     "InterpretableModel",
     "Nanochat",
+    "Run",
+    "RunConfig",
     "Steer",
     "TorchSAE",
     "capture",
@@ -49,6 +50,7 @@ __all__ = [
     "load_saes",
     "to_jax",
     "to_torch",
+    "train",
 ]
 
 __getattr__, __dir__ = lazy.names(__name__, _PLACES)

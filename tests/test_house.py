@@ -240,6 +240,7 @@ ELSEWHERE = {
     "bridge/nanochat/": "config.json of a checkpoint in the layout of other libraries",
     "bridge/delphi.py": "delphi's own config.json",
     "experiments/benches/": "temporary folders of its own",
+    "jsae/testing/": "temporary folders of its own",
 }
 """Where names of files and folders of a run are written down, and why."""
 

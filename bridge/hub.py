@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from bridge import sae_config
 from bridge.run import Run
 from jsae import jsons
+from jsae.saelens import config as sae_config
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

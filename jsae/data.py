@@ -171,32 +171,6 @@ def _cut(block: Block, order: Int[Array, " rows"], batch: Int[Array, ""], batch_
     return jax.tree.map(lambda acts: acts[rows], block)
 
 
-class ArraySource:
-    """A source that walks round and round arrays in memory, (rows, d) each: for tests and for stored activations."""
-
-    def __init__(self, *acts: Float[np.ndarray, "rows _"]):
-        require(len(acts) >= 1 and len(acts[0]) >= 1, "a source of arrays needs at least one, with at least one row")
-        self._acts, self._start = acts, 0
-        self.d_in = acts[0].shape[1]
-
-    def fill(self, rows: int) -> Filling:
-        """The next `rows` activations, from the top again where the array ends."""
-        size = len(self._acts[0])
-        where = (self._start + np.arange(rows)) % size
-        self._start = int((self._start + rows) % size)
-        yield 0.0
-        block = tuple(jnp.asarray(acts[where]) for acts in self._acts)
-        return block if len(block) > 1 else block[0]
-
-    def position(self) -> dict[str, Any]:
-        """The next row."""
-        return {"row": self._start}
-
-    def seek(self, position: dict[str, Any]) -> None:
-        """Goes to a row."""
-        self._start = int(position["row"])
-
-
 def scale_of(acts: Float[Array, "n d"], layers: int = 1) -> Float[Array, "*d"]:
     """Return the factor that gives activations a mean squared norm of d; of several layers side by side one each, (d,).
 

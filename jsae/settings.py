@@ -127,7 +127,25 @@ def _fields(config_class: type) -> list[_Field]:
     return found
 
 
-_Config = TypeVar("_Config", bound="Json")
+_Config = TypeVar("_Config")
+
+
+def read_fields(cls: type[_Config], values: dict[str, Any] | str) -> _Config:
+    """Return a dataclass from the JSON of its fields.
+
+    Raises:
+      ConfigError: a name that is no field, or a field with no default that is missing.
+    """
+    if isinstance(values, str):
+        values = jsons.loads(values)
+    require(isinstance(values, dict), f"a {cls.__name__} is read from a JSON object, not from {values!r:.80}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
+    no_default = dataclasses.MISSING
+    missing = [n for n, f in fields.items() if n not in values and f.default is no_default is f.default_factory]
+    require(not missing, f"{cls.__name__} needs {', '.join(missing)}")
+    return cls(**values)
 
 
 class Json:
@@ -144,13 +162,4 @@ class Json:
         Raises:
           ConfigError: a name that is no field, or a field with no default that is missing.
         """
-        if isinstance(values, str):
-            values = jsons.loads(values)
-        require(isinstance(values, dict), f"a {cls.__name__} is read from a JSON object, not from {values!r:.80}")
-        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(values) - set(fields))
-        require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
-        no_default = dataclasses.MISSING
-        missing = [n for n, f in fields.items() if n not in values and f.default is no_default is f.default_factory]
-        require(not missing, f"{cls.__name__} needs {', '.join(missing)}")
-        return cls(**values)
+        return read_fields(cls, values)

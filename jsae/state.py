@@ -102,6 +102,12 @@ def place(state: TrainState, mesh: Mesh) -> TrainState:
     return jax.device_put(state, axes.shardings(state, mesh, latent_arrays=state.sae.initial_latents(state.sae.config)))
 
 
+def widths(config: SAEConfig) -> list[int]:
+    """Return the widths of the activations of an SAE: of its layers, or of a transcoder's input and target."""
+    width = config.d_in // config.layers
+    return [width, config.width_out] if config.is_transcoder else [width] * config.layers
+
+
 def input_and_target(config: SAEConfig, acts: Acts) -> tuple[Float[Array, "n d"], Float[Array, "n o"]]:
     """Return input and target of an SAE: the layers of a crosscoder side by side, else the first and last activation.
 
@@ -109,10 +115,8 @@ def input_and_target(config: SAEConfig, acts: Acts) -> tuple[Float[Array, "n d"]
       ConfigError: activations of other widths, or of more or fewer hooks, than the SAE's.
     """
     parts = acts if isinstance(acts, tuple) else (acts,)
-    width = config.d_in // config.layers
-    wanted = [width, config.width_out] if config.is_transcoder else [width] * config.layers
-    widths = [part.shape[1] for part in parts]
-    require(widths == wanted, f"this SAE is for activations of the widths {wanted}, but these have {widths}")
+    expected, found = widths(config), [part.shape[1] for part in parts]
+    require(found == expected, f"this SAE is for activations of the widths {expected}, but these have {found}")
     if config.layers > 1:
         parts = (jnp.concatenate(parts, axis=1),)
     return parts[0], parts[-1]

@@ -127,7 +127,7 @@ def test_many_lines_that_are_no_notes_are_warned_of_together(run):
 
 HOSTILE = """
 import sys, time, warnings, resource
-from bridge.explorer import labels
+from bridge.run import labels
 warnings.simplefilter("ignore")
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 try:

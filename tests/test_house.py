@@ -1,8 +1,12 @@
 """The laws of the house: lint, layers, light imports, quick help, everything packaged."""
 
+import abc
 import ast
 import graphlib
+import importlib
 import importlib.resources
+import inspect
+import pkgutil
 import subprocess
 import sys
 import time
@@ -11,6 +15,9 @@ from pathlib import Path
 
 import grimp
 import pytest
+
+import bridge
+import jsae
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(
@@ -76,7 +83,7 @@ def test_the_torch_runtime_loads_no_jax():
 
 def test_importing_the_library_starts_no_device():
     check = (
-        "import jsae.train, jsae.checkpoint, bridge.stream, bridge.training.loop, jax;"
+        "import jsae.loop, jsae.checkpoint, bridge.stream, bridge.training.loop, jax;"
         "assert not jax._src.xla_bridge.backends_are_initialized()"
     )
     done = run(sys.executable, "-c", check)
@@ -233,6 +240,7 @@ ELSEWHERE = {
     "bridge/nanochat/": "config.json of a checkpoint in the layout of other libraries",
     "bridge/delphi.py": "delphi's own config.json",
     "experiments/benches/": "temporary folders of its own",
+    "jsae/testing/": "temporary folders of its own",
 }
 """Where names of files and folders of a run are written down, and why."""
 
@@ -326,3 +334,67 @@ def test_json_that_is_nested_too_deeply_is_an_error_like_any_other():
 
 
 _CALLED_WITHIN = {"lines.py": "its callers expect RecursionError"}
+
+
+# ---- classes ---------------------------------------------------------------------------------------------------------
+
+HOOKS = {
+    ("SAE", "initial_statistics"): "no statistics by default",
+    ("SAE", "batch_statistics"): "no statistics by default",
+    ("SAE", "initialize_latents"): "nothing by default",
+}
+"""Methods that a subclass may define again, because what they do by default is nothing."""
+
+
+def _classes() -> list[type]:
+    found = []
+    for top in (jsae, bridge):
+        for module in pkgutil.walk_packages(top.__path__, f"{top.__name__}."):
+            members = vars(importlib.import_module(module.name)).values()
+            found += [c for c in members if inspect.isclass(c) and c.__module__ == module.name]
+    return found
+
+
+def _overridden(cls: type) -> list[tuple[str, str]]:
+    """The concrete methods of our own classes that a class defines again: (class, method)."""
+    found = []
+    for name, value in vars(cls).items():
+        if name.startswith("__") or not (callable(value) or isinstance(value, classmethod | staticmethod | property)):
+            continue
+        for base in cls.__mro__[1:]:
+            ours = base.__module__.split(".")[0] == cls.__module__.split(".")[0]
+            if ours and name in vars(base) and not getattr(vars(base)[name], "__isabstractmethod__", False):
+                found.append((base.__name__, name))
+                break
+    return found
+
+
+def test_classes_are_abstract_or_final():
+    classes = _classes()
+    assert len(classes) > 200
+    found = {(c.__qualname__, *method) for c in classes for method in _overridden(c) if method not in HOOKS}
+    assert found == set(), "a concrete method is defined again: make it abstract, or call another one"
+
+
+def test_a_method_that_is_defined_again_is_seen():
+    class Base:
+        def a(self) -> int:
+            return 1
+
+        @property
+        def b(self) -> int:
+            return 1
+
+        @abc.abstractmethod
+        def c(self) -> int: ...
+
+    class Sub(Base):
+        def a(self) -> int:
+            return 2
+
+        b = property(lambda self: 2)
+
+        def c(self) -> int:
+            return 2
+
+    assert sorted(_overridden(Sub)) == [("Base", "a"), ("Base", "b")]

@@ -97,15 +97,15 @@ def test_a_label_that_a_person_gave_is_read_at_once(copy):
 def test_records_are_those_of_the_sae_at_hand(copy):
     weights = copy.sae_folder(HOOK) / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    with pytest.raises(StoreError, match="trained again since"):
+    with pytest.raises(StoreError, match="trained again or its settings changed since"):
         copy.records(HOOK)
 
 
-def test_records_that_fit_are_kept_and_others_gathered_again(copy):
+def test_records_that_fit_are_kept_and_others_gathered_again(copy, capsys):
     def said(extent: Extent) -> str:
-        lines: list[str] = []
-        explore(of_run(copy), extent, say=lines.append)
-        return lines[0]
+        capsys.readouterr()
+        explore(of_run(copy), extent)
+        return capsys.readouterr().err.splitlines()[0]
 
     assert "fit" in said(SMALL)
     assert "num_tokens was 4000" in said(Extent(num_tokens=2000, context_length=64))

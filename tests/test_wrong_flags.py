@@ -19,7 +19,7 @@ from bridge import accelerators
 from bridge.training import device
 from bridge.training.config import RunConfig
 from experiments import bench, flags
-from jsae import settings, train
+from jsae import loop, settings
 from jsae.architectures import JumpReLU, SAEConfig, TopK
 from jsae.config import TrainConfig
 from jsae.settings import ConfigError
@@ -237,4 +237,4 @@ def works(config: SAEConfig | TrainConfig | RunConfig) -> None:
         )
         sample = (*sample, jax.ShapeDtypeStruct((4, config.d_out), np.float32)) if config.d_out else sample
         run = TrainConfig(num_activations=64, batch_size=4)
-        jax.eval_shape(lambda x: train.init([train.Member(config, run)], (x,)), sample)
+        jax.eval_shape(lambda x: loop.init([loop.Member(config, run)], (x,)), sample)

@@ -3,12 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from bridge import sae_config
 from bridge.neuronpedia import ids as names
 from bridge.neuronpedia.about import CREATED_AT, About
 from bridge.neuronpedia.ids import Ids
 from bridge.run import Run
 from jsae.records.store import Store, digest
+from jsae.saelens import config as sae_config
 from jsae.settings import require
 
 

@@ -8,8 +8,8 @@ from bridge import torch_sae
 from bridge.compatibility import check_kind
 from bridge.hooks import parse
 from bridge.run.exports import finished, within
-from bridge.sae_settings import CFG
 from bridge.torch_sae import TorchSAE
+from jsae.saelens.settings import CFG
 
 
 def load_saes(path: str | Path, device: str | torch.device = "cpu") -> dict[str, TorchSAE]:

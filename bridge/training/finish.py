@@ -20,7 +20,7 @@ from bridge.run import Run
 from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
 from jsae import export, files, metrics
 from jsae.health import unusable
-from jsae.train import States
+from jsae.loop import States
 
 if TYPE_CHECKING:
     from bridge.nanochat import Nanochat

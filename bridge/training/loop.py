@@ -11,12 +11,11 @@ import numpy as np
 
 from bridge.run import Run
 from bridge.training.report import Reporter
-from jsae import metrics, optim
-from jsae import train as training
+from jsae import loop, metrics, optim
 from jsae.checkpoint import Checkpoints
 from jsae.data import Cursor, Shuffled
 from jsae.health import ActivationsError, Watch
-from jsae.train import AllSums, Member, States
+from jsae.loop import AllSums, Member, States
 
 if TYPE_CHECKING:
     from bridge.stream import ActivationStream
@@ -63,14 +62,14 @@ def train(
             Reporter(run, trainees, int(first_states[0].step), num_steps, config.wandb_project) as reporter,
             contextlib.nullcontext(()) if stop_requests is None else stop_requests() as requests,
         ):
-            for step, states, sums in training.fit(members, first_states, batches):
+            for step, states, sums in loop.fit(members, first_states, batches):
                 window = sums if window is None else add(window, sums)
                 stop, last = bool(requests), step == num_steps  # a later request waits for the next step
                 due = last or stop or step % save_every == 0
                 reporter.step(step)
                 if due or step % config.log_every == 0:
                     for trainee, state, total in zip(trainees, states, window, strict=True):
-                        training.check_finite(state, total, trainee.label if len(trainees) > 1 else None)
+                        loop.check_finite(state, total, trainee.label if len(trainees) > 1 else None)
                     values = _values(members, step, states, window)
                     tokens, source.tokens_seen = source.tokens_seen, 0
                     reporter.report(step, values, tokens)
@@ -123,7 +122,7 @@ def _begin(
     }
     if config.resume and checkpoints.latest() is not None:
         sample = tuple({member.site: _abstract(member, source.d_in) for member in members}.values())
-        like = jax.eval_shape(lambda x: training.init(members, x), sample)
+        like = jax.eval_shape(lambda x: loop.init(members, x), sample)
         restored = checkpoints.restore(like)
         for step, reason, moved_to in restored.damaged:
             print(f"WARNING the checkpoint of step {step} is damaged, and is now {moved_to}: {reason}")
@@ -132,7 +131,7 @@ def _begin(
     if config.resume:
         print("there is no checkpoint yet: beginning with the first step", flush=True)
     batches = Shuffled(source, **shuffle)
-    return batches, training.init(members, batches.peek())
+    return batches, loop.init(members, batches.peek())
 
 
 def _abstract(member: Member, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:

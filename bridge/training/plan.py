@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from bridge.training.config import RunConfig
 from jsae import export
+from jsae.loop import Member
 from jsae.settings import require
-from jsae.train import Member
 
 if TYPE_CHECKING:
     from bridge.nanochat import Nanochat

@@ -1,5 +1,6 @@
 """Folders of .npy columns under a JSON header: mapped, not read, and checked against what they must be. numpy only."""
 
+import abc
 import dataclasses
 import errno
 import json
@@ -35,8 +36,8 @@ _KINDS: Mapping[Any, tuple[str, Callable[[Any], bool]]] = {
 """What the fields of a header may be."""
 
 
-class Folder:
-    """Columns in a folder, mapped when first asked for and checked then."""
+class Folder(abc.ABC):
+    """Columns in a folder, mapped when first asked for and checked then. Abstract."""
 
     _columns: Mapping[str, tuple[str, tuple[str, ...]]]
     _file: str
@@ -65,13 +66,13 @@ class Folder:
             raise StoreError(f"{file}: {error}") from error
         self._cache: dict[str, np.ndarray] = {}
 
+    @abc.abstractmethod
     def _sizes(self) -> dict[str, int]:
-        """The lengths of axes that the header says."""
-        raise NotImplementedError
+        """Return the lengths of axes that the header says."""
 
+    @abc.abstractmethod
     def _below(self) -> dict[str, int]:
-        """Columns of pointers, and what each must be below."""
-        return {}
+        """Return the columns of pointers, and the bound that each must be below."""
 
     _partitions: ClassVar[Mapping[str, str]] = {}
     """Columns of offsets, and the columns they cut into parts."""

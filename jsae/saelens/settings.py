@@ -1,4 +1,4 @@
-"""What an exported SAE is: architectures by SAELens's names, checked settings, the arrays they ask for. No torch."""
+"""What an exported SAE is: architectures by SAELens's names, checked settings, the arrays they ask for."""
 
 import dataclasses
 import reprlib

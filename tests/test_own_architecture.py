@@ -324,7 +324,7 @@ BAD_SETTINGS = {
     "a penalty that pulls": ({"architecture": NAME, "d_in": 4, "d_sae": 8, "coefficient": -1}, "coefficient is -1"),
     "a penalty that is no number": (
         {"architecture": NAME, "d_in": 4, "d_sae": 8, "coefficient": float("nan")},
-        "coefficient is nan: it must be at least 0",
+        "coefficient is nan: it must be finite and not negative",
     ),
 }
 

@@ -240,8 +240,8 @@ class RunConfig(Json):
         Raises:
           ConfigError: a setting that no model's SAE can have.
         """
-        inner = self.nested_widths or self._default_widths(_WIDEST)
-        self._sae_config(_WIDEST, _WIDEST, 1, k=1, nested_widths=inner)
+        # k and nested widths are held to the SAE's true width later.
+        self._sae_config(_WIDEST, _WIDEST, 1, k=1, nested_widths=self._default_widths(_WIDEST))
 
     def sae_config(self, width: int, layers: int = 1) -> "SAEConfig":
         """Return the SAE of a variant for a model of this width; `layers` of a crosscoder."""
@@ -298,6 +298,6 @@ def _is_number(word: str) -> bool:
     return word.isascii() and word.isdecimal() and len(word) <= 4
 
 
-def _written(value: float) -> str:
+def _written(value: int | float) -> str:
     """A number as short as it can be without meaning another one."""
     return short if float(short := f"{value:g}") == value else repr(value)

@@ -115,7 +115,7 @@ def _metadata(
     return told
 
 
-def _written(value: float) -> str:
+def _written(value: int | float) -> str:
     """A number in the width of a column, also one that is out of all proportion."""
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
 

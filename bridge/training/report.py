@@ -96,7 +96,7 @@ def _keep_until(lines: Path, step: int) -> None:
         files.write(lines, "".join(line + "\n" for line in kept))
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> int | float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):

@@ -191,8 +191,7 @@ def test_averaged_weights_choose_the_same_latents_when_they_are_exported(archite
 # ---- SAELens's own operations --------------------------------------------------------------------------------------
 
 SAELENS_FORMS = {
-    architecture: SAEConfig(architecture, D, F, k=4, nested_widths=(5,) if architecture == "matryoshka" else ())
-    for architecture in saes.ARCHITECTURES
+    architecture: sae_config(architecture, D, F, **SETTINGS.get(architecture, {})) for architecture in ARCHITECTURES
 }
 
 

@@ -23,7 +23,7 @@ from bridge import torch_sae
 from bridge.hooks import capture
 from jsae import export, train
 from jsae.config import TrainConfig
-from jsae.settings import SAEConfig
+from jsae.architectures import sae_config
 
 ROOT = Path(__file__).resolve().parents[1]
 HOOK = "blocks.2.hook_resid_post"
@@ -137,9 +137,9 @@ def test_the_export_is_read_by_torch_and_saelens_with_its_metadata(whole):
 @pytest.mark.parametrize(
     "config",
     [
-        SAEConfig("topk", 128, 512, k=16),
-        SAEConfig("relu", 128, 512, l1_coefficient=2.0),
-        SAEConfig("gated", 128, 512, l1_coefficient=2.0),
+        sae_config("topk", 128, 512, k=16),
+        sae_config("relu", 128, 512, l1_coefficient=2.0),
+        sae_config("gated", 128, 512, l1_coefficient=2.0),
     ],
     ids=lambda c: c.architecture,
 )

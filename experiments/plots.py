@@ -72,5 +72,5 @@ def _curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     for name, label in (("loss", "loss"), ("l0", "L0")):
         points = [(line["step"], line[name]) for line in lines if "step" in line and name in line]
         if points:
-            found[label] = tuple(map(list, zip(*points, strict=True)))
+            found[label] = [step for step, _ in points], [value for _, value in points]
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from rich.console import Console
@@ -16,6 +16,8 @@ from bridge.runtime import InterpretableModel, Steer, Token
 from experiments import signals
 from experiments import steer_view as view
 from experiments.flags import EXPECTED_ERRORS
+
+_Number = TypeVar("_Number", int, float)
 
 if TYPE_CHECKING:
     from experiments.steer import SteerConfig
@@ -134,7 +136,7 @@ class Session:
             yield lambda table: None
             return
         with Live(console=self.console, refresh_per_second=8, vertical_overflow="visible") as live:
-            yield live.update
+            yield lambda table: live.update(table)  # type: ignore[arg-type]
 
 
 _HELP = """\
@@ -189,7 +191,7 @@ def _obey(session: Session, line: str) -> None:
     COMMANDS[name](session, told)
 
 
-def _number(text: str, kind: type) -> int | float:
+def _number(text: str, kind: Callable[[str], _Number]) -> _Number:
     try:
         return kind(text)
     except ValueError:

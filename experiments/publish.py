@@ -96,7 +96,7 @@ def _publish(run: Path, config: PublishConfig) -> int:
     with contextlib.nullcontext() if config.dry_run else _client(config, _key()) as client:
         plans = [_prepare(run, source, config) for source in sources]
         left = [_tell(run, plan, config) for plan in plans]
-        if client is None or (sum(left) and not _agreed(config)):
+        if client is None or (any(left) and not _agreed(config)):
             print("Nothing was sent.")
             return 0 if config.dry_run else 1
         try:

@@ -69,7 +69,7 @@ def init(
     for number, part in enumerate(parts, 1):
         if not isinstance(part, jax.core.Tracer):
             which = f" (part {number} of {len(parts)})" if len(parts) > 1 else ""
-            data.check(part, f"{len(part)} activations{which}")
+            data.check(part, f"{len(part)} activations{which}")  # type: ignore[arg-type]  # a jax array by now
     return _init(sae_config, config, ops, sample, optimizer)
 
 
@@ -115,4 +115,4 @@ def input_and_target(config: SAEConfig, acts: Acts) -> tuple[Float[Array, "n d"]
     require(widths == wanted, f"this SAE is for activations of the widths {wanted}, but these have {widths}")
     if config.layers > 1:
         parts = (jnp.concatenate(parts, axis=1),)
-    return parts[0], parts[-1]
+    return parts[0], parts[-1]  # type: ignore[return-value]  # traced, or jax arrays

@@ -73,7 +73,7 @@ def _statements() -> Iterator[tuple[str, Callable[[str], object]]]:
         **{name: set(listed.split()) for name, listed in patterns.ENGLISH.items()},
     }
     for name, listed in words.items():
-        yield name, lambda token, listed=listed: token.strip() in listed
+        yield name, lambda token, listed=listed: token.strip() in listed  # type: ignore[misc]
     for ending in patterns.ENDINGS:
         yield f"ends in -{ending}", re.compile(rf"\s?[^\W\d_]{{2,}}{ending}").fullmatch
     for beginning in patterns.BEGINNINGS:
@@ -119,7 +119,7 @@ def _lines(text: Text) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         line[here] = np.minimum(np.searchsorted(starts, place, side="right") - 1, len(lines) - 1)
         column[here] = place - starts[line[here]]
         indent[here] = indents[line[here]]
-    line, column, indent = (found.reshape(text.tokens.shape) for found in (line, column, indent))
+    line, column, indent = (found.reshape(text.tokens.shape) for found in (line, column, indent))  # type: ignore[assignment]
     last = np.zeros(text.tokens.shape, bool)
     last[:, :-1] = (line[:, :-1] != line[:, 1:]) & (text.document[:, :-1] >= 0)
     return line, column, indent, last

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.resources
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+import jsae
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(
@@ -37,6 +40,14 @@ def test_the_packages_say_that_they_are_typed():
     for package in ("jsae", "bridge"):
         assert (ROOT / package / "py.typed").is_file()
         assert "py.typed" in settings[package]
+
+
+def test_the_version_is_the_changelogs():
+    version = PYPROJECT["project"]["version"]
+    assert version == jsae.__version__
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert headings[1].startswith(f"{version} (")
 
 
 def test_the_laws_of_import_are_kept():

@@ -81,6 +81,17 @@ def parse(
     return config
 
 
+def shared(target: type, config: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that a config has under the same name and in the same meaning.
+
+    Args:
+      target: the dataclass, as a function of bridge takes it; `target(**shared(target, config))` makes one.
+      config: of a command.
+    """
+    names = [field.name for field in dataclasses.fields(target)]
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
 def run(
     config_class: type[Config],
     main: Callable[[Config], int | None],

@@ -69,7 +69,7 @@ def init(
     for number, part in enumerate(parts, 1):
         if not isinstance(part, jax.core.Tracer):
             which = f" (part {number} of {len(parts)})" if len(parts) > 1 else ""
-            data.check(part, f"{len(part)} activations{which}")  # type: ignore[arg-type]  # a jax array by now
+            data.check(part, f"{len(part)} activations{which}")
     return _init(sae_config, config, ops, sample, optimizer)
 
 

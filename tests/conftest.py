@@ -43,7 +43,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave modules unread of which the quick tier has nothing: their imports would take as long as its tests."""
-    return config.option.markexpr == "not slow" and collection_path.stem in tiers.MODULES or None
+    quick = config.option.markexpr == "not slow"
+    return True if quick and collection_path.stem in tiers.MODULES else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

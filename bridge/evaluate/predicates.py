@@ -119,7 +119,7 @@ def _lines(text: Text) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         line[here] = np.minimum(np.searchsorted(starts, place, side="right") - 1, len(lines) - 1)
         column[here] = place - starts[line[here]]
         indent[here] = indents[line[here]]
-    line, column, indent = (found.reshape(text.tokens.shape) for found in (line, column, indent))  # type: ignore[assignment]
+    line, column, indent = (found.reshape(text.tokens.shape) for found in (line, column, indent))
     last = np.zeros(text.tokens.shape, bool)
     last[:, :-1] = (line[:, :-1] != line[:, 1:]) & (text.document[:, :-1] >= 0)
     return line, column, indent, last

@@ -154,7 +154,7 @@ class Answer(Response):
       seconds: that the sending may take.
     """
 
-    media_type = "application/json"
+    media_type = "application/json"  # type: ignore[assignment]
 
     def __init__(self, pieces: Iterable[bytes], outbox: Outbox, seconds: float | int = _SECONDS_TO_READ):
         self._pieces, self._outbox, self._seconds = list(pieces), outbox, seconds

@@ -57,7 +57,7 @@ def train(
             Reporter(run, trainees, start, num_steps, config.wandb_project) as reporter,
             stop_requests() as stopped,
         ):
-            for step, states, sums in loop.fit(members, begun, batches):
+            for step, states, sums in loop.fit(members, begun, batches):  # type: ignore[arg-type]
                 window = sums if window is None else add(window, sums)
                 stop, last = bool(stopped), step == num_steps  # a later request waits for the next step
                 due = last or stop or step % save_every == 0
@@ -109,7 +109,7 @@ def _begin(
     config: "RunConfig", members: Sequence[Member], source: "ActivationStream", checkpoints: Checkpoints
 ) -> tuple[Shuffled, States]:
     """Return the stream and the states it belongs to: fresh ones, or those of the last intact checkpoint."""
-    shuffle = {
+    shuffle: dict[str, Any] = {
         "batch_size": config.batch_size,
         "batches_per_block": config.block_size // config.batch_size,
         "seed": config.data_seed,
@@ -126,7 +126,7 @@ def _begin(
     if config.resume:
         print("there is no checkpoint yet: beginning with the first step", flush=True)
     batches = Shuffled(source, **shuffle)
-    return batches, loop.init(members, batches.peek())
+    return batches, loop.init(members, batches.peek())  # type: ignore[arg-type]
 
 
 def _abstract(member: Member, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -289,7 +289,7 @@ class InterpretableModel:
                 raise ValueError(f"positions {request.positions!r} need prompt_length: where the prompt ends")
             change = edit_of(self.saes[name], request, multiplier, self._embedding.dtype)
             if request.positions != "all":
-                change = masked(change, lambda p=request.positions: mask(p, reading, prompt_length, special))
+                change = masked(change, lambda p=request.positions: mask(p, reading, prompt_length, special))  # type: ignore[misc]
             chains.setdefault(name, []).append(change)
         ranges.check_product((request.mode, request.c(multiplier)) for request in steers)
         return {name: _in_order(chain) for name, chain in chains.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bridge import formats
 from bridge.formats import Format
@@ -92,7 +92,12 @@ def _export(run: Run, config: ExportConfig) -> int:
     if config.hub_repo:
         for upload in uploads:
             print(f"{'hub':<15} {upload.path}   {upload.size:,} bytes", flush=True)
-        shared = {"license": config.license, "hooks": hooks, "private": config.private, "dry_run": config.dry_run}
+        shared: dict[str, Any] = {
+            "license": config.license,
+            "hooks": hooks,
+            "private": config.private,
+            "dry_run": config.dry_run,
+        }
         sent = hub.push(run.path, config.hub_repo, **shared)
         place = "would go to" if config.dry_run else "are at"
         print(f"{'hub':<15} {len(sent)} files {place} https://huggingface.co/{config.hub_repo}")

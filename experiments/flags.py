@@ -78,7 +78,7 @@ def parse(
     Raises:
       ValueError: values that the dataclass or `settle` refuses.
     """
-    names = {field.name: (renames or {}).get(field.name, field.name) for field in dataclasses.fields(config_class)}
+    names = {field.name: (renames or {}).get(field.name, field.name) for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     config = config_class(**{field: flag_values[flag].value for field, flag in names.items()})
     settle(config)
     return config
@@ -178,7 +178,8 @@ def _end(error: BaseException, debug: bool) -> typing.NoReturn:
 def _joined(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     """The line with `--list A B` written as `--list=A,B`, of which absl would read A alone."""
     lists = {f"--{name}" for name in values if isinstance(values[name].parser, _TupleParser)}
-    words, reading = [], False
+    words: list[str] = []
+    reading = False
     for word in argv:
         if reading and not word.startswith("--"):
             words[-1] += ("" if words[-1].endswith("=") else ",") + word

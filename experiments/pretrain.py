@@ -13,7 +13,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Data, FilePath
@@ -153,9 +153,13 @@ def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus, object]:
     from bridge.nanochat.pretraining import Recipe, Trainer
 
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
-    sizes = ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
-    sizes = {name: getattr(config, name) for name in sizes}
-    data = {"row_len": config.sequence_len + 1, "seed": config.seed, "heldout_fraction": config.heldout_fraction}
+    fields = ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
+    sizes: dict[str, Any] = {name: getattr(config, name) for name in fields}
+    data: dict[str, Any] = {
+        "row_len": config.sequence_len + 1,
+        "seed": config.seed,
+        "heldout_fraction": config.heldout_fraction,
+    }
     made = out / "tokenizer"
     if config.tokenizer or (config.resume and (made / "tokenizer.pkl").is_file()):
         tokenizer = tokenizers.load(config.tokenizer or made)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -16,6 +17,8 @@ from bridge.runtime import InterpretableModel, Steer, Token
 from experiments import signals
 from experiments import steer_view as view
 from experiments.flags import EXPECTED_ERRORS
+
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +152,7 @@ class Session:
             yield lambda table: None
             return
         with Live(console=self.console, refresh_per_second=8, vertical_overflow="visible") as live:
-            yield live.update
+            yield lambda table: live.update(table)  # type: ignore[arg-type]
 
 
 _HELP = """\
@@ -204,7 +207,7 @@ def _obey(session: Session, line: str) -> None:
     COMMANDS[name](session, told)
 
 
-def _number(text: str, kind: type) -> int | float:
+def _number(text: str, kind: Callable[[str], _Number]) -> _Number:
     try:
         return kind(text)
     except ValueError:

@@ -97,7 +97,7 @@ def _publish(run: Run, config: PublishConfig) -> int:
     with contextlib.nullcontext() if config.dry_run else _client(config, _key()) as client:
         publications = [_prepare(run, source, config.base_url, out=out, **most) for source in sources]
         left = [_show(publication, config) for publication in publications]
-        if client is None or (sum(left) and not _agreed(config)):
+        if client is None or (any(left) and not _agreed(config)):
             print("Nothing was sent.")
             return 0 if config.dry_run else 1
         try:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from jsae import lazy
 
+__version__ = "0.2.0"
+
 if TYPE_CHECKING:
     from jsae import testing
     from jsae.architectures import (

@@ -193,7 +193,7 @@ def check(acts: Float[Array, "n d"], where: str = "activations") -> None:
       DegenerateError: they are all zero, all alike, or of a scale that float32 sums do not hold.
     """
     with jax.ensure_compile_time_eval():  # also where a caller is being traced
-        extent = Extent(*(float(value) for value in jax.device_get(_extent(acts))))
+        extent = Extent(*(float(value) for value in jax.device_get(_extent(acts))))  # type: ignore[arg-type]
     problem = degenerate(extent._replace(nonfinite=int(extent.nonfinite)), where)
     if problem is not None:
         raise (ActivationsError if extent.nonfinite else DegenerateError)(problem)

@@ -56,7 +56,10 @@ def resample(
     alive = jnp.linalg.norm(sae.W_enc[...], axis=1)
     mean_norm = jnp.where(dead, 0, alive).sum() / jnp.maximum((~dead).sum(), 1)
     read = x if sae.b_in is None else x - sae.b_in
-    fresh = {"W_dec": _directions(y - sae.b_dec)[token], "W_enc": 0.2 * mean_norm * _directions(read)[token]}
+    fresh: dict[str, Any] = {
+        "W_dec": _directions(y - sae.b_dec)[token],
+        "W_enc": 0.2 * mean_norm * _directions(read)[token],
+    }
     fresh |= sae.initial_latents(sae.config)
 
     def renew(path: tuple[Any, ...], leaf: Array) -> Array:

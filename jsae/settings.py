@@ -67,7 +67,7 @@ def check_fields(config: Any) -> None:
     Raises:
       ConfigError: a field that holds something else; names it.
     """
-    for field in _fields(type(config)):
+    for field in _fields(type(config)):  # type: ignore[arg-type]
         name, value = field.name, getattr(config, field.name)
         if value is None and field.optional:
             continue
@@ -138,7 +138,8 @@ def read_fields(cls: type[_Config], values: dict[str, Any] | str) -> _Config:
     """
     if isinstance(values, str):
         values = jsons.loads(values)
-    require(isinstance(values, dict), f"a {cls.__name__} is read from a JSON object, not from {values!r:.80}")
+    if not isinstance(values, dict):
+        raise ConfigError(f"a {cls.__name__} is read from a JSON object, not from {values!r:.80}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))
     require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")

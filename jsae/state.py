@@ -119,4 +119,4 @@ def input_and_target(config: SAEConfig, acts: Acts) -> tuple[Float[Array, "n d"]
     require(found == expected, f"this SAE is for activations of the widths {expected}, but these have {found}")
     if config.layers > 1:
         parts = (jnp.concatenate(parts, axis=1),)
-    return parts[0], parts[-1]
+    return parts[0], parts[-1]  # type: ignore[return-value]  # traced, or jax arrays

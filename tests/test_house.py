@@ -7,6 +7,7 @@ import importlib
 import importlib.resources
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 import time
@@ -27,13 +28,33 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.parametrize("arguments", [("check",), ("format", "--check")])
 def test_ruff_has_nothing_to_say(arguments):
     done = run(sys.executable, "-m", "ruff", *arguments, ".")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_types():
+    done = run(sys.executable, "-m", "mypy")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_packages_say_that_they_are_typed():
+    settings = PYPROJECT["tool"]["setuptools"]["package-data"]
+    for package in ("jsae", "bridge"):
+        assert (ROOT / package / "py.typed").is_file()
+        assert "py.typed" in settings[package]
+
+
+def test_the_version_is_the_changelogs():
+    version = PYPROJECT["project"]["version"]
+    assert version == jsae.__version__
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert headings[1].startswith(f"{version} (")
 
 
 def test_the_laws_of_import_are_kept():

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import alone
 import file_limit
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +23,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import bridge.nanochat
 from bridge import torch_sae
 from bridge.hooks import capture
-from jsae import export, loop
+from jsae import export
+from jsae.architectures import sae_config
 from jsae.config import TrainConfig
-from jsae.settings import SAEConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 HOOK = "blocks.2.hook_resid_post"
@@ -143,9 +144,9 @@ def test_the_export_is_read_by_torch_and_saelens_with_its_metadata(whole):
 @pytest.mark.parametrize(
     "config",
     [
-        SAEConfig("topk", 128, 512, k=16),
-        SAEConfig("relu", 128, 512, l1_coefficient=2.0),
-        SAEConfig("gated", 128, 512, l1_coefficient=2.0),
+        sae_config("topk", 128, 512, k=16),
+        sae_config("relu", 128, 512, l1_coefficient=2.0),
+        sae_config("gated", 128, 512, l1_coefficient=2.0),
     ],
     ids=lambda c: c.architecture,
 )
@@ -156,8 +157,8 @@ def test_jax_torch_and_saelens_agree_on_real_activations(config, tmp_path):
         nano.model(torch.tensor([ids]))
     x = acts[HOOK][0, 1:]
     run = TrainConfig(num_activations=511 * 40, batch_size=511, learning_rate=1e-3)
-    state = loop.init(config, run, jnp.asarray(x.numpy()))
-    *_, (_, state, _) = loop.fit(run, state, iter([jnp.asarray(x.numpy())] * 40))
+    state = alone.begin(config, run, jnp.asarray(x.numpy()))
+    *_, (_, state, _) = alone.fit(config, run, state, [jnp.asarray(x.numpy())] * 40)
     export.write(tmp_path / "sae", config, state.sae.arrays(), float(state.scale), float(state.scale), {})
     scaled = jnp.asarray(x.numpy()) * state.scale
     expected = np.asarray(state.sae.decode(state.sae.encode(scaled), scaled) / state.scale)

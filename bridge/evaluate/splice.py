@@ -69,7 +69,7 @@ def effects(
         for i, new in enumerate((sae(x.float()), torch.zeros_like(x), constant.expand_as(x)), 1):
             replaced = acts.clone()
             replaced[mask] = new.to(acts.dtype)
-            with edit(model, {hook_name: lambda _, replaced=replaced: replaced}):
+            with edit(model, {hook_name: lambda _, replaced=replaced: replaced}):  # type: ignore[misc]
                 log_probs = model(tokens).log_softmax(-1)
             divergence = (probs * (base - log_probs)).sum(-1).double()
             total[i] += _sums(log_probs, divergence, tokens, counts, lengths)

@@ -105,7 +105,7 @@ def load(
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
         weights_file.refuse_foreign(shapes)
         settings = _settings(weights, *tables)
-        generation, config = deduce.deduce(shapes, settings, overrides, tokenizer and tokenizer.vocab_size)
+        generation, config = deduce.deduce(shapes, settings, overrides, tokenizer.vocab_size if tokenizer else None)
         given = [name for name, value in overrides.items() if value is not None]
         check_others(settings, config, generation, (*ignore, *given))
         with torch.device("meta"):

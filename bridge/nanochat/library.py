@@ -88,7 +88,7 @@ def _documentation() -> tuple[tuple[str, str, Callable[[], str]], ...]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        topics = {}
+        topics = {}  # type: ignore[misc]
     found += [(f"topic {name}", text) for name, text in sorted(topics.items())]
     return tuple((name, text, functools.partial(str, text)) for name, text in found)
 
@@ -116,7 +116,7 @@ def _module_doc(module: Any, name: str) -> str:
         # Hooks of sys are there to be replaced: what hangs there is the process's own.
         own = getattr(member, "__module__", name) in (name, None) and not key.endswith("hook")
         if own and not key.startswith("_") and (inspect.isclass(member) or inspect.isroutine(member)):
-            parts.append(pydoc.plaintext.document(member, key))
+            parts.append(pydoc.plaintext.document(member, key))  # type: ignore[attr-defined]
     text = re.sub(r".\x08", "", "\n\n".join(parts))
     # What differs from process to process: the types that happen to be loaded, and addresses.
     text = re.sub(r"^ *\|  Built-in subclasses:\n(?: *\|   +\S.*\n)+ *\| *\n", "", text, flags=re.MULTILINE)

@@ -85,7 +85,7 @@ def units(file: Path, form: str, gzipped: bool, spool: Spool) -> list[Unit]:
     word = "line"
     try:
         with gzip.open(file) if gzipped else file.open("rb") as opened:
-            stream = _Unpacked(opened, file) if gzipped else opened
+            stream = _Unpacked(opened, file) if isinstance(opened, gzip.GzipFile) else opened
             if form == "json" and not _is_lines(stream):
                 word, records = "element", _array(stream, file)
             else:
@@ -184,7 +184,7 @@ class _Unpacked(io.BufferedIOBase):
 
     def _counted(self, data: bytes) -> bytes:
         self._count += len(data)
-        if self._count > _FREE and self._count > _MOST_RATIO * self._stream.fileobj.tell():
+        if self._count > _FREE and self._count > _MOST_RATIO * self._stream.fileobj.tell():  # type: ignore[union-attr]
             raise ValueError(
                 f"{self._file} unpacks to more than {_MOST_RATIO} times its size, which text does not: if it is what "
                 "you want to read, unpack it first"

@@ -308,7 +308,7 @@ def _sizes(container: dict[str, Any]) -> dict[str, Any]:
 def _noted(where: str, meta: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a training script noted of settings that leave no trace in the weights."""
     tables = ("loop_state", "user_config") if not where else ("model_config", "loop_state", "user_config")
-    noted = {}
+    noted: dict[str, Any] = {}
     for table in tables:
         told = meta.get(table)
         if isinstance(told, dict):

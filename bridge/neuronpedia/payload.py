@@ -279,7 +279,7 @@ def _is_foreign(file: Path) -> bool:
 class _Encoded(NamedTuple):
     """A feature as it goes into a body."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's method of that name is not used
     json: bytes
     texts: int
 

@@ -113,7 +113,7 @@ def _check_new(run: Path, config: Json) -> None:
 def _differing(run: Path, config: Json) -> str:
     """The flags of the run that are not those of `config` and change its numbers, as a text; "" if there are none."""
     before, now = read(run)["flags"], json.loads(json.dumps(config.to_json()))
-    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}  # type: ignore[arg-type]
     before = json.loads(json.dumps(defaults)) | before  # of flags that the run's version did not have
     same = [absolute_fields(type(config), values, resolve=True) for values in (before, now)]
     differing = [name for name in sorted(set(now) | set(before)) if same[0].get(name) != same[1].get(name)]

@@ -47,7 +47,7 @@ def choose(run: Path, there: Collection[str], name: str | None, what: str = "exp
     if name is None and len(there) == 1:
         return next(iter(there))
     if name in there:
-        return name  # type: ignore[return-value]
+        return name
     if not there:
         raise FileNotFoundError(f"{run} has no {what}: `python -m experiments.{_WRITES[what].format(run)}` writes it")
     missing = "holds several, and none is chosen" if name is None else f"has no {what} of {name}"

@@ -212,7 +212,7 @@ class RunConfig(Json):
         """Yield the run with every combination of its values: one value for each setting that takes several."""
         values = [getattr(self, name) or (None,) for name in SWEPT]
         for chosen in itertools.product(*values):
-            one = {name: () if v is None else (v,) for name, v in zip(SWEPT, chosen, strict=True)}
+            one: dict[str, Any] = {name: () if v is None else (v,) for name, v in zip(SWEPT, chosen, strict=True)}
             yield self if all(getattr(self, n) == v for n, v in one.items()) else dataclasses.replace(self, **one)
 
     def variant_name(self, variant: "RunConfig") -> str:

@@ -93,7 +93,7 @@ def _measure(
     with Progress(f"measuring {trainee.label}", rows.size, "tokens") as progress, progress.tokens_of(nano.model):
         sums = survey(site, sae, site.batches(rows)).sums
     export.write_sparsity(folder, metrics.density(sums))
-    summary = {name: value for name, value in metrics.summarize(sums).items() if name != "loss"}
+    summary: dict[str, Any] = {name: value for name, value in metrics.summarize(sums).items() if name != "loss"}
     summary["density_histogram"] = metrics.histogram(metrics.density(sums), summary["tokens"])
     problem = unusable(summary)
     return summary if problem is None else summary | {"problem": problem}

@@ -62,7 +62,7 @@ def train(
             Reporter(run, trainees, int(first_states[0].step), num_steps, config.wandb_project) as reporter,
             contextlib.nullcontext(()) if stop_requests is None else stop_requests() as requests,
         ):
-            for step, states, sums in loop.fit(members, first_states, batches):
+            for step, states, sums in loop.fit(members, first_states, batches):  # type: ignore[arg-type]
                 window = sums if window is None else add(window, sums)
                 stop, last = bool(requests), step == num_steps  # a later request waits for the next step
                 due = last or stop or step % save_every == 0
@@ -114,7 +114,7 @@ def _begin(
     config: "RunConfig", members: Sequence[Member], source: "ActivationStream", checkpoints: Checkpoints
 ) -> tuple[Shuffled, States]:
     """Return batches and states: new ones, or those of the last intact checkpoint of a resumed run."""
-    shuffle = {
+    shuffle: dict[str, Any] = {
         "batch_size": config.batch_size,
         "batches_per_block": config.block_size // config.batch_size,
         "seed": config.data_seed,
@@ -131,7 +131,7 @@ def _begin(
     if config.resume:
         print("there is no checkpoint yet: beginning with the first step", flush=True)
     batches = Shuffled(source, **shuffle)
-    return batches, loop.init(members, batches.peek())
+    return batches, loop.init(members, batches.peek())  # type: ignore[arg-type]
 
 
 def _abstract(member: Member, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:

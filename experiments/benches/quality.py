@@ -32,7 +32,12 @@ def main(config: Config) -> int:
     from rich.console import Console
 
     if config.quick:
-        few = {"num_activations": 120 * config.batch_size, "rates": config.rates[:1], "seeds": 1, "tries": 1}
+        few: dict[str, Any] = {
+            "num_activations": 120 * config.batch_size,
+            "rates": config.rates[:1],
+            "seeds": 1,
+            "tries": 1,
+        }
         config = dataclasses.replace(config, **few, heldout_activations=4096, loss_tokens=2048)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -89,7 +89,7 @@ def sae_config(architecture: str, size: Size) -> SAEConfig:
     from jsae.architectures import find
 
     config = find(architecture).Config
-    given = {"k": min(size.k, size.d_sae), "nested_widths": size.nested_widths}
+    given: dict[str, Any] = {"k": min(size.k, size.d_sae), "nested_widths": size.nested_widths}
     own = {field.name: given[field.name] for field in dataclasses.fields(config) if field.name in given}
     return config(size.d_in, size.d_sae, **own)
 

@@ -206,7 +206,7 @@ _COLUMNS = ("model", "d_sae", "", "ms per block", "activations per second", "str
 
 
 def _rows(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for entry in found:
         about = (entry["model"], str(entry["d_sae"]))
         for case, seconds in entry["seconds_per_block"].items():

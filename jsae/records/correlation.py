@@ -55,4 +55,5 @@ def _strongest(pearson: np.ndarray, cosine: np.ndarray) -> tuple[np.ndarray, np.
     there = np.take_along_axis(defined, ranked, 1)
     short = ((0, 0), (0, 3 - ranked.shape[1]))
     numbers = (np.where(there, np.take_along_axis(x, ranked, 1), np.nan) for x in (pearson, cosine))
-    return np.pad(np.where(there, ranked, 0), short), *(np.pad(x, short, constant_values=np.nan) for x in numbers)
+    first, second = (np.pad(x, short, constant_values=np.nan) for x in numbers)
+    return np.pad(np.where(there, ranked, 0), short), first, second

@@ -184,7 +184,7 @@
     const tell = () => {
       const [low, high] = state[key];
       output.textContent = `${low > 0 ? told(unscale(low, bounds)) : told(0)} – ${told(unscale(high, bounds))}`;
-      bars.forEach((bar, i) => bar.classList.toggle("out", (i + 0.5) / 48 < low || (i + 0.5) / 48 > high));
+      bars.forEach((bar, i) => { bar.classList.toggle("out", (i + 0.5) / 48 < low || (i + 0.5) / 48 > high); });
     };
     const handle = (end, which, sign) => el("input", {
       type: "range", min: 0, max: 1, step: 0.005, value: state[key][end], "aria-label": `${name}, ${which}`, id: `${key}-${end ? "high" : "low"}`,

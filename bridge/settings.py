@@ -105,7 +105,7 @@ def _checked_fields(config_class: type) -> list[_Checked]:
 
 def _check_types(config: Any) -> None:
     """Check the fields that hold text, or True or False; `check_fields` checks numbers and choices."""
-    for field in _checked_fields(type(config)):
+    for field in _checked_fields(type(config)):  # type: ignore[arg-type]
         value = getattr(config, field.name)
         if value is None and field.optional:
             continue

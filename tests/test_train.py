@@ -6,10 +6,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from alone import begin, fit
 
-from jsae import loop, metrics
+from jsae import loop, metrics, optim
 from jsae.architectures import sae_config
 from jsae.arrays import ArraySource
 from jsae.checkpoint import Checkpoints
@@ -106,6 +107,26 @@ def test_each_sae_of_a_pass_equals_the_one_trained_alone(i, together):
         jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(found), strict=True
     ):
         np.testing.assert_allclose(of_the_pass, alone, rtol=1e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_abstract_states_have_the_shapes_and_dtypes_of_the_first_ones(together):
+    abstract, first_states = loop.abstract_states(MEMBERS), together[0][0]
+    assert jax.tree.structure(abstract) == jax.tree.structure(first_states)
+    for like, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(first_states), strict=True):
+        assert (like.shape, like.dtype) == (leaf.shape, leaf.dtype)
+
+
+def test_summaries_count_the_latents_that_are_dead_and_give_the_rate_of_the_last_step(together):
+    states, sums = together[0][-1], together[1][-1]
+    for member, state, own, summary in zip(
+        MEMBERS, states, sums, loop.summaries(MEMBERS, STEPS, states, sums), strict=True
+    ):
+        assert summary["fvu"] == metrics.summarize(own)["fvu"]
+        assert summary["dead_fraction"] == np.mean(state.since_fired >= 300)
+        rate = optim.schedule(member.train, member.sae.d_sae)(STEPS - 1)
+        assert summary["learning_rate"] == pytest.approx(float(rate))
+    given = MEMBERS[0]._replace(inner=optax.sgd(1e-2))
+    assert "learning_rate" not in loop.summaries([given], STEPS, states[:1], sums[:1])[0]
 
 
 def test_members_of_a_pass_differ_from_one_another(together):

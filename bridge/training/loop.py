@@ -11,7 +11,7 @@ import numpy as np
 
 from bridge.run import Run
 from bridge.training.report import Reporter
-from jsae import loop, metrics, optim
+from jsae import loop, metrics
 from jsae.checkpoint import Checkpoints
 from jsae.data import Cursor, Shuffled
 from jsae.health import ActivationsError, Watch
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 StopRequests = Callable[[], contextlib.AbstractContextManager[Collection[object]]]
 """Gives a context manager; what it yields is empty until the run is to be saved and stopped."""
+
+_REPORTED = ("loss", "fvu", "l0", "mse", "cosine", "dead_fraction", "learning_rate")
 
 
 def train(
@@ -121,9 +123,7 @@ def _begin(
         "num_batches": members[0].train.num_steps,
     }
     if config.resume and checkpoints.latest() is not None:
-        sample = tuple({member.site: _abstract(member, source.d_in) for member in members}.values())
-        like = jax.eval_shape(lambda x: loop.init(members, x), sample)
-        restored = checkpoints.restore(like)
+        restored = checkpoints.restore(loop.abstract_states(members))
         for step, reason, moved_to in restored.damaged:
             print(f"WARNING the checkpoint of step {step} is damaged, and is now {moved_to}: {reason}")
         print(f"going on from the checkpoint of step {restored.step}", flush=True)
@@ -134,25 +134,7 @@ def _begin(
     return batches, loop.init(members, batches.peek())  # type: ignore[arg-type]
 
 
-def _abstract(member: Member, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Return the shapes of a batch of a member's site."""
-    parts = 2 if member.sae.is_transcoder else member.sae.layers
-    return (jax.ShapeDtypeStruct((member.train.batch_size, width), np.float32),) * parts
-
-
 def _values(members: Sequence[Member], step: int, states: States, window: AllSums) -> list[dict[str, Any]]:
-    """Return the metrics of every SAE over the steps since the last report, which `window` sums."""
-    values = []
-    since_fired = jax.device_get([state.since_fired for state in states])
-    for member, sums, silent in zip(members, jax.device_get(window), since_fired, strict=True):
-        summary = metrics.summarize(sums)
-        rate = float(optim.schedule(member.train, member.sae.d_sae)(step - 1))
-        values.append(
-            {
-                **{name: summary[name] for name in ("loss", "fvu", "l0", "mse", "cosine")},
-                "dead_fraction": float(np.mean(silent >= member.train.dead_after)),
-                "learning_rate": rate,
-                "activations": summary["tokens"],
-            }
-        )
-    return values
+    """Return what is reported of every SAE for the steps since the last report, which `window` sums."""
+    summaries = loop.summaries(members, step, states, window)
+    return [{name: summary[name] for name in _REPORTED} | {"activations": summary["tokens"]} for summary in summaries]

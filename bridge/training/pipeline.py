@@ -67,7 +67,7 @@ def config_of(settings: dict[str, Any]) -> RunConfig:
             near = difflib.get_close_matches(name, kinds, 1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{name} is no setting of a run{hint}")
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in settings.items():
         if typing.get_origin(kinds[name]) is tuple:
             several = tuple(value) if isinstance(value, list | tuple | range) else (value,)

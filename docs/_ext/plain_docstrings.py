@@ -1,7 +1,7 @@
 """Reads docstrings as plain text with `code` and indented formulas, which is how this project writes them.
 
-Outside of code, characters that reStructuredText takes as markup are escaped; an indented paragraph that is no part of a
-section such as `Args:` is shown as it stands.
+Outside of code, characters that reStructuredText takes as markup are escaped; an indented paragraph that
+belongs to no section such as `Args:` is shown as it stands.
 """
 
 import re

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from bridge import sae_config
-from bridge.run.exports import finished
+from bridge.run import Run
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -131,8 +131,8 @@ def plan(run: str | Path, repo_id: str, *, license: str, hooks: Sequence[str] | 
     Raises: as `push`.
     """
     _check_names(repo_id, license)
-    exports = _exports(Path(run), hooks)
-    text = _card(Path(run), exports, repo_id, license).encode()
+    exports = _exports(Run(run), hooks)
+    text = _card(Run(run), exports, repo_id, license).encode()
     uploads = [Upload("README.md", text, len(text))]
     for export in exports:
         for name in (*_REQUIRED, *_OPTIONAL):
@@ -153,10 +153,10 @@ def card(run: str | Path, repo_id: str, *, license: str) -> str:
       FileNotFoundError: the run has no export.
     """
     _check_names(repo_id, license)
-    return _card(Path(run), _exports(Path(run)), repo_id, license)
+    return _card(Run(run), _exports(Run(run)), repo_id, license)
 
 
-def _card(run: Path, exports: Sequence[_Export], repo_id: str, license: str) -> str:
+def _card(run: Run, exports: Sequence[_Export], repo_id: str, license: str) -> str:
     hooks = [export.hook for export in exports]
     sections = [
         "\n".join(
@@ -165,8 +165,8 @@ def _card(run: Path, exports: Sequence[_Export], repo_id: str, license: str) -> 
         f"# {repo_id.partition('/')[2]}",
         f"Sparse autoencoders of the activations of a nanochat, {_told(exports, 'model_name')}, trained with jsae.",
         _shapes(exports),
-        "## Data\n\n" + _data(exports, _json(run / "config.json")),
-        "## Metrics\n\n" + _measured(hooks, _json(run / "eval.json"), _last_line(run / "metrics.jsonl")),
+        "## Data\n\n" + _data(exports, _json(run.config_file)),
+        "## Metrics\n\n" + _measured(hooks, _json(run.table_file("eval")), _last_line(run.metrics_file)),
         "## The model they belong to\n\n" + _base(exports),
         "## Use\n\n" + _use(repo_id, hooks[0]),
         f"## Licence\n\nThe weights in this repository: `{license}`.",
@@ -191,15 +191,17 @@ def _check_names(repo_id: str, license: str) -> None:
         )
 
 
-def _exports(run: Path, hooks: Sequence[str] | None = None) -> list[_Export]:
+def _exports(run: Run, hooks: Sequence[str] | None = None) -> list[_Export]:
     """The finished exports of a run, by hook."""
-    folders = finished(run)
+    folders = list(run.exports.values())
     if missing := sorted(set(hooks or ()) - {folder.name for folder in folders}):
         there = ", ".join(folder.name for folder in folders) or "none"
-        raise FileNotFoundError(f"{run} has no SAE of {', '.join(missing)}: there are {there}")
+        raise FileNotFoundError(f"{run.path} has no SAE of {', '.join(missing)}: there are {there}")
     found = [_read(folder) for folder in folders if hooks is None or folder.name in hooks]
     if not found:
-        raise FileNotFoundError(f"no exported SAE in {run / 'sae'}: `python -m experiments.train` writes it at its end")
+        raise FileNotFoundError(
+            f"no exported SAE in {run.saes_folder}: `python -m experiments.train` writes it at its end"
+        )
     return found
 
 

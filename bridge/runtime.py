@@ -2,19 +2,18 @@
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bridge import ranges, torch_sae
+from bridge import compatibility, ranges
 from bridge.attribution import Target, attribute
-from bridge.hooks import Acts, Edit, capture, depth, edit, find, parse
+from bridge.hooks import Acts, Edit, capture, depth, edit
 from bridge.nanochat import engine
 from bridge.passes import base
-from bridge.run.exports import finished, within
+from bridge.run.saes import load_saes
 from bridge.steering import LENGTHS, Reading, Steer, edit_of, feature, mask, masked
 from bridge.torch_sae import TorchSAE
 from bridge.tracking import Features, Token, Trace, narrate, watch
@@ -23,65 +22,6 @@ if TYPE_CHECKING:
     from bridge.nanochat import Nanochat
 
 __all__ = ["Features", "InterpretableModel", "Steer", "Token", "load_saes"]
-
-
-def load_saes(path: str | Path, device: str | torch.device = "cpu") -> dict[str, TorchSAE]:
-    """The exported SAEs of a place by hook name, which `metadata.hook_name` of their cfg.json says, else the folder.
-
-    Args:
-      path: an exported SAE; a run directory, with its exports in sae/ (of a sweep, that of a variant); or a folder of
-        exports.
-      device: where they shall be.
-
-    Raises:
-      FileNotFoundError: there is no export at that place; says what is there.
-      ValueError: an export is broken, a transcoder or crosscoder, belongs to no hook of a nanochat, or two belong to
-        one.
-    """
-    saes: dict[str, TorchSAE] = {}
-    for folder in _exports(Path(path)):
-        sae = torch_sae.load(folder, device)
-        _check_kind(folder, sae)
-        metadata = sae.metadata if isinstance(sae.metadata, dict) else {}
-        name = str(metadata.get("hook_name") or folder.resolve().name)
-        try:
-            parse(name)
-        except ValueError as error:
-            raise ValueError(f"{folder} does not say which activation it reads: {error}") from error
-        if name in saes:
-            raise ValueError(f"{path} holds two SAEs of {name}: give the directory of one of them")
-        saes[name] = sae
-    return saes
-
-
-def _exports(path: Path) -> list[Path]:
-    """The directories of exported SAEs that a path means."""
-    if (path / "cfg.json").is_file():
-        return [path]
-    if found := finished(path) or within(path):
-        return found
-    if not path.is_dir():
-        raise FileNotFoundError(f"no SAE at {path}: it is no directory")
-    names = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
-    raise FileNotFoundError(
-        f"no SAE at {path}, which holds {names}: give an exported SAE (cfg.json, sae_weights.safetensors), "
-        "a folder of them, or the directory of a run that is finished"
-    )
-
-
-def _check_kind(where: str | Path, sae: TorchSAE) -> None:
-    """Raises ValueError for what is not of one activation: it could not take its place."""
-    told = sae.metadata if isinstance(sae.metadata, dict) else {}
-    if sae.layers > 1:
-        kind = f"a crosscoder of {sae.layers} layers: it makes all of them of one code"
-    elif sae.is_transcoder:
-        kind = f"a transcoder: it makes {told.get('hook_name_out', 'another activation')} of what it reads"
-    else:
-        return
-    raise ValueError(
-        f"{where} is {kind}. Tracking, steering, evaluation and the explorer are for SAEs, which make what they read; "
-        "bridge.torch_sae.load gives it as a module, and eval.json of its run says how well it does"
-    )
 
 
 class InterpretableModel:
@@ -109,22 +49,17 @@ class InterpretableModel:
         tokenizer: Any = None,
         fingerprint: str | None = None,
     ):
+        compatibility.check(model, saes, fingerprint)
         self.model = model
         self.saes = {name: saes[name] for name in sorted(saes, key=depth)}
         self.tokenizer = tokenizer
         self._traces: dict[str, Trace] = {}  # of the context at hand, or else of the last one
         self._tracking = False
-        if not saes:
-            raise ValueError("no SAE was given: load_saes reads those of a run")
-        for name, sae in self.saes.items():
-            find(model, name)
-            self._check(name, sae, fingerprint)
 
     @classmethod
     def of(cls, nano: "Nanochat", saes: Mapping[str, TorchSAE]) -> "InterpretableModel":
         """Of a loaded checkpoint: with its tokenizer, and refusing SAEs that were trained on another checkpoint."""
-        told = any(_trained_on(sae) for sae in saes.values())  # else the file need not be read for its hash
-        return cls(nano.model, saes, nano.tokenizer, nano.fingerprint if told else None)
+        return cls(nano.model, saes, nano.tokenizer, compatibility.known_fingerprint(nano, saes))
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -323,23 +258,6 @@ class InterpretableModel:
         """What tells the width, dtype and device of the stream."""
         return base(self.model).transformer.wte.weight
 
-    def _check(self, name: str, sae: TorchSAE, fingerprint: str | None) -> None:
-        """Raises ValueError for an SAE that is not of this model."""
-        _check_kind(f"the SAE of {name}", sae)
-        width, device = self._embedding.size(1), self._embedding.device
-        if sae.d_in != width:
-            raise ValueError(
-                f"the SAE of {name} reads {sae.d_in} channels, but this model has {width}: "
-                "it was trained on another model"
-            )
-        if sae.W_dec.device != device:
-            raise ValueError(f"the SAE of {name} is on {sae.W_dec.device}, but the model on {device}: move one of them")
-        if fingerprint is not None and _trained_on(sae) not in (None, fingerprint):
-            raise ValueError(
-                f"the SAE of {name} was trained on the checkpoint with sha256 {_trained_on(sae)}, "
-                f"this one has {fingerprint}: give the checkpoint it was trained on"
-            )
-
     def _hook(self, name: str | None, known: tuple[str, ...]) -> str:
         if name is None and len(known) == 1:
             return known[0]
@@ -381,11 +299,6 @@ class InterpretableModel:
         if self.tokenizer is None:
             return None
         return torch.tensor(sorted(self.tokenizer.special_tokens.values()), device=self._embedding.device)
-
-
-def _trained_on(sae: TorchSAE) -> str | None:
-    """The fingerprint of the checkpoint that an SAE was trained on, if its export says so."""
-    return sae.metadata.get("model_fingerprint") if isinstance(sae.metadata, dict) else None
 
 
 def _keeping(traces: Mapping[str, Trace]) -> dict[str, Edit]:

@@ -1,20 +1,23 @@
-"""How gathering is shown: a bar for what is being done, a line for what was found."""
+"""How gathering is shown: lines and a progress bar on stderr."""
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from jsae.records.store import Store
+
+def say(text: str) -> None:
+    """Print a line to stderr."""
+    Console(stderr=True).print(Text(text), soft_wrap=True)
 
 
 @contextlib.contextmanager
-def progress(console: Console) -> Iterator[Callable[[str, float], None]]:
+def progress() -> Iterator[Callable[[str, float], None]]:
     """Within the context, a function that takes what is being done and which share of it."""
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         tasks: dict[str, int] = {}
 
         def tell(what: str, share: float) -> None:
@@ -25,12 +28,3 @@ def progress(console: Console) -> Iterator[Callable[[str, float], None]]:
             shown.update(tasks[what], completed=share)
 
         yield tell
-
-
-def summary(records: Path, hook: str) -> str:
-    """What was gathered of one SAE."""
-    store = Store(records / hook)
-    dead = int((store["count"] == 0).sum())
-    again = store.header.duplicate_rows
-    dropped = f", {again:,} repeated row{'s' * (again > 1)} dropped" if again else ""
-    return f"{hook}: {store.header.d_sae:,} latents ({dead:,} dead) on {store.header.tokens:,} tokens{dropped}"

@@ -81,6 +81,18 @@ def parse(
     return config
 
 
+def shared(target: type, config: Any, **renames: str) -> dict[str, Any]:
+    """Return the fields of a dataclass that a config has as well, by name, so that it can be made from the config.
+
+    Args:
+      target: the dataclass.
+      config: of a command; fields of the same name are of the same meaning.
+      **renames: fields of `target` to the config's fields where their names differ.
+    """
+    names = {field.name: renames.get(field.name, field.name) for field in dataclasses.fields(target)}
+    return {name: getattr(config, other) for name, other in names.items() if hasattr(config, other)}
+
+
 def run(
     config_class: type[Config],
     main: Callable[[Config], int | None],

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridge.run import Run
 from jsae import files
 
 if TYPE_CHECKING:
@@ -12,17 +13,17 @@ if TYPE_CHECKING:
 _SIZE = (7, 4)
 
 
-def draw(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+def draw(run: Run, entries: dict[str, dict[str, Any]]) -> None:
     """Writes `plots/density_HOOK.png` for every entry of eval.json, and `training.png` of a metrics.jsonl."""
     from matplotlib.figure import Figure
 
-    plots = folder / "plots"
+    plots = run.plots_folder
     plots.mkdir(exist_ok=True)
     for hook, entry in entries.items():
         figure = Figure(figsize=_SIZE, layout="constrained")
         _density(figure.subplots(), hook, entry)
         _save(figure, plots / f"density_{hook}.png")
-    if curves := _curves(folder / "metrics.jsonl"):
+    if curves := _curves(run.metrics_file):
         figure = Figure(figsize=(_SIZE[0], len(curves) * _SIZE[1]), layout="constrained")
         panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
         for axes, (name, (steps, values)) in zip(panels, curves.items(), strict=True):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -17,15 +17,30 @@ from experiments import signals
 from experiments import steer_view as view
 from experiments.flags import EXPECTED_ERRORS
 
-if TYPE_CHECKING:
-    from experiments.steer import SteerConfig
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How prompts are continued, and what a push is like unless it says otherwise."""
+
+    strength: tuple[float, ...]
+    """The first is that of a push that is asked for without one."""
+    mode: str
+    positions: str
+    strength_multiplier: float
+    max_tokens: int
+    temperature: float
+    top_k: int | None
+    seed: int
+    chat: bool
+    """Whether a prompt is what a user says to a chat checkpoint."""
+    device: str
 
 
 class Session:
     """What is being pushed, and the last prompt. `prompt` and the commands print what they find."""
 
-    def __init__(self, im: InterpretableModel, hook: str, config: SteerConfig, steers: list[Steer]):
-        self.im, self.hook, self.config, self.steers = im, hook, config, steers
+    def __init__(self, im: InterpretableModel, hook: str, settings: Settings, steers: list[Steer]):
+        self.im, self.hook, self.settings, self.steers = im, hook, settings, steers
         self.console = Console(highlight=False)
         self._ids: list[int] = []
         self._default: list[Token] = []
@@ -60,7 +75,7 @@ class Session:
     def why(self, told: str = "") -> None:
         """Which features speak for a token after the last prompt; unless told for the likeliest."""
         self._need_prompt()
-        tokenizer, tokens = self.im.tokenizer, torch.tensor([self._ids], device=self.config.device)
+        tokenizer, tokens = self.im.tokenizer, torch.tensor([self._ids], device=self.settings.device)
         if told:
             target = tokenizer.encode(told)[0]
         else:
@@ -76,9 +91,9 @@ class Session:
         if len(words) > 3:
             raise ValueError(f"/steer takes FEATURE [STRENGTH [MODE]], not {len(words)} words")
         if words:
-            strength = _number(words[1], float) if len(words) > 1 else self.config.strength[0]
-            mode = words[2] if len(words) > 2 else self.config.mode
-            request = Steer(self.hook, _number(words[0], int), mode, strength, self.config.positions)
+            strength = _number(words[1], float) if len(words) > 1 else self.settings.strength[0]
+            mode = words[2] if len(words) > 2 else self.settings.mode
+            request = Steer(self.hook, _number(words[0], int), mode, strength, self.settings.positions)
             self._check([*self.steers, request])
             self.steers = [*self.steers, request]
         for request in self.steers:
@@ -96,7 +111,7 @@ class Session:
 
     def _check(self, steers: list[Steer]) -> None:
         """Raise ValueError for what the model would refuse when it runs."""
-        with self.im.steering_enabled(steers, strength_multiplier=self.config.strength_multiplier, prompt_length=0):
+        with self.im.steering_enabled(steers, strength_multiplier=self.settings.strength_multiplier, prompt_length=0):
             pass
 
     def _need_prompt(self) -> None:
@@ -106,7 +121,7 @@ class Session:
     def _render(self, text: str) -> tuple[list[int], tuple[int, ...]]:
         """The tokens of a prompt and those that end its continuation."""
         tokenizer = self.im.tokenizer
-        if self.config.chat:
+        if self.settings.chat:
             return chat_prompt(self.im.model, tokenizer, [{"role": "user", "content": text}])
         return tokenizer.encode(text, prepend_bos=True), (tokenizer.bos_token_id,)
 
@@ -114,18 +129,18 @@ class Session:
         return self.im.generate(
             ids,
             steers,
-            max_tokens=self.config.max_tokens,
-            temperature=self.config.temperature,
-            seed=self.config.seed,
-            top_k=self.config.top_k,
-            strength_multiplier=self.config.strength_multiplier,
+            max_tokens=self.settings.max_tokens,
+            temperature=self.settings.temperature,
+            seed=self.settings.seed,
+            top_k=self.settings.top_k,
+            strength_multiplier=self.settings.strength_multiplier,
             stop_tokens=stop_tokens,
             echo=True,
         )
 
     def _relative(self, ids: list[int]) -> list[float | None]:
-        tokens = torch.tensor([ids], device=self.config.device)
-        return [self.im.relative_strength(s, tokens, self.config.strength_multiplier) for s in self.steers]
+        tokens = torch.tensor([ids], device=self.settings.device)
+        return [self.im.relative_strength(s, tokens, self.settings.strength_multiplier) for s in self.steers]
 
     @contextlib.contextmanager
     def _live(self) -> Iterator[Callable[[object], None]]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bridge import ranges
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, FilePath
-from bridge.run import directory as rundir
+from bridge.run import Run
 from bridge.settings import LONG_SEED, STEP, flag, settle
 from experiments import flags
 from jsae.settings import COUNT, Range, at_least, require
@@ -91,9 +90,9 @@ def main(config: SteerConfig) -> int:
     require_torch(config.device)
     im = _load(config)
     hook = _hook(config, im)
-    from experiments.prompt_loop import Session, ask
+    from experiments.prompt_loop import Session, Settings, ask
 
-    session = Session(im, hook, config, _requests(config, hook))
+    session = Session(im, hook, Settings(**flags.shared(Settings, config)), _requests(config, hook))
     if config.prompt:
         session.prompt(config.prompt)
     if config.interactive:
@@ -102,22 +101,16 @@ def main(config: SteerConfig) -> int:
 
 
 def _load(config: SteerConfig) -> InterpretableModel:
-    """The checkpoint that the run says, with the run's SAEs."""
-    import bridge.nanochat
-    from bridge import finite
+    """Return the checkpoint that the run says, with the run's SAEs."""
     from bridge.run.exports import warn_of_marked
-    from bridge.runtime import InterpretableModel, load_saes
+    from bridge.runtime import InterpretableModel
 
-    told = {"checkpoint": config.checkpoint, "step": config.step, "tokenizer": config.tokenizer}
-    if config.checkpoint is None:
-        recorded = rundir.read(Path(config.run_dir))["flags"]
-        told = {name: value if value is not None else recorded.get(name) for name, value in told.items()}
-    saes = load_saes(config.run_dir, config.device)
-    warn_of_marked([Path(config.run_dir), *(Path(config.run_dir) / "sae" / hook for hook in saes)])
-    nano = bridge.nanochat.load(told["checkpoint"], told["step"], config.device, tokenizer=told["tokenizer"])
-    finite.warn_of_broken_weights(nano.model)
-    require(nano.tokenizer is not None, f"no tokenizer lies beside {told['checkpoint']}: give it with --tokenizer")
-    return InterpretableModel.of(nano, saes)
+    run = Run(config.run_dir)
+    model = run.model_path(checkpoint=config.checkpoint, step=config.step, tokenizer=config.tokenizer)
+    saes = run.saes(config.device)
+    warn_of_marked([run.path])  # an exported SAE by itself
+    run.warn_of_marked(saes)
+    return InterpretableModel.of(model.load(config.device), saes)
 
 
 def _hook(config: SteerConfig, im: InterpretableModel) -> str:

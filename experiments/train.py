@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge.run import Run
 from bridge.run import directory as rundir
 from bridge.training import device
 from bridge.training.config import RunConfig
@@ -145,7 +146,7 @@ def _check_data(run: Path, corpus: "Corpus") -> None:
     """Refuse to go on with a run on data that is not what it began with, and say which file it is."""
     from bridge.nanochat.corpus import changed
 
-    if not (run / "config.json").is_file():
+    if not Run(run).config_file.is_file():
         return
     facts = rundir.read(run)["facts"]
     require(
@@ -187,12 +188,18 @@ def _check_activations(
     )
 
 
-def _prepare_neuronpedia(run: Path, config: RunConfig, device: str) -> None:
-    """What `experiments.explore` and `experiments.export` do by themselves, with their defaults."""
-    from experiments import explore, export
+def _prepare_neuronpedia(folder: Path, config: RunConfig, device: str) -> None:
+    """Write the explorer's files of a run and its export for Neuronpedia, with the defaults of those commands."""
+    from bridge import formats
+    from bridge.explorer.explore import Extent, explore, of_run
+    from bridge.neuronpedia import sources
+    from experiments import explore_view
 
-    explore.main(explore.ExploreConfig(run_dir=str(run), device=device))
-    export.main(export.ExportConfig(run_dir=str(run), model_id=config.model_id, source_set=config.source_set))
+    run = Run(folder)
+    explore(of_run(run, device), Extent(), say=explore_view.say, progress=explore_view.progress)
+    wanted = sources.Wanted(model_id=config.model_id, source_set=config.source_set)
+    for written in formats.write(run, sources.of_run(folder, wanted)):
+        print(written, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import pytest
 
 from bridge import hub
 from bridge.run import directory as rundir
+from bridge.run import tables
 from bridge.training.config import RunConfig
-from experiments import evaluate, export, publish
+from experiments import export, publish
 from jsae import files
 from jsae.settings import ConfigError
 
@@ -210,9 +211,9 @@ def test_what_is_no_run_is_refused_and_nothing_is_made(tmp_path):
 
 def test_a_broken_table_of_an_evaluation_is_said_to_be_replaced(tmp_path, capsys):
     (tmp_path / "eval.json").write_text('{"half')
-    evaluate._write(tmp_path, {"hook": {"eval": {"fvu": 0.5}}})
+    tables.write(tmp_path, {"hook": {"eval": {"fvu": 0.5}}})
     assert "was broken and is replaced" in capsys.readouterr().err
-    evaluate._write(tmp_path, {"other": {"eval": {"fvu": 0.6}}})
+    tables.write(tmp_path, {"other": {"eval": {"fvu": 0.6}}})
     assert capsys.readouterr().err == ""
     assert json.loads((tmp_path / "eval.json").read_text()) == {"hook": {"fvu": 0.5}, "other": {"fvu": 0.6}}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.locations import absolute_fields
+from bridge.run.layout import WRITTEN, Layout
 from jsae import files
 from jsae.settings import Json, require
 
@@ -20,8 +21,6 @@ _FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fract
     "model_id",
     "source_set",
 }
-# What is written directly into a run, or was by earlier versions: where a killed process may have left remains.
-_FILES = ("config.json", "config", "metrics.jsonl", "eval.json", "eval", "latents.json", "labels.json")
 _VERSIONS = ("jsae", "jax", "flax", "optax", "orbax-checkpoint", "torch", "numpy")
 
 
@@ -45,17 +44,18 @@ def claimed(run: Path, config: Json, variants: Iterable[str] = ()) -> Iterator[c
       OSError: it cannot be made or written to.
     """
     resume: bool = config.resume  # type: ignore[attr-defined]
+    config_file = Layout(run).config_file
     require(not run.exists() or run.is_dir(), f"{run} is a file: choose another --output_dir")
     if resume:
-        require((run / "config.json").is_file(), f"{run} holds no run to resume: leave out --resume to start one")
+        require(config_file.is_file(), f"{run} holds no run to resume: leave out --resume to start one")
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.Lock(run))
         _check_resumed(run, config) if resume else _check_new(run)
-        files.clear(run, *_FILES)
+        files.clear(run, *WRITTEN)
         for name in variants:
             if (run / name).is_dir():
                 stack.enter_context(files.Lock(run / name))
-                files.clear(run / name, *_FILES)
+                files.clear(run / name, *WRITTEN)
         yield stack
 
 
@@ -70,10 +70,18 @@ def writing(folder: Path) -> Iterator[None]:
       LockedError: another process writes to it; names the process.
       OSError: it cannot be written to.
     """
-    around = [folder, *folder.absolute().parents[:2]]
-    run = next((place for place in around if (place / "config.json").is_file()), folder)
+    run = around(folder) or folder
     with files.Lock(run) if run.is_dir() else contextlib.nullcontext():
         yield
+
+
+def around(folder: Path) -> Path | None:
+    """Return the run that a folder is or belongs to, as an exported SAE does; None if there is none.
+
+    Looked for are the folder and the two above it, first as its path is written, then with symbolic links followed.
+    """
+    places = (folder, *folder.absolute().parents[:2], *folder.resolve().parents[:2])
+    return next((place for place in places if Layout(place).config_file.is_file()), None)
 
 
 def is_writable(run: Path) -> bool:
@@ -83,7 +91,7 @@ def is_writable(run: Path) -> bool:
 
 def _check_new(run: Path) -> None:
     """Refuse a directory that holds anything but the lock and remains of killed processes."""
-    nothing = {files.LOCK, *(name + files.PARTIAL for name in _FILES)}
+    nothing = {files.LOCK, *(name + files.PARTIAL for name in WRITTEN)}
     require(
         all(path.name in nothing for path in run.iterdir()),
         f"{run} already holds {'another run' if (run / 'config.json').is_file() else 'something else'}: "
@@ -110,7 +118,7 @@ def record(run: Path, config: Json, facts: dict[str, Any]) -> None:
     Raises:
       ConfigError: the run's facts were others, so its numbers would change.
     """
-    path = run / "config.json"
+    path = Layout(run).config_file
     if path.is_file():
         before = read(run)["facts"]
         changed = [
@@ -130,7 +138,7 @@ def read(run: Path) -> dict[str, Any]:
     Raises:
       ConfigError: it is not there or broken.
     """
-    path = run / "config.json"
+    path = Layout(run).config_file
     require(path.is_file(), f"{run} is no run: it has no config.json")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bridge.run.layout import Layout
 from jsae import files
 
 LONGEST_LABEL = 512
@@ -55,7 +56,7 @@ class Names:
         Raises:
           ValueError: labels.json is broken, or notes.jsonl is no notes at all (too large, not UTF-8).
         """
-        return cls(_automatic(Path(run) / "labels.json", hook), _last(notes(run), hook))
+        return cls(_automatic(Layout(run).table_file("labels"), hook), _last(notes(run), hook))
 
     def __getitem__(self, latent: int) -> Name:
         """What is known of a latent; a `Name` without a label where nothing is."""
@@ -78,7 +79,7 @@ class Names:
 
 def notes_file(run: str | Path) -> Path:
     """Where people's names are kept: a JSON object per line, the last of a latent counts."""
-    return Path(run) / "explorer" / "notes.jsonl"
+    return Layout(run).notes_file
 
 
 def notes(run: str | Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from bridge.evaluate import Site
 from bridge.evaluate.core import finite
 from bridge.evaluate.survey import survey
 from bridge.hooks import module_name
+from bridge.run import Run
 from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
 from jsae import export, files, metrics
 from jsae.health import unusable
@@ -47,7 +48,7 @@ def finish(
     found: dict[Path, dict[str, dict[str, Any]]] = {}
     problems: list[str] = []
     for trainee, state in zip(trainees, states, strict=True):
-        folder = trainee.folder / "sae" / trainee.name
+        folder = Run(trainee.folder).sae_folder(trainee.name)
         scales = np.asarray(state.scale), np.asarray(state.scale_out)
         metadata = _metadata(config, trainee, nano, rows.shape[1], data_fingerprint)
         export.write(folder, state.sae.config, state.exported.arrays(), *scales, metadata)
@@ -72,7 +73,7 @@ def finish(
         found.setdefault(trainee.folder, {})[trainee.name] = summary
     for folder, summaries in found.items():
         told = json.dumps(finite(summaries), indent=2, allow_nan=False)
-        files.write(folder / "eval.json", told + "\n")
+        files.write(Run(folder).table_file("eval"), told + "\n")
     _tell(config, trainees, found)
     if problems:
         raise UnusableError(
@@ -138,12 +139,12 @@ def _tell(config: "RunConfig", trainees: Sequence["Trainee"], found: dict[Path, 
         )
     console = Console()
     console.print(table)
-    run = Path(config.output_dir)
+    run = Run(config.output_dir)
     for trainee in trainees:
-        console.print(f"exported SAE    {trainee.folder / 'sae' / trainee.name}", soft_wrap=True)
+        console.print(f"exported SAE    {Run(trainee.folder).sae_folder(trainee.name)}", soft_wrap=True)
     readers = ["bridge.torch_sae.load"] + ["sae_lens.SAE.load_from_disk"] * (not config.crosscoder)
     console.print(f"read it with    {', '.join(readers)}", soft_wrap=True)
     folders = ", ".join(map(str, found))
     console.print(f"metrics         metrics.jsonl and eval.json in {folders}", soft_wrap=True)
-    console.print(f"curves          tensorboard --logdir {run / 'tb'}", soft_wrap=True)
-    console.print(f"checkpoints     {run / 'checkpoints'}", soft_wrap=True)
+    console.print(f"curves          tensorboard --logdir {run.events_folder}", soft_wrap=True)
+    console.print(f"checkpoints     {run.checkpoints_folder}", soft_wrap=True)

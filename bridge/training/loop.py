@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from bridge.run import Run
 from bridge.training.report import Reporter
 from jsae import metrics, optim
 from jsae import train as training
@@ -48,7 +49,7 @@ def train(
     num_steps = members[0].train.num_steps
     save_every = max(config.checkpoint_every // config.batch_size, 1)
     add = jax.jit(lambda totals, sums: tuple(map(metrics.add, totals, sums)))
-    with Checkpoints(run / "checkpoints") as checkpoints:
+    with Checkpoints(Run(run).checkpoints_folder) as checkpoints:
         batches, states = _begin(config, members, source, checkpoints)
         begun, start = states, int(states[0].step)
         last_fvu, window, watch = float("nan"), None, Watch(len(trainees))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bridge.run import Run
 from bridge.training.events import Events
 from jsae import files
 
@@ -35,9 +36,9 @@ class Reporter:
         self._trainees = trainees
         folders = dict.fromkeys(trainee.folder for trainee in trainees)
         for folder in folders:
-            _keep_until(folder / "metrics.jsonl", start)
-        self._lines = {folder: files.Lines(folder / "metrics.jsonl", sync=False) for folder in folders}
-        self._events = Events(run / "tb", start + 1)
+            _keep_until(Run(folder).metrics_file, start)
+        self._lines = {folder: files.Lines(Run(folder).metrics_file, sync=False) for folder in folders}
+        self._events = Events(Run(run).events_folder, start + 1)
         self._wandb = None if wandb_project is None else _wandb(wandb_project, run)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         self._progress = Progress(*columns, console=Console(stderr=True))

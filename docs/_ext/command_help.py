@@ -20,7 +20,7 @@ class CommandHelp(Directive):
 
     def run(self) -> list[nodes.Node]:
         """Return one literal block."""
-        environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"COLUMNS": "84", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", self.arguments[0], "--help"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
         return [nodes.literal_block(done.stdout, done.stdout, language="text")]

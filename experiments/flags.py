@@ -81,16 +81,15 @@ def parse(
     return config
 
 
-def shared(target: type, config: Any, **renames: str) -> dict[str, Any]:
-    """Return the fields of a dataclass that a config has as well, by name, so that it can be made from the config.
+def shared(target: type, config: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that a config has under the same name and in the same meaning.
 
     Args:
-      target: the dataclass.
-      config: of a command; fields of the same name are of the same meaning.
-      **renames: fields of `target` to the config's fields where their names differ.
+      target: the dataclass, as a function of bridge takes it; `target(**shared(target, config))` makes one.
+      config: of a command.
     """
-    names = {field.name: renames.get(field.name, field.name) for field in dataclasses.fields(target)}
-    return {name: getattr(config, other) for name, other in names.items() if hasattr(config, other)}
+    names = [field.name for field in dataclasses.fields(target)]
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def run(

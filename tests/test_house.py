@@ -1,6 +1,7 @@
 """The laws of the house: lint, layers, light imports, quick help, everything packaged."""
 
 import ast
+import graphlib
 import importlib.resources
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,27 @@ def test_the_laws_of_import_are_kept():
     done = run(str(Path(sys.executable).with_name("lint-imports")))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken" in done.stdout
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """Return modules that import each other in turn; [] if there are none."""
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+@pytest.mark.parametrize("package", ["jsae", "bridge", "experiments"])
+def test_no_modules_import_each_other_in_a_circle(package):
+    """Imports for annotations and those within functions count too."""
+    graph = grimp.build_graph(package, exclude_type_checking_imports=False, cache_dir=None)
+    assert circle({module: graph.find_modules_directly_imported_by(module) for module in graph.modules}) == []
+
+
+def test_a_circle_is_seen():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) != []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -198,3 +221,68 @@ def test_everything_is_written_through_one_module():
 def test_direct_writes_are_known_when_they_are_seen(code, direct, tmp_path):
     (tmp_path / "module.py").write_text(code)
     assert bool(_direct_writes(tmp_path / "module.py")) == direct
+
+
+LAYOUT_FOLDERS = {"sae", "explorer", "records", "checkpoints", "tb", "plots", "neuronpedia", "upload"}
+LAYOUT_FILES = {
+    *("config.json", "metrics.jsonl", "eval.json", "latents.json", "labels.json"),
+    *("notes.jsonl", "uploads.jsonl"),
+}
+ELSEWHERE = {
+    "bridge/run/": "owns the layout of a run",
+    "bridge/nanochat/": "config.json of a checkpoint in the layout of other libraries",
+    "bridge/delphi.py": "delphi's own config.json",
+    "experiments/benches/": "temporary folders of its own",
+}
+"""Where names of files and folders of a run are written down, and why."""
+
+
+def _layout_names(code: str) -> set[str]:
+    """Return the parts of paths in some code that are names within a run directory."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        operands = [node.left, node.right] if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) else []
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("joinpath", "Path", "glob"):
+            operands += node.args
+        for operand in operands:
+            found |= LAYOUT_FOLDERS & _parts(*(operand.values if isinstance(operand, ast.JoinedStr) else [operand]))
+        found |= LAYOUT_FILES & _parts(node)
+    return found
+
+
+def _parts(*nodes: ast.AST) -> set[str]:
+    """Return the parts of the paths that constants are; prose is none."""
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return {part for text in texts if " " not in text for part in text.split("/")}
+
+
+def test_the_layout_of_a_run_is_spelt_in_one_package():
+    used, wrong = set(), []
+    for top in ("jsae", "bridge", "experiments"):
+        for file in sorted((ROOT / top).rglob("*.py")):
+            name = file.relative_to(ROOT).as_posix()
+            if found := _layout_names(file.read_text(encoding="utf-8")):
+                places = {place for place in ELSEWHERE if name.startswith(place)}
+                used |= places
+                if not places:
+                    wrong.append(f"{name}: {', '.join(sorted(found))}")
+    assert wrong == [], "ask bridge.run.Run where it lies, or say in ELSEWHERE what it is"
+    assert set(ELSEWHERE) == used
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("run / 'sae' / hook", ["sae"]),
+        ("Path(run, 'explorer/records')", ["explorer", "records"]),
+        ("run.joinpath('tb')", ["tb"]),
+        ("f'{run}/eval.json'", ["eval.json"]),
+        ("run / f'plots/{name}.png'", ["plots"]),
+        ("entry['sae']", []),
+        ("total / count['records']", []),
+        ('"""Writes eval.json into the run."""', []),
+        ("cosine / norm", []),
+    ],
+)
+def test_names_of_a_runs_files_are_known_when_they_are_seen(code, names):
+    assert _layout_names(code) == set(names)

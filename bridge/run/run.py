@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,27 +58,39 @@ class Run(Layout):
         """Versions of python and the libraries that the run was started with."""
         return self.config.get("versions", {})
 
-    def model_path(self, **given: Any) -> ModelPath:
-        """Return where the run's model lies, or the one given by `checkpoint`, `step` and `tokenizer`.
+    def model_path(
+        self, *, checkpoint: str | None = None, step: int | None = None, tokenizer: str | None = None
+    ) -> ModelPath:
+        """Return where the run's model lies, or the one that is given; see `ModelPath.of`.
 
         Raises:
           ConfigError: no checkpoint is given, and the directory is no run.
         """
-        return ModelPath.of(given, {} if given.get("checkpoint") is not None else self.flags)
+        given = {"checkpoint": checkpoint, "step": step, "tokenizer": tokenizer}
+        return ModelPath.of(given, self.flags if checkpoint is None else {})
 
-    def model(self, device: str | torch.device = "cpu", **given: Any) -> Nanochat:
+    def model(
+        self,
+        device: str | torch.device = "cpu",
+        *,
+        checkpoint: str | None = None,
+        step: int | None = None,
+        tokenizer: str | None = None,
+    ) -> Nanochat:
         """Load the nanochat that the run was trained on, with its tokenizer.
 
         Args:
           device: where it shall be.
-          **given: `checkpoint`, `step` and `tokenizer`, if they are to be others than those of the run.
+          checkpoint: another nanochat; the run's step and tokenizer do not count then.
+          step: another step of the checkpoint.
+          tokenizer: another directory of the tokenizer.
 
         Raises:
           ConfigError: no checkpoint is given and the directory is no run; or the checkpoint has no tokenizer.
           FileNotFoundError: no such checkpoint.
           ValueError: it is broken, or no nanochat.
         """
-        return self.model_path(**given).load(device)
+        return self.model_path(checkpoint=checkpoint, step=step, tokenizer=tokenizer).load(device)
 
     # ---- SAEs ------------------------------------------------------------------------------------------------------
 
@@ -125,7 +137,7 @@ class Run(Layout):
         """
         return self.exports[exports.choose(self.path, self.exports, name)]
 
-    def warn_of_marked(self, hooks: Any) -> list[Path]:
+    def warn_of_marked(self, hooks: Iterable[str]) -> list[Path]:
         """Print a warning for every SAE of these hooks that its training marked as of no use; return their folders."""
         return exports.warn_of_marked(map(self.sae_folder, hooks))
 
@@ -155,8 +167,9 @@ class Run(Layout):
     def labels(self) -> Mapping[str, Names]:
         """The names of latents by hook: labels of the evaluation, and over them those that people gave.
 
-        Raises (when a hook is looked up):
-          KeyError: no SAE, records or labels of that hook.
+        A hook without SAE, records, labels and notes is a KeyError, which names the others.
+
+        Raises:
           ValueError: labels or notes are broken.
         """
         return _Labels(self)

@@ -39,7 +39,7 @@ _METRICS: Mapping[str, str] = {
     "bits per byte of the model": "bits_per_byte.without_sae",
     "bits per byte with the SAE in place": "bits_per_byte.with_sae",
 }
-"""What the card calls a figure of eval.json, and where it stands there."""
+"""Labels of metrics on the card, and their dotted paths in eval.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +63,8 @@ class _Export:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        told = self.cfg.get("metadata")
-        return told if isinstance(told, dict) else {}
+        metadata = self.cfg.get("metadata")
+        return metadata if isinstance(metadata, dict) else {}
 
 
 def push(
@@ -78,7 +78,7 @@ def push(
     api: "HfApi | None" = None,
     token: str | None = None,
 ) -> list[Upload]:
-    """Sends a run's exports and their card to the hub in one commit; says before what it sends and how large it is.
+    """Send a run's exports and their card to the hub in one commit; log before which files and how large they are.
 
     Only what `plan` names is sent. A repository that is there is added to, other files in it stay.
 
@@ -124,7 +124,7 @@ def push(
 
 
 def plan(run: str | Path, repo_id: str, *, license: str, hooks: Sequence[str] | None = None) -> list[Upload]:
-    """What `push` would send: README.md, and of every hook its config, weights and densities; nothing else of a run.
+    """Return what `push` would send: README.md, and of every hook its config, weights and densities; nothing else.
 
     Paths of this machine that stand in a config (the data's place, for example) are cut to their last part.
 
@@ -146,7 +146,7 @@ def plan(run: str | Path, repo_id: str, *, license: str, hooks: Sequence[str] | 
 
 
 def card(run: str | Path, repo_id: str, *, license: str) -> str:
-    """The model card of a run: what the SAEs are of, trained on and measured at, how to load them, the licence.
+    """Return the model card of a run: model, data, metrics, how to load the SAEs, the licence.
 
     Raises:
       ValueError: a repository's or licence's name that the hub would refuse, or a broken export.
@@ -163,7 +163,7 @@ def _card(run: Run, exports: Sequence[_Export], repo_id: str, license: str) -> s
             ["---", f'license: "{license}"', "library_name: saelens", "tags:", *(f"- {t}" for t in _TAGS), "---"]
         ),
         f"# {repo_id.partition('/')[2]}",
-        f"Sparse autoencoders of the activations of a nanochat, {_told(exports, 'model_name')}, trained with jsae.",
+        f"Sparse autoencoders of the activations of a nanochat, {_metadata(exports, 'model_name')}, trained with jsae.",
         _shapes(exports),
         "## Data\n\n" + _data(exports, _json(run.config_file)),
         "## Metrics\n\n" + _measured(hooks, _json(run.table_file("eval")), _last_line(run.metrics_file)),
@@ -175,7 +175,7 @@ def _card(run: Run, exports: Sequence[_Export], repo_id: str, license: str) -> s
 
 
 def _check_names(repo_id: str, license: str) -> None:
-    """Refuses what the hub would: before anything is read or asked for."""
+    """Raise ValueError for names that the hub would refuse."""
     owner, slash, name = repo_id.partition("/")
     part = re.compile(r"[A-Za-z0-9]([\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
     fits = slash and part.fullmatch(owner) and part.fullmatch(name) and len(repo_id) <= 96
@@ -192,7 +192,7 @@ def _check_names(repo_id: str, license: str) -> None:
 
 
 def _exports(run: Run, hooks: Sequence[str] | None = None) -> list[_Export]:
-    """The finished exports of a run, by hook."""
+    """Return the finished exports of a run, in order of their hooks."""
     folders = list(run.exports.values())
     if missing := sorted(set(hooks or ()) - {folder.name for folder in folders}):
         there = ", ".join(folder.name for folder in folders) or "none"
@@ -206,7 +206,7 @@ def _exports(run: Run, hooks: Sequence[str] | None = None) -> list[_Export]:
 
 
 def _read(folder: Path) -> _Export:
-    """An export whose files are whole."""
+    """Read an export; raise ValueError if its files are not whole."""
     if not re.fullmatch(r"[\w.-]+", folder.name, re.ASCII):
         raise ValueError(f"{folder} cannot be a folder on the hub: name it as the hook, blocks.2.hook_resid_post")
     if not (folder / _REQUIRED[1]).is_file():
@@ -217,7 +217,7 @@ def _read(folder: Path) -> _Export:
 
 
 def _portable(value: Any) -> Any:
-    """The same JSON, with paths of this machine cut to their last part."""
+    """Return the same JSON with absolute paths cut to their last part."""
     if isinstance(value, dict):
         return {key: _portable(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -242,9 +242,9 @@ def _shapes(exports: Sequence[_Export]) -> str:
 
 
 def _data(exports: Sequence[_Export], config: Mapping[str, Any]) -> str:
-    names = _told(exports, "dataset_path")
+    names = _metadata(exports, "dataset_path")
     lines = [f"- trained on activations over: {names or 'text that the files do not name'}"]
-    if lengths := _told(exports, "context_size"):
+    if lengths := _metadata(exports, "context_size"):
         lines.append(f"- tokens in a row: {lengths}; each row begins with BOS")
     for ids in dict.fromkeys(map(_excluded, exports)):
         if ids is not None:
@@ -256,23 +256,23 @@ def _data(exports: Sequence[_Export], config: Mapping[str, Any]) -> str:
 
 
 def _excluded(export: _Export) -> str | None:
-    """The ids of tokens that an export says were left out; None if it says nothing."""
+    """Return the ids of tokens that were left out of training, as a text; None if the export does not record them."""
     ids = export.metadata.get("exclude_special_tokens")
     if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
         return None
     return ", ".join(map(str, ids[:20])) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
 
 
-def _measured(hooks: Sequence[str], told: Mapping[str, Any], last: Mapping[str, Any]) -> str:
-    """A column of figures per hook, of the exported weights on held-out text; else what the training last said."""
-    hooks = [hook for hook in hooks if isinstance(told.get(hook), dict)]
+def _measured(hooks: Sequence[str], evaluation: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+    """Return a table of metrics per hook on held-out text; without an evaluation those of the last training step."""
+    hooks = [hook for hook in hooks if isinstance(evaluation.get(hook), dict)]
     if hooks:
         rows = [
-            (label, *(_number(_find(told[hook], place)) for hook in hooks))
+            (label, *(_number(_find(evaluation[hook], place)) for hook in hooks))
             for label, place in _METRICS.items()
-            if any(_find(told[hook], place) is not None for hook in hooks)
+            if any(_find(evaluation[hook], place) is not None for hook in hooks)
         ]
-        rows.append(("tokens measured", *(_number(_find(told[hook], "tokens")) for hook in hooks)))
+        rows.append(("tokens measured", *(_number(_find(evaluation[hook], "tokens")) for hook in hooks)))
         return _table(("of the exported weights, on held-out text", *(f"`{hook}`" for hook in hooks)), rows)
     rows = [(label, _number(_find(last, place))) for label, place in _METRICS.items() if _find(last, place) is not None]
     if rows:
@@ -281,17 +281,17 @@ def _measured(hooks: Sequence[str], told: Mapping[str, Any], last: Mapping[str, 
 
 
 def _base(exports: Sequence[_Export]) -> str:
-    prints = _told(exports, "model_fingerprint")
+    name, fingerprint = _metadata(exports, "model_name"), _metadata(exports, "model_fingerprint")
     return (
-        f"{_told(exports, 'model_name') or 'A nanochat'}{f', sha256 of the checkpoint {prints}' * bool(prints)}. These "
+        f"{name or 'A nanochat'}{f', sha256 of the checkpoint {fingerprint}' * bool(fingerprint)}. These "
         "autoencoders are of that checkpoint's activations only; its weights are not in this repository."
     )
 
 
-def _told(exports: Sequence[_Export], name: str) -> str:
-    """What the exports' metadata says under a name, once."""
-    told = (e.metadata[name] for e in exports if isinstance(e.metadata.get(name), str | int))
-    return ", ".join(f"`{_cell(_portable(value))}`" for value in dict.fromkeys(told))
+def _metadata(exports: Sequence[_Export], name: str) -> str:
+    """Return the distinct values of a metadata field of the exports, comma-separated."""
+    values = (e.metadata[name] for e in exports if isinstance(e.metadata.get(name), str | int))
+    return ", ".join(f"`{_cell(_portable(value))}`" for value in dict.fromkeys(values))
 
 
 def _use(repo_id: str, hook: str) -> str:
@@ -332,9 +332,9 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _find(told: Mapping[str, Any], place: str) -> float | None:
-    """A finite number at a dotted place."""
-    value: Any = told
+def _find(table: Mapping[str, Any], place: str) -> float | None:
+    """Return the finite number at a dotted path; None if there is none."""
+    value: Any = table
     for key in place.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -342,23 +342,23 @@ def _find(told: Mapping[str, Any], place: str) -> float | None:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """An object of JSON, empty where there is no file."""
+    """Return the JSON object of a file; {} if there is no file."""
     if not file.is_file():
         return {}
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
+        table = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is broken: {error}") from error
-    if not isinstance(told, dict):
-        raise ValueError(f"{file} holds {type(told).__name__}, expected an object")
-    return told
+    if not isinstance(table, dict):
+        raise ValueError(f"{file} holds {type(table).__name__}, expected an object")
+    return table
 
 
 def _last_line(file: Path) -> dict[str, Any]:
-    """The last whole line of a file of JSON lines, empty where there is none."""
+    """Return the last whole line of a JSON Lines file; {} if there is none."""
     last: dict[str, Any] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):  # a run that was killed leaves half a line
-            told = json.loads(line)
-            last = told if isinstance(told, dict) else last
+            table = json.loads(line)
+            last = table if isinstance(table, dict) else last
     return last

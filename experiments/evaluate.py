@@ -28,7 +28,7 @@ from jsae.settings import TOKENS, require
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured, on what, and how much of it."""
+    """SAEs, text and metrics of an evaluation."""
 
     run_dir: FilePath | None = flag(None, "A run: all of its SAEs, on its model and the held-out part of its text.")
     sae: FilePath | None = flag(None, "Any SAELens directory for a hook of the run, measured instead of the run's own.")
@@ -99,7 +99,7 @@ def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
 
 
 def _need(config: EvaluateConfig, output: Path | None) -> None:
-    """Complains of what is missing before anything heavy is done."""
+    """Check that packages and the output directory are there, before anything takes long."""
     plots = config.plots and output is not None
     for wanted, module, instead in ((config.probes, "sklearn", "noprobes"), (plots, "matplotlib", "noplots")):
         if wanted and importlib.util.find_spec(module) is None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExploreConfig:
-    """Which run, what text, how much of it, and whether it is served."""
+    """Run, text and server of the explorer."""
 
     run_dir: FilePath | None = flag(None, "The run: all of its SAEs, on its model and its text.")
     num_tokens: int = flag(1_000_000, "Tokens of text to read.", TOKENS)
@@ -67,7 +67,7 @@ class ExploreConfig:
 
 
 def main(config: ExploreConfig) -> int:
-    """Gather unless there is nothing to gather, write the page, serve it."""
+    """Gather records unless those that are there fit, write the page, serve it."""
     run = Run(config.run_dir)
     require_torch(config.device)
     with run.held():  # before torch is loaded, so that a run in use is refused at once
@@ -97,7 +97,7 @@ def _explore(run: Run, config: ExploreConfig) -> Explored:
 
 
 def _can_serve(config: ExploreConfig) -> None:
-    """Complains of a missing extra and of a port in use before anything is done."""
+    """Raise ImportError without the extra [web] and OSError for a port in use, before anything takes long."""
     from bridge.server.server import listen
 
     listen(config.host, config.port).close()

@@ -15,7 +15,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, float], None]]:
-    """Within the context, a function that takes what is being done and which share of it."""
+    """Show a progress bar within the context; yield a function that takes the current task and its share done."""
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         tasks: dict[str, int] = {}

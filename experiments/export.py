@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What is written, where, under which names."""
+    """Formats, output folder and names of an export."""
 
     run_dir: FilePath = flag(None, "The run.")
     format: tuple[Format, ...] = flag(
@@ -58,14 +58,14 @@ class ExportConfig:
         self.wanted()
 
     def wanted(self) -> Wanted:
-        """The names that the flags give; refuses what Neuronpedia would refuse."""
+        """Return the names that the flags give; raise ConfigError for those that Neuronpedia would refuse."""
         from bridge.neuronpedia.sources import Wanted
 
         return Wanted(**flags.shared(Wanted, self))
 
 
 def main(config: ExportConfig) -> int:
-    """Write every format for every SAE; before that, everything that can be refused is."""
+    """Check everything, then write every format for every SAE."""
     run = Run(config.run_dir)
     # Held also when all goes elsewhere, as far as that is possible: what is read must not change meanwhile.
     with run.held():

@@ -14,7 +14,7 @@ _SIZE = (7, 4)
 
 
 def draw(run: Run, entries: dict[str, dict[str, Any]]) -> None:
-    """Writes `plots/density_HOOK.png` for every entry of eval.json, and `training.png` of a metrics.jsonl."""
+    """Write `density_HOOK.png` for every entry of eval.json, and `training.png` of metrics.jsonl."""
     from matplotlib.figure import Figure
 
     plots = run.plots_folder
@@ -60,7 +60,7 @@ def _density(axes: Any, hook: str, entry: dict[str, Any]) -> None:
 
 
 def _curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Steps and values of loss and L0 in a run's metrics; nothing where there are none."""
+    """Return steps and values of loss and L0 in a run's metrics; {} if there are none."""
     if not path.is_file():
         return {}
     lines = []

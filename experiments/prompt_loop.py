@@ -1,4 +1,4 @@
-"""Steering by hand: a prompt is continued as it is and as it is pushed; commands say what to push and why it works."""
+"""Steering by hand: prompts are continued with and without steering, and commands change what is steered."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from experiments.flags import EXPECTED_ERRORS
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How prompts are continued, and what a push is like unless it says otherwise."""
+    """How prompts are continued, and the defaults of /steer."""
 
     strength: tuple[float, ...]
-    """The first is that of a push that is asked for without one."""
+    """The first is the default of /steer."""
     mode: str
     positions: str
     strength_multiplier: float
@@ -37,7 +37,7 @@ class Settings:
 
 
 class Session:
-    """What is being pushed, and the last prompt. `prompt` and the commands print what they find."""
+    """The features that are steered and the last prompt. `prompt` and the commands print their results."""
 
     def __init__(self, im: InterpretableModel, hook: str, settings: Settings, steers: list[Steer]):
         self.im, self.hook, self.settings, self.steers = im, hook, settings, steers
@@ -47,7 +47,7 @@ class Session:
         self._check(steers)
 
     def prompt(self, text: str) -> None:
-        """Continues a text, without steering and, if there is any, with it, side by side."""
+        """Continue a text, without steering and, if features are steered, with it, side by side."""
         ids, stop_tokens = self._render(text)
         columns = [self._continue(ids, stop_tokens, steers) for steers in ([], self.steers)[: 1 + bool(self.steers)]]
         told: list[list[Token]] = [[] for _ in columns]
@@ -65,7 +65,7 @@ class Session:
             self.top()
 
     def top(self, told: str = "") -> None:
-        """The features that fired most on the last prompt and its default continuation."""
+        """Print the features that fired most on the last prompt and its default continuation."""
         self._need_prompt()
         count = _number(told or "10", int)
         if count < 1:
@@ -73,7 +73,7 @@ class Session:
         self.console.print(view.top(self._default, self.hook, count))
 
     def why(self, told: str = "") -> None:
-        """Which features speak for a token after the last prompt; unless told for the likeliest."""
+        """Print which features speak for a token after the last prompt, by default the likeliest."""
         self._need_prompt()
         tokenizer, tokens = self.im.tokenizer, torch.tensor([self._ids], device=self.settings.device)
         if told:
@@ -86,7 +86,7 @@ class Session:
         self.console.print(view.why(found, texts, tokenizer.token_text(target)))
 
     def steer(self, told: str = "") -> None:
-        """Pushes a feature besides the others, or only tells what is pushed."""
+        """Steer one more feature, if one is named, and print which are steered."""
         words = told.split()
         if len(words) > 3:
             raise ValueError(f"/steer takes FEATURE [STRENGTH [MODE]], not {len(words)} words")
@@ -102,11 +102,11 @@ class Session:
             self.console.print("nothing is pushed")
 
     def clear(self, told: str = "") -> None:
-        """Pushes nothing any more."""
+        """Steer nothing any more."""
         self.steers = []
 
     def help(self, told: str = "") -> None:
-        """Tells the commands."""
+        """Print the commands."""
         self.console.print(_HELP, markup=False)
 
     def _check(self, steers: list[Steer]) -> None:
@@ -119,7 +119,7 @@ class Session:
             raise ValueError("there is no prompt yet: type a text to continue")
 
     def _render(self, text: str) -> tuple[list[int], tuple[int, ...]]:
-        """The tokens of a prompt and those that end its continuation."""
+        """Return the tokens of a prompt, and the ids that end its continuation."""
         tokenizer = self.im.tokenizer
         if self.settings.chat:
             return chat_prompt(self.im.model, tokenizer, [{"role": "user", "content": text}])
@@ -144,7 +144,7 @@ class Session:
 
     @contextlib.contextmanager
     def _live(self) -> Iterator[Callable[[object], None]]:
-        """Shows what changes as it changes, where the output is a terminal."""
+        """Yield a function that shows a table as it changes; it does nothing where the output is no terminal."""
         if not self.console.is_terminal:
             yield lambda table: None
             return
@@ -172,7 +172,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 
 
 def ask(session: Session) -> None:
-    """Reads lines until /quit or the end of the input. What goes wrong is told, and the next line is asked for."""
+    """Read lines until /quit or the end of the input; print errors and go on."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - editing and history for input()
     session.console.print("A line is continued; /help tells the commands, /quit ends.")

@@ -35,7 +35,7 @@ SECONDS = Range(0, 1e6, "be seconds, from 0 to a million")
 
 @dataclass(frozen=True)
 class PublishConfig:
-    """What goes where."""
+    """Run, names, site and limits of an upload; or the database of an import."""
 
     run_dir: FilePath | None = flag(
         None, "The run whose features are uploaded; needs records, as experiments.explore makes."
@@ -74,7 +74,7 @@ class PublishConfig:
 
 
 def main(config: PublishConfig) -> int:
-    """Prepares and checks everything, says what will be sent, sends it; or imports; or reads."""
+    """Check everything, print what will be sent, send it; or import an export; or show explanations."""
     if config.import_to:
         return _import(config)
     run = Run(config.run_dir or "")

@@ -30,7 +30,7 @@ TEMPERATURE = Range(1e-6, 1e6, "be 0, or from 1e-6 to 1e6", also=(0,))
 
 @dataclass(frozen=True)
 class SteerConfig:
-    """What to continue, and what to push."""
+    """The prompt, its continuation, and the features that are steered."""
 
     run_dir: FilePath = dataclasses.field(metadata={"help": "A run directory, or with --checkpoint any exported SAE."})
     prompt: str = flag("", "Text to continue; with --chat what the user says.")
@@ -81,12 +81,12 @@ class SteerConfig:
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """One for each feature."""
+        """The strength of each feature."""
         return self.strength * len(self.feature) if len(self.strength) == 1 else self.strength
 
 
 def main(config: SteerConfig) -> int:
-    """Loads the model and its SAEs, then continues the prompt or asks for some."""
+    """Load the model and its SAEs, then continue the prompt, or ask for prompts."""
     require_torch(config.device)
     im = _load(config)
     hook = _hook(config, im)

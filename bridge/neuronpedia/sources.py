@@ -1,4 +1,4 @@
-"""The SAEs of a run as Neuronpedia's sources: where they and their records lie, what they are called."""
+"""The SAEs of a run as Neuronpedia's sources: their files and their ids on the site."""
 
 import dataclasses
 from pathlib import Path
@@ -14,7 +14,7 @@ from jsae.settings import require
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What a user wants things to be called; None is the default, which says model and SAEs by their hashes."""
+    """Names that a user gives to model, source set and release; None is a default with the hashes of model and SAEs."""
 
     model_id: str | None = None
     source_set: str | None = None
@@ -40,7 +40,7 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One SAE of a run."""
+    """One SAE of a run, with its records and its names."""
 
     sae_dir: Path
     records: Path
@@ -48,7 +48,7 @@ class Source:
     about: About
 
     def store(self) -> Store:
-        """Its records.
+        """Open its records.
 
         Raises:
           FileNotFoundError: none were gathered.

@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, who writes to it, and what is written down about it."""
+"""Claiming, locking and recording: which run a directory holds, and which process writes to it."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ _VERSIONS = ("jsae", "jax", "flax", "optax", "orbax-checkpoint", "torch", "numpy
 
 @contextlib.contextmanager
 def claimed(run: Path, config: Json, variants: Iterable[str] = ()) -> Iterator[contextlib.ExitStack]:
-    """Hold the directory of a run that is trained; make it, or make sure that the run in it is the one to go on with.
+    """Hold the directory of a run that is trained: create it, or check that the run in it is the one to resume.
 
     What a process left that was killed before it wrote config.json is removed: nothing of a run was there yet.
 
@@ -113,7 +113,7 @@ def _check_resumed(run: Path, config: Json) -> None:
 
 
 def record(run: Path, config: Json, facts: dict[str, Any]) -> None:
-    """Write `config.json`: flags, facts (hashes of model and data), versions. Of a resumed run it checks them.
+    """Write `config.json` (flags, facts such as hashes of model and data, versions), or check that of a resumed run.
 
     Raises:
       ConfigError: the run's facts were others, so its numbers would change.
@@ -133,7 +133,7 @@ def record(run: Path, config: Json, facts: dict[str, Any]) -> None:
 
 
 def read(run: Path) -> dict[str, Any]:
-    """What `record` wrote.
+    """Return what `record` wrote.
 
     Raises:
       ConfigError: it is not there or broken.
@@ -149,7 +149,7 @@ def read(run: Path) -> dict[str, Any]:
 
 
 def _written(value: Any) -> str:
-    """A flag's value as one writes it."""
+    """Return a flag's value as a user writes it."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

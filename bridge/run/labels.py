@@ -1,4 +1,4 @@
-"""Names of latents: what the evaluation found, and what people wrote; people's names come first."""
+"""Labels of latents: automatic ones of the evaluation, and those that people wrote, which come first."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ _FIELDS = ("hook", "latent", "label", "note", "time")
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """What a latent is called. The numbers are of an automatic label, as `bridge.evaluate.labels.Label` tells."""
+    """The label of a latent. The numbers belong to an automatic label, see `bridge.evaluate.labels.Label`."""
 
     label: str
     note: str = ""
@@ -49,7 +49,7 @@ class Names:
 
     @classmethod
     def read(cls, run: str | Path, hook: str) -> "Names":
-        """The names of a run's latents at a hook: of `labels.json`, and of `explorer/notes.jsonl` over them.
+        """Return the names of a run's latents at a hook: from labels.json, and over them those from notes.jsonl.
 
         Both files may be absent.
 
@@ -59,7 +59,7 @@ class Names:
         return cls(_automatic(Layout(run).table_file("labels"), hook), _last(notes(run), hook))
 
     def __getitem__(self, latent: int) -> Name:
-        """What is known of a latent; a `Name` without a label where nothing is."""
+        """Return the name of a latent; one without a label if it has none."""
         return self._names.get(latent, Name(""))
 
     def __iter__(self) -> Iterator[int]:
@@ -69,21 +69,21 @@ class Names:
         return len(self._names)
 
     def automatic(self, latent: int) -> Name:
-        """What the evaluation calls a latent, whatever people do."""
+        """Return the automatic name of a latent, whether people gave another or not."""
         return self._automatic.get(latent, Name(""))
 
     def label(self, latent: int) -> str:
-        """The label of a latent, "" if it has none."""
+        """Return the label of a latent, "" if it has none."""
         return self[latent].label
 
 
 def notes_file(run: str | Path) -> Path:
-    """Where people's names are kept: a JSON object per line, the last of a latent counts."""
+    """Return the file of people's labels and notes: a JSON object per line, the last of a latent counts."""
     return Layout(run).notes_file
 
 
 def notes(run: str | Path) -> list[dict[str, Any]]:
-    """All lines that people wrote, in their order. Lines that are no notes are left out with a warning.
+    """Return all lines that people wrote, in their order. Lines that are no notes are left out with a warning.
 
     Raises:
       ValueError: the file is larger than a quarter of a GiB, or not UTF-8.
@@ -112,7 +112,7 @@ def notes(run: str | Path) -> list[dict[str, Any]]:
 
 
 def append(run: str | Path, hook: str, latent: int, label: str, note: str = "") -> dict[str, Any]:
-    """Keep what a person calls a latent; the line is on the disk when this returns, whole or not at all.
+    """Append a person's label and note of a latent; the line is on the disk when this returns, whole or not at all.
 
     Args:
       run: the run's directory.
@@ -137,7 +137,7 @@ def append(run: str | Path, hook: str, latent: int, label: str, note: str = "") 
 
 
 def _checked(hook: Any, latent: Any, label: Any, note: Any, time: Any) -> dict[str, Any]:
-    """A line as it may stand in the file."""
+    """Return a valid line of the file; raise ValueError for what is not allowed in one."""
     if isinstance(latent, bool) or not isinstance(latent, int) or not 0 <= latent < _LARGEST_LATENT:
         raise ValueError(f"latent is {_short(latent)}: expected a number from 0")
     texts = {"hook": (hook, 200), "label": (label, LONGEST_LABEL), "note": (note, LONGEST_NOTE), "time": (time, 64)}
@@ -163,7 +163,7 @@ def _last(lines: list[dict[str, Any]], hook: str) -> dict[int, dict[str, Any]]:
 
 
 def _automatic(file: Path, hook: str) -> dict[int, Name]:
-    """The labels that an evaluation wrote, {hook: {latent: {label, f1, …}}}."""
+    """Return the labels of a hook from a file of {hook: {latent: {label, f1, …}}}."""
     if not file.is_file():
         return {}
     try:

@@ -11,11 +11,11 @@ from bridge.explorer import gather, page
 from bridge.explorer.gather import Plan
 from bridge.nanochat import Nanochat
 from bridge.nanochat.units import Split
-from bridge.progress import Progress
 from bridge.run import Run, subjects
 from bridge.run.labels import automatic_hooks
 from bridge.run.subjects import Choice, Subject
 from bridge.torch_sae import TorchSAE
+from jsae.progress import Progress
 from jsae.records.recorder import Settings
 from jsae.records.store import digest
 from jsae.settings import require

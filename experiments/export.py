@@ -75,8 +75,8 @@ def main(config: ExportConfig) -> int:
 def _export(run: Run, config: ExportConfig) -> int:
     from bridge import hub
     from bridge.neuronpedia import sources
-    from bridge.progress import Progress
     from bridge.run.exports import warn_of_marked
+    from jsae.progress import Progress
 
     if not run.path.is_dir():
         raise FileNotFoundError(f"{run.path} is no run: there is no such directory")

@@ -101,7 +101,7 @@ def _pretrain(config: PretrainConfig) -> int:
     import torch
 
     from bridge.nanochat.pretraining import last_state
-    from bridge.progress import Progress
+    from jsae.progress import Progress
 
     if config.device == "cpu":
         torch.set_num_threads(1)  # each worker is one

@@ -121,7 +121,7 @@ def _sources(run: Run, config: PublishConfig) -> list[Source]:
 
 def _prepare(run: Run, source: Source, server: str, **options: Any) -> Publication:
     from bridge.neuronpedia.publication import Publication
-    from bridge.progress import Progress
+    from jsae.progress import Progress
 
     with Progress(f"preparing {source.ids.source}", source.store().header.d_sae, "features") as progress:
         return Publication.prepare(run, source, server, each=progress.each, **options)
@@ -171,7 +171,7 @@ def _agreed(config: PublishConfig) -> bool:
 
 
 def _upload(publication: Publication, client: Client, config: PublishConfig) -> None:
-    from bridge.progress import Progress
+    from jsae.progress import Progress
 
     plan = publication.plan
     with Progress("uploading", plan.features, "features") as progress:
@@ -199,7 +199,7 @@ def _read(sources: list[Source], config: PublishConfig) -> int:
 
 def _import(config: PublishConfig) -> int:
     from bridge.neuronpedia.importer import import_folder
-    from bridge.progress import Progress
+    from jsae.progress import Progress
 
     with Progress("importing", None):
         counts = import_folder(

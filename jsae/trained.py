@@ -127,7 +127,7 @@ class TrainedSAE:
         return Path(folder)
 
     def __repr__(self) -> str:
-        sizes = {"d_in": self.d_in, "d_sae": self.d_sae}
+        sizes: dict[str, object] = {"d_in": self.d_in, "d_sae": self.d_sae}
         sizes |= {"d_out": self.d_out} if self.is_transcoder else {}
         sizes |= {"layers": self.layers} if self.layers > 1 else {}
         sizes |= {"k": self.cfg["k"]} if self.architecture in RANKED else {}

@@ -20,7 +20,7 @@ from jsae.data import Cursor, Shuffled, Source
 from jsae.health import Watch
 from jsae.locks import Lock
 from jsae.ops import Ops
-from jsae.progress import display
+from jsae.progress import Progress as Shown
 from jsae.settings import require
 from jsae.trained import TrainedSAE
 
@@ -140,7 +140,7 @@ def train(
     every = options.pop("report_every", max(config.num_steps // 50, 1))
     reports = fit(acts, sae, config, report_every=every, **options)
     if progress is True:
-        with display(config.num_steps) as shown:
+        with Shown("training", config.num_steps, "steps") as shown:
             return _last(reports, lambda report: shown.update(report.step, str(report)))
     return _last(reports, progress or (lambda report: None))
 

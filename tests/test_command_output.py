@@ -30,8 +30,8 @@ CONFIGS = {
 }
 SCRIPT = """
 import runpy, sys
-import bridge.progress
-bridge.progress.EVERY = 0.01  # a line every hundredth of a second instead of every ten seconds
+import jsae.progress
+jsae.progress.EVERY = 0.01  # a line every hundredth of a second instead of every ten seconds
 name, sys.argv = sys.argv[1], sys.argv[1:]
 runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
 """

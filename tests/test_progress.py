@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bridge.progress import Progress, shows_bar
+from jsae.progress import Progress, shows_bar
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -145,6 +145,22 @@ def test_a_bar_is_for_terminals_and_notebooks(terminal, notebook, kind, bar):
 
 
 def test_neither_jax_nor_torch_is_needed():
-    code = "import sys, bridge.progress; assert not {'jax', 'torch'} & set(sys.modules), 'heavy'"
+    code = "import sys, jsae.progress; assert not {'jax', 'torch'} & set(sys.modules), 'heavy'"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_notebook_gets_a_bar_where_rich_can_draw_one(monkeypatch):
+    console, found = Console(file=io.StringIO(), force_jupyter=True), {"ipywidgets"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in found else None)
+    assert shows_bar(console)
+    found.clear()
+    assert not shows_bar(console)
+
+
+def test_an_output_that_is_closed_does_not_end_the_work(clock):
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with Progress("training", 10, "steps", console=console, clock=clock) as progress:
+        console.file.close()
+        clock.now += 20
+        progress.update(10, "FVU 0.5")

@@ -12,6 +12,16 @@ import pytest
 # Modules of which every test is slow. Those that take longest are first: they begin first where several workers run.
 MODULES = (
     "test_train_command",
+    "test_command_output",
+    "test_docs",
+    "test_jsons",
+    "test_library",
+    "test_quick_labels",
+    "test_sae_hub",
+    "test_training",
+    "test_card",
+    "test_ten_lines",
+    "test_readme",
     "test_sweep_command",
     "test_contract",
     "test_signals",

@@ -12,10 +12,10 @@ from bridge.evaluate.site import Site
 from bridge.evaluate.text import Text
 from bridge.nanochat import Nanochat
 from bridge.nanochat.units import Split
-from bridge.progress import Progress
 from bridge.run import subjects
 from bridge.run.subjects import Choice, Subject
 from jsae.health import unusable
+from jsae.progress import Progress
 from jsae.settings import require
 
 

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from bridge.run.layout import Layout
 from bridge.run.tables import LARGEST_TABLE
@@ -75,7 +76,7 @@ def after_exploring(run: Path, served: bool) -> list[str]:
     ]
 
 
-def after_steering(run: Path, hook: str | None, pushed: bool, **model: object) -> list[str]:
+def after_steering(run: Path, hook: str | None, pushed: bool, **model: Any) -> list[str]:
     """Return what to do after a prompt was continued.
 
     Args:
@@ -84,7 +85,9 @@ def after_steering(run: Path, hook: str | None, pushed: bool, **model: object) -
       pushed: whether features were pushed.
       model: the flags that say which model it was.
     """
-    more = {"interactive": True} if pushed else {"feature": _best(run, hook), "strength": 8, "mode": "clamp"}
+    more: dict[str, Any] = (
+        {"interactive": True} if pushed else {"feature": _best(run, hook), "strength": 8, "mode": "clamp"}
+    )
     steer = line("steer", run_dir=run, prompt=PROMPT, hook=hook, **model, **more)
     return [steer, line("explore", "web", run_dir=run, serve=True)] if Layout(run).config_file.is_file() else [steer]
 

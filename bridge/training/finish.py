@@ -15,12 +15,12 @@ from bridge.evaluate import Site
 from bridge.evaluate.core import finite
 from bridge.evaluate.survey import survey
 from bridge.hooks import module_name
-from bridge.progress import Progress
 from bridge.run import Run
 from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
 from jsae import export, files, metrics
 from jsae.health import unusable
 from jsae.loop import States
+from jsae.progress import Progress
 
 if TYPE_CHECKING:
     from bridge.nanochat import Nanochat

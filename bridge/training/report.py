@@ -7,10 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from bridge.progress import Progress
 from bridge.run import Run
 from bridge.training.events import Events
 from jsae import files, jsons
+from jsae.progress import Progress
 
 if TYPE_CHECKING:
     from bridge.training.plan import Trainee

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bridge.locations import FilePath
-from bridge.progress import Progress
 from bridge.settings import flag
 from experiments.benches import contest, peers, shapes, tables, timing
 from experiments.benches.contest import OURS, TRAINERS
 from experiments.benches.shapes import Dtype, Size
+from jsae.progress import Progress
 
 SCRIPT = Path(__file__).with_name("memory_side.py")
 _ROOT = Path(__file__).resolve().parents[2]

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bridge.progress import Progress
 from experiments.benches import peers, quality_sides, tables, timing
 from experiments.benches.quality_config import OURS, Config
 from experiments.benches.quality_contest import Contest
+from jsae.progress import Progress
 
 
 def main(config: Config) -> int:

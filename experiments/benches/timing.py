@@ -14,8 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from bridge.progress import Progress
 from jsae import files
+from jsae.progress import Progress
 
 
 def by_turns(cases: Mapping[str, Callable[[], None]], rounds: int, seed: int = 0) -> dict[str, list[float]]:

@@ -144,7 +144,7 @@ class Contract:
             checkpoints.wait()
             found = checkpoints.restore(jax.eval_shape(lambda: (begun(self.config),)))
         assert (found.step, found.notes) == (600, notes)
-        assert jax.tree.structure(found.states) == jax.tree.structure((state,))
+        assert repr(jax.tree.structure(found.states)) == repr(jax.tree.structure((state,)))
         for ours, theirs in zip(jax.tree.leaves(found.states), jax.tree.leaves(state), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 

@@ -100,7 +100,7 @@ def _export(run: Path, out: Path, config: ExportConfig) -> int:
         for source in found:
             store = source.store()
             if "delphi" in config.format:
-                store.all.of(0)
+                store.all.activations_of_latent(0)
     for source in found:
         for name in config.format:
             folder, write = FORMATS[name]

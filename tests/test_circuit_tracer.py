@@ -166,7 +166,7 @@ def test_what_cannot_be_written_is_refused(store, run, tmp_path):
     with pytest.raises(ValueError, match="negative"):
         circuit_tracer.write(store, sae, tmp_path, context=-1)
     other = toy.write_store(tmp_path / "other", seed=1).parents[2] / "sae" / toy.HOOK
-    with pytest.raises(StoreError, match="gather the records anew"):
+    with pytest.raises(StoreError, match="gather the records again"):
         circuit_tracer.write(store, other, tmp_path)
 
 

@@ -19,7 +19,7 @@ from jsae.checkpoint import Checkpoints
 from jsae.config import TrainConfig
 from jsae.data import ArraySource, Shuffled
 from jsae.ops import Codes, Latents, choose
-from jsae.state import Acts, TrainState, input_and_target, place
+from jsae.state import Acts, TrainState, input_and_target, shard
 
 D, F = toy.D_IN, 64
 CASES = {
@@ -191,7 +191,7 @@ def test_sharded_equals_whole(name, case):
     mesh = axes.make_mesh(latent=2)
     assert mesh.shape == {"data": 2, "latent": 2}
     whole, sharded = begun(case), begun(case)
-    sharded = place(sharded, mesh)
+    sharded = shard(sharded, mesh)
     cut = jax.NamedSharding(mesh, axes.spec(("n", "d")))
     program = stepping(case, RUN)
     for i in range(5):

@@ -372,7 +372,7 @@ def test_a_parquet_file_of_another_form_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"a\.parquet has no column 'text'; it has content"):
         corpus(str(tmp_path))
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="must hold strings, it holds int64"):
+    with pytest.raises(ValueError, match="must contain strings, got int64"):
         corpus(str(tmp_path))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing of the kind PAR1")
     with pytest.raises(ValueError, match="is not a parquet file"):

@@ -99,7 +99,7 @@ def test_names_and_records_that_do_not_fit_are_refused(store, run, tmp_path):
     with pytest.raises(ValueError, match="at least 1"):
         delphi.write(store, run / "sae" / toy.HOOK, tmp_path, activations_per_file=0)
     toy.write_store(tmp_path / "other", seed=1)
-    with pytest.raises(StoreError, match="gather the records anew"):
+    with pytest.raises(StoreError, match="gather the records again"):
         delphi.write(store, tmp_path / "other" / "sae" / toy.HOOK, tmp_path)
     bare = Store(toy.write_store(tmp_path / "bare", everything=False))
     with pytest.raises(FileNotFoundError, match="delphi needs all"):

@@ -15,7 +15,9 @@ LATENTS = np.array([[1.0, 0.0, 2.0], [0.0, 0.0, -1.0], [0.5, 0.0, 0.0]])
 
 
 def sums_of(x, x_hat, latents):
-    return metrics.of(x, x_hat - x, latents, (latents != 0).sum(0), loss=x.sum() * 0 + 2.0, nonfinite=x.sum() * 0)
+    return metrics.batch_sums(
+        x, x_hat - x, latents, (latents != 0).sum(0), loss=x.sum() * 0 + 2.0, nonfinite=x.sum() * 0
+    )
 
 
 # |e|^2 = 1, 0, 4; |x|^2 = 1, 9, 8; mean x = (2, 2/3), so the variance is 6 - 40/9 = 14/9 and FVU (5/3) / (14/9)

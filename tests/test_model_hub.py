@@ -142,9 +142,9 @@ WRONG = [
     ("hf://toy/gated", "FileNotFoundError", ["toy/gated", "revision main", "gated", "ask for access"]),
     ("hf://toy/nano@gone", "FileNotFoundError", ["toy/nano", "no revision gone", "branches"]),
     ("hf://toy/nano#77", "FileNotFoundError", ["no step 77", "hf://toy/nano", "there are 2, 9, 10"]),
-    ("hf://toy/nano/nowhere", "FileNotFoundError", ["hf://toy/nano/nowhere", "holds nothing"]),
+    ("hf://toy/nano/nowhere", "FileNotFoundError", ["hf://toy/nano/nowhere", "contains nothing"]),
     ("hf://toy/many", "ValueError", ["several models, a, b", "hf://owner/name"]),
-    ("hf://toy/broken", "FileNotFoundError", ["toy/broken", "revision main", "out of reach", "500"]),
+    ("hf://toy/broken", "FileNotFoundError", ["toy/broken", "revision main", "cannot be reached", "500"]),
 ]
 
 
@@ -168,7 +168,7 @@ def test_what_does_not_work_is_told_with_id_revision_and_remedy(answers, address
 def test_a_hub_that_does_not_answer_is_told(tmp_path):
     ((kind, message),) = load(tmp_path, "hf://toy/nano@v1")
     assert kind == "FileNotFoundError", message
-    assert all(word in message for word in ("toy/nano", "revision v1", "out of reach", "hf download toy/nano"))
+    assert all(word in message for word in ("toy/nano", "revision v1", "cannot be reached", "hf download toy/nano"))
 
 
 def test_without_the_library_the_extra_is_named(tmp_path):

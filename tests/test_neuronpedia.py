@@ -595,7 +595,7 @@ def test_rows_with_other_keys_than_the_first_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("column", "error", "told"),
     [
-        ("activation_value", StoreError, "is nan: gather the records anew"),
+        ("activation_value", StoreError, "is nan: gather the records again"),
         ("logit_range", strict.NotStorableError, "'logits_hist_data_bar_values' of index 0 cannot be stored"),
         ("max", strict.NotStorableError, "'binMax' of index 0 cannot be stored"),
     ],
@@ -615,13 +615,13 @@ def test_records_of_another_sae_or_version_are_refused(tmp_path):
     place = toy.write_store(tmp_path)
     toy.write_store(tmp_path / "other", seed=1)
     store = Store(place)
-    with pytest.raises(StoreError, match=r"are of the SAE .* gather the records anew"):
+    with pytest.raises(StoreError, match=r"are of the SAE .* gather the records again"):
         rows.Latents(store, tmp_path / "other" / "sae" / toy.HOOK)
     with pytest.raises(FileNotFoundError, match="no exported SAE"):
         rows.Latents(store, tmp_path / "nowhere")
     told = json.loads((place / "records.json").read_text())
     (place / "records.json").write_text(json.dumps(told | {"version": VERSION - 1}))
-    with pytest.raises(StoreError, match="gather the records anew"):
+    with pytest.raises(StoreError, match="gather the records again"):
         sources.of_run(tmp_path, sources.Wanted(layers=6))[0].store()
 
 

@@ -324,4 +324,4 @@ def test_the_threshold_is_the_mean_of_the_smallest_values_that_were_kept():
 def test_dead_latents_are_counted_in_tokens_and_not_in_steps():
     since = jnp.array([0, 40, 2**30 - 5, 7], jnp.int32)
     fired = jnp.array([0, 0, 0, 3], jnp.int32)
-    np.testing.assert_array_equal(dead.after(since, fired, 20), [20, 60, 2**30, 0])
+    np.testing.assert_array_equal(dead.update(since, fired, 20), [20, 60, 2**30, 0])

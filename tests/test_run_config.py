@@ -199,7 +199,10 @@ BAD_SAES = {
         "no exported form of a topk transcoder: use batchtopk, matryoshka, relu, jumprelu",
     ),
     "k that starts below its end": ({"k": (8, 16), "k_start": 12}, "k_start=12 must lie between k=16 and d_sae=1024"),
-    "k that starts where there is none": ({"activation": "relu", "k_start": 64}, "--k_start means nothing to relu: leave it out"),
+    "k that starts where there is none": (
+        {"activation": "relu", "k_start": 64},
+        "--k_start means nothing to relu: leave it out",
+    ),
     "a layer that is not there": ({"layer": ("1", "6")}, "blocks.6.hook_resid_post: the model has 6 layers, 0 to 5"),
     "a penalty that pulls": ({"activation": "relu", "l1_coefficient": (-1.0,)}, "l1_coefficient is -1.0"),
     "a window of no width": ({"activation": "jumprelu", "bandwidth": 0.0}, "bandwidth is 0.0"),

@@ -131,10 +131,10 @@ def test_text_goes_before_chats_and_chats_before_a_text_that_is_none(tmp_path):
             {"content": ["a"], "id": [1]},
             "no column 'text'; it has content, id. A document is a string in a column text",
         ),
-        ({"text": [["a"]]}, "the column 'text' must hold strings, it holds list<"),
+        ({"text": [["a"]]}, "the column 'text' must contain strings, got list<"),
         (
             {"messages": ["a"]},
-            "the column 'messages' must hold lists of messages with role and content, it holds string",
+            "the column 'messages' must contain lists of messages with role and content, got string",
         ),
         ({"messages": [[{"role": "assistant", "content": "a"}]]}, "row group 0, row 0: turn 0 must be the user's"),
         ({"messages": [[{"role": "user", "content": None}]]}, "row group 0, row 0: turn 0: a user's content"),
@@ -149,7 +149,7 @@ def test_columns_that_hold_no_documents_are_named(tmp_path, columns, told):
 def test_a_directory_says_where_its_parquet_is(tmp_path):
     (tmp_path / "data").mkdir()
     parquet(tmp_path / "data" / "train.parquet", {"text": ["a"]})
-    with pytest.raises(FileNotFoundError, match=r"further down: give '.*/\*\*/\*\.parquet'"):
+    with pytest.raises(FileNotFoundError, match=r"in its subdirectories: give '.*/\*\*/\*\.parquet'"):
         corpus(tmp_path)
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "data-00000-of-00001.arrow").write_bytes(b"ARROW1")
@@ -193,8 +193,8 @@ def test_a_form_before_a_path_says_how_to_read_it(tmp_path):
         ("a.json", '["\xfc"]'.encode("latin-1"), "is not UTF-8"),
         ("a.txt", gzip.compress(b"a"), r"gzip-compressed: name it \.jsonl\.gz"),
         ("a.jsonl", gzip.compress(b"a"), r"gzip-compressed: name it \.jsonl\.gz"),
-        ("a.txt.gz", gzip.compress(b"a"), "is compressed, .*: unpack it with gunzip"),
-        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "is compressed, .*: unpack it with zstd -d"),
+        ("a.txt.gz", gzip.compress(b"a"), "is compressed; .*: unpack it with gunzip"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "is compressed; .*: unpack it with zstd -d"),
         ("a.txt", b"PAR1", r"a parquet file: name it \.parquet"),
         ("a.json", b'[{"text": "one"} {"text": "two"}]', "element 1: expected ',' or ']' after it, got '{'"),
         ("a.json", b'[{"text": "one"},', "element 2: Expecting value"),
@@ -428,7 +428,7 @@ def test_a_file_that_was_only_touched_is_read_on(tmp_path, monkeypatch):
     monkeypatch.setattr(contents, "SAMPLE", 10)
     reader = corpus(path, split="train")
     os.utime(path, ns=(2, 2))
-    with pytest.warns(UserWarning, match="was written to while it was in use"):
+    with pytest.warns(UserWarning, match="was written to while in use"):
         reader.next_rows(1000)
 
 
@@ -456,7 +456,7 @@ def test_home_and_variables_are_replaced(tmp_path, monkeypatch):
 
 def test_unknown_users_and_variables_are_named(monkeypatch):
     monkeypatch.delenv("NOT_SET", raising=False)
-    with pytest.raises(FileNotFoundError, match="'~nosuchuser/x': there is no home directory of '~nosuchuser' here"):
+    with pytest.raises(FileNotFoundError, match="'~nosuchuser/x': no home directory of '~nosuchuser' is known"):
         corpus("~nosuchuser/x")
     with pytest.raises(ValueError, match="names the environment variable NOT_SET, which is not set"):
         corpus("$NOT_SET/x")

@@ -1,4 +1,4 @@
-"""Fetches checkpoints from the Hugging Face hub, or finds them in its local cache: `hf://owner/name@revision/folder`."""
+"""Fetch checkpoints from the Hugging Face hub or its local cache: `hf://owner/name@revision/folder`."""
 
 import dataclasses
 import glob
@@ -22,7 +22,7 @@ _HTTP_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """What an hf:// id means."""
+    """The parts of an hf:// address."""
 
     repo: str
     revision: str | None
@@ -30,7 +30,7 @@ class Address:
 
     @property
     def name(self) -> str:
-        """Return what to call the model: the last part of the address, without its revision."""
+        """A display name of the model: the last part of the address, without its revision."""
         return self.folder.name or self.repo.partition("/")[2]
 
     def __str__(self) -> str:
@@ -40,16 +40,16 @@ class Address:
 
 
 def is_address(path: object) -> bool:
-    """Return whether a path is meant as an address on the hub."""
+    """Return whether a path is an address on the hub."""
     return isinstance(path, (str, Path)) and str(path).startswith((SCHEME, "hf:/"))  # Path("hf://x") is hf:/x
 
 
 def parse(path: str | Path) -> Address:
-    """Return the parts of an hf:// id. Raises ValueError, with the form, for anything else."""
+    """Return the parts of an hf:// address. Raises ValueError, which shows the form, for anything else."""
     text = re.sub(r"^hf:/+", "", str(path)).rstrip("/")
     match = _ID.fullmatch(text)
     if match is None or text.startswith(("datasets/", "spaces/")):
-        raise ValueError(f"{str(path)[:200]!r} is no model on the Hugging Face hub: give {_FORM}")
+        raise ValueError(f"{str(path)[:200]!r} is not a model address on the Hugging Face hub: give {_FORM}")
     folder = PurePosixPath(match[3] or "")
     if ".." in folder.parts:
         raise ValueError(f"{str(path)[:200]!r} leaves its repository: give {_FORM}")
@@ -57,18 +57,18 @@ def parse(path: str | Path) -> Address:
 
 
 def find(path: str | Path, step: int | None = None) -> locate.Files:
-    """Return the files of a checkpoint on the hub, having fetched those that a load of it reads, and no code.
+    """Fetch the files of a checkpoint that `load` reads, never code, and return their local paths.
 
-    Where the hub is switched off (HF_HUB_OFFLINE=1) or out of reach, the local cache is taken.
+    The local cache is used in offline mode (HF_HUB_OFFLINE=1), or if the hub cannot be reached.
 
     Args:
-        path: hf://owner/name, with a revision (@main is the default) and a folder if wanted.
-        step: as of `locate.find`.
+        path: hf://owner/name, optionally with a revision (default: main) and a folder.
+        step: see `locate.find`.
 
     Raises:
         ImportError: huggingface_hub is not installed.
-        FileNotFoundError: there is no such repository, revision, folder or step, or it is not in the cache.
-        ValueError: the address is none.
+        FileNotFoundError: there is no such repository, revision, folder or step, or the cache lacks it.
+        ValueError: the address is malformed, or does not identify one model.
     """
     address = parse(path)
     try:
@@ -76,13 +76,13 @@ def find(path: str | Path, step: int | None = None) -> locate.Files:
     except ImportError as error:
         raise ImportError(f"{address} needs huggingface_hub: pip install 'jsae[hub]'") from error
     if constants.HF_HUB_OFFLINE:
-        return _in_cache(address, step, "the hub is offline here (HF_HUB_OFFLINE)")
+        return _in_cache(address, step, "the hub is in offline mode (HF_HUB_OFFLINE)")
     try:
         return _fetch(address, step)
     except _UnreachableError as error:
-        why = f"the hub is out of reach ({error})"
+        why = f"the hub cannot be reached ({error})"
     files = _in_cache(address, step, why)
-    warnings.warn(f"{why}: took {address} as the local cache holds it, {files.weights}", stacklevel=3)
+    warnings.warn(f"{why}: loaded {address} from the local cache, {files.weights}", stacklevel=3)
     return files
 
 
@@ -91,7 +91,7 @@ class _UnreachableError(OSError):
 
 
 def _fetch(address: Address, step: int | None) -> locate.Files:
-    """List the repository, choose a checkpoint, and fetch the files of it."""
+    """List the repository, choose a checkpoint and fetch its files."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -103,7 +103,7 @@ def _fetch(address: Address, step: int | None) -> locate.Files:
         patterns = [glob.escape(str(name)) for name in locate.needed_files(tree, weights)]
         root = Path(snapshot_download(address.repo, revision=revision, allow_patterns=patterns))
     except HfHubHTTPError as error:
-        raise _told(address, error) from error
+        raise _explained(address, error) from error
     except Exception as error:
         if isinstance(error, _NO_ANSWER) or type(error).__module__.startswith(_HTTP_LIBRARIES):
             raise _UnreachableError(_first_line(error)) from error
@@ -111,48 +111,48 @@ def _fetch(address: Address, step: int | None) -> locate.Files:
             raise
         raise OSError(f"{address} could not be fetched: {_first_line(error)}") from error
     if not (root / weights).is_file():
-        raise _UnreachableError("the download broke off")
-    return locate.beside(root / weights)
+        raise _UnreachableError("the download was interrupted")
+    return locate.checkpoint_files(root / weights)
 
 
 def _in_cache(address: Address, step: int | None, why: str) -> locate.Files:
-    """Find a checkpoint among the files that earlier runs fetched."""
+    """Return the files of a checkpoint in the local cache; `why` says in errors why it is used."""
     from huggingface_hub import snapshot_download
 
     try:
         root = Path(snapshot_download(address.repo, revision=address.revision, local_files_only=True))
     except OSError as error:
-        # A snapshot without the files that nobody asked for is complete enough.
+        # A partial snapshot is enough if it has the files of this checkpoint.
         root = Path(getattr(error, "snapshot_path", ""))
         if root.name:
             return _from_snapshot(root, address, step, why)
         raise FileNotFoundError(
-            f"{address.repo} at revision {address.revision or 'main'} is not in the local cache, and {why}: fetch it "
-            f"once while the hub can be reached (hf download {address.repo}), or give a local directory"
+            f"{address.repo} at revision {address.revision or 'main'} is not in the local cache, and {why}: download "
+            f"it when the hub can be reached (hf download {address.repo}), or give a local directory"
         ) from error
     return _from_snapshot(root, address, step, why)
 
 
 def _from_snapshot(root: Path, address: Address, step: int | None, why: str) -> locate.Files:
-    """Return a checkpoint among the files of a snapshot."""
+    """Return the files of a checkpoint in a snapshot of the repository."""
     try:
         weights = _choose(_Snapshot(root), address, step)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} (in the local cache; {why})") from error
-    return locate.beside(root / weights)
+    return locate.checkpoint_files(root / weights)
 
 
 def _choose(tree: locate.Tree, address: Address, step: int | None) -> PurePosixPath:
-    """Return the file of weights that an address means; it may be the file itself."""
+    """Return the weights file that an address identifies, as a folder or as the file itself."""
     if address.folder.name in tree.files(address.folder.parent):
         if step is not None:
-            raise ValueError(f"step={step} chooses a file in a folder, but {address} is a file: leave the step out")
+            raise ValueError(f"step={step} selects a file in a folder, but {address} is a file: omit the step")
         return address.folder
     return locate.choose(tree, address.folder, step, str(address))
 
 
 class _Listing:
-    """A tree of files that a hub lists."""
+    """The file tree of a repository, from the hub's list of file names."""
 
     def __init__(self, names: Sequence[str]):
         self._files: dict[PurePosixPath, list[str]] = {}
@@ -174,24 +174,24 @@ class _Listing:
         return list(self._folders.get(folder, {}))
 
     def latest(self, folder: PurePosixPath, names: Sequence[str]) -> str:
-        """Raise ValueError: a listing has no dates."""
-        raise _undecided(names)
+        """Raise ValueError, because the list has no dates."""
+        raise _ambiguous(names)
 
 
 class _Snapshot(locate.Disk):
-    """A tree of files that were fetched; when says nothing about which is the newest."""
+    """The file tree of a downloaded snapshot. The times of its files are those of the download."""
 
     def latest(self, folder: PurePosixPath, names: Sequence[str]) -> str:
-        """Raise ValueError, as the listing would."""
-        raise _undecided(names)
+        """Raise ValueError, because the files have no dates of their own."""
+        raise _ambiguous(names)
 
 
-def _undecided(names: Sequence[str]) -> ValueError:
-    return ValueError(f"the repository holds several models, {few(sorted(names), 12)}: name one, {_FORM}")
+def _ambiguous(names: Sequence[str]) -> ValueError:
+    return ValueError(f"the repository contains several models, {few(sorted(names), 12)}: name one, {_FORM}")
 
 
-def _told(address: Address, error: Exception) -> OSError:
-    """Return an error of the hub in words that name the repository, the revision and what to do."""
+def _explained(address: Address, error: Exception) -> OSError:
+    """Return an exception for an error of the hub that names the repository, the revision and the remedy."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     revision = address.revision or "main"
@@ -205,7 +205,7 @@ def _told(address: Address, error: Exception) -> OSError:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is None or status >= 500 or status == 429:
             return _UnreachableError(_first_line(error))
-        return OSError(f"the hub refuses {address.repo} at revision {revision}: {_first_line(error)}")
+        return OSError(f"the hub refused {address.repo} at revision {revision}: {_first_line(error)}")
     return FileNotFoundError(f"{address.repo} (revision {revision}) {why}")
 
 

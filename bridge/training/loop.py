@@ -69,7 +69,7 @@ def train(
                     reporter.report(step, values, tokens)
                     _look(watch, trainees, step, values, config.batch_size)
                     last_fvu, window = float(np.mean([v["fvu"] for v in values])), None
-                if due and (last or stopped or not watch.suspects_all):
+                if due and (last or stopped or not watch.all_suspect):
                     checkpoints.save(step, states, {"cursor": batches.cursor().to_json()}, last_fvu)
                 if stop:
                     break
@@ -99,7 +99,7 @@ def _look(
     """Show the reported metrics of every SAE to the watch, and warn of one that has diverged beside others."""
     for trainee, value in zip(trainees, values, strict=True):
         steps = round(value["activations"] / batch_size)
-        told = watch.see(trainee.label if len(trainees) > 1 else "", step - steps + 1, step, value["fvu"])
+        told = watch.observe(trainee.label if len(trainees) > 1 else "", step - steps + 1, step, value["fvu"])
         if told is not None:
             print(f"warning: {told}. The other SAEs go on", file=sys.stderr, flush=True)
 

@@ -85,7 +85,7 @@ def main(config: ExploreConfig) -> int:
         from bridge.server.server import serve
 
         address = functools.partial(print, flush=True)  # at once, also into a pipe
-        loaded = InterpretableModel.of(nano, saes), nano
+        loaded = InterpretableModel.from_nanochat(nano, saes), nano
         settings = {name: getattr(config, name) for name in ("host", "port", "names", "chat", "secret", "model_id")}
         serve(run, lambda: loaded, **settings, say=address)
     return 0

@@ -131,7 +131,7 @@ def _key() -> str:
 def _client(config: PublishConfig, key: str | None) -> Client:
     from bridge.neuronpedia.client import Client, Patience
 
-    return Client(key, config.base_url, Patience(total=config.patience, settle=config.settle))
+    return Client(key, config.base_url, Patience(total=config.patience, recheck=config.settle))
 
 
 def _prepare(run: Path, source: Source, config: PublishConfig) -> Plan:
@@ -207,7 +207,7 @@ def _upload(run: Path, plan: Plan, client: Client, config: PublishConfig) -> Non
             client,
             ledger,
             keep=config.keep_uploaded,
-            told=lambda progress: bar.update(task, completed=progress.features),
+            report=lambda progress: bar.update(task, completed=progress.features),
         )
     first = next(iter(plan.batches[0].contents))
     print(
@@ -234,10 +234,10 @@ def _import(config: PublishConfig) -> int:
     from bridge.neuronpedia.importer import import_folder
 
     counts = import_folder(
-        Path(config.folder or ""), config.import_to or "", told=lambda file, _: print(f"  {file}", flush=True)
+        Path(config.folder or ""), config.import_to or "", report=lambda file, _: print(f"  {file}", flush=True)
     )
     for table, count in counts.items():
-        print(f"{table:<14} {count.inserted} new, {count.already} there before")
+        print(f"{table:<14} {count.inserted} new, {count.existing} there before")
     return 0
 
 

@@ -117,7 +117,7 @@ def _load(config: SteerConfig) -> InterpretableModel:
     nano = bridge.nanochat.load(told["checkpoint"], told["step"], config.device, tokenizer=told["tokenizer"])
     finite.warn_of_broken_weights(nano.model)
     require(nano.tokenizer is not None, f"no tokenizer lies beside {told['checkpoint']}: give it with --tokenizer")
-    return InterpretableModel.of(nano, saes)
+    return InterpretableModel.from_nanochat(nano, saes)
 
 
 def _hook(config: SteerConfig, im: InterpretableModel) -> str:

@@ -52,7 +52,7 @@ def find(config: EvaluateConfig) -> list[Subject]:
             finite.warn_of_broken_weights(models[key].model)
         nano = models[key]
         require(nano.tokenizer is not None, f"no tokenizer lies beside {key[0]}: give its directory with --tokenizer")
-        InterpretableModel.of(nano, saes)  # refuses what does not fit
+        InterpretableModel.from_nanochat(nano, saes)  # refuses what does not fit
         subjects += [
             Subject(place, hook, sae, nano, _excluded(config, place, sae, nano), _drop_sinks(config, sae, flags))
             for hook, sae in saes.items()

@@ -185,9 +185,11 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         # If the files match their digests, a failure of Orbax has another cause than damage.
         kind = OSError if listed else DamagedError
-        with _described(f"the checkpoint {folder} cannot be restored", kind):
-            with ocp.StandardCheckpointer() as checkpointer:
-                states = checkpointer.restore(folder / "states", abstract)
+        with (
+            _described(f"the checkpoint {folder} cannot be restored", kind),
+            ocp.StandardCheckpointer() as checkpointer,
+        ):
+            states = checkpointer.restore(folder / "states", abstract)
         for name, value in checksum.checksums(states).items():
             if value != record["arrays"][name]["checksum"]:
                 raise DamagedError(f"{folder}: the array {name} is damaged: its checksum does not match")

@@ -111,7 +111,8 @@ class Watch:
 
         Args:
           name: the run; empty if it is the only one.
-          first, last: the steps of the window.
+          first: first step of the window.
+          last: last step of the window.
           value: the metric.
 
         Returns:

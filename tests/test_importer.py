@@ -131,7 +131,7 @@ def export(tmp_path) -> Path:
 
 def test_every_row_is_there_as_the_folder_has_it(export, database):
     heard = []
-    counts = import_folder(export.parents[1], database, told=lambda file, _: heard.append(file.name))
+    counts = import_folder(export.parents[1], database, report=lambda file, _: heard.append(file.name))
     assert {table: count.inserted for table, count in counts.items()} == {
         "SourceRelease": 1,
         "Model": 1,

@@ -166,7 +166,7 @@ def test_files_of_one_number_hold_the_same_latents_and_keys_are_never_shared(run
 
 def test_no_folder_has_more_files_than_the_importer_lists(run, source, tmp_path, monkeypatch):
     monkeypatch.setattr(v1, "PER_FILE", 1)
-    monkeypatch.setattr(v1, "MOST_FILES", 3)
+    monkeypatch.setattr(v1, "MAX_FILES", 3)
     folder = write_v1(run, source, tmp_path)[0].parent
     assert len(list((folder / "features").iterdir())) <= 3
     assert len(tables(folder)["features"]) == toy.D_SAE

@@ -78,12 +78,12 @@ def counts(site: Site) -> dict[int, int]:
 def test_all_features_arrive_once_after_model_and_source_set_were_made(site, tmp_path):
     heard = []
     features = [feature(i, explanations=[{"text": "cats"}]) for i in range(10)]
-    done = upload(site, tmp_path, features, told=heard.append)
+    done = upload(site, tmp_path, features, report=heard.append)
     assert counts(site) == dict.fromkeys(range(10), 1)
     assert site.models == {IDS.model: 2}
     assert site.source_sets == {(IDS.model, "res-1k"): ["0-res-1k", "1-res-1k"]}
     assert [progress.features for progress in heard] == [4, 8, 10]
-    assert (done.features, done.of) == (10, 10)
+    assert (done.features, done.total) == (10, 10)
     assert site.stored[IDS.model, IDS.source, 3]["activations"][1]["values"] == [0.0, 2.5]
     assert not [path for method, path in site.requests if method == "GET" and "/feature/" in path]
 
@@ -206,7 +206,7 @@ def test_all_failures_one_after_the_other_still_give_every_feature_once(site, tm
 def test_what_is_sent_again_is_only_what_is_missing(site, tmp_path):
     site.faults = [behave.half]
     heard = []
-    upload(site, tmp_path, [feature(i) for i in range(4)], told=heard.append)
+    upload(site, tmp_path, [feature(i) for i in range(4)], report=heard.append)
     whole, again = (tmp_path / "bodies" / "batch-0.json").stat().st_size, heard[0].sent
     assert 1.4 * whole < again < 1.6 * whole
     assert len([1 for method, path in site.requests if method == "GET" and "/feature/" in path]) == 4
@@ -218,10 +218,10 @@ def test_waits_double_with_jitter_and_what_the_site_asks_for_is_kept(site, tmp_p
         behave.limited,
         lambda site, body: (429, {"error": "slow down", "requestWindow": "soon"}),
     ]
-    upload(site, tmp_path, [feature(0)], waits.client(site, settle=0.0))
+    upload(site, tmp_path, [feature(0)], waits.client(site, recheck=0.0))
     assert waits == [4.0, 8.0, 16.0, 3600 / 20, 16.0]
 
-    calm = Client(KEY, site.url, Patience(settle=0.0), sleep=waits.append, jitter=lambda: 1.0)
+    calm = Client(KEY, site.url, Patience(recheck=0.0), sleep=waits.append, jitter=lambda: 1.0)
     waits.clear()
     site.faults = [behave.fail_before]
     upload(site, tmp_path, [feature(1)], calm)
@@ -243,7 +243,7 @@ def test_retry_after_is_honoured(after, seconds):
 def test_after_an_unclear_failure_the_site_is_given_time_before_it_is_asked(site, tmp_path):
     waits = Waits()
     site.faults = [behave.drop_after]
-    upload(site, tmp_path, [feature(0)], waits.client(site, settle=33.0))
+    upload(site, tmp_path, [feature(0)], waits.client(site, recheck=33.0))
     assert waits == [33.0]
 
 

@@ -373,7 +373,7 @@ def test_text_goes_in_and_whole_characters_come_out(monkeypatch):
 
 def test_the_packaged_nanochat_says_what_its_tokenizer_decodes():
     nano = bridge.nanochat.load("demo")
-    im = InterpretableModel.of(nano, {"blocks.0.hook_resid_post": toy_sae("topk", nano.config.n_embd, 256)})
+    im = InterpretableModel.from_nanochat(nano, {"blocks.0.hook_resid_post": toy_sae("topk", nano.config.n_embd, 256)})
     told = list(im.generate("def main(argv):\n", max_tokens=40, temperature=0, echo=True))
     assert "".join(token.text for token in told) == nano.tokenizer.decode(token.id for token in told)
     assert [token.id for token in told if not token.generated] == nano.tokenizer.encode("def main(argv):\n", True)

@@ -49,7 +49,7 @@ def make_run(checkpoint: Path, run: Path, *hooks: str) -> Path:
 
 @pytest.fixture(scope="module")
 def im(checkpoint, run) -> InterpretableModel:
-    return InterpretableModel.of(bridge.nanochat.load(checkpoint), load_saes(run))
+    return InterpretableModel.from_nanochat(bridge.nanochat.load(checkpoint), load_saes(run))
 
 
 def command(run: Path, **settings: object) -> list[str]:

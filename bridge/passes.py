@@ -103,7 +103,7 @@ class open_context:  # noqa: N801 - used as a function, and entered for every to
     def __enter__(self) -> None:
         with _LOCK:
             passes = _OPEN.get(self._model)
-            _EAGER.hold()
+            _EAGER.acquire()
             if passes is None:
                 passes = _OPEN[self._model] = _Passes(self._model)
             passes.contexts.append(self._context)
@@ -222,18 +222,18 @@ class _Eager:
     """A counter of open contexts, during which compiled code runs eagerly."""
 
     def __init__(self) -> None:
-        self._holders = 0
+        self._count = 0
         self._stance: Any = None
 
-    def hold(self) -> None:
+    def acquire(self) -> None:
         # Importing the compiler takes seconds, and without it nothing can have been compiled.
         if self._stance is None and "torch._dynamo" in sys.modules:
             self._stance = torch.compiler.set_stance("force_eager")
-        self._holders += 1
+        self._count += 1
 
     def release(self) -> None:
-        self._holders -= 1
-        if not self._holders and self._stance is not None:
+        self._count -= 1
+        if not self._count and self._stance is not None:
             self._stance.__exit__(None, None, None)
             self._stance = None
 

@@ -123,12 +123,12 @@ def watch(model: nn.Module, pass_input: PassInput) -> Iterator[None]:
     it is 0.
     """
 
-    def note(args: tuple, kwargs: dict) -> None:
-        given = [*args, *kwargs.values()]
-        pass_input.tokens = next(value for value in given if isinstance(value, torch.Tensor))
-        pass_input.start = next((start for value in given if (start := _position(value)) is not None), 0)
+    def update(args: tuple, kwargs: dict) -> None:
+        arguments = [*args, *kwargs.values()]
+        pass_input.tokens = next(value for value in arguments if isinstance(value, torch.Tensor))
+        pass_input.start = next((start for value in arguments if (start := _position(value)) is not None), 0)
 
-    with hooks.watch(model, note):
+    with hooks.watch(model, update):
         yield
 
 

@@ -167,9 +167,9 @@ def test_when_nothing_is_intact_every_reason_is_told_and_nothing_is_moved(two, t
         restored(folder)
     told = str(error.value)
     assert "step 2:" in told
-    assert f"{path} is not what was written" in told
+    assert f"{path} is damaged" in told
     assert "step 1:" in told
-    assert "remove it to begin with the first step" in told
+    assert "remove it to start from the first step" in told
     assert "\n" not in told
     assert kept(folder) == ["1", "2"]
 
@@ -209,7 +209,7 @@ def test_an_additional_file_a_link_and_a_pipe_are_damage(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
     path = folder / "2" / "states" / "_METADATA"
     (more := folder / "2" / "states" / "more").touch()
-    with pytest.raises(DamagedError, match=f"{more} is a file that was not written"):
+    with pytest.raises(DamagedError, match=f"{more} is not in the list of files"):
         restored(folder, step=2)
     more.unlink()
     (folder / "2" / ".DS_Store").touch()  # a file manager was here

@@ -317,14 +317,14 @@ def test_a_directory_without_shards_asks_for_a_glob(tmp_path):
 
 @pytest.mark.parametrize("spec", ["", " , "])
 def test_an_empty_spec_is_an_error(spec):
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(ValueError, match="contains no text"):
         corpus(spec)
 
 
 def test_empty_files_make_no_corpus(tmp_path):
     (tmp_path / "a.txt").write_text("")
     write_jsonl(tmp_path / "b.jsonl", [""])
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(ValueError, match="contains no text"):
         corpus(f"{tmp_path}/a.txt,{tmp_path}/b.jsonl")
 
 

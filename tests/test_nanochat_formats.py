@@ -302,7 +302,7 @@ REFUSED = {
     "window_pattern": ("SSSL", "window_pattern"),
     "rms_norm_eps": ("small", "rms_norm_eps='small'"),
     "hidden_size": (None, "lacks n_embd"),
-    "vocab_size": (50.0, r"must hold whole numbers"),
+    "vocab_size": (50.0, r"must be whole numbers"),
 }
 
 

@@ -214,7 +214,7 @@ def on_decoder(change) -> optax.GradientTransformation:
 def test_k_comes_down_from_k_start_in_a_straight_line_and_stays():
     config = sae_config("topk", D, F, k=4)
     how = dataclasses.replace(RUN, k_start=14, k_anneal_fraction=0.1)
-    limits = [int(step._k_now(how, 4, jnp.int32(number))) for number in range(1, 14)]
+    limits = [int(step._annealed_k(how, 4, jnp.int32(number))) for number in range(1, 14)]
     assert limits == [13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 4, 4, 4]
     assert [train.room(train.Member(config, how), number) for number in (1, 10, 11, 100)] == [14, 14, None, None]
     assert train.room(train.Member(config, RUN), 1) is None

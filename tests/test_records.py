@@ -136,7 +136,7 @@ def test_samples_hang_on_the_seed_and_on_nothing_else(tmp_path, monkeypatch):
     first = gathered(tmp_path / "a", text, acts)
     monkeypatch.setattr(records, "Spill", functools.partial(Spill, piece=5))
     blocks = Spill.blocks
-    monkeypatch.setattr(Spill, "blocks", lambda self: blocks(self, most=3))
+    monkeypatch.setattr(Spill, "blocks", lambda self: blocks(self, limit=3))
     in_pieces = gathered(tmp_path / "b", text, acts)
     other = gathered(tmp_path / "c", text, acts, dataclasses.replace(SETTINGS, seed=1))
     for name, column in first.items():
@@ -592,7 +592,7 @@ def test_pointers_out_of_range_are_refused(name, value, store):
     column = np.load(store / f"{name}.npy")
     column.flat[-1] = value
     np.save(store / f"{name}.npy", column)
-    with pytest.raises(StoreError, match=f"{name} holds {value}, but must be below"):
+    with pytest.raises(StoreError, match=f"{name} contains {value}, but must be below"):
         Store(store)[name]
 
 

@@ -294,7 +294,7 @@ def _check(split: str, row_len: int, lanes: int, fraction: float, process_index:
 
 def _empty_split_message(spec: str, split: str, units: list[Unit], fraction: float) -> str:
     if split == "all" or not units:
-        return f"the corpus {spec!r} holds no text"
+        return f"the corpus {spec!r} contains no text"
     if any(unit.side for unit in units):
         why = "in nanochat's own data directories (base_data*) the last shard is held out: provide at least two shards"
     elif not 0 < fraction < 1:

@@ -72,19 +72,19 @@ def _sizes(shapes: Shapes, settings: Settings, overrides: Mapping[str, Any], voc
     """Return upstream's six sizes, from overrides, files and shapes in this order. Files must agree with shapes."""
     rows, n_embd = shapes["transformer.wte.weight"]
     layers = {match[1] for name in shapes if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
-    given = {k: v for k, v in overrides.items() if k in SIZES}
+    overridden = {k: v for k, v in overrides.items() if k in SIZES}
     stored = dict(settings.sizes)
     if wrong := {k: v for k, v in stored.items() if type(v) is not int}:
-        raise ValueError(f"{settings.source} must hold whole numbers, got {str(wrong)[:200]}")
+        raise ValueError(f"the sizes in {settings.source} must be whole numbers, got {str(wrong)[:200]}")
     guesses = {"sequence_len": _SEQUENCE_LEN, "n_head": max(1, n_embd // HEAD_DIM)}
     guesses["vocab_size"] = rows if vocab_size is None else vocab_size
-    if guessed := {k: v for k, v in guesses.items() if k not in stored and k not in given}:
+    if guessed := {k: v for k, v in guesses.items() if k not in stored and k not in overridden}:
         names = ", ".join(f"{k}={v}" for k, v in guessed.items())
         reason = "no meta file beside the weights" if not settings.source else f"{settings.source} lacks some sizes"
         tokenizers = " (vocab_size is the tokenizer's)" if "vocab_size" in guessed and vocab_size is not None else ""
         warnings.warn(f"{reason}: assumed {names}{tokenizers}; pass other values as arguments", stacklevel=4)
-    sizes = {"n_layer": len(layers), "n_embd": n_embd} | guesses | stored | given
-    if "n_head" in given or "n_kv_head" not in stored:
+    sizes = {"n_layer": len(layers), "n_embd": n_embd} | guesses | stored | overridden
+    if "n_head" in overridden or "n_kv_head" not in stored:
         sizes["n_kv_head"] = _kv_heads(shapes, n_embd, sizes["n_head"])
     for name, actual in (("n_layer", len(layers)), ("n_embd", n_embd)):
         if sizes[name] != actual:

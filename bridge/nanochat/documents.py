@@ -146,16 +146,16 @@ def _parts(document: Document, share: float) -> tuple[Document | None, Document 
     if share in (0.0, 1.0):
         return (document, None) if share == 0.0 else (None, document)
     if isinstance(document, str):
-        at = _cut_near(document, share)
-        return document[:at] or None, document[at:] or None
+        cut = _cut_near(document, share)
+        return document[:cut] or None, document[cut:] or None
     messages = document["messages"]
     starts = [
         i for i, message in enumerate(messages) if message["role"] == "user" and i > messages[0]["role"].count("system")
     ]
     if not starts:
         return document, None
-    at = min(starts, key=lambda i: abs(i - (1 - share) * len(messages)))
-    return {"messages": messages[:at]}, {"messages": messages[at:]}
+    cut = min(starts, key=lambda i: abs(i - (1 - share) * len(messages)))
+    return {"messages": messages[:cut]}, {"messages": messages[cut:]}
 
 
 def _cut_near(text: str, share: float) -> int:

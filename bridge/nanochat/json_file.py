@@ -30,11 +30,11 @@ def read_table(
     data = path.read_bytes()
     containers = data.count(b"[") + data.count(b"{")
     if containers > max_containers:
-        raise ValueError(f"{path} holds {containers} tables and lists, more than any {kind} ({max_containers})")
+        raise ValueError(f"{path} contains {containers} objects and arrays, more than any {kind} ({max_containers})")
     try:
         table = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}; {advice}") from error
     if not isinstance(table, dict):
-        raise ValueError(f"{path} must hold a JSON table, got {type(table).__name__}")
+        raise ValueError(f"{path} must contain a JSON object, got {type(table).__name__}")
     return table

@@ -253,8 +253,8 @@ def _members(path: Path) -> dict[str, _Member]:
             start = _data_start(file, entry, size)
             members[entry.filename] = _Member(start, entry.file_size, entry.CRC)
     spans = sorted(((entry.header_offset, members[entry.filename]) for entry in entries), key=lambda span: span[0])
-    ends = [member.start + member.size for _, member in spans]
-    if any(start < last for (start, _), last in zip(spans[1:], ends, strict=False)) or (ends and ends[-1] > end):
+    stops = [member.start + member.size for _, member in spans]
+    if any(start < last for (start, _), last in zip(spans[1:], stops, strict=False)) or (stops and stops[-1] > end):
         raise ValueError("its members overlap")
     return members
 

@@ -39,7 +39,7 @@ FORMS = ("text", "jsonl", "json", "parquet")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 _PACKED = {".gz": "gunzip", ".zst": "zstd -d", ".xz": "xz -d", ".bz2": "bunzip2", ".zip": "unzip", ".lz4": "lz4 -d"}
 _BINARY = {
-    b"\x1f\x8b": "gzip-compressed: name it .jsonl.gz if it holds JSON lines, or unpack it",
+    b"\x1f\x8b": "gzip-compressed: name it .jsonl.gz if it contains JSON lines, or unpack it",
     b"PAR1": "a parquet file: name it .parquet",
     b"PK\x03\x04": "a zip archive: unpack it",
     b"\x28\xb5\x2f\xfd": "zstd-compressed: unpack it",

@@ -42,7 +42,7 @@ class RefusedError(ApiError):
 
 @dataclasses.dataclass(frozen=True)
 class Patience:
-    """How long to retry, in seconds. Waits double from `first` to `longest`, each randomly shortened by up to half."""
+    """Limits of retries, in seconds. Waits double from `first` to `longest`, each randomly shortened by up to half."""
 
     attempts: int = 8
     """Consecutive failures of one request; rate limits (429) do not count."""

@@ -42,5 +42,5 @@ def create_neuronpedia_metadata(
             "l1_coefficient": config.l1_coefficient if penalised else None,
         },
     }
-    given = {"training": training_info, "evaluation": eval_metrics}
-    return metadata | {name: dict(value) for name, value in given.items() if value}
+    optional = {"training": training_info, "evaluation": eval_metrics}
+    return metadata | {name: dict(value) for name, value in optional.items() if value}

@@ -23,7 +23,7 @@ INTERVALS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Json):
-    """What is recorded of each latent."""
+    """Settings of a recorder: what it records of each latent."""
 
     top: int = 20
     """Number of examples with the strongest activations."""

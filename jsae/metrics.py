@@ -112,7 +112,7 @@ def summarize(sums: Sums) -> dict[str, float]:
     s = Sums(*(np.asarray(v, np.float64) for v in sums))
     n = float(s.tokens)
     if not n > 0:
-        raise ValueError(f"the sums are of {n} tokens: metrics need at least one")
+        raise ValueError(f"no tokens were summed ({n:g}): metrics need at least one")
     variance = float(s.squared_norm) / n - float(np.square(s.total / n).sum())
     fvu = float(s.squared_error) / n / variance if variance > 0 else float("nan")
     inner = float(s.inner)

@@ -231,7 +231,7 @@ def test_a_file_of_many_chunks_is_one_transaction(export, database, monkeypatch)
     monkeypatch.setattr(importer, "CHUNK_ROWS", 7)
     many = [activation(f"b{i}", i % 3) for i in range(50)]
     write(export, "activations/batch-2.jsonl.gz", *many, activation("bad", 7))
-    with pytest.raises(ImportRefusedError, match=r"activations/batch-2.*foreign key.*nothing of this was kept"):
+    with pytest.raises(ImportRefusedError, match=r"activations/batch-2.*foreign key.*nothing of it was stored"):
         import_folder(export, database)
     assert rows(database, """SELECT count(*) FROM "Activation" """) == [(3,)]
     write(export, "activations/batch-2.jsonl.gz", *many)
@@ -242,9 +242,9 @@ def test_a_file_of_many_chunks_is_one_transaction(export, database, monkeypatch)
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"id": "a9", "maxValue": NaN}', "line 2 is broken .NaN"),
-        ('{"id": "a9", ', "line 2 is broken"),
-        ("[1]", "line 2 is broken .no JSON object"),
+        ('{"id": "a9", "maxValue": NaN}', "line 2 is damaged .NaN"),
+        ('{"id": "a9", ', "line 2 is damaged"),
+        ("[1]", "line 2 is damaged .not a JSON object"),
         (json.dumps(activation("a9", 0, tokens=["\ud800"])), "line 2 cannot be stored .*surrogates"),
         (json.dumps(activation("a9", 0, zIndices=[1, 2, 3])), "line 2 cannot be stored"),
         (json.dumps(activation("a9", 0, maxValue=None)), "database refuses it.*maxValue"),
@@ -262,7 +262,7 @@ def test_a_bad_line_is_named_and_nothing_of_its_file_kept(export, database, line
 def test_a_truncated_file_is_told(export, database):
     path = export / "features" / "batch-0.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ImportRefusedError, match=r"features/batch-0.* is broken"):
+    with pytest.raises(ImportRefusedError, match=r"features/batch-0.* is damaged"):
         import_folder(export, database)
 
 
@@ -274,7 +274,7 @@ def test_an_unknown_creator_stops_before_any_row(export, database):
 
 
 def test_a_database_of_something_else_is_refused(export, server):
-    with pytest.raises(ImportRefusedError, match=r"no Neuronpedia's: it has no table SourceRelease.*User"):
+    with pytest.raises(ImportRefusedError, match=r"not a Neuronpedia's: it lacks the tables SourceRelease.*User"):
         import_folder(export, new_database(server))
     with pytest.raises(ImportRefusedError, match="no table Explanation;"):
         import_folder(export, new_database(server, TABLES, 'DROP TABLE "Explanation"'))
@@ -299,7 +299,7 @@ def test_names_are_quoted_whatever_they_hold(export, server):
 
 @pytest.mark.parametrize("address", ["postgresql://me:hidden@/x?schema=public", "mysql://me:hidden@host/x", "hidden"])
 def test_what_is_no_address_is_refused_without_repeating_it(export, address):
-    with pytest.raises(ImportRefusedError, match="no address of a database") as refused:
+    with pytest.raises(ImportRefusedError, match="not the address of a database") as refused:
         import_folder(export, address)
     assert "hidden" not in str(refused.value)
 
@@ -311,7 +311,7 @@ def test_a_server_that_is_not_there_is_told_without_the_password(export, tmp_pat
 
 
 def test_a_folder_without_an_export_is_refused(export, tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no v1 export"):
+    with pytest.raises(FileNotFoundError, match="no v1 export in"):
         import_folder(tmp_path / "elsewhere", "postgresql://nobody@/x")
     (export / "model.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks model\.jsonl"):

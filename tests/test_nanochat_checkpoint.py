@@ -106,7 +106,7 @@ def test_a_tokenizer_is_found_in_the_checkpoint_and_in_the_base_directory(tmp_pa
 
 
 def test_a_path_that_does_not_exist_is_answered_with_what_does(tmp_path, folder):
-    with pytest.raises(FileNotFoundError, match=re.escape(f"no checkpoint at {tmp_path}/d5/x; {tmp_path} holds d4")):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"no checkpoint at {tmp_path}/d5/x; {tmp_path} contains d4")):
         nanochat.load(tmp_path / "d5" / "x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="it contains nothing: give a checkpoint directory"):

@@ -126,9 +126,9 @@ def act(**other) -> dict:
         ({"density": 1.5}, "density is 1.5"),
         ({"density": float("nan")}, "density is nan"),
         ({"colour": "red"}, "unknown colour"),
-        ({"topLogits": [{"token": "a", "value": 1.0}] * 21}, "21 tokens, Neuronpedia takes at most 20"),
+        ({"topLogits": [{"token": "a", "value": 1.0}] * 21}, "21 tokens, Neuronpedia accepts at most 20"),
         ({"bottomLogits": [{"token": "", "value": 1.0}]}, "a token is empty"),
-        ({"bottomLogits": [{"token": "a", "value": float("inf")}]}, "inf is no finite number"),
+        ({"bottomLogits": [{"token": "a", "value": float("inf")}]}, "inf is not a finite number"),
         ({"explanations": [{"text": ""}]}, "the text is empty"),
         ({"explanations": [{"text": "😀" * 257}]}, "514 characters"),
         ({"explanations": [{"text": "a", "methodName": 3}]}, "methodName is 3"),
@@ -250,7 +250,7 @@ def test_after_an_unclear_failure_the_site_is_given_time_before_it_is_asked(site
 def test_patience_ends_and_the_same_upload_goes_on_later(site, tmp_path):
     features = [feature(i) for i in range(12)]
     site.faults = [None, *[behave.half] * 9]
-    with pytest.raises(ApiError, match=r"failed 3 times, at last: broke off .*; try again later"):
+    with pytest.raises(ApiError, match=r"failed 3 times, the last time: was interrupted .*; try again later"):
         upload(site, tmp_path, features, Waits().client(site, attempts=3))
     assert sum(counts(site).values()) == 7  # of the second batch two, then one of the rest
     site.faults = []
@@ -278,17 +278,17 @@ def test_a_refusal_is_told_at_once(site, tmp_path):
         upload(site, tmp_path, [feature(0)], waits.client(site))
     assert waits == []
     site.faults = [lambda site, body: (308, "")]
-    with pytest.raises(RefusedError, match="sends on to"):
+    with pytest.raises(RefusedError, match="redirects to"):
         upload(site, tmp_path, [feature(0)])
     site.faults = [lambda site, body: (200, "<html>log in to this network</html>")] * 2
-    with pytest.raises(ApiError, match="answered 200, but no JSON: is this a Neuronpedia"):
+    with pytest.raises(ApiError, match="status 200 without JSON; is this a Neuronpedia"):
         upload(site, tmp_path, [feature(0)], Waits().client(site, attempts=2))
 
 
 def test_another_site_s_key_is_refused_and_repeated_nowhere(site, tmp_path, caplog):
     with (
         caplog.at_level(logging.DEBUG),
-        pytest.raises(RefusedError, match=r"401 .*not by .key.*is NEURONPEDIA_API_KEY") as e,
+        pytest.raises(RefusedError, match=r"401 .*not by .key.*check that NEURONPEDIA_API_KEY") as e,
     ):
         upload(site, tmp_path, [feature(0)], Waits().client(site, key="np-secret"))
     told = str(e.value) + caplog.text + "".join(path.read_text() for path in tmp_path.rglob("*.json*"))
@@ -296,13 +296,13 @@ def test_another_site_s_key_is_refused_and_repeated_nowhere(site, tmp_path, capl
 
 
 def test_keys_and_addresses_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="would carry the API key readably"):
+    with pytest.raises(ValueError, match="would send the API key unencrypted"):
         Client(KEY, "http://np.example")
     with pytest.raises(ValueError, match="characters that no key has") as refused:
         Client("np-secret\nx", "https://np.example")
     assert "secret" not in str(refused.value)
     for address in ("np.example", "ftp://np.example", "https://me:hidden@np.example", "https://np.example/?x=1"):
-        with pytest.raises(ValueError, match="is no address of a site") as refused:
+        with pytest.raises(ValueError, match="is not the address of a site") as refused:
             Client(KEY, address)
         assert "hidden" not in str(refused.value)
     with Client(f" {KEY}\n", "https://np.example/api/") as client:
@@ -404,7 +404,7 @@ def test_a_model_that_exists_gets_the_source_set(site, tmp_path, caplog):
 def test_a_changed_body_is_not_sent(site, tmp_path):
     plan = prepared(tmp_path, [feature(0)])
     (tmp_path / "bodies" / "batch-0.json").write_text("{}")
-    with pytest.raises(PayloadError, match="was changed since it was prepared"):
+    with pytest.raises(PayloadError, match="has changed since it was prepared"):
         plan.body(plan.batches[0])
 
 
@@ -424,7 +424,7 @@ def test_a_torn_last_line_of_the_ledger_is_forgotten_and_a_broken_one_told(tmp_p
     with Ledger(path, ("https://other", "m", "1-s")) as ledger:
         assert ledger.state(1, "aa") is None
     path.write_bytes(b"{}\n" + path.read_bytes())
-    with pytest.raises(LedgerError, match="line 1 is no line of a ledger"), Ledger(path, key):
+    with pytest.raises(LedgerError, match="line 1 is damaged"), Ledger(path, key):
         pass
 
 
@@ -578,7 +578,7 @@ def test_a_dry_run_writes_the_bodies_and_sends_nothing(site, run):
         (("--import_to=y",), 2, "belong together"),
         (("--run_dir=x", "--batch_features=200"), 2, "the site takes 1 to 128"),
         (("--run_dir=nowhere",), 1, "nowhere is no run"),
-        (("--import_to=y", "--folder=nowhere"), 1, "holds no v1 export"),
+        (("--import_to=y", "--folder=nowhere"), 1, "no v1 export in"),
     ],
 )
 def test_wrong_flags_are_told(arguments, code, said):

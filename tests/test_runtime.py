@@ -144,7 +144,7 @@ def test_features_can_be_read_after_the_context_until_the_next_one(im):
         im(tokens(7))
     assert im.get_active_features().values.shape == (2, 7, 4)
     with im.interpretation_enabled():
-        with pytest.raises(ValueError, match="nothing has been read yet"):
+        with pytest.raises(ValueError, match="no forward pass has been tracked"):
             im.get_active_features()
         im(tokens(8))
         for length in (9, 3):
@@ -547,7 +547,7 @@ def test_saes_are_found_in_a_run_a_folder_and_by_themselves(tmp_path):
 def test_a_place_without_saes_is_refused_with_what_it_holds(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(FileNotFoundError, match=r"holds checkpoints, metrics\.jsonl: give an exported SAE"):
+    with pytest.raises(FileNotFoundError, match=r"contains checkpoints, metrics\.jsonl: give an exported SAE"):
         load_saes(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no SAE at .*nowhere"):
         load_saes(tmp_path / "nowhere")
@@ -581,12 +581,12 @@ OTHERS = {
     "transcoder": (
         sae_config("relu", C, 64, d_out=C),
         {"hook_name": "blocks.1.ln2.hook_normalized", "hook_name_out": "blocks.1.hook_mlp_out"},
-        "is a transcoder: it makes blocks.1.hook_mlp_out of what it reads",
+        "is a transcoder, which predicts blocks.1.hook_mlp_out from its input",
     ),
     "crosscoder": (
         sae_config("relu", 3 * C, 64, layers=3),
         {"hook_name": EARLY, "hook_names": [EARLY, HOOK, LATE]},
-        "is a crosscoder of 3 layers: it makes all of them of one code",
+        "is a crosscoder, which reconstructs 3 layers from one code",
     ),
 }
 

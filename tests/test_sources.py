@@ -458,7 +458,7 @@ def test_unknown_users_and_variables_are_named(monkeypatch):
     monkeypatch.delenv("NOT_SET", raising=False)
     with pytest.raises(FileNotFoundError, match="'~nosuchuser/x': no home directory of '~nosuchuser' is known"):
         corpus("~nosuchuser/x")
-    with pytest.raises(ValueError, match="names the environment variable NOT_SET, which is not set"):
+    with pytest.raises(ValueError, match="contains the environment variable NOT_SET, which is not set"):
         corpus("$NOT_SET/x")
 
 

@@ -205,10 +205,10 @@ def test_the_loop_refuses_numbers_out_of_range_and_keeps_what_was_pushed(run):
     assert done.returncode == 0, done.stderr
     told = answers(done.stdout)
     assert "is a factor in the mode orthogonal, is 1000000.0: expected" in told[0]
-    assert "which float32 cannot tell from 0" in told[1]
+    assert "which float32 rounds to 0" in told[1]
     assert "scale 1000" in told[2]
     assert told[3].count(HOOK) == 2
-    assert "the factors of orthogonal and scale multiply to 2e+06" in told[4]
+    assert "the product of the factors of orthogonal and scale is 2e+06" in told[4]
     assert told[5].count(HOOK) == 2
     assert "/top 0: give how many features to show, at least 1" in told[7]
 

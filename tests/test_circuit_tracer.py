@@ -161,7 +161,7 @@ def test_the_same_records_give_the_same_bytes_and_earlier_files_go(store, run, t
 def test_what_cannot_be_written_is_refused(store, run, tmp_path):
     sae = run / "sae" / toy.HOOK
     for scan in ("", "..", "a/b", "./data"):
-        with pytest.raises(ValueError, match="cannot name a folder"):
+        with pytest.raises(ValueError, match="not a valid folder name"):
             circuit_tracer.write(store, sae, tmp_path, scan=scan)
     with pytest.raises(ValueError, match="negative"):
         circuit_tracer.write(store, sae, tmp_path, context=-1)
@@ -175,7 +175,7 @@ def test_numbers_that_are_none_are_refused(run, tmp_path):
     ranges = np.load(path / "hist_range.npy")
     ranges[toy.ORDINARY, 1] = np.nan
     np.save(path / "hist_range.npy", ranges)
-    with pytest.raises(StoreError, match=f"latent {toy.ORDINARY} .* hold no numbers"):
+    with pytest.raises(StoreError, match=f"latent {toy.ORDINARY} .* are not finite"):
         circuit_tracer.write(Store(path), tmp_path / "sae" / toy.HOOK, tmp_path / "out")
 
 

@@ -94,7 +94,7 @@ def test_rows_beyond_the_reach_of_16_bits_are_told_in_32(tmp_path):
 
 def test_names_and_records_that_do_not_fit_are_refused(store, run, tmp_path):
     for module in ("", "..", "a/b"):
-        with pytest.raises(ValueError, match="cannot name a folder"):
+        with pytest.raises(ValueError, match="not a valid folder name"):
             delphi.write(store, run / "sae" / toy.HOOK, tmp_path, module=module)
     with pytest.raises(ValueError, match="at least 1"):
         delphi.write(store, run / "sae" / toy.HOOK, tmp_path, activations_per_file=0)

@@ -192,7 +192,7 @@ def test_nothing_private_goes_to_a_public_repository(run, local_hub):
     assert local_hub.private == {REPO: True}
     local_hub.private[REPO] = False
     local_hub.files.clear()
-    with pytest.raises(ValueError, match="public already"):
+    with pytest.raises(ValueError, match="is public, but a private one"):
         hub.push(run, REPO, license="mit", private=True, api=local_hub.api)
     assert local_hub.files == {}
 

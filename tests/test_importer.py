@@ -192,8 +192,8 @@ def test_a_second_import_changes_nothing(export, database):
     import_folder(export, database)
     write(export, "features/batch-0.jsonl.gz", neuron(0, maxActApprox=99.0), neuron(1))
     counts = import_folder(export, database)
-    assert counts["Neuron"] == Counts(inserted=0, already=4)
-    assert counts["Activation"] == Counts(inserted=0, already=3)
+    assert counts["Neuron"] == Counts(inserted=0, existing=4)
+    assert counts["Activation"] == Counts(inserted=0, existing=3)
     assert rows(database, """SELECT max("maxActApprox") FROM "Neuron" """) == [(2.5,)]
 
 
@@ -236,7 +236,7 @@ def test_a_file_of_many_chunks_is_one_transaction(export, database, monkeypatch)
     assert rows(database, """SELECT count(*) FROM "Activation" """) == [(3,)]
     write(export, "activations/batch-2.jsonl.gz", *many)
     monkeypatch.setattr(importer, "CHUNK_BYTES", 2000)
-    assert import_folder(export, database)["Activation"] == Counts(inserted=50, already=3)
+    assert import_folder(export, database)["Activation"] == Counts(inserted=50, existing=3)
 
 
 @pytest.mark.parametrize(

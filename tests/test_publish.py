@@ -136,11 +136,11 @@ def act(**other) -> dict:
         (act(tokens=["a"] * 1025, values=[1.0] * 1025), "1025 tokens"),
         (act(tokens=[]), "0 tokens but 1 values"),
         (act(tokens=[""]), "token 0 is empty, which Neuronpedia refuses"),
-        (act(tokens=["\0"]), "token 0 holds NUL"),
+        (act(tokens=["\0"]), "token 0 contains NUL"),
         (act(tokens=["\ud800"]), "half of a surrogate pair"),
         (act(values=[float("nan")]), "value 0 is nan"),
         (act(values=[True]), "value 0 is True"),
-        (act(quantileFraction=-1), "quantileFraction is -1: a share, or null"),
+        (act(quantileFraction=-1), "quantileFraction is -1: give a share, or null"),
         (act(quantileMax=1e8), "quantileMax is 1"),
     ],
 )
@@ -151,7 +151,7 @@ def test_what_the_site_would_refuse_is_said_before_anything_is_sent(tmp_path, ot
 
 
 def test_features_that_come_twice_or_fit_into_no_request_are_refused(tmp_path):
-    with pytest.raises(PayloadError, match="feature 5 comes twice"):
+    with pytest.raises(PayloadError, match="feature 5 occurs twice"):
         prepared(tmp_path, [feature(5), feature(5)])
     with pytest.raises(PayloadError, match=r"feature 5 alone is 2,\d+ bytes of JSON, a request may have 1,000"):
         payload.prepare([feature(5, texts=30)], TARGET, tmp_path, max_bytes=1000)
@@ -160,12 +160,12 @@ def test_features_that_come_twice_or_fit_into_no_request_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"layers": 128}, "takes 1 to 127"),
-        ({"layers": 1}, "layer 1 is none of the model's 1"),
-        ({"description": "x" * 129}, "takes 1 to 128 characters"),
-        ({"display_name": ""}, "takes 1 to 64 characters"),
-        ({"url": "javascript:alert(1)"}, "give a whole one"),
-        ({"ids": Ids("nanochat-toy", "res", "toy", HOOK, suffix="l0-4")}, "no sources with a suffix"),
+        ({"layers": 128}, "accepts 1 to 127"),
+        ({"layers": 1}, "layer 1 is not one of the model's 1"),
+        ({"description": "x" * 129}, "accepts 1 to 128 characters"),
+        ({"display_name": ""}, "accepts 1 to 64 characters"),
+        ({"url": "javascript:alert(1)"}, "give a full address"),
+        ({"ids": Ids("nanochat-toy", "res", "toy", HOOK, suffix="l0-4")}, "cannot create the suffix"),
     ],
 )
 def test_names_that_the_site_would_refuse_are_refused(other, said):
@@ -339,7 +339,7 @@ def test_other_batches_of_the_same_features_send_nothing_twice(site, tmp_path):
 def test_features_of_other_content_are_refused_or_left_as_they_are(site, tmp_path):
     upload(site, tmp_path, [feature(0), feature(1)])
     changed = [feature(0, density=0.5), feature(1), feature(2)]
-    with pytest.raises(PayloadError, match=r"1 features \(0\) are at .* with other content.*--keep_uploaded"):
+    with pytest.raises(PayloadError, match=r"1 features \(0\) are already at .* with other content.*--keep_uploaded"):
         upload(site, tmp_path, changed)
     upload(site, tmp_path, changed, keep=True)
     assert counts(site) == dict.fromkeys(range(3), 1)
@@ -373,7 +373,7 @@ def test_a_second_layer_of_a_source_set_made_here_is_sent_without_asking(site, t
 def test_a_site_that_was_emptied_is_told(site, tmp_path):
     upload(site, tmp_path, [feature(0)])
     site.source_sets.clear()
-    with pytest.raises(ApiError, match=r"has no source set nanochat-toy/res-1k, but .*ledger.jsonl says"):
+    with pytest.raises(ApiError, match=r"has no source set nanochat-toy/res-1k, but .*ledger.jsonl features were uploaded"):
         upload(site, tmp_path, [feature(0)])
 
 
@@ -455,7 +455,7 @@ def test_explanations_are_read_back(site):
         with pytest.raises(ApiError, match=r"has no feature \.\./x/5"):
             client.explanations("..", "x", 5)
         site.explanations[key] = [{"text": "of another form"}]
-        with pytest.raises(ApiError, match="explanations of another form"):
+        with pytest.raises(ApiError, match="explanations in an unknown format"):
             client.explanations(*key)
 
 

@@ -224,7 +224,7 @@ def test_a_feature_that_is_not_there_or_points_nowhere_is_refused():
     with pytest.raises(ValueError, match="strength_multiplier is inf"):
         steering_edit(BY_HAND, Steer(HOOK, 0), float("inf"), torch.float32)
     silent = TorchSAE(BY_HAND.cfg, dict(BY_HAND.named_parameters()) | {"W_dec": torch.zeros(2, 3)})
-    with pytest.raises(ValueError, match="no direction to steer in"):
+    with pytest.raises(ValueError, match="not a direction to steer in"):
         steering_edit(silent, Steer(HOOK, 0), 1.0, torch.float32)
 
 

@@ -274,9 +274,9 @@ def test_an_unknown_creator_stops_before_any_row(export, database):
 
 
 def test_a_database_of_something_else_is_refused(export, server):
-    with pytest.raises(ImportRefusedError, match=r"not a Neuronpedia's: it lacks the tables SourceRelease.*User"):
+    with pytest.raises(ImportRefusedError, match=r"not a Neuronpedia's, missing tables: SourceRelease.*User"):
         import_folder(export, new_database(server))
-    with pytest.raises(ImportRefusedError, match="no table Explanation;"):
+    with pytest.raises(ImportRefusedError, match="missing tables: Explanation;"):
         import_folder(export, new_database(server, TABLES, 'DROP TABLE "Explanation"'))
 
 

@@ -95,7 +95,7 @@ def test_logits_that_are_not_finite_are_told_where_they_arise(im, bad, temperatu
         ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"max_tokens": -1}, "max_tokens is -1"),
         ({"top_k": 0}, "top_k is 0"),
-        ({"strength": "1e-320"}, "--strength is 1e-320, which float32 cannot tell from 0"),
+        ({"strength": "1e-320"}, "--strength is 1e-320, which float32 rounds to 0"),
         ({"strength": "1e6", "mode": "orthogonal"}, "--strength, which is a factor in the mode orthogonal, is 1000000"),
         ({"strength": "-1e6", "mode": "scale"}, "--strength, which is a factor in the mode scale, is -1000000"),
         ({"strength": "1e10"}, "strength is 10000000000.0"),

@@ -250,7 +250,7 @@ BAD = {
     ),
     "strengths for other features": ({"feature": "1,2", "strength": "1,2,3"}, 2, "3 values for 2 features"),
     "an unknown mode": ({"mode": "push"}, 2, "additive|orthogonal|projection_cap|clamp|scale|ablate"),
-    "a prompt beyond the context": ({"prompt": "x" * 4000}, 1, "beyond the model's 4000 positions"),
+    "a prompt beyond the context": ({"prompt": "x" * 4000}, 1, "exceed the model's 4000 positions"),
     "a hook without SAE": ({"hook": OTHER}, 1, f"no SAE at '{OTHER}': choose one of {HOOK}"),
     "no such run": ({"run_dir": "nowhere"}, 1, "nowhere is no run"),
     "no such checkpoint": ({"checkpoint": "nowhere/d20"}, 1, "no checkpoint at nowhere/d20"),

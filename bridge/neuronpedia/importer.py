@@ -231,8 +231,8 @@ class _Importer:
         missing = [table for table, columns in self._columns.items() if not columns]
         if missing:
             raise ImportRefusedError(
-                f"the database {connection.info.dbname} is not a Neuronpedia's: it lacks the tables "
-                f"{', '.join(missing)}; create them with Neuronpedia's `make db-init`, or give another database"
+                f"the database {connection.info.dbname} is not a Neuronpedia's, missing tables: {', '.join(missing)}; "
+                "create them with Neuronpedia's `make db-init`, or give another database"
             )
         self._users: set[str] = set()
 

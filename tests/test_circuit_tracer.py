@@ -95,7 +95,7 @@ def test_an_example_is_the_text_around_its_strongest_token(data, store):
         assert example["is_repeated_datapoint"] is False
 
 
-def test_groups_are_told_from_the_strongest_down(data):
+def test_groups_are_ordered_from_the_strongest(data):
     names = [group["quantile_name"] for group in by_file(data, toy.DENSE)["examples_quantiles"]]
     assert names[0] == "Top activations"
     assert names[1:] == sorted(names[1:])
@@ -158,7 +158,7 @@ def test_the_same_records_give_the_same_bytes_and_earlier_files_go(store, run, t
     }
 
 
-def test_what_cannot_be_written_is_refused(store, run, tmp_path):
+def test_invalid_names_and_contexts_are_refused(store, run, tmp_path):
     sae = run / "sae" / toy.HOOK
     for scan in ("", "..", "a/b", "./data"):
         with pytest.raises(ValueError, match="not a valid folder name"):

@@ -403,7 +403,7 @@ def test_arguments_out_of_range_are_errors(tmp_path, change, told):
         corpus(write_texts(tmp_path), **change)
 
 
-def test_a_seek_into_the_stdlib_goes_on_there():
+def test_a_seek_into_the_stdlib_continues_there():
     options = {"split": "train", "row_len": 257, "lanes": 8, "seed": 5}
     whole = Corpus("stdlib", TOKENIZER, **options)
     whole.next_rows(500)

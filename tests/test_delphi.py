@@ -81,7 +81,7 @@ def test_files_of_an_earlier_cache_do_not_stay(store, run, tmp_path):
     assert [file.name for file in (tmp_path / "latents" / toy.HOOK).glob("*.safetensors")] == ["0_7.safetensors"]
 
 
-def test_rows_beyond_the_reach_of_16_bits_are_told_in_32(tmp_path):
+def test_rows_beyond_16_bits_are_written_in_32(tmp_path):
     folder, rows = tmp_path / "all", (1 << 16) + 1
     cells = np.array([5, rows * 4 - 1], np.uint32)
     columns = {"offsets": np.array([0, 1, 1, 2]), "cell": cells, "value": np.array([1, 2])}

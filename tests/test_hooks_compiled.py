@@ -358,7 +358,7 @@ def test_a_pass_that_was_stopped_need_not_reach_what_lies_deeper(model, tokens):
         acts[DEEP]
 
 
-def test_an_exception_in_a_pass_comes_through_and_the_next_pass_is_checked_anew(model, tokens):
+def test_an_exception_in_a_pass_propagates_and_the_next_pass_is_checked_again(model, tokens):
     failing = True
 
     def sometimes(x):

@@ -259,7 +259,7 @@ def test_a_bad_line_is_named_and_nothing_of_its_file_kept(export, database, line
     assert rows(database, """SELECT count(*) FROM "Activation" """) == [(0,)]
 
 
-def test_a_truncated_file_is_told(export, database):
+def test_a_truncated_file_is_reported(export, database):
     path = export / "features" / "batch-0.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ImportRefusedError, match=r"features/batch-0.* is damaged"):
@@ -298,13 +298,13 @@ def test_names_are_quoted_whatever_they_hold(export, server):
 
 
 @pytest.mark.parametrize("address", ["postgresql://me:hidden@/x?schema=public", "mysql://me:hidden@host/x", "hidden"])
-def test_what_is_no_address_is_refused_without_repeating_it(export, address):
+def test_an_invalid_address_is_refused_without_repeating_it(export, address):
     with pytest.raises(ImportRefusedError, match="not the address of a database") as refused:
         import_folder(export, address)
     assert "hidden" not in str(refused.value)
 
 
-def test_a_server_that_is_not_there_is_told_without_the_password(export, tmp_path):
+def test_an_unreachable_server_is_reported_without_the_password(export, tmp_path):
     with pytest.raises(ImportRefusedError, match="cannot be opened") as refused:
         import_folder(export, f"postgresql://me:hidden@/x?host={tmp_path}")
     assert "hidden" not in str(refused.value)

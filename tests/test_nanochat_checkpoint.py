@@ -105,7 +105,7 @@ def test_a_tokenizer_is_found_in_the_checkpoint_and_in_the_base_directory(tmp_pa
     assert locate.find(tmp_path / "base").tokenizer == tmp_path / place
 
 
-def test_a_path_that_does_not_exist_is_answered_with_what_does(tmp_path, folder):
+def test_an_error_for_a_missing_path_lists_what_exists(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match=re.escape(f"no checkpoint at {tmp_path}/d5/x; {tmp_path} contains d4")):
         nanochat.load(tmp_path / "d5" / "x")
     (tmp_path / "empty").mkdir()
@@ -207,13 +207,13 @@ UNSURE_SOFTCAPS = [
 
 
 @pytest.mark.parametrize(("generation", "meta", "taken", "softcap"), SOFTCAPS)
-def test_the_softcap_is_told_by_the_training_scripts_settings(tmp_path, generation, meta, taken, softcap):
+def test_the_softcap_is_deduced_from_the_training_script_s_settings(tmp_path, generation, meta, taken, softcap):
     nano = nanochat.load(write(tmp_path, tiny(generation), generation, **meta))
     assert (nano.generation, nano.config.softcap) == (taken, softcap)
 
 
 @pytest.mark.parametrize("meta", UNSURE_SOFTCAPS, ids=["base", "sft", "rl"])
-def test_a_softcap_that_no_file_tells_is_warned_about_and_can_be_given(tmp_path, meta):
+def test_a_softcap_in_no_file_gives_a_warning_and_can_be_passed(tmp_path, meta):
     write(tmp_path, tiny("G5"), "G5", **meta)
     with pytest.warns(UserWarning, match=r"softcap: assumed 15; .* 2026-03-03 to 03-09 have 20") as caught:
         nano = nanochat.load(tmp_path)
@@ -250,7 +250,7 @@ def test_a_base_model_with_lambdas_and_without_a_pattern_has_no_windows(tmp_path
     assert nanochat.load(tmp_path, window_pattern="SSSL").config == model.config
 
 
-def test_a_pattern_for_weights_that_know_no_windows_is_refused(tmp_path):
+def test_a_pattern_for_weights_without_windows_is_refused(tmp_path):
     write(tmp_path, tiny("G0"), "G0")
     with pytest.raises(ValueError, match="of G0, without windows"):
         nanochat.load(tmp_path, window_pattern="SL")

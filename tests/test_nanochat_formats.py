@@ -145,7 +145,7 @@ def test_the_folders_that_forks_write_for_transformers_are_steps(tmp_path):
     assert nanochat.load(tmp_path).config.n_layer == 4  # nanochat's own file counts where there is one
 
 
-def test_several_models_without_a_step_are_told_and_one_can_be_named(tmp_path):
+def test_several_models_without_a_step_give_a_warning_and_one_can_be_chosen(tmp_path):
     for name, n in (("model", 2), ("model_d3", 3)):
         model = tiny("G7", n_layer=n)
         put(
@@ -307,7 +307,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("setting", list(REFUSED))
-def test_a_setting_of_transformers_that_no_nanochat_has_is_refused_by_name(tmp_path, setting):
+def test_an_unknown_setting_of_transformers_is_refused_by_name(tmp_path, setting):
     value, message = REFUSED[setting]
     hf(tmp_path, tiny("G0"), **{setting: value})
     with pytest.raises(ValueError, match=message):
@@ -347,7 +347,7 @@ def test_weights_of_mlx_are_computed_as_mlx_does(tmp_path):
         ({"rope_theta": "x"}, "rope_theta='x'"),
     ],
 )
-def test_a_setting_of_mlx_that_no_nanochat_has_is_refused(tmp_path, changes, message):
+def test_an_unknown_setting_of_mlx_is_refused(tmp_path, changes, message):
     mlx(tmp_path, tiny("G0"), **changes)
     with pytest.raises(ValueError, match=message):
         quietly(tmp_path)
@@ -389,7 +389,7 @@ def test_the_weights_of_remote_code_are_loaded_without_it(tmp_path, prefix):
     ],
     ids=str,
 )
-def test_padded_vocabularies_of_remote_code_are_told_apart(tmp_path, vocabulary):
+def test_padded_vocabularies_of_remote_code_are_distinguished(tmp_path, vocabulary):
     model = tiny("G7")
     nano = nanochat.load(remote(tmp_path, model, **vocabulary))
     assert nano.config == model.config
@@ -455,7 +455,7 @@ def test_tensors_that_are_not_nanochats_are_refused_and_named(tmp_path, rename, 
         nanochat.load(tmp_path)
 
 
-def test_a_pytorch_model_bin_is_read_and_told_what_it_lacks(tmp_path):
+def test_a_pytorch_model_bin_is_read_and_missing_weights_are_reported(tmp_path):
     torch.save({"model.layers.0.attn.q_proj.weight": torch.ones(2, 2)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"code of a checkpoint is never executed"):
         nanochat.load(tmp_path)

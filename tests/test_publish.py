@@ -150,7 +150,7 @@ def test_what_the_site_would_refuse_is_said_before_anything_is_sent(tmp_path, ot
     assert not (tmp_path / "bodies" / "plan.json").exists()
 
 
-def test_features_that_come_twice_or_fit_into_no_request_are_refused(tmp_path):
+def test_duplicate_features_and_features_too_large_for_a_request_are_refused(tmp_path):
     with pytest.raises(PayloadError, match="feature 5 occurs twice"):
         prepared(tmp_path, [feature(5), feature(5)])
     with pytest.raises(PayloadError, match=r"feature 5 alone has 2,\d+ bytes of JSON; a request may have 1,000"):
@@ -247,7 +247,7 @@ def test_after_an_unclear_failure_the_site_is_given_time_before_it_is_asked(site
     assert waits == [33.0]
 
 
-def test_patience_ends_and_the_same_upload_goes_on_later(site, tmp_path):
+def test_patience_ends_and_the_same_upload_resumes_later(site, tmp_path):
     features = [feature(i) for i in range(12)]
     site.faults = [None, *[behave.half] * 9]
     with pytest.raises(ApiError, match=r"failed 3 times, the last time: was interrupted .*; try again later"):
@@ -264,14 +264,14 @@ def test_patience_ends_and_the_same_upload_goes_on_later(site, tmp_path):
     assert sum(waits) <= 1000
 
 
-def test_a_site_that_is_not_there_is_told(tmp_path):
+def test_an_unreachable_site_is_reported(tmp_path):
     with serving() as gone:
         pass
     with pytest.raises(ApiError, match=r"could not be reached .*; try again later"):
         upload(gone, tmp_path, [feature(0)], Waits().client(gone, attempts=2))
 
 
-def test_a_refusal_is_told_at_once(site, tmp_path):
+def test_a_refusal_is_reported_at_once(site, tmp_path):
     site.faults = [lambda site, body: (400, {"error": "no\nsuch\x1b[31m thing", "path": "features[0]"})]
     waits = Waits()
     with pytest.raises(RefusedError, match=r"upload-batch was refused: 400 features\[0\]: no such \[31m thing"):
@@ -370,7 +370,7 @@ def test_a_second_layer_of_a_source_set_made_here_is_sent_without_asking(site, t
     assert not [path for method, path in site.requests if method == "GET" and "/feature/" in path]
 
 
-def test_a_site_that_was_emptied_is_told(site, tmp_path):
+def test_an_emptied_site_is_reported(site, tmp_path):
     upload(site, tmp_path, [feature(0)])
     site.source_sets.clear()
     with pytest.raises(
@@ -379,7 +379,7 @@ def test_a_site_that_was_emptied_is_told(site, tmp_path):
         upload(site, tmp_path, [feature(0)])
 
 
-def test_a_feature_without_its_texts_is_sent_and_one_with_some_is_told(site, tmp_path, caplog):
+def test_a_feature_without_texts_is_sent_and_one_with_some_is_reported(site, tmp_path, caplog):
     key = (IDS.model, IDS.source)
     site.models[IDS.model] = 2
     site.source_sets[IDS.model, "res-1k"] = ["0-res-1k", "1-res-1k"]
@@ -410,7 +410,7 @@ def test_a_changed_body_is_not_sent(site, tmp_path):
         plan.body(plan.batches[0])
 
 
-def test_a_torn_last_line_of_the_ledger_is_forgotten_and_a_broken_one_told(tmp_path):
+def test_a_partial_last_line_of_the_ledger_is_ignored_and_a_damaged_one_reported(tmp_path):
     path, key = tmp_path / "ledger.jsonl", ("https://s", "m", "1-s")
     with Ledger(path, key) as ledger:
         ledger.write("sending", {1: "aa", 2: "bb"})
@@ -507,7 +507,7 @@ def of(run: Path, site: Site | None, *more: str) -> list[str]:
     return [f"--run_dir={run}", "--layers=3", "--batch_features=2", "--settle=0", *where, *more]
 
 
-def test_a_killed_upload_goes_on_to_one_set_of_texts_each(site, run):
+def test_a_killed_upload_resumes_and_sends_every_text_once(site, run):
     came, go = threading.Event(), threading.Event()
 
     def take_and_hang(site: Site, body: dict) -> None:
@@ -583,7 +583,7 @@ def test_a_dry_run_writes_the_bodies_and_sends_nothing(site, run):
         (("--import_to=y", "--folder=nowhere"), 1, "no v1 export in"),
     ],
 )
-def test_wrong_flags_are_told(arguments, code, said):
+def test_wrong_flags_are_reported(arguments, code, said):
     found, _, err = command(*arguments)
     assert found == code
     assert said in err

@@ -79,7 +79,7 @@ def test_factors_together_stay_within_a_product(im):
 
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_logits_that_are_not_finite_are_told_where_they_arise(im, bad, temperature):
+def test_logits_that_are_not_finite_are_reported_with_their_position(im, bad, temperature):
     def broken(tokens, **cache):
         return torch.full((*tokens.shape, 4096), bad)
 

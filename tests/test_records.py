@@ -94,7 +94,7 @@ def plain(text: np.ndarray, acts: np.ndarray, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("case", ["toy", 0, 1, 2, 3])
-def test_what_is_counted_is_what_counting_plainly_gives(case, tmp_path, monkeypatch):
+def test_counts_equal_plain_counting(case, tmp_path, monkeypatch):
     text, acts = (toy.tokens(), toy.activations(toy.tokens())) if case == "toy" else random_case(case)
     found, expected = gathered(tmp_path / "a", text, acts), plain(text, acts, monkeypatch)
     for name in WITHOUT_CHANCE:
@@ -131,7 +131,7 @@ def test_examples_are_of_their_group_and_say_all_that_fires_in_their_row(seed, t
             assert values == sorted(values, reverse=True)
 
 
-def test_samples_hang_on_the_seed_and_on_nothing_else(tmp_path, monkeypatch):
+def test_samples_depend_only_on_the_seed(tmp_path, monkeypatch):
     text, acts = random_case(6)
     first = gathered(tmp_path / "a", text, acts)
     monkeypatch.setattr(records, "Spill", functools.partial(Spill, piece=5))
@@ -330,7 +330,7 @@ def test_logits_neighbours_and_channels_are_those_of_the_weights(d_sae, monkeypa
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_sparse_codes_are_what_the_sae_encodes(form):
+def test_recorded_codes_are_those_of_the_sae(form):
     sae = toy_sae(form, 16, 40, k=5)
     x = torch.from_numpy(np.random.default_rng(3).standard_normal((50, 16))).float()
     token, latent, value = gather.codes(sae, x)
@@ -435,7 +435,7 @@ def test_texts_are_the_rows_each_once_and_the_vocabulary_as_bytes(nano, parts, f
     assert texts.vocabulary == [nano.tokenizer.token_bytes_of(i) for i in range(nano.config.vocab_size)]
 
 
-def test_records_that_fit_are_told_from_those_that_do_not(nano, parts, folder, tmp_path):
+def test_records_that_fit_are_distinguished_from_those_that_do_not(nano, parts, folder, tmp_path):
     saes, digests, plan = parts
 
     def why(digests=digests, **other) -> str | None:
@@ -644,7 +644,7 @@ def test_a_zip_in_the_place_of_a_column_and_a_header_nested_too_deeply_are_broke
         Store(store)
 
 
-def test_too_many_open_files_are_not_told_as_broken_records(store):
+def test_too_many_open_files_are_not_reported_as_broken_records(store):
     found = Store(store)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1, before[1]))

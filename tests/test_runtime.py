@@ -100,7 +100,7 @@ def test_cached_decoding_sees_what_one_forward_sees(im, model):
     assert torch.equal(last.indices, whole.indices[:, -13:])
 
 
-def test_a_new_text_begins_anew(im, model):
+def test_a_new_text_starts_a_new_trace(im, model):
     with im.interpretation_enabled():
         im(tokens(20), cache=model.new_cache(2))
         im(tokens(9), cache=model.new_cache(2))
@@ -268,7 +268,7 @@ def test_nothing_stays_on_the_model(im, model):
     assert torch.equal(model(ids), plain)
 
 
-def test_a_strength_is_told_next_to_the_size_of_the_activations(im, model):
+def test_a_strength_is_given_relative_to_the_norm_of_activations(im, model):
     ids = torch.tensor([[0, 3, 4, 7, 5]])  # 0 and 7 are special
     with capture(model, [HOOK]) as acts:
         model(ids)
@@ -305,7 +305,7 @@ def test_a_steered_generation_is_greedy_on_uncached_logits(im, mode, positions):
     assert told == ids[4:]
 
 
-def test_every_token_comes_with_what_fired_on_it(im):
+def test_every_token_comes_with_its_active_features(im):
     requests = [Steer(HOOK, 9, "clamp", 30.0, "generated")]
     told = list(im.generate([5, 6, 7], requests, max_tokens=10, seed=3, echo=True))
     ids = torch.tensor([[token.id for token in told]])
@@ -429,7 +429,7 @@ def test_attribution_is_activation_times_the_finite_difference(model, form):
         assert (found.values.abs()[..., :-1] >= found.values.abs()[..., 1:]).all()
 
 
-def test_what_comes_later_is_no_cause(im):
+def test_later_tokens_have_no_attribution(im):
     found = im.attribution(tokens(9), HOOK, (4, 3)).dense()
     assert found[:, :5].abs().sum() > 0
     assert not found[:, 5:].any()
@@ -544,7 +544,7 @@ def test_saes_are_found_in_a_run_a_folder_and_by_themselves(tmp_path):
     assert sae.architecture == "topk"
 
 
-def test_a_place_without_saes_is_refused_with_what_it_holds(tmp_path):
+def test_a_directory_without_saes_is_refused_with_its_contents(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(FileNotFoundError, match=r"contains checkpoints, metrics\.jsonl: give an exported SAE"):
@@ -571,7 +571,7 @@ def test_of_a_sweep_the_variants_are_named(tmp_path):
     assert list(load_saes(tmp_path / "sweep" / "k8")) == [HOOK]
 
 
-def test_what_is_half_written_or_outdated_is_no_sae(tmp_path):
+def test_partial_and_outdated_exports_are_not_saes(tmp_path):
     for name in (HOOK, f"{HOOK}.unfinished", f"{EARLY}.outdated"):
         export(toy_sae("topk", C, 64), tmp_path / "run" / "sae" / name)
     assert list(load_saes(tmp_path / "run")) == [HOOK]
@@ -592,7 +592,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_transcoders_and_crosscoders_are_refused_with_what_they_are_and_are_for(kind, model, tmp_path):
+def test_transcoders_and_crosscoders_are_refused_by_name(kind, model, tmp_path):
     config, metadata, complaint = OTHERS[kind]
     random = np.random.default_rng(0)
     shapes = {"W_enc": (64, config.d_in), "W_dec": (64, config.width_out), "b_dec": config.width_out, "b_enc": 64}
@@ -645,7 +645,7 @@ def test_an_sae_of_another_checkpoint_is_refused(model):
         (lambda im: im.steer(torch.zeros(1, 4001).long(), (HOOK, 1), 1.0), "at most 4000 .* have positions"),
     ],
 )
-def test_what_cannot_be_is_refused_with_what_can(im, call, complaint):
+def test_invalid_requests_are_refused_with_the_allowed_values(im, call, complaint):
     with pytest.raises(ValueError, match=complaint):
         call(im)
     assert traces(im.model) == []

@@ -140,7 +140,7 @@ def test_text_goes_before_chats_and_chats_before_a_text_that_is_none(tmp_path):
         ({"messages": [[{"role": "user", "content": None}]]}, "row group 0, row 0: turn 0: a user's content"),
     ],
 )
-def test_columns_that_hold_no_documents_are_named(tmp_path, columns, told):
+def test_columns_without_documents_are_named(tmp_path, columns, told):
     parquet(tmp_path / "a.parquet", columns)
     with pytest.raises(ValueError, match=rf"a\.parquet.*{told}"):
         corpus(tmp_path)
@@ -205,7 +205,7 @@ def test_a_form_before_a_path_says_how_to_read_it(tmp_path):
         ("a.parquet", b"PAR1", "it does not end with PAR1"),
     ],
 )
-def test_what_cannot_be_read_is_told_in_a_line(tmp_path, name, data, told):
+def test_unreadable_data_is_reported_in_one_line(tmp_path, name, data, told):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=told) as caught:
         corpus(tmp_path / name)
@@ -379,7 +379,7 @@ def test_files_that_came_and_went_are_named():
     assert changed(many, []).endswith("4 is missing and 4 more")
 
 
-def test_many_files_are_told_some_together(tmp_path):
+def test_many_files_are_listed_in_groups(tmp_path):
     for i in range(600):
         (tmp_path / f"{i:03}.txt").write_text(f"text {i}")
     found = corpus(f"{tmp_path}/*.txt").files
@@ -463,7 +463,7 @@ def test_unknown_users_and_variables_are_named(monkeypatch):
 
 
 @pytest.mark.parametrize("spec", ["stdlib", "{}/*.txt", "{}/a.txt", "{}/a.jsonl", "{}/a.parquet"])
-def test_too_many_open_files_are_told_and_nothing_is_left_out(tmp_path, spec):
+def test_too_many_open_files_are_reported_and_nothing_is_left_out(tmp_path, spec):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "a.jsonl").write_bytes(json_lines({"text": "one"}))
     parquet(tmp_path / "a.parquet", {"text": ["one"]})

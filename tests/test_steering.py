@@ -190,7 +190,7 @@ def test_prompt_and_generated_share_the_text_between_them():
             assert prompt[0].tolist() == [start + i < length for i in range(5)]
 
 
-def test_what_is_masked_stays_bit_for_bit():
+def test_masked_positions_are_unchanged_bit_for_bit():
     h = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(1))
     chosen = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 1]]).bool()
     changed = masked(lambda x: x * 2, lambda: chosen)(h)

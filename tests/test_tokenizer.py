@@ -311,7 +311,7 @@ def test_anything_but_a_tokenizer_is_refused(tmp_path, data, told):
         ({"more": 1}, "with the fields name, pat_str"),
     ],
 )
-def test_a_state_that_makes_no_tokenizer_is_refused(tmp_path, change, told):
+def test_a_state_that_is_not_a_tokenizer_is_refused(tmp_path, change, told):
     with pytest.raises(ValueError, match=told):
         load_bytes(tmp_path, pickled({**STATE, **change}))
 

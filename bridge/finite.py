@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import nn
 
+from bridge import activations
 from bridge.hooks import capture
-from bridge.selection import kept
 from jsae.health import LARGEST, ActivationsError, DegenerateError, Extent, degenerate
 
 Decode = Callable[[list[int]], str]
@@ -138,18 +138,15 @@ def check_text(
       DegenerateError: activations at a hook that are all zero, all alike, or of a scale that sums do not hold.
     """
     sums: dict[str, _Sums] = {name: _Sums() for name in hooks}
-    device = next(model.parameters()).device
-    for number, ids in enumerate(batches):
-        tokens = torch.from_numpy(ids.astype(np.int64)).to(device)
-        with capture(model, list(hooks), stop=True) as acts:
-            model(tokens)
-        keep = {name: kept(acts[name], tokens, excluded, drop_sinks) for name in hooks}
-        counted = {name: acts[name][keep[name]] for name in hooks}
+    for done in activations.read(model, hooks, batches, excluded=excluded, drop_sinks=drop_sinks):
+        keep = {name: done.mask(name) for name in hooks}
+        counted = {name: done.acts[name][keep[name]] for name in hooks}
         if not is_sound(counted.values()):
             name = next(name for name in hooks if not is_sound([counted[name]]))
-            flat = {name: acts[name].flatten(0, 1)}
-            told = first_unsound(model, flat, keep[name].flatten(), ids.reshape(-1), ids.shape[1], decode)
-            raise ActivationsError(f"in {called}, rows {number * len(ids)} and on: {told}")
+            flat = {name: done.acts[name].flatten(0, 1)}
+            ids = done.tokens.cpu().numpy()
+            problem = first_unsound(model, flat, keep[name].flatten(), ids.reshape(-1), ids.shape[1], decode)
+            raise ActivationsError(f"in {called}, rows {done.first_row} and on: {problem}")
         for name in hooks:
             sums[name].add(counted[name])
     for name, total in sums.items():

@@ -4,18 +4,17 @@ Pushing needs the extra [hub]; the card and the plan do not. The layout is that 
 `sae_lens.SAE.from_pretrained("owner/name", "blocks.2.hook_resid_post")`.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from bridge import sae_config
-from bridge.run.exports import finished
+from bridge.run import Run
+from jsae import jsons
+from jsae.saelens import config as sae_config
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -134,18 +133,26 @@ def plan(run: str | Path, repo_id: str, *, license: str, hooks: Sequence[str] | 
     Raises ValueError and FileNotFoundError as `push`.
     """
     _check_names(repo_id, license)
-    exports = _exports(Path(run), hooks)
-    text = _card(Path(run), exports, repo_id, license).encode()
+    exports = _exports(Run(run), hooks)
+    text = _card(Run(run), exports, repo_id, license).encode()
     uploads = [Upload("README.md", text, len(text))]
     for export in exports:
         for name in (*_REQUIRED, *_OPTIONAL):
             file = export.folder / name
             if name == "cfg.json":
-                content = (json.dumps(_portable(export.cfg), indent=2, allow_nan=False) + "\n").encode()
+                content = _cfg(export).encode()
                 uploads.append(Upload(f"{export.hook}/{name}", content, len(content)))
             elif file.is_file():
                 uploads.append(Upload(f"{export.hook}/{name}", file, file.stat().st_size))
     return uploads
+
+
+def _cfg(export: _Export) -> str:
+    """Return the `cfg.json` that is sent."""
+    try:
+        return json.dumps(_portable(export.cfg), indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{export.folder / 'cfg.json'} holds numbers that are not finite ({error})") from error
 
 
 def card(run: str | Path, repo_id: str, *, license: str) -> str:
@@ -156,20 +163,20 @@ def card(run: str | Path, repo_id: str, *, license: str) -> str:
       FileNotFoundError: the run has no export.
     """
     _check_names(repo_id, license)
-    return _card(Path(run), _exports(Path(run)), repo_id, license)
+    return _card(Run(run), _exports(Run(run)), repo_id, license)
 
 
-def _card(run: Path, exports: Sequence[_Export], repo_id: str, license: str) -> str:
+def _card(run: Run, exports: Sequence[_Export], repo_id: str, license: str) -> str:
     hooks = [export.hook for export in exports]
     sections = [
         "\n".join(
             ["---", f'license: "{license}"', "library_name: saelens", "tags:", *(f"- {t}" for t in _TAGS), "---"]
         ),
         f"# {repo_id.partition('/')[2]}",
-        f"Sparse autoencoders of the activations of a nanochat, {_values(exports, 'model_name')}, trained with jsae.",
+        f"Sparse autoencoders of the activations of a nanochat, {_metadata(exports, 'model_name')}, trained with jsae.",
         _shapes(exports),
-        "## Data\n\n" + _data(exports, _json(run / "config.json")),
-        "## Metrics\n\n" + _metrics(hooks, _json(run / "eval.json"), _last_line(run / "metrics.jsonl")),
+        "## Data\n\n" + _data(exports, _json(run.config_file)),
+        "## Metrics\n\n" + _metrics(hooks, _json(run.table_file("eval")), _last_line(run.metrics_file)),
         "## The model they belong to\n\n" + _base(exports),
         "## Use\n\n" + _use(repo_id, hooks[0]),
         f"## Licence\n\nThe weights in this repository: `{license}`.",
@@ -194,16 +201,16 @@ def _check_names(repo_id: str, license: str) -> None:
         )
 
 
-def _exports(run: Path, hooks: Sequence[str] | None = None) -> list[_Export]:
+def _exports(run: Run, hooks: Sequence[str] | None = None) -> list[_Export]:
     """Return the finished exports of a run. Raises FileNotFoundError if there are none, or none of a hook."""
-    folders = finished(run)
+    folders = list(run.exports.values())
     if missing := sorted(set(hooks or ()) - {folder.name for folder in folders}):
         names = ", ".join(folder.name for folder in folders) or "none"
-        raise FileNotFoundError(f"{run} has no SAE of {', '.join(missing)}; it has {names}")
+        raise FileNotFoundError(f"{run.path} has no SAE of {', '.join(missing)}; it has {names}")
     exports = [_read(folder) for folder in folders if hooks is None or folder.name in hooks]
     if not exports:
         raise FileNotFoundError(
-            f"no exported SAE in {run / 'sae'}: `python -m experiments.train` writes it at the end of a run"
+            f"no exported SAE in {run.saes_folder}: `python -m experiments.train` writes it at the end of a run"
         )
     return exports
 
@@ -247,9 +254,9 @@ def _shapes(exports: Sequence[_Export]) -> str:
 
 
 def _data(exports: Sequence[_Export], config: Mapping[str, Any]) -> str:
-    names = _values(exports, "dataset_path")
+    names = _metadata(exports, "dataset_path")
     lines = [f"- trained on activations over: {names or 'text that the files do not name'}"]
-    if lengths := _values(exports, "context_size"):
+    if lengths := _metadata(exports, "context_size"):
         lines.append(f"- tokens in a row: {lengths}; each row begins with BOS")
     for ids in dict.fromkeys(map(_excluded, exports)):
         if ids is not None:
@@ -286,16 +293,15 @@ def _metrics(hooks: Sequence[str], evaluation: Mapping[str, Any], last: Mapping[
 
 
 def _base(exports: Sequence[_Export]) -> str:
-    fingerprints = _values(exports, "model_fingerprint")
-    checkpoint = f", sha256 of the checkpoint {fingerprints}" * bool(fingerprints)
+    name, fingerprint = _metadata(exports, "model_name"), _metadata(exports, "model_fingerprint")
     return (
-        f"{_values(exports, 'model_name') or 'A nanochat'}{checkpoint}. These autoencoders are of that checkpoint's "
-        "activations only; its weights are not in this repository."
+        f"{name or 'A nanochat'}{f', sha256 of the checkpoint {fingerprint}' * bool(fingerprint)}. These "
+        "autoencoders are of that checkpoint's activations only; its weights are not in this repository."
     )
 
 
-def _values(exports: Sequence[_Export], name: str) -> str:
-    """Return the distinct values of a field in the metadata of exports, as text."""
+def _metadata(exports: Sequence[_Export], name: str) -> str:
+    """Return the distinct values of a metadata field of the exports, comma-separated."""
     values = (e.metadata[name] for e in exports if isinstance(e.metadata.get(name), str | int))
     return ", ".join(f"`{_cell(_portable(value))}`" for value in dict.fromkeys(values))
 
@@ -329,7 +335,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     """Return text without characters that would break the layout of the card."""
-    return re.sub(r"[\s`|<>\[\]*]+", " ", str(value)).strip()[:200]
+    printable = str(value).encode("utf-8", "replace").decode()  # replaces lone surrogates
+    return re.sub(r"[\s`|<>\[\]*]+", " ", printable).strip()[:200]
 
 
 def _number(value: float | None) -> str:
@@ -343,18 +350,14 @@ def _find(values: Mapping[str, Any], path: str) -> float | None:
     value: Any = values
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if is_number else None
+    return value if jsons.is_finite(value) else None
 
 
 def _json(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file, {} if there is no file. Raises ValueError for other contents."""
     if not file.is_file():
         return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    value = jsons.read(file)
     if not isinstance(value, dict):
         raise ValueError(f"{file} contains {type(value).__name__}, expected an object")
     return value
@@ -363,8 +366,6 @@ def _json(file: Path) -> dict[str, Any]:
 def _last_line(file: Path) -> dict[str, Any]:
     """Return the last complete object in a file of JSON lines, {} if there is none."""
     last: dict[str, Any] = {}
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):  # a killed run leaves a partial line
-            value = json.loads(line)
-            last = value if isinstance(value, dict) else last
+    for _, line in jsons.objects(file):
+        last = line or last
     return last

@@ -74,7 +74,7 @@ def expand_fields(config: Any) -> None:
     Raises:
       ConfigError: see `expand`; names the field.
     """
-    for name, location in _locations(type(config)).items():
+    for name, location in _locations(type(config)).items():  # type: ignore[arg-type]
         value = getattr(config, name)
         try:
             object.__setattr__(config, name, _each(value, location, expand))
@@ -123,7 +123,7 @@ def _changed(path: str, location: Location, change: Callable[[str], str]) -> str
 def _locations(config_class: type) -> dict[str, Location]:
     """The fields of a dataclass that are marked."""
     hints = typing.get_type_hints(config_class, include_extras=True)
-    found = {field.name: next(_marks(hints[field.name]), None) for field in dataclasses.fields(config_class)}
+    found = {field.name: next(iter(_marks(hints[field.name])), None) for field in dataclasses.fields(config_class)}
     return {name: location for name, location in found.items() if location is not None}
 
 

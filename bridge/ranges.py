@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-45, 1e6
 """The lowest is the smallest float32; smaller ones would act as 0."""
@@ -23,13 +24,13 @@ MULTIPLIED = ("additive", "orthogonal", "projection_cap")
 Number = float | int
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: Any) -> bool:
     """Return whether a value is a number (not a bool) within the range of a float."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and abs(value) <= sys.float_info.max
 
 
-def check_number(name: str, value: object, low: Number, high: Number) -> None:
+def check_number(name: str, value: Any, low: Number, high: Number) -> None:
     """Raise ValueError unless a value is a number from low to high that float32 can represent."""
     if not is_finite(value) or not low <= value <= high:
         raise ValueError(f"{name} is {shown(value)}: expected a number from {low:g} to {high:g}")
@@ -43,7 +44,7 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
         raise ValueError(f"{name} is {shown(value)}: expected a whole number from {low} to {high}")
 
 
-def check_temperature(value: object, name: str = "temperature", highest: Number = HIGHEST_TEMPERATURE) -> None:
+def check_temperature(value: Any, name: str = "temperature", highest: Number = HIGHEST_TEMPERATURE) -> None:
     """Raise ValueError unless a value is 0 or a temperature by which float32 logits can be divided."""
     if not is_finite(value) or not (value == 0 or LOWEST_TEMPERATURE <= value <= highest):
         raise ValueError(

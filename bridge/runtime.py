@@ -2,19 +2,18 @@
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bridge import ranges, torch_sae
+from bridge import compatibility, ranges
 from bridge.attribution import Target, attribute
-from bridge.hooks import Acts, Edit, capture, depth, edit, find, parse
+from bridge.hooks import Acts, Edit, capture, depth, edit
 from bridge.nanochat import engine
 from bridge.passes import unwrapped
-from bridge.run.exports import finished, within
+from bridge.run.saes import load_saes
 from bridge.steering import LENGTHS, PassInput, Steer, feature, mask, masked, steering_edit
 from bridge.torch_sae import TorchSAE
 from bridge.tracking import Features, Token, Trace, stream_tokens, watch
@@ -23,64 +22,6 @@ if TYPE_CHECKING:
     from bridge.nanochat import Nanochat
 
 __all__ = ["Features", "InterpretableModel", "Steer", "Token", "load_saes"]
-
-
-def load_saes(path: str | Path, device: str | torch.device = "cpu") -> dict[str, TorchSAE]:
-    """Load exported SAEs; return them by hook name, from `metadata.hook_name` in cfg.json or the name of the folder.
-
-    Args:
-      path: an exported SAE, a run directory (for a sweep, that of a variant), or a folder of exports.
-      device: the device of the SAEs.
-
-    Raises:
-      FileNotFoundError: there is no export at the path; the message lists what exists.
-      ValueError: an export is damaged, is a transcoder or crosscoder, or names no hook of a nanochat, or two exports
-        have the same hook.
-    """
-    saes: dict[str, TorchSAE] = {}
-    for folder in _exports(Path(path)):
-        sae = torch_sae.load(folder, device)
-        _check_kind(folder, sae)
-        metadata = sae.metadata if isinstance(sae.metadata, dict) else {}
-        name = str(metadata.get("hook_name") or folder.resolve().name)
-        try:
-            parse(name)
-        except ValueError as error:
-            raise ValueError(f"{folder} does not say which activation it reads: {error}") from error
-        if name in saes:
-            raise ValueError(f"{path} contains two SAEs of {name}: give the directory of one of them")
-        saes[name] = sae
-    return saes
-
-
-def _exports(path: Path) -> list[Path]:
-    """Return the directories of the exported SAEs at a path. Raises FileNotFoundError if there are none."""
-    if (path / "cfg.json").is_file():
-        return [path]
-    if exports := finished(path) or within(path):
-        return exports
-    if not path.is_dir():
-        raise FileNotFoundError(f"no SAE at {path}: it is not a directory")
-    names = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
-    raise FileNotFoundError(
-        f"no SAE at {path}, which contains {names}: give an exported SAE (cfg.json, sae_weights.safetensors), "
-        "a folder of them, or the directory of a finished run"
-    )
-
-
-def _check_kind(name: str | Path, sae: TorchSAE) -> None:
-    """Raise ValueError for a transcoder or crosscoder, which does not reconstruct the activation that it reads."""
-    metadata = sae.metadata if isinstance(sae.metadata, dict) else {}
-    if sae.layers > 1:
-        kind = f"a crosscoder, which reconstructs {sae.layers} layers from one code"
-    elif sae.is_transcoder:
-        kind = f"a transcoder, which predicts {metadata.get('hook_name_out', 'another activation')} from its input"
-    else:
-        return
-    raise ValueError(
-        f"{name} is {kind}. Tracking, steering, evaluation and the explorer need SAEs, which reconstruct their input; "
-        "use bridge.torch_sae.load to get it as a module, and eval.json of its run for its quality"
-    )
 
 
 class InterpretableModel:
@@ -109,16 +50,12 @@ class InterpretableModel:
         tokenizer: Any = None,
         fingerprint: str | None = None,
     ):
+        compatibility.check(model, saes, fingerprint)
         self.model = model
         self.saes = {name: saes[name] for name in sorted(saes, key=depth)}
         self.tokenizer = tokenizer
         self._traces: dict[str, Trace] = {}  # of the current context, otherwise of the last one
         self._tracking = False
-        if not saes:
-            raise ValueError("no SAE was given: load those of a run with load_saes")
-        for name, sae in self.saes.items():
-            find(model, name)
-            self._check(name, sae, fingerprint)
 
     @classmethod
     def from_nanochat(cls, nano: "Nanochat", saes: Mapping[str, TorchSAE]) -> "InterpretableModel":
@@ -126,8 +63,7 @@ class InterpretableModel:
 
         Raises ValueError as the constructor, also for SAEs that were trained on another checkpoint.
         """
-        needs_fingerprint = any(_trained_on(sae) for sae in saes.values())  # otherwise do not read the file to hash it
-        return cls(nano.model, saes, nano.tokenizer, nano.fingerprint if needs_fingerprint else None)
+        return cls(nano.model, saes, nano.tokenizer, compatibility.known_fingerprint(nano, saes))
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -350,23 +286,6 @@ class InterpretableModel:
         """The token embedding, which has the width, dtype and device of the residual stream."""
         return unwrapped(self.model).transformer.wte.weight
 
-    def _check(self, name: str, sae: TorchSAE, fingerprint: str | None) -> None:
-        """Raise ValueError for an SAE that does not fit this model."""
-        _check_kind(f"the SAE of {name}", sae)
-        width, device = self._embedding.size(1), self._embedding.device
-        if sae.d_in != width:
-            raise ValueError(
-                f"the SAE of {name} reads {sae.d_in} channels, but this model has {width}: "
-                "give the model that it was trained on"
-            )
-        if sae.W_dec.device != device:
-            raise ValueError(f"the SAE of {name} is on {sae.W_dec.device}, the model on {device}: move one of them")
-        if fingerprint is not None and _trained_on(sae) not in (None, fingerprint):
-            raise ValueError(
-                f"the SAE of {name} was trained on the checkpoint with sha256 {_trained_on(sae)}, "
-                f"but this one has {fingerprint}: give the checkpoint that it was trained on"
-            )
-
     def _hook(self, name: str | None, known: tuple[str, ...]) -> str:
         if name is None and len(known) == 1:
             return known[0]
@@ -398,7 +317,7 @@ class InterpretableModel:
                 raise ValueError(f"the positions {request.positions!r} need prompt_length")
             change = steering_edit(self.saes[name], request, multiplier, self._embedding.dtype)
             if request.positions != "all":
-                change = masked(change, lambda p=request.positions: mask(p, pass_input, prompt_length, special))
+                change = masked(change, lambda p=request.positions: mask(p, pass_input, prompt_length, special))  # type: ignore[misc]
             chains.setdefault(name, []).append(change)
         ranges.check_product((request.mode, request.c(multiplier)) for request in steers)
         return {name: _composed(chain) for name, chain in chains.items()}
@@ -408,11 +327,6 @@ class InterpretableModel:
         if self.tokenizer is None:
             return None
         return torch.tensor(sorted(self.tokenizer.special_tokens.values()), device=self._embedding.device)
-
-
-def _trained_on(sae: TorchSAE) -> str | None:
-    """Return the fingerprint of the checkpoint that an SAE was trained on, or None if its export lacks it."""
-    return sae.metadata.get("model_fingerprint") if isinstance(sae.metadata, dict) else None
 
 
 def _keeping(traces: Mapping[str, Trace]) -> dict[str, Edit]:

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from bridge import finite, handover
-from bridge.hooks import capture, find
+from bridge import activations, finite, handover
+from bridge.hooks import find
 from bridge.passes import unwrapped
-from bridge.selection import kept
 from jsae.data import Filling
 from jsae.health import ActivationsError
 from jsae.settings import require
@@ -87,12 +86,17 @@ class ActivationStream:
         keep = torch.empty(len(self._sites), rows, dtype=torch.bool, device=self._device)
         have = 0
         while have < rows:
-            ids, acts, masks = self._forward(min(self._rows_per_forward, -(-(rows - have) // self._rows.row_len)))
-            new = min(masks.shape[1], rows - have)
-            for name, found in acts.items():
+            ids = self._rows.next_rows(min(self._rows_per_forward, -(-(rows - have) // self._rows.row_len)))
+            done = activations.forward(
+                self._model, self._hooks, ids, excluded=self._excluded, drop_sinks=self._drop_sinks
+            )
+            self.tokens_seen += ids.size
+            new = min(ids.size, rows - have)
+            for name, acts in done.acts.items():
                 if name not in blocks:
-                    blocks[name] = torch.empty(rows, self.d_in, dtype=found.dtype, device=found.device)
-                blocks[name][have : have + new] = found.reshape(-1, self.d_in)[:new]
+                    blocks[name] = torch.empty(rows, self.d_in, dtype=acts.dtype, device=acts.device)
+                blocks[name][have : have + new] = acts.reshape(-1, self.d_in)[:new]
+            masks = torch.stack([done.mask(*site).flatten() for site in self._sites])
             keep[:, have : have + new] = masks[:, :new]
             text[have : have + new] = ids.reshape(-1)[:new]
             have += new
@@ -114,18 +118,6 @@ class ActivationStream:
         """Goes back to a position."""
         self._rows.seek(position)
 
-    @torch.no_grad()
-    def _forward(self, n: int) -> tuple[np.ndarray, dict[str, Float[torch.Tensor, "B T C"]], Bool[torch.Tensor, "S n"]]:
-        """Run n rows up to the deepest hook: their tokens, activations, and for every site the tokens that stay."""
-        ids = self._rows.next_rows(n)
-        tokens = torch.from_numpy(ids.astype(np.int64)).to(self._device, non_blocking=True)
-        with capture(self._model, self._hooks, stop=True) as acts:
-            self._model(tokens)
-        stay = {name: kept(found, tokens, self._excluded, self._drop_sinks).flatten() for name, found in acts.items()}
-        self.tokens_seen += tokens.numel()
-        masks = [torch.stack([stay[name] for name in site]).all(0) for site in self._sites]
-        return ids, dict(acts), torch.stack(masks)
-
 
 def _packed(
     parts: list[Float[torch.Tensor, "rows d"]], keep: Bool[torch.Tensor, " rows"], site: tuple[str, ...]
@@ -134,7 +126,8 @@ def _packed(
     count = keep.sum()
     if not count:
         raise ValueError(
-            f"{len(keep)} tokens at {', '.join(site)} gave no activation to keep: all text is BOS or else left out"
+            f"none of the {len(keep)} tokens of a block is kept at {', '.join(site)}: each is BOS, another token "
+            "that is left out or one of extreme norm; read larger blocks, or leave out fewer tokens"
         )
     order = torch.argsort(~keep, stable=True)
     order = order[torch.arange(len(keep), device=keep.device) % count]

@@ -1,18 +1,15 @@
 """Exported SAEs as torch modules: what tracking, steering, evaluation and users run. Reads SAELens directories."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from bridge.sae_config import read
-from bridge.sae_folding import fold
-from bridge.sae_settings import CHECKPOINTS, RANKED, TRANSCODERS, WEIGHTS, Settings
-from jsae.files import is_system_error
+from jsae import saelens
+from jsae.saelens.settings import RANKED, TRANSCODERS
 
 __all__ = ["RANKED", "TorchSAE", "load"]
 
@@ -103,60 +100,22 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> TorchSAE:
     """Load a SAELens directory: `cfg.json` and `sae_weights.safetensors`.
 
     Files of every version of SAELens are read. Weights are rounded to the file's `dtype`, as SAELens does, and computed
-    with in float32. Settings with an exact rewrite are folded into the weights (`bridge.sae_folding`), so that the
-    module always subtracts `b_dec` from its input, neither normalises nor rescales, and its `cfg` says so.
+    with in float32. Settings with an exact rewrite are folded into the weights (`jsae.saelens`), so that the module
+    always subtracts `b_dec` from its input, neither normalises nor rescales, and its `cfg` says so.
+
+    Args:
+      path: the directory, or `hf://owner/name[@revision]/folder` on the Hugging Face hub (extra [hub]).
+      device: where the weights go.
 
     Raises:
       FileNotFoundError: no such directory, or a file of it is missing.
       ValueError: a broken file, a setting that is unknown or not supported, an array that is missing, too many or of
         another shape or type, or numbers that are not finite; names file and setting.
+      ImportError: an address on the hub, and huggingface_hub is not installed.
     """
-    settings = read(path)
-    file = settings.folder / WEIGHTS
-    try:
-        file.open("rb").close()  # safetensors calls every file missing that it cannot open
-        weights = _rounded(file, settings.checked(), settings.dtype)
-    except (SafetensorError, OSError) as error:
-        if isinstance(error, FileNotFoundError) or is_system_error(error):
-            raise
-        raise ValueError(f"{settings.folder} holds a broken export: {WEIGHTS} is broken: {error}") from error
-    _require_finite(file, weights, f" in {settings.dtype}")
-    weights = fold(settings, weights)
-    _require_finite(file, weights, " once its settings are folded into the weights")
-    return TorchSAE(_plain(settings), weights, settings.layers or 1).eval().to(device)
-
-
-def _rounded(file: Path, names: Iterable[str], dtype: str) -> dict[str, torch.Tensor]:
-    """The arrays of a file, rounded to a type and given in float32."""
-    with safe_open(file, framework="pt") as opened:
-        return {name: opened.get_tensor(name).to(getattr(torch, dtype)).float() for name in names}
-
-
-def _require_finite(file: Path, weights: Mapping[str, torch.Tensor], where: str) -> None:
-    for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{file}: {name} holds numbers that are not finite{where}")
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    """The settings of what `fold` gives: those of an export of this project."""
-    layers = settings.layers or 1
-    cfg: dict[str, Any] = {
-        "architecture": "jumprelu" if settings.architecture in CHECKPOINTS else settings.architecture,
-        "d_in": layers * settings.d_in,
-        "d_sae": settings.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": not settings.is_transcoder,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": settings.metadata,
-    }
-    if settings.is_transcoder:
-        cfg["d_out"] = settings.d_out
-    if settings.k is not None:
-        cfg |= {"k": settings.k, "rescale_acts_by_decoder_norm": False}
-    return cfg
+    cfg, weights, layers = saelens.read(path)
+    tensors = {name: torch.from_numpy(weight) for name, weight in weights.items()}
+    return TorchSAE(cfg, tensors, layers).eval().to(device)
 
 
 def _standard(sae: TorchSAE, u: torch.Tensor) -> torch.Tensor:

@@ -70,8 +70,10 @@ def active_features(sae: TorchSAE, acts: Acts, top_k: int | None = None) -> Feat
     if top_k is None and sae.architecture not in RANKED:
         latents = sae.encode(acts)
         widest = max(int((latents > 0).sum(-1).max()), 1)
-        return Features(*latents.topk(widest, dim=-1), sae.d_sae)
-    return Features(*sae.encode_sparse(acts, top_k), sae.d_sae)
+        values, indices = latents.topk(widest, dim=-1)
+    else:
+        values, indices = sae.encode_sparse(acts, top_k)
+    return Features(values, indices, sae.d_sae)
 
 
 class Trace:

@@ -11,32 +11,26 @@ two runs or exports on the same text, prints them side by side and writes nothin
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
-import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, Data, FilePath
-from bridge.run import directory as rundir
+from bridge.run import Run, commands
 from bridge.settings import CONTEXT, STEP, ExcludeTokens, flag, settle
 from experiments import flags
-from jsae import files
-from jsae.health import unusable
 from jsae.settings import TOKENS, require
 
-if TYPE_CHECKING:
-    from bridge.evaluate.text import Text
-    from experiments.subjects import Subject
+_LARGEST_TABLE = 2**30
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured, on what, and how much of it."""
+    """SAEs, text and metrics of an evaluation."""
 
     run_dir: FilePath | None = flag(None, "A run: all of its SAEs, on its model and the held-out part of its text.")
     sae: FilePath | None = flag(None, "Any SAELens directory for a hook of the run, measured instead of the run's own.")
@@ -73,47 +67,41 @@ class EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> int:
-    """Measure every SAE, write what was found, show it."""
+    """Measure every SAE, write the results, show them."""
     output = None if config.compare else Path(config.output_dir or config.sae or config.run_dir)
     _need(config, output)
     require_torch(config.device)
-    with contextlib.nullcontext() if output is None else rundir.writing(output):
+    with contextlib.nullcontext() if output is None else Run(output).writing():
         return _evaluate(config, output)
 
 
 def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
-    from bridge.evaluate.core import finite
-    from experiments import evaluate_view, subjects
+    from bridge.evaluate.evaluation import Extent, evaluate
+    from bridge.run.subjects import Choice
+    from experiments import evaluate_view
 
-    # What is measured, and on which text.
-    found = subjects.find(config)
-    texts = {id(s.nano): subjects.text_for(config, s.nano) for s in found}
-    data = subjects.told(config, found[0].place)["data"]
+    places = tuple(Path(place) for place in config.compare or (config.sae or config.run_dir,))
+    run = Path(config.run_dir) if config.run_dir else None
+    choice = Choice(places, run, own_runs_first=bool(config.compare), **flags.shared(Choice, config))
+    results = evaluate(choice, Extent(**flags.shared(Extent, config)), show_progress=True)
 
-    # The measuring.
-    results: list[dict[str, Any]] = []
-    for subject in found:
-        with evaluate_view.busy(f"measuring {subject.place}, {subject.hook}"):
-            results.append(finite(_measure(config, subject, texts[id(subject.nano)], data)))
-
-    # What became of it.
-    evaluate_view.show([(f"{s.place}\n{s.hook}", r["eval"]) for s, r in zip(found, results, strict=True)])
-    for subject, result in zip(found, results, strict=True):
+    evaluate_view.show([(f"{subject.place}\n{subject.hook}", result["eval"]) for subject, result in results])
+    for subject, result in results:
         if problem := result["eval"].get("problem"):
             print(f"warning: {subject.place}, {subject.hook}: this SAE is of no use: {problem}", file=sys.stderr)
     if output is not None:
-        by_hook = {subject.hook: result for subject, result in zip(found, results, strict=True)}
-        _write(output, by_hook)
+        by_hook = {subject.hook: result for subject, result in results}
+        Run(output).write_evaluation(by_hook)
         if config.plots:
             from experiments.plots import draw
 
-            draw(output, {hook: result["eval"] for hook, result in by_hook.items()})
+            draw(Run(output), {hook: result["eval"] for hook, result in by_hook.items()})
         evaluate_view.told(output, by_hook, config.plots)
     return 0
 
 
 def _need(config: EvaluateConfig, output: Path | None) -> None:
-    """Complains of what is missing before anything heavy is done."""
+    """Check that packages and the output directory are there, before anything takes long."""
     plots = config.plots and output is not None
     for wanted, module, instead in ((config.probes, "sklearn", "noprobes"), (plots, "matplotlib", "noplots")):
         if wanted and importlib.util.find_spec(module) is None:
@@ -129,65 +117,11 @@ def _need(config: EvaluateConfig, output: Path | None) -> None:
     require(os.access(output, os.W_OK), f"{output} cannot be written to: give another --output_dir")
 
 
-def _measure(config: EvaluateConfig, subject: Subject, text: Text, data: str) -> dict[str, Any]:
-    """What the files say of one SAE: metrics, what is known of every latent, labels."""
-    from bridge.evaluate import Site, classes, labels, measure, probing
-
-    nano, sae = subject.nano, subject.sae
-    site = Site(nano.model, subject.hook, subject.excluded, subject.drop_sinks)
-    summary, columns = measure(site, sae, text.tokens, nano.tokenizer.token_bytes)
-    if problem := unusable(summary):
-        summary["problem"] = problem
-    summary["setting"] = {
-        "sae": str(subject.place),
-        "model": nano.fingerprint,
-        "checkpoint": str(nano.path),
-        "split": config.split,
-        "data": data,
-        "text": hashlib.sha256(text.tokens.tobytes()).hexdigest()[:16],
-        "context_size": text.tokens.shape[1],
-        "excluded": list(subject.excluded),
-        "drop_sinks": subject.drop_sinks,
-    }
-    found: dict[str, Any] = {"eval": summary, "latents": columns}
-    if config.probes:
-        passages = classes.packages(data, nano.tokenizer, config.probe_tokens)
-        examples = {
-            "package": None if passages is None else classes.of_passages(site, sae, passages),
-            "syntax": classes.of_tokens(site, sae, text),
-        }
-        W_dec = sae.W_dec.cpu().numpy()
-        summary["sparse_probing"] = {name: x and probing.sparse_probing(x) for name, x in examples.items()}
-        summary["tpp"] = {name: x and probing.tpp(x, W_dec) for name, x in examples.items()}
-    if config.labels:
-        named = labels.label(labels.firings(site, sae, text), text, nano.tokenizer)
-        summary["labels"] = labels.summary(named)
-        found["labels"] = labels.table(named)
-    return found
-
-
-def _write(output: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Put what was found into the JSON tables of the directory, beside other hooks; each whole or not at all."""
-    for name in next(iter(results.values())):
-        path = output / f"{name}.json"
-        table = _kept(path) | {hook: found[name] for hook, found in results.items()}
-        indent = 2 if name == "eval" else None  # the others are long columns
-        files.write(path, json.dumps(table, indent=indent, allow_nan=False) + "\n")
-
-
-def _kept(path: Path) -> dict[str, Any]:
-    """Return the table that is there, of other hooks too; of a broken one says that it is replaced."""
-    if not path.is_file():
-        return {}
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        table = None
-    if not isinstance(table, dict):
-        print(f"{path} was broken and is replaced: what it said of other hooks is lost", file=sys.stderr)
-        return {}
-    return table
+def next_commands(config: EvaluateConfig) -> list[str]:
+    """Return what to do with the run that was measured; of two that were compared with the first."""
+    run = Run(config.run_dir or (config.compare or (config.sae,))[0])
+    return commands.after_evaluation(run.path) if run.config_file.is_file() else []
 
 
 if __name__ == "__main__":
-    flags.run(EvaluateConfig, main)
+    flags.run(EvaluateConfig, main, after=next_commands)

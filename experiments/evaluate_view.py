@@ -1,8 +1,6 @@
 """How an evaluation is shown: a table with a column per SAE, and a word on what was written."""
 
-import contextlib
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +62,6 @@ _ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("  over 0.8", "labels.f1_over_80_percent", ",d"),
     ),
 }
-
-
-@contextlib.contextmanager
-def busy(what: str) -> Iterator[None]:
-    """Says what is being done, and in the end how long it took."""
-    console = Console(stderr=True)
-    before = time.perf_counter()
-    with console.status(Text(what)):
-        yield
-    console.print(Text(f"{what}: {time.perf_counter() - before:.0f} s"), soft_wrap=True)
 
 
 def show(columns: Sequence[Column]) -> None:

@@ -11,30 +11,24 @@ and a local Neuronpedia can drive the model: the last line is for one with USE_L
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, Data, FilePath
-from bridge.run import directory as rundir
+from bridge.run import Run, commands
 from bridge.settings import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
 from experiments import flags
 from jsae.settings import TOKENS, Range, require
 
 if TYPE_CHECKING:
-    from bridge.explorer.gather import Plan
-    from bridge.nanochat import Nanochat
-    from bridge.torch_sae import TorchSAE
-    from experiments.subjects import Subject
+    from bridge.exploration import Explored
 
 
 @dataclass(frozen=True)
 class ExploreConfig:
-    """Which run, what text, how much of it, and whether it is served."""
+    """Run, text and server of the explorer."""
 
     run_dir: FilePath | None = flag(None, "The run: all of its SAEs, on its model and its text.")
     num_tokens: int = flag(1_000_000, "Tokens of text to read.", TOKENS)
@@ -73,111 +67,46 @@ class ExploreConfig:
 
 
 def main(config: ExploreConfig) -> int:
-    """Gather unless there is nothing to gather, write the page, serve it."""
-    run = Path(config.run_dir)
+    """Gather records unless those that are there fit, write the page, serve it."""
+    run = Run(config.run_dir)
     require_torch(config.device)
-    with rundir.writing(run) if rundir.is_writable(run) else contextlib.nullcontext():
+    with run.held():  # before torch is loaded, so that a run in use is refused at once
         if config.serve:
             _can_serve(config)
-        nano, saes = _explore(run, config)
+        explored = _explore(run, config)
+    if config.chat:
+        flags.warn_of_base(explored.nano)
     if config.serve:  # without the lock: all that the server writes is people's notes
         from bridge.runtime import InterpretableModel
         from bridge.server.server import serve
 
         address = functools.partial(print, flush=True)  # at once, also into a pipe
-        loaded = InterpretableModel.from_nanochat(nano, saes), nano
+        loaded = InterpretableModel.from_nanochat(explored.nano, explored.saes), explored.nano
         settings = {name: getattr(config, name) for name in ("host", "port", "names", "chat", "secret", "model_id")}
-        serve(run, lambda: loaded, **settings, say=address)
+        serve(run.path, lambda: loaded, **settings, say=address)
     return 0
 
 
-def _explore(run: Path, config: ExploreConfig) -> tuple[Nanochat, dict[str, TorchSAE]]:
-    """Gather records unless those that are there fit, and write the page; return what a server shows."""
-    from rich.console import Console
-    from rich.text import Text
+def _explore(run: Run, config: ExploreConfig) -> Explored:
+    from bridge.exploration import Extent, explore
+    from bridge.run.subjects import Choice
 
-    from bridge.explorer import gather, page
-    from bridge.run.exports import warn_of_marked
-    from experiments import explore_view
-    from jsae.records.store import digest
-
-    console = Console(stderr=True)
-
-    def say(text: str) -> None:
-        console.print(Text(text), soft_wrap=True)
-
-    # The SAEs, their model, and what is wanted of them.
-    subjects, plan = _found(config)
-    nano = subjects[0].nano
-    saes = {subject.hook: subject.sae for subject in subjects}
-    warn_of_marked(run / "sae" / hook for hook in saes)
-    digests = {hook: digest(run / "sae" / hook) for hook in saes}
-    records = run / "explorer" / "records"
-
-    # The records.
-    reason = "--force" if config.force else gather.unfit(records, digests, nano, plan)
-    if reason is None:
-        say(f"the records in {records} fit: --force gathers them again")
-        if plan.data_fingerprint is None:
-            say(f"{plan.data} is not on this machine: whether its text is still the same was not looked at")
-    else:
-        say(f"gathering records: {reason}")
-        before = time.perf_counter()
-        with explore_view.progress(console) as tell:
-            gather.gather(nano, saes, digests, records, plan, tell)
-        say(f"gathered in {time.perf_counter() - before:.0f} s")
-    for hook in saes:
-        say(explore_view.summary(records, hook))
-
-    # The page.
-    index = run / "explorer" / "index.html"
-    if config.serve and index.is_file() and not rundir.is_writable(run):
-        say(f"{run} cannot be written to: the page is served as it is")
-        return nano, saes
-    with console.status("writing the page"):
-        page.write(run, list(saes))
-    say(f"written to {index}")
-    return nano, saes
+    choice = Choice((run.path,), run.path, **flags.shared(Choice, config))
+    extent = Extent(**flags.shared(Extent, config))
+    return explore(choice, extent, force=config.force, keep_page=config.serve, show_progress=True)
 
 
 def _can_serve(config: ExploreConfig) -> None:
-    """Complains of a missing extra and of a port in use before anything is done."""
+    """Raise ImportError without the extra [web] and OSError for a port in use, before anything takes long."""
     from bridge.server.server import listen
 
     listen(config.host, config.port).close()
 
 
-def _found(config: ExploreConfig) -> tuple[list[Subject], Plan]:
-    """The SAEs of the run with their model, and what is read on which text."""
-    from bridge.explorer.gather import Plan, data_fingerprint
-    from experiments import subjects
-    from experiments.evaluate import EvaluateConfig
-    from jsae.records.recorder import Settings
-
-    place = Path(config.run_dir)
-    shared = ("run_dir", "checkpoint", "step", "tokenizer", "data", "exclude_tokens", "drop_sinks", "device")
-    asked = EvaluateConfig(**{name: getattr(config, name) for name in shared})
-    told = subjects.told(asked, place)
-    found = subjects.find(asked)
-    choices = {(subject.excluded, subject.drop_sinks) for subject in found}
-    require(
-        len(choices) == 1,
-        f"the SAEs of {place} were trained on different tokens: say with --exclude_tokens and --drop_sinks which count",
-    )
-    excluded, drop_sinks = choices.pop()
-    plan = Plan(
-        data=told["data"],
-        split=config.split,
-        num_tokens=config.num_tokens,
-        context_length=config.context_length,
-        excluded=excluded,
-        data_fingerprint=data_fingerprint(found[0].nano, told["data"], config.split),
-        drop_sinks=drop_sinks,
-        keep_activations=config.keep_activations,
-        records=Settings(seed=config.seed),
-    )
-    return found, plan
+def next_commands(config: ExploreConfig) -> list[str]:
+    """Return what to do with the records."""
+    return commands.after_exploring(Run(config.run_dir).path, config.serve)
 
 
 if __name__ == "__main__":
-    flags.run(ExploreConfig, main)
+    flags.run(ExploreConfig, main, after=next_commands)

@@ -8,27 +8,25 @@ All but sae_lens need records (`python -m experiments.explore`). The same run gi
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
+from bridge import formats
+from bridge.formats import Format
 from bridge.locations import FilePath
-from bridge.run import directory as rundir
+from bridge.run import Run, commands
 from bridge.settings import flag, settle
 from experiments import flags
 from jsae.settings import at_least, require
 
 if TYPE_CHECKING:
-    from bridge.neuronpedia.sources import Source, Wanted
-
-Format = Literal["sae_lens", "neuronpedia", "saedashboard", "delphi", "circuit_tracer"]
+    from bridge.neuronpedia.sources import Wanted
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What is written, where, under which names."""
+    """Formats, output folder and names of an export."""
 
     run_dir: FilePath = flag(None, "The run.")
     format: tuple[Format, ...] = flag(
@@ -60,122 +58,62 @@ class ExportConfig:
         self.wanted()
 
     def wanted(self) -> Wanted:
-        """The names that the flags give; refuses what Neuronpedia would refuse."""
+        """Return the names that the flags give; raise ConfigError for those that Neuronpedia would refuse."""
         from bridge.neuronpedia.sources import Wanted
 
-        return Wanted(
-            self.model_id,
-            self.source_set,
-            self.release,
-            self.title,
-            self.creator,
-            self.url,
-            self.created_at,
-            self.hub_repo,
-            self.layers,
-        )
+        return Wanted(**flags.shared(Wanted, self))
 
 
 def main(config: ExportConfig) -> int:
-    """Write every format for every SAE; before that, everything that can be refused is."""
-    run = Path(config.run_dir)
-    out = Path(config.out) if config.out else run / "neuronpedia"
+    """Check everything, then write every format for every SAE."""
+    run = Run(config.run_dir)
     # Held also when all goes elsewhere, as far as that is possible: what is read must not change meanwhile.
-    with rundir.writing(run) if rundir.is_writable(run) else contextlib.nullcontext():
-        return _export(run, out, config)
+    with run.held():
+        return _export(run, config)
 
 
-def _export(run: Path, out: Path, config: ExportConfig) -> int:
+def _export(run: Run, config: ExportConfig) -> int:
     from bridge import hub
     from bridge.neuronpedia import sources
     from bridge.run.exports import warn_of_marked
+    from jsae.progress import Progress
 
-    if not run.is_dir():
-        raise FileNotFoundError(f"{run} is no run: there is no such directory")
-    found = sources.of_run(run, config.wanted(), config.hook)
-    hooks = [source.ids.hook for source in found]
-    warn_of_marked(source.sae_dir for source in found)
-    uploads = hub.plan(run, config.hub_repo, license=config.license, hooks=hooks) if config.hub_repo else []
-    if set(config.format) - {"sae_lens"}:
-        for source in found:
-            store = source.store()
-            if "delphi" in config.format:
-                store.all.activations_of_latent(0)
-    for source in found:
-        for name in config.format:
-            folder, write = FORMATS[name]
-            files = write(source, out / folder, config)
-            size = sum(file.stat().st_size for file in files)
-            print(f"{name:<15} {_common(files)}   {len(files)} files, {size / 2**20:.1f} MiB", flush=True)
+    if not run.path.is_dir():
+        raise FileNotFoundError(f"{run.path} is no run: there is no such directory")
+    chosen = sources.of_run(run.path, config.wanted(), config.hook)
+    hooks = [source.ids.hook for source in chosen]
+    warn_of_marked(source.sae_dir for source in chosen)
+    uploads = hub.plan(run.path, config.hub_repo, license=config.license, hooks=hooks) if config.hub_repo else []
+    formats.check(chosen, config.format)
+    out = Path(config.out) if config.out else None
+    with Progress("exporting", len(chosen) * len(config.format), "formats") as progress:
+        for written in progress.each(formats.write(run, chosen, config.format, out=out, vectors=config.vectors)):
+            print(written, flush=True)
     if config.hub_repo:
         for upload in uploads:
             print(f"{'hub':<15} {upload.path}   {upload.size:,} bytes", flush=True)
-        _push(run, hooks, config)
+        shared: dict[str, Any] = {
+            "license": config.license,
+            "hooks": hooks,
+            "private": config.private,
+            "dry_run": config.dry_run,
+        }
+        sent = hub.push(run.path, config.hub_repo, **shared)
+        place = "would go to" if config.dry_run else "are at"
+        print(f"{'hub':<15} {len(sent)} files {place} https://huggingface.co/{config.hub_repo}")
     return 0
 
 
-def _common(files: list[Path]) -> Path:
-    """The folder that all of them lie in."""
-    import os
-
-    return Path(os.path.commonpath([file.parent for file in files]))
-
-
-def _sae_lens(source: Source, out: Path, config: ExportConfig) -> list[Path]:
-    from bridge.neuronpedia import saelens
-
-    return saelens.write(source.sae_dir, out, ids=source.ids)
-
-
-def _neuronpedia(source: Source, out: Path, config: ExportConfig) -> list[Path]:
-    from bridge.neuronpedia import v1
-    from bridge.run.labels import Names
-
-    names = Names.read(config.run_dir, source.ids.hook)
-    return v1.write(
-        source.store(), source.sae_dir, out, ids=source.ids, about=source.about, names=names, vectors=config.vectors
-    )
-
-
-def _saedashboard(source: Source, out: Path, config: ExportConfig) -> list[Path]:
-    from bridge.neuronpedia import dashboard
-
-    return dashboard.write(
-        source.store(), source.sae_dir, out, ids=source.ids, about=source.about, vectors=config.vectors
-    )
-
-
-def _delphi(source: Source, out: Path, config: ExportConfig) -> list[Path]:
-    from bridge import delphi
-
-    return delphi.write(source.store(), source.sae_dir, out)
-
-
-def _circuit_tracer(source: Source, out: Path, config: ExportConfig) -> list[Path]:
-    from bridge import circuit_tracer
-
-    return circuit_tracer.write(source.store(), source.sae_dir, out)
-
-
-FORMATS: Mapping[str, tuple[str, Callable[[Source, Path, ExportConfig], list[Path]]]] = {
-    "sae_lens": ("sae_lens", _sae_lens),
-    "neuronpedia": ("v1", _neuronpedia),
-    "saedashboard": ("saedashboard", _saedashboard),
-    "delphi": ("delphi", _delphi),
-    "circuit_tracer": ("circuit_tracer", _circuit_tracer),
-}
-"""Formats: the folder of each, and what writes it."""
-
-
-def _push(run: Path, hooks: list[str], config: ExportConfig) -> None:
-    from bridge import hub
-
-    sent = hub.push(
-        run, config.hub_repo, license=config.license, hooks=hooks, private=config.private, dry_run=config.dry_run
-    )
-    told = "would go to" if config.dry_run else "are at"
-    print(f"{'hub':<15} {len(sent)} files {told} https://huggingface.co/{config.hub_repo}")
+def next_commands(config: ExportConfig) -> list[str]:
+    """Return what reads the files that were written, or pushed."""
+    run = Run(config.run_dir)
+    out = Path(config.out) if config.out else run.neuronpedia_folder
+    lines = commands.after_export(run.path, out, config.format, config.hook)
+    if config.hub_repo and not config.dry_run:
+        hook = config.hook or next(iter(run.exports))
+        lines.append(f'sae_lens.SAE.from_pretrained("{config.hub_repo}", "{hook}")')
+    return lines
 
 
 if __name__ == "__main__":
-    flags.run(ExportConfig, main)
+    flags.run(ExportConfig, main, after=next_commands)

@@ -17,6 +17,9 @@ from absl import flags
 from bridge.settings import settle
 from experiments import flagfile, quiet, signals
 
+if typing.TYPE_CHECKING:
+    from bridge.nanochat import Nanochat
+
 Config = TypeVar("Config")
 
 # What a user can bring about and put right: told in one line, without a traceback. Anything else is our mistake.
@@ -75,10 +78,21 @@ def parse(
     Raises:
       ValueError: values that the dataclass or `settle` refuses.
     """
-    names = {field.name: (renames or {}).get(field.name, field.name) for field in dataclasses.fields(config_class)}
+    names = {field.name: (renames or {}).get(field.name, field.name) for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     config = config_class(**{field: flag_values[flag].value for field, flag in names.items()})
     settle(config)
     return config
+
+
+def shared(target: type, config: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that a config has under the same name and in the same meaning.
+
+    Args:
+      target: the dataclass, as a function of bridge takes it; `target(**shared(target, config))` makes one.
+      config: of a command.
+    """
+    names = [field.name for field in dataclasses.fields(target)]
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def run(
@@ -89,8 +103,11 @@ def run(
     renames: Mapping[str, str] | None = None,
     help: Mapping[str, str] | None = None,
     argv: Sequence[str] | None = None,
+    after: Callable[[Config], Sequence[str]] | None = None,
 ) -> typing.NoReturn:
     """Runs a command: flags to a frozen config, then main(config); ends the process.
+
+    When main succeeds, what `after` returns for the config is printed at the end: command lines to try next.
 
     `--help` prints the flags of this command and nothing else. `--flagfile=FILE` reads flags from a file (see
     `experiments.flagfile`); what comes later on the line wins. `--debug` shows the traceback of an error that is
@@ -118,11 +135,32 @@ def run(
     debug = bool(values["debug"].value)
     with quiet.libraries(debug), signals.handled():
         try:
-            sys.exit(main(config))
+            code = main(config)
+            if not code and after is not None:
+                show_next(after(config))
+            sys.exit(code)
         except SystemExit:
             raise
         except BaseException as error:
             _end(error, debug)
+
+
+def warn_of_base(nano: Nanochat) -> None:
+    """Warn of a checkpoint that is to chat though nothing says that it was trained to."""
+    if not nano.is_chat:
+        print(
+            f"warning: {nano.path} seems to be a base checkpoint, which continues text and was not trained to chat: "
+            "its answers may make no sense. Chat checkpoints lie in chatsft_checkpoints, chatrl_checkpoints or "
+            "mid_checkpoints",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def show_next(lines: Sequence[str]) -> None:
+    """Print what to try next, nothing if there is nothing."""
+    if lines:
+        print("\nnext:", *lines, sep="\n  ", flush=True)
 
 
 def _end(error: BaseException, debug: bool) -> typing.NoReturn:
@@ -140,7 +178,8 @@ def _end(error: BaseException, debug: bool) -> typing.NoReturn:
 def _joined(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     """The line with `--list A B` written as `--list=A,B`, of which absl would read A alone."""
     lists = {f"--{name}" for name in values if isinstance(values[name].parser, _TupleParser)}
-    words, reading = [], False
+    words: list[str] = []
+    reading = False
     for word in argv:
         if reading and not word.startswith("--"):
             words[-1] += ("" if words[-1].endswith("=") else ",") + word

@@ -1,10 +1,10 @@
 """Plots of an evaluation, as PNG files: how dense latents are, how L0 and loss went in training. Needs no display."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsae import files
+from bridge.run import Run
+from jsae import files, jsons
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 _SIZE = (7, 4)
 
 
-def draw(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Writes `plots/density_HOOK.png` for every entry of eval.json, and `training.png` of a metrics.jsonl."""
+def draw(run: Run, entries: dict[str, dict[str, Any]]) -> None:
+    """Write `density_HOOK.png` for every entry of eval.json, and `training.png` of metrics.jsonl."""
     from matplotlib.figure import Figure
 
-    plots = folder / "plots"
+    plots = run.plots_folder
     plots.mkdir(exist_ok=True)
     for hook, entry in entries.items():
         figure = Figure(figsize=_SIZE, layout="constrained")
         _density(figure.subplots(), hook, entry)
         _save(figure, plots / f"density_{hook}.png")
-    if curves := _curves(folder / "metrics.jsonl"):
+    if curves := _curves(run.metrics_file):
         figure = Figure(figsize=(_SIZE[0], len(curves) * _SIZE[1]), layout="constrained")
         panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
         for axes, (name, (steps, values)) in zip(panels, curves.items(), strict=True):
@@ -59,18 +59,12 @@ def _density(axes: Any, hook: str, entry: dict[str, Any]) -> None:
 
 
 def _curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Steps and values of loss and L0 in a run's metrics; nothing where there are none."""
-    if not path.is_file():
-        return {}
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:  # the last line of a run that was killed
-            continue
-    found = {}
-    for name, label in (("loss", "loss"), ("l0", "L0")):
-        points = [(line["step"], line[name]) for line in lines if "step" in line and name in line]
-        if points:
-            found[label] = tuple(map(list, zip(*points, strict=True)))
-    return found
+    """Return steps and values of loss and L0 in a run's metrics; {} if there are none."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for _, line in jsons.objects(path):
+        for name, label in (("loss", "loss"), ("l0", "L0")):
+            point = [(line or {}).get("step"), (line or {}).get(name)]
+            if all(map(jsons.is_finite, point)):
+                for values, value in zip(curves.setdefault(label, ([], [])), point, strict=True):
+                    values.append(value)
+    return curves

@@ -13,11 +13,12 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Data, FilePath
 from bridge.nanochat.config import GPTConfig
+from bridge.run import commands
 from bridge.settings import LONG_SEED, flag, settle
 from experiments import flags
 from experiments.signals import STOPPED, stop_requests
@@ -100,6 +101,7 @@ def _pretrain(config: PretrainConfig) -> int:
     import torch
 
     from bridge.nanochat.pretraining import last_state
+    from jsae.progress import Progress
 
     if config.device == "cpu":
         torch.set_num_threads(1)  # each worker is one
@@ -108,7 +110,8 @@ def _pretrain(config: PretrainConfig) -> int:
     if state is None and any(out.glob("model_*.pt")):
         told = "there is no optim_*_rank0.pt to resume from" if config.resume else "give --resume to go on with it"
         raise ValueError(f"{out} already holds a model: {told}, or give another --out")
-    trainer, heldout, token_bytes = _build(config, out)
+    with Progress("reading text and preparing the tokenizer", None):
+        trainer, heldout, token_bytes = _build(config, out)
     if state is not None:
         trainer.load_state_dict(state)
     guess = math.log(trainer.model.config.vocab_size)
@@ -116,9 +119,11 @@ def _pretrain(config: PretrainConfig) -> int:
     losses: collections.deque[float] = collections.deque(maxlen=_LAST_LOSSES)
     count = sum(weight.numel() for weight in trainer.model.parameters())
     print(f"{count:,} parameters, from step {trainer.step} to {config.steps}", flush=True)
-    with stop_requests() as stopped:
+    progress = Progress("pretraining", config.steps, "steps", trainer.step)
+    with progress, stop_requests() as stopped:
         for figures in trainer.run():
             losses.append(figures["loss"])
+            progress.update(trainer.step, f"loss {figures['loss']:.4f}")
             watch.observe("", trainer.step, trainer.step, figures["loss"])
             if trainer.step % config.log_every == 0:
                 speed = config.batch_rows * config.sequence_len / figures["seconds"]
@@ -148,9 +153,13 @@ def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus, object]:
     from bridge.nanochat.pretraining import Recipe, Trainer
 
     recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
-    sizes = ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
-    sizes = {name: getattr(config, name) for name in sizes}
-    data = {"row_len": config.sequence_len + 1, "seed": config.seed, "heldout_fraction": config.heldout_fraction}
+    fields = ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
+    sizes: dict[str, Any] = {name: getattr(config, name) for name in fields}
+    data: dict[str, Any] = {
+        "row_len": config.sequence_len + 1,
+        "seed": config.seed,
+        "heldout_fraction": config.heldout_fraction,
+    }
     made = out / "tokenizer"
     if config.tokenizer or (config.resume and (made / "tokenizer.pkl").is_file()):
         tokenizer = tokenizers.load(config.tokenizer or made)
@@ -205,5 +214,10 @@ def _save(config: PretrainConfig, out: Path, trainer: Trainer, heldout: Corpus, 
     pretraining.save(out, weights, meta, trainer.state_dict())
 
 
+def next_commands(config: PretrainConfig) -> list[str]:
+    """Return what to do with the model."""
+    return commands.after_pretraining(Path(config.out), config.data)
+
+
 if __name__ == "__main__":
-    flags.run(PretrainConfig, main)
+    flags.run(PretrainConfig, main, after=next_commands)

@@ -1,11 +1,12 @@
-"""Steering by hand: a prompt is continued as it is and as it is pushed; commands say what to push and why it works."""
+"""Steering by hand: prompts are continued with and without steering, and commands change what is steered."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -17,22 +18,39 @@ from experiments import signals
 from experiments import steer_view as view
 from experiments.flags import EXPECTED_ERRORS
 
-if TYPE_CHECKING:
-    from experiments.steer import SteerConfig
+_Number = TypeVar("_Number", int, float)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How prompts are continued, and the defaults of /steer."""
+
+    strength: tuple[float, ...]
+    """The first is the default of /steer."""
+    mode: str
+    positions: str
+    strength_multiplier: float
+    max_tokens: int
+    temperature: float
+    top_k: int | None
+    seed: int
+    chat: bool
+    """Whether a prompt is what a user says to a chat checkpoint."""
+    device: str
 
 
 class Session:
-    """What is being pushed, and the last prompt. `prompt` and the commands print what they find."""
+    """The features that are steered and the last prompt. `prompt` and the commands print their results."""
 
-    def __init__(self, im: InterpretableModel, hook: str, config: SteerConfig, steers: list[Steer]):
-        self.im, self.hook, self.config, self.steers = im, hook, config, steers
+    def __init__(self, im: InterpretableModel, hook: str, settings: Settings, steers: list[Steer]):
+        self.im, self.hook, self.settings, self.steers = im, hook, settings, steers
         self.console = Console(highlight=False)
         self._ids: list[int] = []
         self._default: list[Token] = []
         self._check(steers)
 
     def prompt(self, text: str) -> None:
-        """Continues a text, without steering and, if there is any, with it, side by side."""
+        """Continue a text, without steering and, if features are steered, with it, side by side."""
         ids, stop_tokens = self._render(text)
         columns = [self._continue(ids, stop_tokens, steers) for steers in ([], self.steers)[: 1 + bool(self.steers)]]
         told: list[list[Token]] = [[] for _ in columns]
@@ -50,7 +68,7 @@ class Session:
             self.top()
 
     def top(self, told: str = "") -> None:
-        """The features that fired most on the last prompt and its default continuation."""
+        """Print the features that fired most on the last prompt and its default continuation."""
         self._need_prompt()
         count = _number(told or "10", int)
         if count < 1:
@@ -58,9 +76,9 @@ class Session:
         self.console.print(view.top(self._default, self.hook, count))
 
     def why(self, told: str = "") -> None:
-        """Which features speak for a token after the last prompt; unless told for the likeliest."""
+        """Print which features speak for a token after the last prompt, by default the likeliest."""
         self._need_prompt()
-        tokenizer, tokens = self.im.tokenizer, torch.tensor([self._ids], device=self.config.device)
+        tokenizer, tokens = self.im.tokenizer, torch.tensor([self._ids], device=self.settings.device)
         if told:
             target = tokenizer.encode(told)[0]
         else:
@@ -71,14 +89,14 @@ class Session:
         self.console.print(view.why(found, texts, tokenizer.token_text(target)))
 
     def steer(self, told: str = "") -> None:
-        """Pushes a feature besides the others, or only tells what is pushed."""
+        """Steer one more feature, if one is named, and print which are steered."""
         words = told.split()
         if len(words) > 3:
             raise ValueError(f"/steer takes FEATURE [STRENGTH [MODE]], not {len(words)} words")
         if words:
-            strength = _number(words[1], float) if len(words) > 1 else self.config.strength[0]
-            mode = words[2] if len(words) > 2 else self.config.mode
-            request = Steer(self.hook, _number(words[0], int), mode, strength, self.config.positions)
+            strength = _number(words[1], float) if len(words) > 1 else self.settings.strength[0]
+            mode = words[2] if len(words) > 2 else self.settings.mode
+            request = Steer(self.hook, _number(words[0], int), mode, strength, self.settings.positions)
             self._check([*self.steers, request])
             self.steers = [*self.steers, request]
         for request in self.steers:
@@ -87,16 +105,16 @@ class Session:
             self.console.print("nothing is pushed")
 
     def clear(self, told: str = "") -> None:
-        """Pushes nothing any more."""
+        """Steer nothing any more."""
         self.steers = []
 
     def help(self, told: str = "") -> None:
-        """Tells the commands."""
+        """Print the commands."""
         self.console.print(_HELP, markup=False)
 
     def _check(self, steers: list[Steer]) -> None:
         """Raise ValueError for what the model would refuse when it runs."""
-        with self.im.steering_enabled(steers, strength_multiplier=self.config.strength_multiplier, prompt_length=0):
+        with self.im.steering_enabled(steers, strength_multiplier=self.settings.strength_multiplier, prompt_length=0):
             pass
 
     def _need_prompt(self) -> None:
@@ -104,9 +122,9 @@ class Session:
             raise ValueError("there is no prompt yet: type a text to continue")
 
     def _render(self, text: str) -> tuple[list[int], tuple[int, ...]]:
-        """The tokens of a prompt and those that end its continuation."""
+        """Return the tokens of a prompt, and the ids that end its continuation."""
         tokenizer = self.im.tokenizer
-        if self.config.chat:
+        if self.settings.chat:
             return chat_prompt(self.im.model, tokenizer, [{"role": "user", "content": text}])
         return tokenizer.encode(text, prepend_bos=True), (tokenizer.bos_token_id,)
 
@@ -114,27 +132,27 @@ class Session:
         return self.im.generate(
             ids,
             steers,
-            max_tokens=self.config.max_tokens,
-            temperature=self.config.temperature,
-            seed=self.config.seed,
-            top_k=self.config.top_k,
-            strength_multiplier=self.config.strength_multiplier,
+            max_tokens=self.settings.max_tokens,
+            temperature=self.settings.temperature,
+            seed=self.settings.seed,
+            top_k=self.settings.top_k,
+            strength_multiplier=self.settings.strength_multiplier,
             stop_tokens=stop_tokens,
             echo=True,
         )
 
     def _relative(self, ids: list[int]) -> list[float | None]:
-        tokens = torch.tensor([ids], device=self.config.device)
-        return [self.im.relative_strength(s, tokens, self.config.strength_multiplier) for s in self.steers]
+        tokens = torch.tensor([ids], device=self.settings.device)
+        return [self.im.relative_strength(s, tokens, self.settings.strength_multiplier) for s in self.steers]
 
     @contextlib.contextmanager
     def _live(self) -> Iterator[Callable[[object], None]]:
-        """Shows what changes as it changes, where the output is a terminal."""
+        """Yield a function that shows a table as it changes; it does nothing where the output is no terminal."""
         if not self.console.is_terminal:
             yield lambda table: None
             return
         with Live(console=self.console, refresh_per_second=8, vertical_overflow="visible") as live:
-            yield live.update
+            yield lambda table: live.update(table)  # type: ignore[arg-type]
 
 
 _HELP = """\
@@ -157,7 +175,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 
 
 def ask(session: Session) -> None:
-    """Reads lines until /quit or the end of the input. What goes wrong is told, and the next line is asked for."""
+    """Read lines until /quit or the end of the input; print errors and go on."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - editing and history for input()
     session.console.print("A line is continued; /help tells the commands, /quit ends.")
@@ -189,7 +207,7 @@ def _obey(session: Session, line: str) -> None:
     COMMANDS[name](session, told)
 
 
-def _number(text: str, kind: type) -> int | float:
+def _number(text: str, kind: Callable[[str], _Number]) -> _Number:
     try:
         return kind(text)
     except ValueError:

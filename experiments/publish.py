@@ -16,18 +16,17 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bridge.locations import FilePath
-from bridge.run import directory as rundir
+from bridge.run import Run, commands
 from bridge.settings import flag, settle
 from experiments import flags
 from jsae.settings import Range, at_least, require
 
 if TYPE_CHECKING:
     from bridge.neuronpedia.client import Client
-    from bridge.neuronpedia.ledger import Ledger
-    from bridge.neuronpedia.payload import Plan
+    from bridge.neuronpedia.publication import Publication
     from bridge.neuronpedia.sources import Source
 
 SITE = "https://www.neuronpedia.org"
@@ -36,7 +35,7 @@ SECONDS = Range(0, 1e6, "be seconds, from 0 to a million")
 
 @dataclass(frozen=True)
 class PublishConfig:
-    """What goes where."""
+    """Run, names, site and limits of an upload; or the database of an import."""
 
     run_dir: FilePath | None = flag(
         None, "The run whose features are uploaded; needs records, as experiments.explore makes."
@@ -75,33 +74,35 @@ class PublishConfig:
 
 
 def main(config: PublishConfig) -> int:
-    """Prepares and checks everything, says what will be sent, sends it; or imports; or reads."""
+    """Check everything, print what will be sent, send it; or import an export; or show explanations."""
     if config.import_to:
         return _import(config)
-    run = Path(config.run_dir or "")
-    if not run.is_dir():
-        raise FileNotFoundError(f"{run} is no run: there is no such directory")
+    run = Run(config.run_dir or "")
+    if not run.path.is_dir():
+        raise FileNotFoundError(f"{run.path} is no run: there is no such directory")
     if config.explanations:
         return _read(_sources(run, config), config)
-    with rundir.writing(run):
+    with run.writing():
         return _publish(run, config)
 
 
-def _publish(run: Path, config: PublishConfig) -> int:
+def _publish(run: Run, config: PublishConfig) -> int:
     from bridge.run.exports import warn_of_marked
 
     sources = _sources(run, config)
     marked = warn_of_marked(source.sae_dir for source in sources)
     require(not marked or config.dry_run, "SAEs marked as of no use are not uploaded: choose others with --hook")
+    most = {"max_features": config.batch_features, "max_bytes": config.batch_bytes}
+    out = Path(config.out) if config.out else None
     with contextlib.nullcontext() if config.dry_run else _client(config, _key()) as client:
-        plans = [_prepare(run, source, config) for source in sources]
-        left = [_tell(run, plan, config) for plan in plans]
-        if client is None or (sum(left) and not _agreed(config)):
+        publications = [_prepare(run, source, config.base_url, out=out, **most) for source in sources]
+        left = [_show(publication, config) for publication in publications]
+        if client is None or (any(left) and not _agreed(config)):
             print("Nothing was sent.")
             return 0 if config.dry_run else 1
         try:
-            for plan in plans:
-                _upload(run, plan, client, config)
+            for publication in publications:
+                _upload(publication, client, config)
         except KeyboardInterrupt:
             print("What arrived is kept in mind: the same command goes on.", file=sys.stderr)
             raise
@@ -111,11 +112,19 @@ def _publish(run: Path, config: PublishConfig) -> int:
 # ---- uploading ----------------------------------------------------------------------------------------------------
 
 
-def _sources(run: Path, config: PublishConfig) -> list[Source]:
+def _sources(run: Run, config: PublishConfig) -> list[Source]:
     from bridge.neuronpedia import sources
 
     wanted = sources.Wanted(config.model_id, config.source_set, url=config.url, layers=config.layers)
-    return sources.of_run(run, wanted, config.hook)
+    return sources.of_run(run.path, wanted, config.hook)
+
+
+def _prepare(run: Run, source: Source, server: str, **options: Any) -> Publication:
+    from bridge.neuronpedia.publication import Publication
+    from jsae.progress import Progress
+
+    with Progress(f"preparing {source.ids.source}", source.store().header.d_sae, "features") as progress:
+        return Publication.prepare(run, source, server, each=progress.each, **options)
 
 
 def _key() -> str:
@@ -134,52 +143,19 @@ def _client(config: PublishConfig, key: str | None) -> Client:
     return Client(key, config.base_url, Patience(total=config.patience, recheck=config.settle))
 
 
-def _prepare(run: Path, source: Source, config: PublishConfig) -> Plan:
-    """The checked bodies of one SAE's features, on the disk."""
-    from bridge.neuronpedia.api import api_features
-    from bridge.neuronpedia.payload import Target
-    from bridge.neuronpedia.upload import NeuronpediaUploader
-    from bridge.run.labels import Names
-
-    ids, about = source.ids, source.about
-    target = Target(ids, about.n_layer, description=about.description, url=about.url)
-    folder = (Path(config.out) if config.out else run / "neuronpedia" / "upload") / ids.model / ids.source
-    store = source.store()
-    features = api_features(store, source.sae_dir, Names.read(run, ids.hook))
-    return NeuronpediaUploader(target).prepare_sae_for_upload(
-        features,
-        folder,
-        d_sae=store.header.d_sae,
-        max_features=config.batch_features,
-        max_bytes=config.batch_bytes,
-    )
-
-
-def _ledger(run: Path, plan: Plan, config: PublishConfig) -> Ledger:
-    from bridge.neuronpedia.client import site
-    from bridge.neuronpedia.ledger import Ledger
-
-    ids = plan.target.ids
-    return Ledger(run / "neuronpedia" / "uploads.jsonl", (site(config.base_url), ids.model, ids.source))
-
-
-def _tell(run: Path, plan: Plan, config: PublishConfig) -> int:
-    """Says what of a plan will be sent; how many features that is."""
-    from bridge.neuronpedia.upload import NeuronpediaUploader
-
-    ledger = _ledger(run, plan, config)
-    with ledger if ledger.path.is_file() else contextlib.nullcontext():
-        missing = NeuronpediaUploader(plan.target).missing(plan, ledger, config.keep_uploaded)
-    left = sum(len(indices) for _, indices in missing)
-    size = sum(batch.size for batch, _ in missing)
-    known = f", {plan.features - left} were uploaded before" if left < plan.features else ""
+def _show(publication: Publication, config: PublishConfig) -> int:
+    """Print what will be sent; return how many features that is."""
+    plan, missing = publication.plan, publication.missing(config.keep_uploaded)
+    sent = plan.features - missing.features
+    known = f", {sent} were uploaded before" if sent else ""
     print(
-        f"{plan.target.ids.link} at {config.base_url}\n"
-        f"  {left} features, {size / 1e6:.1f} MB in {len(missing)} requests; {plan.dead} dead are left out{known}\n"
+        f"{publication.link} at {config.base_url}\n"
+        f"  {missing.features} features, {missing.size / 1e6:.1f} MB in {missing.requests} requests; {plan.dead} dead "
+        f"are left out{known}\n"
         f"  bodies in {plan.folder}",
         flush=True,
     )
-    return left
+    return missing.features
 
 
 def _agreed(config: PublishConfig) -> bool:
@@ -194,25 +170,16 @@ def _agreed(config: PublishConfig) -> bool:
     return input("Send it? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _upload(run: Path, plan: Plan, client: Client, config: PublishConfig) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _upload(publication: Publication, client: Client, config: PublishConfig) -> None:
+    from jsae.progress import Progress
 
-    from bridge.neuronpedia.upload import NeuronpediaUploader
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with _ledger(run, plan, config) as ledger, Progress(*columns, transient=True) as bar:
-        task = bar.add_task("features", total=plan.features)
-        done = NeuronpediaUploader(plan.target).upload(
-            plan,
-            client,
-            ledger,
-            keep=config.keep_uploaded,
-            report=lambda progress: bar.update(task, completed=progress.features),
-        )
+    plan = publication.plan
+    with Progress("uploading", plan.features, "features") as progress:
+        done = publication.send(client, config.keep_uploaded, lambda sent: progress.update(sent.features))
     first = next(iter(plan.batches[0].contents))
     print(
         f"{done.features} features are there, {done.sent / 1e6:.1f} MB were sent: "
-        f"{client.base_url}/{plan.target.ids.link}/{first}\nThey are unlisted: the site's team lists them on request."
+        f"{client.base_url}/{publication.link}/{first}\nThey are unlisted: the site's team lists them on request."
     )
 
 
@@ -232,14 +199,23 @@ def _read(sources: list[Source], config: PublishConfig) -> int:
 
 def _import(config: PublishConfig) -> int:
     from bridge.neuronpedia.importer import import_folder
+    from jsae.progress import Progress
 
-    counts = import_folder(
-        Path(config.folder or ""), config.import_to or "", report=lambda file, _: print(f"  {file}", flush=True)
-    )
+    with Progress("importing", None):
+        counts = import_folder(
+            Path(config.folder or ""), config.import_to or "", report=lambda file, _: print(f"  {file}", flush=True)
+        )
     for table, count in counts.items():
         print(f"{table:<14} {count.inserted} new, {count.existing} there before")
     return 0
 
 
+def next_commands(config: PublishConfig) -> list[str]:
+    """Return what to do with features that were uploaded, or would be."""
+    if config.run_dir is None or config.explanations:
+        return []
+    return commands.after_publishing(Path(config.run_dir), config.hook, config.dry_run)
+
+
 if __name__ == "__main__":
-    flags.run(PublishConfig, main)
+    flags.run(PublishConfig, main, after=next_commands)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from bridge import ranges
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, FilePath
-from bridge.run import directory as rundir
+from bridge.run import Run, commands
 from bridge.settings import LONG_SEED, STEP, flag, settle
 from experiments import flags
 from jsae.settings import COUNT, Range, at_least, require
@@ -31,7 +31,7 @@ TEMPERATURE = Range(1e-6, 1e6, "be 0, or from 1e-6 to 1e6", also=(0,))
 
 @dataclass(frozen=True)
 class SteerConfig:
-    """What to continue, and what to push."""
+    """The prompt, its continuation, and the features that are steered."""
 
     run_dir: FilePath = dataclasses.field(metadata={"help": "A run directory, or with --checkpoint any exported SAE."})
     prompt: str = flag("", "Text to continue; with --chat what the user says.")
@@ -82,18 +82,18 @@ class SteerConfig:
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """One for each feature."""
+        """The strength of each feature."""
         return self.strength * len(self.feature) if len(self.strength) == 1 else self.strength
 
 
 def main(config: SteerConfig) -> int:
-    """Loads the model and its SAEs, then continues the prompt or asks for some."""
+    """Load the model and its SAEs, then continue the prompt, or ask for prompts."""
     require_torch(config.device)
     im = _load(config)
     hook = _hook(config, im)
-    from experiments.prompt_loop import Session, ask
+    from experiments.prompt_loop import Session, Settings, ask
 
-    session = Session(im, hook, config, _requests(config, hook))
+    session = Session(im, hook, Settings(**flags.shared(Settings, config)), _requests(config, hook))
     if config.prompt:
         session.prompt(config.prompt)
     if config.interactive:
@@ -102,21 +102,18 @@ def main(config: SteerConfig) -> int:
 
 
 def _load(config: SteerConfig) -> InterpretableModel:
-    """The checkpoint that the run says, with the run's SAEs."""
-    import bridge.nanochat
-    from bridge import finite
+    """Return the checkpoint that the run says, with the run's SAEs."""
     from bridge.run.exports import warn_of_marked
-    from bridge.runtime import InterpretableModel, load_saes
+    from bridge.runtime import InterpretableModel
 
-    told = {"checkpoint": config.checkpoint, "step": config.step, "tokenizer": config.tokenizer}
-    if config.checkpoint is None:
-        recorded = rundir.read(Path(config.run_dir))["flags"]
-        told = {name: value if value is not None else recorded.get(name) for name, value in told.items()}
-    saes = load_saes(config.run_dir, config.device)
-    warn_of_marked([Path(config.run_dir), *(Path(config.run_dir) / "sae" / hook for hook in saes)])
-    nano = bridge.nanochat.load(told["checkpoint"], told["step"], config.device, tokenizer=told["tokenizer"])
-    finite.warn_of_broken_weights(nano.model)
-    require(nano.tokenizer is not None, f"no tokenizer lies beside {told['checkpoint']}: give it with --tokenizer")
+    run = Run(config.run_dir)
+    model = run.model_path(checkpoint=config.checkpoint, step=config.step, tokenizer=config.tokenizer)
+    saes = run.saes(config.device)
+    warn_of_marked([run.path])  # an exported SAE by itself
+    run.warn_of_marked(saes)
+    nano = model.load(config.device)
+    if config.chat:
+        flags.warn_of_base(nano)
     return InterpretableModel.from_nanochat(nano, saes)
 
 
@@ -135,5 +132,11 @@ def _requests(config: SteerConfig, hook: str) -> list[Steer]:
     return [Steer(hook, index, config.mode, strength, config.positions) for index, strength in pairs]
 
 
+def next_commands(config: SteerConfig) -> list[str]:
+    """Return what else to steer, and where to see more."""
+    model = {name: getattr(config, name) for name in ("checkpoint", "step", "tokenizer")}
+    return commands.after_steering(Path(config.run_dir), config.hook, bool(config.feature), **model)
+
+
 if __name__ == "__main__":
-    flags.run(SteerConfig, main)
+    flags.run(SteerConfig, main, after=next_commands)

@@ -68,7 +68,7 @@ def shardings(tree: Any, mesh: Mesh, latent_arrays: Iterable[str] = ()) -> Any:
       mesh: a mesh with the axes of `RULES`.
       latent_arrays: names of more arrays with one number per latent.
     """
-    table = dict.fromkeys(latent_arrays, ("f",)) | AXES
+    table: dict[str, tuple[str, ...]] = {**dict.fromkeys(latent_arrays, ("f",)), **AXES}
 
     def place(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
         names = [str(getattr(p, "name", getattr(p, "key", ""))) for p in path]

@@ -20,9 +20,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jsae import checksum, manifest
+from jsae.loop import States
 from jsae.manifest import DamagedError
 from jsae.settings import ConfigError
-from jsae.train import States
 
 DAMAGED = ".damaged"
 """Suffix of a damaged checkpoint that was renamed."""

@@ -175,38 +175,6 @@ def _cut(block: Block, order: Int[Array, " rows"], batch: Int[Array, ""], batch_
     return jax.tree.map(lambda acts: acts[rows], block)
 
 
-class ArraySource:
-    """A source that cycles through arrays in memory, (rows, d) each, for tests and stored activations.
-
-    Raises:
-      ConfigError: there is no array, or the first has no row.
-    """
-
-    def __init__(self, *acts: Float[np.ndarray, "rows _"]):
-        require(
-            len(acts) >= 1 and len(acts[0]) >= 1, "a source of arrays needs at least one array with at least one row"
-        )
-        self._acts, self._start = acts, 0
-        self.d_in = acts[0].shape[1]
-
-    def fill(self, rows: int) -> Filling:
-        """Fill a block with the next rows, starting over at the end of the arrays."""
-        size = len(self._acts[0])
-        indices = (self._start + np.arange(rows)) % size
-        self._start = int((self._start + rows) % size)
-        yield 0.0
-        block = tuple(jnp.asarray(acts[indices]) for acts in self._acts)
-        return block if len(block) > 1 else block[0]
-
-    def position(self) -> dict[str, Any]:
-        """Return the number of the next row."""
-        return {"row": self._start}
-
-    def seek(self, position: dict[str, Any]) -> None:
-        """Continue from a row."""
-        self._start = int(position["row"])
-
-
 def scale_of(acts: Float[Array, "n d"], layers: int = 1) -> Float[Array, "*d"]:
     """Return the factor that scales activations to a mean squared norm of d.
 
@@ -240,7 +208,7 @@ def check(acts: Float[Array, "n d"], where: str = "activations") -> None:
       DegenerateError: all are zero, all rows are equal, or float32 cannot represent sums of their squares.
     """
     with jax.ensure_compile_time_eval():  # works inside traced functions too
-        extent = Extent(*(float(value) for value in jax.device_get(_extent(acts))))
+        extent = Extent(*(float(value) for value in jax.device_get(_extent(acts))))  # type: ignore[arg-type]
     problem = degenerate(extent._replace(nonfinite=int(extent.nonfinite)), where)
     if problem is not None:
         raise (ActivationsError if extent.nonfinite else DegenerateError)(problem)

@@ -66,7 +66,10 @@ def resample(
     norms = jnp.linalg.norm(sae.W_enc[...], axis=1)
     mean_norm = jnp.where(dead, 0, norms).sum() / jnp.maximum((~dead).sum(), 1)
     centred = x if sae.b_in is None else x - sae.b_in
-    fresh = {"W_dec": _directions(y - sae.b_dec)[token], "W_enc": 0.2 * mean_norm * _directions(centred)[token]}
+    fresh: dict[str, Any] = {
+        "W_dec": _directions(y - sae.b_dec)[token],
+        "W_enc": 0.2 * mean_norm * _directions(centred)[token],
+    }
     fresh |= sae.initial_latents(sae.config)
 
     def replace(path: tuple[Any, ...], leaf: Array) -> Array:

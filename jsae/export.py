@@ -9,21 +9,19 @@ import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import save, save_file
 
-from jsae import files
+from jsae import files, jsons
 from jsae.architectures import ARCHITECTURES, SAEConfig
+from jsae.saelens import Plain
+from jsae.saelens.settings import CFG, ENCODERS, RANKED, TRANSCODERS, WEIGHTS
 from jsae.settings import require
 
 SAELENS_VERSION = "6.54.12"
 """The version of the file format; SAELens reads a file without one as a much older form."""
 
-TRANSCODERS: Mapping[str, str] = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
-"""The same of transcoders; with a skip path `_transcoder` becomes `_skip_transcoder`."""
-
-RANKED = ("topk", "abstopk")
-"""Exported forms that choose among latents by their size."""
-
 Arrays = Mapping[str, np.ndarray]
 Scale = float | np.ndarray
+
+_ROUNDING = 1e-6  # relative, of the norm of a row in float32
 
 
 def architecture(config: SAEConfig) -> str:
@@ -32,12 +30,13 @@ def architecture(config: SAEConfig) -> str:
     Raises:
       ConfigError: SAELens has no form of it.
     """
-    name = config.sae.form
+    form = config.sae.form
     if not config.is_transcoder:
-        return name
-    others = ", ".join(sae.name for sae in ARCHITECTURES.values() if sae.form in TRANSCODERS)
-    require(name in TRANSCODERS, f"there is no exported form of a {config.architecture} transcoder: use {others}")
-    return TRANSCODERS[name].replace("transcoder", "skip_transcoder") if config.skip else TRANSCODERS[name]
+        return form
+    names = {form: name for name, form in TRANSCODERS.items() if ("skip" in name) == config.skip}
+    others = ", ".join(sae.name for sae in ARCHITECTURES.values() if sae.form in names)
+    require(form in names, f"there is no exported form of a {config.architecture} transcoder: use {others}")
+    return names[form]
 
 
 def fold(weights: Arrays, scale: Scale, scale_out: Scale, ranked: bool = False) -> dict[str, np.ndarray]:
@@ -78,7 +77,46 @@ def fold(weights: Arrays, scale: Scale, scale_out: Scale, ranked: bool = False) 
 
 def _alike(norms: Float[np.ndarray, " f"]) -> bool:
     """Return whether norms of decoder rows are the same but for rounding: they then do not change a ranking."""
-    return bool(np.abs(norms / norms.mean() - 1).max() < 1e-6)
+    return bool(np.abs(norms / norms.mean() - 1).max() < _ROUNDING)
+
+
+def plain(config: SAEConfig, weights: Arrays, scale: Scale, scale_out: Scale) -> Plain:
+    """Return the SAE in plain form, for activations as the model has them, with input scale and decoder norms folded.
+
+    Args:
+      config: the SAE's.
+      weights: in the trainer's layout.
+      scale: the factor on the input in training.
+      scale_out: the factor on the target in training.
+
+    Raises:
+      ConfigError: weights that cannot be folded, other arrays of latents than the SAE's form has, or an architecture
+        without an exported form.
+    """
+    cfg: dict[str, Any] = {
+        "architecture": architecture(config),
+        "d_in": config.d_in,
+        "d_sae": config.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": not config.is_transcoder,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": SAELENS_VERSION},
+    }
+    latents = set(weights) - {"W_enc", "W_dec", "b_dec", "W_skip"}
+    expected = ENCODERS[config.sae.form]
+    require(
+        latents == set(expected),
+        f"{config.architecture} leaves as a {config.sae.form} SAE, which has the arrays of latents "
+        f"{', '.join(expected)}, but its inference_arrays are {', '.join(sorted(latents)) or 'none'}",
+    )
+    if config.is_transcoder:
+        cfg["d_out"] = config.width_out
+    ranked = cfg["architecture"] in RANKED
+    if ranked:
+        cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
+    return Plain(cfg, fold(weights, scale, scale_out, ranked), config.layers)
 
 
 def write(
@@ -89,6 +127,24 @@ def write(
     scale_out: Scale,
     metadata: Mapping[str, Any],
 ) -> None:
+    """Write the SAE of a training state as a SAELens directory; `plain` and then `write_plain`.
+
+    Args:
+      folder: made new; an export that is there is replaced.
+      config: the SAE's.
+      weights: in the trainer's layout.
+      scale: the factor on the input in training.
+      scale_out: the factor on the target in training.
+      metadata: what SAELens keeps about an SAE: model_name, hook_name, context_size, prepend_bos and more.
+
+    Raises:
+      ConfigError: weights that cannot be folded, or an architecture without an exported form.
+      OSError: the folder cannot be written, for example because the disk is full; an earlier export stays.
+    """
+    write_plain(folder, plain(config, weights, scale, scale_out), metadata)
+
+
+def write_plain(folder: Path, sae: Plain, metadata: Mapping[str, Any]) -> None:
     """Write `cfg.json` and `sae_weights.safetensors` into `folder`, whole or not at all.
 
     A crosscoder's directory has the same files in a layout of its own: architecture `crosscoder` with the encoder's
@@ -100,44 +156,26 @@ def write(
 
     Args:
       folder: made new; an export that is there is replaced.
-      config: the SAE's.
-      weights: in the trainer's layout.
-      scale: the factor on what is read in training.
-      scale_out: the factor on what is made in training.
-      metadata: what SAELens keeps about an SAE: model_name, hook_name, context_size, prepend_bos and more.
+      sae: the SAE.
+      metadata: is added to the SAE's own.
 
     Raises:
-      ConfigError: weights that cannot be folded, or an architecture without an exported form.
       OSError: the folder cannot be written, for example because the disk is full; an earlier export stays.
     """
-    cfg: dict[str, Any] = {
-        "architecture": architecture(config),
-        "d_in": config.d_in,
-        "d_sae": config.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": not config.is_transcoder,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {"sae_lens_version": SAELENS_VERSION, **metadata},
-    }
-    if config.is_transcoder:
-        cfg |= {"d_out": config.width_out}
+    cfg, weights, layers = dict(sae.cfg), dict(sae.weights), sae.layers
+    cfg["metadata"] = cfg["metadata"] | metadata
     if cfg["architecture"] in RANKED:
-        cfg["k"] = config.k
-    folded = fold(weights, scale, scale_out, cfg["architecture"] in RANKED)
-    if cfg["architecture"] in RANKED:
-        norms = np.linalg.norm(folded["W_dec"].astype(np.float64), axis=1)
-        cfg["rescale_acts_by_decoder_norm"] = config.layers == 1 and _alike(norms)
-    if config.layers > 1:
-        cfg |= {"architecture": "crosscoder", "activation": cfg["architecture"], "layers": config.layers}
-        cfg["d_in"] = d = config.d_in // config.layers
-        folded["W_enc"] = folded["W_enc"].reshape(config.layers, d, config.d_sae)
-        folded["W_dec"] = folded["W_dec"].reshape(config.d_sae, config.layers, d)
-        folded["b_dec"] = folded["b_dec"].reshape(config.layers, d)
+        norms = np.linalg.norm(weights["W_dec"].astype(np.float64), axis=1)
+        cfg["rescale_acts_by_decoder_norm"] = layers == 1 and bool(np.abs(norms - 1).max() < _ROUNDING)
+    if layers > 1:
+        cfg |= {"architecture": "crosscoder", "activation": cfg["architecture"], "layers": layers}
+        cfg["d_in"] = d = cfg["d_in"] // layers
+        weights["W_enc"] = weights["W_enc"].reshape(layers, d, -1)
+        weights["W_dec"] = weights["W_dec"].reshape(-1, layers, d)
+        weights["b_dec"] = weights["b_dec"].reshape(layers, d)
     with files.replacing_folder(folder) as partial:
-        save_file(folded, partial / "sae_weights.safetensors")
-        (partial / "cfg.json").write_text(json.dumps(cfg, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        save_file(weights, partial / WEIGHTS)
+        (partial / CFG).write_text(json.dumps(cfg, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def mark(folder: Path, problem: str) -> None:
@@ -147,7 +185,7 @@ def mark(folder: Path, problem: str) -> None:
       OSError: the file cannot be written.
     """
     path = folder / "cfg.json"
-    cfg = json.loads(path.read_text(encoding="utf-8"))
+    cfg = jsons.read(path)
     cfg["metadata"]["problem"] = problem
     files.write(path, json.dumps(cfg, indent=2, allow_nan=False) + "\n")
 

@@ -14,6 +14,8 @@ import warnings
 from pathlib import Path
 from types import TracebackType
 
+from jsae import jsons
+
 LOCK = ".lock"
 """Name of the lock file in a folder."""
 
@@ -101,7 +103,7 @@ def _holder(descriptor: int) -> str:
     """Return a description of the process that holds a lock; wait if the lock file is empty or outdated."""
     for _ in range(20):
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            note = json.loads(os.pread(descriptor, 4096, 0))
+            note = jsons.loads(os.pread(descriptor, 4096, 0))
             if note["host"] != socket.gethostname() or _is_alive(int(note["pid"])):
                 return f"process {int(note['pid'])} on {note['host']} ({note['program']})"
         time.sleep(0.05)

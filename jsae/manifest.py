@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jsae import files
+from jsae import files, jsons
 
 NAME = "manifest.json"
 """Name of the list in its folder."""
@@ -99,10 +99,10 @@ def read_json(path: Path) -> Any:
         size = path.stat().st_size
         if size > _LARGEST:
             raise DamagedError(f"{path} has {size:,} bytes; at most {_LARGEST:,} are expected")
-        return json.loads(path.read_bytes())
+        return jsons.loads(path.read_bytes())
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise DamagedError(f"{path} is missing") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DamagedError(f"{path} is not JSON: {str(error)[:200]}") from error
 
 

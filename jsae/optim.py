@@ -24,7 +24,7 @@ class Optimizer(Protocol):
     def init(self, params: Any) -> Any:
         """Return the state before the first step."""
 
-    def apply(self, grads: Any, state: Any, params: Any, factor: float) -> tuple[Any, Any]:
+    def apply(self, grads: Any, state: Any, params: Any, factor: float = 1.0) -> tuple[Any, Any]:
         """Return the weights after one update by `factor * grads`, with decoder rows of norm 1, and the new state."""
 
 

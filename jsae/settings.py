@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-import json
 import numbers
 import types
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from jsae import jsons
 
 
 class ConfigError(ValueError):
@@ -66,7 +67,7 @@ def check_fields(config: Any) -> None:
     Raises:
       ConfigError: a field has a wrong type or a value that is not allowed; names the field.
     """
-    for field in _fields(type(config)):
+    for field in _fields(type(config)):  # type: ignore[arg-type]
         name, value = field.name, getattr(config, field.name)
         if value is None and field.optional:
             continue
@@ -124,7 +125,26 @@ def _fields(config_class: type) -> list[_Field]:
     return fields
 
 
-_Config = TypeVar("_Config", bound="Json")
+_Config = TypeVar("_Config")
+
+
+def read_fields(cls: type[_Config], values: dict[str, Any] | str) -> _Config:
+    """Return a dataclass from the JSON of its fields.
+
+    Raises:
+      ConfigError: a name that is no field, or a field with no default that is missing.
+    """
+    if isinstance(values, str):
+        values = jsons.loads(values)
+    if not isinstance(values, dict):
+        raise ConfigError(f"a {cls.__name__} is read from a JSON object, not from {values!r:.80}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
+    no_default = dataclasses.MISSING
+    missing = [n for n, f in fields.items() if n not in values and f.default is no_default is f.default_factory]
+    require(not missing, f"{cls.__name__} needs {', '.join(missing)}")
+    return cls(**values)
 
 
 class Json:
@@ -141,13 +161,4 @@ class Json:
         Raises:
           ConfigError: a name is not a field, or a field without a default is missing.
         """
-        if isinstance(values, str):
-            values = json.loads(values)
-        require(isinstance(values, dict), f"{cls.__name__} must be a JSON object, got {values!r:.80}")
-        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(values) - set(fields))
-        require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
-        no_default = dataclasses.MISSING
-        missing = [n for n, f in fields.items() if n not in values and f.default is no_default is f.default_factory]
-        require(not missing, f"{cls.__name__} needs {', '.join(missing)}")
-        return cls(**values)
+        return read_fields(cls, values)

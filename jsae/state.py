@@ -108,6 +108,12 @@ def shard(state: TrainState, mesh: Mesh) -> TrainState:
     return jax.device_put(state, axes.shardings(state, mesh, latent_arrays=state.sae.initial_latents(state.sae.config)))
 
 
+def widths(config: SAEConfig) -> list[int]:
+    """Return the widths of the activations of an SAE: of its layers, or of a transcoder's input and target."""
+    width = config.d_in // config.layers
+    return [width, config.width_out] if config.is_transcoder else [width] * config.layers
+
+
 def input_and_target(config: SAEConfig, acts: Acts) -> tuple[Float[Array, "n d"], Float[Array, "n o"]]:
     """Return input and target of an SAE: the concatenated layers of a crosscoder, otherwise the first and last array.
 
@@ -115,10 +121,8 @@ def input_and_target(config: SAEConfig, acts: Acts) -> tuple[Float[Array, "n d"]
       ConfigError: the number or the widths of the activations are not those of the SAE.
     """
     parts = acts if isinstance(acts, tuple) else (acts,)
-    width = config.d_in // config.layers
-    expected = [width, config.width_out] if config.is_transcoder else [width] * config.layers
-    widths = [part.shape[1] for part in parts]
-    require(widths == expected, f"this SAE needs activations of the widths {expected}, got {widths}")
+    expected, actual = widths(config), [part.shape[1] for part in parts]
+    require(actual == expected, f"this SAE needs activations of the widths {expected}, got {actual}")
     if config.layers > 1:
         parts = (jnp.concatenate(parts, axis=1),)
-    return parts[0], parts[-1]
+    return parts[0], parts[-1]  # type: ignore[return-value]  # traced, or jax arrays

@@ -180,7 +180,7 @@ def _sums(
             mean=mean,
         )
 
-    arrays = (acts, y, outputs.error, latents.values if sparse else latents)
+    arrays = (acts, y, outputs.error, latents.values if isinstance(latents, Codes) else latents)
     sums = ops.sum_over_tokens(part, arrays, sizes.d_in, sizes.d_sae, gradients=False)
     sums = sums._replace(l0=sums.l0.astype(jnp.float32))  # the count of a long window exceeds int32
     return sums._replace(fired=dead.times_fired(latents, sizes.d_sae)) if sparse else sums

@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from jsae import metrics, train
+from jsae import loop, metrics
 from jsae.architectures import SAEConfig
 from jsae.config import TrainConfig
 from jsae.state import Acts, TrainState
@@ -15,7 +15,7 @@ def begin(
     config: SAEConfig, how: TrainConfig, sample: Acts, inner: optax.GradientTransformation | None = None
 ) -> TrainState:
     """The state before the first step."""
-    return train.init([train.Member(config, how, inner=inner)], (sample,))[0]
+    return loop.init([loop.Member(config, how, inner=inner)], (sample,))[0]
 
 
 def fit(
@@ -26,14 +26,14 @@ def fit(
     inner: optax.GradientTransformation | None = None,
 ) -> Iterator[tuple[int, TrainState, metrics.Sums]]:
     """Every step to the end of the run."""
-    members = [train.Member(config, how, inner=inner)]
-    for number, states, sums in train.fit(members, (state,), ((batch,) for batch in batches)):
+    members = [loop.Member(config, how, inner=inner)]
+    for number, states, sums in loop.fit(members, (state,), ((batch,) for batch in batches)):
         yield number, states[0], sums[0]
 
 
 def stepping(config: SAEConfig, how: TrainConfig) -> Callable[[TrainState, Any], tuple[TrainState, metrics.Sums]]:
     """The program of the steps in which k has come down: (state, acts) -> (state, sums); the state is donated."""
-    program = train.Programs([train.Member(config, how)]).at(how.num_steps)
+    program = loop.Programs([loop.Member(config, how)]).at(how.num_steps)
 
     def step(state: TrainState, acts: Acts) -> tuple[TrainState, metrics.Sums]:
         (state,), (sums,) = program((state,), (acts,))

@@ -177,9 +177,9 @@ def _records(run: Path, version: int) -> None:
 
 
 def _table(run: Path, version: int) -> None:
-    from experiments import evaluate
+    from bridge.run import tables
 
-    evaluate._write(run, {HOOK: {"eval": {"fvu": version / 10, "long": [version] * 400}}})
+    tables.write(run, {HOOK: {"eval": {"fvu": version / 10, "long": [version] * 400}}})
 
 
 def _metrics(run: Path, version: int) -> None:

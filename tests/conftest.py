@@ -1,14 +1,20 @@
-"""What every test shares: shape checks switched on, the place of the goldens."""
+"""What every test shares: shape checks switched on, tiers, the place of the goldens."""
 
+import atexit
 import gc
 import json
+import os
+import shutil
 import signal
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+import tiers
 import torch
 from chromium import browser, visit  # noqa: F401
 from jaxtyping import install_import_hook
@@ -22,21 +28,61 @@ jax.config.update("jax_num_cpu_devices", 4)
 # Tiny models on one thread: threads that wait for each other cost minutes as soon as another process wants a core.
 torch.set_num_threads(1)
 
+# The commands that tests start compile the same few programs again and again: they share them through a folder that
+# ends with the session. This process is not part of it, so that its programs are compiled as a user's are.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a worker of pytest-xdist has its parent's
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jsae-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", None)
+
 # A shell's background jobs ignore Ctrl-C, and so would every command that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave modules unread of which the quick tier has nothing: their imports would take as long as its tests."""
+    quick = config.option.markexpr == "not slow"
+    return True if quick and collection_path.stem in tiers.MODULES else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests, and put their modules first: the longest must not begin when all others have ended."""
+    tiers.mark(items)
+    items.sort(key=tiers.place)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Keep the promise of the quick tier: its tests start no process."""
+    if item.get_closest_marker("slow"):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", tiers.refuse)
+        return (yield)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what exists by now, which stays to the end, out of every later search for garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+MAPPINGS = Path("/proc/self/maps")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_end_with_their_module() -> Iterator[None]:
-    """Free what a module compiled.
+    """Free what modules compiled, before it is too much.
 
     Every program that jax compiles for the processor holds memory mappings. Those of the whole suite together exceed
     the kernel's limit for one process (vm.max_map_count, 65,530), and then the compiler crashes.
     """
     yield
-    jax.clear_caches()
-    gc.collect()
+    if not MAPPINGS.is_file() or MAPPINGS.read_bytes().count(b"\n") > 10_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -51,6 +51,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, json.dumps(tree).encode())
         else:
             siblings = [{"rfilename": name} for name in names]
+            if "blobs=" in query:
+                siblings = [s | {"size": p.stat().st_size} for s, p in zip(siblings, files, strict=True)]
             self._send(200, json.dumps({"id": repo, "modelId": repo, "sha": SHA, "siblings": siblings}).encode())
 
     def _file(self, repo: str, revision: str, name: str, body: bool) -> None:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import explorer_toy as toy
+import file_limit
 import pytest
 from atomic_writers import WRITERS
 
@@ -20,6 +21,7 @@ def outcomes() -> dict:
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         done = subprocess.run(
             [sys.executable, ROOT / "tests" / "atomic_writers.py", folder],
+            env=file_limit.ENVIRONMENT,
             capture_output=True,
             text=True,
             timeout=600,
@@ -65,6 +67,7 @@ def test_an_export_that_does_not_fit_is_one_line_with_the_path(tmp_path, kind):
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, f"--run_dir={run}", f"--format={kind}", "--layers=9"],
         cwd=ROOT,
+        env=file_limit.ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=100,

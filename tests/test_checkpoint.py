@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import file_limit
 import jax
 import numpy as np
 import pytest
 
-from jsae import train
+from jsae import loop
 from jsae.architectures import sae_config
 from jsae.checkpoint import Checkpoints
 from jsae.config import TrainConfig
@@ -39,8 +40,8 @@ def orbax_fails() -> Iterator[None]:
 
 
 @functools.cache
-def states(seed: int) -> train.States:
-    return train.init([train.Member(SAE, RUN)], (jax.random.normal(jax.random.key(seed), (100, 32)),))
+def states(seed: int) -> loop.States:
+    return loop.init([loop.Member(SAE, RUN)], (jax.random.normal(jax.random.key(seed), (100, 32)),))
 
 
 def same(a: object, b: object) -> bool:
@@ -271,11 +272,11 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(two, tmp_path):
 
 
 def test_states_of_another_configuration_are_refused_with_the_array(two):
-    narrow = train.init(
-        [train.Member(sae_config("topk", 32, 48, k=4), RUN)], (jax.random.normal(jax.random.key(0), (100, 32)),)
+    narrow = loop.init(
+        [loop.Member(sae_config("topk", 32, 48, k=4), RUN)], (jax.random.normal(jax.random.key(0), (100, 32)),)
     )
     with_average = TrainConfig(num_activations=1000, batch_size=100, average_fraction=0.1)
-    averaged = train.init([train.Member(SAE, with_average)], (jax.random.normal(jax.random.key(0), (100, 32)),))
+    averaged = loop.init([loop.Member(SAE, with_average)], (jax.random.normal(jax.random.key(0), (100, 32)),))
     with Checkpoints(two) as checkpoints:
         with pytest.raises(ConfigError, match=r"the array .*W_dec.* is float32\[64, 32\] there and must be .*48, 32\]"):
             checkpoints.restore(narrow)
@@ -365,7 +366,7 @@ def test_a_full_disk_is_one_error_and_leaves_the_checkpoints_before(size, tmp_pa
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", FULL, folder, str(size)],
-        env={**os.environ, "PYTHONPATH": f"{here.parent}:{here}"},
+        env={**file_limit.ENVIRONMENT, "PYTHONPATH": f"{here.parent}:{here}"},
         capture_output=True,
         text=True,
         timeout=300,

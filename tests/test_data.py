@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jsae import data
-from jsae.data import ArraySource, Cursor, Shuffled
+from jsae.arrays import ArraySource
+from jsae.data import Cursor, Shuffled
 from jsae.settings import ConfigError
 
 

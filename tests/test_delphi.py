@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 from bridge import delphi
-from jsae.records.store import Activations, AllHeader, Store, StoreError
+from jsae.records.store import VERSION, Activations, AllHeader, Store, StoreError
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_rows_beyond_16_bits_are_written_in_32(tmp_path):
     folder, rows = tmp_path / "all", (1 << 16) + 1
     cells = np.array([5, rows * 4 - 1], np.uint32)
     columns = {"offsets": np.array([0, 1, 1, 2]), "cell": cells, "value": np.array([1, 2])}
-    Activations.write(folder, AllHeader(1, 3, rows, 4, "ab"), columns)
+    Activations.write(folder, AllHeader(VERSION, 3, rows, 4, "ab"), columns)
     held = delphi._cells(Activations(folder), 1, 3, 4)
     assert held["locations"].dtype == np.uint32
     assert held["locations"].tolist() == [[rows - 1, 3, 1]]

@@ -5,8 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import sae_lens
-import sae_lens.evals
 import torch
 from tiny_nanochat import tiny
 from torch import nn
@@ -286,6 +284,8 @@ class AsTransformerLens:
 
 
 def test_saelens_measures_the_same(tmp_path):
+    import sae_lens.evals  # takes seconds, and the other tests here are quick
+
     name = "blocks.2.hook_resid_post"
     ours = toy_sae("jumprelu", 32, 64, hook_name=name, sae_lens_version="6.54.12")
     ours.cfg |= {"dtype": "float32", "device": "cpu"}

@@ -229,7 +229,7 @@ def test_an_error_is_one_line(tmp_path):
 
 def test_no_jax_is_loaded():
     check = (
-        "import sys, bridge.evaluate.labels, bridge.evaluate.classes, experiments.evaluate, experiments.subjects,"
+        "import sys, bridge.evaluate.labels, bridge.evaluate.classes, experiments.evaluate, bridge.run.subjects,"
         "experiments.plots, experiments.evaluate_view, bridge.runtime; assert 'jax' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)

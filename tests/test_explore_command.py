@@ -93,6 +93,25 @@ def test_a_run_is_gathered_and_its_page_written(explored, run):
     assert f"written to {run / 'explorer' / 'index.html'}" in explored.stderr
 
 
+def test_latents_get_labels_from_a_part_of_the_text_and_the_output_says_how_many(explored, run):
+    table = json.loads((run / "labels.json").read_text())
+    page = "".join(file.read_text() for file in (run / "explorer").glob("page-*/list-*.js"))
+    for hook in HOOKS:
+        named = [label["label"] for label in table[hook].values() if label["label"]]
+        assert len(named) > 24
+        assert f"{hook}: {len(named)} latents labelled from a part of the text" in explored.stderr
+        assert json.dumps(named[0])[1:-1].replace("<", "\\u003c") in page
+    assert f"experiments.evaluate --run_dir={run}" in explored.stderr
+
+
+def test_labels_that_are_there_are_left_alone(explored, run):
+    before = (run / "labels.json").stat().st_mtime_ns
+    again = command(run_dir=run)
+    assert again.returncode == 0, again.stderr
+    assert f"latents have labels in {run / 'labels.json'}" in again.stderr
+    assert (run / "labels.json").stat().st_mtime_ns == before
+
+
 def test_records_that_fit_are_not_gathered_again(explored, run):
     before = {path: path.stat().st_mtime_ns for path in (run / "explorer" / "records").rglob("*.npy")}
     again = command(run_dir=run)
@@ -289,8 +308,8 @@ def test_flags_that_make_no_sense_are_refused():
 
 def test_no_jax_is_loaded():
     check = (
-        "import sys, bridge.explorer.gather, bridge.explorer.page, bridge.server.server, experiments.explore,"
-        "experiments.explore_view; assert 'jax' not in sys.modules"
+        "import sys, bridge.explorer.gather, bridge.explorer.page, bridge.server.server, bridge.exploration,"
+        "experiments.explore; assert 'jax' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

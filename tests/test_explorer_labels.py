@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -110,6 +112,56 @@ def test_a_line_that_was_cut_off_spoils_no_other(run):
     with pytest.warns(UserWarning, match="line 2 is left out"):
         names = Names.read(run, HOOK)
     assert (names.label(0), names.label(2)) == ("cats", "numbers")
+
+
+def test_many_lines_that_are_no_notes_are_warned_of_together(run):
+    labels.append(run, HOOK, 0, "cats")
+    with labels.notes_file(run).open("a") as file:
+        file.write("{}\n" * 1000)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert labels.notes(run)[0]["label"] == "cats"
+    assert len(told) == 21
+    assert str(told[-1].message).endswith("980 more lines are left out")
+
+
+HOSTILE = """
+import sys, time, warnings, resource
+from bridge.run import labels
+warnings.simplefilter("ignore")
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+try:
+    labels.Names.read(sys.argv[1], "blocks.2.hook_resid_post")
+except ValueError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, time.process_time() - start)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "piece", "times", "told"),
+    [
+        ("explorer/notes.jsonl", b"{}\n", 20_000_000, "more than 262,144 lines"),
+        ("explorer/notes.jsonl", b"\n", 60_000_000, "more than 262,144 lines"),
+        ("explorer/notes.jsonl", b"{},", 22_000_000, ""),
+        ("explorer/notes.jsonl", b"{},", 30_000_000, "too many for notes"),
+        ("labels.json", b"{},", 22_000_000, "more than 1,048,576 labels"),
+        ("labels.json", b"1,", 40_000_000, "at most 67,108,864 are read"),
+    ],
+)
+def test_files_of_names_that_are_hostile_take_little_time_and_memory(run, name, piece, times, told):
+    (run / "explorer").mkdir()
+    with (run / name).open("wb") as file:
+        file.write(b"[")
+        for _ in range(100):
+            file.write(piece * (times // 100))
+    words = [sys.executable, "-c", HOSTILE, str(run)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
+    *said, figures = done.stdout.splitlines()
+    assert told in "".join(said), done.stderr
+    memory, seconds = map(float, figures.split())
+    assert memory < 400
+    assert seconds < 10
 
 
 def test_a_file_that_is_no_notes_at_all_says_so(run, monkeypatch):

@@ -89,7 +89,7 @@ def test_a_page_on_a_server_of_plain_files_is_the_static_one(visit, tmp_path):
         port = re.search(r"port (\d+)", process.stdout.readline())[1]
         tab = visit(f"http://127.0.0.1:{port}/index.html#latent=0", expected="404")
         open_latent(tab, 0)
-        assert tab.locator("#tabs a").count() == 0
+        assert tab.locator("#tabs a:visible").count() == 0
         assert tab.locator("#push, #rename, .try").count() == 0
 
 
@@ -240,8 +240,10 @@ def test_a_name_is_kept_in_the_file_and_on_the_page(visit, live):
     tab.fill("#label", "")
     tab.fill("#note", "")
     tab.click("#keep")
-    tab.wait_for_selector("h1:has-text('no label')")
-    assert len(labels.Names.read(run, toy.HOOK)) == 0
+    tab.wait_for_selector("h1:not(:has-text('a name'))")
+    names = labels.Names.read(run, toy.HOOK)
+    assert tab.inner_text("h1") == (names.automatic(9).label or tab.evaluate("jsae.list.current.title(9)"))
+    assert not any(names[latent].by_person for latent in names)
 
 
 def test_what_the_server_refuses_is_shown(visit, live):
@@ -268,3 +270,53 @@ def test_the_live_part_fits_a_phone(visit, live, view):
         tab.click(".found button >> nth=0")
         tab.wait_for_selector(".push")
     assert_fits(tab, "main")
+
+
+def test_steering_starts_gently_and_says_when_the_model_repeats_itself(visit, live):
+    url, run = live
+    store = Store(run / "explorer" / "records" / toy.HOOK)
+    tab = visit(f"{url}#hook={toy.HOOK}&latent=3")
+    open_latent(tab, 3)
+    tab.click("#push")
+    tab.wait_for_selector(".push[data-latent='3']")
+    strength = float(tab.input_value("[aria-label='Strength of #3, exactly']"))
+    usual, largest = float(store["mean"][3]), float(store["max"][3])
+    assert strength == pytest.approx(min(2 * usual, largest), rel=0.01)
+    assert 0 < strength < largest
+    tab.click("text=Continue")
+    tab.fill("#prompt", "import ")
+    tab.fill("#set-max_tokens", "40")
+    tab.fill("#set-temperature", "0")
+    tab.fill("[aria-label='Strength of #3, exactly']", "5000")
+    tab.click("#go")
+    written(tab, "steered")
+    told = tab.inner_text(".sheet[data-which=steered] .repeats")
+    assert "It repeats itself" in told
+    assert "smaller strength" in told
+
+
+@pytest.mark.parametrize(
+    ("ids", "period"),
+    [
+        ([1, 2, 3] * 4, 3),
+        ([9, 8, *[5] * 8], 1),
+        ([5] * 7, 0),
+        ([1, 2] * 3 + [1], 0),
+        (list(range(40)), 0),
+        ([*[5] * 9, 1], 0),
+    ],
+)
+def test_what_ends_in_the_same_tokens_again_and_again_repeats_itself(visit, live, ids, period):
+    tab = visit(live[0])
+    assert tab.evaluate("ids => jsae.steer.period(ids)", ids) == period
+
+
+def test_a_chat_with_a_base_checkpoint_says_so(visit, live):
+    tab = visit(f"{live[0]}#view=steer")
+    tab.click("text=Chat")
+    assert tab.locator(".ask .repeats").is_hidden()  # it lies in chatsft_checkpoints
+    tab.evaluate("jsae.live.model.trained_to_chat = false")
+    tab.click("text=Continue")
+    assert tab.locator(".ask .repeats").is_hidden()
+    tab.click("text=Chat")
+    assert "not trained to chat" in tab.inner_text(".ask .repeats")

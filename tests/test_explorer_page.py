@@ -1,5 +1,7 @@
 """The explorer's page as a person meets it from the disk, in a real Chromium."""
 
+import base64
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -406,3 +408,163 @@ def test_text_has_the_contrast_that_reading_needs(visit, address, scheme, fragme
     told = contrasts(tab)
     assert len(told) > 50
     assert [one for one in told if one[0] < ENOUGH] == []
+
+
+# ---- a list that is longer than the window ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long_list(tmp_path_factory) -> str:
+    """The address of a page whose list has 1,440 latents: the toy's eight, 180 times."""
+    run = tmp_path_factory.mktemp("runs") / "long"
+    toy.write_store(run)
+    page.write(run)
+    (file,) = (run / "explorer").glob("page-*/list-0.js")
+    (manifest,) = (run / "explorer").glob("page-*/manifest.js")
+    repeat_list(file, manifest, 180)
+    return (run / "explorer" / "index.html").as_uri()
+
+
+def repeat_list(file: Path, manifest: Path, times: int) -> None:
+    """Write the list of a page anew with all of its latents so many times."""
+    head, data, tail = re.fullmatch(r"(jsae\.put\(\"[\w-]+\",)(.*)(\);\n)", file.read_text(), re.DOTALL).groups()
+    told = json.loads(data)
+    for name, value in told.items():
+        if name in ("by_person", "notes", "fit"):
+            continue
+        told[name] = (
+            base64.b64encode(base64.b64decode(value) * times).decode() if isinstance(value, str) else value * times
+        )
+    file.write_text(f"{head}{json.dumps(told)}{tail}".replace("<", "\\u003c"))
+    manifest.write_text(manifest.read_text().replace(f'"d_sae":{toy.D_SAE}', f'"d_sae":{times * toy.D_SAE}'))
+
+
+FOCUSED = "+(document.activeElement.closest('.row')?.dataset.latent ?? -1)"
+
+
+def test_tab_walks_from_the_filter_through_the_list_from_the_latent_that_is_open(visit, long_list):
+    tab = visit(f"{long_list}#latent=229", expected="ERR_FILE_NOT_FOUND")  # there is no such shard of the toy
+    tab.wait_for_selector(".row.chosen")
+    tab.focus("#filters")
+    walked = []
+    for _ in range(30):  # more than fit into the window
+        tab.keyboard.press("Tab")
+        walked.append(tab.evaluate(FOCUSED))
+    assert walked == list(range(229, 259))
+    row = tab.locator(":focus").bounding_box()
+    rows = tab.locator(".rows").bounding_box()
+    assert rows["y"] - 1 <= row["y"] <= rows["y"] + rows["height"] - row["height"] + 1
+    for _ in range(40):
+        tab.keyboard.press("Shift+Tab")
+    assert tab.evaluate(FOCUSED) == 218
+    tab.wait_for_timeout(100)  # the list has been scrolled meanwhile
+    tab.locator(".rows").evaluate("rows => rows.scrollTop = 0")
+    tab.wait_for_timeout(100)
+    assert tab.evaluate(FOCUSED) == 218  # a row that is out of sight keeps the focus
+    tab.keyboard.press("Tab")
+    assert tab.evaluate(FOCUSED) == 219
+    assert tab.locator(".row").count() < 40
+
+
+def test_the_focus_stays_on_a_latent_that_is_opened_from_the_list(home):
+    home.focus(f".row[data-latent='{toy.DENSE}']")
+    home.keyboard.press("Enter")
+    open_latent(home, toy.DENSE)
+    assert home.evaluate(FOCUSED) == toy.DENSE
+    assert home.locator(":focus.chosen").count() == 1
+
+
+# ---- search ----------------------------------------------------------------------------------------------------------
+
+
+def test_search_puts_the_best_match_first_and_says_why_each_matched(home, run):
+    store = Store(run / "explorer" / "records" / toy.HOOK)
+    home.fill("#search", "cat")
+    home.wait_for_selector(".row .why")
+    assert shown(home)[0] == toy.ORDINARY  # its label has the word
+    assert home.input_value("#sort") == "match"
+    reasons = {
+        latent: home.locator(f".row[data-latent='{latent}'] .why").inner_text().partition(" ")[0]
+        for latent in shown(home)
+    }
+    assert reasons[toy.ORDINARY] == "label"
+    raising = [i for i in range(8) if toy.ID[" cat"] in store["top_logits"][i][:8]]
+    assert {latent for latent, why in reasons.items() if why == "raises"} <= set(raising)
+    order = ["label", "fires", "raises", "text"]
+    ranks = [order.index(reasons[latent]) for latent in shown(home)]
+    assert ranks == sorted(ranks)
+    assert len(set(ranks)) > 1
+    home.fill("#search", "5")
+    wait_for(home, [toy.SPLIT])
+    assert home.inner_text(".row .why") == "number"
+    home.fill("#search", "seen <b>")
+    home.wait_for_selector(".why:has-text('note')")
+    home.fill("#search", "")
+    wait_for(home, list(range(8)))
+    assert home.locator(".why").count() == 0
+    assert home.input_value("#sort") == "index"
+
+
+def test_a_search_may_be_sorted_otherwise(home):
+    home.fill("#search", "cat")
+    home.wait_for_selector(".row .why")
+    home.select_option("#sort", "index")
+    found = shown(home)
+    assert found == sorted(found)
+    home.wait_for_selector(".row .why")
+
+
+# ---- fonts and small windows -----------------------------------------------------------------------------------------
+
+WIDE_FONT = (
+    "* { font-family: 'DejaVu Sans' !important; } code, .kwic, .chip { font-family: 'DejaVu Sans Mono' !important; }"
+)
+OVERFLOWING = """() => [...document.querySelectorAll(
+    ".search, .search input, .tools .line > *, .count, .card > *, .card > h2 small, .row > *, .row .head > *")]
+  .filter(node => node.getClientRects().length)
+  .flatMap(node => {
+    const [box, parent] = [node.getBoundingClientRect(), node.parentElement.getBoundingClientRect()];
+    const style = getComputedStyle(node.parentElement);
+    const out = box.right > parent.right - parseFloat(style.paddingRight) + 1
+      || box.bottom > parent.bottom - parseFloat(style.paddingBottom) + 1;
+    return out ? [`${node.tagName} ${node.className}: ${node.textContent.slice(0, 40)}`] : [];
+  })"""
+"""Elements that reach out of the room within their parent."""
+
+
+@pytest.mark.parametrize("window", [{"width": 1400, "height": 900}, {"width": 1000, "height": 700}, PHONE])
+@pytest.mark.parametrize("fragment", ["", f"{DEEP}{toy.ORDINARY}"])
+def test_nothing_overflows_with_a_wide_font(visit, long_list, address, window, fragment):
+    tab = visit(address + fragment if fragment else long_list, viewport=window, bypass_csp=True)
+    tab.add_style_tag(content=WIDE_FONT)
+    tab.wait_for_selector(".latent" if fragment else ".count", state="attached")
+    if not fragment:
+        tab.fill("#search", "o")
+        tab.wait_for_selector(".why")
+        assert tab.evaluate(OVERFLOWING) == []
+        tab.fill("#search", "")
+        tab.wait_for_selector(".count:has-text('1,440 latents')")
+    assert tab.evaluate(OVERFLOWING) == []
+    assert_fits(tab) if window is PHONE else None
+
+
+def test_a_phone_reaches_the_overview_and_its_map(visit, address):
+    tab = visit(f"{address}#hook={toy.HOOK}", viewport=PHONE, has_touch=True, is_mobile=True)
+    assert tab.locator(".overview").is_hidden()
+    tab.tap("#tabs a:has-text('Overview')")
+    tab.wait_for_selector(".overview:visible")
+    assert tab.locator("#tabs a[aria-current]").inner_text() == "Overview"
+    assert tab.locator(".list").is_hidden()
+    assert_fits(tab, "main")
+    canvas = tab.locator(".map canvas")
+    canvas.scroll_into_view_if_needed()
+    assert canvas.is_visible()
+    tab.tap(".picks a >> nth=0")
+    tab.wait_for_selector(".latent:visible")
+    tab.tap("#tabs a:has-text('Latents')")
+    tab.wait_for_selector(".row:visible")
+
+
+def test_a_wide_window_needs_no_links_to_what_it_shows_anyway(home):
+    assert home.locator("#tabs a:visible").count() == 0
+    assert home.locator(".overview").is_visible()

@@ -190,10 +190,7 @@ def test_averaged_weights_choose_the_same_latents_when_they_are_exported(archite
 
 # ---- SAELens's own operations --------------------------------------------------------------------------------------
 
-SAELENS_FORMS = {
-    architecture: SAEConfig(architecture, D, F, k=4, nested_widths=(5,) if architecture == "matryoshka" else ())
-    for architecture in saes.ARCHITECTURES
-}
+SAELENS_FORMS = {name: sae_config(name, D, F, **SETTINGS.get(name, {})) for name in ARCHITECTURES}
 
 
 @pytest.mark.filterwarnings("error")
@@ -233,7 +230,7 @@ def test_what_saelens_does_with_an_sae_works_on_an_export(form, tmp_path):
 @pytest.mark.parametrize("architecture", ["topk", "abstopk"])
 def test_norms_that_differ_are_not_announced_as_foldable(architecture, tmp_path):
     """Latents are ranked without their decoder norms, so folding those would choose others: SAELens refuses it."""
-    config = SAEConfig(architecture, D, F, k=3)
+    config = sae_config(architecture, D, F, k=3)
     sae = made(config)
     sae.W_dec[...] = sae.W_dec * jnp.linspace(0.3, 1, F)[:, None]
     cfg, _ = written(tmp_path / "sae", config, sae, 4.0, 4.0)

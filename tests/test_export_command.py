@@ -112,7 +112,7 @@ def test_a_run_without_records_is_told_what_to_run_and_still_gives_saelens(run):
 
 def test_records_of_another_sae_are_refused_before_anything_is_written(run):
     shutil.copytree(toy_of(run.parent / "other", seed=1) / "sae", run / "sae", dirs_exist_ok=True)
-    with pytest.raises(StoreError, match="trained again since"):
+    with pytest.raises(StoreError, match="trained again or its settings changed since"):
         export.main(ExportConfig(run_dir=str(run), format=EVERY))
     assert not (run / "neuronpedia").exists()
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import file_limit
 import pytest
 
 from jsae import files
@@ -13,7 +14,11 @@ from jsae import files
 
 def run(code: str, *arguments: object, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], capture_output=True, text=True, **kwargs
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        env=file_limit.ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        **kwargs,
     )
 
 

@@ -1,6 +1,7 @@
 """A dataclass becomes flags and comes back; what goes wrong is told in one line, with an exit code."""
 
 import dataclasses
+import pkgutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -110,6 +111,35 @@ def test_defaults_and_names_may_be_others():
     options = {"defaults": {"k": 4}, "renames": {"k": "active"}}
     assert parsed(**options).k == 4
     assert parsed("--active=9", **options).k == 9
+
+
+def test_what_a_config_shares_with_another_dataclass_is_handed_on():
+    @dataclass(frozen=True)
+    class Part:
+        k: int
+        words: tuple[str, ...] = ("own",)
+        other: str = "own"
+
+    assert Part(**flags.shared(Part, Sample(k=3))) == Part(3, (), "own")
+
+
+@pytest.mark.parametrize(
+    ("target", "config", "own"),
+    [
+        ("bridge.run.subjects.Choice", "evaluate.EvaluateConfig", {"places", "run", "own_runs_first"}),
+        ("bridge.run.subjects.Choice", "explore.ExploreConfig", {"places", "run", "own_runs_first"}),
+        ("bridge.evaluate.evaluation.Extent", "evaluate.EvaluateConfig", set()),
+        ("bridge.exploration.Extent", "explore.ExploreConfig", set()),
+        ("bridge.neuronpedia.sources.Wanted", "export.ExportConfig", set()),
+        ("experiments.prompt_loop.Settings", "steer.SteerConfig", set()),
+    ],
+)
+def test_commands_have_a_flag_for_every_field_that_bridge_takes(target, config, own):
+    """Else the field would silently keep its default, whatever the user says."""
+    target, config = (pkgutil.resolve_name(name) for name in (target, f"experiments.{config}"))
+    flagless = {"hook", "context_size"} if config.__name__ == "ExploreConfig" and own else set()
+    fields, known = ({field.name for field in dataclasses.fields(of)} for of in (target, config))
+    assert fields - known == own | flagless
 
 
 def test_a_flagfile_is_read_and_later_flags_win(tmp_path):

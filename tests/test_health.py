@@ -21,15 +21,15 @@ from bridge.run import exports
 from bridge.stream import ActivationStream
 from bridge.training.config import RunConfig
 from bridge.training.finish import UnusableError
+from bridge.training.text import heldout_rows, texts
 from experiments import evaluate, explore, train
 from experiments.evaluate import EvaluateConfig
 from experiments.explore import ExploreConfig
-from jsae import data, health, metrics
-from jsae import train as training
+from jsae import data, health, loop, metrics
 from jsae.architectures import sae_config
 from jsae.config import TrainConfig
 from jsae.health import ActivationsError, DegenerateError, DivergedError, Extent, Watch
-from jsae.train import Member
+from jsae.loop import Member
 
 D, N = 8, 512
 TOPK = sae_config("topk", D, 32, k=4)
@@ -58,7 +58,7 @@ LOST = {
 def test_a_sample_that_nothing_can_be_learned_from_is_named(what):
     acts, kind, told = LOST[what]
     with pytest.raises(kind, match=told) as refused:
-        training.init([Member(TOPK, SHORT)], (jnp.asarray(acts.astype(np.float32)),))
+        loop.init([Member(TOPK, SHORT)], (jnp.asarray(acts.astype(np.float32)),))
     assert "learning rate" not in str(refused.value)
 
 
@@ -77,11 +77,11 @@ def test_odd_activations_that_can_be_learned_from_train(architecture, what):
     sae = sae_config(architecture, D, 32, **own)
     sums = None
     members = [Member(sae, SHORT)]
-    begun = training.init(members, (acts,))
-    for step, (state,), (new,) in training.fit(members, begun, ((batch,) for batch in acts.reshape(40, 64, D))):
+    begun = loop.init(members, (acts,))
+    for step, (state,), (new,) in loop.fit(members, begun, ((batch,) for batch in acts.reshape(40, 64, D))):
         sums = new if sums is None or step < 30 else metrics.add(sums, new)
         last = state
-    training.check_finite(last, sums)
+    loop.check_finite(last, sums)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(last))
     assert health.unusable(metrics.summarize(sums)) is None
 
@@ -101,7 +101,7 @@ def test_the_scale_is_the_plain_formula_bit_by_bit_and_holds_far_beyond_it():
 def test_a_part_of_a_transcoder_or_a_crosscoder_is_named():
     transcoder = sae_config("relu", D, 32, d_out=D)
     with pytest.raises(DegenerateError, match=r"activations \(part 2 of 2\) are all zero"):
-        training.init([Member(transcoder, SHORT)], ((jnp.asarray(normal()), jnp.zeros((N, D))),))
+        loop.init([Member(transcoder, SHORT)], ((jnp.asarray(normal()), jnp.zeros((N, D))),))
 
 
 def test_metrics_of_nan_are_not_reported_as_an_empty_set():
@@ -276,8 +276,8 @@ def broken_demo(folder: Path, token: int) -> Path:
 def test_a_token_of_the_held_out_text_without_numbers_ends_a_run_before_it_trains(text, tmp_path, capsys):
     nano = bridge.nanochat.load("demo")
     asked = config(tmp_path / "run", text)
-    heldout = train._texts(asked, nano)[1]
-    counts = np.bincount(train._heldout(asked, heldout).ravel(), minlength=nano.config.vocab_size)
+    heldout = texts(asked, nano)[1]
+    counts = np.bincount(heldout_rows(asked, heldout).ravel(), minlength=nano.config.vocab_size)
     rare = int(np.flatnonzero(counts == 1)[0])
     with pytest.raises(ActivationsError, match=rf"in the held-out part of .* it begins with token {rare}, "):
         train.main(config(tmp_path / "run", text, checkpoint=str(broken_demo(tmp_path / "broken", rare))))
@@ -288,8 +288,8 @@ def test_a_token_of_the_held_out_text_without_numbers_ends_a_run_before_it_train
 def test_a_token_of_the_training_text_without_numbers_is_named_and_so_again_by_resume(text, tmp_path):
     nano = bridge.nanochat.load("demo")
     asked = config(tmp_path / "run", text, num_activations=100_000)
-    corpus, heldout = train._texts(asked, nano)
-    measured = np.bincount(train._heldout(asked, heldout).ravel(), minlength=nano.config.vocab_size)
+    corpus, heldout = texts(asked, nano)
+    measured = np.bincount(heldout_rows(asked, heldout).ravel(), minlength=nano.config.vocab_size)
     rows = np.concatenate([corpus.next_rows(1) for _ in range(600)])
     first = {int(token): row for row, ids in reversed(list(enumerate(rows))) for token in ids}
     late = next(

@@ -1,14 +1,24 @@
 """The laws of the house: lint, layers, light imports, quick help, everything packaged."""
 
+import abc
 import ast
+import graphlib
+import importlib
 import importlib.resources
+import inspect
+import pkgutil
+import re
 import subprocess
 import sys
 import time
 import tomllib
 from pathlib import Path
 
+import grimp
 import pytest
+
+import bridge
+import jsae
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(
@@ -18,7 +28,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.parametrize("arguments", [("check",), ("format", "--check")])
@@ -27,10 +37,51 @@ def test_ruff_has_nothing_to_say(arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_types():
+    done = run(sys.executable, "-m", "mypy")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_packages_say_that_they_are_typed():
+    settings = PYPROJECT["tool"]["setuptools"]["package-data"]
+    for package in ("jsae", "bridge"):
+        assert (ROOT / package / "py.typed").is_file()
+        assert "py.typed" in settings[package]
+
+
+def test_the_version_is_the_changelogs():
+    version = PYPROJECT["project"]["version"]
+    assert version == jsae.__version__
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert headings[1].startswith(f"{version} (")
+
+
 def test_the_laws_of_import_are_kept():
     done = run(str(Path(sys.executable).with_name("lint-imports")))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken" in done.stdout
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """Return modules that import each other in turn; [] if there are none."""
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+@pytest.mark.parametrize("package", ["jsae", "bridge", "experiments"])
+def test_no_modules_import_each_other_in_a_circle(package):
+    """Imports for annotations and those within functions count too."""
+    graph = grimp.build_graph(package, exclude_type_checking_imports=False, cache_dir=None)
+    assert circle({module: graph.find_modules_directly_imported_by(module) for module in graph.modules}) == []
+
+
+def test_a_circle_is_seen():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) != []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -53,7 +104,7 @@ def test_the_torch_runtime_loads_no_jax():
 
 def test_importing_the_library_starts_no_device():
     check = (
-        "import jsae.train, jsae.checkpoint, bridge.stream, bridge.training.loop, jax;"
+        "import jsae.loop, jsae.checkpoint, bridge.stream, bridge.training.loop, jax;"
         "assert not jax._src.xla_bridge.backends_are_initialized()"
     )
     done = run(sys.executable, "-c", check)
@@ -198,3 +249,173 @@ def test_everything_is_written_through_one_module():
 def test_direct_writes_are_known_when_they_are_seen(code, direct, tmp_path):
     (tmp_path / "module.py").write_text(code)
     assert bool(_direct_writes(tmp_path / "module.py")) == direct
+
+
+LAYOUT_FOLDERS = {"sae", "explorer", "records", "checkpoints", "tb", "plots", "neuronpedia", "upload"}
+LAYOUT_FILES = {
+    *("config.json", "metrics.jsonl", "eval.json", "latents.json", "labels.json"),
+    *("notes.jsonl", "uploads.jsonl"),
+}
+ELSEWHERE = {
+    "bridge/run/": "owns the layout of a run",
+    "bridge/nanochat/": "config.json of a checkpoint in the layout of other libraries",
+    "bridge/delphi.py": "delphi's own config.json",
+    "experiments/benches/": "temporary folders of its own",
+    "jsae/testing/": "temporary folders of its own",
+}
+"""Where names of files and folders of a run are written down, and why."""
+
+
+def _layout_names(code: str) -> set[str]:
+    """Return the parts of paths in some code that are names within a run directory."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        operands = [node.left, node.right] if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) else []
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("joinpath", "Path", "glob"):
+            operands += node.args
+        for operand in operands:
+            found |= LAYOUT_FOLDERS & _parts(*(operand.values if isinstance(operand, ast.JoinedStr) else [operand]))
+        found |= LAYOUT_FILES & _parts(node)
+    return found
+
+
+def _parts(*nodes: ast.AST) -> set[str]:
+    """Return the parts of the paths that constants are; prose is none."""
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return {part for text in texts if " " not in text for part in text.split("/")}
+
+
+def test_the_layout_of_a_run_is_spelt_in_one_package():
+    used, wrong = set(), []
+    for top in ("jsae", "bridge", "experiments"):
+        for file in sorted((ROOT / top).rglob("*.py")):
+            name = file.relative_to(ROOT).as_posix()
+            if found := _layout_names(file.read_text(encoding="utf-8")):
+                places = {place for place in ELSEWHERE if name.startswith(place)}
+                used |= places
+                if not places:
+                    wrong.append(f"{name}: {', '.join(sorted(found))}")
+    assert wrong == [], "ask bridge.run.Run where it lies, or say in ELSEWHERE what it is"
+    assert set(ELSEWHERE) == used
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("run / 'sae' / hook", ["sae"]),
+        ("Path(run, 'explorer/records')", ["explorer", "records"]),
+        ("run.joinpath('tb')", ["tb"]),
+        ("f'{run}/eval.json'", ["eval.json"]),
+        ("run / f'plots/{name}.png'", ["plots"]),
+        ("entry['sae']", []),
+        ("total / count['records']", []),
+        ('"""Writes eval.json into the run."""', []),
+        ("cosine / norm", []),
+    ],
+)
+def test_names_of_a_runs_files_are_known_when_they_are_seen(code, names):
+    assert _layout_names(code) == set(names)
+
+
+def test_processes_that_may_not_write_large_files_write_no_compiled_modules():
+    limiting = [p for p in sorted(Path(__file__).parent.glob("test_*.py")) if "RLIMIT_" + "FSIZE" in p.read_text()]
+    assert limiting
+    for file in limiting:
+        assert "env=file_limit.ENVIRONMENT" in file.read_text() or "{**file_limit.ENVIRONMENT" in file.read_text(), file
+
+
+def _unguarded(file: Path) -> list[int]:
+    """The lines of a file that read JSON where too deep a text would raise RecursionError."""
+    found = []
+
+    def walk(node: ast.AST, guarded: bool) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            guarded = False
+        reads = isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.loads", "json.load")
+        if reads and not guarded and not ast.unparse(node.args[0]).startswith("json.dumps("):
+            found.append(node.lineno)
+        caught = isinstance(node, ast.Try) and any("RecursionError" in ast.unparse(h.type) for h in node.handlers)
+        for inner in ast.iter_child_nodes(node):
+            walk(inner, guarded or (caught and inner in node.body))
+
+    walk(ast.parse(file.read_text(encoding="utf-8")), False)
+    return found
+
+
+def test_json_that_is_nested_too_deeply_is_an_error_like_any_other():
+    """`json` raises RecursionError: `jsae.jsons` makes a ValueError of it, whoever calls `json` expects it."""
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line}"
+        for top in ("jsae", "bridge", "experiments")
+        for file in sorted((ROOT / top).rglob("*.py"))
+        if "benches" not in file.parts and file.name not in _CALLED_WITHIN
+        for line in _unguarded(file)
+    ]
+    assert wrong == []
+
+
+_CALLED_WITHIN = {"lines.py": "its callers expect RecursionError"}
+
+
+# ---- classes ---------------------------------------------------------------------------------------------------------
+
+HOOKS = {
+    ("SAE", "initial_statistics"): "no statistics by default",
+    ("SAE", "batch_statistics"): "no statistics by default",
+    ("SAE", "initialize_latents"): "nothing by default",
+}
+"""Methods that a subclass may define again, because what they do by default is nothing."""
+
+
+def _classes() -> list[type]:
+    found = []
+    for top in (jsae, bridge):
+        for module in pkgutil.walk_packages(top.__path__, f"{top.__name__}."):
+            members = vars(importlib.import_module(module.name)).values()
+            found += [c for c in members if inspect.isclass(c) and c.__module__ == module.name]
+    return found
+
+
+def _overridden(cls: type) -> list[tuple[str, str]]:
+    """The concrete methods of our own classes that a class defines again: (class, method)."""
+    found = []
+    for name, value in vars(cls).items():
+        if name.startswith("__") or not (callable(value) or isinstance(value, classmethod | staticmethod | property)):
+            continue
+        for base in cls.__mro__[1:]:
+            ours = base.__module__.split(".")[0] == cls.__module__.split(".")[0]
+            if ours and name in vars(base) and not getattr(vars(base)[name], "__isabstractmethod__", False):
+                found.append((base.__name__, name))
+                break
+    return found
+
+
+def test_classes_are_abstract_or_final():
+    classes = _classes()
+    assert len(classes) > 200
+    found = {(c.__qualname__, *method) for c in classes for method in _overridden(c) if method not in HOOKS}
+    assert found == set(), "a concrete method is defined again: make it abstract, or call another one"
+
+
+def test_a_method_that_is_defined_again_is_seen():
+    class Base:
+        def a(self) -> int:
+            return 1
+
+        @property
+        def b(self) -> int:
+            return 1
+
+        @abc.abstractmethod
+        def c(self) -> int: ...
+
+    class Sub(Base):
+        def a(self) -> int:
+            return 2
+
+        b = property(lambda self: 2)
+
+        def c(self) -> int:
+            return 2
+
+    assert sorted(_overridden(Sub)) == [("Base", "a"), ("Base", "b")]

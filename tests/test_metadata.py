@@ -1,6 +1,8 @@
 """What an export says of itself is what happened: metadata against what stream, evaluation and records really read."""
 
 import json
+import sys
+import traceback
 import typing
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +12,7 @@ import pytest
 import sae_lens
 import torch
 
+import bridge.activations
 import bridge.evaluate.site
 import bridge.evaluate.splice
 import bridge.explorer.gather
@@ -64,6 +67,11 @@ def chats(tmp_path_factory) -> Path:
     return file
 
 
+def callers() -> set[str]:
+    """Return the names of the modules that the running code was called from."""
+    return {frame.f_globals["__name__"] for frame, _ in traceback.walk_stack(sys._getframe(1))}
+
+
 @pytest.fixture(scope="module", params=typing.get_args(run_config.ExcludeTokens))
 def run(request, chats, tmp_path_factory) -> Run:
     """A run of each choice, explored and evaluated, with a look at every call of `kept`."""
@@ -85,14 +93,14 @@ def run(request, chats, tmp_path_factory) -> Run:
         output_dir=str(folder),
     )
     with pytest.MonkeyPatch.context() as patch:
-        for module in READERS:
 
-            def spy(acts, tokens, excluded, drop_sinks, name=module.__name__):
-                mask = kept(acts, tokens, excluded, drop_sinks)
+        def spy(acts, tokens, excluded, drop_sinks):
+            mask = kept(acts, tokens, excluded, drop_sinks)
+            for name in callers() & {module.__name__ for module in READERS}:
                 reads.setdefault(name, []).append(Read(tokens.numpy().copy(), mask.numpy().copy(), drop_sinks))
-                return mask
+            return mask
 
-            patch.setattr(module, "kept", spy)
+        patch.setattr(bridge.activations, "kept", spy)
         assert train.main(config) == 0
         explore.main(explore.ExploreConfig(run_dir=str(folder), num_tokens=2000, context_length=32))
         quick = {"heldout_tokens": 512, "probes": False, "labels": False, "plots": False}

@@ -25,7 +25,7 @@ READERS = {
     "a row group": "list(units.documents(shard))",
     "compressed JSON lines": "units.all_units(str(run / 'batch.jsonl.gz'))",
     "a module of the standard library": "library._read_source(Path(json.__file__))",
-    "a table of an evaluation": "evaluate._kept(run / 'labels.json')",
+    "a table of an evaluation": "tables.kept(run / 'labels.json')",
 }
 
 SCRIPT = """
@@ -35,7 +35,7 @@ SCRIPT = """
     from bridge import hub, torch_sae
     from bridge.nanochat import checkpoint, library, pretraining, shards, tokenizer, tokenizer_file, units, weights
     from bridge.neuronpedia import importer
-    from experiments import evaluate
+    from bridge.run import tables
     from jsae.records import store
     run, HOOK, readers = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     demo = Path(checkpoint.__file__).parent / "demo"

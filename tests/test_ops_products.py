@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from implementations import ALL
 
+from jsae import loop, step
 from jsae import state as states
-from jsae import step, train
 from jsae.architectures import Context, SAEConfig, make, sae_config
 from jsae.config import TrainConfig
 from jsae.ops import Cpu, choose
@@ -31,8 +31,8 @@ def run(config: SAEConfig, dtype: str) -> tuple[states.TrainState, float]:
     how = TrainConfig(num_activations=50 * N, batch_size=N, learning_rate=5e-3, matmul_dtype=dtype)
     x = jax.random.normal(jax.random.key(0), (N, D)) @ jax.random.normal(jax.random.key(1), (D, D)) + 5
     acts = (x, x) if config.is_transcoder else x
-    members = [train.Member(config, how)]
-    programs, state = train.Programs(members), train.init(members, [acts])
+    members = [loop.Member(config, how)]
+    programs, state = loop.Programs(members), loop.init(members, [acts])
     for number in range(1, 41):
         state, (sums,) = programs.at(number)(state, [acts])
     return state[0], float(sums.squared_error / (sums.squared_norm - jnp.square(sums.total).sum() / N))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from implementations import PIECES
 
-from jsae import optim, step, train
+from jsae import loop, optim, step
 from jsae import state as states
 from jsae.architectures import Context, SAEConfig, make, sae_config
 from jsae.config import TrainConfig
@@ -44,8 +44,8 @@ def steps(config: SAEConfig, ops: Ops) -> tuple[states.TrainState, list]:
     how = TrainConfig(num_activations=50 * N, batch_size=N, learning_rate=1e-2, dead_after=1)
     x = jax.random.normal(jax.random.key(0), (3, N, D)) + 0.2
     batches = list(x) if config.layers == 1 else [tuple(jnp.split(batch, config.layers, axis=1)) for batch in x]
-    members = [train.Member(config, how)]
-    programs, state, seen = train.Programs(members, ops), train.init(members, [batches[0]], ops), []
+    members = [loop.Member(config, how)]
+    programs, state, seen = loop.Programs(members, ops), loop.init(members, [batches[0]], ops), []
     for number, batch in enumerate(batches, 1):
         state, sums = programs.at(number)(state, [batch])
         seen.append(sums[0])
@@ -118,12 +118,12 @@ class Refusing(Reference):
 
 
 def test_the_device_decides_unless_an_implementation_is_given():
-    member = train.Member(SPARSE["topk"], TrainConfig(num_activations=2 * N, batch_size=N, matmul_dtype="bfloat16"))
+    member = loop.Member(SPARSE["topk"], TrainConfig(num_activations=2 * N, batch_size=N, matmul_dtype="bfloat16"))
     assert member.ops == choose("bfloat16") == Cpu("bfloat16")
     x = jnp.ones((N, D))
-    begun = train.init([member], [x])
+    begun = loop.init([member], [x])
     with pytest.raises(CalledError):
-        train.init([member], [x], Refusing())
+        loop.init([member], [x], Refusing())
     with pytest.raises(CalledError):
-        train.Programs([member], Refusing()).at(1)(begun, [x])
-    train.Programs([member]).at(1)(begun, [x])
+        loop.Programs([member], Refusing()).at(1)(begun, [x])
+    loop.Programs([member]).at(1)(begun, [x])

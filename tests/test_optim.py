@@ -11,7 +11,7 @@ import optax
 import pytest
 from alone import begin, fit
 
-from jsae import dead, optim, step, train
+from jsae import dead, loop, optim, step
 from jsae.architectures import Context, SAEConfig, make, sae_config
 from jsae.config import TrainConfig
 from jsae.ops import Cpu, Ops, Reference, choose
@@ -216,8 +216,8 @@ def test_k_comes_down_from_k_start_in_a_straight_line_and_stays():
     how = dataclasses.replace(RUN, k_start=14, k_anneal_fraction=0.1)
     limits = [int(step._annealed_k(how, 4, jnp.int32(number))) for number in range(1, 14)]
     assert limits == [13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 4, 4, 4]
-    assert [train.room(train.Member(config, how), number) for number in (1, 10, 11, 100)] == [14, 14, None, None]
-    assert train.room(train.Member(config, RUN), 1) is None
+    assert [loop.room(loop.Member(config, how), number) for number in (1, 10, 11, 100)] == [14, 14, None, None]
+    assert loop.room(loop.Member(config, RUN), 1) is None
 
 
 def test_every_step_draws_as_many_codes_as_the_schedule_says():

@@ -12,7 +12,7 @@ import torch
 
 from bridge import torch_sae
 from bridge.training.config import RunConfig
-from jsae import export, train
+from jsae import export, loop
 from jsae.architectures import SAEConfig
 from jsae.checkpoint import Checkpoints
 from jsae.config import TrainConfig
@@ -205,19 +205,19 @@ def acts(sae: SAEConfig, n: int, seed: int) -> Acts:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['activation']}-{row['kind']}-{ROWS.index(row)}")
 def test_a_pair_of_options_trains_is_restored_and_exported(row, tmp_path):
     sae, config = configs(row)
-    members = [train.Member(sae, config)]
-    first = train.init(members, (acts(sae, 64, 0),))
+    members = [loop.Member(sae, config)]
+    first = loop.init(members, (acts(sae, 64, 0),))
     shapes = jax.eval_shape(lambda: first)
     batches = [acts(sae, config.batch_size, i) for i in range(STEPS)]
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        for step, (state,), (sums,) in train.fit(members, first, ((batch,) for batch in batches)):  # noqa: B007 - the last are wanted
+        for step, (state,), (sums,) in loop.fit(members, first, ((batch,) for batch in batches)):  # noqa: B007 - the last are wanted
             if step == STEPS - 1:
                 checkpoints.save(step, (state,), {}, fvu=0.5)
                 checkpoints.wait()
         restored = checkpoints.restore(shapes).states
-    train.check_finite(state, sums)
+    loop.check_finite(state, sums)
     restored = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)  # of no device: compiled already
-    *_, (step, (again,), _) = train.fit(members, restored, iter([(batches[-1],)]))
+    *_, (step, (again,), _) = loop.fit(members, restored, iter([(batches[-1],)]))
     assert step == STEPS
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         assert np.isfinite(leaf).all(), path

@@ -12,9 +12,9 @@ import optax
 import pytest
 import sae_lens
 import torch
-import toy
 from alone import begin, fit, stepping
 
+import jsae
 from bridge import torch_sae
 from bridge.training.config import RunConfig
 from jsae import axes, dead, export, losses, state
@@ -23,6 +23,7 @@ from jsae.checkpoint import Checkpoints
 from jsae.config import TrainConfig
 from jsae.ops import Codes, Cpu, Reference, choose
 from jsae.settings import WEIGHT, ConfigError, number
+from jsae.testing import toy
 
 D, F, N = toy.D_IN, 64, 500
 NAME = f"{__name__}:Amplified"
@@ -71,6 +72,9 @@ class Amplified(SAE):
 
 CONFIG = Amplified.Config(D, F, coefficient=5.0)
 RUN = TrainConfig(num_activations=400 * N, batch_size=N, learning_rate=4e-3)
+
+
+TestAmplified = jsae.testing.contract(Amplified, coefficient=5.0)
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +143,12 @@ def test_its_statistic_is_the_running_mean_over_batches_and_no_gradient_and_no_d
 
 
 def test_every_implementation_takes_the_same_step_with_it(acts):
-    from jsae import train
+    from jsae import loop
 
-    members, found = [train.Member(CONFIG, RUN)], []
+    members, found = [loop.Member(CONFIG, RUN)], []
     for ops in (Reference(), Cpu(tokens=100), Cpu()):
-        states = train.init(members, (acts[:N],), ops)
-        found.append(train.Programs(members, ops).at(1)(states, (acts[:N],)))
+        states = loop.init(members, (acts[:N],), ops)
+        found.append(loop.Programs(members, ops).at(1)(states, (acts[:N],)))
     for ours in found[1:]:
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(found[0]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
@@ -242,6 +246,7 @@ def whole(**changes) -> type[SAE]:
 
 
 BAD_CLASSES = {
+    "a form that SAELens does not have": ({"form": "relu"}, "form is 'relu': SAELens knows standard, topk, abstopk"),
     "no form": ({"form": None}, "Own is no whole architecture: it lacks form"),
     "no encoder and no penalty": ({"activate": None, "penalty": None}, "it lacks activate, penalty"),
     "another's settings": ({"Config": TopK.Config}, r"Own.Config must be a class of its own, derived from SAEConfig"),

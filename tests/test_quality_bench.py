@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from experiments.benches import peers, quality, quality_contest, quality_sides
-from experiments.benches.quality_contest import OURS, Contest, Recipe, Trained
+from experiments.benches.quality_config import OURS, Recipe
+from experiments.benches.quality_contest import Contest, Trained
 
 PEER = """
 import json, sys

@@ -22,7 +22,7 @@ from jsae.records import recorder as records
 from jsae.records.correlation import Moments, correlations
 from jsae.records.recorder import Recorder, Settings, distinct_rows, interval, window_hashes
 from jsae.records.spill import Spill
-from jsae.records.store import COLUMNS, NON_ACTIVATING, TOP, Activations, Store, StoreError, Texts, digest
+from jsae.records.store import COLUMNS, NON_ACTIVATING, TOP, VERSION, Activations, Store, StoreError, Texts, digest
 from jsae.settings import ConfigError
 
 SETTINGS = Settings(
@@ -540,19 +540,78 @@ def test_activations_beyond_half_precision_stay_finite(tmp_path, store):
     writer = ActivationsWriter(tmp_path / "all")
     writer.append(np.array([0, 5]), np.array([1e6, 2.0], np.float32))
     writer.append(np.array([1]), np.array([3.0], np.float32))
-    writer.finish(AllHeader(1, 2, 2, 3, "ab"), np.array([2, 1]))
+    writer.finish(AllHeader(VERSION, 2, 2, 3, "ab"), np.array([2, 1]))
     found = Activations(tmp_path / "all")
     assert found.activations_of_latent(0)[1].tolist() == [65504, 2]
     assert found.activations_of_latent(1)[0].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "counts"),
+    [
+        ({"k": 3}, True),
+        ({"normalize_activations": "expected_average_only_in"}, True),
+        ({"apply_b_dec_to_input": False}, True),
+        ({"rescale_acts_by_decoder_norm": False}, True),
+        ({"dtype": "float16"}, True),
+        ({"metadata": {"hook_name": "blocks.1.hook_mlp_out"}}, True),
+        ({"metadata": {"problem": "worse than the mean", "hook_name": toy.HOOK}}, False),
+        ({"device": "cuda"}, False),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_records_of_an_sae_whose_settings_changed_are_refused(store, change, counts):
+    sae = store.parents[2] / "sae" / toy.HOOK
+    cfg = json.loads((sae / "cfg.json").read_text())
+    change = change | {"metadata": cfg["metadata"] | change.get("metadata", {})}
+    (sae / "cfg.json").write_text(json.dumps(dict(reversed((cfg | change).items()))))
+    if counts:
+        with pytest.raises(StoreError, match="trained again or its settings changed"):
+            Store(store, digest(sae))
+    else:
+        assert Store(store, digest(sae)).header.d_sae == toy.D_SAE
+
+
+def test_records_of_another_hook_or_more_rows_than_there_are_are_refused(store):
+    told = json.loads((store / "records.json").read_text())
+    (store / "records.json").write_text(json.dumps(told | {"hook": "../../elsewhere"}))
+    with pytest.raises(StoreError, match=r"are of '../../elsewhere', not of blocks\.2"):
+        Store(store, hook=toy.HOOK)
+    (store / "records.json").write_text(json.dumps(told))
+    texts = store.parent / "texts"
+    header = json.loads((texts / "texts.json").read_text())
+    (texts / "texts.json").write_text(json.dumps(header | {"rows": 2**62}))
+    with pytest.raises(StoreError, match=r"tokens\.npy is uint16"):
+        Texts(texts)
+
+
+def test_statistics_that_scale_the_input_are_part_of_an_sae(store):
+    sae = store.parents[2] / "sae" / toy.HOOK
+    found = {digest(sae)}
+    for name in ("activation_scaler.json", "activation_whitening.safetensors"):
+        for content in ("a", "b"):
+            (sae / name).write_text(content)
+            found.add(digest(sae))
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[" * 100_000, "[1]", "\udcff", '{"k": 1' + "0" * 5000 + "}"], ids=range(6)
+)
+def test_broken_settings_have_no_digest(store, content):
+    sae = store.parents[2] / "sae" / toy.HOOK
+    (sae / "cfg.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"cfg\.json is broken"):
+        digest(sae)
 
 
 def test_another_version_or_sae_is_refused(store):
     with pytest.raises(StoreError, match="trained again"):
         Store(store, "0" * 64)
     told = json.loads((store / "records.json").read_text())
-    for wrong in (told | {"version": 2}, told | {"version": "1"}, [1], 7):
+    for wrong in (told | {"version": VERSION + 1}, told | {"version": str(VERSION)}, told | {"version": 1}, [1], 7):
         (store / "records.json").write_text(json.dumps(wrong))
-        with pytest.raises(StoreError, match=r"has version .*; this version of jsae reads 1"):
+        with pytest.raises(StoreError, match=rf"has version .*; this version of jsae reads {VERSION}"):
             Store(store)
     for wrong, complaint in (
         (told | {"more": 1}, "no field more"),
@@ -640,7 +699,7 @@ def test_a_zip_in_the_place_of_a_column_and_a_header_nested_too_deeply_are_broke
         Store(store)["max"]
     (header,) = store.glob("*.json")
     header.write_text("[" * 100_000)
-    with pytest.raises(StoreError, match="is broken: maximum recursion depth"):
+    with pytest.raises(StoreError, match="is broken: it is nested too deeply"):
         Store(store)
 
 

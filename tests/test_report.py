@@ -6,6 +6,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import file_limit
+
 from bridge.training.events import Events
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +38,7 @@ def test_a_full_disk_is_one_error_and_leaves_whole_reports(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)],
         cwd=ROOT,
+        env=file_limit.ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=100,

@@ -21,7 +21,7 @@ def nano():
 
 
 def planned(nano, **flags) -> list[plan.Trainee]:
-    return plan.of(RUN, RunConfig(**flags), nano)
+    return plan.trainees(RUN, RunConfig(**flags), nano)
 
 
 def names(**flags) -> list[str]:
@@ -221,7 +221,7 @@ def test_saes_that_cannot_be_are_refused_with_the_numbers(what, nano):
 
 def test_a_sweep_that_does_not_fit_the_memory_is_refused_with_what_it_needs_and_what_there_is(nano):
     config = RunConfig(k=(8, 16, 32), seed=(0, 1), layer=("1", "2"), expansion_factor=64)
-    trainees = plan.of(RUN, config, nano)
+    trainees = plan.trainees(RUN, config, nano)
     # 12 SAEs of 2 x 8192 x 128 numbers, five copies; latents of a batch and gradients; two layers of three blocks.
     weights, batch, blocks = 12 * 4 * 8192 * 256, 2 * 4 * 2048 * 8192, 3 * 4 * 65536 * 128 * 2
     needed = 5 * weights + batch + blocks
@@ -237,7 +237,7 @@ def test_a_sweep_that_does_not_fit_the_memory_is_refused_with_what_it_needs_and_
 
 def test_an_average_is_one_more_copy_of_the_weights(nano):
     config = RunConfig(average_fraction=0.1)
-    trainees, without = plan.of(RUN, config, nano), plan.of(RUN, RunConfig(), nano)
+    trainees, without = plan.trainees(RUN, config, nano), plan.of(RUN, RunConfig(), nano)
     weights = 4 * 1024 * 256
     enough = 5 * weights + 2 * 4 * 2048 * 1024 + 3 * 4 * 65536 * 128
     plan.check_memory(RunConfig(), without, 128, enough)

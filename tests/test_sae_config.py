@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bridge import sae_config, torch_sae
+from bridge import torch_sae
 from jsae import architectures, export
 from jsae.architectures import SAEConfig
+from jsae.saelens import config as sae_config
 
 D, F = 6, 10
 WRONG = {

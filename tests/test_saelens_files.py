@@ -13,6 +13,7 @@ import torch
 from sae_lens.registry import get_sae_class, get_sae_training_class
 from safetensors.torch import load_file, save_file
 
+import jsae
 from bridge import torch_sae
 
 D, F, K, N = 12, 40, 5, 64
@@ -122,6 +123,16 @@ def agree_rounded(ours: torch_sae.TorchSAE, folder: Path, dtype: str) -> None:
     assert float(error.median()) < ROUNDED[dtype]
 
 
+@torch.no_grad()
+def agree_in_jax(ours: torch_sae.TorchSAE, folder: Path) -> None:
+    """jsae computes what torch computes."""
+    x, jax_sae = inputs(), jsae.load(folder)
+    latents = torch.from_numpy(np.array(jax_sae.encode(x.numpy())))
+    assert relative(latents, ours.encode(x)) < EXACT
+    assert relative(torch.from_numpy(np.array(jax_sae(x.numpy()))), ours(x)) < EXACT
+    assert jax_sae.architecture == ours.architecture
+
+
 def in_float32(folder: Path) -> sae_lens.SAE:
     return sae_lens.SAE.load_from_disk(str(folder), dtype="float32")
 
@@ -189,6 +200,7 @@ def test_a_training_checkpoint_loads_as_the_inference_form_that_saelens_would_wr
     agree(ours, in_float32(tmp_path / "inference"))
     agree(torch_sae.load(tmp_path / "inference"), in_float32(tmp_path / "inference"))
     assert ours.architecture in SAES
+    agree_in_jax(ours, tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
@@ -212,7 +224,9 @@ def test_estimated_statistics_beside_a_checkpoint_are_folded_as_the_trainer_fold
         scaler.save(str(tmp_path / "checkpoint" / "activation_scaler.json"))
         sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
     sae.save_inference_model(tmp_path / "inference")
-    agree(torch_sae.load(tmp_path / "checkpoint"), in_float32(tmp_path / "inference"))
+    ours = torch_sae.load(tmp_path / "checkpoint")
+    agree(ours, in_float32(tmp_path / "inference"))
+    agree_in_jax(ours, tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize("normalization", ["expected_average_only_in", "covariance_whitening"])
@@ -389,6 +403,7 @@ def test_random_settings_compute_as_saelens_does_or_are_refused_by_name(seed, tm
     else:
         agree(ours, in_float32(folder))
     agree_rounded(ours, folder, settings["dtype"])
+    agree_in_jax(ours, folder)
 
 
 def test_the_random_settings_are_not_all_of_one_kind():

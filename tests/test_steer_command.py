@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -309,3 +310,13 @@ def test_the_bench_knows_what_it_can_measure():
     done = process(["bench", "nothing"])
     assert done.returncode == 2
     assert "no measurement 'nothing': choose one of dashboard, " in done.stderr
+
+
+def test_a_chat_with_a_base_checkpoint_warns(checkpoint, run, tmp_path, capsys):
+    code, _, err = here(command(run, prompt="hi", chat=True, max_tokens=2), capsys)
+    assert code == 0, err
+    assert f"warning: {checkpoint}" in err.replace("\n", "")
+    assert "base checkpoint" in err
+    assert here(command(run, prompt="hi", max_tokens=2), capsys)[2] == ""
+    chat = shutil.copytree(checkpoint.parent, tmp_path / "chatsft_checkpoints" / "all") / checkpoint.name
+    assert here(command(run, prompt="hi", chat=True, max_tokens=2, checkpoint=chat), capsys)[2] == ""

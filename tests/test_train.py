@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from alone import begin, fit
 
-from jsae import metrics, train
+from jsae import loop, metrics
 from jsae.architectures import sae_config
+from jsae.arrays import ArraySource
 from jsae.checkpoint import Checkpoints
 from jsae.config import TrainConfig
-from jsae.data import ArraySource, Cursor, Shuffled
+from jsae.data import Cursor, Shuffled
+from jsae.loop import Member
 from jsae.settings import ConfigError
-from jsae.train import Member
 
 D, F, STEPS = 12, 48, 20
 RUN = TrainConfig(num_activations=STEPS * 64, batch_size=64, learning_rate=2e-3, dead_after=300)
@@ -31,7 +32,7 @@ MEMBERS = (
     Member(sae_config("relu", D, F, skip=True, d_out=D), dataclasses.replace(RUN, average_fraction=0.2), 2),
     Member(sae_config("topk", 2 * D, F, k=4, layers=2), RUN, 3),
 )
-PROGRAMS = train.Programs(MEMBERS)
+PROGRAMS = loop.Programs(MEMBERS)
 
 
 def activations(seed: int) -> np.ndarray:
@@ -72,18 +73,18 @@ def stream(site: int | None = None, cursor: Cursor | None = None) -> Shuffled:
     return Shuffled(source, batch_size=64, batches_per_block=8, seed=5, num_batches=STEPS, cursor=cursor)
 
 
-def first(batches: Shuffled) -> train.States:
+def first(batches: Shuffled) -> loop.States:
     """The states before the first step, where restored ones are, too, so that both run the same program."""
-    return jax.device_put(train.init(MEMBERS, batches.peek()), jax.devices()[0])
+    return jax.device_put(loop.init(MEMBERS, batches.peek()), jax.devices()[0])
 
 
 @pytest.fixture(scope="module")
-def together() -> tuple[list[train.States], list[train.AllSums]]:
+def together() -> tuple[list[loop.States], list[loop.AllSums]]:
     """States and sums after every step of the pass, the states before the first one in front."""
     batches = stream()
     begun = first(batches)
     seen, sums = [jax.device_get(begun)], []
-    for _, states, found in train.fit(MEMBERS, begun, batches, PROGRAMS):
+    for _, states, found in loop.fit(MEMBERS, begun, batches, PROGRAMS):
         seen.append(jax.device_get(states))
         sums.append(jax.device_get(found))
     return seen, sums
@@ -127,7 +128,7 @@ def test_every_sae_draws_its_own_k_while_it_comes_down(together):
 
 def test_the_program_changes_where_k_has_come_down_and_nowhere_else():
     half = dataclasses.replace(ANNEALED, k_anneal_fraction=0.5)
-    programs = train.Programs((MEMBERS[0], Member(MEMBERS[1].sae, half, 1)))
+    programs = loop.Programs((MEMBERS[0], Member(MEMBERS[1].sae, half, 1)))
     assert programs.at(1) is programs.at(10)
     assert programs.at(11) is programs.at(20)
     assert programs.at(10) is not programs.at(11)
@@ -136,14 +137,14 @@ def test_the_program_changes_where_k_has_come_down_and_nowhere_else():
 @pytest.mark.parametrize("number", [3, 17])
 def test_a_pass_that_was_cut_off_goes_on_to_the_same_bits(number, together, tmp_path):
     batches = stream()
-    begun = train.fit(MEMBERS, first(batches), batches, PROGRAMS)
+    begun = loop.fit(MEMBERS, first(batches), batches, PROGRAMS)
     *_, (_, states, _) = itertools.islice(begun, number)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(number, states, {"cursor": batches.cursor().to_json()}, fvu=0.5)
         checkpoints.wait()
-        found = checkpoints.restore(jax.eval_shape(lambda sample: train.init(MEMBERS, sample), stream().peek()))
+        found = checkpoints.restore(jax.eval_shape(lambda sample: loop.init(MEMBERS, sample), stream().peek()))
     rest = stream(cursor=Cursor(**found.notes["cursor"]))
-    *_, (last, states, _) = steps = list(train.fit(MEMBERS, found.states, rest, PROGRAMS))
+    *_, (last, states, _) = steps = list(loop.fit(MEMBERS, found.states, rest, PROGRAMS))
     assert (len(steps), last) == (STEPS - number, STEPS)
     for ours, theirs in zip(jax.tree.leaves(states), jax.tree.leaves(together[0][-1]), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -151,15 +152,15 @@ def test_a_pass_that_was_cut_off_goes_on_to_the_same_bits(number, together, tmp_
 
 def test_members_with_another_number_of_steps_are_refused_with_the_numbers():
     longer = Member(MEMBERS[0].sae, dataclasses.replace(RUN, num_activations=64 * (STEPS + 3)), 0)
-    states = jax.eval_shape(lambda sample: train.init([MEMBERS[0]], sample), stream().peek())
+    states = jax.eval_shape(lambda sample: loop.init([MEMBERS[0]], sample), stream().peek())
     with pytest.raises(ConfigError, match=r"same number of steps, not \[20, 23\]"):
-        next(train.fit([MEMBERS[0], longer], states, iter([])))
+        next(loop.fit([MEMBERS[0], longer], states, iter([])))
 
 
 def test_activations_that_end_before_the_run_are_told_with_the_steps_taken():
     member = Member(sae_config("relu", D, F), RUN)
     batch = jnp.asarray(activations(0)[:64])
-    steps = train.fit([member], train.init([member], [batch]), iter([[batch]] * 3))
+    steps = loop.fit([member], loop.init([member], [batch]), iter([[batch]] * 3))
     with pytest.raises(ConfigError, match="the activations ended after 3 of 20 steps"):
         list(steps)
 
@@ -183,9 +184,7 @@ def test_activations_of_other_widths_are_refused_before_anything_is_trained(conf
 def test_a_loss_that_is_not_finite_is_told_of_the_one_sae_that_had_it(together):
     good, bad = together[0][-1][:2]
     sums = together[1][-1]
-    train.check_finite(good, sums[0], "k4 blocks.0")
+    loop.check_finite(good, sums[0], "k4 blocks.0")
     broken = bad._replace(bad_step=jnp.int32(7))
-    with pytest.raises(
-        train.NotFiniteError, match=r"the loss of k8 blocks\.1 is not finite at step 7; the activations"
-    ):
-        train.check_finite(broken, sums[1], "k8 blocks.1")
+    with pytest.raises(loop.NotFiniteError, match=r"the loss of k8 blocks\.1 is not finite at step 7; the activations"):
+        loop.check_finite(broken, sums[1], "k8 blocks.1")

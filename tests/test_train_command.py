@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import alone
+import file_limit
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,9 +23,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import bridge.nanochat
 from bridge import torch_sae
 from bridge.hooks import capture
-from jsae import export, train
+from jsae import export
+from jsae.architectures import sae_config
 from jsae.config import TrainConfig
-from jsae.settings import SAEConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 HOOK = "blocks.2.hook_resid_post"
@@ -65,7 +67,12 @@ def run_to_the_end(run: Path, text: Path, **flags: object) -> subprocess.Complet
 
 def start(run: Path, text: Path, **flags: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(run, text, **flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(run, text, **flags),
+        cwd=ROOT,
+        env=file_limit.ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -137,9 +144,9 @@ def test_the_export_is_read_by_torch_and_saelens_with_its_metadata(whole):
 @pytest.mark.parametrize(
     "config",
     [
-        SAEConfig("topk", 128, 512, k=16),
-        SAEConfig("relu", 128, 512, l1_coefficient=2.0),
-        SAEConfig("gated", 128, 512, l1_coefficient=2.0),
+        sae_config("topk", 128, 512, k=16),
+        sae_config("relu", 128, 512, l1_coefficient=2.0),
+        sae_config("gated", 128, 512, l1_coefficient=2.0),
     ],
     ids=lambda c: c.architecture,
 )
@@ -150,8 +157,8 @@ def test_jax_torch_and_saelens_agree_on_real_activations(config, tmp_path):
         nano.model(torch.tensor([ids]))
     x = acts[HOOK][0, 1:]
     run = TrainConfig(num_activations=511 * 40, batch_size=511, learning_rate=1e-3)
-    state = train.init(config, run, jnp.asarray(x.numpy()))
-    *_, (_, state, _) = train.fit(run, state, iter([jnp.asarray(x.numpy())] * 40))
+    state = alone.begin(config, run, jnp.asarray(x.numpy()))
+    *_, (_, state, _) = alone.fit(config, run, state, [jnp.asarray(x.numpy())] * 40)
     export.write(tmp_path / "sae", config, state.sae.arrays(), float(state.scale), float(state.scale), {})
     scaled = jnp.asarray(x.numpy()) * state.scale
     expected = np.asarray(state.sae.decode(state.sae.encode(scaled), scaled) / state.scale)
@@ -352,7 +359,12 @@ def test_another_run_is_never_overwritten(whole, text):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     done = run_to_the_end(run, text)
     assert done.returncode == 1
-    assert "already holds another run" in done.stderr
+    assert f"{run} already holds this run, finished. Next: " in done.stderr
+    for name in ("evaluate", "explore", "steer"):
+        assert f"-m experiments.{name} --run_dir={run}" in done.stderr
+    done = run_to_the_end(run, text, k=4)
+    assert done.returncode == 1
+    assert f"{run} already holds another run: choose another --output_dir" in done.stderr
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
 

@@ -19,7 +19,7 @@ from bridge import accelerators
 from bridge.training import device
 from bridge.training.config import RunConfig
 from experiments import bench, flags
-from jsae import settings, train
+from jsae import loop, settings
 from jsae.architectures import JumpReLU, SAEConfig, TopK
 from jsae.config import TrainConfig
 from jsae.settings import ConfigError
@@ -201,7 +201,7 @@ def try_extremes() -> None:
     """Every number of every config, one after the other."""
     for config_class, base in BASES:
         for field in settings._fields(config_class):
-            values = [(value,) for value in EXTREMES] if field.several else []
+            values = [(value,) for value in EXTREMES] if field.is_list else []
             for value in [*values, *EXTREMES]:
                 before = time.perf_counter()
                 told = refusal(config_class, base | {field.name: value})
@@ -237,4 +237,4 @@ def works(config: SAEConfig | TrainConfig | RunConfig) -> None:
         )
         sample = (*sample, jax.ShapeDtypeStruct((4, config.d_out), np.float32)) if config.d_out else sample
         run = TrainConfig(num_activations=64, batch_size=4)
-        jax.eval_shape(lambda x: train.init([train.Member(config, run)], (x,)), sample)
+        jax.eval_shape(lambda x: loop.init([loop.Member(config, run)], (x,)), sample)

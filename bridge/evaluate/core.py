@@ -29,6 +29,9 @@ from bridge.evaluate.survey import Survey, survey
 from bridge.torch_sae import TorchSAE
 from jsae import metrics
 
+PASSES = 5
+"""How often `measure` runs the model over the text; once of these only up to the hook."""
+
 
 def measure(
     site: Site, sae: TorchSAE, rows: Int[np.ndarray, "R T"], token_bytes: Int[np.ndarray, " V"]
@@ -38,7 +41,7 @@ def measure(
     Args:
       site: the activation that the SAE is of, in a model that gives logits.
       sae: of the model's width, on the model's device.
-      rows: held-out token ids; the model reads them five times, once of these only up to the hook.
+      rows: held-out token ids; the model reads them `PASSES` times.
       token_bytes: the length in bytes of every token.
 
     Returns:

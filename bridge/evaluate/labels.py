@@ -72,8 +72,12 @@ class _Family:
 
 
 @torch.no_grad()
-def firings(site: Site, sae: TorchSAE, text: Text) -> Firings:
-    """Where the latents fire in a text; after `MOST_FIRINGS` the rest of it is not looked at."""
+def firings(site: Site, sae: TorchSAE, text: Text, enough: Callable[[], bool] = lambda: False) -> Firings:
+    """Where the latents fire in a text.
+
+    The rest of the text is not looked at after `MOST_FIRINGS`, or when `enough`, which is asked after every batch,
+    returns True.
+    """
     rows, length = text.tokens.shape
     counts = np.zeros((rows, length), bool)
     found: list[tuple[np.ndarray, ...]] = []
@@ -86,7 +90,7 @@ def firings(site: Site, sae: TorchSAE, text: Text) -> Firings:
         found.append(tuple(column.cpu().numpy() for column in columns))
         counts[start : start + len(tokens)] = mask.cpu().numpy()
         total += len(token)
-        if total > MOST_FIRINGS:
+        if total > MOST_FIRINGS or enough():
             break
     latent, token, value = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return Firings(latent, token, value, counts.reshape(-1), sae.d_sae)

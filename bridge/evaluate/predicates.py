@@ -73,7 +73,7 @@ def _statements() -> Iterator[tuple[str, Callable[[str], object]]]:
         **{name: set(listed.split()) for name, listed in patterns.ENGLISH.items()},
     }
     for name, listed in words.items():
-        yield name, lambda token, listed=listed: token.strip() in listed
+        yield name, lambda token, listed=listed: token.strip() in listed  # type: ignore[misc]
     for ending in patterns.ENDINGS:
         yield f"ends in -{ending}", re.compile(rf"\s?[^\W\d_]{{2,}}{ending}").fullmatch
     for beginning in patterns.BEGINNINGS:

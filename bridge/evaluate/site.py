@@ -1,7 +1,7 @@
 """Where activations are read: a hook of a model, the tokens that count there, and text run up to it."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import nn
 
-from bridge.hooks import capture, parse
-from bridge.selection import kept
+from bridge import activations
+from bridge.hooks import parse
 
 
 class Batch(NamedTuple):
@@ -48,19 +48,21 @@ class Site:
         return next(self.model.parameters()).device
 
     def read(self, batches: Iterable[np.ndarray]) -> Iterator[Batch]:
-        """Runs token ids, (rows, row_len) each, up to the hook."""
-        start = 0
-        for ids in batches:
-            tokens = torch.from_numpy(ids.astype(np.int64)).to(self.device)
-            names = (self.hook_name, *self.beside)
-            with torch.no_grad(), capture(self.model, names, stop=True) as captured:
-                self.model(tokens)
-            found = [captured[name] for name in names]
-            counts = [kept(acts, tokens, self.excluded, self.drop_sinks) for acts in found]
+        """Run token ids, (rows, row_len) each, up to the hook."""
+        names = (self.hook_name, *self.beside)
+        for done in self.passes(names, batches):
+            acts = [done.acts[name] for name in names]
             if not self.transcodes:
-                found = [torch.cat(found, dim=-1) if self.beside else found[0]]
-            yield Batch(start, tokens, found[0], found[-1], torch.stack(counts).all(0))
-            start += len(ids)
+                acts = [torch.cat(acts, dim=-1) if self.beside else acts[0]]
+            yield Batch(done.first_row, done.tokens, acts[0], acts[-1], done.mask(*names))
+
+    def passes(
+        self, hooks: Sequence[str], batches: Iterable[np.ndarray], stop: bool = True
+    ) -> Iterator[activations.ForwardPass]:
+        """Yield the forward pass of every batch of token ids, (rows, row_len) each."""
+        return activations.read(
+            self.model, hooks, batches, excluded=self.excluded, drop_sinks=self.drop_sinks, stop=stop
+        )
 
     @property
     def transcodes(self) -> bool:

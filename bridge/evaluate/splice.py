@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bridge.evaluate.site import Site
-from bridge.hooks import capture, edit
-from bridge.selection import among, kept
+from bridge.hooks import edit
+from bridge.selection import among
 from bridge.torch_sae import TorchSAE
 
 VARIANTS = ("without_sae", "with_sae", "with_ablation", "with_mean_ablation")
@@ -59,20 +59,17 @@ def effects(
     lengths = torch.as_tensor(token_bytes, device=site.device).long()
     constant = torch.as_tensor(mean, device=site.device)
     total = torch.zeros(len(VARIANTS), 6, dtype=torch.float64)
-    for ids in batches:
-        tokens = torch.from_numpy(ids.astype(np.int64)).to(site.device)
-        with capture(model, [hook_name]) as captured:
-            base = model(tokens).log_softmax(-1)
+    for done in site.passes([hook_name], batches, stop=False):
+        tokens, acts, mask = done.tokens, done.acts[hook_name], done.mask(hook_name)
+        base = done.logits.log_softmax(-1)
         probs = base.exp()
-        acts = captured[hook_name]
-        mask = kept(acts, tokens, site.excluded, site.drop_sinks)
         x = acts[mask]
         counts = ~among(tokens, site.excluded)
         total[0] += _sums(base, torch.zeros_like(counts, dtype=torch.float64), tokens, counts, lengths)
         for i, new in enumerate((sae(x.float()), torch.zeros_like(x), constant.expand_as(x)), 1):
             replaced = acts.clone()
             replaced[mask] = new.to(acts.dtype)
-            with edit(model, {hook_name: lambda _, replaced=replaced: replaced}):
+            with edit(model, {hook_name: lambda _, replaced=replaced: replaced}):  # type: ignore[misc]
                 log_probs = model(tokens).log_softmax(-1)
             divergence = (probs * (base - log_probs)).sum(-1).double()
             total[i] += _sums(log_probs, divergence, tokens, counts, lengths)

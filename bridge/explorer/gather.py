@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer, UInt16
 
+from bridge import activations
 from bridge.explorer import weights
-from bridge.hooks import capture, parse
+from bridge.hooks import parse
 from bridge.nanochat import Nanochat
 from bridge.nanochat.corpus import Corpus
 from bridge.nanochat.units import Split
-from bridge.selection import kept
 from bridge.torch_sae import TorchSAE
 from jsae import files
 from jsae.records.correlation import Moments
@@ -69,7 +69,7 @@ def unfit(folder: Path, digests: Mapping[str, str], nano: Nanochat, plan: Plan) 
     del wanted["data_fingerprint"]
     try:
         for hook, digest in digests.items():
-            store = Store(folder / hook, digest)
+            store = Store(folder / hook, digest, hook)
             found = store.header.settings | kept_or_not
             other = [f"{n} was {found.get(n)}" for n, value in wanted.items() if found.get(n) != value]
             if plan.data_fingerprint not in (None, found.get("data_fingerprint")):
@@ -231,21 +231,19 @@ def run(
     step = max(_batch(device, gatherers.values()) // length, 1)
 
     @torch.no_grad()  # which holds for a thread
-    def encode(first: int, ids: torch.Tensor, acts: Mapping[str, torch.Tensor]) -> None:
+    def encode(done: activations.ForwardPass) -> None:
         for hook, gatherer in gatherers.items():
-            counts = kept(acts[hook], ids, excluded, drop_sinks)
-            gatherer.add(first, acts[hook], counts)
+            gatherer.add(done.first_row * length, done.acts[hook], done.mask(hook))
 
     with _half_the_threads(device), concurrent.futures.ThreadPoolExecutor(1) as other:
         encoding: concurrent.futures.Future[None] | None = None
-        for start in range(0, len(tokens), step):
-            batch = torch.from_numpy(tokens[start : start + step].astype(np.int64)).to(device)
-            with capture(nano.model, list(gatherers), stop=True) as captured:
-                nano.model(batch)
+        batches = (tokens[start : start + step] for start in range(0, len(tokens), step))
+        passes = activations.read(nano.model, list(gatherers), batches, excluded=excluded, drop_sinks=drop_sinks)
+        for done in passes:
             if encoding is not None:
                 encoding.result()
-            encoding = other.submit(encode, start * length, batch, captured)
-            tell("running the model", min((start + step) / len(tokens), 1.0))
+            encoding = other.submit(encode, done)
+            tell("running the model", min((done.first_row + step) / len(tokens), 1.0))
         if encoding is not None:
             encoding.result()
 

@@ -27,9 +27,10 @@ from typing import Any
 
 import numpy as np
 
+from bridge.run import Run
 from bridge.run.labels import Names
 from jsae import files
-from jsae.records.store import TOP, Store, Texts, digest
+from jsae.records.store import TOP, Store, Texts
 
 BYTES_PER_LATENT = 19_000
 """So that 500 latents take less than 10 MB; a smaller SAE may take as much as one of 500."""
@@ -59,10 +60,10 @@ def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
       ValueError: the run's labels or notes are broken.
       OSError: the page cannot be written; the former one stays.
     """
-    run = Path(run)
-    folder = run / "explorer"
+    run = Run(run)
+    folder = run.explorer_folder
     stores = _stores(run, hooks)
-    names = [Names.read(run, store.header.hook) for store in stores]
+    names = [Names.read(run.path, store.header.hook) for store in stores]
     texts = stores[0].texts
     radius = _radius(stores, texts)
     shown = _Shown.of(stores, texts, radius)
@@ -81,7 +82,7 @@ def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
             put(f"list-{number}", _list(store, named))
             for shard, first in enumerate(range(0, store.header.d_sae, SHARD)):
                 put(f"shard-{number}-{shard}", _shard(store, first, radius))
-        put("manifest", _manifest(run, stores, texts, shown, radius))
+        put("manifest", _manifest(run.path, stores, texts, shown, radius))
         for asset in assets.iterdir():
             if asset.is_file() and asset.name != "index.html":
                 (partial / asset.name).write_bytes(asset.read_bytes())
@@ -118,19 +119,14 @@ def _digest(page: Path) -> str:
     return total.hexdigest()[:16]
 
 
-def _stores(run: Path, hooks: Sequence[str] | None) -> list[Store]:
-    """The stores of a run, checked against its exports where it has them."""
-    records = run / "explorer" / "records"
-    if hooks is None:
-        hooks = sorted(path.parent.name for path in records.glob("*/records.json"))
+def _stores(run: Run, hooks: Sequence[str] | None) -> list[Store]:
+    """Open the stores of a run, checked against its exports where it has them, from the lowest layer up."""
+    hooks = run.recorded_hooks if hooks is None else hooks
     if not hooks:
-        raise FileNotFoundError(f"no records in {records}: `python -m experiments.explore --run_dir={run}` makes them")
-    stores = []
-    for hook in hooks:
-        export = run / "sae" / hook
-        known = digest(export) if (export / "sae_weights.safetensors").is_file() else None
-        stores.append(Store(records / hook, known))
-    return sorted(stores, key=lambda store: (store.header.layer, store.header.hook))
+        raise FileNotFoundError(
+            f"no records in {run.records_folder}: `python -m experiments.explore --run_dir={run.path}` makes them"
+        )
+    return sorted(map(run.records, hooks), key=lambda store: (store.header.layer, store.header.hook))
 
 
 # ---- what is shown of the texts ------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from bridge.nanochat.tokenizer import Tokenizer
 from bridge.nanochat.tokenizer import load as load_tokenizer
 from bridge.nanochat.weights import Weights
 
+_CHAT_FOLDERS = ("mid_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints")
+
 
 @dataclasses.dataclass(frozen=True)
 class Nanochat:
@@ -37,6 +39,11 @@ class Nanochat:
     """All files that contain weights."""
     name: str
     """A display name: that of its directory, or of its repository on the hub."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the path says that it was trained to chat: nanochat gives such checkpoints folders of their own."""
+        return any(part in _CHAT_FOLDERS for part in self.path.parts)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -98,7 +105,7 @@ def load(
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
         weights_file.refuse_foreign(shapes)
         settings = _settings(weights, *tables)
-        generation, config = deduce.deduce(shapes, settings, overrides, tokenizer and tokenizer.vocab_size)
+        generation, config = deduce.deduce(shapes, settings, overrides, tokenizer.vocab_size if tokenizer else None)
         overridden = [name for name, value in overrides.items() if value is not None]
         check_others(settings, config, generation, (*ignore, *overridden))
         with torch.device("meta"):

@@ -65,7 +65,7 @@ def deduce(
     elif pattern is not None and "generation" not in overrides:
         raise ValueError(f"window_pattern {pattern!r} is given, but the weights are of {generation}, without windows")
     arithmetic = {name: overrides[name] for name in _ARITHMETIC if name in overrides}
-    return generation, GPTConfig.of_generation(generation, **fields, **(settings.fixed | arithmetic))
+    return generation, GPTConfig.of_generation(generation, **fields, **{**settings.fixed, **arithmetic})
 
 
 def _sizes(shapes: Shapes, settings: Settings, overrides: Mapping[str, Any], vocab_size: int | None) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _documentation() -> tuple[tuple[str, str, Callable[[], str]], ...]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        topics = {}
+        topics = {}  # type: ignore[misc]
     entries += [(f"topic {name}", text) for name, text in sorted(topics.items())]
     return tuple((name, text, functools.partial(str, text)) for name, text in entries)
 
@@ -117,7 +117,7 @@ def _module_doc(module: Any, name: str) -> str:
         # Hooks of sys may have been replaced by this process.
         own = getattr(member, "__module__", name) in (name, None) and not key.endswith("hook")
         if own and not key.startswith("_") and (inspect.isclass(member) or inspect.isroutine(member)):
-            parts.append(pydoc.plaintext.document(member, key))
+            parts.append(pydoc.plaintext.document(member, key))  # type: ignore[attr-defined]
     text = re.sub(r".\x08", "", "\n\n".join(parts))
     # Remove what differs between processes: the subclasses loaded so far, and memory addresses.
     text = re.sub(r"^ *\|  Built-in subclasses:\n(?: *\|   +\S.*\n)+ *\| *\n", "", text, flags=re.MULTILINE)

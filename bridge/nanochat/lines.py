@@ -91,7 +91,7 @@ def units(file: Path, form: str, gzipped: bool, spool: Spool) -> list[Unit]:
     word = "line"
     try:
         with gzip.open(file) if gzipped else file.open("rb") as raw:
-            stream = _Unpacked(raw, file) if gzipped else raw
+            stream = _Unpacked(raw, file) if isinstance(raw, gzip.GzipFile) else raw
             if form == "json" and not _is_lines(stream):
                 word, records = "element", _array(stream, file)
             else:
@@ -190,7 +190,7 @@ class _Unpacked(io.BufferedIOBase):
 
     def _counted(self, data: bytes) -> bytes:
         self._count += len(data)
-        if self._count > _FREE and self._count > _MAX_RATIO * self._stream.fileobj.tell():
+        if self._count > _FREE and self._count > _MAX_RATIO * self._stream.fileobj.tell():  # type: ignore[union-attr]
             raise ValueError(
                 f"{self._file} unpacks to more than {_MAX_RATIO} times its size, which text does not: unpack it first "
                 "if it is the right file"

@@ -108,7 +108,7 @@ def _page(stream: io.BufferedIOBase, start: int, end: int) -> Page:
     sizes = fields.get(2), fields.get(3)
     if not all(isinstance(size, int) and size >= 0 for size in sizes):
         raise ValueError(f"its page at byte {start} has no size")
-    return Page(fields.get(1, -1), *sizes, max(values, 0), reader.position)  # type: ignore[arg-type]
+    return Page(fields.get(1, -1), *sizes, max(values, 0), reader.position)
 
 
 def _check_schema(footer: bytes) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bridge.nanochat.corpus import Corpus
 from bridge.nanochat.loss import bits_per_byte, cross_entropy
 from bridge.nanochat.model import GPT
-from jsae import files
+from jsae import files, jsons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Trainer:
         if differing := sorted(name for name in shapes.keys() | saved if shapes.get(name) != saved.get(name)):
             name = differing[0]
             raise ValueError(f"the save is of another model: {name} is {saved.get(name)}, here {shapes.get(name)}")
-        self.corpus.seek(json.loads(state["corpus"]))
+        self.corpus.seek(jsons.loads(state["corpus"]))
         self.model.load_state_dict(state["model"])
         for optimizer, moments in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(moments)

@@ -315,7 +315,7 @@ def _sizes(container: dict[str, Any]) -> dict[str, Any]:
 def _training_settings(prefix: str, meta: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings in a meta file that change the arithmetic but cannot be seen in the weights."""
     tables = ("loop_state", "user_config") if not prefix else ("model_config", "loop_state", "user_config")
-    settings = {}
+    settings: dict[str, Any] = {}
     for table in tables:
         fields = meta.get(table)
         if isinstance(fields, dict):

@@ -175,7 +175,8 @@ class _Builder:
             return Other(_UNREADABLE[name])
         if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3") and len(arguments) >= 6:
             dtype = arguments[6] if name.endswith("v3") and len(arguments) > 6 else None
-            return self._tensor(*arguments[:4], dtype)
+            storage, offset, size, stride = arguments[:4]
+            return self._tensor(storage, offset, size, stride, dtype)
         if name.startswith("torch._utils._rebuild_parameter") and arguments:
             return arguments[0]
         if name == "torch._tensor._rebuild_from_type_v2" and len(arguments) == 4:

@@ -52,6 +52,7 @@ def read(path: Path) -> Weights:
         FileNotFoundError: a file in the index is missing.
     """
     kind = _kind(path)
+    files: tuple[Path, ...]
     mlx = False
     if kind == "torch":
         files, tensors = (path,), _read_torch(path)

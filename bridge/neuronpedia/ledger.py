@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from jsae import files
+from jsae import files, jsons
 
 State = Literal["sending", "accepted"]
 
@@ -89,8 +89,8 @@ class Ledger:
     def _read(self) -> None:
         for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
-                self._apply(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                self._apply(jsons.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 raise LedgerError(
                     f"{self.path}, line {number} is damaged ({error}); without the ledger features may be uploaded "
                     "twice, so remove the file only if nothing was uploaded"

@@ -27,7 +27,6 @@ def create_neuronpedia_metadata(
     Returns:
       "architecture", "sparsity_config", and, if given, "training" and "evaluation".
     """
-    penalised = getattr(config, "architecture", None) in ("relu", "gated")
     norms = sae.W_dec.float().norm(dim=-1)
     metadata: dict[str, Any] = {
         "architecture": {
@@ -39,7 +38,7 @@ def create_neuronpedia_metadata(
         },
         "sparsity_config": {
             "k": sae.cfg.get("k"),
-            "l1_coefficient": config.l1_coefficient if penalised else None,
+            "l1_coefficient": getattr(config, "l1_coefficient", None),
         },
     }
     optional = {"training": training_info, "evaluation": eval_metrics}

@@ -3,14 +3,13 @@
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.neuronpedia.ids import Ids
-from jsae import files
+from jsae import files, jsons
 
 MAX_FEATURES = 128
 """Features per request; the server's own limit."""
@@ -78,7 +77,7 @@ def encode(feature: Mapping[str, Any]) -> bytes:
     _check_keys(feature, _FEATURE_KEYS, where)
     density = feature.get("density")
     _require(
-        density is None or (_is_finite(density) and 0 <= density <= 1),
+        density is None or (jsons.is_finite(density) and 0 <= density <= 1),
         f"{where}: density is {density!r}, expected a share from 0 to 1",
     )
     for side in ("topLogits", "bottomLogits"):
@@ -102,7 +101,7 @@ def _check_logits(logits: Sequence[Mapping[str, Any]], where: str) -> None:
     for logit in logits:
         _check_keys(logit, {"token", "value"}, where)
         _check_text(logit.get("token"), f"{where}: a token")
-        _require(_is_finite(logit.get("value")), f"{where}: value {logit.get('value')!r} is not a finite number")
+        _require(jsons.is_finite(logit.get("value")), f"{where}: value {logit.get('value')!r} is not a finite number")
 
 
 def _check_explanation(explanation: Mapping[str, Any], where: str) -> None:
@@ -124,10 +123,12 @@ def _check_activation(activation: Mapping[str, Any], where: str) -> None:
     for position, token in enumerate(tokens):
         _check_text(token, f"{where}: token {position}")
     for position, value in enumerate(values):
-        _require(_is_finite(value), f"{where}: value {position} is {value!r}, not a finite number")
+        _require(jsons.is_finite(value), f"{where}: value {position} is {value!r}, not a finite number")
     for key, limit in (("quantileMax", 99_999_999), ("quantileMin", 99_999_999), ("quantileFraction", 1)):
         value = activation.get(key)
-        _require(value is None or (_is_finite(value) and value <= limit), f"{where}: {key} is {value!r}, above {limit}")
+        _require(
+            value is None or (jsons.is_finite(value) and value <= limit), f"{where}: {key} is {value!r}, above {limit}"
+        )
     fraction = activation.get("quantileFraction")
     _require(
         fraction is None or fraction >= 0,
@@ -152,10 +153,6 @@ def _check_keys(fields: Mapping[str, Any], known: set[str], where: str) -> None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _utf16_length(text: str) -> int:
@@ -212,7 +209,7 @@ class Plan:
         )
         if only is None or only == set(batch.contents):
             return body
-        request = json.loads(body)
+        request = jsons.loads(body)
         return dump(request | {"features": [feature for feature in request["features"] if feature["index"] in only]})
 
 
@@ -283,7 +280,7 @@ def _is_foreign(file: Path) -> bool:
 class _Encoded(NamedTuple):
     """A feature encoded for a body."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's method of that name is not used
     json: bytes
     texts: int
 

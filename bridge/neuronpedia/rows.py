@@ -189,8 +189,7 @@ def _decoder(sae_dir: Path) -> np.ndarray:
 
 def check(store: Store, sae_dir: Path) -> None:
     """Raise FileNotFoundError if there is no export, and StoreError if the records are of another SAE."""
-    weights = sae_dir / "sae_weights.safetensors"
-    if not weights.is_file():
+    if not all((sae_dir / name).is_file() for name in ("sae_weights.safetensors", "cfg.json")):
         raise FileNotFoundError(
             f"no exported SAE at {sae_dir}: `python -m experiments.train` writes one at the end of a run"
         )

@@ -3,10 +3,11 @@
 import shutil
 from pathlib import Path
 
-from bridge import sae_config, torch_sae
+from bridge import torch_sae
 from bridge.neuronpedia.ids import Ids
 from bridge.neuronpedia.strict import write_json
 from jsae import files
+from jsae.saelens import config as sae_config
 
 
 def write(sae_dir: Path, out: Path, *, ids: Ids) -> list[Path]:

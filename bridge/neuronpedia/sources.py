@@ -1,23 +1,20 @@
-"""The SAEs of a run as Neuronpedia's sources: where they and their records lie, what they are called."""
+"""The SAEs of a run as Neuronpedia's sources: their files and their ids on the site."""
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from bridge import sae_config
 from bridge.neuronpedia import ids as names
 from bridge.neuronpedia.about import CREATED_AT, About
 from bridge.neuronpedia.ids import Ids
-from bridge.run.exports import finished
+from bridge.run import Run
 from jsae.records.store import Store, digest
+from jsae.saelens import config as sae_config
 from jsae.settings import require
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What a user wants things to be called; None is the default, which says model and SAEs by their hashes."""
+    """Names that a user gives to model, source set and release; None is a default with the hashes of model and SAEs."""
 
     model_id: str | None = None
     source_set: str | None = None
@@ -43,7 +40,7 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One SAE of a run."""
+    """One SAE of a run, with its records and its names."""
 
     sae_dir: Path
     records: Path
@@ -51,41 +48,45 @@ class Source:
     about: About
 
     def store(self) -> Store:
-        """Its records.
+        """Open its records.
 
         Raises:
           FileNotFoundError: none were gathered.
           StoreError: of another version or SAE, or broken.
         """
-        return Store(self.records, digest(self.sae_dir))
+        return Store(self.records, digest(self.sae_dir), self.records.name)
 
 
-def of_run(run: Path, wanted: Wanted, hook: str | None = None) -> list[Source]:
-    """The exported SAEs of a run, or that of one hook, with names that Neuronpedia takes. Reads no records.
+def of_run(path: str | Path, wanted: Wanted, hook: str | None = None) -> list[Source]:
+    """Return the exported SAEs of a run, or that of one hook, with names that Neuronpedia takes; read no records.
 
     Raises:
       FileNotFoundError: the run has no export, or none of the hook, or is a sweep; says what to run.
       ConfigError: a name that would be refused, or one for two SAEs.
     """
-    exports = {folder.name: folder for folder in finished(run)}
+    run = Run(path)
+    exports = run.exports
     if not exports:
         raise FileNotFoundError(
-            f"{run} holds no exported SAE: `python -m experiments.train --output_dir={run}` writes one when it ends"
+            f"{run.path} holds no exported SAE: `python -m experiments.train --output_dir={run.path}` writes one when "
+            "it ends"
         )
     if hook is not None and hook not in exports:
-        raise FileNotFoundError(f"{run} has no SAE of {hook}: there are {', '.join(exports)}")
+        raise FileNotFoundError(f"{run.path} has no SAE of {hook}: there are {', '.join(exports)}")
     digests = [digest(folder) for folder in exports.values()]
     n_layer = _layers(run) if wanted.layers is None else wanted.layers
-    found = [
+    chosen = [
         _source(run, name, folder, wanted, n_layer, digests) for name, folder in exports.items() if hook in (None, name)
     ]
-    links = [source.ids.link for source in found]
+    links = [source.ids.link for source in chosen]
     twice = next((link for link in links if links.count(link) > 1), None)
-    require(twice is None, f"two SAEs of {run} would be {twice}: export one --hook after the other, under two sets")
-    return found
+    require(
+        twice is None, f"two SAEs of {run.path} would be {twice}: export one --hook after the other, under two sets"
+    )
+    return chosen
 
 
-def _source(run: Path, hook: str, folder: Path, wanted: Wanted, n_layer: int, digests: list[str]) -> Source:
+def _source(run: Run, hook: str, folder: Path, wanted: Wanted, n_layer: int, digests: list[str]) -> Source:
     settings = sae_config.read(folder)
     fingerprint, d_sae = settings.metadata.get("model_fingerprint"), settings.d_sae
     require(
@@ -110,29 +111,17 @@ def _source(run: Path, hook: str, folder: Path, wanted: Wanted, n_layer: int, di
         wanted.created_at,
         wanted.hub_repo,
     )
-    return Source(folder, run / "explorer" / "records" / hook, ids, about)
+    return Source(folder, run.store_folder(hook), ids, about)
 
 
-def _layers(run: Path) -> int:
-    """How many layers the model of a run has; its checkpoint knows."""
-    import bridge.nanochat
-
-    flags: Mapping[str, Any] = _json(run / "config.json").get("flags") or {}
-    checkpoint = flags.get("checkpoint")
-    require(isinstance(checkpoint, str), f"{run}/config.json names no checkpoint: give --layers, those of the model")
+def _layers(run: Run) -> int:
+    """Return how many layers the model of a run has; its checkpoint knows."""
+    flags = run.flags if run.config_file.is_file() else {}
+    require(
+        isinstance(flags.get("checkpoint"), str),
+        f"{run.config_file} names no checkpoint: give --layers, those of the model",
+    )
     try:
-        return bridge.nanochat.load(checkpoint, flags.get("step"), tokenizer=flags.get("tokenizer")).config.n_layer
+        return run.model_path().layers()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. Without the checkpoint, give --layers, those of the model") from error
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """A JSON table, empty where there is no file."""
-    if not file.is_file():
-        return {}
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is broken: {error}") from error
-    require(isinstance(told, dict), f"{file} holds {type(told).__name__}, expected a table")
-    return told

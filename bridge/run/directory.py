@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, who writes to it, and what is written down about it."""
+"""Claiming, locking and recording: which run a directory holds, and which process writes to it."""
 
 import contextlib
 import dataclasses
@@ -6,13 +6,15 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bridge.locations import absolute_fields
-from jsae import files
-from jsae.settings import Json, require
+from bridge.run import commands
+from bridge.run.layout import WRITTEN, Layout
+from jsae import files, jsons
+from jsae.settings import ConfigError, Json, require
 
 # What may differ between a run and its continuation without changing a number.
 _FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fraction", "heldout_tokens"} | {
@@ -20,14 +22,12 @@ _FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fract
     "model_id",
     "source_set",
 }
-# What is written directly into a run, or was by earlier versions: where a killed process may have left remains.
-_FILES = ("config.json", "config", "metrics.jsonl", "eval.json", "eval", "latents.json", "labels.json")
 _VERSIONS = ("jsae", "jax", "flax", "optax", "orbax-checkpoint", "torch", "numpy")
 
 
 @contextlib.contextmanager
 def claimed(run: Path, config: Json, variants: Iterable[str] = ()) -> Iterator[contextlib.ExitStack]:
-    """Hold the directory of a run that is trained; make it, or make sure that the run in it is the one to go on with.
+    """Hold the directory of a run that is trained: create it, or check that the run in it is the one to resume.
 
     What a process left that was killed before it wrote config.json is removed: nothing of a run was there yet.
 
@@ -45,17 +45,18 @@ def claimed(run: Path, config: Json, variants: Iterable[str] = ()) -> Iterator[c
       OSError: it cannot be made or written to.
     """
     resume: bool = config.resume  # type: ignore[attr-defined]
+    config_file = Layout(run).config_file
     require(not run.exists() or run.is_dir(), f"{run} is a file: choose another --output_dir")
     if resume:
-        require((run / "config.json").is_file(), f"{run} holds no run to resume: leave out --resume to start one")
+        require(config_file.is_file(), f"{run} holds no run to resume: leave out --resume to start one")
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.Lock(run))
-        _check_resumed(run, config) if resume else _check_new(run)
-        files.clear(run, *_FILES)
+        _check_resumed(run, config) if resume else _check_new(run, config)
+        files.clear(run, *WRITTEN)
         for name in variants:
             if (run / name).is_dir():
                 stack.enter_context(files.Lock(run / name))
-                files.clear(run / name, *_FILES)
+                files.clear(run / name, *WRITTEN)
         yield stack
 
 
@@ -70,10 +71,18 @@ def writing(folder: Path) -> Iterator[None]:
       LockedError: another process writes to it; names the process.
       OSError: it cannot be written to.
     """
-    around = [folder, *folder.absolute().parents[:2]]
-    run = next((place for place in around if (place / "config.json").is_file()), folder)
+    run = around(folder) or folder
     with files.Lock(run) if run.is_dir() else contextlib.nullcontext():
         yield
+
+
+def around(folder: Path) -> Path | None:
+    """Return the run that a folder is or belongs to, as an exported SAE does; None if there is none.
+
+    Looked for are the folder and the two above it, first as its path is written, then with symbolic links followed.
+    """
+    places = (folder, *folder.absolute().parents[:2], *folder.resolve().parents[:2])
+    return next((place for place in places if Layout(place).config_file.is_file()), None)
 
 
 def is_writable(run: Path) -> bool:
@@ -81,36 +90,51 @@ def is_writable(run: Path) -> bool:
     return os.access(run, os.W_OK)
 
 
-def _check_new(run: Path) -> None:
+def _check_new(run: Path, config: Json) -> None:
     """Refuse a directory that holds anything but the lock and remains of killed processes."""
-    nothing = {files.LOCK, *(name + files.PARTIAL for name in _FILES)}
-    require(
-        all(path.name in nothing for path in run.iterdir()),
-        f"{run} already holds {'another run' if (run / 'config.json').is_file() else 'something else'}: "
-        "choose another --output_dir, or go on with that run by its own flags and --resume",
+    nothing = {files.LOCK, *(name + files.PARTIAL for name in WRITTEN)}
+    if all(path.name in nothing for path in run.iterdir()):
+        return
+    other = "choose another --output_dir"
+    if not Layout(run).config_file.is_file():
+        require(False, f"{run} already holds something else: {other}")
+    if _differing(run, config):
+        require(
+            False, f"{run} already holds another run: {other}, or go on with that run by its own flags and --resume"
+        )
+    folders = (run, *sorted(path for path in run.iterdir() if path.is_dir()))
+    finished = next((folder for folder in folders if Layout(folder).table_file("eval").is_file()), None)
+    if finished is None:
+        require(False, f"{run} already holds this run, unfinished: go on with it by --resume, or {other}")
+    lines = "; ".join(commands.after_training(finished))
+    require(False, f"{run} already holds this run, finished. Next: {lines}. To train it again, {other}")
+
+
+def _differing(run: Path, config: Json) -> str:
+    """The flags of the run that are not those of `config` and change its numbers, as a text; "" if there are none."""
+    before, now = read(run)["flags"], json.loads(json.dumps(config.to_json()))
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}  # type: ignore[arg-type]
+    before = json.loads(json.dumps(defaults)) | before  # of flags that the run's version did not have
+    same = [absolute_fields(type(config), values, resolve=True) for values in (before, now)]
+    differing = [name for name in sorted(set(now) | set(before)) if same[0].get(name) != same[1].get(name)]
+    return ", ".join(
+        f"--{n}={_written(before.get(n))} (now {_written(now.get(n))})" for n in differing if n not in _FREE
     )
 
 
 def _check_resumed(run: Path, config: Json) -> None:
     """Refuse to go on with a run of other flags."""
-    before, now = read(run)["flags"], json.loads(json.dumps(config.to_json()))
-    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
-    before = json.loads(json.dumps(defaults)) | before  # of flags that the run's version did not have
-    same = [absolute_fields(type(config), values, resolve=True) for values in (before, now)]
-    differing = [name for name in sorted(set(now) | set(before)) if same[0].get(name) != same[1].get(name)]
-    told = ", ".join(
-        f"--{n}={_written(before.get(n))} (now {_written(now.get(n))})" for n in differing if n not in _FREE
-    )
-    require(not told, f"the run in {run} was started with {told}: resume it with its own flags")
+    flags = _differing(run, config)
+    require(not flags, f"the run in {run} was started with {flags}: resume it with its own flags")
 
 
 def record(run: Path, config: Json, facts: dict[str, Any]) -> None:
-    """Write `config.json`: flags, facts (hashes of model and data), versions. Of a resumed run it checks them.
+    """Write `config.json` (flags, facts such as hashes of model and data, versions), or check that of a resumed run.
 
     Raises:
       ConfigError: the run's facts were others, so its numbers would change.
     """
-    path = run / "config.json"
+    path = Layout(run).config_file
     if path.is_file():
         before = read(run)["facts"]
         changed = [
@@ -125,23 +149,40 @@ def record(run: Path, config: Json, facts: dict[str, Any]) -> None:
 
 
 def read(run: Path) -> dict[str, Any]:
-    """What `record` wrote.
+    """Return what `record` wrote.
 
     Raises:
       ConfigError: it is not there or broken.
     """
-    path = run / "config.json"
+    path = Layout(run).config_file
     require(path.is_file(), f"{run} is no run: it has no config.json")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        require(False, f"{path} is broken: {error}")
-    require(isinstance(found, dict) and {"flags", "facts"} <= set(found), f"{path} is not what a run writes")
+        found = jsons.read(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    tables = isinstance(found, dict) and all(isinstance(found.get(name), dict) for name in ("flags", "facts"))
+    require(tables, f"{path} is not what a run writes")
+    for name, kinds in _KINDS.items():
+        value = found["flags"].get(name)
+        known = name not in found["flags"] or type(value) in kinds
+        expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        require(known, f"{path} is not what a run writes: {name} is {value!r:.80}, expected {expected}")
     return found
 
 
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "checkpoint": (str,),
+    "step": (int, type(None)),
+    "tokenizer": (str, type(None)),
+    "data": (str,),
+    "context_size": (int, type(None)),
+    "drop_sinks": (bool,),
+}
+"""The flags of a run that other commands take over, and what they may be."""
+
+
 def _written(value: Any) -> str:
-    """A flag's value as one writes it."""
+    """Return a flag's value as a user writes it."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

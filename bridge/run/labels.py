@@ -1,6 +1,8 @@
-"""Names of latents: what the evaluation found, and what people wrote; people's names come first."""
+"""Labels of latents: automatic ones of the evaluation, and those that people wrote, which come first."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import unicodedata
 import warnings
@@ -9,19 +11,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jsae import files
+from bridge.run.layout import Layout
+from jsae import files, jsons
 
 LONGEST_LABEL = 512
 """Characters of a label: Neuronpedia takes no longer explanation."""
 LONGEST_NOTE = 10_000
-_LARGEST_FILE = 2**28
+_LARGEST_FILE = 2**26
+_LONGEST_LINE = 2**18
+_MOST_LINES = 2**18
+_MOST_LABELS = 2**20
+_MOST_WARNINGS = 20
 _LARGEST_LATENT = 2**31
 _FIELDS = ("hook", "latent", "label", "note", "time")
 
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """What a latent is called. The numbers are of an automatic label, as `bridge.evaluate.labels.Label` tells."""
+    """The label of a latent. The numbers belong to an automatic label, see `bridge.evaluate.labels.Label`."""
 
     label: str
     note: str = ""
@@ -48,17 +55,17 @@ class Names:
 
     @classmethod
     def read(cls, run: str | Path, hook: str) -> "Names":
-        """The names of a run's latents at a hook: of `labels.json`, and of `explorer/notes.jsonl` over them.
+        """Return the names of a run's latents at a hook: from labels.json, and over them those from notes.jsonl.
 
         Both files may be absent.
 
         Raises:
           ValueError: labels.json is broken, or notes.jsonl is no notes at all (too large, not UTF-8).
         """
-        return cls(_automatic(Path(run) / "labels.json", hook), _last(notes(run), hook))
+        return cls(_automatic(Layout(run).table_file("labels"), hook), _last(notes(run), hook))
 
     def __getitem__(self, latent: int) -> Name:
-        """What is known of a latent; a `Name` without a label where nothing is."""
+        """Return the name of a latent; one without a label if it has none."""
         return self._names.get(latent, Name(""))
 
     def __iter__(self) -> Iterator[int]:
@@ -68,50 +75,86 @@ class Names:
         return len(self._names)
 
     def automatic(self, latent: int) -> Name:
-        """What the evaluation calls a latent, whatever people do."""
+        """Return the automatic name of a latent, whether people gave another or not."""
         return self._automatic.get(latent, Name(""))
 
     def label(self, latent: int) -> str:
-        """The label of a latent, "" if it has none."""
+        """Return the label of a latent, "" if it has none."""
         return self[latent].label
 
 
+def automatic_hooks(run: str | Path) -> dict[str, int]:
+    """Return the hooks whose latents have automatic labels in `labels.json`, and how many of them have one.
+
+    Raises:
+      ValueError: the file is broken.
+    """
+    file = Path(run) / "labels.json"
+    if not file.is_file():
+        return {}
+    hooks = _table(file)
+    counts = {hook: len(_automatic(file, hook)) for hook in hooks}
+    return {hook: count for hook, count in counts.items() if count}
+
+
 def notes_file(run: str | Path) -> Path:
-    """Where people's names are kept: a JSON object per line, the last of a latent counts."""
-    return Path(run) / "explorer" / "notes.jsonl"
+    """Return the file of people's labels and notes: a JSON object per line, the last of a latent counts."""
+    return Layout(run).notes_file
 
 
 def notes(run: str | Path) -> list[dict[str, Any]]:
-    """All lines that people wrote, in their order. Lines that are no notes are left out with a warning.
+    """Return all lines that people wrote, in their order. Lines that are no notes are left out with a warning.
 
     Raises:
-      ValueError: the file is larger than a quarter of a GiB, or not UTF-8.
+      ValueError: the file has more than 64 MiB or 262,144 lines, or is not UTF-8.
     """
     file = notes_file(run)
     if not file.is_file():
         return []
     if file.stat().st_size > _LARGEST_FILE:
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes: too many for notes, move it away")
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error}): repair it, or move it away") from error
-    found = []
-    for number, text in enumerate(lines, 1):
+    found, odd = [], 0
+    for number, text in enumerate(_lines(file), 1):
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
-            if not isinstance(line, dict):
-                raise ValueError(f"expected an object, got {type(line).__name__}")
-            found.append(_checked(**{name: line.get(name, "") for name in _FIELDS}))
-        except (ValueError, RecursionError) as error:
-            warnings.warn(f"{file}, line {number} is left out: {str(error) or 'nested too deep'}", stacklevel=2)
+            found.append(_note(text))
+        except ValueError as error:
+            odd += 1
+            if odd <= _MOST_WARNINGS:
+                warnings.warn(f"{file}, line {number} is left out: {error}", stacklevel=2)
+    if odd > _MOST_WARNINGS:
+        warnings.warn(f"{file}: {odd - _MOST_WARNINGS:,} more lines are left out", stacklevel=2)
     return found
 
 
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a file of notes, one after the other; those that are too long in parts, which are no notes."""
+    with file.open(encoding="utf-8", newline="\n") as lines:
+        try:
+            for number in itertools.count(1):
+                line = lines.readline(_LONGEST_LINE)
+                if not line:
+                    return
+                if number > _MOST_LINES:
+                    raise ValueError(f"{file} has more than {_MOST_LINES:,} lines: too many for notes, move it away")
+                yield line
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 ({error}): repair it, or move it away") from error
+
+
+def _note(text: str) -> dict[str, Any]:
+    """The note that a line is. Raises ValueError if it is none."""
+    if len(text) >= _LONGEST_LINE:
+        raise ValueError(f"it has {_LONGEST_LINE:,} characters or more")
+    line = jsons.loads(text)
+    if not isinstance(line, dict):
+        raise ValueError(f"expected an object, got {type(line).__name__}")
+    return _checked(**{name: line.get(name, "") for name in _FIELDS})
+
+
 def append(run: str | Path, hook: str, latent: int, label: str, note: str = "") -> dict[str, Any]:
-    """Keep what a person calls a latent; the line is on the disk when this returns, whole or not at all.
+    """Append a person's label and note of a latent; the line is on the disk when this returns, whole or not at all.
 
     Args:
       run: the run's directory.
@@ -136,7 +179,7 @@ def append(run: str | Path, hook: str, latent: int, label: str, note: str = "") 
 
 
 def _checked(hook: Any, latent: Any, label: Any, note: Any, time: Any) -> dict[str, Any]:
-    """A line as it may stand in the file."""
+    """Return a valid line of the file; raise ValueError for what is not allowed in one."""
     if isinstance(latent, bool) or not isinstance(latent, int) or not 0 <= latent < _LARGEST_LATENT:
         raise ValueError(f"latent is {_short(latent)}: expected a number from 0")
     texts = {"hook": (hook, 200), "label": (label, LONGEST_LABEL), "note": (note, LONGEST_NOTE), "time": (time, 64)}
@@ -162,17 +205,41 @@ def _last(lines: list[dict[str, Any]], hook: str) -> dict[int, dict[str, Any]]:
 
 
 def _automatic(file: Path, hook: str) -> dict[int, Name]:
-    """The labels that an evaluation wrote, {hook: {latent: {label, f1, …}}}."""
+    """Return the labels of a hook from a file of {hook: {latent: {label, f1, …}}}."""
     if not file.is_file():
         return {}
+    with _broken(file):
+        table = _table(file).get(hook, {})
+        return {int(latent): _of_table(line) for latent, line in table.items() if line["label"]}
+
+
+def _table(file: Path) -> dict[str, Any]:
+    """Return the labels of all hooks.
+
+    Raises:
+      ValueError: the file is broken or too large.
+    """
+    jsons.check_size(file, _LARGEST_FILE)
+    data = file.read_bytes()
+    if data.count(b"{") + data.count(b"[") > _MOST_LABELS:
+        raise ValueError(f"{file} has more than {_MOST_LABELS:,} labels: move it away")
+    with _broken(file):
+        table = jsons.loads(data.decode("utf-8"))
+        if not isinstance(table, dict):
+            raise TypeError(f"expected an object, got {type(table).__name__}")
+        return table
+
+
+@contextlib.contextmanager
+def _broken(file: Path) -> Iterator[None]:
+    """Raise ValueError with the name of the file for whatever is wrong with its content."""
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        table = told.get(hook, {})
-        found = {int(latent): _of_table(line) for latent, line in table.items() if line["label"]}
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        yield
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        if str(file) in str(error):
+            raise
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} is broken ({what}): `python -m experiments.evaluate` writes it anew") from error
-    return found
 
 
 def _of_table(line: Mapping[str, Any]) -> Name:

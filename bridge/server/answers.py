@@ -43,8 +43,8 @@ async def while_there(request: Request, make: Callable[[], Awaitable[Value]], se
             except Exception as error:  # raised below, where no group wraps it
                 failed.append(error)
             tasks.cancel_scope.cancel()
-    for error in failed:
-        raise error
+    for failure in failed:
+        raise failure
     if made:
         return made[0]
     if deadline.cancelled_caught:
@@ -154,7 +154,7 @@ class Answer(Response):
       seconds: that the sending may take.
     """
 
-    media_type = "application/json"
+    media_type = "application/json"  # type: ignore[assignment]
 
     def __init__(self, pieces: Iterable[bytes], outbox: Outbox, seconds: float | int = _SECONDS_TO_READ):
         self._pieces, self._outbox, self._seconds = list(pieces), outbox, seconds
@@ -194,4 +194,4 @@ class Stream(StreamingResponse):
                 await super().__call__(scope, receive, send)
             finally:
                 with anyio.CancelScope(shield=True):
-                    await self.body_iterator.aclose()
+                    await self.body_iterator.aclose()  # type: ignore[attr-defined]  # a generator

@@ -81,7 +81,7 @@ class Connection(H11Protocol):
             "end": limits.read_seconds,
         }
         self._crowd = crowd
-        self._socket: asyncio.Transport = None  # type: ignore[assignment]  # set when the connection is made
+        self._socket: asyncio.Transport = None  # set when the connection is made
         self._timer: asyncio.TimerHandle | None = None
         self._began: tuple[str | None, Any] = (None, None)
         self._ending = False
@@ -98,7 +98,7 @@ class Connection(H11Protocol):
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         self.address = _address(self.client)
         if not self._crowd.enter(self):
-            self.app = _busy  # type: ignore[assignment]
+            self.app = _busy
         self._update()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -64,6 +64,7 @@ class Api:
                     "n_embd": config.n_embd,
                     "vocab_size": config.vocab_size,
                     "chat": session.chat,
+                    "trained_to_chat": session.nano.is_chat,
                 },
                 "saes": [
                     {"hook": hook, "architecture": sae.architecture, "d_sae": sae.d_sae}

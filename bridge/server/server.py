@@ -23,6 +23,7 @@ except ImportError as error:
     raise ImportError("the live explorer needs starlette and uvicorn: pip install 'jsae[web]'") from error
 
 from bridge.nanochat import Nanochat
+from bridge.run import Run
 from bridge.runtime import InterpretableModel
 from bridge.server import wire
 from bridge.server.bodies import Limits, Refusal
@@ -78,12 +79,12 @@ def app(
     if token is None and not is_loopback(host):
         raise ValueError(f"others can reach a server at {host}: give it a token")
     session = Session(im, nano, limits or Limits(), chat)
-    everything_else = Route("/{name:path}", functools.partial(page, run / "explorer"))
+    everything_else = Route("/{name:path}", functools.partial(page, Run(run).explorer_folder))
     routes = [*Api(session, run).routes(), *wire.routes(session, model_id), everything_else]
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, host=host, names=names, token=token, secret=secret)],
-        exception_handlers={HTTPException: _not_taken},
+        exception_handlers={HTTPException: _not_taken},  # type: ignore[dict-item]  # of this exception alone
     )
 
 

@@ -4,7 +4,6 @@ import codecs
 import contextlib
 import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
@@ -46,7 +45,7 @@ class Session:
         if im.tokenizer is None:
             raise ValueError("the model has no tokenizer: give the directory of the one it was trained with")
         self.im, self.nano, self.limits = im, nano, limits
-        self.chat = _is_chat(nano.path) if chat is None else chat
+        self.chat = nano.is_chat if chat is None else chat
         self.longest_prompt = max(min(limits.prompt_tokens, max_positions(im.model) - limits.max_tokens), 1)
         self._longest_token = max(len(im.tokenizer.token_bytes_of(i)) for i in range(im.tokenizer.vocab_size))
         self._turn = anyio.Lock()
@@ -205,8 +204,3 @@ def parts(acts: Acts) -> Iterator[Float[torch.Tensor, "t C"]]:
         with contextlib.suppress(RuntimeError):  # not in a thread of the server
             from_thread.check_cancelled()
         yield part
-
-
-def _is_chat(path: Path) -> bool:
-    """Whether a script for chats wrote a checkpoint: upstream's have directories of their own."""
-    return any(part in ("mid_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints") for part in path.parts)

@@ -204,7 +204,7 @@ class RunConfig(Json):
         """The same run with one value for every flag that may have several: what is trained at each place."""
         values = [getattr(self, name) or (None,) for name in SWEPT]
         for chosen in itertools.product(*values):
-            one = {name: () if v is None else (v,) for name, v in zip(SWEPT, chosen, strict=True)}
+            one: dict[str, Any] = {name: () if v is None else (v,) for name, v in zip(SWEPT, chosen, strict=True)}
             yield self if all(getattr(self, n) == v for n, v in one.items()) else dataclasses.replace(self, **one)
 
     def variant_name(self, variant: "RunConfig") -> str:

@@ -59,7 +59,7 @@ def jax_alone(device: str) -> None:
     try:
         jax.devices(device)
     except (RuntimeError, AssertionError) as error:  # the latter where there is no backend at all
-        require(False, f"--device={device}: jax has no GPU here ({error}); README says which plugin to install")
+        require(False, f"--device={device}: jax has no GPU here ({error}): docs/guides/gpu.md says what to install")
 
 
 def _restrict_jax(platforms: str) -> None:

@@ -15,10 +15,12 @@ from bridge.evaluate import Site
 from bridge.evaluate.core import finite
 from bridge.evaluate.survey import survey
 from bridge.hooks import module_name
+from bridge.run import Run
 from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
 from jsae import export, files, metrics
 from jsae.health import unusable
-from jsae.train import States
+from jsae.loop import States
+from jsae.progress import Progress
 
 if TYPE_CHECKING:
     from bridge.nanochat import Nanochat
@@ -47,7 +49,7 @@ def finish(
     found: dict[Path, dict[str, dict[str, Any]]] = {}
     problems: list[str] = []
     for trainee, state in zip(trainees, states, strict=True):
-        folder = trainee.folder / "sae" / trainee.name
+        folder = Run(trainee.folder).sae_folder(trainee.name)
         scales = np.asarray(state.scale), np.asarray(state.scale_out)
         metadata = _metadata(config, trainee, nano, rows.shape[1], data_fingerprint)
         export.write(folder, state.sae.config, state.exported.arrays(), *scales, metadata)
@@ -60,9 +62,10 @@ def finish(
             config.tokens_per_forward,
             beside=trainee.hooks[1:],
         )
-        sums = survey(site, shipped, site.batches(rows)).sums
+        with Progress(f"measuring {trainee.label}", rows.size, "tokens") as progress, progress.tokens_of(nano.model):
+            sums = survey(site, shipped, site.batches(rows)).sums
         export.write_sparsity(folder, metrics.density(sums))
-        summary = {name: value for name, value in metrics.summarize(sums).items() if name != "loss"}
+        summary: dict[str, Any] = {name: value for name, value in metrics.summarize(sums).items() if name != "loss"}
         summary["density_histogram"] = metrics.histogram(metrics.density(sums), summary["tokens"])
         problem = unusable(summary)
         if problem is not None:
@@ -72,7 +75,7 @@ def finish(
         found.setdefault(trainee.folder, {})[trainee.name] = summary
     for folder, summaries in found.items():
         told = json.dumps(finite(summaries), indent=2, allow_nan=False)
-        files.write(folder / "eval.json", told + "\n")
+        files.write(Run(folder).table_file("eval"), told + "\n")
     _tell(config, trainees, found)
     if problems:
         raise UnusableError(
@@ -138,12 +141,12 @@ def _tell(config: "RunConfig", trainees: Sequence["Trainee"], found: dict[Path, 
         )
     console = Console()
     console.print(table)
-    run = Path(config.output_dir)
+    run = Run(config.output_dir)
     for trainee in trainees:
-        console.print(f"exported SAE    {trainee.folder / 'sae' / trainee.name}", soft_wrap=True)
+        console.print(f"exported SAE    {Run(trainee.folder).sae_folder(trainee.name)}", soft_wrap=True)
     readers = ["bridge.torch_sae.load"] + ["sae_lens.SAE.load_from_disk"] * (not config.crosscoder)
     console.print(f"read it with    {', '.join(readers)}", soft_wrap=True)
     folders = ", ".join(map(str, found))
     console.print(f"metrics         metrics.jsonl and eval.json in {folders}", soft_wrap=True)
-    console.print(f"curves          tensorboard --logdir {run / 'tb'}", soft_wrap=True)
-    console.print(f"checkpoints     {run / 'checkpoints'}", soft_wrap=True)
+    console.print(f"curves          tensorboard --logdir {run.events_folder}", soft_wrap=True)
+    console.print(f"checkpoints     {run.checkpoints_folder}", soft_wrap=True)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from bridge.run import Run
 from bridge.training.report import Reporter
-from jsae import metrics, optim
-from jsae import train as training
+from jsae import loop, metrics, optim
 from jsae.checkpoint import Checkpoints
 from jsae.data import Cursor, Shuffled
 from jsae.health import ActivationsError, Watch
-from jsae.train import AllSums, Member, States
+from jsae.loop import AllSums, Member, States
 
 if TYPE_CHECKING:
     from bridge.stream import ActivationStream
@@ -48,7 +48,7 @@ def train(
     num_steps = members[0].train.num_steps
     save_every = max(config.checkpoint_every // config.batch_size, 1)
     add = jax.jit(lambda totals, sums: tuple(map(metrics.add, totals, sums)))
-    with Checkpoints(run / "checkpoints") as checkpoints:
+    with Checkpoints(Run(run).checkpoints_folder) as checkpoints:
         batches, states = _begin(config, members, source, checkpoints)
         begun, start = states, int(states[0].step)
         last_fvu, window, watch = float("nan"), None, Watch(len(trainees))
@@ -57,13 +57,14 @@ def train(
             Reporter(run, trainees, start, num_steps, config.wandb_project) as reporter,
             stop_requests() as stopped,
         ):
-            for step, states, sums in training.fit(members, begun, batches):
+            for step, states, sums in loop.fit(members, begun, batches):  # type: ignore[arg-type]
                 window = sums if window is None else add(window, sums)
                 stop, last = bool(stopped), step == num_steps  # a later request waits for the next step
                 due = last or stop or step % save_every == 0
+                reporter.step(step)
                 if due or step % config.log_every == 0:
                     for trainee, state, total in zip(trainees, states, window, strict=True):
-                        training.check_finite(state, total, trainee.label if len(trainees) > 1 else None)
+                        loop.check_finite(state, total, trainee.label if len(trainees) > 1 else None)
                     values = _values(members, step, states, window)
                     tokens, source.tokens_seen = source.tokens_seen, 0
                     reporter.report(step, values, tokens)
@@ -108,7 +109,7 @@ def _begin(
     config: "RunConfig", members: Sequence[Member], source: "ActivationStream", checkpoints: Checkpoints
 ) -> tuple[Shuffled, States]:
     """Return the stream and the states it belongs to: fresh ones, or those of the last intact checkpoint."""
-    shuffle = {
+    shuffle: dict[str, Any] = {
         "batch_size": config.batch_size,
         "batches_per_block": config.block_size // config.batch_size,
         "seed": config.data_seed,
@@ -116,7 +117,7 @@ def _begin(
     }
     if config.resume and checkpoints.latest() is not None:
         sample = tuple({member.site: _abstract(member, source.d_in) for member in members}.values())
-        like = jax.eval_shape(lambda x: training.init(members, x), sample)
+        like = jax.eval_shape(lambda x: loop.init(members, x), sample)
         found = checkpoints.restore(like)
         for step, reason, moved_to in found.damaged:
             print(f"WARNING the checkpoint of step {step} is damaged, and is now {moved_to}: {reason}")
@@ -125,7 +126,7 @@ def _begin(
     if config.resume:
         print("there is no checkpoint yet: beginning with the first step", flush=True)
     batches = Shuffled(source, **shuffle)
-    return batches, training.init(members, batches.peek())
+    return batches, loop.init(members, batches.peek())  # type: ignore[arg-type]
 
 
 def _abstract(member: Member, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from bridge.training.config import RunConfig
 from jsae import export
+from jsae.loop import Member
 from jsae.settings import require
-from jsae.train import Member
 
 if TYPE_CHECKING:
     from bridge.nanochat import Nanochat
@@ -45,8 +45,8 @@ class Trainee:
         return " ".join(part for part in (variant, self.name) if part)
 
 
-def of(run: Path, config: RunConfig, nano: Nanochat) -> list[Trainee]:
-    """The SAEs that a run asks for.
+def trainees(run: Path, config: RunConfig, nano: Nanochat) -> list[Trainee]:
+    """Return the SAEs of a run.
 
     Raises:
       ConfigError: settings of an SAE that cannot work, or an architecture without an exported form.
@@ -57,15 +57,15 @@ def of(run: Path, config: RunConfig, nano: Nanochat) -> list[Trainee]:
     places = _places(config, nano.config.n_layer)
     for hook in dict.fromkeys(hook for place in places for hook in place):
         find(nano.model, hook)
-    trainees = []
+    found = []
     for variant in config.variants():
         folder = run / config.variant_name(variant)
         for site, hooks in enumerate(places):
             sae = variant.sae_config(nano.config.n_embd, len(hooks) if config.crosscoder else 1)
             export.architecture(sae)
             variant.train_config().anneals(sae)
-            trainees.append(Trainee(variant, folder != run, folder, hooks, Member(sae, variant.train_config(), site)))
-    return trainees
+            found.append(Trainee(variant, folder != run, folder, hooks, Member(sae, variant.train_config(), site)))
+    return found
 
 
 def sites(trainees: list[Trainee]) -> list[tuple[str, ...]]:

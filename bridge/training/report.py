@@ -1,4 +1,4 @@
-"""What a run says while it trains: a progress bar, a JSON line per report, TensorBoard events."""
+"""What a run reports while it trains: progress, a JSON line per report, TensorBoard events."""
 
 import json
 import time
@@ -7,11 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from bridge.run import Run
 from bridge.training.events import Events
-from jsae import files
+from jsae import files, jsons
+from jsae.progress import Progress
 
 if TYPE_CHECKING:
     from bridge.training.plan import Trainee
@@ -35,27 +34,30 @@ class Reporter:
         self._trainees = trainees
         folders = dict.fromkeys(trainee.folder for trainee in trainees)
         for folder in folders:
-            _keep_until(folder / "metrics.jsonl", start)
-        self._lines = {folder: files.Lines(folder / "metrics.jsonl", sync=False) for folder in folders}
-        self._events = Events(run / "tb", start + 1)
+            _keep_until(Run(folder).metrics_file, start)
+        self._lines = {folder: files.Lines(Run(folder).metrics_file, sync=False) for folder in folders}
+        self._events = Events(Run(run).events_folder, start + 1)
         self._wandb = None if wandb_project is None else _wandb(wandb_project, run)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._task = self._progress.add_task("starting", total=num_steps, completed=start)
+        self._progress = Progress("training", num_steps, "steps", start)
+        self._note = ""
         self._last = time.perf_counter()
 
     def __enter__(self) -> "Reporter":
-        self._progress.start()
+        self._progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._progress.__exit__(kind, error, trace)
         for lines in self._lines.values():
             lines.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def step(self, step: int) -> None:
+        """Show that a step is done."""
+        self._progress.update(step, self._note)
 
     def report(self, step: int, values: Sequence[dict[str, Any]], tokens: int) -> None:
         """One line of metrics for every SAE; `activations` and `tokens` since the last report become rates."""
@@ -73,11 +75,12 @@ class Reporter:
         self._events.add(step, scalars)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
-        self._progress.update(self._task, completed=step, description=_told(values, rates["activations_per_second"]))
+        self._note = _note(values, rates["activations_per_second"])
+        self._progress.update(step, self._note)
 
 
-def _told(values: Sequence[dict[str, Any]], rate: float) -> str:
-    """A line for the progress bar: of several SAEs from the least to the most."""
+def _note(values: Sequence[dict[str, Any]], rate: float) -> str:
+    """Return the metrics that are shown with the progress; of several SAEs their range."""
 
     def ends(name: str, form: str) -> str:
         found = [value[name] for value in values]
@@ -92,15 +95,13 @@ def _told(values: Sequence[dict[str, Any]], rate: float) -> str:
 def _keep_until(lines: Path, step: int) -> None:
     """Drop the lines beyond a step, and one that was cut off."""
     if lines.is_file():
-        kept = [line for line in lines.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        files.write(lines, "".join(line + "\n" for line in kept))
+        kept = [line for line, values in jsons.objects(lines) if _step_of(values) <= step]
+        files.write(lines, b"".join(line + b"\n" for line in kept))
 
 
-def _step_of(line: str) -> int | float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # cut off in the middle of a write
+def _step_of(values: dict[str, Any] | None) -> int | float:
+    step = (values or {}).get("step")
+    return step if isinstance(step, int | float) else float("inf")  # cut off in the middle of a write
 
 
 def _wandb(project: str, run: Path) -> Any:

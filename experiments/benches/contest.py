@@ -86,7 +86,8 @@ def main(config: Config) -> int:
     if config.device != "cpu":
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the others need memory of the card, too
     device.jax_alone(config.device)
-    python, found, versions = peers.trainers(config.peer_env), [], {}
+    python, found = peers.trainers(config.peer_env), []
+    versions: dict[str, str] = {}
     for i, size in enumerate(map(Size.parse, config.sizes)):
         for architecture in config.architectures:
             if i == 0 or architecture in config.later_architectures:
@@ -158,7 +159,8 @@ def sides(
     }
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
         np.save(Path(folder) / "x.npy", np.stack([np.asarray(x) for x in shapes.batches(size)]))
-        versions, asks = {}, {}
+        versions: dict[str, str] = {}
+        asks = {}
         for name in names:
             told, asks[name] = running.enter_context(peers.process(python, SCRIPT, Path(folder), _ASLEEP))
             asks[name]({**job, "trainer": name, "matmul": matmul and name == names[0]})

@@ -139,7 +139,11 @@ def _subjects(config: Config, folder: Path) -> tuple[Any, Any, np.ndarray]:
     from bridge.nanochat.model import GPT, GPTConfig
 
     heads = {"n_head": 4, "n_kv_head": 4}
-    sizes = {"n_layer": config.layers, "n_embd": config.d_model, "vocab_size": config.vocab_size} | heads
+    sizes: dict[str, Any] = {
+        "n_layer": config.layers,
+        "n_embd": config.d_model,
+        "vocab_size": config.vocab_size,
+    } | heads
     model = GPT(GPTConfig(sequence_len=config.length, **sizes)).requires_grad_(False)
     model.lm_head.weight[: config.vocab_size] = torch.from_numpy(np.load(folder / "unembed.npy"))
     tokens = np.load(folder / "tokens.npy").astype(np.uint16)
@@ -184,8 +188,8 @@ def _write(config: Config, folder: Path, tokens: np.ndarray, columns: dict[str, 
     """Writes the records, and opens them."""
     from jsae.records.store import VERSION, Header, Store, Texts, TextsHeader, digest
 
-    names = {"dataset": "toy", "split": "all", "model": "toy", "fingerprint": "", "seed": 0}
-    shape = {"rows": config.prompts, "row_length": config.length, "vocab_size": config.vocab_size}
+    names: dict[str, Any] = {"dataset": "toy", "split": "all", "model": "toy", "fingerprint": "", "seed": 0}
+    shape: dict[str, Any] = {"rows": config.prompts, "row_length": config.length, "vocab_size": config.vocab_size}
     words = [f" t{i}".encode() for i in range(config.vocab_size)]
     Texts.write(
         folder / "records" / "texts", TextsHeader(VERSION, **shape, bos=BOS, special=[BOS], **names), tokens, words

@@ -61,9 +61,9 @@ def main(config: Config) -> int:
         try:
             _alone(run, own)
         except (*EXPECTED_ERRORS, RuntimeError) as error:
-            failed[name] = error
-    for name, error in failed.items():
-        print(f"FAILED {name}: {error}", file=sys.stderr)
+            failed[name] = str(error)
+    for name, reason in failed.items():
+        print(f"FAILED {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -72,13 +72,13 @@ def suite(config: Config) -> Mapping[str, tuple[Callable[[Any], int], Any]]:
     common: dict[str, Any] = {"device": "cuda", "markdown": config.markdown}
     sized = common | {"sizes": config.sizes}
     against = sized | {"peer_env": config.peer_env, "autocast": True}
-    rounds = {"rounds": config.rounds}
+    rounds: dict[str, Any] = {"rounds": config.rounds}
 
-    def out(name: str) -> dict[str, str]:
+    def out(name: str) -> dict[str, Any]:
         return {"out": f"{config.folder}/{name}_cuda.json"}
 
     fast: dict[str, Any] = {"matmul_dtype": "bfloat16"}
-    every = {
+    every: dict[str, tuple[Callable[[Any], int], Any]] = {
         "step": (step.main, step.Config(**sized, **rounds, **fast, trace_dir=config.trace_dir, **out("step"))),
         **{
             f"step_{name}": (step.main, step.Config(**sized, **rounds, **fast, ops=ops, **out(f"step_{name}")))

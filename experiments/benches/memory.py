@@ -24,6 +24,7 @@ from bridge.settings import flag
 from experiments.benches import contest, peers, shapes, tables, timing
 from experiments.benches.contest import OURS, TRAINERS
 from experiments.benches.shapes import Dtype, Size
+from jsae.progress import Progress
 
 SCRIPT = Path(__file__).with_name("memory_side.py")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -58,13 +59,19 @@ class Config:
 def main(config: Config) -> int:
     """Measures all, prints a table, writes the figures."""
     python = peers.trainers(config.peer_env) if config.trainers else None
+    cases = [
+        (size, architecture, name)
+        for size in map(Size.parse, config.sizes)
+        for architecture in config.architectures
+        for name in (OURS, *(trainer for trainer in config.trainers if architecture in TRAINERS[trainer]))
+    ]
     found = []
-    for size in map(Size.parse, config.sizes):
-        for architecture in config.architectures:
-            found.append(_row(size, architecture, OURS, _ours(config, size, architecture)))
-            for name in config.trainers:
-                if architecture in TRAINERS[name]:
-                    found.append(_row(size, architecture, name, _theirs(config, python, size, architecture, name)))
+    with Progress("measuring memory", len(cases), "steps") as progress:
+        for size, architecture, name in cases:
+            ours = name == OURS
+            needed = _ours(config, size, architecture) if ours else _theirs(config, python, size, architecture, name)
+            found.append(_row(size, architecture, name, needed))
+            progress.advance()
     machine = timing.machine(config.device)
     tables.show("memory of one training step", _COLUMNS, _cells(found), machine, config.markdown)
     out = config.out.format(device=config.device)

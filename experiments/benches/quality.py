@@ -17,57 +17,13 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.locations import Checkpoint, Data, FilePath
-from bridge.settings import flag
 from experiments.benches import peers, quality_sides, tables, timing
-from experiments.benches.quality_contest import ARCHITECTURES, OURS, TRAINERS, Contest
-
-
-@dataclass(frozen=True)
-class Config:
-    """What is trained, and how often."""
-
-    checkpoint: Checkpoint = flag("demo", "nanochat checkpoint whose activations are learned.")
-    data: Data = flag("stdlib", "Its text.")
-    layer: int = flag(2, "Layer whose residual stream is read.")
-    architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures.")
-    trainers: tuple[str, ...] = flag(("SAELens", "dictionary_learning", "sparsify", OURS), "Trainers.")
-    d_sae: int = flag(1024, "Latents.")
-    k: int = flag(32, "Active latents per token; of all architectures the L0 that is aimed at.")
-    nested_widths: tuple[int, ...] = flag((64, 256), "Matryoshka's inner widths.")
-    num_activations: int = flag(2**18, "Activations that every SAE is trained on.")
-    batch_size: int = flag(512, "Activations per step.")
-    rates: tuple[float, ...] = flag((3e-3, 6e-3, 1.2e-2, 2.4e-2), "Learning rates to try beside a trainer's own.")
-    seeds: int = flag(3, "Seeds of weights.")
-    tries: int = flag(4, "Runs at most to find the strength of a penalty that gives the wanted L0.")
-    tolerance: float = flag(0.04, "How far L0 may be from the wanted one, as a part of it.")
-    heldout_activations: int = flag(65536, "Held-out activations to score on.")
-    loss_tokens: int = flag(16384, "Held-out tokens to measure the model's loss on.")
-    threads: int | None = flag(None, "Threads of torch on either side; none: as many as it takes by itself.")
-    quick: bool = flag(False, "Few activations, one rate, one seed: only to see that all runs.")
-    markdown: bool = flag(False, "Print the table as Markdown.")
-    peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
-    out: FilePath = flag("experiments/results/quality_cpu.json", "Where the figures go.")
-
-    def __post_init__(self) -> None:
-        for name, known in (("architectures", ARCHITECTURES), ("trainers", TRAINERS)):
-            given = getattr(self, name)
-            if not given or not set(given) <= set(known):
-                raise ValueError(f"{name} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}")
-        for name in ("seeds", "tries", "batch_size", "heldout_activations", "loss_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_activations < 100 * self.batch_size:
-            raise ValueError(
-                f"num_activations={self.num_activations} is less than 100 batches of batch_size={self.batch_size}: "
-                "warm-up and decay are parts of the run that must be whole steps"
-            )
-        if not 1 <= self.k <= self.d_sae:
-            raise ValueError(f"k={self.k} of d_sae={self.d_sae} latents: give at most that many")
+from experiments.benches.quality_config import OURS, Config
+from experiments.benches.quality_contest import Contest
+from jsae.progress import Progress
 
 
 def main(config: Config) -> int:
@@ -76,7 +32,12 @@ def main(config: Config) -> int:
     from rich.console import Console
 
     if config.quick:
-        few = {"num_activations": 120 * config.batch_size, "rates": config.rates[:1], "seeds": 1, "tries": 1}
+        few: dict[str, Any] = {
+            "num_activations": 120 * config.batch_size,
+            "rates": config.rates[:1],
+            "seeds": 1,
+            "tries": 1,
+        }
         config = dataclasses.replace(config, **few, heldout_activations=4096, loss_tokens=2048)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -97,7 +58,11 @@ def main(config: Config) -> int:
         )
         with peers.process(python, script, folder) as (versions, ask):
             contest = Contest(config, subject, folder, ask, tell)
-            found = [row for architecture in config.architectures for row in contest.rows(architecture)]
+            found = []
+            with Progress("training and scoring", len(config.architectures), "architectures") as progress:
+                for architecture in config.architectures:
+                    found += contest.rows(architecture)
+                    progress.advance()
     console.print(markdown(found), soft_wrap=True, markup=False) if config.markdown else console.print(_table(found))
     settings = timing.settings(config, "peer_env", "quick")
     work = " ".join(__doc__.split("\n\n")[1].split())

@@ -6,79 +6,21 @@ import dataclasses
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.benches import quality_sides
+from experiments.benches.quality_config import OURS, RECIPES, TRAINERS, Config, Recipe
 
 if TYPE_CHECKING:
     from experiments.benches.peers import Ask
-    from experiments.benches.quality import Config
     from experiments.benches.quality_sides import Subject
 
-OURS = "jsae"
 _LONGEST_STEP = math.log(8)  # in the search for a strength: L0 may hardly depend on it, where a rate is far too low
 _PARTS = {"warmup": 0.02, "decay": 0.2, "sparsity_warmup": 0.05, "dead": 0.1}
 """Parts of a run: the learning rate rises, falls; penalties rise; a latent that is silent for so long is dead."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A way in which a trainer trains an architecture."""
-
-    trainer: str
-    name: str
-    """The architecture, and what tells it from the trainer's other ways."""
-    coefficient: float | None = None
-    """Where the search for the strength of a peer's penalty starts; None where a number says what L0 is."""
-
-    @property
-    def is_penalised(self) -> bool:
-        """Whether L0 comes of a penalty, and not of k."""
-        return self.name.split()[0] in ("relu", "gated", "jumprelu")
-
-
-RECIPES: Mapping[str, tuple[Recipe, ...]] = {
-    "topk": (
-        Recipe("SAELens", "topk"),
-        Recipe("dictionary_learning", "topk"),
-        Recipe("sparsify", "topk signum"),
-        Recipe("sparsify", "topk adam"),
-        Recipe(OURS, "topk"),
-    ),
-    "batchtopk": (
-        Recipe("SAELens", "batchtopk"),
-        Recipe("dictionary_learning", "batchtopk"),
-        Recipe(OURS, "batchtopk"),
-    ),
-    "matryoshka": (
-        Recipe("SAELens", "matryoshka"),
-        Recipe("dictionary_learning", "matryoshka"),
-        Recipe(OURS, "matryoshka"),
-    ),
-    "relu": (
-        Recipe("SAELens", "relu", 2.0),
-        Recipe("dictionary_learning", "relu", 0.1),
-        Recipe("dictionary_learning", "relu april", 0.15),
-        Recipe(OURS, "relu"),
-    ),
-    "gated": (
-        Recipe("SAELens", "gated", 2.0),
-        Recipe("dictionary_learning", "gated", 0.2),
-        Recipe(OURS, "gated"),
-    ),
-    "jumprelu": (
-        Recipe("SAELens", "jumprelu step", 5.0),
-        Recipe("SAELens", "jumprelu tanh", 10.0),
-        Recipe("dictionary_learning", "jumprelu", 1.0),
-        Recipe(OURS, "jumprelu tanh"),
-        Recipe(OURS, "jumprelu l0"),
-    ),
-}
-ARCHITECTURES = tuple(RECIPES)
-TRAINERS = tuple(dict.fromkeys(recipe.trainer for recipes in RECIPES.values() for recipe in recipes))
 
 
 @dataclass(frozen=True)

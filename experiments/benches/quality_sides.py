@@ -94,16 +94,16 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from jsae import export
-    from jsae import train as training
-    from jsae.architectures import sae_config
+    from jsae import export, loop
+    from jsae.architectures import find, sae_config
     from jsae.config import TrainConfig
 
     acts = np.load(folder / "train.npy", mmap_mode="r")
     name, _, recipe = job["recipe"].partition(" ")
     own = {"k": job["k"]} if job["coefficient"] is None else {"target_l0": job["coefficient"]}
     own |= {"jump_recipe": recipe} if recipe else {}
-    own |= {"nested_widths": tuple(job["widths"])} if name == "matryoshka" else {}
+    nested = any(field.name == "nested_widths" for field in dataclasses.fields(find(name).Config))
+    own |= {"nested_widths": tuple(job["widths"])} if nested else {}
     sae = sae_config(name, job["d_in"], job["d_sae"], **own)
     config = TrainConfig(
         num_activations=job["steps"] * job["batch_size"],
@@ -112,10 +112,10 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         dead_after=max(round(job["dead"] * job["steps"]), 1) * job["batch_size"],
         seed=job["seed"],
     )
-    members = [training.Member(sae, config)]
-    begun = training.init(members, (jnp.asarray(acts[: 16 * job["batch_size"]]),))
+    members = [loop.Member(sae, config)]
+    begun = loop.init(members, (jnp.asarray(acts[: 16 * job["batch_size"]]),))
     first = 0.0
-    for step, (state,), _ in training.fit(members, begun, ((batch,) for batch in _batches(job, acts))):
+    for step, (state,), _ in loop.fit(members, begun, ((batch,) for batch in _batches(job, acts))):
         if step == 1:
             jax.block_until_ready(state.step)
             first = time.perf_counter()

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import jax
 
     from jsae.architectures import SAEConfig
+    from jsae.loop import Member, States
     from jsae.ops import Ops
-    from jsae.train import Member, States
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPE_HELP = "What is multiplied: bfloat16 is for GPUs."
@@ -89,7 +89,7 @@ def sae_config(architecture: str, size: Size) -> SAEConfig:
     from jsae.architectures import find
 
     config = find(architecture).Config
-    given = {"k": min(size.k, size.d_sae), "nested_widths": size.nested_widths}
+    given: dict[str, Any] = {"k": min(size.k, size.d_sae), "nested_widths": size.nested_widths}
     own = {field.name: given[field.name] for field in dataclasses.fields(config) if field.name in given}
     return config(size.d_in, size.d_sae, **own)
 
@@ -113,16 +113,16 @@ def batches(size: Size) -> list[jax.Array]:
 
 def member(architecture: str, size: Size, matmul_dtype: Dtype = "float32") -> Member:
     """Return the only SAE of a run."""
-    from jsae.train import Member
+    from jsae.loop import Member
 
     return Member(sae_config(architecture, size), train_config(size, matmul_dtype))
 
 
 def begin(member: Member, sample: jax.Array, dead: float = 0.0, ops: Ops | None = None) -> States:
     """Return the state before the first step; of sparse architectures with that part of the latents dead for good."""
-    from jsae import train
+    from jsae import loop
 
-    (state,) = train.init([member], (sample,), ops)
+    (state,) = loop.init([member], (sample,), ops)
     count = round(dead * member.sae.d_sae)
     if not count or not state.sae.sparse:
         return (state,)
@@ -133,9 +133,9 @@ def begin(member: Member, sample: jax.Array, dead: float = 0.0, ops: Ops | None 
 
 def program(member: Member, ops: Ops | None = None) -> Callable[..., Any]:
     """Return the compiled step that `experiments.train` runs: (states, batch) -> (states, sums)."""
-    from jsae import train
+    from jsae import loop
 
-    return train.Programs([member], ops).at(member.train.num_steps)
+    return loop.Programs([member], ops).at(member.train.num_steps)
 
 
 def stepping(

@@ -180,7 +180,7 @@ _COLUMNS = ("", "ms", "over the encoder matmul", "over the TopK step", "activati
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, seconds in found["seconds"].items():
         topk = found.get("over_topk", {}).get(name)
         per_second = found["activations_per_second"].get(name)

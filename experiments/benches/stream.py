@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from jsae.train import Member
+    from jsae.loop import Member
 
 FORWARD, ITS_FORWARD, STEPS, STREAM = "forward", "forward, the stream's threads", "steps", "stream"
 
@@ -110,7 +110,7 @@ class _Run:
         from bridge.nanochat.corpus import Corpus
         from jsae.architectures import sae_config
         from jsae.config import TrainConfig
-        from jsae.train import Member
+        from jsae.loop import Member
 
         demo = bridge.nanochat.load("demo", device=where)
         self.model = demo.model if name == "demo" else models.random_nanochat(int(name[1:]), config.vocab_size, where)
@@ -176,7 +176,7 @@ class _Run:
         import jax
 
         from bridge.stream import ActivationStream
-        from jsae import train
+        from jsae import loop
         from jsae.data import Shuffled
 
         source = ActivationStream(
@@ -186,9 +186,9 @@ class _Run:
         batches = Shuffled(source, batch_size=size, batches_per_block=count, seed=0)
         sample, members = batches.peek(), [self.member]
         given = [jax.tree.map(lambda acts, i=i: acts[i * size : (i + 1) * size], sample) for i in range(count)]
-        programs = train.Programs(members)
-        fitting = train.fit(members, train.init(members, sample), batches, programs)
-        kept = [train.init(members, sample)]
+        programs = loop.Programs(members)
+        fitting = loop.fit(members, loop.init(members, sample), batches, programs)
+        kept = [loop.init(members, sample)]
 
         def stream() -> None:
             *_, (_, states, _) = (next(fitting) for _ in range(count))
@@ -206,7 +206,7 @@ _COLUMNS = ("model", "d_sae", "", "ms per block", "activations per second", "str
 
 
 def _rows(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for entry in found:
         about = (entry["model"], str(entry["d_sae"]))
         for case, seconds in entry["seconds_per_block"].items():

@@ -17,8 +17,8 @@ from bridge.settings import flag
 from experiments.benches import timing
 
 if TYPE_CHECKING:
+    from jsae.loop import Member
     from jsae.state import TrainState
-    from jsae.train import Member
 
 ALONE, TURN, STACKED, MAPPED = "alone", "one program", "vmap", "map"
 
@@ -80,7 +80,7 @@ def _members(config: Config, n: int, d_in: int, num_activations: int, same: bool
     """N SAEs; `same` shape throughout, or every other with half the k."""
     from jsae.architectures import sae_config
     from jsae.config import TrainConfig
-    from jsae.train import Member
+    from jsae.loop import Member
 
     def one(i: int) -> Member:
         k = config.k if same or i % 2 == 0 else max(config.k // 2, 1)
@@ -99,7 +99,7 @@ def _passes(config: Config) -> dict[str, Callable[[], None]]:
     import bridge.nanochat
     from bridge.nanochat.corpus import Corpus
     from bridge.stream import ActivationStream
-    from jsae import train
+    from jsae import loop
     from jsae.data import Shuffled
 
     nano = bridge.nanochat.load("demo")
@@ -124,9 +124,9 @@ def _passes(config: Config) -> dict[str, Callable[[], None]]:
                 num_batches=steps,
             )
             if not kept:
-                kept.append(train.init(members, batches.peek()))
-                kept.append(train.Programs(members))
-            *_, (_, last, _) = itertools.islice(train.fit(members, kept[0], batches, kept[1]), steps)
+                kept.append(loop.init(members, batches.peek()))
+                kept.append(loop.Programs(members))
+            *_, (_, last, _) = itertools.islice(loop.fit(members, kept[0], batches, kept[1]), steps)
             kept[0] = jax.block_until_ready(last)
 
         return run
@@ -139,17 +139,17 @@ def _steps(config: Config) -> dict[str, Callable[[], None]]:
     import jax
     import jax.numpy as jnp
 
-    from jsae import step, train
+    from jsae import loop, step
 
     d_in = 128
     x = jax.random.normal(jax.random.key(0), (config.batch_size, d_in))
 
     def cases(n: int) -> dict[str, Callable[[], None]]:
         members = _members(config, n, d_in, 2**30, same=True)
-        states = train.init(members, (x,))
+        states = loop.init(members, (x,))
         how, ops = members[0].train, members[0].ops
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        together = train.Programs(members).at(1)
+        together = loop.Programs(members).at(1)
 
         def one(state: TrainState, x: jax.Array) -> TrainState:
             return step.update(how, ops, state, x)[0]

@@ -12,7 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from jsae import files
+from jsae.progress import Progress
 
 
 def by_turns(cases: Mapping[str, Callable[[], None]], rounds: int, seed: int = 0) -> dict[str, list[float]]:
@@ -23,13 +26,16 @@ def by_turns(cases: Mapping[str, Callable[[], None]], rounds: int, seed: int = 0
     """
     order, draw = list(cases), random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for counted in [False] + [True] * rounds:
-        draw.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            cases[name]()
-            if counted:
-                seconds[name].append(time.perf_counter() - start)
+    plain = Console(stderr=True, force_terminal=False)  # a bar would be drawn while a case is timed
+    with Progress("timing", len(cases) * (rounds + 1), "cases", console=plain) as progress:
+        for counted in [False] + [True] * rounds:
+            draw.shuffle(order)
+            for name in order:
+                start = time.perf_counter()
+                cases[name]()
+                if counted:
+                    seconds[name].append(time.perf_counter() - start)
+                progress.advance()
     return seconds
 
 

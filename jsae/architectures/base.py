@@ -6,7 +6,6 @@ changes nothing in it. Shapes: n tokens, d = d_in, f = d_sae, o = d_out, which i
 
 import abc
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,8 +15,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jsae import jsons
 from jsae.ops import Codes, Input, Latents, Ops, Reference
-from jsae.settings import Json, at_least, check_fields, number, require
+from jsae.saelens.settings import ENCODERS
+from jsae.settings import at_least, check_fields, number, read_fields, require
 
 Arrays = dict[str, Array | np.ndarray]
 """Arrays by name."""
@@ -30,7 +31,7 @@ _RIDGE = 1e-3  # relative to the mean variance of a channel
 
 
 @dataclasses.dataclass(frozen=True)
-class SAEConfig(Json):
+class SAEConfig:
     """Sizes of an SAE. An architecture's own settings are the fields of its `Config`, a subclass of this one.
 
     Coefficients are for inputs with a mean squared norm of `d_in`.
@@ -90,14 +91,14 @@ class SAEConfig(Json):
         Raises:
           ConfigError: another architecture's name, a name that is no setting, or one that is missing.
         """
-        values = dict(json.loads(values) if isinstance(values, str) else values)
+        values = dict(jsons.loads(values) if isinstance(values, str) else values)
         own = cls.sae.name if hasattr(cls, "sae") else None
         name = values.pop("architecture", own)
         require(
             name == own is not None,
             f"these settings are of {name!r}: read them with jsae.architectures.config_from_json",
         )
-        return super().from_json({n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+        return read_fields(cls, {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
 
 class Context(NamedTuple):
@@ -151,7 +152,8 @@ class SAE(nnx.Module):
     `initial_statistics` and `batch_statistics`. No other method is overridden.
 
     Raises:
-      TypeError: at the definition of a subclass with a `Config` that lacks one of these, or that shares its `Config`.
+      TypeError: at the definition of a subclass with a `Config` that lacks one of these, that shares its `Config`,
+        or whose `form` SAELens does not know.
     """
 
     Config: ClassVar[type[SAEConfig]]
@@ -323,6 +325,8 @@ def _check_declared(cls: type[SAE]) -> None:
     missing += [name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)]
     if missing:
         raise TypeError(f"{cls.__qualname__} is no whole architecture: it lacks {', '.join(missing)}")
+    if cls.form not in ENCODERS:
+        raise TypeError(f"{cls.__qualname__}.form is {cls.form!r}: SAELens knows {', '.join(ENCODERS)}")
     if not (isinstance(cls.Config, type) and issubclass(cls.Config, SAEConfig)) or "sae" in vars(cls.Config):
         raise TypeError(f"{cls.__qualname__}.Config must be a class of its own, derived from SAEConfig")
     if "name" in vars(cls) and not cls.__module__.startswith(__package__ + "."):

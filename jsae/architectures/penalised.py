@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from jsae import jump, losses
@@ -26,7 +27,7 @@ class PenalisedConfig(SAEConfig):
       ConfigError: target_l0 is not between 0 and d_sae.
     """
 
-    target_l0: float | None = number(None, _TARGET)
+    target_l0: float | None = number(None, _TARGET)  # type: ignore[misc]  # a class variable of other architectures
     """A controller moves the sparsity penalty until this many latents are active per token."""
 
     def __post_init__(self) -> None:
@@ -48,6 +49,8 @@ class ReLU(SAE):
     form = "standard"
     sparse = False
 
+    b_enc: nnx.Param[Float[Array, " f"]]
+
     @dataclasses.dataclass(frozen=True)
     class Config(PenalisedConfig):
         """Settings of ReLU."""
@@ -66,7 +69,8 @@ class ReLU(SAE):
 
     def penalty(self, forward: Forward) -> Float[Array, ""]:
         """Return the L1 of the latents, each weighted by its decoder norm."""
-        l1 = losses.l1(forward.latents, self.W_dec[...])
+        latents: Array = forward.latents  # type: ignore[assignment]  # dense
+        l1 = losses.l1(latents, self.W_dec[...])
         return forward.context.strength * self.config.l1_coefficient * l1
 
     def inference_arrays(self) -> Arrays:
@@ -86,6 +90,10 @@ class Gated(SAE):
     form = "gated"
     sparse = False
     biases = ("b_gate", "b_mag")
+
+    b_gate: nnx.Param[Float[Array, " f"]]
+    b_mag: nnx.Param[Float[Array, " f"]]
+    r_mag: nnx.Param[Float[Array, " f"]]
 
     @dataclasses.dataclass(frozen=True)
     class Config(PenalisedConfig):
@@ -133,6 +141,9 @@ class JumpReLU(SAE):
     # Adam moves the logarithm of a threshold by at most the learning rate a step, far less than a direction turns.
     rate_factors: ClassVar = {"log_threshold": 10.0}
 
+    b_enc: nnx.Param[Float[Array, " f"]]
+    log_threshold: nnx.Param[Float[Array, " f"]]
+
     @dataclasses.dataclass(frozen=True)
     class Config(PenalisedConfig):
         """Settings of JumpReLU."""
@@ -150,7 +161,7 @@ class JumpReLU(SAE):
     @classmethod
     def initial_latents(cls, config: SAEConfig) -> dict[str, float]:
         """Return the encoder bias, and the log of the threshold."""
-        return {"b_enc": 0.0, "log_threshold": math.log(config.initial_threshold)}
+        return {"b_enc": 0.0, "log_threshold": math.log(config.initial_threshold)}  # type: ignore[attr-defined]
 
     def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Float[Array, "n f"], Float[Array, "n f"]]:
         """Return every latent above its threshold, and the pre-activations for the penalty."""

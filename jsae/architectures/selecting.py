@@ -7,10 +7,11 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from jsae import losses
-from jsae.architectures.base import SAE, Arrays, Context, Forward, SAEConfig
+from jsae.architectures.base import SAE, Arrays, Context, Forward, SAEConfig, Statistic
 from jsae.ops import Codes, Latents, Select
 from jsae.settings import WEIGHT, at_least, number, require
 
@@ -23,7 +24,7 @@ class SelectingConfig(SAEConfig):
       ConfigError: k is not between 1 and d_sae, or a setting is out of its range.
     """
 
-    k: int = 32
+    k: int = 32  # type: ignore[misc]  # a class variable where no architecture has a k
     """Active latents per token, or on average per token of a batch."""
     aux_coefficient: float = number(1 / 32, WEIGHT)
     """Weight of AuxK, Gao et al. 2024 (arXiv 2406.04093), section A.2."""
@@ -48,6 +49,8 @@ class Selecting(SAE):
     """What architectures that select latents share: sparse codes, and AuxK. Abstract."""
 
     sparse: ClassVar[bool] = True
+
+    b_enc: nnx.Param[Float[Array, " f"]]
 
     @classmethod
     def initial_latents(cls, config: SAEConfig) -> dict[str, float]:
@@ -139,6 +142,8 @@ class BatchSelecting(Selecting):
 
     form = "jumprelu"
 
+    threshold: Statistic
+
     @classmethod
     def initial_statistics(cls, config: SAEConfig) -> dict[str, float]:
         """Return the threshold: the mean over batches of the smallest value that was kept."""
@@ -149,11 +154,11 @@ class BatchSelecting(Selecting):
         if context.training:
             return self.select(x, context.ops.batch_top_k, context, by_token=False), None
         pre = self.pre_activations(x, context)
-        return jnp.where(pre > self.threshold, jax.nn.relu(pre), 0), None
+        return jnp.where(pre > self.threshold[...], jax.nn.relu(pre), 0), None
 
     def batch_statistics(self, forward: Forward) -> dict[str, Float[Array, ""]]:
         """Return the smallest value above 0 of the batch."""
-        return {"threshold": least_active(forward.latents)}
+        return {"threshold": least_active(forward.latents)}  # type: ignore[arg-type]  # sparse: Codes
 
     def inference_arrays(self) -> Arrays:
         """Return the encoder bias, and the threshold once per latent."""
@@ -218,7 +223,8 @@ class Matryoshka(BatchSelecting):
     def penalty(self, forward: Forward) -> Float[Array, ""]:
         """Return the errors of the inner widths, and AuxK."""
         inner = self.config.all_widths[:-1]
-        parts = forward.context.ops.decode_levels(forward.latents, self.W_dec[...], inner, len(forward.y))
+        codes: Codes = forward.latents  # type: ignore[assignment]  # sparse
+        parts = forward.context.ops.decode_levels(codes, self.W_dec[...], inner, len(forward.y))
         return losses.nested(forward.y, parts, self.b_dec[...]) + self.auxk(forward)
 
 

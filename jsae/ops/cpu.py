@@ -42,9 +42,11 @@ class Cpu(SparseOps):
     def sort(self, values: Float[Array, "n w"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         """Run one `lax.top_k` per piece of the tokens."""
         if self.sorts == 1 or len(values) % self.sorts:
-            return tuple(lax.top_k(values, k))
+            values, indices = lax.top_k(values, k)
+            return values, indices
         pieces = [lax.top_k(piece, k) for piece in jnp.split(values, self.sorts)]
-        return tuple(jnp.concatenate(parts) for parts in zip(*pieces, strict=True))
+        values, indices = (jnp.concatenate(parts) for parts in zip(*pieces, strict=True))
+        return values, indices
 
     def decoded(self, codes: Codes, W: Float[Array, "f d"], start: Float[Array, "n d"]) -> Float[Array, "n d"]:
         """Decode one code of every token at a time."""

@@ -29,7 +29,8 @@ class Xla(SparseOps):
     def sort(self, values: Float[Array, "n w"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         """Run `lax.top_k`, on GPUs without the order of equal values where this version of jax can leave it out."""
         unstable = {"is_stable": False} if "is_stable" in inspect.signature(lax.top_k).parameters else {}
-        return tuple(lax.top_k(values, k, **({} if jax.default_backend() == "cpu" else unstable)))
+        values, indices = lax.top_k(values, k, **({} if jax.default_backend() == "cpu" else unstable))
+        return values, indices
 
     def decoded(self, codes: Codes, W: Float[Array, "f d"], start: Float[Array, "n d"]) -> Float[Array, "n d"]:
         """Decode as `decoding` says. Codes with rows cannot be summed at once: a token may have any number of them."""

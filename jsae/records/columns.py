@@ -1,5 +1,6 @@
 """Folders of .npy columns with a JSON header, memory-mapped and validated. numpy only."""
 
+import abc
 import dataclasses
 import errno
 import json
@@ -10,10 +11,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jsae import files
+from jsae import files, jsons
 from jsae.settings import Json, require
 
-VERSION = 1
+VERSION = 2
+"""Of the layout. Version 1 named SAEs by their weights alone, so that a change of their settings was not noticed."""
 
 
 class StoreError(ValueError):
@@ -38,8 +40,8 @@ _KINDS: Mapping[Any, tuple[str, Callable[[Any], bool]]] = {
 """Description and check of each type of header field."""
 
 
-class Folder:
-    """Columns in a folder, memory-mapped and checked on first access.
+class Folder(abc.ABC):
+    """Columns in a folder, memory-mapped and checked on first access. Abstract.
 
     Args:
       path: the folder.
@@ -61,28 +63,29 @@ class Folder:
                 f"no records at {self.path}: create them with `python -m experiments.explore --run_dir=…`"
             )
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise StoreError(f"{file} is broken: {error}") from error
+            values = jsons.read(file)
+        except ValueError as error:
+            raise StoreError(str(error)) from error
         version = values.get("version") if isinstance(values, dict) else values
         if version != VERSION:
-            raise StoreError(f"{file} has version {version!r}; this version of jsae reads {VERSION}")
+            raise StoreError(f"{file} has version {version!r:.80}; this version of jsae reads {VERSION}")
         for field in dataclasses.fields(self._header):
             if field.name in values and not _KINDS[field.type][1](values[field.name]):
-                raise StoreError(f"{file}: {field.name} is {values[field.name]!r}; it must be {_KINDS[field.type][0]}")
+                value, kind = values[field.name], _KINDS[field.type][0]
+                raise StoreError(f"{file}: {field.name} is {value!r:.80}; it must be {kind}")
         try:
             self.header = self._header.from_json(values)
         except ValueError as error:
             raise StoreError(f"{file}: {error}") from error
         self._cache: dict[str, np.ndarray] = {}
 
+    @abc.abstractmethod
     def _sizes(self) -> dict[str, int]:
         """Return the lengths of axes that the header contains."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _upper_bounds(self) -> dict[str, int]:
         """Return the exclusive upper bound of each column of pointers."""
-        return {}
 
     _partitions: ClassVar[Mapping[str, str]] = {}
     """Columns of offsets, and the columns that they partition."""

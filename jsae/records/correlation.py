@@ -58,4 +58,5 @@ def _strongest(pearson: np.ndarray, cosine: np.ndarray) -> tuple[np.ndarray, np.
     valid = np.take_along_axis(defined, ranked, 1)
     padding = ((0, 0), (0, 3 - ranked.shape[1]))
     values = (np.where(valid, np.take_along_axis(x, ranked, 1), np.nan) for x in (pearson, cosine))
-    return np.pad(np.where(valid, ranked, 0), padding), *(np.pad(x, padding, constant_values=np.nan) for x in values)
+    first, second = (np.pad(x, padding, constant_values=np.nan) for x in values)
+    return np.pad(np.where(valid, ranked, 0), padding), first, second

@@ -227,7 +227,8 @@ class _Text:
         cell = self._counted[starts + (random.random(len(rows)) * (ends - starts)).astype(np.int64)]
         none = np.zeros(0, np.int64), np.zeros(0, np.float32)
         for i in self._distinct(cell, np.arange(len(rows)), limit, seen):
-            yield Example(NON_ACTIVATING, *divmod(int(cell[i]), self._length), 0.0, *none)
+            row, position = divmod(int(cell[i]), self._length)
+            yield Example(NON_ACTIVATING, row, position, 0.0, *none)
 
 
 def window_hashes(tokens: Integer[np.ndarray, "R T"], window: int) -> UInt64[np.ndarray, "R T"]:

@@ -13,6 +13,7 @@ import codecs
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jsae import jsons
 from jsae.records.columns import VERSION, ColumnWriter, Folder, StoreError, write, write_header
 from jsae.settings import Json
 
@@ -144,10 +146,38 @@ class AllHeader(Json):
     sae_sha256: str
 
 
+_STATISTICS = ("activation_scaler.json", "activation_whitening.safetensors")
+_DESCRIPTIVE = ("metadata", "device")
+_HOOKS = ("hook_name", "hook_name_out", "hook_names", "sae_lens_version")
+
+
 def digest(export: Path) -> str:
-    """Return the SHA-256 of the weights file of an exported SAE, as hex."""
-    with (export / "sae_weights.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of an exported SAE, as hex: of everything in its directory that its latents depend on.
+
+    These are the weights, the statistics that scale its input if there are any, and the settings of `cfg.json` except
+    for the device and the metadata, of which only the names of hooks and the version of SAELens count.
+
+    Raises:
+      FileNotFoundError: the weights or the settings are missing.
+      ValueError: `cfg.json` is broken.
+    """
+    settings = json.dumps(_settings(export / "cfg.json"), sort_keys=True)
+    names = ["sae_weights.safetensors", *(name for name in _STATISTICS if (export / name).is_file())]
+    total = hashlib.sha256(settings.encode())
+    for name in names:
+        with (export / name).open("rb") as file:
+            total.update(f"\n{name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return total.hexdigest()
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """Return the settings in a `cfg.json` on which latents may depend."""
+    cfg = jsons.read(file)
+    if not isinstance(cfg, dict):
+        raise ValueError(f"{file} is broken: expected an object, got {type(cfg).__name__}")
+    metadata = cfg.get("metadata")
+    described = {name: metadata[name] for name in _HOOKS if name in metadata} if isinstance(metadata, dict) else {}
+    return {name: value for name, value in cfg.items() if name not in _DESCRIPTIVE} | {"metadata": described}
 
 
 class Texts(Folder):
@@ -162,6 +192,10 @@ class Texts(Folder):
     _partitions: ClassVar = {"token_offsets": "token_bytes"}
 
     header: TextsHeader
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self._check_shape("tokens", self._mapped("tokens"))  # the header's numbers are used before any column is read
 
     def _sizes(self) -> dict[str, int]:
         header = self.header
@@ -274,6 +308,7 @@ class Store(Folder):
     Args:
       path: `records/HOOK`; the texts are in `records/texts`.
       sae_sha256: `digest` of the current SAE, with which the records must agree; None: do not check.
+      hook: the hook of the records; None: that of the header.
 
     Raises:
       FileNotFoundError: there are no records.
@@ -285,14 +320,16 @@ class Store(Folder):
 
     header: Header
 
-    def __init__(self, path: str | Path, sae_sha256: str | None = None):
+    def __init__(self, path: str | Path, sae_sha256: str | None = None, hook: str | None = None):
         super().__init__(path)
+        if hook is not None and hook != self.header.hook:
+            raise StoreError(f"the records at {self.path} are of {self.header.hook!r:.200}, not of {hook}")
         self.texts = Texts(self.path.parent / "texts")
         recorded = self.header.sae_sha256
         if sae_sha256 is not None and recorded != sae_sha256:
             raise StoreError(
                 f"the records at {self.path} are of the SAE {recorded[:12]}, not of {sae_sha256[:12]}: "
-                "it has been trained again since"
+                "it was trained again or its settings have changed since"
             )
 
     def _sizes(self) -> dict[str, int]:

@@ -69,6 +69,7 @@ def start(words: list[str], log: Path, **more: Any) -> subprocess.Popen[bytes]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",  # as tests/file_limit.py says; and processes are killed here
     }
     with log.open("wb") as file:
         return subprocess.Popen(words, cwd=ROOT, env={**os.environ, **compiled}, stdout=file, stderr=file, **more)

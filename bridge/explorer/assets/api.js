@@ -2,8 +2,6 @@
 "use strict";
 
 (() => {
-  const { el } = jsae;
-
   /* Asks the server; what it refuses comes as an Error with its words. */
   async function ask(path, body, signal) {
     const told = body === undefined ? { signal } : {
@@ -71,8 +69,6 @@
     } catch (error) {
       jsae.toast(error.message, true);
     }
-    document.getElementById("tabs").append(...[["", "Latents", "#"], ["text", "Your text", "#view=text"], ["steer", "Steer", "#view=steer"]]
-      .map(([view, name, href]) => el("a", { href, "data-view": view }, name)));
   };
 
   jsae.api = {

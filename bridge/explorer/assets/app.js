@@ -47,8 +47,7 @@
       }
       document.title = `${latent === null ? "" : `#${latent} ${list.labels[latent]} · `}${jsae.data.manifest.run} · jsae`;
       if (latent !== null) await jsae.latent.show(main, hook, latent, still);
-      else if (view && jsae.live) ({ text: jsae.trace, steer: jsae.steer })[view]?.show(main, list);
-      else jsae.overview.show(main, list);
+      else (jsae.live && { text: jsae.trace, steer: jsae.steer }[view] || jsae.overview).show(main, list);
     } catch (error) {
       if (still()) main.replaceChildren(el("p", { class: "pad bad", role: "alert" }, error.message));
     }
@@ -93,6 +92,16 @@
     jsae.remembered.set("theme", dataset.theme);
   }
 
+  /* ---- views ---- */
+
+  /* The links to the views. Where there is room, the list and the overview stand side by side and need none. */
+  function drawTabs() {
+    const tabs = [["", "Latents", "#", !jsae.live], ["overview", "Overview", "#view=overview", true],
+      ...(jsae.live ? [["text", "Your text", "#view=text"], ["steer", "Steer", "#view=steer"]] : [])];
+    document.getElementById("tabs").append(...tabs.map(([view, name, href, narrow]) =>
+      el("a", { href, "data-view": view, class: narrow && "narrow" }, name)));
+  }
+
   /* ---- start ---- */
 
   async function start() {
@@ -116,6 +125,7 @@
     });
     window.addEventListener("hashchange", route);
     await jsae.connect?.();
+    drawTabs();
     await route();
   }
 

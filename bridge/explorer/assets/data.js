@@ -100,14 +100,18 @@
       return this.logits.subarray(latent * this.perLatent, (latent + 1) * this.perLatent);
     }
 
+    /* The tokens on which it is strongest in its strongest texts. */
+    strongest(latent) {
+      return this.peaks.subarray(this.peakOffsets[latent], this.peakOffsets[latent + 1]);
+    }
+
     /* All that a latent can be found by, in small letters. */
     haystack(latent) {
       if (this.haystacks[latent] === undefined) {
-        const peaks = this.peaks.subarray(this.peakOffsets[latent], this.peakOffsets[latent + 1]);
         const words = (ids) => Array.from(ids, (id) => jsae.tokens.word(id)).join("\n");
         const text = this.spelled(latent).map((token) => token.text).join("");
         this.haystacks[latent] = [
-          `#${latent}`, this.labels[latent], this.notes.get(latent) ?? "", words(peaks), text, words(this.raised(latent)),
+          `#${latent}`, this.labels[latent], this.notes.get(latent) ?? "", words(this.strongest(latent)), text, words(this.raised(latent)),
         ].join("\n").toLowerCase();
       }
       return this.haystacks[latent];

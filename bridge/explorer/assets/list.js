@@ -4,8 +4,10 @@
 (() => {
   const { el, svg, number, percent, whole, later } = jsae;
   const ROW = 62; // pixels, as in explorer.css
+  const AROUND = 4; // rows that are drawn beyond either edge
 
   const SORTS = {
+    match: ["Best match", (list, i) => i, 1], // of a search; by number without one
     index: ["Number", (list, i) => i, 1],
     density: ["Density", (list, i) => list.count[i], -1],
     max: ["Largest activation", (list, i) => list.max[i], -1],
@@ -24,9 +26,10 @@
     density: { name: "Density", of: (list, i) => list.density(i), told: percent, ends: () => [1e-6, 1] },
     max: { name: "Largest activation", of: (list, i) => list.max[i], told: number, ends: maxima },
   };
-  const fresh = () => ({ query: "", sort: "index", turned: false, states: new Set(), logit: "", density: [0, 1], max: [0, 1] });
+  const fresh = () => ({ query: "", sort: "match", turned: false, states: new Set(), logit: "", density: [0, 1], max: [0, 1] });
 
-  const view = { list: null, order: [], chosen: -1, state: fresh(), open: false };
+  const view = { list: null, order: [], matches: new Map(), chosen: -1, top: 0, state: fresh(), open: false };
+  const drawn = new Map(); // rows that are elements, by their place in the order
   let parts = {};
 
   /* Draws the pane once; `show` fills it with the latents of a hook. */
@@ -37,7 +40,7 @@
         autocomplete: "off", spellcheck: "false", on: { input: later(() => set({ query: parts.search.value }), 80), keydown: enter },
       }),
       sort: el("select", { "aria-label": "Sort by", id: "sort", on: { change: () => set({ sort: parts.sort.value, turned: false }) } },
-        Object.entries(SORTS).map(([key, [name]]) => el("option", { value: key }, name))),
+        Object.entries(SORTS).map(([key, [name]]) => el("option", { value: key, id: `sort-${key}` }, name))),
       turn: el("button", {
         type: "button", class: "icon", id: "turn", "aria-label": "Turn the order round", title: "Turn the order round",
         on: { click: () => set({ turned: !view.state.turned }) },
@@ -45,7 +48,7 @@
       filters: el("button", { type: "button", class: "plain", id: "filters", "aria-expanded": "false", on: { click: unfold } }, "Filter"),
       count: el("span", { class: "count", role: "status" }),
       panel: el("div", { class: "filters", hidden: true }),
-      inner: el("div", { class: "inner", role: "list" }),
+      inner: el("div", { class: "inner", role: "list", on: { focusin: follow } }),
     };
     parts.rows = el("div", { class: "rows", tabindex: -1, on: { scroll: draw } }, parts.inner);
     document.getElementById("list").replaceChildren(
@@ -64,38 +67,50 @@
   function set(change) {
     Object.assign(view.state, change);
     const { list, state } = view;
-    view.order = find(list, state);
-    parts.sort.value = state.sort;
+    ({ order: view.order, matches: view.matches } = search(list, state));
+    const searching = state.query.trim() !== "";
+    parts.sort.querySelector("#sort-match").hidden = !searching;
+    parts.sort.value = state.sort === "match" && !searching ? "index" : state.sort;
     parts.inner.style.height = `${view.order.length * ROW}px`;
     parts.count.textContent = view.order.length === list.size ? `${whole(list.size)} latents` : `${whole(view.order.length)} of ${whole(list.size)}`;
     const narrowed = Object.keys(RANGES).some((key) => state[key][0] > 0 || state[key][1] < 1);
     const active = state.states.size > 0 || narrowed || state.logit !== "";
     parts.filters.classList.toggle("on", active);
-    if (!("chosen" in change)) parts.rows.scrollTop = 0;
-    draw();
+    parts.rows.scrollTop = 0;
+    redraw();
   }
 
-  /* The latents that the state lets through, in its order; with equal keys the lower number first. */
-  function find(list, { query, sort, turned, states, logit, ...rest }) {
+  const find = (list, state) => search(list, state).order;
+
+  /* The latents that the state lets through, in its order, and why the query matches each; with equal keys the lower
+     number stands first. */
+  function search(list, { query, sort, turned, states, logit, ...rest }) {
     const words = query.toLowerCase().trim();
     const token = logit.toLowerCase();
     const within = Object.keys(RANGES).map((key) => inside(list, key, rest[key]));
     const [, key, direction] = SORTS[sort];
     const found = [];
+    const reasons = new Map();
     for (let i = 0; i < list.size; i++) {
       if ([...states].some((name) => !STATES[name][1](list, i))) continue;
       if (!within.every((fits) => fits(i))) continue;
       if (token && !Array.from(list.raised(i)).some((id) => matches(jsae.tokens.word(id).toLowerCase(), token))) continue;
-      if (words && !named(list, i, words)) continue;
+      if (words) {
+        const match = jsae.search.match(list, i, words);
+        if (!match) continue;
+        reasons.set(i, match);
+      }
       found.push(i);
+    }
+    if (sort === "match" && words) {
+      const order = found.sort(jsae.search.compare(list, reasons));
+      return { order: turned ? order.reverse() : order, matches: reasons };
     }
     const keys = found.map((i) => key(list, i));
     const sign = turned ? -direction : direction;
     const compare = (a, b) => (keys[a] < keys[b] ? -sign : keys[a] > keys[b] ? sign : found[a] - found[b]);
-    return found.map((_, i) => i).sort(compare).map((i) => found[i]);
+    return { order: found.map((_, i) => i).sort(compare).map((i) => found[i]), matches: reasons };
   }
-
-  const named = (list, i, words) => (/^#?\d+$/.test(words) && String(i).startsWith(words.replace("#", ""))) || list.haystack(i).includes(words);
 
   /* A token is found by itself whole, or by a part of it that is longer than a letter. */
   const matches = (word, token) => word === token || word.trim() === token.trim() || (token.trim().length > 1 && word.includes(token));
@@ -169,7 +184,7 @@
     const tell = () => {
       const [low, high] = state[key];
       output.textContent = `${low > 0 ? told(unscale(low, bounds)) : told(0)} – ${told(unscale(high, bounds))}`;
-      bars.forEach((bar, i) => bar.classList.toggle("out", (i + 0.5) / 48 < low || (i + 0.5) / 48 > high));
+      bars.forEach((bar, i) => { bar.classList.toggle("out", (i + 0.5) / 48 < low || (i + 0.5) / 48 > high); });
     };
     const handle = (end, which, sign) => el("input", {
       type: "range", min: 0, max: 1, step: 0.005, value: state[key][end], "aria-label": `${name}, ${which}`, id: `${key}-${end ? "high" : "low"}`,
@@ -189,14 +204,57 @@
 
   /* ---- rows ---- */
 
+  /* Draws the rows that are in view, or nearly. Those that were drawn stay the same elements, and one that has the
+     keyboard's focus stays wherever it is, with its neighbours: an element that is replaced loses the focus. */
   function draw() {
     if (!view.list) return;
-    const first = Math.max(0, Math.floor(parts.rows.scrollTop / ROW) - 4);
-    const last = Math.min(view.order.length, first + Math.ceil(parts.rows.clientHeight / ROW) + 9);
-    const rows = [];
-    for (let at = first; at < last; at++) rows.push(row(view.order[at], at));
-    if (!view.order.length) rows.push(el("p", { class: "quiet pad" }, "No latent is like that."));
-    parts.inner.replaceChildren(...rows);
+    view.top = parts.rows.scrollTop;
+    const first = Math.max(0, Math.floor(view.top / ROW) - AROUND);
+    const places = new Set(Array.from({ length: Math.ceil(parts.rows.clientHeight / ROW) + 2 * AROUND + 1 }, (_, i) => first + i));
+    const focused = [...drawn.keys()].find((at) => drawn.get(at).contains(document.activeElement));
+    if (focused !== undefined) for (const at of [focused - 1, focused, focused + 1]) places.add(at);
+    for (const [at, slot] of drawn) {
+      if (places.has(at)) continue;
+      slot.remove();
+      drawn.delete(at);
+    }
+    let after = null; // in the order of the list, which Tab follows
+    for (const at of [...places].filter((place) => place >= 0 && place < view.order.length).sort((a, b) => b - a)) {
+      if (!drawn.has(at)) {
+        drawn.set(at, row(view.order[at], at));
+        parts.inner.insertBefore(drawn.get(at), after);
+      }
+      after = drawn.get(at);
+    }
+  }
+
+  /* Draws all rows anew, because their order or content has changed; the focus goes to the new row of its latent. */
+  function redraw() {
+    if (!view.list) return;
+    const focused = parts.inner.contains(document.activeElement) && document.activeElement.dataset.latent;
+    drawn.clear();
+    parts.inner.replaceChildren(...(view.order.length ? [] : [el("p", { class: "quiet pad" }, "No latent is like that.")]));
+    draw();
+    if (focused) parts.inner.querySelector(`[data-latent="${focused}"]`)?.focus({ preventScroll: true });
+  }
+
+  /* Draws what comes after the row that gets the focus, so that Tab goes on; from outside the list, Tab leads to the
+     latent that is open, or the first in view, and not to a row that is drawn beyond the edge. */
+  function follow(event) {
+    const { target, relatedTarget } = event;
+    if (!relatedTarget) return; // a click, or a row that was drawn anew
+    const seen = (at) => at * ROW >= view.top && (at + 1) * ROW <= view.top + parts.rows.clientHeight;
+    if (!parts.inner.contains(relatedTarget) && !seen(view.order.indexOf(Number(target.dataset.latent)))) {
+      parts.rows.scrollTop = view.top; // the browser has scrolled to the row already
+      const chosen = view.order.indexOf(view.chosen);
+      const next = drawn.get(seen(chosen) ? chosen : Math.ceil(view.top / ROW));
+      if (next) {
+        next.querySelector(".row").focus();
+        return;
+      }
+    }
+    target.scrollIntoView({ block: "nearest" });
+    draw();
   }
 
   function row(latent, at) {
@@ -211,7 +269,7 @@
     el("span", { class: "head" }, el("span", { class: "id" }, `#${latent}`),
       el("span", { class: label ? "label" : "label none" }, jsae.tokens.shown(list.title(latent))),
       list.byPerson.has(latent) && el("span", { class: "mine", title: "named by a person" }, "✎"),
-      badge(list, latent)),
+      view.matches.has(latent) && jsae.search.reason(view.matches.get(latent)), badge(list, latent)),
     ids.length ? el("span", { class: "kwic" }, el("span", { class: "left" }, el("span", {}, spans.slice(0, peak))),
       el("span", { class: "right" }, spans.slice(peak))) : el("span", { class: "kwic" }),
     el("span", { class: "foot" }, el("span", {}, percent(list.density(latent))), el("span", {}, `max ${number(list.max[latent])}`)));
@@ -237,7 +295,7 @@
         parts.rows.scrollTop = Math.max(0, top - parts.rows.clientHeight / 3);
       }
     }
-    draw();
+    redraw();
   }
 
   /* The latent that stands so many rows further, in the order of the list. */
@@ -268,7 +326,7 @@
 
   jsae.list = {
     build, show, choose, step, any, set, badge, find, fresh,
-    redraw: draw,
+    redraw,
     focus() {
       parts.search.focus();
       parts.search.select();

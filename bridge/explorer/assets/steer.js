@@ -9,6 +9,10 @@
     additive: "adds strength times the direction", orthogonal: "multiplies what lies along the direction",
     projection_cap: "caps what lies along the direction", clamp: "sets the activation", scale: "multiplies the activation", ablate: "takes the feature out",
   };
+  const GENTLE = 2; // times the mean activation
+  const LONGEST_PART = 8; // tokens of a part that is repeated
+  const REPEATS = 4; // times in a row that a part stands at the end of a text that repeats itself
+  const FEWEST_REPEATED = 8; // tokens of all repeats together
   const state = {
     pushed: [], prompt: "", chat: false, talk: [], follow: "steered",
     settings: { temperature: 0.5, max_tokens: 64, seed: 16, strength_multiplier: 1 },
@@ -21,7 +25,7 @@
   const mode = (name) => jsae.live.modes.find((one) => one.name === name);
   const factor = (name) => mode(name).neutral === 1;
 
-  /* Adds a latent to those that are pushed, at its largest activation, and shows them. */
+  /* Adds a latent to those that are pushed, gently, and shows them. */
   function add(list, latent) {
     const most = jsae.live.limits.features;
     if (state.pushed.length >= most) {
@@ -34,7 +38,13 @@
     else location.hash = "#view=steer";
   }
 
-  const usual = (list, latent, name) => (factor(name) ? 2 : Number((list.max[latent] || 10).toPrecision(3)));
+  /* The strength to begin with: a multiple of the activation that the latent usually has where it fires. At its largest
+     activation most latents make the model repeat itself. */
+  function usual(list, latent, name) {
+    if (factor(name)) return 2;
+    return Number((Math.min(GENTLE * list.mean[latent], list.max[latent]) || 1).toPrecision(3));
+  }
+
   const reach = (one) => (factor(one.mode) ? 6 : Math.max(10, Math.ceil(3 * one.list.max[one.latent])));
 
   function request(messages) {
@@ -60,6 +70,7 @@
         } },
       }),
       go: el("button", { type: "button", class: "plain strong", id: "go", on: { click: go } }, "Write"),
+      base: el("p", { class: "repeats small", role: "status" }, "This checkpoint was not trained to chat, as far as its path says: answers may be mere continuations."),
       stop: el("button", { type: "button", class: "plain", id: "stop", disabled: running === null, on: { click: stop } }, "Stop"),
     };
     main.replaceChildren(el("div", { class: "page steer" },
@@ -75,7 +86,7 @@
           state.chat = kind === "chat";
           stop();
           talkAnew();
-        }), parts.prompt, el("div", { class: "line" }, parts.go, parts.stop, el("span", { class: "grow" }),
+        }), parts.base, parts.prompt, el("div", { class: "line" }, parts.go, parts.stop, el("span", { class: "grow" }),
           el("span", { class: "quiet small" }, `at most ${limits.prompt_tokens} tokens of prompt`))), parts.answers))));
     drawPushed();
     if (parts.answers.children.length) said(state.chat);
@@ -86,6 +97,7 @@
   function said(chat) {
     parts.prompt.placeholder = chat ? "Say something" : "Text to continue";
     parts.go.textContent = chat ? "Send" : "Write";
+    parts.base.hidden = !chat || jsae.live.model.trained_to_chat;
   }
 
   function setting(key, name, min, max, step) {
@@ -144,9 +156,8 @@
     };
     const look = () => {
       const query = box.value.trim();
-      const order = query ? jsae.list.find(list, { ...jsae.list.fresh(), query, sort: "f1" }) : [];
-      const first = order.filter((i) => String(i) === query.replace("#", ""));
-      found.replaceChildren(...[...new Set([...first, ...order])].slice(0, 6).map((latent) => el("li", {},
+      const order = query ? jsae.list.find(list, { ...jsae.list.fresh(), query }) : [];
+      found.replaceChildren(...order.slice(0, 6).map((latent) => el("li", {},
         el("button", { type: "button", on: { click: () => choose(latent) } }, el("span", { class: "id" }, `#${latent}`), " ", jsae.tokens.shown(list.title(latent))))));
       found.hidden = !found.children.length;
     };
@@ -217,11 +228,13 @@
   function sheet(name, before) {
     const text = jsae.tokens.walk(el("div", { class: "text" }, before && el("span", { class: "before" }, jsae.tokens.shown(before))), `${name} continuation`);
     const end = el("small", { class: "writing" }, "writing …");
+    const warning = el("p", { class: "repeats small", role: "status", hidden: true });
+    const ids = [];
     const pushed = [...state.pushed];
     const told = { name, text: "" };
     return {
       told,
-      node: el("section", { class: "card sheet", "data-which": name.toLowerCase() }, el("h2", {}, name, end), text),
+      node: el("section", { class: "card sheet", "data-which": name.toLowerCase() }, el("h2", {}, name, end), warning, text),
       write(line) {
         told.text += line.text;
         const features = line.features ?? {};
@@ -232,6 +245,8 @@
         const shown = jsae.tokens.span({ id: line.id, text: line.text }, { heat: share, tip: () => hover(line, features) });
         shown.textContent = jsae.tokens.shown(line.text);
         text.append(shown);
+        ids.push(line.id);
+        warn(warning, ids, name === "Steered");
       },
       finish(why, bad = false) {
         if (end.className !== "writing") return; // it came to its own end before
@@ -239,6 +254,27 @@
         end.textContent = why;
       },
     };
+  }
+
+  /* Warns when the end of a continuation repeats itself, and says what helps. */
+  function warn(box, ids, steered) {
+    if (!box.hidden) return;
+    const length = period(ids);
+    if (!length) return;
+    const part = ids.slice(-length).map((id) => jsae.tokens.word(id)).join("");
+    box.replaceChildren("It repeats itself: ", el("code", { class: "chip" }, jsae.tokens.line(part)),
+      steered ? " – try a smaller strength." : " – also without a push: try another prompt or a higher temperature.");
+    box.hidden = false;
+  }
+
+  /* How many tokens the part has that the text ends in again and again; 0 if it does not. */
+  function period(ids) {
+    for (let length = 1; length <= LONGEST_PART; length++) {
+      const tail = ids.slice(-Math.max(REPEATS * length, FEWEST_REPEATED));
+      if (tail.length < Math.max(REPEATS * length, FEWEST_REPEATED)) return 0;
+      if (tail.every((id, i) => i < length || id === tail[i - length])) return length;
+    }
+    return 0;
   }
 
   function hover(line, features) {
@@ -264,5 +300,5 @@
       el("button", { type: "button", class: "plain", on: { click: talkAnew } }, "Start anew")));
   }
 
-  jsae.steer = { show, add, stop };
+  jsae.steer = { show, add, stop, period };
 })();

@@ -1,4 +1,4 @@
-"""What an exported SAE is: architectures by SAELens's names, checked settings, the arrays they ask for. No torch."""
+"""What an exported SAE is: architectures by SAELens's names, checked settings, the arrays they ask for."""
 
 import dataclasses
 import reprlib
@@ -74,10 +74,12 @@ class Settings:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every array that the weights must hold, by name."""
-        d, f, o = (self.d_in,), (self.d_sae,), (self.d_out,)
+        d: tuple[int, ...] = (self.d_in,)
+        o: tuple[int, ...] = (self.d_out,)
+        f = (self.d_sae,)
         if self.layers is not None:
             d = o = (self.layers, *d)
-        shapes = {"W_enc": d + f, "W_dec": f + o, "b_dec": o}
+        shapes: dict[str, tuple[int, ...]] = {"W_enc": d + f, "W_dec": f + o, "b_dec": o}
         if "skip" in self.architecture:
             shapes["W_skip"] = o + d
         form = TRANSCODERS.get(self.architecture, self.architecture)

@@ -1,4 +1,4 @@
-"""The settings of an exported SAE: read and check the `cfg.json` of a SAELens directory, of any version. No torch."""
+"""The settings of a SAELens directory: read and check its `cfg.json`, of any version of SAELens."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any, NoReturn
 
 from packaging.version import InvalidVersion, Version
 
-from bridge.sae_bookkeeping import BOOKKEEPING
-from bridge.sae_settings import (
+from jsae.saelens.bookkeeping import BOOKKEEPING
+from jsae.saelens.settings import (
     CFG,
     CHECKPOINTS,
     DTYPES,
@@ -35,14 +35,14 @@ _READ = {
     *_TEXTS,
 }
 _CROSSCODER = ("layers", "activation")
-_MAX_BYTES, _MAX_DEPTH = 16 * 2**20, 64
+MAX_BYTES, _MAX_DEPTH = 16 * 2**20, 64
 
 
 def read(folder: str | Path) -> Settings:
     """Read and check the `cfg.json` of a SAELens directory. Weights are not opened.
 
     Configurations of SAELens before version 6 are read as SAELens 6 reads them. Every setting that changes the
-    computation is applied by `bridge.torch_sae.load` or refused here by name; a setting that is neither known to
+    computation is applied by `jsae.saelens.read` or refused here by name; a setting that is neither known to
     change it nor to leave it as it is (`BOOKKEEPING`) is refused too.
 
     Raises:
@@ -98,8 +98,8 @@ def read(folder: str | Path) -> Settings:
 def _parsed(file: Path) -> dict[str, Any]:
     """The object of a JSON file of bounded size and depth whose names are unique."""
     size = file.stat().st_size
-    if size > _MAX_BYTES:
-        raise ValueError(f"{file} has {size:,} bytes: at most {_MAX_BYTES:,} are read as the settings of an SAE")
+    if size > MAX_BYTES:
+        raise ValueError(f"{file} has {size:,} bytes: at most {MAX_BYTES:,} are read as the settings of an SAE")
     try:
         cfg = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
         level, depth = [cfg], 0

@@ -1,4 +1,4 @@
-"""Toy superposition: activations that are sparse sums of known directions, the ground truth of the contract suite."""
+"""A toy world in superposition: activations that are sparse sums of known directions."""
 
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ def amplitude(seed: int) -> float:
 
 
 def activations(n: int, d: int = D_IN, seed: int = 0) -> np.ndarray:
-    """n sums of directions, off the origin, float32.
+    """N sums of directions, off the origin, float32.
 
     Another seed is another layer: the same strengths along other directions.
     """

@@ -1,18 +1,17 @@
 """Exact rewrites of an SAE's settings into its weights, so that one plain form computes what every file means."""
 
-import json
-import math
-
-import torch
+import numpy as np
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
-from bridge.sae_settings import CHECKPOINTS, FACTORS, Settings
+from jsae import jsons
 from jsae.files import is_system_error
+from jsae.saelens.settings import CHECKPOINTS, FACTORS, Settings, shown
 
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
 _COLUMNS = 8192  # of W_enc that are read in float64 at once
 
-Weights = dict[str, torch.Tensor]
+Weights = dict[str, np.ndarray]
 
 
 def fold(settings: Settings, weights: Weights) -> Weights:
@@ -32,7 +31,7 @@ def fold(settings: Settings, weights: Weights) -> Weights:
     """
     weights = dict(weights)
     if "log_threshold" in weights:
-        weights["threshold"] = weights.pop("log_threshold").exp()
+        weights["threshold"] = np.exp(weights.pop("log_threshold"))
     if settings.layers is not None:
         weights = _side_by_side(settings, weights)
     factors = _factors(settings, weights)
@@ -46,7 +45,7 @@ def fold(settings: Settings, weights: Weights) -> Weights:
     if rescales:
         weights = _norms(settings, weights)
     if settings.architecture in CHECKPOINTS:
-        weights["threshold"] = weights.pop("topk_threshold").expand(settings.d_sae).clone()
+        weights["threshold"] = np.full(settings.d_sae, weights.pop("topk_threshold"), np.float32)
     if factors is not None:
         weights["W_dec"] = weights["W_dec"] * factors[:, None]
     if not settings.subtracts_b_dec and not settings.is_transcoder:
@@ -62,7 +61,8 @@ def _side_by_side(settings: Settings, weights: Weights) -> Weights:
 
 def _norms(settings: Settings, weights: Weights) -> Weights:
     """Latents in units of unit decoder rows: `W_enc` and biases times the norms, `W_dec` over them."""
-    norms = torch.linalg.vector_norm(weights["W_dec"], dim=1, dtype=torch.float64).float()
+    squares = np.einsum("fo,fo->f", weights["W_dec"], weights["W_dec"], dtype=np.float64)
+    norms = np.sqrt(squares).astype(np.float32)
     zeros = int((norms == 0).sum())
     if zeros:
         raise ValueError(
@@ -72,13 +72,13 @@ def _norms(settings: Settings, weights: Weights) -> Weights:
     return weights | scaled | {"b_enc": weights["b_enc"] * norms}
 
 
-def _factors(settings: Settings, weights: Weights) -> torch.Tensor | None:
+def _factors(settings: Settings, weights: Weights) -> Float[np.ndarray, " f"] | None:
     """The factors on latents before they are decoded, taken out of the weights; None where they change nothing."""
     names = [name for name in FACTORS if name in weights]
     if len(names) > 1:
         raise ValueError(f"{settings.folder}: the weights hold both {' and '.join(names)}: expected one of them")
     factors = weights.pop(names[0]) if names else None
-    if names and torch.allclose(factors, torch.ones_like(factors)):
+    if names and np.allclose(factors, 1):
         return None
     if settings.finetuned != bool(names):
         holds = f"the weights hold {names[0]}" if names else f"the weights hold no {FACTORS[0]}"
@@ -96,8 +96,8 @@ def _factors(settings: Settings, weights: Weights) -> torch.Tensor | None:
 def _scale(settings: Settings, weights: Weights) -> Weights:
     """Trained on `s x`: `W_enc` times s; `W_dec`, `b_dec`, and a threshold in units of decoder norms over s."""
     scale = _scaler(settings).get("scaling_factor")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
-        raise ValueError(f"{settings.folder / SCALER}: scaling_factor is {scale!r}: expected a number above 0")
+    if not jsons.is_finite(scale) or scale <= 0:
+        raise ValueError(f"{settings.folder / SCALER}: scaling_factor is {shown(scale)}: expected a number above 0")
     folded = {"W_enc": weights["W_enc"] * scale, "W_dec": weights["W_dec"] / scale, "b_dec": weights["b_dec"] / scale}
     if "topk_threshold" in weights and settings.rescales:
         folded["topk_threshold"] = weights["topk_threshold"] / scale
@@ -112,33 +112,40 @@ def _whitening(settings: Settings, weights: Weights) -> Weights:
     expected = {"mean": (d,), "matrix": (d, d), "inverse_matrix": (d, d)}
     try:
         file.open("rb").close()  # safetensors calls every file missing that it cannot open
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework="numpy") as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
             if shapes != expected:
                 raise ValueError(f"expected {expected}")
-            mean, matrix, inverse = (opened.get_tensor(name).double() for name in expected)
+            mean, matrix, inverse = (opened.get_tensor(name).astype(np.float64) for name in expected)
     except (SafetensorError, OSError, ValueError) as error:
         if is_system_error(error):
             raise
         raise ValueError(f"{file} is missing or broken: {error}. Export the SAE by save_inference_model") from error
     folded = {
-        "W_enc": (matrix @ weights["W_enc"].double()).float(),
-        "W_dec": (weights["W_dec"].double() @ inverse).float(),
-        "b_dec": (weights["b_dec"].double() @ inverse + mean).float(),
+        "W_enc": _float32(matrix @ weights["W_enc"].astype(np.float64)),
+        "W_dec": _float32(weights["W_dec"].astype(np.float64) @ inverse),
+        "b_dec": _float32(weights["b_dec"].astype(np.float64) @ inverse + mean),
     }
     weights = weights | folded
     # Where b_dec is subtracted, the folded one subtracts the mean too.
     return weights if settings.subtracts_b_dec else _shifted(weights, -mean)
 
 
-def _shifted(weights: Weights, by: torch.Tensor) -> Weights:
-    """The same pre-activations of an input from which `by` (d_in,) is subtracted: biases gain `by W_enc`."""
-    parts = weights["W_enc"].split(_COLUMNS, dim=1)
-    gain = torch.cat([by.double() @ part.double() for part in parts])
+def _shifted(weights: Weights, by: Float[np.ndarray, " d"]) -> Weights:
+    """Return weights with the same pre-activations of an input less `by`: biases gain `by W_enc`."""
+    W_enc, by = weights["W_enc"], by.astype(np.float64)
+    parts = (W_enc[:, start : start + _COLUMNS] for start in range(0, W_enc.shape[1], _COLUMNS))
+    gain = np.concatenate([by @ part.astype(np.float64) for part in parts])
     gains = {"b_enc": gain, "b_gate": gain}
     if "r_mag" in weights:
-        gains["b_mag"] = gain * weights["r_mag"].double().exp()
-    return weights | {name: (weights[name].double() + g).float() for name, g in gains.items() if name in weights}
+        gains["b_mag"] = gain * np.exp(weights["r_mag"].astype(np.float64))
+    return weights | {name: _float32(weights[name] + g) for name, g in gains.items() if name in weights}
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    """Return an array in float32; what that cannot hold becomes infinite."""
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)
 
 
 def _scaler(settings: Settings) -> dict:
@@ -152,9 +159,9 @@ def _scaler(settings: Settings) -> dict:
     try:
         if file.stat().st_size > 2**16:
             raise ValueError("it is too large")
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = jsons.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"expected an object, not {type(found).__name__}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{file} is broken: {error}") from error
     return found

@@ -1,0 +1,88 @@
+"""Run token rows through a model and read activations: the one loop of rows, forward pass, captured hooks and mask.
+
+Training, gathering of records, evaluation and the checks before a run all read activations through it.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Integer
+from torch import nn
+
+from bridge.hooks import capture
+from bridge.selection import kept
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardPass:
+    """One forward pass over rows of text."""
+
+    first_row: int
+    """Number of rows in the passes before this one."""
+    tokens: Int[torch.Tensor, "B T"]
+    """Token ids, on the model's device."""
+    acts: Mapping[str, Float[torch.Tensor, "B T C"]]
+    """Activations by hook name."""
+    logits: Float[torch.Tensor, "B T V"] | None
+    """Output of the model; None where the pass ended at the deepest hook."""
+    excluded: tuple[int, ...]
+    drop_sinks: bool
+    _masks: dict[str, Bool[torch.Tensor, "B T"]] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def mask(self, *hooks: str) -> Bool[torch.Tensor, "B T"]:
+        """Return which tokens count at every one of the hooks (`bridge.selection.kept`); computed when first asked."""
+        for name in hooks:
+            if name not in self._masks:
+                self._masks[name] = kept(self.acts[name], self.tokens, self.excluded, self.drop_sinks)
+        masks = [self._masks[name] for name in hooks]
+        return masks[0] if len(masks) == 1 else torch.stack(masks).all(0)
+
+
+@torch.no_grad()
+def forward(
+    model: nn.Module,
+    hooks: Sequence[str],
+    ids: Integer[np.ndarray, "B T"],
+    *,
+    excluded: tuple[int, ...],
+    drop_sinks: bool,
+    stop: bool = True,
+    first_row: int = 0,
+) -> ForwardPass:
+    """Run rows of token ids through a model and return what was captured at the hooks.
+
+    Args:
+      model: a nanochat, on its device.
+      hooks: names of the activations to capture.
+      ids: token ids.
+      excluded: ids of tokens that do not count.
+      drop_sinks: whether tokens of extreme norm do not count.
+      stop: end the pass at the deepest hook; otherwise it gives logits too.
+      first_row: number of rows in earlier passes.
+
+    Raises:
+      ValueError: a hook that the model does not have or that the pass did not reach.
+    """
+    device = next(model.parameters()).device
+    tokens = torch.from_numpy(ids.astype(np.int64)).to(device, non_blocking=True)
+    with capture(model, list(hooks), stop=stop) as acts:
+        logits = model(tokens)
+    return ForwardPass(first_row, tokens, dict(acts), logits, excluded, drop_sinks)
+
+
+def read(
+    model: nn.Module,
+    hooks: Sequence[str],
+    batches: Iterable[Integer[np.ndarray, "B T"]],
+    *,
+    excluded: tuple[int, ...],
+    drop_sinks: bool,
+    stop: bool = True,
+) -> Iterator[ForwardPass]:
+    """Yield one forward pass for every batch of rows; arguments and errors are those of `forward`."""
+    first_row = 0
+    for ids in batches:
+        yield forward(model, hooks, ids, excluded=excluded, drop_sinks=drop_sinks, stop=stop, first_row=first_row)
+        first_row += len(ids)

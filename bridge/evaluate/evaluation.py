@@ -1,0 +1,123 @@
+"""The evaluation of chosen SAEs: metrics, what is known of every latent, labels. Its results go into a run's tables."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from bridge.evaluate import classes, labels, probing, text
+from bridge.evaluate.core import PASSES, finite, measure
+from bridge.evaluate.site import Site
+from bridge.evaluate.text import Text
+from bridge.nanochat import Nanochat
+from bridge.nanochat.units import Split
+from bridge.run import subjects
+from bridge.run.subjects import Choice, Subject
+from jsae.health import unusable
+from jsae.progress import Progress
+from jsae.settings import require
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much text is read, and what is measured besides the metrics."""
+
+    split: Split = "heldout"
+    heldout_tokens: int = 200_000
+    """Tokens for the metrics, and as many for labels and token classes."""
+    probe_tokens: int = 400_000
+    """Tokens of the passages by which packages of the standard library are told apart."""
+    probes: bool = True
+    """Sparse probing and TPP; needs the extra [eval]."""
+    labels: bool = True
+
+
+def evaluate(choice: Choice, extent: Extent, *, show_progress: bool = False) -> list[tuple[Subject, dict[str, Any]]]:
+    """Measure every chosen SAE on the same text.
+
+    Args:
+      choice: the SAEs, their model and their text, that of the first place.
+      extent: how much is read and measured.
+      show_progress: show on stderr how far it is.
+
+    Returns:
+      Every SAE with its results as `Run.write_evaluation` takes them: "eval" (metrics), "latents" (columns) and, if
+      wanted, "labels". Numbers that are not finite are None.
+
+    Raises:
+      ConfigError, ValueError: an SAE that does not fit, rows longer than the model takes, too little text.
+      FileNotFoundError: no such run, export, checkpoint or text.
+    """
+    chosen = subjects.find(choice)
+    data = subjects.reading(choice, choice.places[0]).data
+    texts = {id(subject.nano): _text(choice, extent, subject.nano) for subject in chosen}
+    results, console = [], Console(stderr=True, quiet=not show_progress)
+    for subject in chosen:
+        progress = Progress(f"measuring {subject.hook}", None, console=console)
+        with progress, progress.tokens_of(subject.nano.model):
+            results.append(finite(_measure(extent, subject, texts[id(subject.nano)], data, progress)))
+    return list(zip(chosen, results, strict=True))
+
+
+def _text(choice: Choice, extent: Extent, nano: Nanochat) -> Text:
+    """Return the text of the first place, in the tokens of a model: the same for everything that is compared.
+
+    Raises:
+      ConfigError: rows longer than the model takes.
+      ValueError: not enough text for one row.
+    """
+    reading = subjects.reading(choice, choice.places[0])
+    row_len = reading.context_size or nano.config.sequence_len
+    longest = nano.config.max_positions
+    require(2 <= row_len <= longest, f"context_size is {row_len}: this model takes 2 to {longest} tokens")
+    documents = text.documents(reading.data, extent.split, nano.tokenizer)
+    return text.read(documents, nano.tokenizer, row_len, extent.heldout_tokens)
+
+
+def _measure(extent: Extent, subject: Subject, rows: Text, data: str, progress: Progress) -> dict[str, Any]:
+    """Return the results of one SAE, numpy numbers and arrays among them."""
+    nano, sae = subject.nano, subject.sae
+    site = Site(nano.model, subject.hook, subject.excluded, subject.drop_sinks)
+    progress.phase(f"measuring {subject.hook}", PASSES * rows.tokens.size, "tokens")
+    summary, columns = measure(site, sae, rows.tokens, nano.tokenizer.token_bytes)
+    if problem := unusable(summary):
+        summary["problem"] = problem
+    summary["setting"] = {
+        "sae": str(subject.place),
+        "model": nano.fingerprint,
+        "checkpoint": str(nano.path),
+        "split": extent.split,
+        "data": data,
+        "text": hashlib.sha256(rows.tokens.tobytes()).hexdigest()[:16],
+        "context_size": rows.tokens.shape[1],
+        "excluded": list(subject.excluded),
+        "drop_sinks": subject.drop_sinks,
+    }
+    results: dict[str, Any] = {"eval": summary, "latents": columns}
+    if extent.probes:
+        summary |= _probes(extent, subject, site, rows, data, progress)
+    if extent.labels:
+        progress.phase("labelling latents", rows.tokens.size, "tokens")
+        labelled = labels.label(labels.firings(site, sae, rows), rows, nano.tokenizer)
+        summary["labels"] = labels.summary(labelled)
+        results["labels"] = labels.table(labelled)
+    return results
+
+
+def _probes(extent: Extent, subject: Subject, site: Site, rows: Text, data: str, progress: Progress) -> dict[str, Any]:
+    """Return the metrics of sparse probing and TPP, each by kind of class; None for a kind that the text lacks."""
+    progress.phase("reading text for probes", None)
+    passages = classes.packages(data, subject.nano.tokenizer, extent.probe_tokens)
+    tokens = rows.tokens.size + (0 if passages is None else passages.tokens.size)
+    progress.phase("reading activations for probes", tokens, "tokens")
+    examples = {
+        "package": None if passages is None else classes.of_passages(site, subject.sae, passages),
+        "syntax": classes.of_tokens(site, subject.sae, rows),
+    }
+    progress.phase("fitting probes", None)
+    W_dec = subject.sae.W_dec.cpu().numpy()
+    return {
+        "sparse_probing": {kind: x and probing.sparse_probing(x) for kind, x in examples.items()},
+        "tpp": {kind: x and probing.tpp(x, W_dec) for kind, x in examples.items()},
+    }

@@ -1,0 +1,169 @@
+"""The explorer's files of a run: records of its SAEs, gathered unless those that are there fit, and their page."""
+
+import sys
+import time
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from bridge import quick_labels
+from bridge.explorer import gather, page
+from bridge.explorer.gather import Plan
+from bridge.nanochat import Nanochat
+from bridge.nanochat.units import Split
+from bridge.run import Run, subjects
+from bridge.run.labels import automatic_hooks
+from bridge.run.subjects import Choice, Subject
+from bridge.torch_sae import TorchSAE
+from jsae.progress import Progress
+from jsae.records.recorder import Settings
+from jsae.records.store import digest
+from jsae.settings import require
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much text is read, and what is kept of it."""
+
+    num_tokens: int = 1_000_000
+    context_length: int = 128
+    """Tokens of a row of text, BOS first."""
+    split: Split = "all"
+    seed: int = 0
+    """Of the random samples of texts."""
+    keep_activations: bool = True
+    """Whether every activation is kept, six bytes each: delphi's files are made of them."""
+
+
+@dataclass(frozen=True)
+class Explored:
+    """The model and the SAEs by hook that records were gathered of: what a server needs."""
+
+    nano: Nanochat
+    saes: dict[str, TorchSAE]
+
+
+def explore(
+    choice: Choice,
+    extent: Extent,
+    *,
+    force: bool = False,
+    keep_page: bool = False,
+    show_progress: bool = False,
+) -> Explored:
+    """Gather the records of a run's SAEs unless those that are there fit, label latents, and write the page.
+
+    SAEs without labels get quick ones, from a part of the text. What is done is said on stderr.
+
+    Args:
+      choice: one run, and what is to be other than it recorded; see `of_run`.
+      extent: which text is read, and what is kept.
+      force: gather again though the records fit.
+      keep_page: leave a page as it is if the run cannot be written to.
+      show_progress: show how far it is.
+
+    Raises:
+      ConfigError, ValueError: an SAE that does not fit, SAEs trained on different tokens, too little text.
+      FileNotFoundError: no such run, export, checkpoint or text.
+      OSError: something cannot be written; what was there before stays.
+    """
+    run = Run(choice.places[0])
+    with run.held():
+        chosen = subjects.find(choice)
+        nano, saes = chosen[0].nano, {subject.hook: subject.sae for subject in chosen}
+        run.warn_of_marked(saes)
+        plan, console = _plan(choice, extent, chosen), Console(stderr=True, quiet=not show_progress)
+        seconds = _gather(run, nano, saes, plan, force, console)
+        if run.is_writable:
+            _label(run, nano, saes, plan, seconds, console)
+        if keep_page and run.page_file.is_file() and not run.is_writable:
+            _say(f"{run.path} cannot be written to: the page is served as it is")
+        else:
+            with Progress("writing the page", None, console=console):
+                page.write(run.path, list(saes))
+            _say(f"written to {run.page_file}")
+    return Explored(nano, saes)
+
+
+def of_run(run: Run, device: str = "cpu") -> Choice:
+    """Return the choice of all SAEs of a run, on its model and its text."""
+    return Choice((run.path,), run.path, device=device)
+
+
+def _plan(choice: Choice, extent: Extent, chosen: list[Subject]) -> Plan:
+    """Return what is read and kept for the SAEs, all of which count the same tokens."""
+    counted = {(subject.excluded, subject.drop_sinks) for subject in chosen}
+    require(
+        len(counted) == 1,
+        f"the SAEs of {choice.places[0]} were trained on different tokens: say with --exclude_tokens and --drop_sinks "
+        "which count",
+    )
+    excluded, drop_sinks = counted.pop()
+    data = subjects.reading(choice, choice.places[0]).data
+    return Plan(
+        data=data,
+        split=extent.split,
+        num_tokens=extent.num_tokens,
+        context_length=extent.context_length,
+        excluded=excluded,
+        data_fingerprint=gather.data_fingerprint(chosen[0].nano, data, extent.split),
+        drop_sinks=drop_sinks,
+        keep_activations=extent.keep_activations,
+        records=Settings(seed=extent.seed),
+    )
+
+
+def _gather(
+    run: Run, nano: Nanochat, saes: dict[str, TorchSAE], plan: Plan, force: bool, console: Console
+) -> float | None:
+    """Gather records unless those that are there fit; return the seconds it took, None if they fit."""
+    digests = {hook: digest(run.sae_folder(hook)) for hook in saes}
+    reason = "--force" if force else gather.unfit(run.records_folder, digests, nano, plan)
+    seconds = None
+    if reason is None:
+        _say(f"the records in {run.records_folder} fit: --force gathers them again")
+        if plan.data_fingerprint is None:
+            _say(f"{plan.data} is not on this machine: whether its text is still the same was not looked at")
+    else:
+        _say(f"gathering records: {reason}")
+        before = time.perf_counter()
+        with Progress("gathering", console=console) as progress:
+            gather.gather(nano, saes, digests, run.records_folder, plan, progress.share)
+        seconds = time.perf_counter() - before
+        _say(f"gathered in {seconds:.0f} s")
+    for hook in saes:
+        _say(_summary(run, hook))
+    return seconds
+
+
+def _label(
+    run: Run, nano: Nanochat, saes: dict[str, TorchSAE], plan: Plan, gathered: float | None, console: Console
+) -> None:
+    """Find quick labels for SAEs that have none, in at most a third of the time that gathering took."""
+    try:
+        with Progress("labelling latents", None, console=console):
+            summaries = quick_labels.write(run, nano, saes, plan, None if gathered is None else gathered / 6)
+    except FileNotFoundError as error:
+        _say(f"no labels were found: {error}")
+        return
+    for hook, count in automatic_hooks(run.path).items():
+        if hook in summaries:
+            fitting = summaries[hook]["f1_over_50_percent"]
+            _say(f"{hook}: {count:,} latents labelled from a part of the text, {fitting:,} with an F1 over 0.5")
+        elif hook in saes:
+            _say(f"{hook}: {count:,} latents have labels in {run.table_file('labels')}")
+    if summaries:
+        _say(f"labels from more text, and their scores: python -m experiments.evaluate --run_dir={run.path}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _summary(run: Run, hook: str) -> str:
+    """Return a line about the records of one SAE."""
+    store = run.records(hook)
+    dead = int((store["count"] == 0).sum())
+    again = store.header.duplicate_rows
+    dropped = f", {again:,} repeated row{'s' * (again > 1)} dropped" if again else ""
+    return f"{hook}: {store.header.d_sae:,} latents ({dead:,} dead) on {store.header.tokens:,} tokens{dropped}"

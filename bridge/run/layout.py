@@ -1,0 +1,124 @@
+"""Where everything lies in the directory of a run. These names are spelt here and nowhere else.
+
+    config.json                 flags, facts (hashes of model and data) and versions
+    metrics.jsonl               a line of metrics per report and SAE
+    tb/                         events for TensorBoard
+    checkpoints/                states of the training
+    sae/NAME/                   an exported SAE in SAELens format, named after its hook
+    eval.json                   metrics of the exported SAEs, by hook
+    latents.json, labels.json   columns and automatic labels of all latents, by hook
+    plots/                      pictures of an evaluation
+    explorer/index.html         the explorer's page, with its data in page-DIGEST/
+    explorer/records/HOOK/      records of an SAE (`jsae.records.store`); their texts lie in records/texts/
+    explorer/notes.jsonl        labels and notes that people wrote
+    neuronpedia/FOLDER/         files in a format of others, a folder for each format
+    neuronpedia/upload/         bodies of requests to Neuronpedia
+    neuronpedia/uploads.jsonl   what was sent to Neuronpedia
+    VARIANT/                    of a sweep: a run of its own, whose checkpoints and events lie in the sweep's directory
+
+No torch, and nothing is read.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+Table = Literal["eval", "latents", "labels"]
+"""A file that an evaluation writes, a JSON object by hook."""
+
+WRITTEN = ("config.json", "config", "metrics.jsonl", "eval.json", "eval", "latents.json", "labels.json")
+"""What is, or was by earlier versions, written directly into a run: where a killed process may have left remains."""
+
+
+class Layout:
+    """The files and folders of a run directory, whether they exist or not.
+
+    Args:
+      path: the directory.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+    @property
+    def config_file(self) -> Path:
+        """Flags, facts and versions; every run has one."""
+        return self.path / "config.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """Metrics of the training, a JSON object per line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events_folder(self) -> Path:
+        """Events for TensorBoard."""
+        return self.path / "tb"
+
+    @property
+    def checkpoints_folder(self) -> Path:
+        """States of the training."""
+        return self.path / "checkpoints"
+
+    @property
+    def saes_folder(self) -> Path:
+        """The folder of the exported SAEs."""
+        return self.path / "sae"
+
+    def sae_folder(self, name: str) -> Path:
+        """The folder of one exported SAE."""
+        return self.saes_folder / name
+
+    def table_file(self, table: Table) -> Path:
+        """A table of an evaluation."""
+        return self.path / f"{table}.json"
+
+    @property
+    def plots_folder(self) -> Path:
+        """Pictures of an evaluation."""
+        return self.path / "plots"
+
+    @property
+    def explorer_folder(self) -> Path:
+        """The explorer's page, records and notes: what the server shows."""
+        return self.path / "explorer"
+
+    @property
+    def page_file(self) -> Path:
+        """The explorer's page."""
+        return self.explorer_folder / "index.html"
+
+    @property
+    def notes_file(self) -> Path:
+        """Labels and notes that people wrote, a JSON object per line."""
+        return self.explorer_folder / "notes.jsonl"
+
+    @property
+    def records_folder(self) -> Path:
+        """Records of all SAEs and the texts they point into."""
+        return self.explorer_folder / "records"
+
+    def store_folder(self, hook: str) -> Path:
+        """The records of one SAE."""
+        return self.records_folder / hook
+
+    @property
+    def neuronpedia_folder(self) -> Path:
+        """Files in formats of others, a folder for each format."""
+        return self.path / "neuronpedia"
+
+    @property
+    def bodies_folder(self) -> Path:
+        """Bodies of requests to Neuronpedia."""
+        return self.neuronpedia_folder / "upload"
+
+    @property
+    def uploads_file(self) -> Path:
+        """The ledger of what was sent to Neuronpedia."""
+        return self.neuronpedia_folder / "uploads.jsonl"

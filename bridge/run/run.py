@@ -1,0 +1,231 @@
+"""A run: the directory that a training writes, and what is made of its SAEs there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge.run import directory, exports, tables
+from bridge.run import labels as names
+from bridge.run.labels import Names
+from bridge.run.layout import Layout
+from bridge.run.model import ModelPath
+
+if TYPE_CHECKING:
+    import torch
+
+    from bridge.nanochat import Nanochat
+    from bridge.torch_sae import TorchSAE
+    from jsae.records.store import Store
+
+
+class Run(Layout):
+    """A run directory: its settings, its model, its SAEs and their records, labels, notes and evaluation.
+
+        run = Run("runs/demo")
+        nano, sae, store = run.model(), run.sae(), run.records("blocks.2.hook_resid_post")
+
+    Nothing is read before it is asked for, and nothing is kept: every access reads the files as they are then. Paths
+    are those of `Layout`. A variant of a sweep is a run of its own; of the sweep itself, `variants` lists them.
+    """
+
+    # ---- what the training wrote -----------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The contents of config.json: "flags", "facts" and "versions".
+
+        Raises:
+          ConfigError: the directory is no run, or the file is broken.
+        """
+        return directory.read(self.path)
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The flags that the run was started with; paths are absolute."""
+        return self.config["flags"]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Hashes of model and data, and the hooks that are read."""
+        return self.config["facts"]
+
+    @property
+    def versions(self) -> dict[str, str | None]:
+        """Versions of python and the libraries that the run was started with."""
+        return self.config.get("versions", {})
+
+    def model_path(
+        self, *, checkpoint: str | None = None, step: int | None = None, tokenizer: str | None = None
+    ) -> ModelPath:
+        """Return where the run's model lies, or the one that is given; see `ModelPath.of`.
+
+        Raises:
+          ConfigError: no checkpoint is given, and the directory is no run.
+        """
+        given = {"checkpoint": checkpoint, "step": step, "tokenizer": tokenizer}
+        return ModelPath.of(given, self.flags if checkpoint is None else {})
+
+    def model(
+        self,
+        device: str | torch.device = "cpu",
+        *,
+        checkpoint: str | None = None,
+        step: int | None = None,
+        tokenizer: str | None = None,
+    ) -> Nanochat:
+        """Load the nanochat that the run was trained on, with its tokenizer.
+
+        Args:
+          device: where it shall be.
+          checkpoint: another nanochat; the run's step and tokenizer do not count then.
+          step: another step of the checkpoint.
+          tokenizer: another directory of the tokenizer.
+
+        Raises:
+          ConfigError: no checkpoint is given and the directory is no run; or the checkpoint has no tokenizer.
+          FileNotFoundError: no such checkpoint.
+          ValueError: it is broken, or no nanochat.
+        """
+        return self.model_path(checkpoint=checkpoint, step=step, tokenizer=tokenizer).load(device)
+
+    # ---- SAEs ------------------------------------------------------------------------------------------------------
+
+    @property
+    def exports(self) -> dict[str, Path]:
+        """The folders of the finished exports by name, which is the hook; {} where there are none.
+
+        Raises:
+          FileNotFoundError: the run is a sweep; names its variants.
+        """
+        return {folder.name: folder for folder in exports.finished(self.path)}
+
+    @property
+    def variants(self) -> list[Run]:
+        """The runs of a sweep that have exports; [] of a run that is none."""
+        return [Run(folder) for folder in exports.variants(self.path)]
+
+    def saes(self, device: str | torch.device = "cpu") -> dict[str, TorchSAE]:
+        """Load the SAEs by hook, as `bridge.runtime.InterpretableModel` takes them; see `load_saes`."""
+        from bridge.run.saes import load_saes
+
+        return load_saes(self.path, device)
+
+    def sae(self, name: str | None = None, device: str | torch.device = "cpu") -> TorchSAE:
+        """Load one SAE, transcoder or crosscoder.
+
+        Args:
+          name: the export's; None is the only one.
+          device: where it shall be.
+
+        Raises:
+          FileNotFoundError: there is none, none of that name, or several and no name; says what there is.
+          ValueError: it is broken.
+        """
+        from bridge import torch_sae
+
+        return torch_sae.load(self.export(name), device)
+
+    def export(self, name: str | None = None) -> Path:
+        """Return the folder of one exported SAE; None is the only one.
+
+        Raises:
+          FileNotFoundError: as `sae`.
+        """
+        return self.exports[exports.choose(self.path, self.exports, name)]
+
+    def warn_of_marked(self, hooks: Iterable[str]) -> list[Path]:
+        """Print a warning for every SAE of these hooks that its training marked as of no use; return their folders."""
+        return exports.warn_of_marked(map(self.sae_folder, hooks))
+
+    # ---- what was found out about the SAEs -------------------------------------------------------------------------
+
+    @property
+    def recorded_hooks(self) -> list[str]:
+        """The hooks that have records, in order of their names."""
+        return exports.recorded(self.records_folder)
+
+    def records(self, hook: str | None = None) -> Store:
+        """Open the records of an SAE, checked against its export where there is one.
+
+        Args:
+          hook: whose; None is the only one.
+
+        Raises:
+          FileNotFoundError: there are none.
+          StoreError: they are broken, of another version, or of another SAE than the export.
+        """
+        from jsae.records.store import Store
+
+        hook = exports.choose(self.path, self.recorded_hooks, hook, "records") if hook is None else hook
+        return Store(self.store_folder(hook), exports.known_digest(self.sae_folder(hook)), hook)
+
+    @property
+    def labels(self) -> Mapping[str, Names]:
+        """The names of latents by hook: labels of the evaluation, and over them those that people gave.
+
+        A hook without SAE, records, labels and notes is a KeyError, which names the others.
+
+        Raises:
+          ValueError: labels or notes are broken.
+        """
+        return _Labels(self)
+
+    @property
+    def notes(self) -> list[dict[str, Any]]:
+        """All lines that people wrote, in their order; see `bridge.run.labels.notes`."""
+        return names.notes(self.path)
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The metrics of the exported SAEs by hook, from eval.json.
+
+        Raises:
+          FileNotFoundError: nothing was evaluated yet.
+          ValueError: the file is broken.
+        """
+        return tables.read(self.table_file("eval"))
+
+    def write_evaluation(self, results: tables.Results) -> None:
+        """Write what an evaluation found; see `bridge.run.tables.write`."""
+        tables.write(self.path, results)
+
+    # ---- writing ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether this process may write to the directory."""
+        return directory.is_writable(self.path)
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Hold the run, so that no other process writes to it meanwhile; see `bridge.run.directory.writing`."""
+        return directory.writing(self.path)
+
+    def held(self) -> AbstractContextManager[None]:
+        """Hold the run where that is possible; one that can only be read needs no lock."""
+        return self.writing() if self.is_writable else contextlib.nullcontext()
+
+
+class _Labels(Mapping[str, Names]):
+    """Names of latents by hook, read when they are asked for."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        labelled = run.table_file("labels")
+        known = tables.read(labelled) if labelled.is_file() else {}
+        noted = {line["hook"] for line in run.notes}
+        self._hooks = sorted({*run.exports, *run.recorded_hooks, *known, *noted})
+
+    def __getitem__(self, hook: str) -> Names:
+        if hook not in self._hooks:
+            raise KeyError(f"{self._run.path} has no SAE of {hook}: there are {', '.join(self._hooks) or 'none'}")
+        return Names.read(self._run.path, hook)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._hooks)
+
+    def __len__(self) -> int:
+        return len(self._hooks)

@@ -1,0 +1,60 @@
+"""The exported SAEs of a run, an export or a folder of exports, as torch modules. No jax."""
+
+from pathlib import Path
+
+import torch
+
+from bridge import torch_sae
+from bridge.compatibility import check_kind
+from bridge.hooks import parse
+from bridge.run.exports import finished, within
+from bridge.torch_sae import TorchSAE
+from jsae.saelens.settings import CFG
+
+
+def load_saes(path: str | Path, device: str | torch.device = "cpu") -> dict[str, TorchSAE]:
+    """Load exported SAEs; return them by hook name, from `metadata.hook_name` in cfg.json or the name of the folder.
+
+    Args:
+      path: an exported SAE, a run directory (for a sweep, that of a variant), or a folder of exports.
+      device: the device of the SAEs.
+
+    Raises:
+      FileNotFoundError: there is no export at the path; the message lists what exists.
+      ValueError: an export is damaged, is a transcoder or crosscoder, or names no hook of a nanochat, or two exports
+        have the same hook.
+    """
+    saes: dict[str, TorchSAE] = {}
+    for folder in _exports(Path(path)):
+        sae = torch_sae.load(folder, device)
+        check_kind(folder, sae)
+        metadata = sae.metadata if isinstance(sae.metadata, dict) else {}
+        name = str(metadata.get("hook_name") or folder.resolve().name)
+        try:
+            parse(name)
+        except ValueError as error:
+            raise ValueError(f"{folder} does not say which activation it reads: {error}") from error
+        if name in saes:
+            raise ValueError(f"{path} contains two SAEs of {name}: give the directory of one of them")
+        saes[name] = sae
+    return saes
+
+
+def is_export(path: Path) -> bool:
+    """Return whether a folder is an exported SAE itself."""
+    return (path / CFG).is_file()
+
+
+def _exports(path: Path) -> list[Path]:
+    """Return the directories of the exported SAEs at a path. Raises FileNotFoundError if there are none."""
+    if is_export(path):
+        return [path]
+    if exports := finished(path) or within(path):
+        return exports
+    if not path.is_dir():
+        raise FileNotFoundError(f"no SAE at {path}: it is not a directory")
+    names = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
+    raise FileNotFoundError(
+        f"no SAE at {path}, which contains {names}: give an exported SAE (cfg.json, sae_weights.safetensors), "
+        "a folder of them, or the directory of a finished run"
+    )

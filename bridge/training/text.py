@@ -1,0 +1,88 @@
+"""Text of a training run: training and held-out rows, and the checks of both before the run begins."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from bridge import finite
+from bridge.nanochat import Nanochat
+from bridge.nanochat.corpus import Corpus, changed
+from bridge.run import Run
+from bridge.selection import excluded_ids
+from bridge.training.config import RunConfig
+from jsae.settings import require
+
+_MOST_TOKENS = 2**16  # in a forward pass over held-out text
+
+
+def texts(config: RunConfig, nano: Nanochat) -> tuple[Corpus, Corpus]:
+    """Return training and held-out text, in rows as long as the model's context.
+
+    Raises:
+      ConfigError: a model without a tokenizer, rows that it does not take, or too little held-out text.
+      FileNotFoundError, ValueError: data that cannot be read.
+    """
+    require(
+        nano.tokenizer is not None,
+        f"no tokenizer lies beside or above {config.checkpoint}: give its directory with --tokenizer",
+    )
+    longest = nano.config.max_positions
+    row_len = config.context_size or nano.config.sequence_len
+    require(2 <= row_len <= longest, f"context_size is {row_len}: this model takes 2 to {longest} tokens")
+    train, heldout = (
+        Corpus(config.data, nano.tokenizer, split=split, row_len=row_len, seed=config.data_seed)
+        for split in ("train", "heldout")
+    )
+    if train.split_by_place:
+        print("too few documents to hold out whole ones: the last 5 % of each is held out", flush=True)
+    require(
+        next(heldout.one_pass(1), None) is not None,
+        f"the held-out part of {config.data!r} is shorter than one row of {row_len} tokens, and the trained SAE is "
+        "measured on it: give more text, or a smaller --context_size",
+    )
+    return train, heldout
+
+
+def heldout_rows(config: RunConfig, heldout: Corpus) -> Int[np.ndarray, "R T"]:
+    """Return the held-out rows that the exported SAEs are measured on."""
+    return np.stack(list(heldout.one_pass(-(-config.heldout_tokens // heldout.row_len))))
+
+
+def check_data(run: Path, corpus: Corpus) -> None:
+    """Refuse to go on with a run on other data than it began with.
+
+    Raises:
+      ConfigError: the data changed; names the files.
+    """
+    if not Run(run).config_file.is_file():
+        return
+    files = Run(run).facts.get("data_files")
+    require(
+        isinstance(files, list),
+        f"the run in {run} is of a version that did not record what its data held, and cannot go on: start a new one",
+    )
+    difference = changed(files, corpus.files)
+    require(not difference, f"{run} cannot go on to the same numbers, its data is not what it was: {difference}")
+
+
+def check_activations(
+    config: RunConfig, nano: Nanochat, sites: Sequence[tuple[str, ...]], rows: Int[np.ndarray, "R T"]
+) -> None:
+    """Warn of weights that are not finite, and check that all activations on held-out text can be measured.
+
+    Raises:
+      ActivationsError, DegenerateError: they cannot; names hook, token and position.
+    """
+    finite.warn_of_broken_weights(nano.model)
+    step = max(min(config.tokens_per_forward, _MOST_TOKENS) // rows.shape[1], 1)
+    finite.check_text(
+        nano.model,
+        list(dict.fromkeys(hook for site in sites for hook in site)),
+        [rows[start : start + step] for start in range(0, len(rows), step)],
+        excluded=excluded_ids(config.exclude_tokens, nano.tokenizer),
+        drop_sinks=config.drop_sinks,
+        called=f"the held-out part of {config.data!r}",
+        decode=nano.tokenizer.decode,
+    )

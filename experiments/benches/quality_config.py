@@ -1,0 +1,112 @@
+"""What the `quality` measurement compares: trainers, the recipes of each, and how much of everything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bridge.locations import Checkpoint, Data, FilePath
+from bridge.settings import flag
+from experiments.benches import peers
+
+OURS = "jsae"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way in which a trainer trains an architecture."""
+
+    trainer: str
+    name: str
+    """The architecture, and what tells it from the trainer's other ways."""
+    coefficient: float | None = None
+    """Where the search for the strength of a peer's penalty starts; None where a number says what L0 is."""
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether L0 comes of a penalty, and not of k."""
+        return self.name.split()[0] in ("relu", "gated", "jumprelu")
+
+
+RECIPES: Mapping[str, tuple[Recipe, ...]] = {
+    "topk": (
+        Recipe("SAELens", "topk"),
+        Recipe("dictionary_learning", "topk"),
+        Recipe("sparsify", "topk signum"),
+        Recipe("sparsify", "topk adam"),
+        Recipe(OURS, "topk"),
+    ),
+    "batchtopk": (
+        Recipe("SAELens", "batchtopk"),
+        Recipe("dictionary_learning", "batchtopk"),
+        Recipe(OURS, "batchtopk"),
+    ),
+    "matryoshka": (
+        Recipe("SAELens", "matryoshka"),
+        Recipe("dictionary_learning", "matryoshka"),
+        Recipe(OURS, "matryoshka"),
+    ),
+    "relu": (
+        Recipe("SAELens", "relu", 2.0),
+        Recipe("dictionary_learning", "relu", 0.1),
+        Recipe("dictionary_learning", "relu april", 0.15),
+        Recipe(OURS, "relu"),
+    ),
+    "gated": (
+        Recipe("SAELens", "gated", 2.0),
+        Recipe("dictionary_learning", "gated", 0.2),
+        Recipe(OURS, "gated"),
+    ),
+    "jumprelu": (
+        Recipe("SAELens", "jumprelu step", 5.0),
+        Recipe("SAELens", "jumprelu tanh", 10.0),
+        Recipe("dictionary_learning", "jumprelu", 1.0),
+        Recipe(OURS, "jumprelu tanh"),
+        Recipe(OURS, "jumprelu l0"),
+    ),
+}
+ARCHITECTURES = tuple(RECIPES)
+TRAINERS = tuple(dict.fromkeys(recipe.trainer for recipes in RECIPES.values() for recipe in recipes))
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained, and how often."""
+
+    checkpoint: Checkpoint = flag("demo", "nanochat checkpoint whose activations are learned.")
+    data: Data = flag("stdlib", "Its text.")
+    layer: int = flag(2, "Layer whose residual stream is read.")
+    architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures.")
+    trainers: tuple[str, ...] = flag(("SAELens", "dictionary_learning", "sparsify", OURS), "Trainers.")
+    d_sae: int = flag(1024, "Latents.")
+    k: int = flag(32, "Active latents per token; of all architectures the L0 that is aimed at.")
+    nested_widths: tuple[int, ...] = flag((64, 256), "Matryoshka's inner widths.")
+    num_activations: int = flag(2**18, "Activations that every SAE is trained on.")
+    batch_size: int = flag(512, "Activations per step.")
+    rates: tuple[float, ...] = flag((3e-3, 6e-3, 1.2e-2, 2.4e-2), "Learning rates to try beside a trainer's own.")
+    seeds: int = flag(3, "Seeds of weights.")
+    tries: int = flag(4, "Runs at most to find the strength of a penalty that gives the wanted L0.")
+    tolerance: float = flag(0.04, "How far L0 may be from the wanted one, as a part of it.")
+    heldout_activations: int = flag(65536, "Held-out activations to score on.")
+    loss_tokens: int = flag(16384, "Held-out tokens to measure the model's loss on.")
+    threads: int | None = flag(None, "Threads of torch on either side; none: as many as it takes by itself.")
+    quick: bool = flag(False, "Few activations, one rate, one seed: only to see that all runs.")
+    markdown: bool = flag(False, "Print the table as Markdown.")
+    peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
+    out: FilePath = flag("experiments/results/quality_cpu.json", "Where the figures go.")
+
+    def __post_init__(self) -> None:
+        for name, known in (("architectures", ARCHITECTURES), ("trainers", TRAINERS)):
+            given = getattr(self, name)
+            if not given or not set(given) <= set(known):
+                raise ValueError(f"{name} must be some of {', '.join(known)}, got {', '.join(given) or 'none'}")
+        for name in ("seeds", "tries", "batch_size", "heldout_activations", "loss_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_activations < 100 * self.batch_size:
+            raise ValueError(
+                f"num_activations={self.num_activations} is less than 100 batches of batch_size={self.batch_size}: "
+                "warm-up and decay are parts of the run that must be whole steps"
+            )
+        if not 1 <= self.k <= self.d_sae:
+            raise ValueError(f"k={self.k} of d_sae={self.d_sae} latents: give at most that many")

@@ -1,0 +1,5 @@
+"""SAELens directories: their settings, checked, and their weights in one plain form. numpy only, no jax, no torch."""
+
+from jsae.saelens.reading import Plain, read
+
+__all__ = ["Plain", "read"]

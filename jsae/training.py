@@ -1,0 +1,263 @@
+"""Training on a user's own activations: `fit`, which yields progress, and `train`, which returns a finished SAE."""
+
+import functools
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jsae import loop, metrics, optim, state
+from jsae.architectures import SAEConfig
+from jsae.arrays import Activations, source_of
+from jsae.checkpoint import Checkpoints
+from jsae.config import TrainConfig
+from jsae.data import Cursor, Shuffled, Source
+from jsae.health import Watch
+from jsae.locks import Lock
+from jsae.ops import Ops
+from jsae.progress import Progress as Shown
+from jsae.settings import require
+from jsae.trained import TrainedSAE
+
+BLOCK = 65_536
+"""Activations that are shuffled together, unless the caller says otherwise."""
+_TAIL = 0.1  # of the run, which the last metrics are of
+
+
+class Progress(NamedTuple):
+    """A report of `fit`."""
+
+    step: int
+    num_steps: int
+    metrics: dict[str, float]
+    """As `jsae.metrics.summarize` names them, of the steps since the last report; `dead_fraction` is the share of
+    latents without a value for `dead_after` activations. Also `learning_rate` and `activations_per_second`. The last
+    report is of the last tenth of the run, from its last checkpoint on."""
+    state: state.TrainState
+    """The state after `step`. The next step donates it: copy what is to be kept."""
+
+    def trained(self) -> TrainedSAE:
+        """Return the SAE as it is now, in the units of the activations."""
+        return TrainedSAE.from_state(self.state, self.metrics)
+
+    def __str__(self) -> str:
+        values = self.metrics
+        return f"FVU {values['fvu']:.3f}  L0 {values['l0']:.1f}  dead {values['dead_fraction']:.1%}"
+
+
+def fit(
+    acts: Activations,
+    sae: SAEConfig,
+    config: TrainConfig,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    ops: Ops | None = None,
+    block_size: int = BLOCK,
+    data_seed: int = 0,
+    report_every: int = 50,
+    checkpoints: str | Path | None = None,
+    checkpoint_every: int = 1_000_000,
+) -> Iterator[Progress]:
+    """Train an SAE on activations; return an iterator of reports, one every `report_every` steps and after the last.
+
+    Activations are trained on in random order. Arrays are read again and again, another order each time, until
+    `num_activations` are trained on; an iterator is read once.
+
+    Args:
+      acts: an array (rows, d_in) of numpy or jax, or a memory map, which may be larger than the memory; a list of
+        arrays of the same tokens, for a transcoder (input, target) or a crosscoder (layers); an iterator, iterable or
+        generator function of such; or a `jsae.data.Source`. A torch tensor goes through `bridge.to_jax`.
+      sae: sizes and settings, for example `jsae.TopK.Config(d_in=768, d_sae=6144, k=32)`.
+      config: length of the run, batch size, learning rate and so on.
+      optimizer: any optax transformation, with its own learning rate, in the place of Adam. Decoder rows keep norm 1.
+      ops: the implementation of operations; None chooses it for the device.
+      block_size: activations that are shuffled together, rounded down to whole batches. Two blocks are held at a time.
+      data_seed: of the order of the activations.
+      report_every: steps between reports.
+      checkpoints: folder of checkpoints. If there is one in it, the run goes on from there, to the same numbers; `acts`
+        must then give what they gave. None saves none.
+      checkpoint_every: activations between checkpoints.
+
+    Raises:
+      ConfigError: settings that cannot work, activations of another width, or checkpoints of another run.
+      ActivationsError, DegenerateError: activations that nothing can be learned from.
+      NotFiniteError, DivergedError: a run that is lost. The last checkpoint is from before.
+      OSError: a checkpoint cannot be read or written, or another process writes to the folder.
+    """
+    require(report_every >= 1, f"report_every is {report_every}: it must be at least 1")
+    require(
+        block_size >= config.batch_size,
+        f"block_size={block_size} is less than one batch of {config.batch_size}: raise block_size",
+    )
+    config.anneals(sae)  # raises where k_start means nothing
+    source = source_of(acts, data_seed, config.num_steps * config.batch_size)
+    widths = getattr(source, "widths", None)
+    require(
+        widths in (None, state.widths(sae)),
+        f"this SAE is for activations of the widths {state.widths(sae)}, but these have {widths}",
+    )
+    shuffle: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "batches_per_block": min(block_size // config.batch_size, config.num_steps),
+        "seed": data_seed,
+        "num_batches": config.num_steps,
+    }
+    run = _Run(loop.Member(sae, config, inner=optimizer), ops, source, shuffle, report_every)
+    if checkpoints is None:
+        return run.steps(None, 0)
+    return _saved(run, Path(checkpoints), max(checkpoint_every // config.batch_size, 1))
+
+
+def train(
+    acts: Activations,
+    sae: SAEConfig,
+    config: TrainConfig,
+    *,
+    progress: bool | Callable[[Progress], None] = False,
+    **options: Any,
+) -> TrainedSAE:
+    """Train an SAE on activations; return it in their units, with the metrics of the last tenth of the run.
+
+    Args:
+      acts: as `fit` takes them.
+      sae: sizes and settings, for example `jsae.TopK.Config(d_in=768, d_sae=6144, k=32)`.
+      config: length of the run, batch size, learning rate and so on.
+      progress: True shows a bar in a terminal or a notebook, and a plain line every ten seconds elsewhere, on stderr. A
+        function is called with every report.
+      options: further arguments of `fit`.
+
+    Raises:
+      ConfigError: settings that cannot work, activations of another width, or checkpoints of another run.
+      ActivationsError, DegenerateError: activations that nothing can be learned from.
+      NotFiniteError, DivergedError: a run that is lost. The last checkpoint is from before.
+      OSError: a checkpoint cannot be read or written, or another process writes to the folder.
+    """
+    every = options.pop("report_every", max(config.num_steps // 50, 1))
+    reports = fit(acts, sae, config, report_every=every, **options)
+    if progress is True:
+        with Shown("training", config.num_steps, "steps") as shown:
+            return _last(reports, lambda report: shown.update(report.step, str(report)))
+    return _last(reports, progress or (lambda report: None))
+
+
+def _last(reports: Iterator[Progress], see: Callable[[Progress], None]) -> TrainedSAE:
+    for report in reports:
+        see(report)
+        if report.step == report.num_steps:
+            return report.trained()
+    raise AssertionError("a run has a last step")
+
+
+def _saved(run: "_Run", folder: Path, save_every: int) -> Iterator[Progress]:
+    """Yield the reports of a run with checkpoints."""
+    with Lock(folder), Checkpoints(folder) as checkpoints:
+        yield from run.steps(checkpoints, save_every)
+
+
+class _Run(NamedTuple):
+    """What is trained on what."""
+
+    member: loop.Member
+    ops: Ops | None
+    source: Source
+    shuffle: dict[str, Any]
+    report_every: int
+
+    def steps(self, checkpoints: Checkpoints | None, save_every: int) -> Iterator[Progress]:
+        """Yield the reports of the run, from its start or its last checkpoint."""
+        batches, begun, finished = self._begin(checkpoints)
+        num_steps, members, watch = self.member.train.num_steps, [self.member], Watch(advice=_ADVICE)
+        if finished is not None:
+            yield Progress(num_steps, num_steps, finished, begun[0])
+            return
+        window, tail, since, started = None, None, int(begun[0].step), time.perf_counter()
+        add, programs = jax.jit(metrics.add), _programs(self.member, self.ops)
+        for number, states, (sums,) in loop.fit(members, begun, ((acts,) for acts in batches), programs):
+            window = sums if window is None else add(window, sums)
+            if number > (1 - _TAIL) * num_steps:
+                tail = sums if tail is None else add(tail, sums)
+            last = number == num_steps
+            due = checkpoints is not None and (number % save_every == 0 or last)
+            if not (due or last or number % self.report_every == 0):
+                continue
+            loop.check_finite(states[0], window)
+            values = self._metrics(number, states[0], tail if last else window)
+            now = time.perf_counter()
+            values["activations_per_second"] = (number - since) * self.member.train.batch_size / (now - started)
+            watch.observe("", since + 1, number, values["fvu"])
+            if due and (last or not watch.all_suspect):
+                checkpoints.save(number, states, self._notes(batches, values), values["fvu"])
+                tail = None
+            if last and checkpoints is not None:
+                checkpoints.wait()
+            yield Progress(number, num_steps, values, states[0])
+            window, since, started = None, number, time.perf_counter()
+
+    def _begin(self, checkpoints: Checkpoints | None) -> tuple[Shuffled | None, loop.States, dict[str, float] | None]:
+        """Return the batches and the states they belong to; of a finished run its states and last metrics."""
+        if checkpoints is None or checkpoints.latest() is None:
+            batches = Shuffled(self.source, **self.shuffle)
+            return batches, loop.init([self.member], (batches.peek(),), self.ops), None
+        rows = self.member.train.batch_size
+        arrays = tuple(jax.ShapeDtypeStruct((rows, width), np.float32) for width in state.widths(self.member.sae))
+        sample = (arrays if len(arrays) > 1 else arrays[0],)
+        found = checkpoints.restore(jax.eval_shape(lambda x: loop.init([self.member], x, self.ops), sample))
+        for damage in found.damaged:
+            warnings.warn(
+                f"the checkpoint of step {damage.step} is damaged, and is now {damage.moved_to}: {damage.reason}",
+                stacklevel=2,
+            )
+        self._check_same(found.notes)
+        if found.step == self.member.train.num_steps:
+            values = {name: math.nan if value is None else value for name, value in found.notes["metrics"].items()}
+            return None, found.states, values
+        return Shuffled(self.source, cursor=Cursor(**found.notes["cursor"]), **self.shuffle), found.states, None
+
+    def _notes(self, batches: Shuffled, values: dict[str, float]) -> dict[str, Any]:
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return {"cursor": batches.cursor().to_json(), "run": self._settings(), "metrics": known}
+
+    def _settings(self) -> dict[str, Any]:
+        """Return all that a run's numbers depend on, but for the activations and an optimiser that was given."""
+        settings = {"sae": self.member.sae.to_json(), "train": self.member.train.to_json(), "shuffle": self.shuffle}
+        flat = {f"{part}.{name}": value for part, values in settings.items() for name, value in values.items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+    def _check_same(self, notes: dict[str, Any]) -> None:
+        """Check that a checkpoint is of this run.
+
+        Raises:
+          ConfigError: it is of another; names the first setting that differs.
+        """
+        before, settings = notes.get("run"), self._settings()
+        require(isinstance(before, dict), "these checkpoints are not of jsae.fit: give another folder")
+        for name in sorted(before.keys() | settings.keys()):
+            require(
+                before.get(name) == settings.get(name),
+                f"these checkpoints are of a run with {name}={before.get(name)!r}, and this one has "
+                f"{settings.get(name)!r}: give the same settings to go on with it, or another folder",
+            )
+
+    def _metrics(self, number: int, last: state.TrainState, sums: metrics.Sums) -> dict[str, float]:
+        summary = metrics.summarize(jax.device_get(sums))
+        silent = np.asarray(jax.device_get(last.since_fired))
+        summary["dead_fraction"] = float(np.mean(silent >= self.member.train.dead_after))
+        if self.member.inner is None:
+            rate = optim.schedule(self.member.train, self.member.sae.d_sae)(number - 1)
+            summary["learning_rate"] = float(rate)
+        return summary
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(member: loop.Member, ops: Ops | None) -> loop.Programs:
+    """Return the compiled steps of an SAE; the last few are kept for when the same is trained again."""
+    return loop.Programs([member], ops)
+
+
+_ADVICE = "lower learning_rate or raise warmup_fraction"

@@ -1,4 +1,4 @@
-"""What a feature did for an output: activation times gradient."""
+"""Attribution of an output to features: activation times gradient."""
 
 from collections.abc import Callable
 
@@ -8,30 +8,30 @@ from torch import Tensor, nn
 
 from bridge.hooks import Acts, edit
 from bridge.torch_sae import TorchSAE
-from bridge.tracking import Features, active
+from bridge.tracking import Features, active_features
 
 Target = Callable[[Float[Tensor, "B T V"]], Tensor] | tuple[int, int]
-"""One number computed from the logits; or a position and a token id, whose logit, summed over the rows, it is."""
+"""A function that computes a scalar from the logits; or a position and a token id, whose logit is summed over rows."""
 
 
 def attribute(
     model: nn.Module, sae: TorchSAE, hook: str, tokens: Int[Tensor, "B T"], target: Target, top_k: int | None = None
 ) -> Features:
-    """Activation times gradient of the active features at every position, those of the largest size first.
+    """Return activation times gradient of the active features at every position, by descending magnitude.
 
-    The SAE's error is kept, so a feature's gradient is that of the activation along its decoder row; to first order
-    the product is what the target loses when the feature is ablated there.
+    The SAE's error is kept, so the gradient of a feature is that of the activation along its decoder row. To first
+    order, the product is the decrease of the target if the feature is ablated at the position.
 
     Args:
       model: a nanochat.
-      sae: of the hook.
-      hook: whose features.
-      tokens: the text.
-      target: what is explained.
-      top_k: features per position, the most active ones; unless given all that are active.
+      sae: the SAE of the hook.
+      hook: the hook name.
+      tokens: token ids, (B, T).
+      target: the number to explain.
+      top_k: number of the most active features per position; None: all active features.
 
     Raises:
-      ValueError: a target beyond the text or the vocabulary, not a number, or not depending on the hook.
+      ValueError: the target is outside the text or the vocabulary, is not a scalar, or does not depend on the hook.
     """
     leaves: list[Acts] = []
 
@@ -46,18 +46,18 @@ def attribute(
     if gradient is None:
         raise ValueError(f"the target does not depend on {hook}")
     with torch.no_grad():
-        values, indices = active(sae, leaves[0], top_k)
+        values, indices = active_features(sae, leaves[0], top_k)
         products = values * (gradient.to(sae.W_dec.dtype) @ sae.W_dec.T).gather(-1, indices)
         order = products.abs().argsort(dim=-1, descending=True)
         return Features(products.gather(-1, order), indices.gather(-1, order), sae.d_sae)
 
 
 def _score(logits: Float[Tensor, "B T V"], target: Target) -> Float[Tensor, ""]:
-    """The number that is explained."""
+    """Return the target as a scalar."""
     if callable(target):
         score = target(logits)
         if score.numel() != 1 or not score.requires_grad:
-            raise ValueError("the target must be one number computed from the logits")
+            raise ValueError("the target must return one number computed from the logits")
         return score.reshape(())
     position, token = target
     _, length, vocabulary = logits.shape

@@ -1,12 +1,12 @@
-"""Feature files for the pages of circuit-tracer 0.5 (its attribution graphs), from the records. numpy only.
+"""Export records as feature files for the attribution graphs of circuit-tracer 0.5. numpy only.
 
-Its pages name a feature by the Cantor pairing of layer and latent, and read it in one of two ways:
+Its pages identify a feature by the Cantor pairing of layer and latent, and read it in one of two ways:
 
-    SCAN/{pairing}.json                  the local server, for a scan named "./data/SCAN" and SCAN in its data_dir
-    SCAN/features/index.json.gz          the hub, for a scan named "owner/name//SCAN", where SCAN is a folder of the
-    SCAN/features/layer_{L}.bin          repository: by byte ranges; each part is its length (uint32) and gzipped JSON
+    SCAN/{pairing}.json                  local server: the scan is "./data/SCAN", and SCAN is in the server's data_dir
+    SCAN/features/index.json.gz          hub: the scan is "owner/name//SCAN", and SCAN is a folder of the repository;
+    SCAN/features/layer_{L}.bin          read by byte ranges, each the length (uint32) and gzipped JSON of a feature
 
-A graph whose layers come from several hooks names a scan for each in `transcoder_list`.
+A graph whose layers have several hooks lists the scan of each in `transcoder_list`.
 """
 
 import gzip
@@ -21,8 +21,8 @@ import numpy as np
 from jsae import files
 from jsae.records.store import NON_ACTIVATING, TOP, Store, StoreError, digest
 
-_SHOWN = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
-"""How circuit-tracer shows white space that would break a line."""
+_WHITE_SPACE = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
+"""circuit-tracer's symbols for white space that would break a line."""
 
 
 def write(
@@ -33,25 +33,28 @@ def write(
     scan: str | None = None,
     context: int = 32,
 ) -> list[Path]:
-    """Write the features of an SAE for circuit-tracer's pages, whole or not at all; return the files.
+    """Write the features of an SAE for circuit-tracer's pages, atomically.
 
-    Earlier ones are replaced; other files in the folder of the scan stay.
+    Earlier files are replaced; other files in the folder of the scan are kept.
 
     Args:
       store: the records.
-      sae_dir: the export that they must be of.
-      out: where the folder of the scan goes: the `data_dir` of circuit-tracer's server, or what is uploaded.
-      scan: the folder's name; by default the hook's.
-      context: tokens shown on each side of an example's strongest one.
+      sae_dir: the export of the same SAE.
+      out: the parent folder of the scan: the `data_dir` of circuit-tracer's server, or a folder to upload.
+      scan: name of the scan's folder; default: the hook's name.
+      context: number of tokens on each side of an example's strongest token.
+
+    Returns:
+      The paths of the files.
 
     Raises:
-      StoreError: the records are of another SAE, or broken.
-      ValueError: a scan that is no name of a folder, or a negative context.
-      OSError: the files cannot be written, for example because the disk is full; earlier ones stay.
+      StoreError: the records are of another SAE, or damaged.
+      ValueError: scan is not a valid folder name, or context is negative.
+      OSError: the files cannot be written, for example because the disk is full; earlier files remain.
     """
     scan = store.header.hook if scan is None else scan
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", scan, re.ASCII):
-        raise ValueError(f"scan {scan!r} cannot name a folder: give letters, digits, '.', '_' and '-'")
+        raise ValueError(f"scan {scan!r} is not a valid folder name: give letters, digits, '.', '_' and '-'")
     if context < 0:
         raise ValueError(f"context must not be negative, got {context}")
     if digest(Path(sae_dir)) != store.header.sae_sha256:
@@ -63,7 +66,7 @@ def write(
 
 
 def _is_foreign(file: Path) -> bool:
-    """Return whether a file of the scan's folder is none that `write` makes."""
+    """Return whether a file in the scan's folder does not come from `write`."""
     return not re.fullmatch(r"[0-9][^/]*\.json|features/(layer_[^/]*\.bin|index\.json\.gz)", file.as_posix())
 
 
@@ -74,10 +77,10 @@ def _write(store: Store, folder: Path, scan: str, context: int) -> list[str]:
     (folder / "features").mkdir()
     with (folder / packed).open("wb") as file:
         for latent in range(store.header.d_sae):
-            told = _json(feature(store, latent, scan, context), store.path)
+            text = _json(feature(store, latent, scan, context), store.path)
             names.append(f"{pairing(layer, latent)}.json")
-            (folder / names[-1]).write_text(told, encoding="utf-8")
-            part = gzip.compress(told.encode(), 6, mtime=0)  # 9 takes twenty times as long for a twentieth less
+            (folder / names[-1]).write_text(text, encoding="utf-8")
+            part = gzip.compress(text.encode(), 6, mtime=0)  # level 9 takes twenty times as long and saves 5 %
             file.write(struct.pack("<I", len(part)) + part)
             offsets.append(file.tell())
     entry = {str(layer): {"filename": Path(packed).name, "offsets": offsets}}
@@ -85,20 +88,21 @@ def _write(store: Store, folder: Path, scan: str, context: int) -> list[str]:
     return [*names, packed, index]
 
 
-def _json(told: dict[str, Any], path: Path) -> str:
+def _json(entry: dict[str, Any], path: Path) -> str:
+    """Return a feature as JSON. Raises StoreError for a number that is not finite."""
     try:
-        return json.dumps(told, ensure_ascii=False, allow_nan=False)
+        return json.dumps(entry, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
-        raise StoreError(f"the records of latent {told['index']} at {path} hold no numbers ({error})") from error
+        raise StoreError(f"the records of latent {entry['index']} at {path} are not finite ({error})") from error
 
 
 def pairing(layer: int, latent: int) -> int:
-    """Cantor's number for a pair: what a graph's nodes call a feature."""
+    """Return the Cantor pairing of layer and latent, which identifies a feature in a graph."""
     return (layer + latent) * (layer + latent + 1) // 2 + latent
 
 
 def feature(store: Store, latent: int, scan: str, context: int = 32) -> dict[str, Any]:
-    """One latent as circuit-tracer's pages read it. A dead one has no examples; examples without it are not shown."""
+    """Return a latent in the format of circuit-tracer's pages, without examples that do not activate it."""
     count = int(store["count"][latent])
     low, high = map(float, store["hist_range"][latent]) if count else (0.0, 0.0)
     return {
@@ -107,8 +111,8 @@ def feature(store: Store, latent: int, scan: str, context: int = 32) -> dict[str
         "examples_quantiles": _quantiles(store, latent, context),
         "top_logits": _logits(store, "top", latent),
         "bottom_logits": _logits(store, "bottom", latent),
-        "act_min": _short(low),
-        "act_max": _short(high),
+        "act_min": _rounded(low),
+        "act_max": _rounded(high),
         "quantile_values": percentiles(store["hist"][latent], low, high),
         "histogram": [float(bar) for bar in store["hist"][latent]],
         "activation_frequency": count / max(store.header.tokens, 1),
@@ -116,19 +120,25 @@ def feature(store: Store, latent: int, scan: str, context: int = 32) -> dict[str
 
 
 def percentiles(hist: np.ndarray, low: float, high: float) -> list[float]:
-    """The 1st to the 100th percentile of activations, read off their histogram, even within a bin; [] of none."""
+    """Return the 1st to the 100th percentile of activations, interpolated in their histogram; [] if it is empty.
+
+    Args:
+      hist: counts of equal bins from `low` to `high`.
+      low: smallest activation.
+      high: largest activation.
+    """
     total = int(hist.sum())
     if total == 0:
         return []
-    wanted = np.arange(1, 101) / 100 * total
-    upto = np.cumsum(hist, dtype=np.int64)
-    bins = np.searchsorted(upto, wanted)
-    within = 1 - (upto[bins] - wanted) / hist[bins]
-    return [_short(value) for value in low + (bins + within) * (high - low) / len(hist)]
+    ranks = np.arange(1, 101) / 100 * total
+    cumulative = np.cumsum(hist, dtype=np.int64)
+    bins = np.searchsorted(cumulative, ranks)
+    fractions = 1 - (cumulative[bins] - ranks) / hist[bins]
+    return [_rounded(value) for value in low + (bins + fractions) * (high - low) / len(hist)]
 
 
 def _quantiles(store: Store, latent: int, context: int) -> list[dict[str, Any]]:
-    """The examples by group, the strongest first."""
+    """Return the examples by group, the strongest first."""
     edges = np.linspace(float(store["max"][latent]), 0, 6)
     groups: dict[int, list[dict[str, Any]]] = {}
     for example in store.examples(latent):
@@ -147,18 +157,18 @@ def _quantiles(store: Store, latent: int, context: int) -> list[dict[str, Any]]:
 
 
 def _example(store: Store, example: int, context: int) -> dict[str, Any]:
-    """The tokens around an example's strongest one, each with its activation."""
+    """Return the tokens around an example's strongest token, with the activation of each."""
     row = store.texts.tokens[int(store["example_row"][example])]
-    at = int(store["example_position"][example])
+    center = int(store["example_position"][example])
     values = np.zeros(len(row), np.float32)
-    positions, strengths = store.activations(example)
-    values[positions] = strengths
-    start, stop = max(at - context, 0), at + context + 1
+    positions, activations = store.activations(example)
+    values[positions] = activations
+    start, stop = max(center - context, 0), center + context + 1
     return {
         "tokens": [_token(store.texts.vocabulary[i]) for i in row[start:stop].tolist()],
-        "tokens_acts_list": [_short(value) for value in values[start:stop].tolist()],
-        "train_token_ind": at - start,
-        "is_repeated_datapoint": False,  # the records hold no text twice
+        "tokens_acts_list": [_rounded(value) for value in values[start:stop].tolist()],
+        "train_token_ind": center - start,
+        "is_repeated_datapoint": False,  # the records contain every text once
     }
 
 
@@ -168,13 +178,13 @@ def _logits(store: Store, side: str, latent: int) -> list[str]:
 
 
 def _token(piece: bytes) -> str:
-    r"""A token's text. Bytes of one that is part of a character are told as \xNN, which the pages join to it again."""
+    r"""Return a token's text; the bytes of a partial character as \xNN, which the pages join to a character again."""
     try:
-        return piece.decode("utf-8").translate(_SHOWN)
+        return piece.decode("utf-8").translate(_WHITE_SPACE)
     except UnicodeDecodeError:
-        return "".join(chr(byte) if byte < 0x80 else f"\\x{byte:02x}" for byte in piece).translate(_SHOWN)
+        return "".join(chr(byte) if byte < 0x80 else f"\\x{byte:02x}" for byte in piece).translate(_WHITE_SPACE)
 
 
-def _short(value: float | np.floating) -> float:
-    """Four significant digits, which is more than a page shows."""
+def _rounded(value: float | np.floating) -> float:
+    """Round to four significant digits, more than a page shows."""
     return float(f"{value:.4g}")

@@ -1,14 +1,14 @@
-"""delphi's cache of latents, written from the records, and a tokenizer for its loader. numpy only: no torch, no jax.
+"""Export records as delphi's cache of latents, with a tokenizer for its loader. numpy only: no torch, no jax.
 
-delphi (EleutherAI, package eai-delphi 0.1.3) explains and scores latents from such a cache:
+delphi (EleutherAI, package eai-delphi 0.1.3) explains and scores latents from this cache:
 
-    latents/MODULE/{start}_{end}.safetensors   the latents from start to end, both included
+    latents/MODULE/{start}_{end}.safetensors   the latents from start to end, inclusive
     latents/MODULE/config.json                 delphi's CacheConfig, and model_name
 
     dataset = LatentDataset(out / "latents", SamplerConfig(), ConstructorConfig(), Tokenizer(store.texts))
 
-It needs neither a Hugging Face model nor a data set, since the tokens lie in the cache. It cuts rows into examples of
-`ConstructorConfig.example_ctx_len` tokens (32), which must divide the length of the records' rows.
+It needs neither a Hugging Face model nor a data set, because the cache contains the tokens. It splits rows into
+examples of `ConstructorConfig.example_ctx_len` tokens (32), which must divide the length of the records' rows.
 """
 
 import json
@@ -23,7 +23,7 @@ from jsae import files
 from jsae.records.store import Activations, Store, StoreError, Texts, digest
 
 ACTIVATIONS_PER_FILE = 1 << 23
-"""About how many activations share a file: what bounds the memory to write it, and to read it in delphi."""
+"""Approximate number of activations per file, which limits the memory to write it and to read it in delphi."""
 
 
 def write(
@@ -34,31 +34,33 @@ def write(
     module: str | None = None,
     activations_per_file: int = ACTIVATIONS_PER_FILE,
 ) -> list[Path]:
-    """Write every activation of an SAE as delphi's cache, whole or not at all; return the files.
+    """Write all activations of an SAE as delphi's cache, atomically.
 
-    A cache that is there is replaced; other files in its folder stay.
-
-    A file holds `locations` (N, 3), row, position and latent minus start, uint16 where they fit, else uint32;
-    `activations` (N,) float16; `tokens` (R, T) int32. N of a file is above the bound only for a single latent.
+    An existing cache is replaced; other files in its folder are kept. A file contains `locations` (N, 3): row, position
+    and latent - start, uint16 or, if they do not fit, uint32; `activations` (N,) float16; `tokens` (R, T) int32. N
+    exceeds the bound only for a single latent.
 
     Args:
-      store: the records, with every activation (`all/`).
-      sae_dir: the export that they must be of.
-      out: what delphi calls the run's folder, `results/NAME`.
-      module: the name of the hook there; by default the hook's own.
+      store: the records, with all activations (`all/`).
+      sae_dir: the export of the same SAE.
+      out: delphi's folder of the run, `results/NAME`.
+      module: delphi's name of the hook; default: the hook's name.
       activations_per_file: the bound on N.
 
+    Returns:
+      The paths of the files.
+
     Raises:
-      StoreError: the records are of another SAE, or broken.
-      FileNotFoundError: every activation was not kept.
-      ValueError: a module that is no name of a folder, or a bound below 1.
-      OSError: the cache cannot be written, for example because the disk is full; an earlier one stays.
+      StoreError: the records are of another SAE, or damaged.
+      FileNotFoundError: the activations were not stored.
+      ValueError: module is not a valid folder name, or the bound is below 1.
+      OSError: the cache cannot be written, for example because the disk is full; an earlier one remains.
     """
     module = store.header.hook if module is None else module
     if activations_per_file < 1:
         raise ValueError(f"activations_per_file must be at least 1, got {activations_per_file}")
     if not module or module in (".", "..") or {"/", "\\", "\0"} & set(module):
-        raise ValueError(f"module {module!r} cannot name a folder: give one like {store.header.hook!r}")
+        raise ValueError(f"module {module!r} is not a valid folder name: give one such as {store.header.hook!r}")
     acts = _activations(store, sae_dir)
     folder = Path(out) / "latents" / module
     tokens = np.ascontiguousarray(store.texts.tokens, np.int32)
@@ -73,40 +75,41 @@ def write(
 
 
 def _is_foreign(file: Path) -> bool:
-    """Return whether a file of the folder is none of a cache, for which delphi takes every `*_*.safetensors`."""
+    """Return whether a file does not belong to a cache; delphi reads every `*_*.safetensors`."""
     return len(file.parts) > 1 or not (file.match("*_*.safetensors") or file.name == "config.json")
 
 
 def _activations(store: Store, sae_dir: Path) -> Activations:
-    """All activations, of the SAE at hand and of the text beside them."""
-    told, texts = store.header, store.texts.header
-    found = digest(Path(sae_dir))
+    """Return all activations after checking that they are of this SAE and text."""
+    records, texts = store.header, store.texts.header
+    sae_digest = digest(Path(sae_dir))
     try:
         acts = store.all
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{store.path} holds the activations of its examples only, delphi needs all: "
+            f"{store.path} contains only the activations of its examples, but delphi needs all: "
             "gather the records with python -m experiments.explore --keep_activations"
         ) from error
-    expected = (found, told.d_sae, texts.rows, texts.row_length)
+    expected = (sae_digest, records.d_sae, texts.rows, texts.row_length)
     header = acts.header
-    if told.sae_sha256 != found or (header.sae_sha256, header.d_sae, header.rows, header.row_length) != expected:
+    actual = (header.sae_sha256, header.d_sae, header.rows, header.row_length)
+    if records.sae_sha256 != sae_digest or actual != expected:
         raise StoreError(f"the activations at {acts.path} are not those of {sae_dir}")
     return acts
 
 
 def _splits(offsets: np.ndarray, bound: int) -> Iterator[tuple[int, int]]:
-    """Ranges of latents that follow each other, each as long as its activations stay within the bound."""
+    """Yield consecutive ranges of latents, each with as many latents as the bound on activations allows."""
     start, end = 0, len(offsets) - 1
     while start < end:
-        fits = int(np.searchsorted(offsets, int(offsets[start]) + bound, side="right")) - 1
-        stop = min(max(fits, start + 1), end)
+        fitting = int(np.searchsorted(offsets, int(offsets[start]) + bound, side="right")) - 1
+        stop = min(max(fitting, start + 1), end)
         yield start, stop
         start = stop
 
 
 def _cells(acts: Activations, start: int, stop: int, row_length: int) -> dict[str, np.ndarray]:
-    """`locations` and `activations` of latents start to stop."""
+    """Return `locations` and `activations` of the latents start to stop - 1."""
     offsets = acts["offsets"][start : stop + 1]
     cells = acts["cell"][offsets[0] : offsets[-1]]
     locations = np.empty((len(cells), 3), np.uint32)
@@ -134,10 +137,10 @@ def _config(texts: Texts, splits: int) -> dict[str, Any]:
 
 
 class Tokenizer:
-    """What delphi asks of a Hugging Face tokenizer, from the vocabulary beside the records. It only decodes.
+    """The part of a Hugging Face tokenizer that delphi uses, for the vocabulary of the records. It only decodes.
 
     Args:
-      texts: the records' texts.
+      texts: the texts of the records.
     """
 
     def __init__(self, texts: Texts):
@@ -152,37 +155,36 @@ class Tokenizer:
         return self.vocab_size
 
     def get_vocab(self) -> dict[str, int]:
-        """Names of tokens to their ids; a name for each id."""
+        """Return ids by the unique names of tokens."""
         return dict(self.vocab)
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
-        """The text of one id or of ids that follow each other."""
-        return "".join(self._texts.spell(self._kept(_ids(ids), skip_special_tokens)))
+        """Return the text of one id or of consecutive ids."""
+        return "".join(self._texts.spell(self._shown_ids(_ids(ids), skip_special_tokens)))
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
-        """The text of each sequence, or, of a single sequence of ids, of each token.
+        """Return the text of each sequence, or, for a single sequence of ids, of each token.
 
-        Tokens of a single sequence are told as they follow each other: a character that is split over tokens stands
-        with the one that completes it.
+        Tokens of a single sequence are decoded together: a character of several tokens is in the text of the last.
         """
         sequences = list(sequences)
         if all(np.ndim(sequence) == 0 for sequence in sequences):
             ids = _ids(sequences)
-            kept = set(self._kept(ids, skip_special_tokens))
-            return [text if i in kept else "" for i, text in zip(ids, self._texts.spell(ids), strict=True)]
+            shown = set(self._shown_ids(ids, skip_special_tokens))
+            return [text if i in shown else "" for i, text in zip(ids, self._texts.spell(ids), strict=True)]
         return [self.decode(sequence, skip_special_tokens) for sequence in sequences]
 
-    def _kept(self, ids: Sequence[int], skip_special_tokens: bool) -> list[int]:
+    def _shown_ids(self, ids: Sequence[int], skip_special_tokens: bool) -> list[int]:
         return [i for i in ids if not (skip_special_tokens and i in self.all_special_ids)]
 
 
 def _ids(ids: Any) -> list[int]:
-    """Ids as Python has them: of a number, a list, an array or a tensor."""
+    """Return the ids in a number, a list, an array or a tensor as Python integers."""
     return [int(ids)] if np.ndim(ids) == 0 else [int(i) for i in ids]
 
 
 def _names(vocabulary: Sequence[bytes]) -> dict[str, int]:
-    """A name for each token: its text; where that is none, its bytes; where it is another's, with its number."""
+    """Return ids by name: the text of a token, or its bytes if it is not text, with its id if that is not unique."""
     names: dict[str, int] = {}
     for i, piece in enumerate(vocabulary):
         try:

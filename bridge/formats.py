@@ -40,7 +40,7 @@ def check(sources: Collection["Source"], formats: Collection[Format]) -> None:
         for source in sources:
             store = source.store()
             if "delphi" in formats:
-                store.all.of(0)
+                store.all.activations_of_latent(0)
 
 
 def write(

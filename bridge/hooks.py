@@ -1,8 +1,8 @@
-"""Reading and changing activations in a running nanochat: context managers that leave no trace.
+"""Capture and edit activations of a nanochat with context managers that restore the model.
 
 Hook names are TransformerLens's: `blocks.{L}.hook_resid_post` is the output of block L, `blocks.{L}.hook_attn_out` and
-`blocks.{L}.hook_mlp_out` what its two halves add to the residual stream, `blocks.{L}.ln2.hook_normalized` what its MLP
-reads. They are found on any module with `transformer.h[L].attn` and `.mlp`: this project's model, and upstream's `GPT`.
+`blocks.{L}.hook_mlp_out` are the outputs of its two halves, `blocks.{L}.ln2.hook_normalized` is the input of its MLP.
+They exist on any module with `transformer.h[L].attn` and `.mlp`: this project's model and upstream's `GPT`.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from bridge.passes import Context, Stop, base, opened, require_python
+from bridge.passes import Context, Stop, open_context, require_python, unwrapped
 
 Acts = Float[torch.Tensor, "B T C"]
 Edit = Callable[[Acts], Acts]
@@ -28,19 +28,17 @@ SITES: Mapping[str, str] = {
     "mlp": "hook_mlp_out",
     "resid_post": "hook_resid_post",
 }
-"""Short names to hook names, in the order in which a block runs them."""
+"""Hook names by short name, in the order of a forward pass."""
 
 _NAME = re.compile(r"blocks\.(\d+)\.((?:ln2\.)?hook_\w+)")
-
-
 _MODULES = {"attn": "attn", "mlp_in": "mlp", "mlp": "mlp"}
 
 
 def hook_name(layer: int, site: str) -> str:
-    """The hook name of a layer and a short site name: `hook_name(3, "mlp")` is `blocks.3.hook_mlp_out`.
+    """Return the hook name of a layer and a short name: `hook_name(3, "mlp")` is `blocks.3.hook_mlp_out`.
 
     Raises:
-      ValueError: a site that does not exist.
+      ValueError: the site is not in `SITES`.
     """
     if site not in SITES:
         raise ValueError(f"no hook type {site!r}: choose one of {', '.join(SITES)}")
@@ -49,10 +47,10 @@ def hook_name(layer: int, site: str) -> str:
 
 @functools.cache
 def parse(name: str) -> tuple[int, str]:
-    """The layer and short site name of a hook name.
+    """Return the layer and the short name of a hook name.
 
     Raises:
-      ValueError: not a hook name of this project.
+      ValueError: there is no such hook name.
     """
     match = _NAME.fullmatch(name)
     site = next((s for s, full in SITES.items() if match and full == match[2]), None)
@@ -63,10 +61,10 @@ def parse(name: str) -> tuple[int, str]:
 
 
 def find(model: nn.Module, name: str) -> nn.Module:
-    """The module whose output the hook name means; of what an MLP reads, the MLP.
+    """Return the module to which a hook belongs: its output is the activation, or, for "mlp_in", its input.
 
     Raises:
-      ValueError: no such name, a layer that the model does not have, no nanochat, or one that does not run in Python.
+      ValueError: the hook name or its layer does not exist, or the model is not a nanochat that runs in Python.
     """
     layer, site = parse(name)
     blocks = _blocks(model)
@@ -77,29 +75,29 @@ def find(model: nn.Module, name: str) -> nn.Module:
 
 
 def module_name(name: str) -> str:
-    """Where the module is that `find` gives: `blocks.3.hook_mlp_out` is `transformer.h.3.mlp`.
+    """Return the name of the module of a hook (see `find`): `transformer.h.3.mlp` for `blocks.3.hook_mlp_out`.
 
     Raises:
-      ValueError: not a hook name of this project.
+      ValueError: there is no such hook name.
     """
     layer, site = parse(name)
     return f"transformer.h.{layer}" if site == "resid_post" else f"transformer.h.{layer}.{_MODULES[site]}"
 
 
 def depth(name: str) -> tuple[int, int]:
-    """Sorts hook names by when they run in a forward pass."""
+    """Return a sort key of hook names: their order in a forward pass."""
     layer, site = parse(name)
     return layer, list(SITES).index(site)
 
 
 class NotCapturedError(ValueError, KeyError):
-    """An activation that was looked up was not captured."""
+    """The requested activation was not captured."""
 
-    __str__ = Exception.__str__  # a KeyError would show its message in quotes
+    __str__ = Exception.__str__  # KeyError would show its message in quotes
 
 
 class Captured(dict[str, Acts]):
-    """The activations of the last forward pass by hook name. Looking up one that did not come by says why."""
+    """Activations of the last forward pass by hook name. Raises NotCapturedError, with the reason, for missing ones."""
 
     def __init__(self, names: Sequence[str]):
         super().__init__()
@@ -107,81 +105,90 @@ class Captured(dict[str, Acts]):
 
     def __missing__(self, name: str) -> Acts:
         if name not in self._names:
-            raise NotCapturedError(f"{name} was not captured: {', '.join(self._names)} are")
+            raise NotCapturedError(f"{name} is not captured; captured are {', '.join(self._names)}")
         raise NotCapturedError(
             f"nothing was captured at {name}: no forward pass of the model ran in Python within the context, or it was "
-            "stopped before"
+            "stopped before the hook"
         )
 
 
 @contextlib.contextmanager
 def capture(model: nn.Module, names: Sequence[str], stop: bool = False) -> Iterator[dict[str, Acts]]:
-    """Within the context, every forward pass leaves the activations of `names` in the dict that is yielded.
+    """Yield a dict into which every forward pass within the context puts the activations of the named hooks.
 
-    Each is the tensor itself, (B, T, C), with its gradient history if there is one. With `stop` the forward pass ends
-    after the deepest of them and the model returns None. A compiled model runs eagerly within the context.
+    The activations are the original tensors, (B, T, C), with their gradient history. Compiled models run eagerly
+    within the context.
+
+    Args:
+      model: a nanochat, possibly wrapped or compiled.
+      names: hook names.
+      stop: whether to end forward passes after the last of these hooks; the model then returns None.
 
     Raises:
-      ValueError: a name that the model does not have, or no name at all; in the forward pass, a hook that it did not
-        reach; when an activation is looked up, one that did not come by.
+      ValueError: the model does not have a hook, or none is named; in a forward pass, if it does not reach a hook; on
+        access to an activation that was not captured.
     """
     if not names:
-        raise ValueError("capture of no activations: give at least one hook name")
+        raise ValueError("no hook to capture: give at least one hook name")
     deepest = max(names, key=depth)
     acts = Captured(names)
 
-    def keep(name: str) -> Callable[[Acts], None]:
-        def hook(found: Acts) -> None:
-            acts[name] = found
+    def store(name: str) -> Callable[[Acts], None]:
+        def hook(h: Acts) -> None:
+            acts[name] = h
             if stop and name == deepest:
                 raise Stop(depth(name))
 
         return hook
 
-    with _Hooked(model, {name: keep(name) for name in names}):
+    with _HookContext(model, {name: store(name) for name in names}):
         yield acts
 
 
 @contextlib.contextmanager
 def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
-    """Within the context, the activations of each name are replaced by what its function returns for them.
+    """Replace activations in every forward pass within the context.
 
-    Functions get and return (B, T, C); several names act together, and contexts may be nested: the inner one sees
-    what the outer one made. A compiled model runs eagerly within the context.
+    Contexts may be nested: the inner one edits the result of the outer one. Compiled models run eagerly within the
+    context.
+
+    Args:
+      model: a nanochat, possibly wrapped or compiled.
+      edits: functions from activations to new activations, (B, T, C), by hook name.
 
     Raises:
-      ValueError: a name that the model does not have; in the forward pass, a function that returns another shape, or a
-        hook that the pass did not reach.
+      ValueError: the model does not have a hook; in a forward pass, if a function returns another shape, or the pass
+        does not reach a hook.
     """
 
-    def change(name: str) -> Callable[[Acts], Acts]:
-        def hook(found: Acts) -> Acts:
-            new = edits[name](found)
-            if new.shape != found.shape:
-                raise ValueError(f"the edit of {name} made {tuple(new.shape)} of {tuple(found.shape)}")
-            return new.to(found.dtype)
+    def apply(name: str) -> Callable[[Acts], Acts]:
+        def hook(h: Acts) -> Acts:
+            new = edits[name](h)
+            if new.shape != h.shape:
+                raise ValueError(f"the edit of {name} returned the shape {tuple(new.shape)}, expected {tuple(h.shape)}")
+            return new.to(h.dtype)
 
         return hook
 
-    with _Hooked(model, {name: change(name) for name in edits}):
+    with _HookContext(model, {name: apply(name) for name in edits}):
         yield
 
 
 def watch(model: nn.Module, before: Callable[[tuple, dict[str, Any]], None]) -> AbstractContextManager[None]:
-    """Within the context, `before` is called with the arguments of every forward pass before it runs."""
-    return opened(model, Context({}, before))
+    """Call `before` with the arguments (args, kwargs) of every forward pass within the context, before it runs."""
+    return open_context(model, Context({}, before))
 
 
-class _Hooked:
-    """Within the context, every forward pass calls the hooks with the activations of their names.
+class _HookContext:
+    """A context in which every forward pass calls hooks with the activations of their names.
 
-    What a hook returns takes the activation's place.
+    If a hook returns a tensor, it replaces the activation.
     """
 
     def __init__(self, model: nn.Module, hooks: Mapping[str, Callable[[Acts], Acts | None]]):
         self._hooks = [(find(model, name), name, hook) for name, hook in hooks.items()]
         self._context = Context({name: depth(name) for name in hooks})
-        self._opened = opened(model, self._context)
+        self._opened = open_context(model, self._context)
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
@@ -195,12 +202,12 @@ class _Hooked:
 
 
 def _attach(module: nn.Module, name: str, context: Context, hook: Callable[[Acts], Acts | None]) -> RemovableHandle:
-    def call(called: nn.Module, found: Acts) -> Acts | None:
-        # Code that was compiled within the context, and copies of the model that were made there, keep the hook.
+    def call(called: nn.Module, h: Acts) -> Acts | None:
+        # Code compiled within the context, and copies of the model made there, keep the hook after it.
         if not context.open or called is not module:
             return None
         context.reached.add(name)
-        return hook(found)
+        return hook(h)
 
     if parse(name)[1] == "mlp_in":
         return module.register_forward_pre_hook(lambda called, inputs: call(called, inputs[0]))
@@ -208,8 +215,8 @@ def _attach(module: nn.Module, name: str, context: Context, hook: Callable[[Acts
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList | nn.Sequential:
-    """The blocks of a nanochat, whatever is wrapped around it."""
-    inner = base(model)
+    """Return the blocks of a nanochat, possibly wrapped."""
+    inner = unwrapped(model)
     blocks = getattr(getattr(inner, "transformer", None), "h", None)
     if not isinstance(blocks, nn.ModuleList | nn.Sequential):
         raise ValueError(f"a {type(inner).__name__} has no transformer.h[i]: hooks need a nanochat")

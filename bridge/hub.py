@@ -1,7 +1,7 @@
-"""A run's exported SAEs on the Hugging Face hub: SAELens layout, one folder per hook, and a card. No torch, no jax.
+"""Publish a run's exported SAEs on the Hugging Face hub, one folder per hook, with a model card. No torch, no jax.
 
-Needs the extra [hub] to push; the card and the plan need nothing. The layout is the one that
-`sae_lens.SAE.from_pretrained("owner/name", "blocks.2.hook_resid_post")` reads.
+Pushing needs the extra [hub]; the card and the plan do not. The layout is that of
+`sae_lens.SAE.from_pretrained("owner/name", "blocks.2.hook_resid_post")`.
 """
 
 import dataclasses
@@ -38,18 +38,18 @@ _METRICS: Mapping[str, str] = {
     "bits per byte of the model": "bits_per_byte.without_sae",
     "bits per byte with the SAE in place": "bits_per_byte.with_sae",
 }
-"""Labels of metrics on the card, and their dotted paths in eval.json."""
+"""Dotted paths of metrics in eval.json, by their names on the card."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Upload:
-    """One file that a push sends."""
+    """One file to upload."""
 
     path: str
-    """Its place in the repository."""
+    """Path in the repository."""
     content: Path | bytes
     size: int
-    """In bytes."""
+    """Size in bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,25 +77,26 @@ def push(
     api: "HfApi | None" = None,
     token: str | None = None,
 ) -> list[Upload]:
-    """Send a run's exports and their card to the hub in one commit; log before which files and how large they are.
+    """Upload a run's exports and their card to the hub in one commit, after logging the files and their sizes.
 
-    Only what `plan` names is sent. A repository that is there is added to, other files in it stay.
+    Only the files of `plan` are sent. Other files in an existing repository are kept.
 
     Args:
       run: the run directory.
       repo_id: "owner/name".
-      license: the hub's name of a licence, "mit" or "apache-2.0" for example.
-      hooks: whose SAEs; none: all that the run has.
-      private: a repository that is made now shall be private, and a public one that is there is refused.
-      dry_run: only says what would be sent; nothing is asked of the network.
-      api: a `huggingface_hub.HfApi`; none: made with the token.
-      token: a write token; none: the one of `hf auth login` or HF_TOKEN.
+      license: the hub's identifier of a licence, such as "mit" or "apache-2.0".
+      hooks: hooks of the SAEs to upload; None: all of the run.
+      private: create a private repository; an existing public one is refused.
+      dry_run: log the files, but use no network.
+      api: a `huggingface_hub.HfApi`; None: create one with the token.
+      token: a write token; None: that of `hf auth login` or HF_TOKEN.
 
-    Returns: what was sent, or would be.
+    Returns:
+      The files that were, or would be, uploaded.
 
     Raises:
-      ValueError: a repository's or licence's name that the hub would refuse, a broken export, no token, or `private`
-        and a repository that is public.
+      ValueError: the hub would refuse the name of the repository or the licence, an export is damaged, there is no
+        token, or `private` is set and the repository is public.
       FileNotFoundError: the run has no export, or none of a hook.
       ModuleNotFoundError: the extra [hub] is not installed.
     """
@@ -111,11 +112,13 @@ def push(
     if api is None:
         token = token or huggingface_hub.get_token()
         if token is None:
-            raise ValueError("no token to write to the hub with: run `hf auth login`, or set HF_TOKEN")
+            raise ValueError("no write token for the hub: run `hf auth login`, or set HF_TOKEN")
         api = huggingface_hub.HfApi(token=token)
-    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: as the owner's settings say
+    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the owner's default
     if private and not api.repo_info(repo_id).private:
-        raise ValueError(f"{repo_id} is public already, but was to be private: nothing was sent; make it private first")
+        raise ValueError(
+            f"{repo_id} is public, but a private one was requested: nothing was sent; make it private first"
+        )
     operations = [huggingface_hub.CommitOperationAdd(upload.path, upload.content) for upload in uploads]
     added = [upload.path.partition("/")[0] for upload in uploads if upload.path.endswith("/cfg.json")]
     api.create_commit(repo_id, operations, commit_message=f"Add sparse autoencoders of {', '.join(added)}")
@@ -123,11 +126,11 @@ def push(
 
 
 def plan(run: str | Path, repo_id: str, *, license: str, hooks: Sequence[str] | None = None) -> list[Upload]:
-    """Return what `push` would send: README.md, and of every hook its config, weights and densities; nothing else.
+    """Return the files of `push`: README.md, and the config, weights and densities of every hook.
 
-    Paths of this machine that stand in a config (the data's place, for example) are cut to their last part.
+    Local paths in a config, such as that of the data, are reduced to their last part.
 
-    Raises: as `push`.
+    Raises ValueError and FileNotFoundError as `push`.
     """
     _check_names(repo_id, license)
     exports = _exports(Run(run), hooks)
@@ -153,10 +156,10 @@ def _cfg(export: _Export) -> str:
 
 
 def card(run: str | Path, repo_id: str, *, license: str) -> str:
-    """Return the model card of a run: model, data, metrics, how to load the SAEs, the licence.
+    """Return the model card of a run: model, data, metrics, usage and licence of its SAEs.
 
     Raises:
-      ValueError: a repository's or licence's name that the hub would refuse, or a broken export.
+      ValueError: the hub would refuse the name of the repository or the licence, or an export is damaged.
       FileNotFoundError: the run has no export.
     """
     _check_names(repo_id, license)
@@ -173,7 +176,7 @@ def _card(run: Run, exports: Sequence[_Export], repo_id: str, license: str) -> s
         f"Sparse autoencoders of the activations of a nanochat, {_metadata(exports, 'model_name')}, trained with jsae.",
         _shapes(exports),
         "## Data\n\n" + _data(exports, _json(run.config_file)),
-        "## Metrics\n\n" + _measured(hooks, _json(run.table_file("eval")), _last_line(run.metrics_file)),
+        "## Metrics\n\n" + _metrics(hooks, _json(run.table_file("eval")), _last_line(run.metrics_file)),
         "## The model they belong to\n\n" + _base(exports),
         "## Use\n\n" + _use(repo_id, hooks[0]),
         f"## Licence\n\nThe weights in this repository: `{license}`.",
@@ -185,46 +188,48 @@ def _check_names(repo_id: str, license: str) -> None:
     """Raise ValueError for names that the hub would refuse."""
     owner, slash, name = repo_id.partition("/")
     part = re.compile(r"[A-Za-z0-9]([\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
-    fits = slash and part.fullmatch(owner) and part.fullmatch(name) and len(repo_id) <= 96
-    if not fits or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
+    valid = slash and part.fullmatch(owner) and part.fullmatch(name) and len(repo_id) <= 96
+    if not valid or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
         raise ValueError(
-            f"{repo_id!r} is no repository of the hub: expected owner/name of letters, digits, '-', '_' and '.', "
-            "at most 96 of them, without '--', '..' or '.git' at the end"
+            f"{repo_id!r} is not a repository id: expected owner/name of letters, digits, '-', '_' and '.', "
+            "with at most 96 characters, without '--', '..' or '.git' at the end"
         )
     if not _LICENSE.fullmatch(license):
         raise ValueError(
-            f"{license!r} is no licence of the hub: expected an identifier such as mit, apache-2.0 or cc-by-4.0 "
+            f"{license!r} is not a licence of the hub: expected an identifier such as mit, apache-2.0 or cc-by-4.0 "
             "(https://huggingface.co/docs/hub/repositories-licenses)"
         )
 
 
 def _exports(run: Run, hooks: Sequence[str] | None = None) -> list[_Export]:
-    """Return the finished exports of a run, in order of their hooks."""
+    """Return the finished exports of a run. Raises FileNotFoundError if there are none, or none of a hook."""
     folders = list(run.exports.values())
     if missing := sorted(set(hooks or ()) - {folder.name for folder in folders}):
-        there = ", ".join(folder.name for folder in folders) or "none"
-        raise FileNotFoundError(f"{run.path} has no SAE of {', '.join(missing)}: there are {there}")
-    found = [_read(folder) for folder in folders if hooks is None or folder.name in hooks]
-    if not found:
+        names = ", ".join(folder.name for folder in folders) or "none"
+        raise FileNotFoundError(f"{run.path} has no SAE of {', '.join(missing)}; it has {names}")
+    exports = [_read(folder) for folder in folders if hooks is None or folder.name in hooks]
+    if not exports:
         raise FileNotFoundError(
-            f"no exported SAE in {run.saes_folder}: `python -m experiments.train` writes it at its end"
+            f"no exported SAE in {run.saes_folder}: `python -m experiments.train` writes it at the end of a run"
         )
-    return found
+    return exports
 
 
 def _read(folder: Path) -> _Export:
-    """Read an export; raise ValueError if its files are not whole."""
+    """Return an export. Raises ValueError if it is damaged."""
     if not re.fullmatch(r"[\w.-]+", folder.name, re.ASCII):
-        raise ValueError(f"{folder} cannot be a folder on the hub: name it as the hook, blocks.2.hook_resid_post")
+        raise ValueError(
+            f"{folder} is not a valid folder name on the hub: name it blocks.2.hook_resid_post, as the hook"
+        )
     if not (folder / _REQUIRED[1]).is_file():
-        raise ValueError(f"{folder} is no whole export: {_REQUIRED[1]} is missing; train it again")
+        raise ValueError(f"{folder} is incomplete: {_REQUIRED[1]} is missing; train it again")
     settings = sae_config.read(folder)
     settings.checked()
     return _Export(folder.name, folder, settings.written)
 
 
 def _portable(value: Any) -> Any:
-    """Return the same JSON with absolute paths cut to their last part."""
+    """Return JSON values with local paths reduced to their last part."""
     if isinstance(value, dict):
         return {key: _portable(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -236,15 +241,15 @@ def _portable(value: Any) -> Any:
     return value
 
 
-# ---- the card's parts --------------------------------------------------------------------------------------------
+# ---- sections of the card ----------------------------------------------------------------------------------------
 
 
 def _shapes(exports: Sequence[_Export]) -> str:
     rows = []
     for e in exports:
-        seen = e.metadata.get("training_tokens")
+        tokens = e.metadata.get("training_tokens")
         sizes = (e.cfg["architecture"], e.cfg["d_in"], e.cfg["d_sae"], e.cfg.get("k", "–"))
-        rows.append((f"`{e.hook}`", *sizes, f"{seen:,}" if isinstance(seen, int) else "–"))
+        rows.append((f"`{e.hook}`", *sizes, f"{tokens:,}" if isinstance(tokens, int) else "–"))
     return _table(("folder and hook", "architecture", "d_in", "d_sae", "k", "activations seen in training"), rows)
 
 
@@ -263,25 +268,25 @@ def _data(exports: Sequence[_Export], config: Mapping[str, Any]) -> str:
 
 
 def _excluded(export: _Export) -> str | None:
-    """Return the ids of tokens that were left out of training, as a text; None if the export does not record them."""
+    """Return the ids of the excluded tokens as text; None if the export does not contain them."""
     ids = export.metadata.get("exclude_special_tokens")
     if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
         return None
     return ", ".join(map(str, ids[:20])) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
 
 
-def _measured(hooks: Sequence[str], evaluation: Mapping[str, Any], last: Mapping[str, Any]) -> str:
-    """Return a table of metrics per hook on held-out text; without an evaluation those of the last training step."""
+def _metrics(hooks: Sequence[str], evaluation: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+    """Return a table of the evaluation's metrics, a column per hook; without evaluation, of the last training step."""
     hooks = [hook for hook in hooks if isinstance(evaluation.get(hook), dict)]
     if hooks:
         rows = [
-            (label, *(_number(_find(evaluation[hook], place)) for hook in hooks))
-            for label, place in _METRICS.items()
-            if any(_find(evaluation[hook], place) is not None for hook in hooks)
+            (label, *(_number(_find(evaluation[hook], path)) for hook in hooks))
+            for label, path in _METRICS.items()
+            if any(_find(evaluation[hook], path) is not None for hook in hooks)
         ]
         rows.append(("tokens measured", *(_number(_find(evaluation[hook], "tokens")) for hook in hooks)))
         return _table(("of the exported weights, on held-out text", *(f"`{hook}`" for hook in hooks)), rows)
-    rows = [(label, _number(_find(last, place))) for label, place in _METRICS.items() if _find(last, place) is not None]
+    rows = [(label, _number(_find(last, path))) for label, path in _METRICS.items() if _find(last, path) is not None]
     if rows:
         return _table(("at the end of training, not on held-out text", ""), rows)
     return "None were measured."
@@ -319,7 +324,7 @@ from bridge import nanochat
 from bridge.runtime import InterpretableModel, load_saes
 
 saes = load_saes(huggingface_hub.snapshot_download("{repo_id}"))
-im = InterpretableModel.of(nanochat.load("path/to/its/checkpoint"), saes)
+im = InterpretableModel.from_nanochat(nanochat.load("path/to/its/checkpoint"), saes)
 ```"""
 
 
@@ -329,9 +334,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text that stays within its place on the card."""
-    whole = str(value).encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
-    return re.sub(r"[\s`|<>\[\]*]+", " ", whole).strip()[:200]
+    """Return text without characters that would break the layout of the card."""
+    printable = str(value).encode("utf-8", "replace").decode()  # replaces lone surrogates
+    return re.sub(r"[\s`|<>\[\]*]+", " ", printable).strip()[:200]
 
 
 def _number(value: float | None) -> str:
@@ -340,26 +345,26 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _find(table: Mapping[str, Any], place: str) -> float | None:
-    """Return the finite number at a dotted path; None if there is none."""
-    value: Any = table
-    for key in place.split("."):
+def _find(values: Mapping[str, Any], path: str) -> float | None:
+    """Return the finite number at a dotted path, or None."""
+    value: Any = values
+    for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value if jsons.is_finite(value) else None
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """Return the JSON object of a file; {} if there is no file."""
+    """Return the JSON object in a file, {} if there is no file. Raises ValueError for other contents."""
     if not file.is_file():
         return {}
-    table = jsons.read(file)
-    if not isinstance(table, dict):
-        raise ValueError(f"{file} holds {type(table).__name__}, expected an object")
-    return table
+    value = jsons.read(file)
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} contains {type(value).__name__}, expected an object")
+    return value
 
 
 def _last_line(file: Path) -> dict[str, Any]:
-    """Return the last whole line of a JSON Lines file; {} if there is none."""
+    """Return the last complete object in a file of JSON lines, {} if there is none."""
     last: dict[str, Any] = {}
     for _, line in jsons.objects(file):
         last = line or last

@@ -1,7 +1,7 @@
-"""The forward passes of a model in which hooks are open: run in Python, stopped early, checked afterwards.
+"""Forward passes with hooks: they run in Python, may be stopped early, and are checked to have reached all hooks.
 
-A compiled model would run the graph that was made before the hooks were there. While a context is open, everything that
-torch.compile made runs eagerly, so that hooks fire; compiled code is kept and used again when the last context closes.
+A compiled model would run the graph that was compiled without the hooks. So while a context is open, everything that
+torch.compile has compiled runs eagerly; the compiled code is used again after the last context has closed.
 """
 
 import sys
@@ -19,7 +19,7 @@ _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")
 
 
 class Stop(Exception):  # noqa: N818 - control flow, not an error
-    """Ends a forward pass: what comes after the depth it names is not run."""
+    """Ends a forward pass after a depth."""
 
     def __init__(self, depth: tuple[int, int]):
         super().__init__(depth)
@@ -27,10 +27,10 @@ class Stop(Exception):  # noqa: N818 - control flow, not an error
 
 
 class Context:
-    """Hooks that were put on a model together, of which every forward pass must reach all.
+    """A group of hooks on a model, all of which every forward pass must reach.
 
     Args:
-      depths: the hook names and when each runs in a pass.
+      depths: the position of each hook in a pass, by name.
       before: called with the arguments of every pass before it runs.
     """
 
@@ -40,36 +40,36 @@ class Context:
         self._depths, self._before = depths, before
 
     def begin(self, args: tuple, kwargs: dict) -> None:
-        """Start a pass."""
+        """Start a pass with these arguments."""
         self.reached = set()
         if self._before is not None:
             self._before(args, kwargs)
 
     def missed(self, last: tuple[int, int] | None) -> list[str]:
-        """Return the hooks that the pass should have reached and did not; `last` is where it was stopped."""
+        """Return the hooks that the pass should have reached but did not; `last` is the depth at which it stopped."""
         return [n for n, depth in self._depths.items() if n not in self.reached and (last is None or depth <= last)]
 
 
-def base(model: nn.Module) -> nn.Module:
-    """Return the model within what torch.compile, DataParallel and DistributedDataParallel wrap around it.
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of torch.compile, DataParallel and DistributedDataParallel.
 
     Raises:
-      ValueError: copies of the model run on several devices, or it was traced or scripted.
+      ValueError: copies of the model run on several devices, or it is traced or scripted.
     """
-    return _chain(model)[-1]
+    return _wrapper_chain(model)[-1]
 
 
 def require_python(module: nn.Module) -> None:
     """Raise ValueError for a module that does not run in Python, so that hooks within it do not fire."""
     if isinstance(module, torch.jit.ScriptModule):
         raise ValueError(
-            f"a {type(module).__name__} was traced or scripted and does not run in Python, where hooks fire: give the "
-            "module it was made of"
+            f"a {type(module).__name__} is traced or scripted and does not run in Python, so hooks cannot fire: give "
+            "the module that it was made from"
         )
 
 
-def _chain(model: nn.Module) -> list[nn.Module]:
-    """The model and what it wraps, from the outside in."""
+def _wrapper_chain(model: nn.Module) -> list[nn.Module]:
+    """Return a model and the models that it wraps, from the outermost to the innermost."""
     chain = [model]
     while True:
         outer = chain[-1]
@@ -86,24 +86,24 @@ def _chain(model: nn.Module) -> list[nn.Module]:
         chain.append(inner)
 
 
-class opened:  # noqa: N801 - used as a function, and entered for every token of a generation
-    """Within the context, every forward pass of the model begins, may be stopped and is checked as `context` says.
+class open_context:  # noqa: N801 - used as a function, and entered for every token of a generation
+    """Apply a context to all forward passes of a model. A context manager.
 
     Contexts may be nested and closed in any order. A pass that is stopped returns None.
 
     Raises:
-      ValueError: at the end of a pass, for hooks that it did not reach.
+      ValueError: at the end of a pass that did not reach all hooks.
     """
 
     def __init__(self, model: nn.Module, context: Context):
-        *self._wrappers, self._model = _chain(model)
+        *self._wrappers, self._model = _wrapper_chain(model)
         self._context = context
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
         with _LOCK:
             passes = _OPEN.get(self._model)
-            _EAGER.hold()
+            _EAGER.acquire()
             if passes is None:
                 passes = _OPEN[self._model] = _Passes(self._model)
             passes.contexts.append(self._context)
@@ -124,38 +124,38 @@ class opened:  # noqa: N801 - used as a function, and entered for every token of
 
 
 class _Passes:
-    """The contexts that are open on a model, whose `forward` this stands for."""
+    """The open contexts of a model, with a replacement of its `forward`."""
 
     def __init__(self, model: nn.Module):
         self.contexts: list[Context] = []
         self.count = 0
-        self._own = vars(model).get("forward")
+        self._original = vars(model).get("forward")
         self._model = weakref.ref(model)
-        self._standing = types.MethodType(_standing_for(self), model)  # a copy of the model binds its own
-        model.forward = self._standing
+        self._replacement = types.MethodType(_replacement_forward(self), model)  # a copy of the model binds its own
+        model.forward = self._replacement
         self._handles = _watched(model, self)
 
     def close(self, model: nn.Module) -> None:
-        """Leave no trace on the model; a forward that somebody else put in stays."""
+        """Restore the model, except for a forward that other code has set meanwhile."""
         for handle in self._handles:
             handle.remove()
-        if vars(model).get("forward") is not self._standing:
+        if vars(model).get("forward") is not self._replacement:
             return
-        if self._own is None:
+        if self._original is None:
             del model.forward
         else:
-            model.forward = self._own
+            model.forward = self._original
 
     def forward_of(self, model: nn.Module) -> Callable[..., Any]:
-        """Return the forward without contexts: what it was before them, or of a copy that of its class."""
-        if self._own is not None and model is self._model():
-            return self._own
+        """Return the forward without contexts: the original one, or, for a copy of the model, that of its class."""
+        if self._original is not None and model is self._model():
+            return self._original
         return types.MethodType(type(model).forward, model)
 
     def run(self, args: tuple, kwargs: dict) -> Any:
-        """Run one pass. A hook may run the model again, so what was reached is kept for the pass around it."""
+        """Run one pass. A hook may run the model again, so the hooks reached by the outer pass are restored."""
         contexts = tuple(self.contexts)
-        around = [context.reached for context in contexts]
+        outer = [context.reached for context in contexts]
         try:
             for context in contexts:
                 context.begin(args, kwargs)
@@ -169,16 +169,16 @@ class _Passes:
                 raise ValueError(_unreached(type(self._model()).__name__, missed))
             return output
         finally:
-            for context, reached in zip(contexts, around, strict=True):
+            for context, reached in zip(contexts, outer, strict=True):
                 context.reached = reached
 
 
 def _unreached(model: str, missed: list[str]) -> str:
     names = ", ".join(dict.fromkeys(missed))
     return (
-        f"a forward pass of the {model} did not reach {names}: the hooks there saw and changed nothing. They fire "
-        "where a block is called in Python, and is the module that it was when the context was entered: not in a CUDA "
-        "graph or a traced copy, not where a block's forward is called past the module, not on one put in later"
+        f"a forward pass of the {model} did not reach {names}, so the hooks there had no effect. Hooks fire only where "
+        "a block is called in Python and is the same module as when the context was entered: not in a CUDA graph or a "
+        "traced copy, not if the block's forward is called directly, not on a block that was replaced"
     )
 
 
@@ -186,10 +186,10 @@ _OPEN: "weakref.WeakKeyDictionary[nn.Module, _Passes]" = weakref.WeakKeyDictiona
 _LOCK = threading.RLock()
 
 
-def _standing_for(passes: _Passes) -> Callable[..., Any]:
-    """A method in the place of a model's forward, which does nothing more once its contexts have closed.
+def _replacement_forward(passes: _Passes) -> Callable[..., Any]:
+    """Return a replacement of a model's forward, which calls the original one after its contexts have closed.
 
-    Somebody may have kept it meanwhile: in a compiled forward, or in a copy of the model.
+    This matters if other code has kept it, in a compiled forward or in a copy of the model.
     """
 
     def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -201,7 +201,7 @@ def _standing_for(passes: _Passes) -> Callable[..., Any]:
 
 
 def _watched(wrapper: nn.Module, passes: _Passes) -> list[RemovableHandle]:
-    """Hooks that notice a call without a pass, as of what was compiled ahead of time or has another forward now."""
+    """Add hooks that detect a call without a pass, for example of a model compiled ahead of time."""
     counts: list[int] = []
 
     def before(module: nn.Module, inputs: tuple) -> None:
@@ -210,30 +210,30 @@ def _watched(wrapper: nn.Module, passes: _Passes) -> list[RemovableHandle]:
     def after(module: nn.Module, inputs: tuple, output: Any) -> None:
         if counts.pop() == passes.count and module is wrapper:  # a copy made within the context has the hooks too
             raise ValueError(
-                f"the {type(wrapper).__name__} computed its output without the forward pass in which hooks fire: they "
-                "saw and changed nothing. It was compiled ahead of time, or its forward was replaced within the "
-                "context: run the model that it was made of, and enter contexts after such changes"
+                f"the {type(wrapper).__name__} computed its output without the forward pass in which hooks fire, so "
+                "they had no effect. It was compiled ahead of time, or its forward was replaced within the context: "
+                "run the original model, and enter contexts after such changes"
             )
 
     return [wrapper.register_forward_pre_hook(before), wrapper.register_forward_hook(after)]
 
 
 class _Eager:
-    """Has what torch.compile made run eagerly for as long as anybody holds it."""
+    """A counter of open contexts, during which compiled code runs eagerly."""
 
     def __init__(self) -> None:
-        self._holders = 0
+        self._count = 0
         self._stance: Any = None
 
-    def hold(self) -> None:
-        # Importing the compiler takes seconds; nothing is compiled where nobody has.
+    def acquire(self) -> None:
+        # Importing the compiler takes seconds, and without it nothing can have been compiled.
         if self._stance is None and "torch._dynamo" in sys.modules:
             self._stance = torch.compiler.set_stance("force_eager")
-        self._holders += 1
+        self._count += 1
 
     def release(self) -> None:
-        self._holders -= 1
-        if not self._holders and self._stance is not None:
+        self._count -= 1
+        if not self._count and self._stance is not None:
             self._stance.__exit__(None, None, None)
             self._stance = None
 

@@ -1,4 +1,4 @@
-"""A nanochat with its exported SAEs: see which features fire, push them, ask what they did. No jax."""
+"""A nanochat with its exported SAEs: track active features, steer them, attribute outputs to them. No jax."""
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,11 +12,11 @@ from bridge import compatibility, ranges
 from bridge.attribution import Target, attribute
 from bridge.hooks import Acts, Edit, capture, depth, edit
 from bridge.nanochat import engine
-from bridge.passes import base
+from bridge.passes import unwrapped
 from bridge.run.saes import load_saes
-from bridge.steering import LENGTHS, Reading, Steer, edit_of, feature, mask, masked
+from bridge.steering import LENGTHS, PassInput, Steer, feature, mask, masked, steering_edit
 from bridge.torch_sae import TorchSAE
-from bridge.tracking import Features, Token, Trace, narrate, watch
+from bridge.tracking import Features, Token, Trace, stream_tokens, watch
 
 if TYPE_CHECKING:
     from bridge.nanochat import Nanochat
@@ -25,21 +25,22 @@ __all__ = ["Features", "InterpretableModel", "Steer", "Token", "load_saes"]
 
 
 class InterpretableModel:
-    """A nanochat, this project's or upstream's own `GPT`, with SAEs at some of its hooks. The model is not changed.
+    """A nanochat, this project's or upstream's own `GPT`, with SAEs at some of its hooks. The model is not modified.
 
-    It may be compiled or wrapped; within contexts it then runs eagerly, so that hooks fire (`bridge.hooks`).
+    It may be compiled or wrapped; within contexts it runs eagerly, so that hooks fire (`bridge.hooks`).
 
-    Hooks are on the model only within a context or a call, also if it ends by an exception; contexts may be nested,
-    the inner one then reads what the outer one made. One thread at a time may run the model.
+    Hooks are on the model only within a context or a call, and are removed after exceptions too. Contexts may be
+    nested: the inner one reads the result of the outer one. Only one thread at a time may run the model.
 
     Args:
-      model: any module with transformer.wte and transformer.h[i].attn and .mlp.
-      saes: hook names to SAEs, on the model's device; `load_saes` reads them.
-      tokenizer: the model's; needed for prompts of text and for the positions "not_special".
-      fingerprint: of the model (`Nanochat.fingerprint`); SAEs that say they were trained on another are refused.
+      model: a module with transformer.wte and transformer.h[i].attn and .mlp.
+      saes: SAEs by hook name, on the model's device; see `load_saes`.
+      tokenizer: the model's tokenizer; required for text prompts and for the positions "not_special".
+      fingerprint: fingerprint of the model (`Nanochat.fingerprint`); SAEs of other models are refused.
 
     Raises:
-      ValueError: no SAE, one for a layer, width, device or model that is not this one's, a transcoder or a crosscoder.
+      ValueError: there is no SAE, or one does not fit the model's layers, width, device or fingerprint, or is a
+        transcoder or crosscoder.
     """
 
     def __init__(
@@ -53,47 +54,53 @@ class InterpretableModel:
         self.model = model
         self.saes = {name: saes[name] for name in sorted(saes, key=depth)}
         self.tokenizer = tokenizer
-        self._traces: dict[str, Trace] = {}  # of the context at hand, or else of the last one
+        self._traces: dict[str, Trace] = {}  # of the current context, otherwise of the last one
         self._tracking = False
 
     @classmethod
-    def of(cls, nano: "Nanochat", saes: Mapping[str, TorchSAE]) -> "InterpretableModel":
-        """Of a loaded checkpoint: with its tokenizer, and refusing SAEs that were trained on another checkpoint."""
+    def from_nanochat(cls, nano: "Nanochat", saes: Mapping[str, TorchSAE]) -> "InterpretableModel":
+        """Return a loaded checkpoint with its SAEs and its tokenizer.
+
+        Raises ValueError as the constructor, also for SAEs that were trained on another checkpoint.
+        """
         return cls(nano.model, saes, nano.tokenizer, compatibility.known_fingerprint(nano, saes))
 
     @property
     def hooks(self) -> tuple[str, ...]:
-        """The names of the hooks that have an SAE, in the order of a forward pass."""
+        """Names of the hooks that have an SAE, in the order of a forward pass."""
         return tuple(self.saes)
 
     def __call__(self, tokens: Int[Tensor, "B T"], *args: Any, **kwargs: Any) -> Float[Tensor, "B T V"]:
-        """The model's own forward, with what the contexts around it do."""
+        """Run the model's own forward, under the open contexts."""
         return self.model(tokens, *args, **kwargs)
 
     def sae(self, hook: str | None = None) -> TorchSAE:
-        """The SAE of a hook, or the only one there is.
+        """Return the SAE of a hook, or the only SAE.
 
         Raises:
-          ValueError: no SAE at that hook, or several and no name; says which hooks there are.
+          ValueError: the hook has no SAE, or there are several SAEs and no hook is given; lists the hooks.
         """
         return self.saes[self._hook(hook, self.hooks)]
 
-    # ---- seeing ----------------------------------------------------------------------------------------------------
+    # ---- tracking --------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def interpretation_enabled(self, names: Sequence[str] | None = None) -> Iterator[None]:
-        """Within the context, forward passes leave what `get_active_features` reads, at all hooks or those named.
+        """Track the activations of forward passes within the context, for `get_active_features`.
 
-        Nothing is encoded until it is asked for: decoding a text and reading its features at the end costs one
-        matrix product, reading them after every token one pass over the encoder's weights per token.
+        Activations are encoded on demand: reading the features of a whole generation at its end takes one matrix
+        product; reading them after every token takes one pass over the encoder's weights per token.
+
+        Args:
+          names: hooks to track; None: all.
         """
-        reading = Reading()
+        pass_input = PassInput()
         names = self.hooks if names is None else [self._hook(name, self.hooks) for name in names]
-        traces = {name: Trace(self.saes[name], reading) for name in names}
+        traces = {name: Trace(self.saes[name], pass_input) for name in names}
         outer = self._traces if self._tracking else None
         self._traces, self._tracking = traces, True
         try:
-            with watch(self.model, reading), edit(self.model, _keeping(traces)):
+            with watch(self.model, pass_input), edit(self.model, _keeping(traces)):
                 yield
         finally:
             self._tracking = outer is not None
@@ -102,38 +109,38 @@ class InterpretableModel:
     def get_active_features(
         self, hook: str | None = None, top_k: int | None = None, whole_text: bool = False
     ) -> Features:
-        """The features at every position of the last forward pass: values and indices, (B, T, k), largest first.
+        """Return the features at every position of the last forward pass: values and indices, (B, T, k), largest first.
 
-        They can be read within the context, and after it until the next one.
+        They are available within the context, and after it until the next one.
 
         Args:
-          hook: which; may be left out where one hook is tracked.
-          top_k: features per position; unless given all that are active. Values of 0 are padding.
-          whole_text: of cached decoding, all positions since the text (or the context, if later) began.
+          hook: the hook name; optional if only one hook is tracked.
+          top_k: number of features per position; None: all active ones. Values of 0 are padding.
+          whole_text: with cached decoding, return all positions of the text since the start of the context.
 
         Raises:
-          ValueError: no forward pass within interpretation_enabled yet, or a hook that is not tracked.
+          ValueError: there was no forward pass within interpretation_enabled, or the hook is not tracked.
         """
         if not self._traces:
-            raise ValueError("nothing has been read yet: run the model within interpretation_enabled() first")
+            raise ValueError("no forward pass has been tracked: run the model within interpretation_enabled() first")
         return self._traces[self._hook(hook, tuple(self._traces))].features(top_k, whole_text)
 
     def attribution(
         self, tokens: Int[Tensor, "B T"], hook: str | None, target: Target, top_k: int | None = None
     ) -> Features:
-        """Activation times gradient of every active feature at every position, the strongest first.
+        """Return activation times gradient of the active features at every position, by descending magnitude.
 
-        To first order it is what the target would lose were the feature ablated there: with the SAE's error kept,
-        the gradient with respect to an activation is that of the stream along the feature's decoder row.
+        To first order, this is the decrease of the target if the feature is ablated at the position. The SAE's error is
+        kept, so the gradient of a feature is that of the activation along its decoder row.
 
         Args:
-          tokens: the text.
-          hook: whose features; may be None where one hook has an SAE.
-          target: a position and a token id, whose logit (summed over the rows) it is; or a scalar of all logits.
-          top_k: features considered per position, the most active ones; unless given all that are active.
+          tokens: token ids, (B, T).
+          hook: the hook name; None if only one hook has an SAE.
+          target: a position and a token id, whose logit is summed over rows; or a function from logits to a scalar.
+          top_k: number of the most active features per position; None: all active features.
 
         Raises:
-          ValueError: a target beyond the text or the vocabulary, not a scalar, or not depending on the hook.
+          ValueError: the target is outside the text or the vocabulary, is not a scalar, or does not depend on the hook.
         """
         name = self._hook(hook, self.hooks)
         return attribute(self.model, self.saes[name], name, tokens, target, top_k)
@@ -144,19 +151,20 @@ class InterpretableModel:
     def steering_enabled(
         self, steers: Sequence[Steer], *, strength_multiplier: float | int = 1.0, prompt_length: int | None = None
     ) -> Iterator[None]:
-        """Within the context, every forward pass is steered: requests of one hook in order, each reading the last.
+        """Steer every forward pass within the context. Requests of one hook are applied in order.
 
         Args:
           steers: the requests.
           strength_multiplier: factor on the strengths of Neuronpedia's modes, see `Steer`.
-          prompt_length: how many tokens of the text are its prompt; the positions "prompt" and "generated" ask for it.
+          prompt_length: number of tokens of the prompt; required for the positions "prompt" and "generated".
 
         Raises:
-          ValueError: a hook without SAE, a feature it does not have, or positions that cannot be told.
+          ValueError: a hook has no SAE, a feature does not exist, a strength is out of range, or positions need a
+            prompt_length or a tokenizer that is missing.
         """
-        reading = Reading()
-        edits = self._edits(steers, strength_multiplier, prompt_length, reading)
-        with watch(self.model, reading), edit(self.model, edits):
+        pass_input = PassInput()
+        edits = self._edits(steers, strength_multiplier, prompt_length, pass_input)
+        with watch(self.model, pass_input), edit(self.model, edits):
             yield
 
     def steer(
@@ -170,7 +178,19 @@ class InterpretableModel:
         strength_multiplier: float | int = 1.0,
         prompt_length: int | None = None,
     ) -> Float[Tensor, "B T V"]:
-        """The logits of tokens while one feature, (hook name, index), is pushed; see `Steer`."""
+        """Return the logits of tokens while one feature is steered.
+
+        Args:
+          tokens: token ids, (B, T).
+          feature_id: hook name and index of the feature.
+          strength: see `Steer`, as for `mode` and `positions`.
+          mode: the steering mode.
+          positions: the tokens to steer.
+          strength_multiplier: see `steering_enabled`, as for `prompt_length`.
+          prompt_length: number of tokens of the prompt.
+
+        Raises ValueError as `Steer` and `steering_enabled`.
+        """
         request = Steer(*feature_id, mode, strength, positions)
         with self.steering_enabled([request], strength_multiplier=strength_multiplier, prompt_length=prompt_length):
             return self.model(tokens)
@@ -189,39 +209,39 @@ class InterpretableModel:
         features: int | None = None,
         echo: bool = False,
     ) -> Iterator[Token]:
-        """Continues a prompt under steering, a token at a time, each with the features that fire on it.
+        """Continue a prompt with steering; yield each token with the features that are active on it.
 
-        A token comes when the model has read it, so one forward pass after it was sampled: its features are those
-        at its own position, after steering. The model is free of hooks whenever the caller has the word, so several
-        generations may go on by turns.
+        A token is yielded after the model has read it, one forward pass after it was sampled. Its features are those at
+        its own position, after steering. Between tokens no hooks are on the model, so several generations may be
+        interleaved.
 
         Args:
-          prompt: text, which gets a BOS in front, or token ids.
-          steer: what is pushed; positions "prompt" and "generated" mean this prompt.
-          max_tokens: tokens at most.
-          temperature: divides the logits; 0 takes the likeliest token.
-          seed: of the sampling.
-          top_k: sample among the k likeliest tokens only.
+          prompt: text, which is encoded with a leading BOS, or token ids.
+          steer: the requests; their positions "prompt" and "generated" refer to this prompt.
+          max_tokens: largest number of new tokens.
+          temperature: divides the logits; 0 selects the most likely token.
+          seed: random seed of the sampling.
+          top_k: sample among the k most likely tokens only.
           strength_multiplier: see `Steer`.
-          stop_tokens: ids that end the text; they are not part of it.
-          features: per hook and token at most; unless given all that are active.
-          echo: whether the tokens of the prompt come too.
+          stop_tokens: ids that end the text; they are not yielded.
+          features: largest number of features per hook and token; None: all active ones.
+          echo: whether to yield the tokens of the prompt too.
 
         Raises:
-          ValueError: before anything is computed, for an empty prompt, one beyond the model's positions, text
-            without a tokenizer, and whatever `steering_enabled` refuses.
+          ValueError: before any computation: the prompt is empty or too long, it is text and there is no tokenizer, or
+            as in `steering_enabled`.
         """
         ids = self._ids(prompt)
-        reading = Reading()
-        edits = self._edits(steer, strength_multiplier, len(ids), reading)
-        traces = {name: Trace(sae, reading) for name, sae in self.saes.items()}
+        pass_input = PassInput()
+        edits = self._edits(steer, strength_multiplier, len(ids), pass_input)
+        traces = {name: Trace(sae, pass_input) for name, sae in self.saes.items()}
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            with watch(self.model, reading), edit(self.model, edits), edit(self.model, _keeping(traces)):
+            with watch(self.model, pass_input), edit(self.model, edits), edit(self.model, _keeping(traces)):
                 return self.model(*args, **kwargs)
 
         columns = engine.generate(
-            base(self.model),
+            unwrapped(self.model),
             ids,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -231,14 +251,22 @@ class InterpretableModel:
             forward=forward,
             read_last=True,
         )
-        return narrate(ids, columns, traces, self.tokenizer, features, echo)
+        return stream_tokens(ids, columns, traces, self.tokenizer, features, echo)
 
     def relative_strength(
         self, steer: Steer, tokens: Int[Tensor, "B T"], strength_multiplier: float | int = 1.0
     ) -> float | None:
-        """How long a push is next to the activations of a text, special tokens left out: c |d| / mean |h|.
+        """Return the length of a steering vector relative to activations: c |d| / mean |h| over a text.
 
-        About one half is a good start ("The Eiffel Tower Llama", 2025). None for modes whose c is a factor.
+        About 0.5 is a good start ("The Eiffel Tower Llama", 2025).
+
+        Args:
+          steer: the request.
+          tokens: token ids, (B, T); special tokens are left out.
+          strength_multiplier: see `Steer`.
+
+        Returns:
+          The relative length; None for modes whose c is a factor.
         """
         name, special = self._hook(steer.hook, self.hooks), self._special_tokens
         if steer.mode not in LENGTHS:
@@ -251,19 +279,19 @@ class InterpretableModel:
         length = feature(self.saes[name], steer.feature).direction.norm()
         return float(steer.c(strength_multiplier) * length / mean)
 
-    # ---- the small print -------------------------------------------------------------------------------------------
+    # ---- checks and helpers ----------------------------------------------------------------------------------------
 
     @property
     def _embedding(self) -> Float[Tensor, "V C"]:
-        """What tells the width, dtype and device of the stream."""
-        return base(self.model).transformer.wte.weight
+        """The token embedding, which has the width, dtype and device of the residual stream."""
+        return unwrapped(self.model).transformer.wte.weight
 
     def _hook(self, name: str | None, known: tuple[str, ...]) -> str:
         if name is None and len(known) == 1:
             return known[0]
         if name not in known:
-            told = "several hooks have an SAE" if name is None else f"no SAE at {name!r}"
-            raise ValueError(f"{told}: choose one of {', '.join(known)}")
+            problem = "several hooks have an SAE" if name is None else f"no SAE at {name!r}"
+            raise ValueError(f"{problem}: choose one of {', '.join(known)}")
         return name
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
@@ -272,27 +300,27 @@ class InterpretableModel:
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
-            raise ValueError("a prompt of text needs a tokenizer: give one to InterpretableModel, or token ids")
+            raise ValueError("a text prompt needs a tokenizer: pass one to InterpretableModel, or give token ids")
         return self.tokenizer.encode(prompt, prepend_bos=True)
 
     def _edits(
-        self, steers: Sequence[Steer], multiplier: float | int, prompt_length: int | None, reading: Reading
+        self, steers: Sequence[Steer], multiplier: float | int, prompt_length: int | None, pass_input: PassInput
     ) -> dict[str, Edit]:
-        """Return what the requests do at each hook, bound to the forward pass that `reading` will tell of."""
+        """Return the edits of the requests by hook; `pass_input` has the input of the forward pass they apply to."""
         chains: dict[str, list[Edit]] = {}
         special = self._special_tokens
         for request in steers:
             name = self._hook(request.hook, self.hooks)
             if request.positions == "not_special" and special is None:
-                raise ValueError("positions 'not_special' need a tokenizer, which knows the special tokens")
+                raise ValueError("the positions 'not_special' need a tokenizer, which knows the special tokens")
             if request.positions in ("prompt", "generated") and prompt_length is None:
-                raise ValueError(f"positions {request.positions!r} need prompt_length: where the prompt ends")
-            change = edit_of(self.saes[name], request, multiplier, self._embedding.dtype)
+                raise ValueError(f"the positions {request.positions!r} need prompt_length")
+            change = steering_edit(self.saes[name], request, multiplier, self._embedding.dtype)
             if request.positions != "all":
-                change = masked(change, lambda p=request.positions: mask(p, reading, prompt_length, special))  # type: ignore[misc]
+                change = masked(change, lambda p=request.positions: mask(p, pass_input, prompt_length, special))  # type: ignore[misc]
             chains.setdefault(name, []).append(change)
         ranges.check_product((request.mode, request.c(multiplier)) for request in steers)
-        return {name: _in_order(chain) for name, chain in chains.items()}
+        return {name: _composed(chain) for name, chain in chains.items()}
 
     @property
     def _special_tokens(self) -> Int[Tensor, " n"] | None:
@@ -305,10 +333,10 @@ def _keeping(traces: Mapping[str, Trace]) -> dict[str, Edit]:
     return {name: trace.keep for name, trace in traces.items()}
 
 
-def _in_order(chain: Sequence[Edit]) -> Edit:
-    def change(h: Acts) -> Acts:
-        for link in chain:
-            h = link(h)
+def _composed(chain: Sequence[Edit]) -> Edit:
+    def composed(h: Acts) -> Acts:
+        for change in chain:
+            h = change(h)
         return h
 
-    return change
+    return composed

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 
 from bridge import activations, finite, handover
 from bridge.hooks import find
-from bridge.passes import base
+from bridge.passes import unwrapped
 from jsae.data import Filling
 from jsae.health import ActivationsError
 from jsae.settings import require
@@ -69,7 +69,7 @@ class ActivationStream:
         for name in self._hooks:
             find(model, name)
         require(rows_per_forward >= 1, f"rows_per_forward is {rows_per_forward}: it must be at least 1")
-        self.d_in = base(model).config.n_embd
+        self.d_in = unwrapped(model).config.n_embd
         self.tokens_seen = 0
         self._model, self._rows = model, rows
         self._excluded, self._rows_per_forward, self._drop_sinks = excluded, rows_per_forward, drop_sinks

@@ -1,4 +1,4 @@
-"""Which features fire: activations are kept as forward passes go by, and encoded when somebody asks."""
+"""Track the active features of forward passes: activations are stored, and encoded on demand."""
 
 import codecs
 import contextlib
@@ -12,15 +12,15 @@ from torch import nn
 
 from bridge import hooks
 from bridge.hooks import Acts
-from bridge.steering import Reading
+from bridge.steering import PassInput
 from bridge.torch_sae import RANKED, TorchSAE
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Sparse numbers per position: `values` and `indices`, both (B, T, k), of `d_sae` features. Unpacks into the two.
+    """Sparse features per position: `values` and `indices`, both (B, T, k), of `d_sae` features. Unpacks into the two.
 
-    A value of 0 is padding: that feature is not active. Those of an AbsTopK SAE may be negative.
+    A value of 0 is padding. Values of an AbsTopK SAE may be negative.
     """
 
     values: Float[torch.Tensor, "B T k"]
@@ -31,17 +31,21 @@ class Features:
         return iter((self.values, self.indices))
 
     def dense(self) -> Float[torch.Tensor, "B T f"]:
-        """All features, zeros included; made anew at every call."""
+        """Return all features as a new dense tensor."""
         zeros = self.values.new_zeros(*self.values.shape[:-1], self.d_sae)
         return zeros.scatter(-1, self.indices, self.values)
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """One token of a generation: its id, its position in the text, whether it was generated, and what fired on it.
+    """One token of a generation.
 
-    `text` is what the token adds to the text: nothing while a character is not whole, its last token then has it
-    all. `features` are (index, activation) pairs per hook, those of the largest size first, active ones only.
+    Attributes:
+      id: token id.
+      text: the text that the token adds; a character of several tokens is in the text of the last.
+      position: position in the text.
+      generated: whether it was generated, not part of the prompt.
+      features: pairs (index, activation) of the active features per hook, by descending magnitude.
     """
 
     id: int
@@ -51,13 +55,17 @@ class Token:
     features: dict[str, list[tuple[int, float]]]
 
 
-def active(sae: TorchSAE, acts: Acts, top_k: int | None = None) -> Features:
-    """The features of activations, those of the largest size first: top_k of them, or else all that are active.
+def active_features(sae: TorchSAE, acts: Acts, top_k: int | None = None) -> Features:
+    """Return the active features per position, by descending magnitude.
 
-    All are the k of a TopK or AbsTopK SAE; of another as many as the position with the most of them has.
+    Args:
+      sae: the SAE.
+      acts: activations, (B, T, C).
+      top_k: number of features per position; None: all active ones, which are k for a TopK or AbsTopK SAE, and the
+        largest number at any position for others.
 
     Raises:
-      ValueError: a top_k that is not between 1 and the number of features.
+      ValueError: top_k is not between 1 and the number of features.
     """
     if top_k is None and sae.architecture not in RANKED:
         latents = sae.encode(acts)
@@ -69,61 +77,71 @@ def active(sae: TorchSAE, acts: Acts, top_k: int | None = None) -> Features:
 
 
 class Trace:
-    """The activations of one hook over the forward passes of one text. Nothing is copied, nothing encoded."""
+    """The activations of one hook over the forward passes of one text, neither copied nor encoded.
 
-    def __init__(self, sae: TorchSAE, reading: Reading):
+    Args:
+      sae: the SAE of the hook.
+      pass_input: updated with the input of each forward pass, see `watch`.
+    """
+
+    def __init__(self, sae: TorchSAE, pass_input: PassInput):
         self.sae = sae
-        self._reading = reading
+        self._input = pass_input
         self._chunks: list[Acts] = []
         self._end = 0  # the position after the last chunk
 
     def keep(self, acts: Acts) -> Acts:
-        """An edit that changes nothing: notes the activations of a forward pass.
+        """Store the activations of a forward pass and return them unchanged, as an edit.
 
-        One that does not go on where the last ended begins another text.
+        A pass that does not continue at the end of the last one starts a new text.
         """
-        if self._reading.start != self._end:
+        if self._input.start != self._end:
             self._chunks = []
         self._chunks.append(acts)
-        self._end = self._reading.start + acts.shape[1]
+        self._end = self._input.start + acts.shape[1]
         return acts
 
     def features(self, top_k: int | None = None, whole_text: bool = False) -> Features:
-        """The features of the last forward pass, or of all since the text began (or this trace, if that was later).
+        """Return the features of the last forward pass, or of all passes of the text since this trace was created.
+
+        Args:
+          top_k: see `active_features`.
+          whole_text: whether to include all passes of the text.
 
         Raises:
-          ValueError: nothing has been read.
+          ValueError: there was no forward pass.
         """
         if not self._chunks:
-            raise ValueError("nothing has been read yet: run the model within interpretation_enabled() first")
+            raise ValueError("no forward pass has been tracked: run the model within interpretation_enabled() first")
         acts = torch.cat(self._chunks, dim=1) if whole_text else self._chunks[-1]
-        return active(self.sae, acts, top_k)
+        return active_features(self.sae, acts, top_k)
 
 
 @contextlib.contextmanager
-def watch(model: nn.Module, reading: Reading) -> Iterator[None]:
-    """Within the context, every forward pass says in `reading` which tokens it reads, and from which position on.
+def watch(model: nn.Module, pass_input: PassInput) -> Iterator[None]:
+    """Update `pass_input` at the start of every forward pass within the context.
 
-    It knows the caches of this project (`position`) and of upstream (`get_pos()`); without one a text starts at 0.
+    The start position is read from the cache of this project (`position`) or of upstream (`get_pos()`); without a cache
+    it is 0.
     """
 
-    def note(args: tuple, kwargs: dict) -> None:
-        given = [*args, *kwargs.values()]
-        reading.tokens = next(value for value in given if isinstance(value, torch.Tensor))
-        reading.start = next((start for value in given if (start := _position(value)) is not None), 0)
+    def update(args: tuple, kwargs: dict) -> None:
+        arguments = [*args, *kwargs.values()]
+        pass_input.tokens = next(value for value in arguments if isinstance(value, torch.Tensor))
+        pass_input.start = next((start for value in arguments if (start := _position(value)) is not None), 0)
 
-    with hooks.watch(model, note):
+    with hooks.watch(model, update):
         yield
 
 
 def _position(value: object) -> int | None:
-    """How many tokens a cache has seen; None for what is no cache."""
+    """Return the number of tokens in a cache; None if the value is not a cache."""
     if hasattr(value, "get_pos"):
         return int(value.get_pos())
     return getattr(value, "position", None)
 
 
-def narrate(
+def stream_tokens(
     prompt_ids: Sequence[int],
     columns: Iterator[list[int | None]],
     traces: Mapping[str, Trace],
@@ -131,15 +149,15 @@ def narrate(
     top_k: int | None,
     echo: bool,
 ) -> Iterator[Token]:
-    """The tokens of a generation as the model has read them.
+    """Yield the tokens of a generation after the model has read them.
 
     Args:
-      prompt_ids: what the generation continues.
-      columns: of `engine.generate` with read_last, one row; a column comes when all tokens before it have been read.
-      traces: of the forward passes that make the columns, by hook name.
-      tokenizer: for the text of tokens; None gives none.
-      top_k: features per hook and token at most, see `active`.
-      echo: whether the prompt's tokens come too.
+      prompt_ids: the prompt.
+      columns: the output of `engine.generate` with read_last and one row.
+      traces: traces of the forward passes of the generation, by hook name.
+      tokenizer: decodes tokens; None: texts are empty.
+      top_k: largest number of features per hook and token, see `active_features`.
+      echo: whether to yield the tokens of the prompt too.
     """
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     unread: Sequence[int] | None = prompt_ids if echo else []
@@ -156,7 +174,7 @@ def narrate(
 
 @torch.no_grad()
 def _pairs(trace: Trace, n: int, top_k: int | None) -> list[list[tuple[int, float]]]:
-    """(index, activation) of what fired on each of the last n tokens of row 0, as plain numbers."""
+    """Return pairs (index, activation) of the active features on each of the last n tokens of row 0."""
     values, indices = trace.features(top_k)
     rows = zip(indices[0, -n:].tolist(), values[0, -n:].tolist(), strict=True)
     return [[(i, v) for i, v in zip(*row, strict=True) if v != 0] for row in rows]

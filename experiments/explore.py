@@ -81,7 +81,7 @@ def main(config: ExploreConfig) -> int:
         from bridge.server.server import serve
 
         address = functools.partial(print, flush=True)  # at once, also into a pipe
-        loaded = InterpretableModel.of(explored.nano, explored.saes), explored.nano
+        loaded = InterpretableModel.from_nanochat(explored.nano, explored.saes), explored.nano
         settings = {name: getattr(config, name) for name in ("host", "port", "names", "chat", "secret", "model_id")}
         serve(run.path, lambda: loaded, **settings, say=address)
     return 0

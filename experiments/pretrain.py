@@ -83,7 +83,7 @@ class PretrainConfig:
             f"batch_rows={self.batch_rows} must be a multiple of micro_rows={self.micro_rows}",
         )
         sizes = ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern", "vocab_size")
-        GPTConfig.of("G7", **{name: getattr(self, name) for name in sizes})
+        GPTConfig.of_generation("G7", **{name: getattr(self, name) for name in sizes})
 
 
 def main(config: PretrainConfig) -> int:
@@ -124,12 +124,12 @@ def _pretrain(config: PretrainConfig) -> int:
         for figures in trainer.run():
             losses.append(figures["loss"])
             progress.update(trainer.step, f"loss {figures['loss']:.4f}")
-            watch.see("", trainer.step, trainer.step, figures["loss"])
+            watch.observe("", trainer.step, trainer.step, figures["loss"])
             if trainer.step % config.log_every == 0:
                 speed = config.batch_rows * config.sequence_len / figures["seconds"]
                 print(f"step {trainer.step} loss {figures['loss']:.4f} {speed:,.0f} tokens/s", flush=True)
             last = trainer.step == config.steps
-            if stopped or last or (trainer.step % config.eval_every == 0 and not watch.suspects_all):
+            if stopped or last or (trainer.step % config.eval_every == 0 and not watch.all_suspect):
                 _save(config, out, trainer, heldout, token_bytes)
             if stopped and trainer.step < config.steps:
                 print("stopped and saved; --resume goes on from here", flush=True)
@@ -169,7 +169,7 @@ def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus, object]:
         bytes_only = tokenizers.Tokenizer({bytes([i]): i for i in range(256)})
         tokenizer = tokenizers.train(Corpus(config.data, bytes_only, **data).documents(), config.vocab_size)
     tokenizers.save(tokenizer, made)
-    model = GPT(GPTConfig.of("G7", vocab_size=tokenizer.vocab_size, **sizes))
+    model = GPT(GPTConfig.of_generation("G7", vocab_size=tokenizer.vocab_size, **sizes))
     model.init_weights(torch.Generator().manual_seed(config.seed))
     corpus = Corpus(config.data, tokenizer, split="train", **data)
     heldout = Corpus(config.data, tokenizer, split="heldout", **data)

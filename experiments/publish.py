@@ -140,7 +140,7 @@ def _key() -> str:
 def _client(config: PublishConfig, key: str | None) -> Client:
     from bridge.neuronpedia.client import Client, Patience
 
-    return Client(key, config.base_url, Patience(total=config.patience, settle=config.settle))
+    return Client(key, config.base_url, Patience(total=config.patience, recheck=config.settle))
 
 
 def _show(publication: Publication, config: PublishConfig) -> int:
@@ -203,10 +203,10 @@ def _import(config: PublishConfig) -> int:
 
     with Progress("importing", None):
         counts = import_folder(
-            Path(config.folder or ""), config.import_to or "", told=lambda file, _: print(f"  {file}", flush=True)
+            Path(config.folder or ""), config.import_to or "", report=lambda file, _: print(f"  {file}", flush=True)
         )
     for table, count in counts.items():
-        print(f"{table:<14} {count.inserted} new, {count.already} there before")
+        print(f"{table:<14} {count.inserted} new, {count.existing} there before")
     return 0
 
 

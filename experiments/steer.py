@@ -114,7 +114,7 @@ def _load(config: SteerConfig) -> InterpretableModel:
     nano = model.load(config.device)
     if config.chat:
         flags.warn_of_base(nano)
-    return InterpretableModel.of(nano, saes)
+    return InterpretableModel.from_nanochat(nano, saes)
 
 
 def _hook(config: SteerConfig, im: InterpretableModel) -> str:

@@ -1,7 +1,7 @@
-"""Checkpoints: the only importer of Orbax. Everything a run needs to go on to the same numbers, written atomically.
+"""Checkpoints: everything that a run needs to resume exactly, written atomically. The only module that imports Orbax.
 
-Every checkpoint carries checksums of its arrays and of its notes, and a list of its files with their digests. Both are
-verified before anything of it is used.
+A checkpoint contains checksums of its arrays and notes, and a list of its files with their digests. Both are verified
+before the checkpoint is used.
 """
 
 import contextlib
@@ -25,46 +25,46 @@ from jsae.manifest import DamagedError
 from jsae.settings import ConfigError
 
 DAMAGED = ".damaged"
-"""Suffix of a damaged checkpoint that was moved aside."""
+"""Suffix of a damaged checkpoint that was renamed."""
 
 _KEEP_DAMAGED = 2
-_LATE = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt"})  # what Orbax writes when everything else is written
+_LATE = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt"})  # files that Orbax writes after all others
 _PARTS = frozenset({"states", "notes", manifest.NAME, *_LATE})
 _RECORD = frozenset({"version", "fvu", "arrays", "notes", "sha256"})
 _VERSION = 1
 
 
 class Damage(NamedTuple):
-    """A checkpoint that cannot be used."""
+    """A damaged checkpoint."""
 
     step: int
     reason: str
-    """Names the file or the array."""
+    """What is wrong, with the file or the array."""
     moved_to: Path
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held."""
+    """The content of a checkpoint."""
 
     step: int
     states: States
     notes: dict[str, Any]
     damaged: tuple[Damage, ...] = ()
-    """Later checkpoints that are damaged, which were moved aside."""
+    """Later checkpoints that are damaged and were renamed."""
 
 
 class Checkpoints:
-    """The checkpoints of a run: the latest few and the one with the lowest `fvu`. A context manager.
+    """The checkpoints of a run: the latest ones and the one with the lowest `fvu`. A context manager.
 
-    Writing goes on in the background and ends with a rename, so that a run killed at any moment leaves whole
-    checkpoints only. One process at a time may write to the folder.
+    Checkpoints are written in the background and renamed at the end, so a run that is killed at any moment leaves
+    complete checkpoints only. Only one process at a time may write to the folder.
 
     Args:
-      folder: where they lie; made if it does not exist.
-      keep: how many of the latest stay.
+      folder: their folder; created if missing.
+      keep: number of latest checkpoints to keep.
 
     Raises:
-      OSError: the folder cannot be made or read.
+      OSError: the folder cannot be created or read.
     """
 
     def __init__(self, folder: Path, keep: int = 2):
@@ -80,56 +80,62 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # An error that is on its way is not replaced by one of closing.
+        # An error in closing must not replace the exception that is being raised.
         with contextlib.suppress(Exception) if error is not None else contextlib.nullcontext():
             self.wait()
         if self._manager is not None:
-            with contextlib.suppress(Exception):  # what failed was raised by `wait`
+            with contextlib.suppress(Exception):  # `wait` has raised it already
                 self._manager.close()
 
     def latest(self) -> int | None:
-        """Return the last step there is a checkpoint of, damaged or not. Raises OSError, see `steps`."""
+        """Return the step of the last checkpoint, damaged or not; None without checkpoints. Raises OSError."""
         return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """Return the steps there are checkpoints of, damaged or not, rising.
+        """Return the steps of all checkpoints, damaged or not, in ascending order.
 
         Raises:
-          OSError: the folder cannot be read, or something else than a checkpoint has a number as its name there.
+          OSError: the folder cannot be read, or contains something else whose name is a number.
         """
-        # Numbers as Orbax writes them.
-        found = [path for path in self._folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", path.name, re.ASCII)]
-        for path in found:
+        # Numbers in the form in which Orbax writes them.
+        paths = [path for path in self._folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", path.name, re.ASCII)]
+        for path in paths:
             if not _is_checkpoint(path):
-                raise OSError(f"{path} is not a checkpoint, and nothing else may have such a name there: move it away")
-        return sorted(int(path.name) for path in found)
+                raise OSError(f"{path} is not a checkpoint but has the name of one: move it away")
+        return sorted(int(path.name) for path in paths)
 
     def save(self, step: int, states: States, notes: dict[str, Any], fvu: float) -> None:
-        """Save the states and JSON notes (the stream's cursor); return as soon as the states may be donated again.
+        """Start to save a checkpoint; return as soon as the states may be donated again.
+
+        Args:
+          step: the number of training steps.
+          states: the training states.
+          notes: JSON values to save with them, such as the cursor of the stream.
+          fvu: fraction of variance unexplained, by which the best checkpoint is selected.
 
         Raises:
-          OSError: this or an earlier save failed to write (a full disk); earlier checkpoints are whole.
+          OSError: this or the previous checkpoint cannot be written (full disk); earlier checkpoints are complete.
         """
         self.wait()
-        # Orbax may still read the buffers after it returns, and the next step reuses them: hand it a copy.
-        mine = jax.tree.map(jnp.copy, states)
-        record = _record(mine, notes, fvu)
-        args = ocp.args.Composite(states=ocp.args.StandardSave(mine), notes=ocp.args.JsonSave(record))
-        manager = self._opened()
+        # Orbax may read the buffers after it returns, and the next step reuses them, so give it a copy.
+        copies = jax.tree.map(jnp.copy, states)
+        record = _record(copies, notes, fvu)
+        args = ocp.args.Composite(states=ocp.args.StandardSave(copies), notes=ocp.args.JsonSave(record))
+        manager = self._open_manager()
         self._fvu[step], self._saving = fvu, step
         with self._writing(step):
             manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
-        """Return when everything is written.
+        """Wait until everything is written.
 
         Raises:
-          OSError: it could not be (a full disk); earlier checkpoints are whole.
+          OSError: the checkpoint cannot be written (full disk); earlier checkpoints are complete.
         """
         if self._saving is None:
             return
         with self._writing(self._saving):
-            self._opened().wait_until_finished()
+            self._open_manager().wait_until_finished()
             folder = self._folder / str(self._saving)
             if (folder / manifest.NAME).is_file():
                 manifest.complete(folder)
@@ -138,18 +144,18 @@ class Checkpoints:
         self._saving = None
 
     def restore(self, like: States, step: int | None = None) -> Restored:
-        """Return a checkpoint in the shapes and shardings of `like`, which may be abstract, after verifying it.
+        """Verify a checkpoint and return it with the shapes and shardings of `like`.
 
         Args:
-          like: the states, or their shapes.
-          step: which one; None is the latest intact one. Later ones, which are damaged, are moved aside, under a name
-            that ends in `.damaged`; of these the latest two are kept.
+          like: states, or abstract arrays of their shapes.
+          step: its step; None: the latest intact checkpoint. Later ones are damaged; they are renamed to end in
+            `.damaged`, and the latest two of these are kept.
 
         Raises:
-          FileNotFoundError: there is none.
-          ConfigError: it holds states of other shapes, so another configuration.
-          DamagedError: it is damaged, or all are. Nothing is moved then.
-          OSError: a file must not be read.
+          FileNotFoundError: there is no such checkpoint.
+          ConfigError: the states have other shapes, so the configuration differs.
+          DamagedError: the checkpoint is damaged, or all of them are. Nothing is renamed then.
+          OSError: a file cannot be read, for lack of permission for example.
         """
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
@@ -157,37 +163,40 @@ class Checkpoints:
         broken: dict[int, str] = {}
         for number in reversed(steps) if step is None else [step]:
             try:
-                found = self._read(number, like)
+                restored = self._read(number, like)
             except DamagedError as error:
                 broken[number] = str(error)
                 continue
             damaged = tuple(Damage(n, reason, self._move_aside(n)) for n, reason in broken.items())
-            self._opened()
-            return found._replace(damaged=damaged)
-        told = "; ".join(f"step {number}: {reason}" for number, reason in broken.items())
+            self._open_manager()
+            return restored._replace(damaged=damaged)
+        reasons = "; ".join(f"step {number}: {reason}" for number, reason in broken.items())
         raise DamagedError(
-            f"no checkpoint in {self._folder} is intact, so nothing can be resumed ({told}): "
-            "bring the folder back from a copy, or remove it to begin with the first step"
+            f"no checkpoint in {self._folder} is intact, so the run cannot be resumed ({reasons}): "
+            "restore the folder from a copy, or remove it to start from the first step"
         )
 
     def _read(self, step: int, like: States) -> Restored:
         """Verify and restore one checkpoint."""
         folder = self._folder / str(step)
         listed = manifest.check(folder, _LATE)
-        record = _record_in(folder)
+        record = _read_record(folder)
         _check_fits(folder, record["arrays"], like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        # Where the files are what was written, it is not they that keep Orbax from reading.
+        # If the files match their digests, a failure of Orbax has another cause than damage.
         kind = OSError if listed else DamagedError
-        with _told(f"the checkpoint {folder} cannot be restored", kind), ocp.StandardCheckpointer() as checkpointer:
+        with (
+            _described(f"the checkpoint {folder} cannot be restored", kind),
+            ocp.StandardCheckpointer() as checkpointer,
+        ):
             states = checkpointer.restore(folder / "states", abstract)
-        for name, found in checksum.of(states).items():
-            if found != record["arrays"][name]["checksum"]:
-                raise DamagedError(f"{folder}: the array {name} is not what was written: its checksum is another")
+        for name, value in checksum.checksums(states).items():
+            if value != record["arrays"][name]["checksum"]:
+                raise DamagedError(f"{folder}: the array {name} is damaged: its checksum does not match")
         return Restored(step, states, record["notes"])
 
-    def _opened(self) -> ocp.CheckpointManager:
-        """Return Orbax's manager. First, whatever else lies in the folder than the checkpoints to keep is removed."""
+    def _open_manager(self) -> ocp.CheckpointManager:
+        """Return Orbax's manager. The first call removes partial and superseded checkpoints from the folder."""
         if self._manager is None:
             steps = self.steps()
             self._fvu = {step: _fvu(self._folder / str(step)) for step in steps}
@@ -202,7 +211,7 @@ class Checkpoints:
                     preservation_policy=_Preserved(self._kept),
                     async_options=ocp.AsyncOptions(
                         post_finalization_callback=self._list_files,
-                        # Where a folder cannot be made in the background, its files are waited for until the timeout.
+                        # If a folder cannot be created in the background, Orbax waits for its files until a timeout.
                         create_directories_asynchronously=False,
                     ),
                     lightweight_initialize=True,  # reads nothing in the checkpoints
@@ -211,32 +220,32 @@ class Checkpoints:
         return self._manager
 
     def _kept(self, steps: Sequence[int]) -> set[int]:
-        """Return which of these steps stay: the latest and the best of all sessions of the run."""
+        """Return the steps to keep: the latest, and the best one since the first session of the run."""
         known = [step for step in steps if not math.isnan(self._fvu.get(step, math.nan))]
         best = sorted(known, key=lambda step: (self._fvu[step], -step))[:1]
         return {*sorted(steps)[-self._keep :], *best}
 
     def _list_files(self) -> None:
-        """List the files of the checkpoint that Orbax has written and is about to rename."""
-        written = list(self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
-        if len(written) == 1:  # else `wait` lists them
-            manifest.write(written[0], _LATE)
+        """Write the file list of the checkpoint that Orbax has written and is about to rename."""
+        folders = list(self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
+        if len(folders) == 1:  # otherwise `wait` writes the list
+            manifest.write(folders[0], _LATE)
 
     def _move_aside(self, step: int) -> Path:
-        """Rename a checkpoint so that nothing reads it, and remove the oldest of those that were renamed."""
+        """Rename a damaged checkpoint so that it is not read again; remove the oldest renamed ones."""
         path = self._folder / f"{step}{DAMAGED}"
         shutil.rmtree(path, ignore_errors=True)
         (self._folder / str(step)).replace(path)
-        aside = [int(p.name.removesuffix(DAMAGED)) for p in self._folder.glob(f"[0-9]*{DAMAGED}")]
-        for old in sorted(aside)[:-_KEEP_DAMAGED]:
+        steps = [int(p.name.removesuffix(DAMAGED)) for p in self._folder.glob(f"[0-9]*{DAMAGED}")]
+        for old in sorted(steps)[:-_KEEP_DAMAGED]:
             shutil.rmtree(self._folder / f"{old}{DAMAGED}")
         return path
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
-        """Raise whatever goes wrong in Orbax as an OSError that names the checkpoint; make room on the disk."""
+        """Raise errors of Orbax as an OSError that names the checkpoint, and remove its partial files."""
         try:
-            with _told(f"the checkpoint of step {step} could not be written to {self._folder}", OSError):
+            with _described(f"the checkpoint of step {step} could not be written to {self._folder}", OSError):
                 yield
         except Exception:
             self._saving = None
@@ -246,7 +255,7 @@ class Checkpoints:
 
 
 class _Preserved(policies.PreservationPolicy):
-    """Has Orbax keep the steps that a function of all steps returns."""
+    """A policy that keeps the steps returned by a function of all steps."""
 
     def __init__(self, kept: Callable[[Sequence[int]], set[int]]):
         self._kept = kept
@@ -257,7 +266,7 @@ class _Preserved(policies.PreservationPolicy):
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Return whether a folder is a checkpoint, or what is left of one that was being deleted."""
+    """Return whether a folder is a checkpoint, or the rest of one that was being deleted."""
     if not path.is_dir() or path.is_symlink():
         return False
     names = {inner.name for inner in path.iterdir()}
@@ -265,37 +274,38 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _record(states: States, notes: dict[str, Any], fvu: float) -> dict[str, Any]:
-    """Return what is saved beside the arrays: their checksums, and the notes with a digest."""
-    checksums = checksum.of(states)
-    arrays = {name: {**_form(leaf), "checksum": checksums[name]} for name, leaf in checksum.named(states).items()}
+    """Return the JSON record saved with the arrays: their checksums, and the notes with a digest."""
+    checksums = checksum.checksums(states)
+    leaves = checksum.leaves_by_path(states)
+    arrays = {name: {**_form(leaf), "checksum": checksums[name]} for name, leaf in leaves.items()}
     record = {"version": _VERSION, "fvu": fvu, "arrays": arrays, "notes": json.loads(json.dumps(notes))}
-    return record | {"sha256": manifest.canonical(record)}
+    return record | {"sha256": manifest.json_digest(record)}
 
 
-def _record_in(folder: Path) -> dict[str, Any]:
-    """Return what `_record` made, from a checkpoint.
+def _read_record(folder: Path) -> dict[str, Any]:
+    """Return the record of a checkpoint, see `_record`.
 
     Raises:
-      DamagedError: it is missing or not what was written; or an earlier version of this program wrote it.
+      DamagedError: the record is missing or damaged, or another version of jsae wrote it.
     """
     path = folder / "notes" / "metadata"
     record = manifest.read_json(path)
     if isinstance(record, dict) and not record.keys() & (_RECORD - {"notes"}):
         raise DamagedError(f"{path} has no checksums: it is damaged, or an earlier version of jsae wrote it")
     if not isinstance(record, dict) or record.keys() != _RECORD:
-        raise DamagedError(f"{path} is not what a checkpoint holds")
+        raise DamagedError(f"{path} is not the record of a checkpoint")
     rest = {name: value for name, value in record.items() if name != "sha256"}
-    if manifest.canonical(rest) != record["sha256"]:
-        raise DamagedError(f"{path} is not what was written: its digest is another")
+    if manifest.json_digest(rest) != record["sha256"]:
+        raise DamagedError(f"{path} is damaged: its digest does not match")
     if record["version"] != _VERSION:
-        raise DamagedError(f"{path} has version {record['version']}, and this version of jsae reads {_VERSION}")
+        raise DamagedError(f"{path} has version {record['version']}; this version of jsae reads {_VERSION}")
     return record
 
 
 def _fvu(folder: Path) -> float:
-    """Return the FVU that a checkpoint was saved with; NaN where that cannot be known."""
+    """Return the FVU that a checkpoint was saved with; NaN if its record cannot be read."""
     try:
-        return float(_record_in(folder)["fvu"])
+        return float(_read_record(folder)["fvu"])
     except (OSError, TypeError, ValueError):
         return math.nan
 
@@ -305,14 +315,14 @@ def _form(leaf: Any) -> dict[str, Any]:
 
 
 def _check_fits(folder: Path, arrays: dict[str, Any], like: States) -> None:
-    """Compare the arrays of a checkpoint with the wanted ones. Raises ConfigError, which names the first other one."""
+    """Raise ConfigError, naming the first difference, unless the saved arrays have the expected shapes and dtypes."""
     saved = {name: {key: array[key] for key in ("shape", "dtype")} for name, array in arrays.items()}
-    wanted = {name: _form(leaf) for name, leaf in checksum.named(like).items()}
-    for name in sorted(saved.keys() | wanted.keys()):
-        if saved.get(name) != wanted.get(name):
+    expected = {name: _form(leaf) for name, leaf in checksum.leaves_by_path(like).items()}
+    for name in sorted(saved.keys() | expected.keys()):
+        if saved.get(name) != expected.get(name):
             raise ConfigError(
                 f"the checkpoint {folder} does not fit this configuration: the array {name} is "
-                f"{_shown(saved.get(name))} there and must be {_shown(wanted.get(name))}"
+                f"{_shown(saved.get(name))} there and must be {_shown(expected.get(name))}"
             )
 
 
@@ -321,14 +331,14 @@ def _shown(form: dict[str, Any] | None) -> str:
 
 
 @contextlib.contextmanager
-def _told(what: str, kind: type[OSError]) -> Iterator[None]:
-    """Raise any exception of Orbax and TensorStore as one of `kind`, in a line that begins with `what`."""
+def _described(problem: str, kind: type[OSError]) -> Iterator[None]:
+    """Raise any exception of Orbax and TensorStore as one of `kind`, with one line that begins with `problem`."""
     try:
         yield
     except (DamagedError, ConfigError, MemoryError):
         raise
     except Exception as error:
         line = " ".join(str(error).split()) or type(error).__name__
-        if len(line) > 500:  # TensorStore's messages are long, and say at their end what the system said
+        if len(line) > 500:  # TensorStore's messages are long and end with the system's message
             line = f"{line[:200]} … {line[-300:]}"
-        raise kind(f"{what}: {line}") from error
+        raise kind(f"{problem}: {line}") from error

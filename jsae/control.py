@@ -1,4 +1,4 @@
-"""The controller that moves L0 to its target by the strength of the sparsity penalty: proportional and integral."""
+"""A proportional-integral controller that moves L0 to its target through the strength of the sparsity penalty."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 FIRST_STRENGTH = 0.1
-"""Strength of a controlled penalty at first: one that is too strong kills latents before they have learned."""
+"""Initial strength of a controlled penalty. A penalty that is too strong kills latents before they have learned."""
 
-_LEAD = 0.3  # the part of the run over which L0 is led from where it starts to its target
+_LEAD = 0.3  # the fraction of the run over which the desired L0 moves from its first value to the target
 _GAIN = 30.0  # an L0 that is e times too large makes the strength e times larger within 1 / _GAIN of the run
-_MEMORY = 0.8  # of the running mean of L0 that the proportional part answers to
+_MEMORY = 0.8  # decay of the running mean of L0, to which the proportional part responds
 
 
 class Control(NamedTuple):
-    """The controller's state, which is part of the training state."""
+    """The state of the controller, a part of the training state."""
 
     strength: Float[Array, ""]
     """The integral part, as a factor on the penalty."""
@@ -24,28 +24,43 @@ class Control(NamedTuple):
     """Running mean of L0 over the last few steps."""
 
 
-def begin(target: float | None) -> Control:
-    """Return the state before the first step. Without a target the strength is 1 throughout."""
+def initial(target: float | None) -> Control:
+    """Return the state before the first step. Without a target the strength is always 1."""
     return Control(jnp.float32(1 if target is None else FIRST_STRENGTH), jnp.float32(0), jnp.float32(0))
 
 
 def strength(
     control: Control, target: float | None, proportional: float, number: Int[Array, ""], num_steps: int
 ) -> Float[Array, ""]:
-    """Return the factor on the penalty in step `number` >= 1: the integral part times exp(`proportional` * error)."""
+    """Return the factor on the penalty in a step: the integral part times exp(`proportional` * error).
+
+    Args:
+      control: the state before the step.
+      target: the target L0, or None.
+      proportional: the gain of the proportional part.
+      number: number of the step, from 1.
+      num_steps: number of steps of the run.
+    """
     if target is None:
         return control.strength
     error = _error(control.l0, control.first_l0, target, number, num_steps)
     return control.strength * jnp.where(number == 1, 1, jnp.exp(proportional * error))
 
 
-def after(
+def update(
     control: Control, target: float | None, l0: Float[Array, ""], number: Int[Array, ""], num_steps: int
 ) -> Control:
-    """Return the state after step `number`, whose batch had this L0.
+    """Return the state after a step.
 
-    L0 falls by itself as an SAE learns, and a controller that asked for the end at once would overshoot and kill
-    latents. So the wanted L0 goes from the first step's down to the target in a straight line of logarithms.
+    L0 falls by itself as an SAE learns, and a controller that aimed at the target at once would overshoot and kill
+    latents. So the desired L0 falls from that of the first step to the target, linearly in its logarithm.
+
+    Args:
+      control: the state before the step.
+      target: the target L0, or None.
+      l0: L0 of the step's batch.
+      number: number of the step, from 1.
+      num_steps: number of steps of the run.
     """
     if target is None:
         return control
@@ -61,7 +76,7 @@ def after(
 def _error(
     l0: Float[Array, ""], first_l0: Float[Array, ""], target: float, number: Int[Array, ""], num_steps: int
 ) -> Float[Array, ""]:
-    """Return log(L0 / wanted L0), clipped to [-1, 1]."""
+    """Return log(L0 / desired L0), clipped to [-1, 1]."""
     lead = jnp.maximum(1 - number / (_LEAD * num_steps), 0)
-    wanted = jnp.log(target) + lead * jnp.log(jnp.maximum(first_l0, target) / target)
-    return jnp.clip(jnp.log(jnp.maximum(l0, 1e-3)) - wanted, -1, 1)
+    desired = jnp.log(target) + lead * jnp.log(jnp.maximum(first_l0, target) / target)
+    return jnp.clip(jnp.log(jnp.maximum(l0, 1e-3)) - desired, -1, 1)

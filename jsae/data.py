@@ -1,8 +1,8 @@
-"""Where activations come from, and the shuffle that stands between them and the training step.
+"""Sources of activations, and the shuffled stream of batches that training reads.
 
-A `Source` fills blocks of activations. `Shuffled` permutes a block on the device, drains it completely in batches and
-has the source work on the next one meanwhile. The state of the stream is then (block, batch, position of the block's
-first token): resuming is exact and costs one block.
+A `Source` fills blocks of activations. `Shuffled` permutes a block on the device and yields all of it in batches while
+the source fills the next one. The state of the stream is (block, batch, position of the block's first token), so
+resuming is exact and costs one block.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from jsae.health import ActivationsError, DegenerateError, Extent, degenerate
 from jsae.settings import require
 
 Block = Array | tuple[Any, ...]
-"""Activations, (rows, d); or a tree of tuples of such, of the same tokens: for every site what its SAE reads."""
+"""Activations, (rows, d), or nested tuples of them for the same tokens: the inputs of each SAE."""
 
 Filling = Generator[float, None, Block]
-"""A block being filled: each `next` does a bounded piece of work and yields the share done; it returns the block."""
+"""A block being filled: each `next` does a bounded amount of work and yields the share done; it returns the block."""
 
 
 @runtime_checkable
@@ -32,38 +32,42 @@ class Source(Protocol):
     d_in: int
 
     def fill(self, rows: int) -> Filling:
-        """Starts the next block, of shape (rows, d_in). A block must be finished before the next one is started."""
+        """Start the next block, (rows, d_in). A block must be finished before the next one is started."""
 
     def position(self) -> dict[str, Any]:
-        """Where the next block starts, as JSON values."""
+        """Return the position at which the next block starts, as JSON values."""
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Goes back to a `position`: what is filled from there on is the same, number by number."""
+        """Return to a `position`: the blocks from there on are exactly the same."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cursor:
-    """The next batch of a stream: its block, its number in the block, and where the block starts in the source."""
+    """The next batch of a stream: its block, its number in the block, and the position of the block in the source."""
 
     block: int
     batch: int
     position: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
+        """Return the fields as plain JSON values."""
         return dataclasses.asdict(self)
 
 
 class Shuffled:
-    """Batches in an order that mixes all tokens of a block: an iterator of (batch_size, d_in) arrays.
+    """An iterator of batches, (batch_size, d_in), in which the tokens of a block are shuffled.
 
     Args:
-      source: what fills the blocks.
-      batch_size: tokens in a batch.
-      batches_per_block: batches in a block; the block is what is held on the device, twice while the next one fills.
-      seed: of the permutations; block b is permuted by the key `fold_in(key(seed), b)`.
-      num_batches: batches after which nothing more is asked of the source; None is no end.
-      cursor: where to go on, from `cursor()` of an earlier stream with the same arguments; None is the source's place.
+      source: fills the blocks.
+      batch_size: tokens per batch.
+      batches_per_block: batches per block. One block is on the device, and a second one while it is filled.
+      seed: random seed of the permutations; block b is permuted with the key `fold_in(key(seed), b)`.
+      num_batches: number of batches, after which the source is not used any more; None: no limit.
+      cursor: position to resume from, returned by `cursor()` of a stream with the same arguments; None: start at the
+        current position of the source.
+
+    Raises:
+      ConfigError: batches_per_block is below 1, or does not fit the cursor.
     """
 
     def __init__(
@@ -95,11 +99,11 @@ class Shuffled:
         self._begin()
 
     def cursor(self) -> Cursor:
-        """The batch that `next` will give."""
+        """Return the position of the next batch."""
         return self._cursor
 
     def peek(self) -> Block:
-        """The whole current block, in the source's order, without moving on."""
+        """Return the whole current block, in the source's order, without advancing."""
         if self._block is None:
             self._advance()
         return self._block
@@ -108,35 +112,35 @@ class Shuffled:
         return self
 
     def __next__(self) -> Block:
-        """The next batch. Before it is cut, the source does its share of work on the block after this one.
+        """Return the next batch, after the source has done a share of the work on the next block.
 
-        That work runs while the device is still busy with what was dispatched since the last call.
+        This work runs while the device is busy with the operations dispatched since the last call.
         """
-        at = self._cursor
-        if self._num_batches is not None and at.block * self._per_block + at.batch >= self._num_batches:
+        cursor = self._cursor
+        if self._num_batches is not None and cursor.block * self._per_block + cursor.batch >= self._num_batches:
             raise StopIteration
         if self._block is None or self._drained:
             self._advance()
         else:
-            self._work(at.batch / self._per_block)
-        batch = _cut(self._block, self._order, jax.device_put(np.int32(at.batch)), self._batch_size)
-        self._drained = at.batch + 1 == self._per_block
+            self._work(cursor.batch / self._per_block)
+        batch = _cut(self._block, self._order, jax.device_put(np.int32(cursor.batch)), self._batch_size)
+        self._drained = cursor.batch + 1 == self._per_block
         self._cursor = (
-            Cursor(at.block + 1, 0, self._next_position)
+            Cursor(cursor.block + 1, 0, self._next_position)
             if self._drained
-            else dataclasses.replace(at, batch=at.batch + 1)
+            else dataclasses.replace(cursor, batch=cursor.batch + 1)
         )
         return batch
 
     def _begin(self) -> None:
-        """Starts filling a block; it starts where the source stands."""
+        """Start to fill a block from the current position of the source."""
         self._next_position = self._source.position()
         self._filling = self._source.fill(self._rows)
         self._share, self._filled = 0.0, None
         self._filling_block = self._cursor.block if self._block is None else self._cursor.block + 1
 
     def _work(self, share: float) -> None:
-        """Works on the block that is being filled until this share of it is done."""
+        """Continue to fill the next block until this share of it is done."""
         try:
             while self._filling is not None and self._share < share:
                 self._share = next(self._filling)
@@ -147,8 +151,8 @@ class Shuffled:
             raise ActivationsError(f"the activations are not finite at step {step}; {error}") from error
 
     def _advance(self) -> None:
-        """Makes the block at the cursor the current one, and starts on the one after it if there will be one."""
-        self._block = self._order = None  # lets go of the drained block first
+        """Finish the block at the cursor, make it the current one, and start the next one if it is needed."""
+        self._block = self._order = None  # frees the previous block first
         self._work(float("inf"))
         number = self._cursor.block
         self._block, self._filled = self._filled, None
@@ -172,9 +176,16 @@ def _cut(block: Block, order: Int[Array, " rows"], batch: Int[Array, ""], batch_
 
 
 def scale_of(acts: Float[Array, "n d"], layers: int = 1) -> Float[Array, "*d"]:
-    """Return the factor that gives activations a mean squared norm of d; of several layers side by side one each, (d,).
+    """Return the factor that scales activations to a mean squared norm of d.
 
-    Squares are of activations divided by a power of two near the largest, so that none leaves float32.
+    Activations are divided by a power of two near the largest before squaring, so that no square leaves float32.
+
+    Args:
+      acts: activations, (n, d).
+      layers: number of layers that are concatenated; each gets its own factor.
+
+    Returns:
+      A scalar for one layer, otherwise (d,).
     """
     n, d = acts.shape
     width = d // layers
@@ -186,13 +197,17 @@ def scale_of(acts: Float[Array, "n d"], layers: int = 1) -> Float[Array, "*d"]:
 
 
 def check(acts: Float[Array, "n d"], where: str = "activations") -> None:
-    """Check that something can be learned from activations. Waits for the device.
+    """Check that an SAE can be trained on activations. Waits for the device.
+
+    Args:
+      acts: activations, (n, d).
+      where: their name in error messages.
 
     Raises:
-      ActivationsError: NaN or infinite numbers among them.
-      DegenerateError: they are all zero, all alike, or of a scale that float32 sums do not hold.
+      ActivationsError: some numbers are NaN or infinite.
+      DegenerateError: all are zero, all rows are equal, or float32 cannot represent sums of their squares.
     """
-    with jax.ensure_compile_time_eval():  # also where a caller is being traced
+    with jax.ensure_compile_time_eval():  # works inside traced functions too
         extent = Extent(*(float(value) for value in jax.device_get(_extent(acts))))  # type: ignore[arg-type]
     problem = degenerate(extent._replace(nonfinite=int(extent.nonfinite)), where)
     if problem is not None:
@@ -211,13 +226,13 @@ def _extent(acts: Float[Array, "n d"]) -> tuple[Array, ...]:
 
 
 def _power_of_two(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Return the largest power of two that is not above x, by which dividing is exact; 1 where float32 has none."""
+    """Return the largest power of two that is at most x, by which division is exact; 1 if float32 has none."""
     power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000, jnp.float32)
     return jnp.where((power > 0) & jnp.isfinite(power), power, 1)
 
 
 def geometric_median(x: Float[Array, "n d"], iterations: int = 100) -> Float[Array, " d"]:
-    """The point with the smallest sum of distances to all rows, by Weiszfeld's iteration from the mean."""
+    """Return the point with the smallest sum of distances to all rows, by Weiszfeld's iteration from the mean."""
 
     def closer(_: Int[Array, ""], point: Float[Array, " d"]) -> Float[Array, " d"]:
         weights = 1 / (jnp.linalg.norm(x - point, axis=1) + 1e-6)

@@ -1,4 +1,4 @@
-"""Dead latents: how long ago a latent last fired, and resampling."""
+"""Dead latents: the time since each latent last fired, and resampling."""
 
 from typing import Any
 
@@ -10,18 +10,24 @@ from jsae import optim
 from jsae.architectures import SAE, Context
 from jsae.ops import Codes, Latents, Ops
 
-_LONGEST = 2**30  # the counter stops here instead of running over
+_LONGEST = 2**30  # the counter saturates here
 
 
 def times_fired(latents: Latents, d_sae: int) -> Int[Array, " f"]:
-    """Return on how many tokens each latent is not zero. A latent that was picked with value 0 did not fire."""
+    """Return the number of tokens on which each latent is not zero. A selected latent with value 0 did not fire."""
     if isinstance(latents, Codes):
         return jnp.zeros(d_sae, jnp.int32).at[latents.indices].add(latents.values != 0)
     return (latents != 0).sum(0, dtype=jnp.int32)
 
 
-def after(since_fired: Int[Array, " f"], fired: Int[Array, " f"], tokens: int) -> Int[Array, " f"]:
-    """Return the tokens since each latent last fired, after `tokens` more of which it fired on `fired`."""
+def update(since_fired: Int[Array, " f"], fired: Int[Array, " f"], tokens: int) -> Int[Array, " f"]:
+    """Return the number of tokens since each latent last fired, after a batch.
+
+    Args:
+      since_fired: the numbers before the batch, (f,).
+      fired: tokens of the batch on which each latent fired, (f,).
+      tokens: tokens in the batch.
+    """
     return jnp.where(fired > 0, 0, jnp.minimum(since_fired + tokens, _LONGEST))
 
 
@@ -34,43 +40,47 @@ def resample(
     key: Key[Array, ""],
     ops: Ops,
 ) -> tuple[SAE, Any]:
-    """Give every dead latent the direction of a badly reconstructed token, and zero its Adam moments.
+    """Set every dead latent to the direction of a badly reconstructed token, and its Adam moments to zero.
 
-    After Bricken et al. 2023 ("Neuron resampling"): tokens are drawn with probability proportional to the square of
-    their loss, without replacement; the decoder row becomes the direction of the token's target from `b_dec`, the
-    encoder row that of the token at 0.2 times the mean norm of the living, arrays of latents start anew.
+    Bricken et al. 2023, "Towards Monosemanticity", section "Neuron resampling": tokens are drawn with probability
+    proportional to the square of their loss, without replacement. The decoder row becomes the direction from `b_dec`
+    to the token's target; the encoder row becomes that of the token, with 0.2 times the mean norm of the alive rows.
+    Other arrays of latents are initialised again.
 
     Args:
       sae: the SAE.
-      moments: any tree whose leaves carry the names of the weights (the optimiser's state).
-      dead: which latents to resample, (f,).
+      moments: a tree whose leaves have the names of the weights (the optimiser's state).
+      dead: mask of the latents to resample, (f,).
       x: scaled activations, (n, d).
-      y: scaled targets, (n, o): x itself unless it is a transcoder.
-      key: for the draw.
+      y: scaled targets, (n, o); equal to x except for a transcoder.
+      key: random key of the draw.
       ops: the implementation.
+
+    Returns:
+      The SAE and the moments.
     """
     latents, _ = sae.activate(x, Context(ops, training=True))
     losses = jnp.square(y - sae.decode(latents, x, ops)).sum(-1)
     order = jnp.argsort(-(2 * jnp.log(losses + 1e-30) + jax.random.gumbel(key, losses.shape)))
     token = order[(jnp.cumsum(dead) - 1) % x.shape[0]]  # the i-th dead latent takes the i-th token drawn
-    alive = jnp.linalg.norm(sae.W_enc[...], axis=1)
-    mean_norm = jnp.where(dead, 0, alive).sum() / jnp.maximum((~dead).sum(), 1)
-    read = x if sae.b_in is None else x - sae.b_in
+    norms = jnp.linalg.norm(sae.W_enc[...], axis=1)
+    mean_norm = jnp.where(dead, 0, norms).sum() / jnp.maximum((~dead).sum(), 1)
+    centred = x if sae.b_in is None else x - sae.b_in
     fresh: dict[str, Any] = {
         "W_dec": _directions(y - sae.b_dec)[token],
-        "W_enc": 0.2 * mean_norm * _directions(read)[token],
+        "W_enc": 0.2 * mean_norm * _directions(centred)[token],
     }
     fresh |= sae.initial_latents(sae.config)
 
-    def renew(path: tuple[Any, ...], leaf: Array) -> Array:
+    def replace(path: tuple[Any, ...], leaf: Array) -> Array:
         name = next((n for n in optim.names_of(path) if n in fresh), None)
         return leaf if name is None else jnp.where(_column(dead, leaf), fresh[name], leaf)
 
-    def forget(path: tuple[Any, ...], leaf: Array) -> Array:
-        is_of_latents = any(n in fresh for n in optim.names_of(path))
-        return jnp.where(_column(dead, leaf), 0, leaf) if is_of_latents else leaf
+    def zero(path: tuple[Any, ...], leaf: Array) -> Array:
+        has_latent_axis = any(n in fresh for n in optim.names_of(path))
+        return jnp.where(_column(dead, leaf), 0, leaf) if has_latent_axis else leaf
 
-    return jax.tree_util.tree_map_with_path(renew, sae), jax.tree_util.tree_map_with_path(forget, moments)
+    return jax.tree_util.tree_map_with_path(replace, sae), jax.tree_util.tree_map_with_path(zero, moments)
 
 
 def _column(dead: Bool[Array, " f"], like: Array) -> Array:

@@ -1,9 +1,9 @@
-"""Atomic files and folders, checked appends, and locks of folders.
+"""Atomic writing of files and folders, checked appends, and locks of folders.
 
-A process may be killed, or the disk may fill, between any two of these operations. What stands under a final name is
-complete; what is being written stands under a name that ends in `.partial`, which readers skip (`is_remains`) and the
-next writer removes. One process writes to a folder at a time: commands hold its `Lock`. POSIX only; standard library
-only.
+A process may be killed, or the disk may fill, between any two of these operations. Files and folders with a final name
+are always complete. Partial ones have names that end in `.partial`; readers skip them (`is_remains`) and the next
+writer removes them. Only one process may write to a folder at a time: commands hold its `Lock`. POSIX only, standard
+library only.
 """
 
 import contextlib
@@ -42,9 +42,9 @@ __all__ = [
 PARTIAL = ".partial"
 """Suffix of a file or folder that is being written."""
 OUTDATED = ".outdated"
-"""Suffix of a folder that is being replaced, where the file system cannot swap two folders."""
+"""Suffix of a folder that is being replaced, on file systems that cannot swap two folders."""
 
-_SUFFIXES = (PARTIAL, OUTDATED, ".unfinished")  # the last of earlier versions
+_SUFFIXES = (PARTIAL, OUTDATED, ".unfinished")  # the last one was used by earlier versions
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _SYSTEM = (*_WRITING, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ESTALE)
@@ -55,14 +55,14 @@ _MANY = 64  # files above which one sync of the file system is cheaper than one 
 
 
 def write(path: Path, data: bytes | str) -> None:
-    """Write a file: after a crash at any moment it holds either its former content or all of `data`.
+    """Write a file atomically: after a crash at any moment it contains its previous content or all of `data`.
 
     Args:
       path: the file; its folder must exist.
-      data: bytes, or text that is encoded in UTF-8.
+      data: bytes, or text, which is encoded in UTF-8.
 
     Raises:
-      OSError: the file cannot be written, for example because the disk is full. Its former content stays.
+      OSError: the file cannot be written, for example because the disk is full. Its previous content remains.
     """
     with replacing(path) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -70,14 +70,14 @@ def write(path: Path, data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write a file or a folder at; at the end it takes the place of `path`.
+    """Yield a temporary path for a new file or folder, which replaces `path` at the end.
 
-    Whoever uses it makes the file, or the folder with everything in it. After an exception, what was written is removed
-    and `path` is as it was.
+    The caller creates the file, or the folder with its contents. After an exception it is removed, and `path` is
+    unchanged.
 
     Raises:
-      OSError: it cannot be written or put in its place, for example because the disk is full; names the path. Errors
-        of libraries that hide such an OSError (safetensors, torch, numpy) are raised as one.
+      OSError: the file cannot be written or renamed, for example because the disk is full; names the path. Errors of
+        libraries that hide such an OSError (safetensors, torch, numpy) are raised as one.
     """
     partial = path.with_name(path.name + PARTIAL)
     recover(path)
@@ -99,15 +99,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path, keep: Callable[[Path], bool] = lambda inner: False) -> Iterator[Path]:
-    """Yield a new, empty folder to write into; at the end it takes the place of `path`. Parents are made.
+    """Yield a new, empty folder, which replaces `path` at the end. Parent folders are created.
 
     Args:
       path: the folder.
-      keep: takes the path of a file relative to the former folder; files for which it is true stay, unless the new
-        folder has one of that name.
+      keep: a function of a file's path relative to the old folder; files for which it returns True are kept, unless the
+        new folder has one of the same name.
 
     Raises:
-      OSError: as `replacing`.
+      OSError: see `replacing`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
@@ -121,7 +121,7 @@ def replacing_folder(path: Path, keep: Callable[[Path], bool] = lambda inner: Fa
 
 
 def recover(path: Path) -> None:
-    """Clear up after a process that was killed while it wrote `path`: remove remains, restore a folder moved away."""
+    """Clean up after a process that was killed while it wrote `path`: remove partial files, restore a moved folder."""
     outdated = path.with_name(path.name + OUTDATED)
     if outdated.is_dir() and not path.exists():
         outdated.replace(path)
@@ -130,9 +130,9 @@ def recover(path: Path) -> None:
 
 
 def clear(folder: Path, *patterns: str) -> None:
-    """Clear up after killed processes that wrote files or folders with names like these directly in a folder.
+    """Clean up after killed processes that wrote files or folders with matching names directly in a folder.
 
-    Others' files stay, whatever their suffix is. Nobody else may be writing there.
+    Files with other names are not touched. No other process may be writing there.
     """
     for pattern, suffix in itertools.product(patterns, _SUFFIXES):
         for path in sorted(folder.glob(pattern + suffix)):
@@ -140,35 +140,35 @@ def clear(folder: Path, *patterns: str) -> None:
 
 
 def is_remains(path: Path) -> bool:
-    """Return whether the name is that of something unfinished: a file or folder that the next writer removes."""
+    """Return whether a path has the name of a partial file or folder, which the next writer removes."""
     return path.name.endswith(_SUFFIXES)
 
 
 def is_system_error(error: BaseException) -> bool:
-    """Return whether an error is the system's (too many open files, no permission, a failing or full disk).
+    """Return whether the system caused an error (too many open files, no permission, a failing or full disk).
 
-    Whoever reads a file must not take such an error for one of the file's content.
+    Readers of files must not report such an error as a damaged file.
     """
     return isinstance(error, OSError) and error.errno in _SYSTEM
 
 
 def _write_error(error: Exception, path: Path) -> OSError | None:
-    """Return the OSError behind a failed write, with its path; None where the error is another or names a path."""
+    """Return the OSError that caused a failed write, with the path; None if there is none or it already has a path."""
     link: BaseException | None = error
     while link is not None:  # torch.save raises a RuntimeError while it handles the OSError
         if isinstance(link, OSError) and link.errno in _WRITING:
             return None if link is error and link.filename else OSError(link.errno, os.strerror(link.errno), str(path))
         link = link.__cause__ or link.__context__
-    found = re.search(r"\(os error (\d+)\)", str(error))  # libraries in Rust
-    if found and int(found[1]) in _SYSTEM:
-        return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
+    match = re.search(r"\(os error (\d+)\)", str(error))  # libraries written in Rust
+    if match and int(match[1]) in _SYSTEM:
+        return OSError(int(match[1]), os.strerror(int(match[1])), str(path))
     if type(error) is OSError and re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # numpy's tofile
         return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({error})", str(path))
     return None
 
 
 def _swap(new: Path, old: Path) -> None:
-    """Put one folder in the place of another. On Linux in one operation; elsewhere `recover` mends a crash between."""
+    """Replace a folder by another: atomically on Linux; elsewhere `recover` repairs the result of a crash."""
     if not _exchange(new, old):
         outdated = old.with_name(old.name + OUTDATED)
         old.replace(outdated)
@@ -181,13 +181,13 @@ def _swap(new: Path, old: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two paths in one operation; False where the system or the file system has no such operation."""
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return _libc("renameat2", b, here, os.fsencode(a), here, os.fsencode(b), swap)
+    """Exchange two paths atomically; return False if the system or the file system does not support it."""
+    at_fdcwd, rename_exchange = -100, 2
+    return _libc("renameat2", b, at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange)
 
 
 def _libc(name: str, path: Path, *arguments: int | bytes) -> bool:
-    """Call a function of Linux's C library; False where there is none. Raises OSError where it fails."""
+    """Call a function of Linux's C library; return False if it does not exist. Raises OSError if it fails."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -203,7 +203,7 @@ def _libc(name: str, path: Path, *arguments: int | bytes) -> bool:
 
 
 def _link(file: Path, new: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no hard links."""
+    """Create a hard link to a file, or copy it if the file system has no hard links."""
     try:
         os.link(file, new, follow_symlinks=False)
     except OSError:
@@ -218,16 +218,16 @@ def _remove(path: Path) -> None:
 
 
 def _sync_tree(path: Path) -> None:
-    """Have the disk hold a file, or a folder and all files in it."""
-    inner = [file for file in path.rglob("*") if not file.is_symlink()] if path.is_dir() else []
-    if len(inner) > _MANY and _sync_file_system(path):
+    """Flush a file, or a folder and all files in it, to disk."""
+    contents = [file for file in path.rglob("*") if not file.is_symlink()] if path.is_dir() else []
+    if len(contents) > _MANY and _sync_file_system(path):
         return
-    for file in (*inner, path):
+    for file in (*contents, path):
         _sync(file)
 
 
 def _sync_file_system(path: Path) -> bool:
-    """Have the disk hold everything of the file system that a path lies in; False where that is not possible."""
+    """Flush the file system that contains a path to disk; return False if that is not supported."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return _libc("syncfs", path, descriptor)
@@ -240,7 +240,8 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():  # some cannot sync folders
+        # Some file systems cannot flush folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     finally:
         os.close(descriptor)
@@ -250,45 +251,45 @@ def _sync(path: Path) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Append bytes to a file, all of them or none; the file is made if it does not exist.
+    """Append bytes to a file, all of them or none; the file is created if missing.
 
     Raises:
-      OSError: they cannot be written, for example because the disk is full. The file is as it was before.
+      OSError: the bytes cannot be written, for example because the disk is full. The file is unchanged.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
-        with _turn(descriptor):
+        with _locked(descriptor):
             _append(descriptor, path, os.fstat(descriptor).st_size, data, sync=False)
     finally:
         os.close(descriptor)
 
 
 class Lines:
-    """A file of lines to append to. A context manager.
+    """A file to which lines are appended. A context manager.
 
-    Every line of the file is whole: an unfinished line at its end, left by a process that was killed, is dealt with
-    before anything is added. Several processes may append to one file by turns.
+    Every line of the file is complete: a partial line at its end, left by a process that was killed, is handled before
+    a line is appended. Several processes may append to the same file.
 
     Args:
-      path: the file; made if it does not exist. Its folder must exist.
-      exclusive: hold the file until `close`; a second writer is refused.
-      sync: wait until the disk holds every line.
-      torn: cut off an unfinished line, or keep it as a line of its own, for a file that people edit too.
+      path: the file, created if missing. Its folder must exist.
+      exclusive: lock the file until `close`, so that a second writer is refused.
+      sync: flush every line to disk.
+      torn: what to do with a partial last line: "cut" removes it, "keep" ends it, for files that people edit too.
 
     Raises:
-      BlockingIOError: `exclusive`, and another process holds the file.
+      BlockingIOError: `exclusive` is set, and another process has locked the file.
       OSError: the file cannot be opened.
     """
 
     def __init__(self, path: Path, *, exclusive: bool = False, sync: bool = True, torn: Literal["cut", "keep"] = "cut"):
-        self._path, self._exclusive, self._wait, self._torn = path, exclusive, sync, torn
+        self._path, self._exclusive, self._flush, self._torn = path, exclusive, sync, torn
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
             if exclusive:
                 flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if torn == "cut":
-                with self._hold():
-                    _end_at_whole_line(self._descriptor)
+                with self._lock():
+                    _cut_partial_line(self._descriptor)
         except BaseException:
             self.close()
             raise
@@ -302,57 +303,57 @@ class Lines:
         self.close()
 
     def append(self, line: str) -> None:
-        """Append a line, whole or not at all.
+        """Append a line completely or not at all.
 
         Raises:
-          ValueError: the text has a line break.
-          OSError: it could not be written, for example because the disk is full. The file is as it was before.
+          ValueError: the text contains a line break.
+          OSError: the line cannot be written, for example because the disk is full. The file is unchanged.
         """
         if "\n" in line:
-            raise ValueError(f"a line must not have a line break: {line[:60]!r}")
+            raise ValueError(f"a line must not contain a line break, got {line[:60]!r}")
         data = (line + "\n").encode()
-        with self._hold():
+        with self._lock():
             if self._torn == "cut":
-                end = _end_at_whole_line(self._descriptor)
+                end = _cut_partial_line(self._descriptor)
             else:
                 end = os.fstat(self._descriptor).st_size
                 data = data if _ends_with_line_break(self._descriptor, end) else b"\n" + data
-            _append(self._descriptor, self._path, end, data, sync=self._wait)
+            _append(self._descriptor, self._path, end, data, sync=self._flush)
 
     def close(self) -> None:
-        """Close the file and let go of it. May be called twice."""
+        """Close and unlock the file. May be called twice."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _hold(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._exclusive else _turn(self._descriptor)
+    def _lock(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._exclusive else _locked(self._descriptor)
 
 
 def _append(descriptor: int, path: Path, end: int, data: bytes, sync: bool) -> None:
-    """Write at the end of a file that is `end` bytes long; cut off what was written when that fails."""
-    rest = memoryview(data)
+    """Write at the end of a file of `end` bytes; if that fails, restore its length."""
+    remaining = memoryview(data)
     try:
-        while rest:  # a short write is followed by another, which says what is wrong
-            rest = rest[os.write(descriptor, rest) :]
+        while remaining:  # after a short write, the next one raises the error
+            remaining = remaining[os.write(descriptor, remaining) :]
         if sync:
             os.fsync(descriptor)
     except OSError as error:
         os.ftruncate(descriptor, end)
-        raise OSError(error.errno, f"{os.strerror(error.errno)}: nothing was added", str(path)) from error
+        raise OSError(error.errno, f"{os.strerror(error.errno)}: nothing was appended", str(path)) from error
 
 
-def _end_at_whole_line(descriptor: int) -> int:
-    """Cut off an unfinished line at the end of a file; return its length."""
+def _cut_partial_line(descriptor: int) -> int:
+    """Remove a partial line at the end of a file; return the length of the file."""
     end = os.fstat(descriptor).st_size
     start = end
     while start:
-        step = min(start, 2**16)
-        block = os.pread(descriptor, step, start - step)
-        if (found := block.rfind(b"\n")) >= 0:
-            start += found + 1 - step
+        size = min(start, 2**16)
+        block = os.pread(descriptor, size, start - size)
+        if (index := block.rfind(b"\n")) >= 0:
+            start += index + 1 - size
             break
-        start -= step
+        start -= size
     if start < end:
         os.ftruncate(descriptor, start)
     return start
@@ -363,8 +364,8 @@ def _ends_with_line_break(descriptor: int, size: int) -> bool:
 
 
 @contextlib.contextmanager
-def _turn(descriptor: int) -> Iterator[None]:
-    """Hold a file among several writers that append to it."""
+def _locked(descriptor: int) -> Iterator[None]:
+    """Lock a file against other processes that append to it."""
     flock(descriptor, fcntl.LOCK_EX)
     try:
         yield

@@ -1,93 +1,93 @@
-"""Numbers that no SAE can learn from or that say a run is lost: what they are and what to do. No jax, no torch."""
+"""Checks of activations, SAEs and training: degenerate data, useless SAEs, divergence. No jax, no torch."""
 
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 SMALLEST, LARGEST = 1e-12, 1e12
-"""Root mean squares of activations that training takes. Beyond them sums of squares leave float32."""
+"""Range of the root mean square of activations. Beyond it, sums of squares leave float32."""
 LEAST_VARIANCE = 1e-6
-"""Of activations, as a share of their mean square. Below it float32 cannot tell their variance from rounding."""
+"""Smallest variance of activations, as a share of their mean square. Smaller ones drown in float32 rounding errors."""
 DIVERGED = 100.0
-"""A windowed FVU above this is no training: an SAE starts at 1 at most, and no penalty leads it far above."""
+"""FVU of a window above which training diverges: an SAE starts at 1 at most, and no penalty raises it far above."""
 DIVERGED_STEPS = 100
-"""Steps on end with such an FVU after which a run has diverged."""
+"""Consecutive steps with such an FVU after which a run has diverged."""
 
 
 class NotFiniteError(FloatingPointError):
-    """Activations or a loss that are NaN or infinite."""
+    """Activations or a loss are NaN or infinite."""
 
 
 class ActivationsError(NotFiniteError):
-    """Activations that are NaN or infinite, whatever the SAE: another learning rate does not help."""
+    """Activations are NaN or infinite. The cause is not the SAE, so another learning rate does not help."""
 
 
 class DegenerateError(ValueError):
-    """Activations that nothing can be learned from."""
+    """Activations from which no SAE can learn, such as constant ones."""
 
 
 class DivergedError(FloatingPointError):
-    """Training that got worse than any start and stayed there."""
+    """Training has become far worse than at its start and has not recovered."""
 
 
 class Extent(NamedTuple):
-    """What is seen of activations at a glance."""
+    """Summary statistics of activations."""
 
     largest: float
-    """The largest magnitude of a number."""
+    """Largest magnitude."""
     rms: float
-    """Root mean square of the numbers."""
+    """Root mean square."""
     variance: float
-    """Mean squared distance from the mean activation, as a share of the mean square."""
+    """Variance, as a share of the mean square."""
     nonfinite: int
-    """Numbers that are NaN or infinite."""
+    """Count of NaN and infinite numbers."""
 
 
 def degenerate(extent: Extent, where: str) -> str | None:
-    """Return why nothing can be learned from activations, and what to do; None where something can.
+    """Return why no SAE can learn from activations, and what to do about it; None if one can.
 
     Args:
-      extent: of the activations.
-      where: names them, for example "activations at blocks.2.hook_resid_post".
+      extent: statistics of the activations.
+      where: the name of the activations, such as "activations at blocks.2.hook_resid_post".
     """
     if extent.nonfinite:
-        return f"{extent.nonfinite} numbers of the {where} are not finite: the model's weights or its arithmetic fail"
+        return f"{extent.nonfinite} numbers of the {where} are not finite: check the model's weights and dtype"
     if not extent.largest > 0:
-        return f"the {where} are all zero, or too small for float32: the model writes nothing there; read another hook"
+        return f"the {where} are all zero, or too small for float32: choose another hook"
     if not SMALLEST <= extent.rms <= LARGEST:
         return (
-            f"the {where} have a root mean square of {extent.rms:.3g}, and float32 sums of squares hold {SMALLEST:g} "
-            f"to {LARGEST:g}: look at the model's weights, or rescale what it writes there"
+            f"the {where} have a root mean square of {extent.rms:.3g}; float32 sums of squares allow {SMALLEST:g} "
+            f"to {LARGEST:g}: check the model's weights, or rescale the activations"
         )
     if not extent.variance >= LEAST_VARIANCE:
         return (
-            f"the {where} are the same for every token (their variance is {extent.variance:.1e} of their mean square): "
-            "there is nothing to learn. Is the text one token over and over? Else read another hook"
+            f"the {where} are the same for every token (their variance is {extent.variance:.1e} of their mean square), "
+            "so there is nothing to learn: check that the text is not a single repeated token, or choose another hook"
         )
     return None
 
 
 def unusable(summary: Mapping[str, float]) -> str | None:
-    """Return what is wrong with an SAE of these metrics (`jsae.metrics.summarize`); None if it is of use.
+    """Return why an SAE with these metrics (`jsae.metrics.summarize`) is useless; None if it is not.
 
-    An SAE with a fraction of variance unexplained of 1 or more reconstructs no better than the mean activation does.
+    An SAE with a fraction of variance unexplained (FVU) of 1 or more reconstructs no better than the mean activation.
     """
-    odd = [name for name in ("fvu", "mse", "l0", "cosine") if not math.isfinite(summary[name])]
-    if odd:
-        return f"not finite: {', '.join(odd)}"
+    nonfinite = [name for name in ("fvu", "mse", "l0", "cosine") if not math.isfinite(summary[name])]
+    if nonfinite:
+        return f"not finite: {', '.join(nonfinite)}"
     if summary["fvu"] >= 1:
         return f"FVU {summary['fvu']:.3g}, no better than predicting the mean"
     return None
 
 
 class Watch:
-    """Notices runs that diverge: their measure is above a limit, or NaN, in every window of many steps on end.
+    """A detector of divergence: a run diverges if a metric is above a limit, or NaN, for `DIVERGED_STEPS` steps.
 
     Args:
-      count: runs that are stepped together. As long as one of them is well, all go on.
-      limit: above it no training is; the default is of an SAE's FVU.
-      measure: what is watched, with a word on what is usual.
-      advice: what helps.
+      count: number of runs that are trained together. Training continues as long as one of them has not diverged.
+      limit: the limit of the metric; the default is for the FVU of an SAE.
+      measure: name of the metric for messages, with a typical value.
+      advice: the remedy for messages.
     """
 
     def __init__(
@@ -102,18 +102,24 @@ class Watch:
         self._diverged: set[str] = set()
 
     @property
-    def suspects_all(self) -> bool:
-        """Whether the last window of every run was as bad: what is saved now may be lost already."""
+    def all_suspect(self) -> bool:
+        """Whether every run was above the limit in its last window, so that a checkpoint may be useless."""
         return len(self._since) == self._count
 
-    def see(self, name: str, first: int, last: int, value: float) -> str | None:
-        """Take the measure of the steps `first` to `last` of one run, whose name is empty if it is the only one.
+    def observe(self, name: str, first: int, last: int, value: float) -> str | None:
+        """Record the metric of one run over a window of steps.
+
+        Args:
+          name: the run; empty if it is the only one.
+          first: first step of the window.
+          last: last step of the window.
+          value: the metric.
 
         Returns:
-          what to tell of the run if it has just diverged, but others are well; else None.
+          A message if the run has just diverged and others have not, otherwise None.
 
         Raises:
-          DivergedError: all runs were above the limit for `DIVERGED_STEPS` steps on end; says since when.
+          DivergedError: all runs have been above the limit for `DIVERGED_STEPS` consecutive steps.
         """
         if value <= self._limit:
             self._since.pop(name, None)
@@ -123,11 +129,11 @@ class Watch:
         if name in self._diverged or last - since + 1 < DIVERGED_STEPS:
             return None
         self._diverged.add(name)
-        whose = f" of {name}" if name else ""
-        told = (
-            f"the training{whose} has diverged: from step {since} to {last} the {self._measure} is above "
-            f"{self._limit:.3g}, {value:.3g} now: {self._advice}"
+        subject = f" of {name}" if name else ""
+        message = (
+            f"the training{subject} has diverged: from step {since} to {last} the {self._measure} is above "
+            f"{self._limit:.3g}, now {value:.3g}: {self._advice}"
         )
         if len(self._diverged) == self._count:
-            raise DivergedError(told)
-        return told
+            raise DivergedError(message)
+        return message

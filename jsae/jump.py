@@ -1,4 +1,4 @@
-"""The jump: ReLU and step with a learned threshold, and gradients through a window around it."""
+"""JumpReLU and the step function with a learned threshold, whose gradients use a window around the threshold."""
 
 import functools
 
@@ -16,11 +16,17 @@ def _window(pre: Float[Array, "n f"], threshold: Float[Array, " f"], width: floa
 def jump_relu(
     pre: Float[Array, "n f"], threshold: Float[Array, " f"], width: float, to_input: bool
 ) -> Float[Array, "n f"]:
-    """Return every pre-activation that exceeds its threshold, unchanged, and 0 in the place of the others.
+    """Return the pre-activations that exceed their thresholds, and 0 for all others.
 
     Rajamanoharan et al. 2024, "Jumping ahead" (arXiv 2407.14435), equations 11 and 12: the gradient of the threshold
-    is -threshold / width within the window. With `to_input` the pre-activation gets the opposite of it besides its own,
-    as in Anthropic's update of January 2025.
+    is -threshold / width within the window.
+
+    Args:
+      pre: pre-activations, (n, f).
+      threshold: thresholds, (f,).
+      width: width of the window.
+      to_input: whether the pre-activation also gets the gradient threshold / width within the window, as in
+        Anthropic's circuits update of January 2025.
     """
     return jnp.where(pre > threshold, pre, 0)
 
@@ -41,9 +47,9 @@ jump_relu.defvjp(_jump_forward, _jump_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def step(pre: Float[Array, "n f"], threshold: Float[Array, " f"], width: float) -> Float[Array, "n f"]:
-    """Return 1 where pre exceeds its threshold, else 0.
+    """Return 1 where a pre-activation exceeds its threshold, else 0.
 
-    The gradient of the threshold is -1 / width within the window (equation 12).
+    The gradient of the threshold is -1 / width within the window (arXiv 2407.14435, equation 12), that of `pre` zero.
     """
     return (pre > threshold).astype(pre.dtype)
 

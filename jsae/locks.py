@@ -1,4 +1,4 @@
-"""Locks: one process writes to a folder at a time. POSIX only; standard library only."""
+"""Locks of folders, so that only one process writes to a folder at a time. POSIX only, standard library only."""
 
 import contextlib
 import errno
@@ -23,24 +23,24 @@ _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 class LockedError(OSError):
-    """A folder that another process writes to."""
+    """Another process is writing to the folder."""
 
 
 class Lock:
-    """The right to write to a folder. A context manager; within one process it may be taken again.
+    """An exclusive lock on a folder. A context manager, re-entrant within one process.
 
-    The operating system holds the lock for the process, so that it ends with the process, however that ends. The lock
-    file is removed with the lock; one that a killed process left means nothing.
+    The operating system releases the lock when the process ends, for whatever reason. The lock file is then removed;
+    a lock file left by a killed process has no effect.
 
     Args:
-      folder: made if it does not exist, and removed again if it is empty at the end.
+      folder: created if missing, and then removed at the end if it is empty.
 
     Raises:
-      LockedError: another process holds it; names the process.
-      OSError: the folder cannot be made or written to.
+      LockedError: another process has the lock; names the process.
+      OSError: the folder cannot be created or written to.
     """
 
-    _held: dict[Path, tuple[int, int]] = {}  # noqa: RUF012 - one for the process
+    _held: dict[Path, tuple[int, int]] = {}  # noqa: RUF012 - (descriptor, count) by folder, shared by the process
     _guard = threading.Lock()
 
     def __init__(self, folder: Path):
@@ -48,7 +48,7 @@ class Lock:
 
     def __enter__(self) -> "Lock":
         with self._guard:
-            self._made = not self._folder.exists()
+            self._created = not self._folder.exists()
             self._key = self._folder.resolve()
             descriptor, count = self._held.get(self._key, (-1, 0))
             self._held[self._key] = (_lock(self._folder) if count == 0 else descriptor, count + 1)
@@ -62,28 +62,28 @@ class Lock:
             if count > 1:
                 self._held[self._key] = (descriptor, count - 1)
                 return
-            with contextlib.suppress(OSError):  # a folder that was moved or removed meanwhile
+            with contextlib.suppress(OSError):  # the folder may have been moved or removed
                 (self._key / LOCK).unlink()
-                if self._made:
-                    self._key.rmdir()  # fails where it is not empty
+                if self._created:
+                    self._key.rmdir()  # fails if it is not empty
             os.close(descriptor)
 
 
 def _lock(folder: Path) -> int:
-    """Lock a folder and note who holds it; return the descriptor that keeps the lock."""
+    """Lock a folder, write this process's name into the lock file, and return the descriptor that keeps the lock."""
     for attempt in itertools.count():
         folder.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:  # its holder removed the folder, empty as it was
+        except FileNotFoundError:  # its holder has removed the empty folder
             if attempt == 10:
                 raise
             continue
         try:
             if not flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                told = f"{folder} is on a file system without locks: a second process that writes there is not noticed"
-                warnings.warn(told, stacklevel=4)
-            if os.fstat(descriptor).st_nlink:  # else its holder removed it after it was opened here
+                message = f"{folder} is on a file system without locks, so a second writing process is not detected"
+                warnings.warn(message, stacklevel=4)
+            if os.fstat(descriptor).st_nlink:  # otherwise its holder removed the file after it was opened here
                 note = {"pid": os.getpid(), "host": socket.gethostname(), "program": Path(sys.argv[0]).name}
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, (json.dumps(note) + "\n").encode(), 0)
@@ -92,7 +92,7 @@ def _lock(folder: Path) -> int:
         except BlockingIOError:
             holder = _holder(descriptor)
             os.close(descriptor)
-            raise LockedError(f"{folder} is in use by {holder}: wait until it has ended, or stop it") from None
+            raise LockedError(f"{folder} is in use by {holder}: wait until it ends, or stop it") from None
         except OSError as error:
             os.close(descriptor)
             raise OSError(error.errno, os.strerror(error.errno), str(folder / LOCK)) from error
@@ -100,7 +100,7 @@ def _lock(folder: Path) -> int:
 
 
 def _holder(descriptor: int) -> str:
-    """Return who holds a lock. A note that is not there yet, or of a process that has ended, is read again."""
+    """Return a description of the process that holds a lock; wait if the lock file is empty or outdated."""
     for _ in range(20):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             note = jsons.loads(os.pread(descriptor, 4096, 0))
@@ -115,7 +115,7 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except OSError:  # it belongs to another user
         return True
     return True
 
@@ -124,7 +124,7 @@ def flock(descriptor: int, operation: int) -> bool:
     """Lock or unlock a file (`fcntl.flock`); return False on a file system without locks.
 
     Raises:
-      BlockingIOError: another process holds it, and the operation has LOCK_NB.
+      BlockingIOError: another process has the lock, and the operation has LOCK_NB.
     """
     try:
         fcntl.flock(descriptor, operation)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float
 
 
 def squared_error(x: Float[Array, "n d"], x_hat: Float[Array, "n d"]) -> Float[Array, ""]:
-    """Return mean_n |x - x_hat|^2: summed over d, averaged over tokens, as everywhere in the field."""
+    """Return mean_n |x - x_hat|^2: summed over d, averaged over tokens."""
     return mean_square(x_hat - x)
 
 
@@ -16,19 +16,24 @@ def mean_square(error: Float[Array, "n d"]) -> Float[Array, ""]:
 
 
 def l1(latents: Float[Array, "n f"], W_dec: Float[Array, "f o"]) -> Float[Array, ""]:
-    """Return mean_n sum_i latents_i |W_dec,i|, for latents that are not negative."""
+    """Return mean_n sum_i latents_i |W_dec,i|, for non-negative latents."""
     return (latents @ jnp.linalg.norm(W_dec, axis=1)).mean()
 
 
 def auxk(
     residual: Float[Array, "n o"], e_hat: Float[Array, "n o"], dead: Bool[Array, " f"], k: int
 ) -> Float[Array, ""]:
-    """Return AuxK, |e - e_hat|^2 / |e - mean(e)|^2 with e the detached residual; 0 where no latent is dead.
+    """Return AuxK, |e - e_hat|^2 / |e - mean(e)|^2 with e the detached residual; 0 if no latent is dead.
 
-    Gao et al. 2024 (arXiv 2406.04093), section A.2: e_hat is the decoding of the k largest dead latents
-    (`jsae.ops.Ops.decode_dead`), without the bias. Pre-activations count as they are, negative ones too, or a latent
-    far below zero would never come back. Weighted by min(dead / k, 1), so that a few dead latents are not asked to
-    explain everything.
+    Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), section A.2. Negative
+    pre-activations are used too, because otherwise a latent far below zero would never recover. The loss is weighted by
+    min(dead / k, 1), so that a few dead latents do not have to explain the whole residual.
+
+    Args:
+      residual: the error of the reconstruction, e = y - y_hat, (n, o).
+      e_hat: the decoding of the k largest dead latents without the bias (`jsae.ops.Ops.decode_dead`), (n, o).
+      dead: mask of the dead latents, (f,).
+      k: number of dead latents per token.
     """
     e = lax.stop_gradient(residual)
     variance = jnp.square(e - e.mean(0)).sum(-1).mean()
@@ -37,9 +42,14 @@ def auxk(
 
 
 def nested(y: Float[Array, "n o"], levels: Float[Array, "l n o"], b_dec: Float[Array, " o"]) -> Float[Array, ""]:
-    """Return sum_w mean_n |y - (f[:w] W_dec[:w] + b_dec)|^2 over the inner widths w, all but d_sae.
+    """Return sum_w mean_n |y - (f[:w] W_dec[:w] + b_dec)|^2 over the inner widths w (all but d_sae).
 
     Bussmann et al. 2025, "Learning multi-level features with Matryoshka sparse autoencoders" (arXiv 2503.17547),
-    equation 3. `levels` are the decodings f[:w] W_dec[:w] (`jsae.ops.Ops.decode_levels`).
+    equation 3.
+
+    Args:
+      y: targets, (n, o).
+      levels: the decodings f[:w] W_dec[:w] (`jsae.ops.Ops.decode_levels`), (l, n, o).
+      b_dec: the decoder bias, (o,).
     """
     return jnp.square(y - b_dec - levels).sum(-1).mean(1).sum()

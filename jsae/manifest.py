@@ -1,4 +1,4 @@
-"""A list of the files of a folder with their sizes and digests, kept in the folder: damage is named by its file."""
+"""A list of a folder's files with their sizes and digests, kept in the folder, to find the file that is damaged."""
 
 import errno
 import hashlib
@@ -13,19 +13,19 @@ NAME = "manifest.json"
 """Name of the list in its folder."""
 
 _LARGEST = 64 * 2**20
-"""Bytes of a JSON file that is read at all."""
+"""Largest JSON file that is read, in bytes."""
 
 
 class DamagedError(OSError):
-    """A file that is missing, unreadable or not as it was written; the message names it."""
+    """A file is missing, unreadable or has changed since it was written; the message names it."""
 
 
 def write(folder: Path, late: frozenset[str] = frozenset()) -> None:
-    """Write the list of all files that are in the folder now. An earlier list is replaced.
+    """Write the list of all files in a folder. An earlier list is replaced.
 
     Args:
       folder: the folder.
-      late: names of files that are left out, because they will change once more.
+      late: names of files to leave out, because they will change again.
 
     Raises:
       OSError: a file cannot be read, or the list cannot be written.
@@ -34,10 +34,10 @@ def write(folder: Path, late: frozenset[str] = frozenset()) -> None:
 
 
 def complete(folder: Path) -> None:
-    """Add files that have come into the folder since `write`; the others are not read again.
+    """Add files that were created after `write`; the others are not read again.
 
     Raises:
-      DamagedError: the list is not one that `write` made.
+      DamagedError: the list is damaged.
       OSError: a file cannot be read, or the list cannot be written.
     """
     entries = _load(folder)
@@ -47,17 +47,17 @@ def complete(folder: Path) -> None:
 
 
 def check(folder: Path, late: frozenset[str] = frozenset()) -> bool:
-    """Compare the files of a folder with its list; return whether there is one.
+    """Compare the files of a folder with its list; return whether there is a list.
 
-    Every file is opened even where no list exists, so that one that must not be read is found at once.
+    Every file is opened even without a list, so that missing permissions are found at once.
 
     Args:
       folder: the folder.
-      late: names of files that may be there without being listed.
+      late: names of files that may exist without being listed.
 
     Raises:
-      DamagedError: a file is missing, additional, of another size or of other content, or the list itself is damaged.
-      OSError: a file must not be read (permissions), or too many are open.
+      DamagedError: a file is missing, unlisted, or has another size or content, or the list itself is damaged.
+      OSError: a file cannot be opened (permissions, too many open files).
     """
     names = _names(folder)
     listed = (folder / NAME).is_file()
@@ -65,7 +65,7 @@ def check(folder: Path, late: frozenset[str] = frozenset()) -> bool:
     for name in sorted(set(entries) - names):
         raise DamagedError(f"{folder / name} is missing")
     for name in sorted(names - set(entries) - late):
-        raise DamagedError(f"{folder / name} is a file that was not written with the others")
+        raise DamagedError(f"{folder / name} is not in the list of files")
     for name, entry in sorted(entries.items()):
         _check(folder / name, entry)
     return listed
@@ -79,9 +79,9 @@ def _check(path: Path, entry: dict[str, Any] | None) -> None:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if entry is not None and size != entry["size"]:
-                raise DamagedError(f"{path} has {size:,} bytes, and {entry['size']:,} were written")
+                raise DamagedError(f"{path} has {size:,} bytes, but {entry['size']:,} were written")
             if entry is not None and _digest(file) != entry["sha256"]:
-                raise DamagedError(f"{path} is not what was written: its digest is another")
+                raise DamagedError(f"{path} is damaged: its digest does not match")
     except OSError as error:
         if error.errno in (errno.EIO, errno.ENOENT, errno.ESTALE):
             raise DamagedError(f"{path} cannot be read: {error.strerror}") from error
@@ -89,16 +89,16 @@ def _check(path: Path, entry: dict[str, Any] | None) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds.
+    """Return the value in a JSON file.
 
     Raises:
-      DamagedError: it is missing, too large, not JSON or nested too deeply.
-      OSError: it must not be read.
+      DamagedError: the file is missing, too large, not JSON or nested too deeply.
+      OSError: the file cannot be opened.
     """
     try:
         size = path.stat().st_size
         if size > _LARGEST:
-            raise DamagedError(f"{path} has {size:,} bytes: such a file has at most {_LARGEST:,}")
+            raise DamagedError(f"{path} has {size:,} bytes; at most {_LARGEST:,} are expected")
         return jsons.loads(path.read_bytes())
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise DamagedError(f"{path} is missing") from error
@@ -106,26 +106,26 @@ def read_json(path: Path) -> Any:
         raise DamagedError(f"{path} is not JSON: {str(error)[:200]}") from error
 
 
-def canonical(value: Any) -> str:
-    """Return the digest of JSON values, the same for equal values."""
+def json_digest(value: Any) -> str:
+    """Return the SHA-256 digest of a JSON value, equal for equal values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _names(folder: Path) -> set[str]:
-    """Return the paths of all files below a folder, relative to it, but for hidden ones (`.DS_Store`, `.nfs1`).
+    """Return the paths of all files below a folder, relative to it, except hidden ones (`.DS_Store`, `.nfs1`).
 
-    A link counts as a file. Raises OSError.
+    Symbolic links count as files. Raises OSError.
     """
 
     def stop(error: OSError) -> None:
         raise error
 
-    found = set()
+    paths = set()
     for inner, folders, names in os.walk(folder, onerror=stop):
         links = [name for name in folders if Path(inner, name).is_symlink()]
-        found |= {Path(inner, name).relative_to(folder).as_posix() for name in (*names, *links)}
-    found -= {NAME, NAME + files.PARTIAL}
-    return {name for name in found if not name.rpartition("/")[2].startswith(".")}
+        paths |= {Path(inner, name).relative_to(folder).as_posix() for name in (*names, *links)}
+    paths -= {NAME, NAME + files.PARTIAL}
+    return {name for name in paths if not name.rpartition("/")[2].startswith(".")}
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -142,14 +142,14 @@ def _save(folder: Path, entries: dict[str, Any]) -> None:
 
 
 def _text(entries: dict[str, Any]) -> str:
-    return json.dumps({"files": entries, "sha256": canonical(entries)}, indent=1, sort_keys=True) + "\n"
+    return json.dumps({"files": entries, "sha256": json_digest(entries)}, indent=1, sort_keys=True) + "\n"
 
 
 def _load(folder: Path) -> dict[str, Any]:
     path = folder / NAME
-    listed = read_json(path)
-    if not isinstance(listed, dict) or not isinstance(entries := listed.get("files"), dict):
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(entries := content.get("files"), dict):
         raise DamagedError(f"{path} is not a list of files")
     if path.read_bytes() != _text(entries).encode():
-        raise DamagedError(f"{path} is not what was written: its digest is another")
+        raise DamagedError(f"{path} is damaged: its digest does not match")
     return entries

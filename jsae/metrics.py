@@ -1,7 +1,7 @@
-"""What is counted: sums that add across batches, divided once, at the end.
+"""Metrics of SAEs: sums that add across batches and are divided once, at the end.
 
-Written for any array library with numpy's names (jax inside the training step, torch when an exported SAE is
-evaluated), so that both count the same thing by the same lines.
+Written for any array library with numpy's function names (jax inside the training step, torch in the evaluation of an
+exported SAE), so that training and evaluation compute metrics with the same code.
 """
 
 import math
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BINS_PER_DECADE = 4
-"""Of a histogram of densities."""
+"""Bins per decade of a density histogram."""
 
 
 class Sums(NamedTuple):
-    """Sums over tokens. The error is e = x_hat - x; all in the activations' own units."""
+    """Sums over tokens, in the units of the activations. The error is e = x_hat - x."""
 
     tokens: Any
     loss: Any
@@ -22,7 +22,7 @@ class Sums(NamedTuple):
     squared_error: Any
     """sum |e|^2"""
     explained_legacy: Any
-    """sum 1 - |e|^2 / |x - mean of the batch's x|^2: the variance explained as it was counted of old"""
+    """sum 1 - |e|^2 / |x - mean of the batch's x|^2: explained variance as older SAE libraries define it"""
     squared_norm: Any
     """sum |x|^2"""
     squared_norm_hat: Any
@@ -36,26 +36,26 @@ class Sums(NamedTuple):
     total: Any
     """sum x, (d,)"""
     l0: Any
-    """number of latents other than zero"""
+    """number of latents that are not zero"""
     l1: Any
     """sum of their magnitudes"""
     fired: Any
     """tokens on which each latent is not zero, (f,)"""
     nonfinite: Any
-    """activations (numbers) that are NaN or infinite"""
+    """number of activation entries that are NaN or infinite"""
 
 
-def of(x: Any, error: Any, values: Any, fired: Any, *, loss: Any, nonfinite: Any, mean: Any = None) -> Sums:
-    """The sums of one batch, or of a part of it.
+def batch_sums(x: Any, error: Any, values: Any, fired: Any, *, loss: Any, nonfinite: Any, mean: Any = None) -> Sums:
+    """Return the sums of a batch, or of a part of one.
 
     Args:
       x: activations, (n, d).
-      error: what their reconstruction x_hat has too much of, x_hat - x, (n, d).
-      values: latents that are not zero everywhere: (n, k) of sparse codes or (n, f).
-      fired: tokens per latent with a value other than zero, (f,).
-      loss: the batch's mean loss.
-      nonfinite: how many numbers of x are not finite.
-      mean: of the whole batch's x, (d,); None where this is the whole.
+      error: error of their reconstruction, x_hat - x, (n, d).
+      values: latents, (n, f), or the values of sparse codes, (n, k).
+      fired: number of tokens on which each latent is not zero, (f,).
+      loss: mean loss of the batch.
+      nonfinite: number of entries of x that are not finite.
+      mean: mean of x over the whole batch, (d,); None if x is the whole batch.
     """
     squares = _dots(error, error)
     total = x.sum(0)
@@ -63,13 +63,13 @@ def of(x: Any, error: Any, values: Any, fired: Any, *, loss: Any, nonfinite: Any
     spread = _dots(centred, centred)
     square, along = _dots(x, x), _dots(x, error)
     inner, square_hat = square + along, square + 2 * along + squares
-    norm, norm_hat = square**0.5, (square_hat * (square_hat > 0)) ** 0.5  # rounding may leave less than nothing
+    norm, norm_hat = square**0.5, (square_hat * (square_hat > 0)) ** 0.5  # rounding may make the square negative
     tiny = 1e-30  # a token of norm zero has cosine 0, not NaN
     return Sums(
-        tokens=((norm == norm) | (norm != norm)).sum(),  # all of them, whatever their numbers are
+        tokens=((norm == norm) | (norm != norm)).sum(),  # counts all tokens, including NaN
         loss=loss * x.shape[0],
         squared_error=squares.sum(),
-        # A batch without variance has none to explain.
+        # Tokens without variance are left out.
         explained_legacy=((spread > 0) * (1 - squares / (spread + (spread == 0)))).sum(),
         squared_norm=square.sum(),
         squared_norm_hat=square_hat.sum(),
@@ -85,31 +85,34 @@ def of(x: Any, error: Any, values: Any, fired: Any, *, loss: Any, nonfinite: Any
 
 
 def _dots(a: Any, b: Any) -> Any:
-    """Row by row a . b."""
+    """Return the dot product a . b of each row."""
     return (a * b).sum(-1)
 
 
 def add(a: Sums, b: Sums) -> Sums:
-    """The sums of both batches together."""
+    """Return the sums of both batches together."""
     return Sums(*(p + q for p, q in zip(a, b, strict=True)))
 
 
 def summarize(sums: Sums) -> dict[str, float]:
-    """The metrics of everything that was summed, in float64.
+    """Return the metrics of all summed tokens, computed in float64. Undefined metrics are NaN.
 
-    `fvu` is E|e|^2 / (E|x|^2 - |E x|^2) over the whole set, `explained_variance` 1 minus it;
-    `explained_variance_legacy` the mean over tokens of 1 - |e|^2 / |x - mean of the batch|^2, which depends on how the
-    set was cut into batches; `mse` E|e|^2 (summed over d); `l0`, `l1` per token; `cosine`, `l2_ratio` token means;
-    `relative_reconstruction_bias` E|x_hat|^2 / E[x . x_hat] (Rajamanoharan et al. 2024, arXiv 2404.16014, gamma);
-    `dead_fraction` the share of latents that never fired in `tokens` tokens. What is not defined is NaN.
+    `fvu`: fraction of variance unexplained, E|e|^2 / (E|x|^2 - |E x|^2) over all tokens.
+    `explained_variance`: 1 - fvu.
+    `explained_variance_legacy`: mean over tokens of 1 - |e|^2 / |x - mean of the batch|^2; depends on the batch size.
+    `mse`: E|e|^2, summed over d.
+    `l0`, `l1`: per token.
+    `cosine`, `l2_ratio`: means over tokens.
+    `relative_reconstruction_bias`: E|x_hat|^2 / E[x . x_hat], gamma of Rajamanoharan et al. 2024 (arXiv 2404.16014).
+    `dead_fraction`: share of latents that did not fire on any of the `tokens` tokens.
 
     Raises:
-      ValueError: nothing was summed.
+      ValueError: the sums are of no token.
     """
     s = Sums(*(np.asarray(v, np.float64) for v in sums))
     n = float(s.tokens)
     if not n > 0:
-        raise ValueError(f"no tokens were summed ({n}): metrics of an empty set do not exist")
+        raise ValueError(f"no tokens were summed ({n:g}): metrics need at least one")
     variance = float(s.squared_norm) / n - float(np.square(s.total / n).sum())
     fvu = float(s.squared_error) / n / variance if variance > 0 else float("nan")
     inner = float(s.inner)
@@ -130,15 +133,19 @@ def summarize(sums: Sums) -> dict[str, float]:
 
 
 def density(sums: Sums) -> np.ndarray:
-    """The share of tokens on which each latent fired, (f,)."""
+    """Return the share of tokens on which each latent fired, (f,)."""
     return np.asarray(sums.fired, np.float64) / float(np.asarray(sums.tokens))
 
 
 def histogram(density: np.ndarray, tokens: float) -> dict[str, list[float] | list[int] | int]:
-    """Latents by log10 of their density, (f,), in quarters of a decade from one firing in `tokens` up to 1.
+    """Return a histogram of log10 of the density of latents.
+
+    Args:
+      density: share of tokens on which each latent fired, (f,).
+      tokens: number of tokens; the bins are quarters of a decade from a density of 1 / tokens to 1.
 
     Returns:
-      `log10_edges`, one more than `counts`; `never`: latents that did not fire and are in no bin.
+      `log10_edges`, one more than `counts`; `counts`; `never`, the number of latents that did not fire.
     """
     low = math.floor(math.log10(1 / max(tokens, 1)))
     edges = np.linspace(low, 0, BINS_PER_DECADE * max(-low, 1) + 1)

@@ -1,4 +1,4 @@
-"""Optimisers: Adam on weights whose decoder rows keep norm 1, and any `optax.GradientTransformation` in its place."""
+"""Optimisers that keep decoder rows at norm 1: Adam, or any `optax.GradientTransformation`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,21 +19,21 @@ _UNIT = "W_dec"  # the array whose rows keep norm 1
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """What a step needs of an optimiser. Instances are hashable: they are part of a compiled program."""
+    """Interface of an optimiser. Instances are hashable, because they are static arguments of compiled programs."""
 
     def init(self, params: Any) -> Any:
         """Return the state before the first step."""
 
     def apply(self, grads: Any, state: Any, params: Any, factor: float = 1.0) -> tuple[Any, Any]:
-        """Return the weights after one update by `factor * grads`, decoder rows of norm 1, and the new state."""
+        """Return the weights after one update by `factor * grads`, with decoder rows of norm 1, and the new state."""
 
 
 def schedule(config: TrainConfig, d_sae: int) -> optax.Schedule:
-    """Return step -> learning rate: linear warm-up, a plateau, linear decay to zero over the last part of the run."""
+    """Return the learning rate as a function of the step: linear warm-up, a plateau, and linear decay to zero."""
     steps = config.num_steps
     warmup, decay = round(config.warmup_fraction * steps), round(config.decay_fraction * steps)
     peak = config.peak_rate(d_sae)
-    # The first step already moves: the ramp goes from peak / warmup to peak.
+    # The ramp goes from peak / warmup to peak, so that the first step has a rate above zero.
     pieces = [
         optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1)),
         optax.constant_schedule(peak),
@@ -44,16 +44,17 @@ def schedule(config: TrainConfig, d_sae: int) -> optax.Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class UnitRowAdam:
-    """Clip by global norm, project decoder gradients on the sphere, Adam, learning rate, back on the sphere.
+    """Adam with clipping by global norm, whose decoder rows stay on the unit sphere.
 
-    It computes what a chain of `optax.clip_by_global_norm`, the projection, `optax.scale_by_adam`,
-    `optax.scale_by_learning_rate` and a norm of 1 for every decoder row computes, in one pass over every weight.
+    Computes the same update as a chain of `optax.clip_by_global_norm`, a projection of decoder gradients on the tangent
+    space of the sphere, `optax.scale_by_adam`, `optax.scale_by_learning_rate` and a normalisation of decoder rows, in
+    one pass over every weight.
 
     Args:
-      config: rates and constants.
-      d_sae: number of latents, for the default rate.
+      config: learning rate, schedule and constants.
+      d_sae: number of latents, which the default learning rate depends on.
       ops: the implementation of the update.
-      rate_factors: factors on the learning rate by the name of the array, as pairs.
+      rate_factors: pairs (name of an array, factor on its learning rate).
     """
 
     config: TrainConfig
@@ -62,7 +63,7 @@ class UnitRowAdam:
     rate_factors: tuple[tuple[str, float], ...] = ()
 
     def init(self, params: Any) -> optax.ScaleByAdamState:
-        """Return moments of zero."""
+        """Return zero moments."""
         return optax.scale_by_adam(self.config.beta1, self.config.beta2, EPSILON).init(params)
 
     def apply(
@@ -78,25 +79,25 @@ class UnitRowAdam:
         )
         factors = dict(self.rate_factors)
 
-        def one(path: tuple[Any, ...], g: Array, *arrays: Array) -> Moments:
+        def update(path: tuple[Any, ...], g: Array, *arrays: Array) -> Moments:
             names = names_of(path)
             rate_factor = next((factors[n] for n in names if n in factors), 1.0)
             settings = AdamSettings(config.beta1, config.beta2, EPSILON, rate_factor, _UNIT in names)
             return self.ops.adam(scalars, settings, g, Moments(*arrays))
 
-        moved = jax.tree_util.tree_map_with_path(one, grads, params, state.mu, state.nu)
+        updated = jax.tree_util.tree_map_with_path(update, grads, params, state.mu, state.nu)
         params, mu, nu = (
-            jax.tree.map(lambda m, i=i: m[i], moved, is_leaf=lambda m: isinstance(m, Moments)) for i in range(3)
+            jax.tree.map(lambda m, i=i: m[i], updated, is_leaf=lambda m: isinstance(m, Moments)) for i in range(3)
         )
         return params, optax.ScaleByAdamState(count, mu, nu)
 
 
 @dataclasses.dataclass(frozen=True)
 class UnitRows:
-    """Any optax transformation, between a projection of decoder gradients on the sphere and a norm of 1 for every row.
+    """An optax transformation with a projection of decoder gradients before it and a normalisation of rows after it.
 
     Args:
-      inner: the transformation; it contains its own learning rate.
+      inner: the transformation, including its learning rate.
     """
 
     inner: optax.GradientTransformation
@@ -126,7 +127,15 @@ def make(
     rate_factors: Mapping[str, float] | None = None,
     inner: optax.GradientTransformation | None = None,
 ) -> Optimizer:
-    """Return the optimiser of an SAE: `UnitRowAdam`, or `UnitRows` around a transformation that is given."""
+    """Return the optimiser of an SAE: `UnitRowAdam`, or `UnitRows` around `inner`.
+
+    Args:
+      config: learning rate, schedule and constants.
+      d_sae: number of latents.
+      ops: the implementation of the update.
+      rate_factors: factors on the learning rate by name of the array; not used with `inner`.
+      inner: an optax transformation to use instead of Adam.
+    """
     if inner is not None:
         return UnitRows(inner)
     return UnitRowAdam(config, d_sae, ops, tuple(sorted((rate_factors or {}).items())))

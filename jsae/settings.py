@@ -1,4 +1,4 @@
-"""Frozen dataclasses of settings: checked when made, JSON both ways. Standard library only."""
+"""Frozen dataclasses of settings, validated on construction and convertible to JSON. Standard library only."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from jsae import jsons
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work. The message says what was given, what is allowed and what to do."""
+    """An invalid setting. The message says what was given, what is allowed and what to do."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -20,21 +20,21 @@ def require(condition: bool, message: str) -> None:
 
 
 class Range(NamedTuple):
-    """The numbers that a field may hold: from `low` to `high`, both included, and `also` these."""
+    """The allowed numbers of a field: from `low` to `high`, both included, and those in `also`."""
 
     low: float | int
     high: float | int
-    words: str
-    """Completes "it must …"."""
+    requirement: str
+    """Completes the sentence "it must …" in error messages."""
     also: tuple[float | int, ...] = ()
 
-    def holds(self, value: float | int) -> bool:
-        """Return whether a number lies in the range; NaN never does."""
+    def contains(self, value: float | int) -> bool:
+        """Return whether a number is allowed; NaN never is."""
         return self.low <= value <= self.high or value in self.also
 
 
 def at_least(low: int, high: int = 2**31 - 1) -> Range:
-    """Return the range of whole numbers from `low` to `high`."""
+    """Return the range of integers from `low` to `high`."""
     return Range(low, high, f"be at least {low}, and at most {high}")
 
 
@@ -54,25 +54,25 @@ _ANY = {
 
 
 def number(default: Any, range: Range) -> Any:
-    """Return a dataclass field with a default and the range that `check_fields` holds it to."""
+    """Return a dataclass field with a default and a range, which `check_fields` checks."""
     return dataclasses.field(default=default, metadata={"range": range})
 
 
 def check_fields(config: Any) -> None:
-    """Check the numbers and choices of a dataclass against the types of its fields and their ranges.
+    """Check the numbers and choices in a dataclass against the types and ranges of its fields.
 
-    A field's range is `metadata["range"]`; without one, whole numbers fit 64 bits and other numbers are finite. Where a
-    field is a tuple, its items are checked.
+    The range of a field is `metadata["range"]`; by default integers must fit 64 bits and floats must be finite. In a
+    tuple every item is checked.
 
     Raises:
-      ConfigError: a field that holds something else; names it.
+      ConfigError: a field has a wrong type or a value that is not allowed; names the field.
     """
     for field in _fields(type(config)):  # type: ignore[arg-type]
         name, value = field.name, getattr(config, field.name)
         if value is None and field.optional:
             continue
-        require(not field.several or isinstance(value, (tuple, list)), f"{name} is {value!r}: it must be a tuple")
-        for item in value if field.several else (value,):
+        require(not field.is_list or isinstance(value, (tuple, list)), f"{name} is {value!r}: it must be a tuple")
+        for item in value if field.is_list else (value,):
             if field.choices:
                 require(item in field.choices, f"{name} is {item!r}: choose one of {', '.join(field.choices)}")
             else:
@@ -80,51 +80,49 @@ def check_fields(config: Any) -> None:
 
 
 class _Field(NamedTuple):
-    """A field that `check_fields` knows."""
+    """A field that `check_fields` checks."""
 
     name: str
     kind: type | None
-    """int or float; None for one of `choices`."""
+    """int or float; None for a field with `choices`."""
     choices: tuple[str, ...]
     range: Range
     optional: bool
-    several: bool
+    is_list: bool
 
 
 def _check_number(field: _Field, value: Any) -> None:
-    wanted, noun = (numbers.Integral, "whole number") if field.kind is int else (numbers.Real, "number")
-    require(
-        isinstance(value, wanted) and not isinstance(value, bool), f"{field.name} is {value!r}: it must be a {noun}"
-    )
-    require(field.range.holds(value), f"{field.name} is {_shown(value)}: it must {field.range.words}")
+    kind, noun = (numbers.Integral, "whole number") if field.kind is int else (numbers.Real, "number")
+    require(isinstance(value, kind) and not isinstance(value, bool), f"{field.name} is {value!r}: it must be a {noun}")
+    require(field.range.contains(value), f"{field.name} is {_shown(value)}: it must {field.range.requirement}")
 
 
 def _shown(value: Any) -> str:
-    """A number without thousands of digits."""
+    """Return a number as text, without printing thousands of digits."""
     too_long = isinstance(value, int) and abs(value) >= 10**30
     return "a number of more than 30 digits" if too_long else str(value)
 
 
 @functools.cache
 def _fields(config_class: type) -> list[_Field]:
-    """Return the fields of a dataclass that hold numbers or one of several words."""
-    found = []
+    """Return the fields of a dataclass that have a number or one of several choices."""
+    fields = []
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        hint, optional, several = hints[field.name], False, False
+        hint, optional, is_list = hints[field.name], False, False
         if get_origin(hint) in (Union, types.UnionType):
             optional = type(None) in get_args(hint)
             (hint, *others) = [arg for arg in get_args(hint) if arg is not type(None)]
             if others:
                 continue
         if get_origin(hint) is tuple and len(get_args(hint)) == 2 and get_args(hint)[1] is Ellipsis:
-            hint, several = get_args(hint)[0], True
+            hint, is_list = get_args(hint)[0], True
         if get_origin(hint) is Literal:
-            found.append(_Field(field.name, None, get_args(hint), _ANY[float], optional, several))
+            fields.append(_Field(field.name, None, get_args(hint), _ANY[float], optional, is_list))
         elif hint in _ANY:
-            limits = field.metadata.get("range") or _ANY[hint]
-            found.append(_Field(field.name, hint, (), limits, optional, several))
-    return found
+            allowed = field.metadata.get("range") or _ANY[hint]
+            fields.append(_Field(field.name, hint, (), allowed, optional, is_list))
+    return fields
 
 
 _Config = TypeVar("_Config")
@@ -158,9 +156,9 @@ class Json:
 
     @classmethod
     def from_json(cls: type[_Config], values: dict[str, Any] | str) -> _Config:
-        """Return the inverse of `to_json`.
+        """Return an instance from the values of `to_json`, or from their JSON text.
 
         Raises:
-          ConfigError: a name that is no field, or a field with no default that is missing.
+          ConfigError: a name is not a field, or a field without a default is missing.
         """
         return read_fields(cls, values)

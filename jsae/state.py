@@ -1,4 +1,4 @@
-"""The state of training: all that a step changes, and how it starts."""
+"""The state of training: everything that a step changes, its initialisation, and its sharding."""
 
 import functools
 from typing import Any, NamedTuple
@@ -19,49 +19,55 @@ from jsae.settings import require
 Acts = Float[Array | np.ndarray, "n d"] | tuple[Float[Array | np.ndarray, "n _"], ...]
 """Activations of n tokens: of one hook, of a transcoder's input and target, or of every layer of a crosscoder."""
 
-_INIT_ROWS = 16384  # of the sample
+_INIT_ROWS = 16384  # rows of the sample that initialise the weights
 
 
 class TrainState(NamedTuple):
-    """All that training changes. It is donated to the step and saved whole in a checkpoint."""
+    """Everything that training changes. Donated to the step, and saved completely in a checkpoint."""
 
     sae: SAE
     opt: Any
     average: SAE | None
-    """The exponential mean of the weights, where one is kept."""
+    """Exponential moving average of the weights, or None."""
     since_fired: Int[Array, " f"]
-    """Tokens since each latent last had a value other than zero."""
+    """Tokens since each latent was last not zero."""
     scale: Float[Array, "*d"]
-    """Factor on activations, estimated once; the SAE's weights are in scaled units until export."""
+    """Factor on the input, estimated once; the SAE's weights are in scaled units until export."""
     scale_out: Float[Array, "*d"]
-    """Factor on the target: another one for a transcoder."""
+    """Factor on the target; equal to `scale` except for a transcoder."""
     control: Control
-    """The strength of the sparsity penalty, and how it is controlled."""
+    """State of the controller of the sparsity penalty."""
     step: Int[Array, ""]
-    """Steps taken."""
+    """Number of steps taken."""
     bad_step: Int[Array, ""]
-    """The first step whose loss was not finite; -1 while there was none."""
+    """The first step whose loss was not finite, or -1."""
 
     @property
     def exported(self) -> SAE:
-        """The SAE to export: the averaged one where an average is kept, else the last."""
+        """The SAE to export: the average of the weights if there is one, otherwise the current weights."""
         return self.sae if self.average is None else self.average
 
 
 def init(
     sae_config: SAEConfig, config: TrainConfig, ops: Ops, sample: Acts, optimizer: optim.Optimizer | None = None
 ) -> TrainState:
-    """Return the state before the first step, scaled and centred on a sample of activations.
+    """Return the state before the first step, initialised from a sample of activations.
 
-    `scale` brings the sample's mean squared norm to its width, in a crosscoder layer by layer; `b_dec` starts at the
-    geometric median of the target, so that the SAE does not spend its latents on the mean; `W_enc` starts as `W_dec`
-    times the one factor with which the first reconstruction fits best (Gao et al. 2024, section A.1, make its norm
-    right), or many latents that point the same way add up to several times the input and the first thousand steps go
-    into unlearning that.
+    `scale` normalises the sample's mean squared norm to its width, in a crosscoder for each layer. `b_dec` starts at
+    the geometric median of the target, so that the SAE does not use latents for the mean. `W_enc` starts as `W_dec`
+    times the factor that minimises the first reconstruction error (Gao et al. 2024, section A.1, match norms instead):
+    otherwise many similar latents add up to several times the input, which takes a thousand steps to unlearn.
+
+    Args:
+      sae_config: the SAE.
+      config: the training.
+      ops: the implementation.
+      sample: activations, concrete or abstract.
+      optimizer: the optimiser; None: `optim.make`.
 
     Raises:
-      ConfigError: activations of other widths than the SAE's.
-      ActivationsError, DegenerateError: a sample that nothing can be learned from; an abstract one is not checked.
+      ConfigError: the widths of the activations are not those of the SAE.
+      ActivationsError, DegenerateError: nothing can be learned from the sample; abstract arrays are not checked.
     """
     sample = jax.tree.map(jnp.asarray, sample)
     input_and_target(sae_config, sample)
@@ -91,14 +97,14 @@ def _init(
         since_fired=jnp.zeros(sae_config.d_sae, jnp.int32),
         scale=scale,
         scale_out=scale_out,
-        control=control.begin(sae_config.target_l0),
+        control=control.initial(sae_config.target_l0),
         step=jnp.int32(0),
         bad_step=jnp.int32(-1),
     )
 
 
-def place(state: TrainState, mesh: Mesh) -> TrainState:
-    """Cut the state over a mesh by the table of axes; the step then runs on all its devices."""
+def shard(state: TrainState, mesh: Mesh) -> TrainState:
+    """Shard the state over a mesh by the rules of `jsae.axes`; steps then run on all devices of the mesh."""
     return jax.device_put(state, axes.shardings(state, mesh, latent_arrays=state.sae.initial_latents(state.sae.config)))
 
 
@@ -109,14 +115,14 @@ def widths(config: SAEConfig) -> list[int]:
 
 
 def input_and_target(config: SAEConfig, acts: Acts) -> tuple[Float[Array, "n d"], Float[Array, "n o"]]:
-    """Return input and target of an SAE: the layers of a crosscoder side by side, else the first and last activation.
+    """Return input and target of an SAE: the concatenated layers of a crosscoder, otherwise the first and last array.
 
     Raises:
-      ConfigError: activations of other widths, or of more or fewer hooks, than the SAE's.
+      ConfigError: the number or the widths of the activations are not those of the SAE.
     """
     parts = acts if isinstance(acts, tuple) else (acts,)
-    expected, found = widths(config), [part.shape[1] for part in parts]
-    require(found == expected, f"this SAE is for activations of the widths {expected}, but these have {found}")
+    expected, actual = widths(config), [part.shape[1] for part in parts]
+    require(actual == expected, f"this SAE needs activations of the widths {expected}, got {actual}")
     if config.layers > 1:
         parts = (jnp.concatenate(parts, axis=1),)
     return parts[0], parts[-1]  # type: ignore[return-value]  # traced, or jax arrays

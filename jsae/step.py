@@ -1,4 +1,4 @@
-"""One training step: loss, gradients, optimiser, dead latents, statistics."""
+"""One training step: loss, gradients, optimiser update, running statistics and dead latents."""
 
 from typing import Any, NamedTuple
 
@@ -14,13 +14,13 @@ from jsae.state import Acts, TrainState, input_and_target
 
 
 class Outputs(NamedTuple):
-    """Loss, latents, error and statistics of a batch, or of some of its tokens."""
+    """Loss, latents, error and statistics of a batch, or of a part of it."""
 
     loss: Float[Array, ""]
     latents: Latents
     error: Float[Array, "n o"]
     statistics: dict[str, Float[Array, ""]]
-    """The values of the SAE's running statistics."""
+    """Values of the SAE's running statistics on the batch."""
 
 
 def update(
@@ -31,15 +31,15 @@ def update(
     room: int | None = None,
     optimizer: optim.Optimizer | None = None,
 ) -> tuple[TrainState, metrics.Sums]:
-    """Return the state after one step on a batch, and the sums of the batch. Not compiled.
+    """Return the state after one step on a batch, and the metric sums of the batch. Not compiled.
 
     Args:
-      config: how the SAE is trained.
+      config: the training configuration.
       ops: the implementation.
-      state: before the step.
+      state: the state before the step.
       acts: the batch.
-      room: codes per token in a step in which k is still above the SAE's; None afterwards.
-      optimizer: None is the default, Adam.
+      room: number of codes per token while k is annealed from above the SAE's k; None afterwards.
+      optimizer: the optimiser; None: Adam.
     """
     sae, number, n = state.sae, state.step + 1, len(jax.tree.leaves(acts)[0])
     optimizer = optimizer or optim.make(config, sae.config.d_sae, ops, sae.rate_factors)
@@ -48,7 +48,7 @@ def update(
     sums, grads, statistics = gradients(config, state, acts, context)
     new, opt = optimizer.apply(grads, state.opt, sae, factor=2 / n)
     _move_statistics(new, sae, statistics, _statistics_rate(config, number))
-    since_fired = dead.after(state.since_fired, sums.fired, n)
+    since_fired = dead.update(state.since_fired, sums.fired, n)
     if config.resample_steps is not None:
         new, opt, since_fired = _resampled(config, ops, state, number, new, opt, since_fired, acts)
     loss = sums.loss / n
@@ -61,7 +61,7 @@ def update(
             since_fired=since_fired,
             scale=state.scale,
             scale_out=state.scale_out,
-            control=control.after(state.control, target, sums.fired.sum() / n, number, steps),
+            control=control.update(state.control, target, sums.fired.sum() / n, number, steps),
             step=number,
             bad_step=jnp.where(~jnp.isfinite(loss) & (state.bad_step < 0), number, state.bad_step),
         ),
@@ -72,10 +72,16 @@ def update(
 def loss_of(
     sae: SAE, x: Float[Array, "n d"], y: Float[Array, "n o"], context: Context
 ) -> tuple[Float[Array, ""], Outputs]:
-    """Return mean_n |y_hat - y|^2 plus the architecture's penalty, and what was computed. y is scaled.
+    """Return the loss, mean_n |y_hat - y|^2 plus the architecture's penalty, and the outputs of the forward pass.
+
+    Args:
+      sae: the SAE.
+      x: input, (n, d); scaled by `context.scale`.
+      y: scaled target, (n, o).
+      context: settings of the pass.
 
     Raises:
-      TypeError: in training, latents of another form than the class declares by `sparse`.
+      TypeError: in training, `activate` returns sparse latents but the class declares dense ones, or vice versa.
     """
     latents, extra = sae.activate(x, context)
     if context.training and isinstance(latents, Codes) != sae.sparse:
@@ -94,7 +100,7 @@ def _context(config: TrainConfig, ops: Ops, state: TrainState, number: Int[Array
         training=True,
         strength=strength * _ramp(config, number),
         room=room,
-        limit=None if room is None else _k_now(config, sae.config.k, number),
+        limit=None if room is None else _annealed_k(config, sae.config.k, number),
         scale=state.scale,
     )
 
@@ -102,9 +108,9 @@ def _context(config: TrainConfig, ops: Ops, state: TrainState, number: Int[Array
 def _gradients(
     state: TrainState, x: Float[Array, "n d"], y: Float[Array, "n o"], context: Context
 ) -> tuple[Outputs, Any]:
-    """Return what was computed, and the gradients of n / 2 times the loss.
+    """Return the outputs of the forward pass, and the gradients of n / 2 times the loss.
 
-    In this unit the gradient of the reconstruction is the error itself. Running statistics get none.
+    With this factor the gradient of the reconstruction is the error itself. Running statistics get no gradient.
     """
     statistics = state.sae.initial_statistics(state.sae.config)
 
@@ -123,7 +129,7 @@ def _gradients(
 def _sparse_gradients(
     config: TrainConfig, state: TrainState, acts: Acts, context: Context
 ) -> tuple[metrics.Sums, Any, dict[str, Array]]:
-    """Return sums, gradients and statistics of a batch. AuxK counts only while a latent is dead."""
+    """Return sums, gradients and statistics of a batch. AuxK is computed only while a latent is dead."""
     x, y = _floats(state, acts)
     is_dead = state.since_fired >= config.dead_after
     outputs, grads = context.ops.if_any(
@@ -138,9 +144,9 @@ def _sparse_gradients(
 def _dense_gradients(
     config: TrainConfig, state: TrainState, acts: Acts, context: Context
 ) -> tuple[metrics.Sums, Any, dict[str, Array]]:
-    """Return sums, gradients and statistics of a batch.
+    """Return sums, gradients and statistics of a batch, added over parts of it.
 
-    Every term of the loss is a mean over tokens, so that parts of the batch add up.
+    This is exact because every term of the loss is a mean over tokens.
     """
     y = _floats(state, acts)[1]
     n, mean, sizes = len(y), y.mean(0), state.sae.config
@@ -158,13 +164,13 @@ def _dense_gradients(
 def _sums(
     state: TrainState, acts: Acts, y: Float[Array, "n o"], outputs: Outputs, mean: Float[Array, " o"], ops: Ops
 ) -> metrics.Sums:
-    """Return the sums of some tokens in the activations' own units; `mean` is the target's over the batch."""
+    """Return the metric sums in the units of the activations; `mean` is the mean of the target over the batch."""
     latents, sizes = outputs.latents, state.sae.config
-    sparse = isinstance(latents, Codes)  # codes may be of any token, so that only their values are cut into parts
+    sparse = isinstance(latents, Codes)  # codes may belong to any token, so only their values are split into parts
 
-    def part(some: tuple[Acts, Array, Array, Array]) -> metrics.Sums:
-        raw, y, error, values = some
-        return metrics.of(
+    def part(arrays: tuple[Acts, Array, Array, Array]) -> metrics.Sums:
+        raw, y, error, values = arrays
+        return metrics.batch_sums(
             y,
             error * (1 / state.scale_out),
             values / state.scale_out.mean(),
@@ -176,7 +182,7 @@ def _sums(
 
     arrays = (acts, y, outputs.error, latents.values if isinstance(latents, Codes) else latents)
     sums = ops.sum_over_tokens(part, arrays, sizes.d_in, sizes.d_sae, gradients=False)
-    sums = sums._replace(l0=sums.l0.astype(jnp.float32))  # the count of a long window is more than an integer holds
+    sums = sums._replace(l0=sums.l0.astype(jnp.float32))  # the count of a long window exceeds int32
     return sums._replace(fired=dead.times_fired(latents, sizes.d_sae)) if sparse else sums
 
 
@@ -187,31 +193,31 @@ def _floats(state: TrainState, acts: Acts) -> tuple[Float[Array, "n d"], Float[A
 
 
 def _ramp(config: TrainConfig, number: Int[Array, ""]) -> Float[Array, ""]:
-    """Return the warm-up of penalties: from 0 to 1."""
+    """Return the warm-up factor of penalties, from 0 to 1."""
     return jnp.minimum(number / max(config.sparsity_warmup_fraction * config.num_steps, 1), 1)
 
 
 def _move_statistics(new: SAE, before: SAE, values: dict[str, Array], rate: Float[Array, ""]) -> None:
-    """Set the running statistics of `new` to those before the step, moved towards the batch's by the share `rate`.
+    """Set the running statistics of `new` to those of `before`, moved towards the batch's values by the share `rate`.
 
     Raises:
-      TypeError: the class declares other statistics than it returns.
+      TypeError: the class returns other statistics than it declares.
     """
     declared = before.initial_statistics(before.config)
     if declared.keys() != values.keys():
         raise TypeError(f"{before.name} declares the statistics {list(declared)}, but returned {list(values)}")
     for name, value in values.items():
-        last = getattr(before, name)[...]
-        getattr(new, name)[...] = last + rate * (value - last)
+        previous = getattr(before, name)[...]
+        getattr(new, name)[...] = previous + rate * (value - previous)
 
 
 def _statistics_rate(config: TrainConfig, number: Int[Array, ""]) -> Float[Array, ""]:
-    """Return the rate of running means: over the last 1,000 steps, or the last twentieth of a shorter run."""
+    """Return the update rate of running means over 1,000 steps, or over a twentieth of a shorter run."""
     return jnp.maximum(1 / jnp.clip(config.num_steps / 20, 1, 1000), 1 / number)
 
 
-def _k_now(config: TrainConfig, k: int, number: Int[Array, ""]) -> Int[Array, ""]:
-    """Return the k of a step: from k_start down to k in a straight line."""
+def _annealed_k(config: TrainConfig, k: int, number: Int[Array, ""]) -> Int[Array, ""]:
+    """Return k at a step, annealed linearly from k_start to k."""
     share = jnp.minimum(number / config.anneal_steps, 1)
     return jnp.round(config.k_start + (k - config.k_start) * share).astype(jnp.int32)
 
@@ -233,15 +239,15 @@ def _resampled(
     since_fired: Array,
     acts: Acts,
 ) -> tuple[SAE, Any, Array]:
-    """Resample the dead latents where it is time to, but not while the learning rate decays."""
+    """Resample the dead latents every `resample_steps` steps, but not while the learning rate decays."""
     last = round((1 - config.decay_fraction) * config.num_steps)
     due = (number % config.resample_steps == 0) & (number <= last)
     x, y = _floats(state, acts)
 
-    def renew() -> tuple[SAE, Any, Array]:
+    def resample() -> tuple[SAE, Any, Array]:
         is_dead = since_fired >= config.dead_after
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        renewed = dead.resample(sae, opt, is_dead, x * state.scale, y * state.scale_out, key, ops)
-        return *renewed, jnp.where(is_dead, 0, since_fired)
+        resampled = dead.resample(sae, opt, is_dead, x * state.scale, y * state.scale_out, key, ops)
+        return *resampled, jnp.where(is_dead, 0, since_fired)
 
-    return jax.lax.cond(due, renew, lambda: (sae, opt, since_fired))
+    return jax.lax.cond(due, resample, lambda: (sae, opt, since_fired))

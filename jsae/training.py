@@ -189,8 +189,8 @@ class _Run(NamedTuple):
             (values,) = loop.summaries(members, number, states, (tail if last else window,))
             now = time.perf_counter()
             values["activations_per_second"] = (number - since) * self.member.train.batch_size / (now - started)
-            watch.see("", since + 1, number, values["fvu"])
-            if due and (last or not watch.suspects_all):
+            watch.observe("", since + 1, number, values["fvu"])
+            if due and (last or not watch.all_suspect):
                 checkpoints.save(number, states, self._notes(batches, values), values["fvu"])
                 tail = None
             if last and checkpoints is not None:

@@ -42,7 +42,7 @@ def write_run(run: Path) -> Path:
 def load(run: Path) -> tuple[InterpretableModel, Nanochat]:
     """The demo with a run's SAEs."""
     nano = bridge.nanochat.load("demo")
-    return InterpretableModel.of(nano, load_saes(run)), nano
+    return InterpretableModel.from_nanochat(nano, load_saes(run)), nano
 
 
 @contextlib.contextmanager

@@ -160,7 +160,7 @@ def test_every_bit_of_the_notes_counts_without_a_list_of_files(two, tmp_path):
             restored(folder, step=2)
 
 
-def test_when_nothing_is_intact_every_reason_is_told_and_nothing_is_moved(two, tmp_path):
+def test_without_an_intact_checkpoint_every_reason_is_reported_and_nothing_is_moved(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
     (folder / "1" / "notes" / "metadata").unlink()
     (path := folder / "2" / "states" / "_METADATA").write_bytes(flip(path.read_bytes()))
@@ -168,9 +168,9 @@ def test_when_nothing_is_intact_every_reason_is_told_and_nothing_is_moved(two, t
         restored(folder)
     told = str(error.value)
     assert "step 2:" in told
-    assert f"{path} is not what was written" in told
+    assert f"{path} is damaged" in told
     assert "step 1:" in told
-    assert "remove it to begin with the first step" in told
+    assert "remove it to start from the first step" in told
     assert "\n" not in told
     assert kept(folder) == ["1", "2"]
 
@@ -210,7 +210,7 @@ def test_an_additional_file_a_link_and_a_pipe_are_damage(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
     path = folder / "2" / "states" / "_METADATA"
     (more := folder / "2" / "states" / "more").touch()
-    with pytest.raises(DamagedError, match=f"{more} is a file that was not written"):
+    with pytest.raises(DamagedError, match=f"{more} is not in the list of files"):
         restored(folder, step=2)
     more.unlink()
     (folder / "2" / ".DS_Store").touch()  # a file manager was here
@@ -233,7 +233,7 @@ def test_an_empty_folder_of_a_step_is_damage(two, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_what_is_no_checkpoint_is_neither_used_nor_removed(what, two, tmp_path):
+def test_other_folders_are_neither_used_nor_removed(what, two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
     mine = folder / "2024"
     if what == "file":
@@ -247,7 +247,7 @@ def test_what_is_no_checkpoint_is_neither_used_nor_removed(what, two, tmp_path):
     assert kept(folder) == ["1", "2", "2024"]
 
 
-def test_a_file_that_must_not_be_read_is_no_damage(two, tmp_path, monkeypatch):
+def test_a_file_without_read_permission_is_not_reported_as_damaged(two, tmp_path, monkeypatch):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
     opened = Path.open
 
@@ -316,7 +316,7 @@ def test_a_session_that_saves_nothing_clears_what_earlier_ones_left(two, tmp_pat
     assert kept(folder) == ["3", "5", "6"]
 
 
-def test_a_metric_that_is_no_number_is_never_the_best(tmp_path):
+def test_a_metric_of_nan_is_never_the_best(tmp_path):
     folder = tmp_path / "checkpoints"
     save(folder, float("nan"), 0.5, 0.6, 0.7)
     save(folder, float("nan"), float("nan"), start=5)
@@ -389,7 +389,7 @@ def test_notes_are_saved_as_they_are_at_that_moment_and_as_json(tmp_path):
     assert restored(folder).notes == {"a": [1, 2], "10": [0.1, None], "9": {}}
 
 
-def test_nothing_to_restore_is_told_with_what_there_is(two, tmp_path):
+def test_an_error_for_a_missing_checkpoint_lists_those_that_exist(two, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7 .* there are \[1, 2\]"):
         restored(two, step=7)
     with pytest.raises(FileNotFoundError, match=r"there are \[\]"):

@@ -15,7 +15,7 @@ def array(dtype: str, shape: tuple[int, ...] = (7, 13)) -> jax.Array:
 
 
 def of(x: jax.Array) -> str:
-    return checksum.of((x,))["[0]"]
+    return checksum.checksums((x,))["[0]"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,9 +69,9 @@ def test_numbers_keys_and_empty_arrays_have_checksums_of_their_own():
         "complex": jnp.array([1 + 2j]),
         "conjugate": jnp.array([1 - 2j]),
     }
-    assert len(set(checksum.of(tree).values())) == len(tree)
+    assert len(set(checksum.checksums(tree).values())) == len(tree)
     assert of(jnp.zeros((0, 3))) == "0" * 32
 
 
 def test_arrays_are_named_by_their_path():
-    assert list(checksum.of({"a": (jnp.zeros(2), {"b": jnp.zeros(1)})})) == ["['a'][0]", "['a'][1]['b']"]
+    assert list(checksum.checksums({"a": (jnp.zeros(2), {"b": jnp.zeros(1)})})) == ["['a'][0]", "['a'][1]['b']"]

@@ -95,7 +95,7 @@ def test_an_example_is_the_text_around_its_strongest_token(data, store):
         assert example["is_repeated_datapoint"] is False
 
 
-def test_groups_are_told_from_the_strongest_down(data):
+def test_groups_are_ordered_from_the_strongest(data):
     names = [group["quantile_name"] for group in by_file(data, toy.DENSE)["examples_quantiles"]]
     assert names[0] == "Top activations"
     assert names[1:] == sorted(names[1:])
@@ -158,15 +158,15 @@ def test_the_same_records_give_the_same_bytes_and_earlier_files_go(store, run, t
     }
 
 
-def test_what_cannot_be_written_is_refused(store, run, tmp_path):
+def test_invalid_names_and_contexts_are_refused(store, run, tmp_path):
     sae = run / "sae" / toy.HOOK
     for scan in ("", "..", "a/b", "./data"):
-        with pytest.raises(ValueError, match="cannot name a folder"):
+        with pytest.raises(ValueError, match="not a valid folder name"):
             circuit_tracer.write(store, sae, tmp_path, scan=scan)
     with pytest.raises(ValueError, match="negative"):
         circuit_tracer.write(store, sae, tmp_path, context=-1)
     other = toy.write_store(tmp_path / "other", seed=1).parents[2] / "sae" / toy.HOOK
-    with pytest.raises(StoreError, match="gather the records anew"):
+    with pytest.raises(StoreError, match="gather the records again"):
         circuit_tracer.write(store, other, tmp_path)
 
 
@@ -175,7 +175,7 @@ def test_numbers_that_are_none_are_refused(run, tmp_path):
     ranges = np.load(path / "hist_range.npy")
     ranges[toy.ORDINARY, 1] = np.nan
     np.save(path / "hist_range.npy", ranges)
-    with pytest.raises(StoreError, match=f"latent {toy.ORDINARY} .* hold no numbers"):
+    with pytest.raises(StoreError, match=f"latent {toy.ORDINARY} .* are not finite"):
         circuit_tracer.write(Store(path), tmp_path / "sae" / toy.HOOK, tmp_path / "out")
 
 

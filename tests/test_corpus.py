@@ -317,14 +317,14 @@ def test_a_directory_without_shards_asks_for_a_glob(tmp_path):
 
 @pytest.mark.parametrize("spec", ["", " , "])
 def test_an_empty_spec_is_an_error(spec):
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(ValueError, match="contains no text"):
         corpus(spec)
 
 
 def test_empty_files_make_no_corpus(tmp_path):
     (tmp_path / "a.txt").write_text("")
     write_jsonl(tmp_path / "b.jsonl", [""])
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(ValueError, match="contains no text"):
         corpus(f"{tmp_path}/a.txt,{tmp_path}/b.jsonl")
 
 
@@ -372,7 +372,7 @@ def test_a_parquet_file_of_another_form_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"a\.parquet has no column 'text'; it has content"):
         corpus(str(tmp_path))
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="must hold strings, it holds int64"):
+    with pytest.raises(ValueError, match="must contain strings, got int64"):
         corpus(str(tmp_path))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing of the kind PAR1")
     with pytest.raises(ValueError, match="is not a parquet file"):
@@ -403,7 +403,7 @@ def test_arguments_out_of_range_are_errors(tmp_path, change, told):
         corpus(write_texts(tmp_path), **change)
 
 
-def test_a_seek_into_the_stdlib_goes_on_there():
+def test_a_seek_into_the_stdlib_continues_there():
     options = {"split": "train", "row_len": 257, "lanes": 8, "seed": 5}
     whole = Corpus("stdlib", TOKENIZER, **options)
     whole.next_rows(500)

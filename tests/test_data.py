@@ -57,7 +57,7 @@ def test_blocks_are_permuted_differently():
     assert (orders[0] != orders[1]).any()
 
 
-def test_a_stream_resumed_at_any_batch_goes_on_with_the_same_numbers():
+def test_a_stream_resumed_at_any_batch_continues_with_the_same_numbers():
     batches = stream()
     cursors, expected = [], []
     for _ in range(13):

@@ -81,7 +81,7 @@ def test_files_of_an_earlier_cache_do_not_stay(store, run, tmp_path):
     assert [file.name for file in (tmp_path / "latents" / toy.HOOK).glob("*.safetensors")] == ["0_7.safetensors"]
 
 
-def test_rows_beyond_the_reach_of_16_bits_are_told_in_32(tmp_path):
+def test_rows_beyond_16_bits_are_written_in_32(tmp_path):
     folder, rows = tmp_path / "all", (1 << 16) + 1
     cells = np.array([5, rows * 4 - 1], np.uint32)
     columns = {"offsets": np.array([0, 1, 1, 2]), "cell": cells, "value": np.array([1, 2])}
@@ -94,12 +94,12 @@ def test_rows_beyond_the_reach_of_16_bits_are_told_in_32(tmp_path):
 
 def test_names_and_records_that_do_not_fit_are_refused(store, run, tmp_path):
     for module in ("", "..", "a/b"):
-        with pytest.raises(ValueError, match="cannot name a folder"):
+        with pytest.raises(ValueError, match="not a valid folder name"):
             delphi.write(store, run / "sae" / toy.HOOK, tmp_path, module=module)
     with pytest.raises(ValueError, match="at least 1"):
         delphi.write(store, run / "sae" / toy.HOOK, tmp_path, activations_per_file=0)
     toy.write_store(tmp_path / "other", seed=1)
-    with pytest.raises(StoreError, match="gather the records anew"):
+    with pytest.raises(StoreError, match="gather the records again"):
         delphi.write(store, tmp_path / "other" / "sae" / toy.HOOK, tmp_path)
     bare = Store(toy.write_store(tmp_path / "bare", everything=False))
     with pytest.raises(FileNotFoundError, match="delphi needs all"):

@@ -381,7 +381,7 @@ def test_factors_and_lengths_are_refused_by_their_name(client):
     refused = told(client.post("/v1/steer/completion", json=body | {"strengthMultiplier": 1000}))
     assert "features[0].strength * strengthMultiplier" in refused
     many = [FEATURE | {"strength": 500}] * 16
-    assert "multiply to" in told(client.post("/v1/steer/completion", json=body | {"features": many}))
+    assert "product of the factors" in told(client.post("/v1/steer/completion", json=body | {"features": many}))
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30])

@@ -83,7 +83,7 @@ def test_records_of_another_sae_and_a_run_without_records_are_refused(tmp_path):
     toy.write_store(tmp_path)
     weights = tmp_path / "sae" / toy.HOOK / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
-    with pytest.raises(StoreError, match="gather the records anew"):
+    with pytest.raises(StoreError, match="gather the records again"):
         page.write(tmp_path)
     assert not (tmp_path / "explorer" / "index.html").exists()
 

@@ -25,7 +25,7 @@ from bridge.server import server
 from bridge.server.bodies import Limits
 from bridge.server.session import Session
 from bridge.steering import MODES, POSITIONS
-from bridge.tracking import active, narrate
+from bridge.tracking import active_features, stream_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "def naïve(self, 漢字):\n    return '🙂'"
@@ -165,7 +165,7 @@ def test_the_features_of_a_text_are_those_the_sae_finds(client, model, hook):
     ids = im.tokenizer.encode(TEXT, prepend_bos=True)
     with torch.no_grad(), capture(im.model, [hook]) as acts:
         im.model(torch.tensor([ids]))
-    expected = active(im.sae(hook), acts[hook], 3)
+    expected = active_features(im.sae(hook), acts[hook], 3)
     assert [token["id"] for token in body["tokens"]] == ids[1:]
     assert len(body["features"]) == len(ids) - 1
     for at, found in enumerate(body["features"], 1):
@@ -321,7 +321,7 @@ def test_a_character_is_streamed_whole(run, model, monkeypatch):
     assert len(ids) > 3, "the demo's tokenizer has these characters as single tokens"
 
     def scripted(prompt, steer=(), **sampling):
-        return narrate([0], iter([[token] for token in ids]), {}, im.tokenizer, None, False)
+        return stream_tokens([0], iter([[token] for token in ids]), {}, im.tokenizer, None, False)
 
     monkeypatch.setattr(im, "generate", scripted)
     with served(run, im, nano) as client:

@@ -147,7 +147,7 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("library", HIDDEN)
-def test_every_library_that_meets_a_full_disk_is_told_by_the_path(tmp_path, library):
+def test_a_full_disk_in_any_library_is_reported_with_the_path(tmp_path, library):
     files.write(tmp_path / "a", "old")
     done = run(
         f"""
@@ -179,7 +179,7 @@ def test_errors_that_are_not_of_writing_pass_as_they_are(tmp_path, error):
     assert caught.value is error
 
 
-def test_a_folder_is_replaced_but_for_what_shall_stay(tmp_path):
+def test_a_folder_is_replaced_except_for_files_to_keep(tmp_path):
     folder = tmp_path / "made" / "scan"
     with files.replacing_folder(folder) as partial:
         (partial / "1.json").write_text("old")
@@ -218,7 +218,7 @@ def test_remains_are_known_and_cleared(tmp_path):
     assert (tmp_path / "c" / "file").read_text() == "c.outdated"
 
 
-def test_errors_of_the_system_are_told_from_those_of_a_file():
+def test_system_errors_are_distinguished_from_errors_of_a_file():
     import errno
     import gzip
 
@@ -324,7 +324,7 @@ HOLD = """
 """
 
 
-def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path):
+def test_a_second_process_is_refused_with_the_holder_of_the_lock(tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(HOLD), str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
     )
@@ -357,7 +357,7 @@ def test_a_lock_leaves_no_file_and_no_folder_that_it_made(tmp_path):
     assert [p.name for p in (tmp_path / "used").iterdir()] == ["file"]
 
 
-def test_a_lock_is_nobodys_twice_though_its_file_comes_and_goes(tmp_path):
+def test_a_lock_has_one_holder_although_its_file_is_created_and_removed(tmp_path):
     """Processes take and leave the lock as fast as they can; each counts in a file that only the lock protects."""
     code = """
         import sys

@@ -47,7 +47,7 @@ def test_a_foreign_checkpoint_is_loaded_or_refused_as_it_must_be(foreign, case):
     [
         ("hf://toy/nanochat-tiny@gone", r"toy/nanochat-tiny at revision gone is not in the local cache.*offline"),
         ("hf://toy/other", r"toy/other at revision main is not in the local cache.*offline"),
-        ("hf://toy/nanochat-tiny/nowhere", r"hf://toy/nanochat-tiny/nowhere .*holds nothing.*offline"),
+        ("hf://toy/nanochat-tiny/nowhere", r"hf://toy/nanochat-tiny/nowhere .*contains nothing.*offline"),
     ],
 )
 def test_what_the_cache_lacks_is_named(foreign, address, message):

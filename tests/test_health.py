@@ -104,10 +104,10 @@ def test_a_part_of_a_transcoder_or_a_crosscoder_is_named():
         loop.init([Member(transcoder, SHORT)], ((jnp.asarray(normal()), jnp.zeros((N, D))),))
 
 
-def test_metrics_of_numbers_that_are_none_are_no_error_of_an_empty_set():
+def test_metrics_of_nan_are_not_reported_as_an_empty_set():
     x = normal()
     x[3] = np.nan
-    sums = metrics.of(x, x - 1, x, (x != 0).sum(0), loss=np.float32(1), nonfinite=(~np.isfinite(x)).sum())
+    sums = metrics.batch_sums(x, x - 1, x, (x != 0).sum(0), loss=np.float32(1), nonfinite=(~np.isfinite(x)).sum())
     summary = metrics.summarize(sums)
     assert summary["tokens"] == N
     assert health.unusable(summary) == "not finite: fvu, mse, cosine"
@@ -126,21 +126,21 @@ def test_the_summary_of_an_sae_says_whether_it_is_of_use():
 def test_a_run_diverges_when_it_is_far_off_for_long():
     watch = Watch()
     for step in range(50, 1001, 50):  # far off every other window: this may still become something
-        watch.see("", step - 49, step, 1e9 if step % 100 else 0.5)
-    watch.see("", 1001, 1050, 101.0)
-    assert watch.suspects_all
+        watch.observe("", step - 49, step, 1e9 if step % 100 else 0.5)
+    watch.observe("", 1001, 1050, 101.0)
+    assert watch.all_suspect
     with pytest.raises(DivergedError, match=r"has diverged: from step 1001 to 1100 the FVU .* lower --learning_rate"):
-        watch.see("", 1051, 1100, float("nan"))
+        watch.observe("", 1051, 1100, float("nan"))
 
 
-def test_a_run_that_diverges_beside_one_that_is_well_is_told_of_once_and_does_not_end_it():
+def test_a_diverging_run_is_reported_once_while_another_continues():
     watch = Watch(2)
-    assert watch.see("a", 1, 100, 0.5) is None
-    assert watch.see("b", 1, 100, 1e3).startswith("the training of b has diverged: from step 1 to 100")
-    assert watch.see("b", 101, 200, 1e3) is None
-    assert not watch.suspects_all
+    assert watch.observe("a", 1, 100, 0.5) is None
+    assert watch.observe("b", 1, 100, 1e3).startswith("the training of b has diverged: from step 1 to 100")
+    assert watch.observe("b", 101, 200, 1e3) is None
+    assert not watch.all_suspect
     with pytest.raises(DivergedError, match="of a has diverged"):
-        watch.see("a", 101, 200, 1e3)
+        watch.observe("a", 101, 200, 1e3)
 
 
 # ---- the model and its text ----------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def test_a_run_that_diverges_is_stopped_early_and_keeps_no_checkpoint_of_it(text
     assert not [p for p in (run / "checkpoints").iterdir() if p.name.isdigit()]
 
 
-def test_what_a_run_marked_is_told_wherever_it_is_read(tmp_path, capsys):
+def test_a_useless_sae_is_reported_wherever_it_is_read(tmp_path, capsys):
     folder = export_toy(toy_sae("topk", 32, 64, problem="FVU 3 \x1b[31m"), tmp_path / "sae")
     plain = export_toy(toy_sae("topk", 32, 64), tmp_path / "plain")
     assert exports.warn_of_marked([plain, folder, tmp_path / "nowhere"]) == [folder]

@@ -14,7 +14,7 @@ from torch import nn
 
 from bridge import hooks
 from bridge.hooks import capture, edit
-from bridge.passes import base
+from bridge.passes import unwrapped
 
 NAMES = [hooks.hook_name(layer, site) for layer in range(2) for site in hooks.SITES]
 DEEP, SHALLOW = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"
@@ -138,7 +138,7 @@ def test_hooks_fire_on_a_compiled_model_before_and_after_it_has_run(way, ran, mo
     own = traces(model)
     if ran:
         wrapped(tokens)
-    for hooked in (wrapped, base(wrapped)):
+    for hooked in (wrapped, unwrapped(wrapped)):
         hooks_fire(wrapped, plain, tokens, hooked)
     compiled, had = backend.compiled, backend.ran
     assert compiled > 0
@@ -200,7 +200,7 @@ def test_a_model_compiled_within_the_context_keeps_nothing_of_it(way, model, tok
         assert not torch.equal(edited, output)
         assert torch.equal(wrapped(tokens), output)
         assert torch.equal(wrapped(tokens), output)
-    hooks_fire(wrapped, plain, tokens, base(wrapped))
+    hooks_fire(wrapped, plain, tokens, unwrapped(wrapped))
 
 
 COMPILED_BEFORE_ANYBODY_COMPILED = """
@@ -358,7 +358,7 @@ def test_a_pass_that_was_stopped_need_not_reach_what_lies_deeper(model, tokens):
         acts[DEEP]
 
 
-def test_an_exception_in_a_pass_comes_through_and_the_next_pass_is_checked_anew(model, tokens):
+def test_an_exception_in_a_pass_propagates_and_the_next_pass_is_checked_again(model, tokens):
     failing = True
 
     def sometimes(x):

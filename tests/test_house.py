@@ -144,7 +144,7 @@ WRITES = {
     "jsae/locks.py": "writes the note of a lock, which the operating system holds",
     "jsae/checkpoint.py": "Orbax writes its own folders whole",
     "jsae/records/columns.py: write": "into a folder that is being replaced, the header last",
-    "jsae/records/columns.py: Growing.__init__": "into a folder that is being replaced, the header last",
+    "jsae/records/columns.py: ColumnWriter.__init__": "into a folder that is being replaced, the header last",
     "jsae/records/spill.py: Spill.__init__": "scratch in a folder that is being replaced",
     "jsae/records/store.py: ActivationsWriter.finish": "into a folder that is being replaced, the header last",
     "bridge/circuit_tracer.py: _write": "into a folder that is being replaced",

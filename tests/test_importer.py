@@ -131,7 +131,7 @@ def export(tmp_path) -> Path:
 
 def test_every_row_is_there_as_the_folder_has_it(export, database):
     heard = []
-    counts = import_folder(export.parents[1], database, told=lambda file, _: heard.append(file.name))
+    counts = import_folder(export.parents[1], database, report=lambda file, _: heard.append(file.name))
     assert {table: count.inserted for table, count in counts.items()} == {
         "SourceRelease": 1,
         "Model": 1,
@@ -192,8 +192,8 @@ def test_a_second_import_changes_nothing(export, database):
     import_folder(export, database)
     write(export, "features/batch-0.jsonl.gz", neuron(0, maxActApprox=99.0), neuron(1))
     counts = import_folder(export, database)
-    assert counts["Neuron"] == Counts(inserted=0, already=4)
-    assert counts["Activation"] == Counts(inserted=0, already=3)
+    assert counts["Neuron"] == Counts(inserted=0, existing=4)
+    assert counts["Activation"] == Counts(inserted=0, existing=3)
     assert rows(database, """SELECT max("maxActApprox") FROM "Neuron" """) == [(2.5,)]
 
 
@@ -231,20 +231,20 @@ def test_a_file_of_many_chunks_is_one_transaction(export, database, monkeypatch)
     monkeypatch.setattr(importer, "CHUNK_ROWS", 7)
     many = [activation(f"b{i}", i % 3) for i in range(50)]
     write(export, "activations/batch-2.jsonl.gz", *many, activation("bad", 7))
-    with pytest.raises(ImportRefusedError, match=r"activations/batch-2.*foreign key.*nothing of this was kept"):
+    with pytest.raises(ImportRefusedError, match=r"activations/batch-2.*foreign key.*nothing of it was stored"):
         import_folder(export, database)
     assert rows(database, """SELECT count(*) FROM "Activation" """) == [(3,)]
     write(export, "activations/batch-2.jsonl.gz", *many)
     monkeypatch.setattr(importer, "CHUNK_BYTES", 2000)
-    assert import_folder(export, database)["Activation"] == Counts(inserted=50, already=3)
+    assert import_folder(export, database)["Activation"] == Counts(inserted=50, existing=3)
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"id": "a9", "maxValue": NaN}', "line 2 is broken .NaN"),
-        ('{"id": "a9", ', "line 2 is broken"),
-        ("[1]", "line 2 is broken .no JSON object"),
+        ('{"id": "a9", "maxValue": NaN}', "line 2 is damaged .NaN"),
+        ('{"id": "a9", ', "line 2 is damaged"),
+        ("[1]", "line 2 is damaged .not a JSON object"),
         (json.dumps(activation("a9", 0, tokens=["\ud800"])), "line 2 cannot be stored .*surrogates"),
         (json.dumps(activation("a9", 0, zIndices=[1, 2, 3])), "line 2 cannot be stored"),
         (json.dumps(activation("a9", 0, maxValue=None)), "database refuses it.*maxValue"),
@@ -259,10 +259,10 @@ def test_a_bad_line_is_named_and_nothing_of_its_file_kept(export, database, line
     assert rows(database, """SELECT count(*) FROM "Activation" """) == [(0,)]
 
 
-def test_a_truncated_file_is_told(export, database):
+def test_a_truncated_file_is_reported(export, database):
     path = export / "features" / "batch-0.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ImportRefusedError, match=r"features/batch-0.* is broken"):
+    with pytest.raises(ImportRefusedError, match=r"features/batch-0.* is damaged"):
         import_folder(export, database)
 
 
@@ -274,9 +274,9 @@ def test_an_unknown_creator_stops_before_any_row(export, database):
 
 
 def test_a_database_of_something_else_is_refused(export, server):
-    with pytest.raises(ImportRefusedError, match=r"no Neuronpedia's: it has no table SourceRelease.*User"):
+    with pytest.raises(ImportRefusedError, match=r"not a Neuronpedia's, missing tables: SourceRelease.*User"):
         import_folder(export, new_database(server))
-    with pytest.raises(ImportRefusedError, match="no table Explanation;"):
+    with pytest.raises(ImportRefusedError, match="missing tables: Explanation;"):
         import_folder(export, new_database(server, TABLES, 'DROP TABLE "Explanation"'))
 
 
@@ -298,20 +298,20 @@ def test_names_are_quoted_whatever_they_hold(export, server):
 
 
 @pytest.mark.parametrize("address", ["postgresql://me:hidden@/x?schema=public", "mysql://me:hidden@host/x", "hidden"])
-def test_what_is_no_address_is_refused_without_repeating_it(export, address):
-    with pytest.raises(ImportRefusedError, match="no address of a database") as refused:
+def test_an_invalid_address_is_refused_without_repeating_it(export, address):
+    with pytest.raises(ImportRefusedError, match="not the address of a database") as refused:
         import_folder(export, address)
     assert "hidden" not in str(refused.value)
 
 
-def test_a_server_that_is_not_there_is_told_without_the_password(export, tmp_path):
+def test_an_unreachable_server_is_reported_without_the_password(export, tmp_path):
     with pytest.raises(ImportRefusedError, match="cannot be opened") as refused:
         import_folder(export, f"postgresql://me:hidden@/x?host={tmp_path}")
     assert "hidden" not in str(refused.value)
 
 
 def test_a_folder_without_an_export_is_refused(export, tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no v1 export"):
+    with pytest.raises(FileNotFoundError, match="no v1 export in"):
         import_folder(tmp_path / "elsewhere", "postgresql://nobody@/x")
     (export / "model.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks model\.jsonl"):

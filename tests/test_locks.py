@@ -198,7 +198,7 @@ def test_a_start_that_was_killed_is_started_over(tmp_path, left):
     assert rundir.read(run)["facts"] == {"model": "hash"}
 
 
-def test_what_is_no_run_is_refused_and_nothing_is_made(tmp_path):
+def test_a_directory_without_a_run_is_refused_and_nothing_is_created(tmp_path):
     def refused(run: Path, **flags: object) -> str:
         with pytest.raises(ConfigError) as error, rundir.claimed(run, RunConfig(**flags)):
             pass

@@ -15,7 +15,9 @@ LATENTS = np.array([[1.0, 0.0, 2.0], [0.0, 0.0, -1.0], [0.5, 0.0, 0.0]])
 
 
 def sums_of(x, x_hat, latents):
-    return metrics.of(x, x_hat - x, latents, (latents != 0).sum(0), loss=x.sum() * 0 + 2.0, nonfinite=x.sum() * 0)
+    return metrics.batch_sums(
+        x, x_hat - x, latents, (latents != 0).sum(0), loss=x.sum() * 0 + 2.0, nonfinite=x.sum() * 0
+    )
 
 
 # |e|^2 = 1, 0, 4; |x|^2 = 1, 9, 8; mean x = (2, 2/3), so the variance is 6 - 40/9 = 14/9 and FVU (5/3) / (14/9)
@@ -75,7 +77,7 @@ def test_shifting_activations_changes_neither_fvu_nor_error():
         assert shifted[name] == pytest.approx(BY_HAND[name]), name
 
 
-def test_what_is_not_defined_is_nan():
+def test_undefined_metrics_are_nan():
     same = np.ones((4, 2))
     summary = metrics.summarize(sums_of(same, same * 0, LATENTS[:1]))
     assert math.isnan(summary["fvu"])
@@ -96,7 +98,7 @@ def test_density_is_the_share_of_tokens_and_what_is_negative_fires_too():
     np.testing.assert_allclose(metrics.density(sums_of(X, X_HAT, LATENTS)), [2 / 3, 0, 2 / 3])
 
 
-def test_a_latent_is_dead_in_so_many_tokens_and_no_longer_when_more_are_added():
+def test_a_latent_is_dead_on_some_tokens_and_alive_when_more_are_added():
     sums = sums_of(X, X_HAT, LATENTS)
     assert [metrics.summarize(sums)[name] for name in ("dead_fraction", "tokens")] == [pytest.approx(1 / 3), 3]
     more = metrics.add(sums, sums_of(X[:1], X_HAT[:1], np.array([[0.0, 1.0, 0.0]])))

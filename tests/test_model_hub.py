@@ -68,7 +68,7 @@ def test_an_address_has_an_id_a_revision_and_a_folder(text, repo, revision, fold
         "hf://datasets/a/b",
     ],
 )
-def test_what_is_no_address_is_told_the_form(text):
+def test_an_invalid_address_is_refused_with_the_form(text):
     with pytest.raises(ValueError, match=r"give hf://owner/name\[@revision\]\[/folder\]"):
         hub.parse(text)
 
@@ -142,9 +142,9 @@ WRONG = [
     ("hf://toy/gated", "FileNotFoundError", ["toy/gated", "revision main", "gated", "ask for access"]),
     ("hf://toy/nano@gone", "FileNotFoundError", ["toy/nano", "no revision gone", "branches"]),
     ("hf://toy/nano#77", "FileNotFoundError", ["no step 77", "hf://toy/nano", "there are 2, 9, 10"]),
-    ("hf://toy/nano/nowhere", "FileNotFoundError", ["hf://toy/nano/nowhere", "holds nothing"]),
+    ("hf://toy/nano/nowhere", "FileNotFoundError", ["hf://toy/nano/nowhere", "contains nothing"]),
     ("hf://toy/many", "ValueError", ["several models, a, b", "hf://owner/name"]),
-    ("hf://toy/broken", "FileNotFoundError", ["toy/broken", "revision main", "out of reach", "500"]),
+    ("hf://toy/broken", "FileNotFoundError", ["toy/broken", "revision main", "cannot be reached", "500"]),
 ]
 
 
@@ -158,17 +158,17 @@ def answers(tmp_path_factory) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(("address", "kind", "words"), WRONG)
-def test_what_does_not_work_is_told_with_id_revision_and_remedy(answers, address, kind, words):
+def test_failures_are_reported_with_id_revision_and_remedy(answers, address, kind, words):
     found, message = answers[address]
     assert found == kind, message
     assert not [word for word in words if word not in message], message
     assert "\n" not in message
 
 
-def test_a_hub_that_does_not_answer_is_told(tmp_path):
+def test_a_hub_that_does_not_answer_is_reported(tmp_path):
     ((kind, message),) = load(tmp_path, "hf://toy/nano@v1")
     assert kind == "FileNotFoundError", message
-    assert all(word in message for word in ("toy/nano", "revision v1", "out of reach", "hf download toy/nano"))
+    assert all(word in message for word in ("toy/nano", "revision v1", "cannot be reached", "hf download toy/nano"))
 
 
 def test_without_the_library_the_extra_is_named(tmp_path):

@@ -74,7 +74,7 @@ def test_the_last_step_of_a_directory_is_the_default_and_others_can_be_named(tmp
     assert nanochat.load(str(tmp_path / "model_000009.pt")).meta["step"] == 9
     with pytest.raises(FileNotFoundError, match=r"no step 3 in .*; there are 2, 9, 10"):
         nanochat.load(tmp_path, step=3)
-    with pytest.raises(ValueError, match="leave the step out"):
+    with pytest.raises(ValueError, match="omit the step"):
         nanochat.load(tmp_path / "model_000009.pt", step=9)
 
 
@@ -105,11 +105,11 @@ def test_a_tokenizer_is_found_in_the_checkpoint_and_in_the_base_directory(tmp_pa
     assert locate.find(tmp_path / "base").tokenizer == tmp_path / place
 
 
-def test_a_path_that_does_not_exist_is_answered_with_what_does(tmp_path, folder):
-    with pytest.raises(FileNotFoundError, match=re.escape(f"no checkpoint at {tmp_path}/d5/x; {tmp_path} holds d4")):
+def test_an_error_for_a_missing_path_lists_what_exists(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"no checkpoint at {tmp_path}/d5/x; {tmp_path} contains d4")):
         nanochat.load(tmp_path / "d5" / "x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds nothing: give a checkpoint directory"):
+    with pytest.raises(FileNotFoundError, match="it contains nothing: give a checkpoint directory"):
         nanochat.load(tmp_path / "empty")
     (tmp_path / "base" / "chatsft_checkpoints" / "d4").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="holds chatsft_checkpoints: give"):
@@ -185,7 +185,7 @@ def test_an_override_with_a_typo_is_refused_with_the_names_there_are(folder):
 
 
 def test_a_generation_that_the_weights_are_not_of_is_refused(folder):
-    with pytest.raises(ValueError, match=r"not the weights of a nanochat of generation G6 .*unexpected: .*smear_gate"):
+    with pytest.raises(ValueError, match=r"do not fit a nanochat of generation G6 .*unexpected: .*smear_gate"):
         nanochat.load(folder, generation="G6")
     with pytest.raises(ValueError, match="no generation 'G9'"):
         nanochat.load(folder, generation="G9")
@@ -207,15 +207,15 @@ UNSURE_SOFTCAPS = [
 
 
 @pytest.mark.parametrize(("generation", "meta", "taken", "softcap"), SOFTCAPS)
-def test_the_softcap_is_told_by_the_training_scripts_settings(tmp_path, generation, meta, taken, softcap):
+def test_the_softcap_is_deduced_from_the_training_script_s_settings(tmp_path, generation, meta, taken, softcap):
     nano = nanochat.load(write(tmp_path, tiny(generation), generation, **meta))
     assert (nano.generation, nano.config.softcap) == (taken, softcap)
 
 
 @pytest.mark.parametrize("meta", UNSURE_SOFTCAPS, ids=["base", "sft", "rl"])
-def test_a_softcap_that_no_file_tells_is_warned_about_and_can_be_given(tmp_path, meta):
+def test_a_softcap_in_no_file_gives_a_warning_and_can_be_passed(tmp_path, meta):
     write(tmp_path, tiny("G5"), "G5", **meta)
-    with pytest.warns(UserWarning, match=r"softcap: took 15, .* 2026-03-03 to 03-09 have 20") as caught:
+    with pytest.warns(UserWarning, match=r"softcap: assumed 15; .* 2026-03-03 to 03-09 have 20") as caught:
         nano = nanochat.load(tmp_path)
     assert len(caught) == 1
     assert (nano.generation, nano.config.softcap) == ("G4", 15)
@@ -235,7 +235,7 @@ def test_a_tuned_model_without_a_pattern_is_long_everywhere_as_upstream_reads_it
     meta = json.loads((tmp_path / "meta_000000.json").read_text())
     del meta["device_batch_size"], meta["max_seq_len"]  # mid-training and SFT do not write them
     (tmp_path / "meta_000000.json").write_text(json.dumps(meta))
-    with pytest.warns(UserWarning, match='window_pattern: took "L", as upstream does') as caught:
+    with pytest.warns(UserWarning, match='window_pattern: assumed "L", as upstream does') as caught:
         nano = nanochat.load(tmp_path)
     assert len(caught) == 1
     assert (nano.generation, nano.config.window_sizes) == (generation, (400,) * 4)
@@ -250,9 +250,9 @@ def test_a_base_model_with_lambdas_and_without_a_pattern_has_no_windows(tmp_path
     assert nanochat.load(tmp_path, window_pattern="SSSL").config == model.config
 
 
-def test_a_pattern_for_weights_that_know_no_windows_is_refused(tmp_path):
+def test_a_pattern_for_weights_without_windows_is_refused(tmp_path):
     write(tmp_path, tiny("G0"), "G0")
-    with pytest.raises(ValueError, match="of G0, which knows no windows"):
+    with pytest.raises(ValueError, match="of G0, without windows"):
         nanochat.load(tmp_path, window_pattern="SL")
 
 
@@ -314,7 +314,7 @@ def test_a_tokenizer_gives_the_vocabulary_of_a_model_without_meta(tmp_path):
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(folder):
-    with pytest.raises(ValueError, match=r"tokenizer has 51 tokens, but the model .* has 50: give the tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer has 51 tokens, but the model .* has 50: pass the tokenizer"):
         nanochat.load(folder, tokenizer=Words(51))
     with pytest.raises(FileNotFoundError, match="no tokenizer"):
         nanochat.load(folder, tokenizer=folder / "nowhere")
@@ -337,7 +337,7 @@ def test_a_pickle_that_runs_code_is_refused_and_nothing_of_it_runs(folder, tmp_p
     target = tmp_path / "touched"
     file = folder / "model_000000.pt"
     torch.save({"transformer.wte.weight": Bomb(target)}, file)
-    with pytest.raises(ValueError, match="holds more than tensors; nothing of it was run"):
+    with pytest.raises(ValueError, match="contains more than tensors; it was not executed"):
         nanochat.load(folder)
     file.write_bytes(pickle.dumps({"a": Bomb(target)}))
     with pytest.raises(ValueError, match="damaged or not a file"):
@@ -431,8 +431,8 @@ def test_gates_of_an_unknown_width_are_refused(folder):
         ({"vocab_size": 10**15}, "vocab_size must be a whole number from 1 to"),
         ({"sequence_len": 10**15}, "sequence_len must be a whole number from 1 to"),
         ({"sequence_len": -1}, "sequence_len must be a whole number from 1 to"),
-        ({"sequence_len": "400"}, "must hold whole numbers, got {'sequence_len': '400'}"),
-        ({"n_head": 4.0}, "must hold whole numbers"),
+        ({"sequence_len": "400"}, "must be whole numbers, got {'sequence_len': '400'}"),
+        ({"n_head": 4.0}, "must be whole numbers"),
         ({"n_head": 0}, "n_head must be a whole number"),
         ({"window_pattern": "SSQ"}, "letters S and L"),
         ({"window_pattern": 3}, "letters S and L"),
@@ -451,7 +451,7 @@ def test_a_meta_file_that_contradicts_the_weights_or_asks_the_absurd_is_refused(
         ("{", "is not JSON"),
         ("\xff", "is not JSON"),
         ("[" * 100000, "is not JSON"),
-        ("[]", "must hold a JSON table, got list"),
+        ("[]", "must contain a JSON object, got list"),
         ('{"step": 1}', "model_config must be a table of sizes"),
         ('{"model_config": null}', "model_config must be a table of sizes"),
         ('{"model_config": {"n_layer": 4}}', "lacks sequence_len, vocab_size"),
@@ -496,7 +496,7 @@ print(loaded - before, peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process's memory is read from /proc")
 def test_loading_and_running_take_no_second_copy_of_the_weights(tmp_path):
     sizes = {"sequence_len": 256, "vocab_size": 4096, "n_layer": 6, "n_head": 6, "n_kv_head": 6, "n_embd": 768}
-    config = GPTConfig.of("G0", **sizes)
+    config = GPTConfig.of_generation("G0", **sizes)
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in GPT(config).state_dict().items()}
     file = tmp_path / "model_000000.pt"

@@ -214,7 +214,7 @@ def on_decoder(change) -> optax.GradientTransformation:
 def test_k_comes_down_from_k_start_in_a_straight_line_and_stays():
     config = sae_config("topk", D, F, k=4)
     how = dataclasses.replace(RUN, k_start=14, k_anneal_fraction=0.1)
-    limits = [int(step._k_now(how, 4, jnp.int32(number))) for number in range(1, 14)]
+    limits = [int(step._annealed_k(how, 4, jnp.int32(number))) for number in range(1, 14)]
     assert limits == [13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 4, 4, 4]
     assert [loop.room(loop.Member(config, how), number) for number in (1, 10, 11, 100)] == [14, 14, None, None]
     assert loop.room(loop.Member(config, RUN), 1) is None
@@ -324,4 +324,4 @@ def test_the_threshold_is_the_mean_of_the_smallest_values_that_were_kept():
 def test_dead_latents_are_counted_in_tokens_and_not_in_steps():
     since = jnp.array([0, 40, 2**30 - 5, 7], jnp.int32)
     fired = jnp.array([0, 0, 0, 3], jnp.int32)
-    np.testing.assert_array_equal(dead.after(since, fired, 20), [20, 60, 2**30, 0])
+    np.testing.assert_array_equal(dead.update(since, fired, 20), [20, 60, 2**30, 0])

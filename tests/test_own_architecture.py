@@ -168,7 +168,7 @@ def test_resampling_starts_its_array_anew(states, acts):
 
 def test_its_array_is_cut_along_the_latents_and_a_sharded_step_is_the_whole_one(acts):
     mesh = axes.make_mesh(latent=2)
-    whole, sharded = begin(CONFIG, RUN, acts), state.place(begin(CONFIG, RUN, acts), mesh)
+    whole, sharded = begin(CONFIG, RUN, acts), state.shard(begin(CONFIG, RUN, acts), mesh)
     assert sharded.sae.log_gain[...].sharding.spec == sharded.opt.mu.log_gain[...].sharding.spec == axes.spec(("f",))
     assert sharded.sae.mass[...].sharding.is_fully_replicated
     program = stepping(CONFIG, RUN)

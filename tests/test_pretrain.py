@@ -45,7 +45,7 @@ def texts(tmp_path_factory) -> str:
 
 
 def trainer(texts: str, workers: int = 1, **recipe) -> Trainer:
-    model = GPT(GPTConfig.of("G7", vocab_size=TOKENIZER.vocab_size, **SIZES))
+    model = GPT(GPTConfig.of_generation("G7", vocab_size=TOKENIZER.vocab_size, **SIZES))
     model.init_weights(torch.Generator().manual_seed(1))
     corpus = Corpus(texts, TOKENIZER, split="all", row_len=33)
     recipe = {"steps": 20, "batch_rows": 4, "micro_rows": 2, "warmup_steps": 2, **recipe}
@@ -254,7 +254,9 @@ def test_a_flipped_bit_in_a_save_is_noticed(trained, tmp_path):
         data[int(part * len(data))] ^= 1
         path.write_bytes(data)
         torch.load(path, weights_only=True)  # says nothing
-        with pytest.raises(ValueError, match=rf"{path.name} cannot be read \(its part .* is not what was written"):
+        with pytest.raises(
+            ValueError, match=rf"{path.name} cannot be read \(its member .* does not match its checksum"
+        ):
             pretraining.last_state(tmp_path)
 
 

@@ -78,12 +78,12 @@ def counts(site: Site) -> dict[int, int]:
 def test_all_features_arrive_once_after_model_and_source_set_were_made(site, tmp_path):
     heard = []
     features = [feature(i, explanations=[{"text": "cats"}]) for i in range(10)]
-    done = upload(site, tmp_path, features, told=heard.append)
+    done = upload(site, tmp_path, features, report=heard.append)
     assert counts(site) == dict.fromkeys(range(10), 1)
     assert site.models == {IDS.model: 2}
     assert site.source_sets == {(IDS.model, "res-1k"): ["0-res-1k", "1-res-1k"]}
     assert [progress.features for progress in heard] == [4, 8, 10]
-    assert (done.features, done.of) == (10, 10)
+    assert (done.features, done.total) == (10, 10)
     assert site.stored[IDS.model, IDS.source, 3]["activations"][1]["values"] == [0.0, 2.5]
     assert not [path for method, path in site.requests if method == "GET" and "/feature/" in path]
 
@@ -126,9 +126,9 @@ def act(**other) -> dict:
         ({"density": 1.5}, "density is 1.5"),
         ({"density": float("nan")}, "density is nan"),
         ({"colour": "red"}, "unknown colour"),
-        ({"topLogits": [{"token": "a", "value": 1.0}] * 21}, "21 tokens, Neuronpedia takes at most 20"),
+        ({"topLogits": [{"token": "a", "value": 1.0}] * 21}, "21 tokens, Neuronpedia accepts at most 20"),
         ({"bottomLogits": [{"token": "", "value": 1.0}]}, "a token is empty"),
-        ({"bottomLogits": [{"token": "a", "value": float("inf")}]}, "inf is no finite number"),
+        ({"bottomLogits": [{"token": "a", "value": float("inf")}]}, "inf is not a finite number"),
         ({"explanations": [{"text": ""}]}, "the text is empty"),
         ({"explanations": [{"text": "😀" * 257}]}, "514 characters"),
         ({"explanations": [{"text": "a", "methodName": 3}]}, "methodName is 3"),
@@ -136,11 +136,11 @@ def act(**other) -> dict:
         (act(tokens=["a"] * 1025, values=[1.0] * 1025), "1025 tokens"),
         (act(tokens=[]), "0 tokens but 1 values"),
         (act(tokens=[""]), "token 0 is empty, which Neuronpedia refuses"),
-        (act(tokens=["\0"]), "token 0 holds NUL"),
+        (act(tokens=["\0"]), "token 0 contains NUL"),
         (act(tokens=["\ud800"]), "half of a surrogate pair"),
         (act(values=[float("nan")]), "value 0 is nan"),
         (act(values=[True]), "value 0 is True"),
-        (act(quantileFraction=-1), "quantileFraction is -1: a share, or null"),
+        (act(quantileFraction=-1), "quantileFraction is -1: give a share, or null"),
         (act(quantileMax=1e8), "quantileMax is 1"),
     ],
 )
@@ -150,22 +150,22 @@ def test_what_the_site_would_refuse_is_said_before_anything_is_sent(tmp_path, ot
     assert not (tmp_path / "bodies" / "plan.json").exists()
 
 
-def test_features_that_come_twice_or_fit_into_no_request_are_refused(tmp_path):
-    with pytest.raises(PayloadError, match="feature 5 comes twice"):
+def test_duplicate_features_and_features_too_large_for_a_request_are_refused(tmp_path):
+    with pytest.raises(PayloadError, match="feature 5 occurs twice"):
         prepared(tmp_path, [feature(5), feature(5)])
-    with pytest.raises(PayloadError, match=r"feature 5 alone is 2,\d+ bytes of JSON, a request may have 1,000"):
+    with pytest.raises(PayloadError, match=r"feature 5 alone has 2,\d+ bytes of JSON; a request may have 1,000"):
         payload.prepare([feature(5, texts=30)], TARGET, tmp_path, max_bytes=1000)
 
 
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"layers": 128}, "takes 1 to 127"),
-        ({"layers": 1}, "layer 1 is none of the model's 1"),
-        ({"description": "x" * 129}, "takes 1 to 128 characters"),
-        ({"display_name": ""}, "takes 1 to 64 characters"),
-        ({"url": "javascript:alert(1)"}, "give a whole one"),
-        ({"ids": Ids("nanochat-toy", "res", "toy", HOOK, suffix="l0-4")}, "no sources with a suffix"),
+        ({"layers": 128}, "accepts 1 to 127"),
+        ({"layers": 1}, "layer 1 is not one of the model's 1"),
+        ({"description": "x" * 129}, "accepts 1 to 128 characters"),
+        ({"display_name": ""}, "accepts 1 to 64 characters"),
+        ({"url": "javascript:alert(1)"}, "give a full address"),
+        ({"ids": Ids("nanochat-toy", "res", "toy", HOOK, suffix="l0-4")}, "cannot create the suffix"),
     ],
 )
 def test_names_that_the_site_would_refuse_are_refused(other, said):
@@ -206,7 +206,7 @@ def test_all_failures_one_after_the_other_still_give_every_feature_once(site, tm
 def test_what_is_sent_again_is_only_what_is_missing(site, tmp_path):
     site.faults = [behave.half]
     heard = []
-    upload(site, tmp_path, [feature(i) for i in range(4)], told=heard.append)
+    upload(site, tmp_path, [feature(i) for i in range(4)], report=heard.append)
     whole, again = (tmp_path / "bodies" / "batch-0.json").stat().st_size, heard[0].sent
     assert 1.4 * whole < again < 1.6 * whole
     assert len([1 for method, path in site.requests if method == "GET" and "/feature/" in path]) == 4
@@ -218,10 +218,10 @@ def test_waits_double_with_jitter_and_what_the_site_asks_for_is_kept(site, tmp_p
         behave.limited,
         lambda site, body: (429, {"error": "slow down", "requestWindow": "soon"}),
     ]
-    upload(site, tmp_path, [feature(0)], waits.client(site, settle=0.0))
+    upload(site, tmp_path, [feature(0)], waits.client(site, recheck=0.0))
     assert waits == [4.0, 8.0, 16.0, 3600 / 20, 16.0]
 
-    calm = Client(KEY, site.url, Patience(settle=0.0), sleep=waits.append, jitter=lambda: 1.0)
+    calm = Client(KEY, site.url, Patience(recheck=0.0), sleep=waits.append, jitter=lambda: 1.0)
     waits.clear()
     site.faults = [behave.fail_before]
     upload(site, tmp_path, [feature(1)], calm)
@@ -243,14 +243,14 @@ def test_retry_after_is_honoured(after, seconds):
 def test_after_an_unclear_failure_the_site_is_given_time_before_it_is_asked(site, tmp_path):
     waits = Waits()
     site.faults = [behave.drop_after]
-    upload(site, tmp_path, [feature(0)], waits.client(site, settle=33.0))
+    upload(site, tmp_path, [feature(0)], waits.client(site, recheck=33.0))
     assert waits == [33.0]
 
 
-def test_patience_ends_and_the_same_upload_goes_on_later(site, tmp_path):
+def test_patience_ends_and_the_same_upload_resumes_later(site, tmp_path):
     features = [feature(i) for i in range(12)]
     site.faults = [None, *[behave.half] * 9]
-    with pytest.raises(ApiError, match=r"failed 3 times, at last: broke off .*; try again later"):
+    with pytest.raises(ApiError, match=r"failed 3 times, the last time: was interrupted .*; try again later"):
         upload(site, tmp_path, features, Waits().client(site, attempts=3))
     assert sum(counts(site).values()) == 7  # of the second batch two, then one of the rest
     site.faults = []
@@ -259,36 +259,36 @@ def test_patience_ends_and_the_same_upload_goes_on_later(site, tmp_path):
 
     site.faults = [behave.limited] * 100
     waits = Waits()
-    with pytest.raises(ApiError, match=r"429 .*Rate limit exceeded.* would make more than 1000 s in all"):
+    with pytest.raises(ApiError, match=r"429 .*Rate limit exceeded.* would exceed the total of 1000 s"):
         upload(site, tmp_path, [feature(99)], waits.client(site, total=1000.0))
     assert sum(waits) <= 1000
 
 
-def test_a_site_that_is_not_there_is_told(tmp_path):
+def test_an_unreachable_site_is_reported(tmp_path):
     with serving() as gone:
         pass
     with pytest.raises(ApiError, match=r"could not be reached .*; try again later"):
         upload(gone, tmp_path, [feature(0)], Waits().client(gone, attempts=2))
 
 
-def test_a_refusal_is_told_at_once(site, tmp_path):
+def test_a_refusal_is_reported_at_once(site, tmp_path):
     site.faults = [lambda site, body: (400, {"error": "no\nsuch\x1b[31m thing", "path": "features[0]"})]
     waits = Waits()
     with pytest.raises(RefusedError, match=r"upload-batch was refused: 400 features\[0\]: no such \[31m thing"):
         upload(site, tmp_path, [feature(0)], waits.client(site))
     assert waits == []
     site.faults = [lambda site, body: (308, "")]
-    with pytest.raises(RefusedError, match="sends on to"):
+    with pytest.raises(RefusedError, match="redirects to"):
         upload(site, tmp_path, [feature(0)])
     site.faults = [lambda site, body: (200, "<html>log in to this network</html>")] * 2
-    with pytest.raises(ApiError, match="answered 200, but no JSON: is this a Neuronpedia"):
+    with pytest.raises(ApiError, match="status 200 without JSON; is this a Neuronpedia"):
         upload(site, tmp_path, [feature(0)], Waits().client(site, attempts=2))
 
 
 def test_another_site_s_key_is_refused_and_repeated_nowhere(site, tmp_path, caplog):
     with (
         caplog.at_level(logging.DEBUG),
-        pytest.raises(RefusedError, match=r"401 .*not by .key.*is NEURONPEDIA_API_KEY") as e,
+        pytest.raises(RefusedError, match=r"401 .*not by .key.*check that NEURONPEDIA_API_KEY") as e,
     ):
         upload(site, tmp_path, [feature(0)], Waits().client(site, key="np-secret"))
     told = str(e.value) + caplog.text + "".join(path.read_text() for path in tmp_path.rglob("*.json*"))
@@ -296,13 +296,13 @@ def test_another_site_s_key_is_refused_and_repeated_nowhere(site, tmp_path, capl
 
 
 def test_keys_and_addresses_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="would carry the API key readably"):
+    with pytest.raises(ValueError, match="would send the API key unencrypted"):
         Client(KEY, "http://np.example")
-    with pytest.raises(ValueError, match="characters that no key has") as refused:
+    with pytest.raises(ValueError, match="invalid characters") as refused:
         Client("np-secret\nx", "https://np.example")
     assert "secret" not in str(refused.value)
     for address in ("np.example", "ftp://np.example", "https://me:hidden@np.example", "https://np.example/?x=1"):
-        with pytest.raises(ValueError, match="is no address of a site") as refused:
+        with pytest.raises(ValueError, match="is not the address of a site") as refused:
             Client(KEY, address)
         assert "hidden" not in str(refused.value)
     with Client(f" {KEY}\n", "https://np.example/api/") as client:
@@ -339,7 +339,7 @@ def test_other_batches_of_the_same_features_send_nothing_twice(site, tmp_path):
 def test_features_of_other_content_are_refused_or_left_as_they_are(site, tmp_path):
     upload(site, tmp_path, [feature(0), feature(1)])
     changed = [feature(0, density=0.5), feature(1), feature(2)]
-    with pytest.raises(PayloadError, match=r"1 features \(0\) are at .* with other content.*--keep_uploaded"):
+    with pytest.raises(PayloadError, match=r"1 features \(0\) are already at .* with other content.*--keep_uploaded"):
         upload(site, tmp_path, changed)
     upload(site, tmp_path, changed, keep=True)
     assert counts(site) == dict.fromkeys(range(3), 1)
@@ -370,14 +370,16 @@ def test_a_second_layer_of_a_source_set_made_here_is_sent_without_asking(site, t
     assert not [path for method, path in site.requests if method == "GET" and "/feature/" in path]
 
 
-def test_a_site_that_was_emptied_is_told(site, tmp_path):
+def test_an_emptied_site_is_reported(site, tmp_path):
     upload(site, tmp_path, [feature(0)])
     site.source_sets.clear()
-    with pytest.raises(ApiError, match=r"has no source set nanochat-toy/res-1k, but .*ledger.jsonl says"):
+    with pytest.raises(
+        ApiError, match=r"has no source set nanochat-toy/res-1k, but .*ledger.jsonl features were uploaded"
+    ):
         upload(site, tmp_path, [feature(0)])
 
 
-def test_a_feature_without_its_texts_is_sent_and_one_with_some_is_told(site, tmp_path, caplog):
+def test_a_feature_without_texts_is_sent_and_one_with_some_is_reported(site, tmp_path, caplog):
     key = (IDS.model, IDS.source)
     site.models[IDS.model] = 2
     site.source_sets[IDS.model, "res-1k"] = ["0-res-1k", "1-res-1k"]
@@ -404,11 +406,11 @@ def test_a_model_that_exists_gets_the_source_set(site, tmp_path, caplog):
 def test_a_changed_body_is_not_sent(site, tmp_path):
     plan = prepared(tmp_path, [feature(0)])
     (tmp_path / "bodies" / "batch-0.json").write_text("{}")
-    with pytest.raises(PayloadError, match="was changed since it was prepared"):
+    with pytest.raises(PayloadError, match="has changed since it was prepared"):
         plan.body(plan.batches[0])
 
 
-def test_a_torn_last_line_of_the_ledger_is_forgotten_and_a_broken_one_told(tmp_path):
+def test_a_partial_last_line_of_the_ledger_is_ignored_and_a_damaged_one_reported(tmp_path):
     path, key = tmp_path / "ledger.jsonl", ("https://s", "m", "1-s")
     with Ledger(path, key) as ledger:
         ledger.write("sending", {1: "aa", 2: "bb"})
@@ -424,7 +426,7 @@ def test_a_torn_last_line_of_the_ledger_is_forgotten_and_a_broken_one_told(tmp_p
     with Ledger(path, ("https://other", "m", "1-s")) as ledger:
         assert ledger.state(1, "aa") is None
     path.write_bytes(b"{}\n" + path.read_bytes())
-    with pytest.raises(LedgerError, match="line 1 is no line of a ledger"), Ledger(path, key):
+    with pytest.raises(LedgerError, match="line 1 is damaged"), Ledger(path, key):
         pass
 
 
@@ -455,7 +457,7 @@ def test_explanations_are_read_back(site):
         with pytest.raises(ApiError, match=r"has no feature \.\./x/5"):
             client.explanations("..", "x", 5)
         site.explanations[key] = [{"text": "of another form"}]
-        with pytest.raises(ApiError, match="explanations of another form"):
+        with pytest.raises(ApiError, match="explanations in an unknown format"):
             client.explanations(*key)
 
 
@@ -505,7 +507,7 @@ def of(run: Path, site: Site | None, *more: str) -> list[str]:
     return [f"--run_dir={run}", "--layers=3", "--batch_features=2", "--settle=0", *where, *more]
 
 
-def test_a_killed_upload_goes_on_to_one_set_of_texts_each(site, run):
+def test_a_killed_upload_resumes_and_sends_every_text_once(site, run):
     came, go = threading.Event(), threading.Event()
 
     def take_and_hang(site: Site, body: dict) -> None:
@@ -578,10 +580,10 @@ def test_a_dry_run_writes_the_bodies_and_sends_nothing(site, run):
         (("--import_to=y",), 2, "belong together"),
         (("--run_dir=x", "--batch_features=200"), 2, "the site takes 1 to 128"),
         (("--run_dir=nowhere",), 1, "nowhere is no run"),
-        (("--import_to=y", "--folder=nowhere"), 1, "holds no v1 export"),
+        (("--import_to=y", "--folder=nowhere"), 1, "no v1 export in"),
     ],
 )
-def test_wrong_flags_are_told(arguments, code, said):
+def test_wrong_flags_are_reported(arguments, code, said):
     found, _, err = command(*arguments)
     assert found == code
     assert said in err

@@ -71,7 +71,7 @@ def test_the_multiplier_counts(im):
 
 def test_factors_together_stay_within_a_product(im):
     # Unchecked, 16 times 1e6 made the numbers infinite and sampling failed without saying why.
-    with pytest.raises(ValueError, match=r"factors of orthogonal and scale multiply to 1e\+48"):
+    with pytest.raises(ValueError, match=r"product of the factors of orthogonal and scale is 1e\+48"):
         im.generate("x", [Steer(HOOK, 3, "orthogonal", 1000)] * 16)
     assert len(list(im.generate("x", [Steer(HOOK, 3, "orthogonal", -1000)] * 2, max_tokens=3))) == 3
     assert len(list(im.generate("x", [Steer(HOOK, 3, "scale", 0.5)] * 16, max_tokens=3))) == 3
@@ -79,7 +79,7 @@ def test_factors_together_stay_within_a_product(im):
 
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_logits_that_are_not_finite_are_told_where_they_arise(im, bad, temperature):
+def test_logits_that_are_not_finite_are_reported_with_their_position(im, bad, temperature):
     def broken(tokens, **cache):
         return torch.full((*tokens.shape, 4096), bad)
 
@@ -95,13 +95,13 @@ def test_logits_that_are_not_finite_are_told_where_they_arise(im, bad, temperatu
         ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"max_tokens": -1}, "max_tokens is -1"),
         ({"top_k": 0}, "top_k is 0"),
-        ({"strength": "1e-320"}, "--strength is 1e-320, which float32 cannot tell from 0"),
+        ({"strength": "1e-320"}, "--strength is 1e-320, which float32 rounds to 0"),
         ({"strength": "1e6", "mode": "orthogonal"}, "--strength, which is a factor in the mode orthogonal, is 1000000"),
         ({"strength": "-1e6", "mode": "scale"}, "--strength, which is a factor in the mode scale, is -1000000"),
         ({"strength": "1e10"}, "strength is 10000000000.0"),
         ({"strength_multiplier": "inf"}, "strength_multiplier is inf"),
         ({"strength": "100", "strength_multiplier": "100", "mode": "orthogonal"}, "--strength times --strength_multi"),
-        ({"strength": "1000", "mode": "scale", "feature": "1,2,3"}, "factors of orthogonal and scale multiply"),
+        ({"strength": "1000", "mode": "scale", "feature": "1,2,3"}, "product of the factors of orthogonal and scale"),
     ],
 )
 def test_the_command_refuses_the_same_before_it_loads_a_model(settings, complaint, capsys):

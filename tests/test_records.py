@@ -19,8 +19,8 @@ from bridge.explorer import gather, weights
 from bridge.hooks import capture, edit, hook_name
 from bridge.nanochat.config import GENERATIONS
 from jsae.records import recorder as records
-from jsae.records.correlation import Moments, correlated
-from jsae.records.recorder import Recorder, Settings, distinct, interval, window_hashes
+from jsae.records.correlation import Moments, correlations
+from jsae.records.recorder import Recorder, Settings, distinct_rows, interval, window_hashes
 from jsae.records.spill import Spill
 from jsae.records.store import COLUMNS, NON_ACTIVATING, TOP, VERSION, Activations, Store, StoreError, Texts, digest
 from jsae.settings import ConfigError
@@ -94,7 +94,7 @@ def plain(text: np.ndarray, acts: np.ndarray, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("case", ["toy", 0, 1, 2, 3])
-def test_what_is_counted_is_what_counting_plainly_gives(case, tmp_path, monkeypatch):
+def test_counts_equal_plain_counting(case, tmp_path, monkeypatch):
     text, acts = (toy.tokens(), toy.activations(toy.tokens())) if case == "toy" else random_case(case)
     found, expected = gathered(tmp_path / "a", text, acts), plain(text, acts, monkeypatch)
     for name in WITHOUT_CHANCE:
@@ -131,12 +131,12 @@ def test_examples_are_of_their_group_and_say_all_that_fires_in_their_row(seed, t
             assert values == sorted(values, reverse=True)
 
 
-def test_samples_hang_on_the_seed_and_on_nothing_else(tmp_path, monkeypatch):
+def test_samples_depend_only_on_the_seed(tmp_path, monkeypatch):
     text, acts = random_case(6)
     first = gathered(tmp_path / "a", text, acts)
     monkeypatch.setattr(records, "Spill", functools.partial(Spill, piece=5))
     blocks = Spill.blocks
-    monkeypatch.setattr(Spill, "blocks", lambda self: blocks(self, most=3))
+    monkeypatch.setattr(Spill, "blocks", lambda self: blocks(self, limit=3))
     in_pieces = gathered(tmp_path / "b", text, acts)
     other = gathered(tmp_path / "c", text, acts, dataclasses.replace(SETTINGS, seed=1))
     for name, column in first.items():
@@ -206,7 +206,7 @@ def test_fifths_hold_their_lower_edge_and_the_uppermost_its_upper_one_too():
 
 def test_repeated_rows_are_dropped_in_order():
     rows = np.array([[3, 4], [1, 2], [3, 4], [4, 3], [1, 2]], np.uint16)
-    assert distinct(rows).tolist() == [[3, 4], [1, 2], [4, 3]]
+    assert distinct_rows(rows).tolist() == [[3, 4], [1, 2], [4, 3]]
 
 
 def test_what_no_sae_gives_is_refused(tmp_path):
@@ -221,7 +221,7 @@ def test_what_no_sae_gives_is_refused(tmp_path):
 
     add()
     for wrong, complaint in (
-        ({"cells": (2, 1)}, "must rise from 0"),
+        ({"cells": (2, 1)}, "must ascend from 0"),
         ({"cells": (3, 4)}, "below 4"),
         ({"latents": (3,)}, "0 to 2"),
         ({"latents": (-1,)}, "0 to 2"),
@@ -235,7 +235,7 @@ def test_what_no_sae_gives_is_refused(tmp_path):
         Settings(top=0)
     (tmp_path / "none").mkdir()
     recorder = Recorder(tmp_path / "none", np.ones((2, 3), np.uint16), 4, SETTINGS)
-    with pytest.raises(ConfigError, match="no token of this text counts"):
+    with pytest.raises(ConfigError, match="no token of this text is counted"):
         recorder.finish(moments(np.zeros((2, 3, 4))))
 
 
@@ -248,7 +248,7 @@ def test_correlation_is_numpys_also_far_from_zero():
     shift = stream[:50].mean(0)
     shifted = stream - shift
     sums = Moments(400, shift, shifted.sum(0), (shifted**2).sum(0), latents.T @ shifted)
-    found = correlated(sums, latents.sum(0), (latents**2).sum(0))
+    found = correlations(sums, latents.sum(0), (latents**2).sum(0))
     pearson = np.corrcoef(latents[:, :4].T, stream[:, :5].T)[:4, 4:]
     cosine = latents.T @ stream / np.linalg.norm(latents[:, :4], axis=0).max()
     order = np.argsort(-pearson, axis=1)[:, :3]
@@ -330,7 +330,7 @@ def test_logits_neighbours_and_channels_are_those_of_the_weights(d_sae, monkeypa
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_sparse_codes_are_what_the_sae_encodes(form):
+def test_recorded_codes_are_those_of_the_sae(form):
     sae = toy_sae(form, 16, 40, k=5)
     x = torch.from_numpy(np.random.default_rng(3).standard_normal((50, 16))).float()
     token, latent, value = gather.codes(sae, x)
@@ -405,7 +405,7 @@ def test_records_of_the_demo_are_what_its_activations_are(nano, parts, folder):
         np.testing.assert_allclose(store["max"], latents.max(0), rtol=1e-4)
         used = np.flatnonzero(store["count"] > 50)
         i = int(used[0])
-        cells, values = store.all.of(i)
+        cells, values = store.all.activations_of_latent(i)
         np.testing.assert_array_equal(cells, np.flatnonzero(latents[:, i]))
         np.testing.assert_allclose(values, latents[cells, i], rtol=2e-3)
         pearson = np.corrcoef(latents[counted.numpy(), i], x[counted].numpy().T)[0, 1:]
@@ -435,7 +435,7 @@ def test_texts_are_the_rows_each_once_and_the_vocabulary_as_bytes(nano, parts, f
     assert texts.vocabulary == [nano.tokenizer.token_bytes_of(i) for i in range(nano.config.vocab_size)]
 
 
-def test_records_that_fit_are_told_from_those_that_do_not(nano, parts, folder, tmp_path):
+def test_records_that_fit_are_distinguished_from_those_that_do_not(nano, parts, folder, tmp_path):
     saes, digests, plan = parts
 
     def why(digests=digests, **other) -> str | None:
@@ -530,7 +530,7 @@ def test_a_store_reads_what_was_written(store):
     assert opened.texts.spell([]) == []
     example = opened.examples(toy.ONCE)[0]
     assert [x.tolist() for x in opened.activations(example)] == [[9], [opened["max"][toy.ONCE]]]
-    cells, values = opened.all.of(toy.ONCE)
+    cells, values = opened.all.activations_of_latent(toy.ONCE)
     assert (cells.tolist(), values.tolist()) == ([7 * toy.LENGTH + 9], [opened["max"][toy.ONCE]])
 
 
@@ -542,8 +542,8 @@ def test_activations_beyond_half_precision_stay_finite(tmp_path, store):
     writer.append(np.array([1]), np.array([3.0], np.float32))
     writer.finish(AllHeader(VERSION, 2, 2, 3, "ab"), np.array([2, 1]))
     found = Activations(tmp_path / "all")
-    assert found.of(0)[1].tolist() == [65504, 2]
-    assert found.of(1)[0].tolist() == [1]
+    assert found.activations_of_latent(0)[1].tolist() == [65504, 2]
+    assert found.activations_of_latent(1)[0].tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -611,7 +611,7 @@ def test_another_version_or_sae_is_refused(store):
     told = json.loads((store / "records.json").read_text())
     for wrong in (told | {"version": VERSION + 1}, told | {"version": str(VERSION)}, told | {"version": 1}, [1], 7):
         (store / "records.json").write_text(json.dumps(wrong))
-        with pytest.raises(StoreError, match=rf"of version .*, this program reads {VERSION}"):
+        with pytest.raises(StoreError, match=rf"has version .*; this version of jsae reads {VERSION}"):
             Store(store)
     for wrong, complaint in (
         (told | {"more": 1}, "no field more"),
@@ -651,7 +651,7 @@ def test_pointers_out_of_range_are_refused(name, value, store):
     column = np.load(store / f"{name}.npy")
     column.flat[-1] = value
     np.save(store / f"{name}.npy", column)
-    with pytest.raises(StoreError, match=f"{name} holds {value}, but must be below"):
+    with pytest.raises(StoreError, match=f"{name} contains {value}, but must be below"):
         Store(store)[name]
 
 
@@ -670,7 +670,7 @@ def test_offsets_that_do_not_partition_are_refused(store):
         _ = Store(store).texts.vocabulary
     np.save(store / "all" / "cell.npy", np.load(store / "all" / "cell.npy")[:-1])
     with pytest.raises(StoreError, match="does not partition"):
-        Store(store).all.of(0)
+        Store(store).all.activations_of_latent(0)
 
 
 def test_columns_of_other_kinds_are_refused(store):
@@ -703,7 +703,7 @@ def test_a_zip_in_the_place_of_a_column_and_a_header_nested_too_deeply_are_broke
         Store(store)
 
 
-def test_too_many_open_files_are_not_told_as_broken_records(store):
+def test_too_many_open_files_are_not_reported_as_broken_records(store):
     found = Store(store)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1, before[1]))

@@ -46,7 +46,7 @@ def test_a_full_disk_is_one_error_and_leaves_whole_reports(tmp_path):
     )
     assert "Traceback" not in done.stderr
     said, reported = done.stdout.splitlines()
-    assert said.startswith("[Errno 27] File too large: nothing was added")
+    assert said.startswith("[Errno 27] File too large: nothing was appended")
     assert str(tmp_path) in said
     lines = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     shown = [step for step, _ in read(tmp_path / "tb")["loss"]]

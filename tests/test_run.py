@@ -80,7 +80,7 @@ def test_what_is_the_only_one_needs_no_name(run):
 
 
 def test_model_and_saes_fit_each_other(run):
-    im = InterpretableModel.of(run.model(), run.saes())
+    im = InterpretableModel.from_nanochat(run.model(), run.saes())
     with im.interpretation_enabled():
         im(torch.tensor([[1, 2, 3]]))
     assert im.get_active_features(HOOK).indices.shape[:2] == (1, 3)

@@ -100,7 +100,7 @@ def test_cached_decoding_sees_what_one_forward_sees(im, model):
     assert torch.equal(last.indices, whole.indices[:, -13:])
 
 
-def test_a_new_text_begins_anew(im, model):
+def test_a_new_text_starts_a_new_trace(im, model):
     with im.interpretation_enabled():
         im(tokens(20), cache=model.new_cache(2))
         im(tokens(9), cache=model.new_cache(2))
@@ -144,7 +144,7 @@ def test_features_can_be_read_after_the_context_until_the_next_one(im):
         im(tokens(7))
     assert im.get_active_features().values.shape == (2, 7, 4)
     with im.interpretation_enabled():
-        with pytest.raises(ValueError, match="nothing has been read yet"):
+        with pytest.raises(ValueError, match="no forward pass has been tracked"):
             im.get_active_features()
         im(tokens(8))
         for length in (9, 3):
@@ -252,7 +252,7 @@ def test_nothing_stays_on_the_model(im, model):
     im.attribution(ids, HOOK, (3, 4))
     broken = {HOOK: lambda h: h[:, :1]}
     with (
-        pytest.raises(ValueError, match="made"),
+        pytest.raises(ValueError, match="returned the shape"),
         im.steering_enabled([Steer(HOOK, 1, "clamp", 5.0)]),
         edit(model, broken),
     ):
@@ -268,7 +268,7 @@ def test_nothing_stays_on_the_model(im, model):
     assert torch.equal(model(ids), plain)
 
 
-def test_a_strength_is_told_next_to_the_size_of_the_activations(im, model):
+def test_a_strength_is_given_relative_to_the_norm_of_activations(im, model):
     ids = torch.tensor([[0, 3, 4, 7, 5]])  # 0 and 7 are special
     with capture(model, [HOOK]) as acts:
         model(ids)
@@ -305,7 +305,7 @@ def test_a_steered_generation_is_greedy_on_uncached_logits(im, mode, positions):
     assert told == ids[4:]
 
 
-def test_every_token_comes_with_what_fired_on_it(im):
+def test_every_token_comes_with_its_active_features(im):
     requests = [Steer(HOOK, 9, "clamp", 30.0, "generated")]
     told = list(im.generate([5, 6, 7], requests, max_tokens=10, seed=3, echo=True))
     ids = torch.tensor([[token.id for token in told]])
@@ -373,7 +373,7 @@ def test_text_goes_in_and_whole_characters_come_out(monkeypatch):
 
 def test_the_packaged_nanochat_says_what_its_tokenizer_decodes():
     nano = bridge.nanochat.load("demo")
-    im = InterpretableModel.of(nano, {"blocks.0.hook_resid_post": toy_sae("topk", nano.config.n_embd, 256)})
+    im = InterpretableModel.from_nanochat(nano, {"blocks.0.hook_resid_post": toy_sae("topk", nano.config.n_embd, 256)})
     told = list(im.generate("def main(argv):\n", max_tokens=40, temperature=0, echo=True))
     assert "".join(token.text for token in told) == nano.tokenizer.decode(token.id for token in told)
     assert [token.id for token in told if not token.generated] == nano.tokenizer.encode("def main(argv):\n", True)
@@ -429,7 +429,7 @@ def test_attribution_is_activation_times_the_finite_difference(model, form):
         assert (found.values.abs()[..., :-1] >= found.values.abs()[..., 1:]).all()
 
 
-def test_what_comes_later_is_no_cause(im):
+def test_later_tokens_have_no_attribution(im):
     found = im.attribution(tokens(9), HOOK, (4, 3)).dense()
     assert found[:, :5].abs().sum() > 0
     assert not found[:, 5:].any()
@@ -544,10 +544,10 @@ def test_saes_are_found_in_a_run_a_folder_and_by_themselves(tmp_path):
     assert sae.architecture == "topk"
 
 
-def test_a_place_without_saes_is_refused_with_what_it_holds(tmp_path):
+def test_a_directory_without_saes_is_refused_with_its_contents(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(FileNotFoundError, match=r"holds checkpoints, metrics\.jsonl: give an exported SAE"):
+    with pytest.raises(FileNotFoundError, match=r"contains checkpoints, metrics\.jsonl: give an exported SAE"):
         load_saes(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no SAE at .*nowhere"):
         load_saes(tmp_path / "nowhere")
@@ -571,7 +571,7 @@ def test_of_a_sweep_the_variants_are_named(tmp_path):
     assert list(load_saes(tmp_path / "sweep" / "k8")) == [HOOK]
 
 
-def test_what_is_half_written_or_outdated_is_no_sae(tmp_path):
+def test_partial_and_outdated_exports_are_not_saes(tmp_path):
     for name in (HOOK, f"{HOOK}.unfinished", f"{EARLY}.outdated"):
         export(toy_sae("topk", C, 64), tmp_path / "run" / "sae" / name)
     assert list(load_saes(tmp_path / "run")) == [HOOK]
@@ -581,25 +581,25 @@ OTHERS = {
     "transcoder": (
         sae_config("relu", C, 64, d_out=C),
         {"hook_name": "blocks.1.ln2.hook_normalized", "hook_name_out": "blocks.1.hook_mlp_out"},
-        "is a transcoder: it makes blocks.1.hook_mlp_out of what it reads",
+        "is a transcoder, which predicts blocks.1.hook_mlp_out from its input",
     ),
     "crosscoder": (
         sae_config("relu", 3 * C, 64, layers=3),
         {"hook_name": EARLY, "hook_names": [EARLY, HOOK, LATE]},
-        "is a crosscoder of 3 layers: it makes all of them of one code",
+        "is a crosscoder, which reconstructs 3 layers from one code",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_transcoders_and_crosscoders_are_refused_with_what_they_are_and_are_for(kind, model, tmp_path):
+def test_transcoders_and_crosscoders_are_refused_by_name(kind, model, tmp_path):
     config, metadata, complaint = OTHERS[kind]
     random = np.random.default_rng(0)
     shapes = {"W_enc": (64, config.d_in), "W_dec": (64, config.width_out), "b_dec": config.width_out, "b_enc": 64}
     weights = {name: random.standard_normal(shape) for name, shape in shapes.items()}
     folder = tmp_path / "run" / "sae" / EARLY
     write(folder, config, weights, 1.0, 1.0, metadata)
-    with pytest.raises(ValueError, match=f"{complaint}.*bridge.torch_sae.load gives it as a module"):
+    with pytest.raises(ValueError, match=f"{complaint}.*bridge.torch_sae.load to get it as a module"):
         load_saes(tmp_path / "run")
     with pytest.raises(ValueError, match=f"the SAE of {EARLY} {complaint}"):
         InterpretableModel(model, {EARLY: torch_sae.load(folder)})
@@ -624,7 +624,7 @@ def test_an_sae_of_another_checkpoint_is_refused(model):
     InterpretableModel(model, saes)
     InterpretableModel(model, saes, fingerprint="abc")
     InterpretableModel(model, {HOOK: toy_sae("topk", C, 64)}, fingerprint="def")
-    with pytest.raises(ValueError, match="trained on the checkpoint with sha256 abc, this one has def"):
+    with pytest.raises(ValueError, match="trained on the checkpoint with sha256 abc, but this one has def"):
         InterpretableModel(model, saes, fingerprint="def")
 
 
@@ -638,14 +638,14 @@ def test_an_sae_of_another_checkpoint_is_refused(model):
         (lambda im: im.steer(tokens(3), (HOOK, 1), 1.0, positions="prompt"), "need prompt_length"),
         (lambda im: im.generate([], max_tokens=3), "the prompt is empty"),
         (lambda im: im.generate("", max_tokens=3), "the prompt is empty"),
-        (lambda im: im.generate([1] * 4000, max_tokens=1), "beyond the model's 4000 positions"),
+        (lambda im: im.generate([1] * 4000, max_tokens=1), "exceed the model's 4000 positions"),
         (lambda im: im.generate([1], max_tokens=0), "max_tokens"),
         (lambda im: im.generate([1], [Steer(HOOK, 500)], max_tokens=1), "features 0 to 127"),
         (lambda im: list(im.generate([1], max_tokens=1, features=0)), "k=0"),
-        (lambda im: im.steer(torch.zeros(1, 4001).long(), (HOOK, 1), 1.0), "positions end at 4000"),
+        (lambda im: im.steer(torch.zeros(1, 4001).long(), (HOOK, 1), 1.0), "at most 4000 .* have positions"),
     ],
 )
-def test_what_cannot_be_is_refused_with_what_can(im, call, complaint):
+def test_invalid_requests_are_refused_with_the_allowed_values(im, call, complaint):
     with pytest.raises(ValueError, match=complaint):
         call(im)
     assert traces(im.model) == []
@@ -653,7 +653,7 @@ def test_what_cannot_be_is_refused_with_what_can(im, call, complaint):
 
 def test_without_a_tokenizer_text_and_special_tokens_are_refused(model):
     im = InterpretableModel(model, {HOOK: toy_sae("topk", C, 64)})
-    with pytest.raises(ValueError, match="a prompt of text needs a tokenizer"):
+    with pytest.raises(ValueError, match="a text prompt needs a tokenizer"):
         im.generate("def", max_tokens=3)
     with pytest.raises(ValueError, match="'not_special' need a tokenizer"):
         im.steer(tokens(3), (HOOK, 1), 1.0, positions="not_special")

@@ -131,16 +131,16 @@ def test_text_goes_before_chats_and_chats_before_a_text_that_is_none(tmp_path):
             {"content": ["a"], "id": [1]},
             "no column 'text'; it has content, id. A document is a string in a column text",
         ),
-        ({"text": [["a"]]}, "the column 'text' must hold strings, it holds list<"),
+        ({"text": [["a"]]}, "the column 'text' must contain strings, got list<"),
         (
             {"messages": ["a"]},
-            "the column 'messages' must hold lists of messages with role and content, it holds string",
+            "the column 'messages' must contain lists of messages with role and content, got string",
         ),
         ({"messages": [[{"role": "assistant", "content": "a"}]]}, "row group 0, row 0: turn 0 must be the user's"),
         ({"messages": [[{"role": "user", "content": None}]]}, "row group 0, row 0: turn 0: a user's content"),
     ],
 )
-def test_columns_that_hold_no_documents_are_named(tmp_path, columns, told):
+def test_columns_without_documents_are_named(tmp_path, columns, told):
     parquet(tmp_path / "a.parquet", columns)
     with pytest.raises(ValueError, match=rf"a\.parquet.*{told}"):
         corpus(tmp_path)
@@ -149,7 +149,7 @@ def test_columns_that_hold_no_documents_are_named(tmp_path, columns, told):
 def test_a_directory_says_where_its_parquet_is(tmp_path):
     (tmp_path / "data").mkdir()
     parquet(tmp_path / "data" / "train.parquet", {"text": ["a"]})
-    with pytest.raises(FileNotFoundError, match=r"further down: give '.*/\*\*/\*\.parquet'"):
+    with pytest.raises(FileNotFoundError, match=r"in its subdirectories: give '.*/\*\*/\*\.parquet'"):
         corpus(tmp_path)
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "data-00000-of-00001.arrow").write_bytes(b"ARROW1")
@@ -193,8 +193,8 @@ def test_a_form_before_a_path_says_how_to_read_it(tmp_path):
         ("a.json", '["\xfc"]'.encode("latin-1"), "is not UTF-8"),
         ("a.txt", gzip.compress(b"a", mtime=0), r"gzip-compressed: name it \.jsonl\.gz"),
         ("a.jsonl", gzip.compress(b"a", mtime=0), r"gzip-compressed: name it \.jsonl\.gz"),
-        ("a.txt.gz", gzip.compress(b"a", mtime=0), "is compressed, .*: unpack it with gunzip"),
-        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "is compressed, .*: unpack it with zstd -d"),
+        ("a.txt.gz", gzip.compress(b"a", mtime=0), "is compressed; .*: unpack it with gunzip"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "is compressed; .*: unpack it with zstd -d"),
         ("a.txt", b"PAR1", r"a parquet file: name it \.parquet"),
         ("a.json", b'[{"text": "one"} {"text": "two"}]', "element 1: expected ',' or ']' after it, got '{'"),
         ("a.json", b'[{"text": "one"},', "element 2: Expecting value"),
@@ -205,7 +205,7 @@ def test_a_form_before_a_path_says_how_to_read_it(tmp_path):
         ("a.parquet", b"PAR1", "it does not end with PAR1"),
     ],
 )
-def test_what_cannot_be_read_is_told_in_a_line(tmp_path, name, data, told):
+def test_unreadable_data_is_reported_in_one_line(tmp_path, name, data, told):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=told) as caught:
         corpus(tmp_path / name)
@@ -379,7 +379,7 @@ def test_files_that_came_and_went_are_named():
     assert changed(many, []).endswith("4 is missing and 4 more")
 
 
-def test_many_files_are_told_some_together(tmp_path):
+def test_many_files_are_listed_in_groups(tmp_path):
     for i in range(600):
         (tmp_path / f"{i:03}.txt").write_text(f"text {i}")
     found = corpus(f"{tmp_path}/*.txt").files
@@ -428,7 +428,7 @@ def test_a_file_that_was_only_touched_is_read_on(tmp_path, monkeypatch):
     monkeypatch.setattr(contents, "SAMPLE", 10)
     reader = corpus(path, split="train")
     os.utime(path, ns=(2, 2))
-    with pytest.warns(UserWarning, match="was written to while it was in use"):
+    with pytest.warns(UserWarning, match="was written to while in use"):
         reader.next_rows(1000)
 
 
@@ -456,14 +456,14 @@ def test_home_and_variables_are_replaced(tmp_path, monkeypatch):
 
 def test_unknown_users_and_variables_are_named(monkeypatch):
     monkeypatch.delenv("NOT_SET", raising=False)
-    with pytest.raises(FileNotFoundError, match="'~nosuchuser/x': there is no home directory of '~nosuchuser' here"):
+    with pytest.raises(FileNotFoundError, match="'~nosuchuser/x': no home directory of '~nosuchuser' is known"):
         corpus("~nosuchuser/x")
-    with pytest.raises(ValueError, match="names the environment variable NOT_SET, which is not set"):
+    with pytest.raises(ValueError, match="contains the environment variable NOT_SET, which is not set"):
         corpus("$NOT_SET/x")
 
 
 @pytest.mark.parametrize("spec", ["stdlib", "{}/*.txt", "{}/a.txt", "{}/a.jsonl", "{}/a.parquet"])
-def test_too_many_open_files_are_told_and_nothing_is_left_out(tmp_path, spec):
+def test_too_many_open_files_are_reported_and_nothing_is_left_out(tmp_path, spec):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "a.jsonl").write_bytes(json_lines({"text": "one"}))
     parquet(tmp_path / "a.parquet", {"text": ["one"]})

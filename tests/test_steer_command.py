@@ -50,7 +50,7 @@ def make_run(checkpoint: Path, run: Path, *hooks: str) -> Path:
 
 @pytest.fixture(scope="module")
 def im(checkpoint, run) -> InterpretableModel:
-    return InterpretableModel.of(bridge.nanochat.load(checkpoint), load_saes(run))
+    return InterpretableModel.from_nanochat(bridge.nanochat.load(checkpoint), load_saes(run))
 
 
 def command(run: Path, **settings: object) -> list[str]:
@@ -206,10 +206,10 @@ def test_the_loop_refuses_numbers_out_of_range_and_keeps_what_was_pushed(run):
     assert done.returncode == 0, done.stderr
     told = answers(done.stdout)
     assert "is a factor in the mode orthogonal, is 1000000.0: expected" in told[0]
-    assert "which float32 cannot tell from 0" in told[1]
+    assert "which float32 rounds to 0" in told[1]
     assert "scale 1000" in told[2]
     assert told[3].count(HOOK) == 2
-    assert "the factors of orthogonal and scale multiply to 2e+06" in told[4]
+    assert "the product of the factors of orthogonal and scale is 2e+06" in told[4]
     assert told[5].count(HOOK) == 2
     assert "/top 0: give how many features to show, at least 1" in told[7]
 
@@ -251,7 +251,7 @@ BAD = {
     ),
     "strengths for other features": ({"feature": "1,2", "strength": "1,2,3"}, 2, "3 values for 2 features"),
     "an unknown mode": ({"mode": "push"}, 2, "additive|orthogonal|projection_cap|clamp|scale|ablate"),
-    "a prompt beyond the context": ({"prompt": "x" * 4000}, 1, "beyond the model's 4000 positions"),
+    "a prompt beyond the context": ({"prompt": "x" * 4000}, 1, "exceed the model's 4000 positions"),
     "a hook without SAE": ({"hook": OTHER}, 1, f"no SAE at '{OTHER}': choose one of {HOOK}"),
     "no such run": ({"run_dir": "nowhere"}, 1, "nowhere is no run"),
     "no such checkpoint": ({"checkpoint": "nowhere/d20"}, 1, "no checkpoint at nowhere/d20"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy_saes import FORMS, toy_sae
 
-from bridge.steering import MODES, POSITIONS, Reading, Steer, edit_of, feature, mask, masked
+from bridge.steering import MODES, POSITIONS, PassInput, Steer, feature, mask, masked, steering_edit
 from bridge.torch_sae import TorchSAE
 
 HOOK = "blocks.0.hook_resid_post"
@@ -26,7 +26,7 @@ H = torch.tensor([[[3.0, 4.0, 5.0], [-2.0, 1.0, 0.0], [0.5, -1.0, 2.0]]])  # lat
 
 def pushed(sae, h, *requests, strength_multiplier=1.0):
     for index, mode, strength in requests:
-        h = edit_of(sae, Steer(HOOK, index, mode, strength), strength_multiplier, h.dtype)(h)
+        h = steering_edit(sae, Steer(HOOK, index, mode, strength), strength_multiplier, h.dtype)(h)
     return h
 
 
@@ -174,7 +174,7 @@ SPECIAL = torch.tensor([8, 9])
     ],
 )
 def test_a_mask_says_which_tokens_of_a_chunk_are_meant(positions, start, expected):
-    found = mask(positions, Reading(TOKENS, start), 3, SPECIAL)
+    found = mask(positions, PassInput(TOKENS, start), 3, SPECIAL)
     if isinstance(expected, bool):
         assert found is expected
     else:
@@ -184,13 +184,13 @@ def test_a_mask_says_which_tokens_of_a_chunk_are_meant(positions, start, expecte
 def test_prompt_and_generated_share_the_text_between_them():
     for start in range(6):
         for length in range(8):
-            both = [mask(p, Reading(TOKENS, start), length, None) for p in ("prompt", "generated")]
+            both = [mask(p, PassInput(TOKENS, start), length, None) for p in ("prompt", "generated")]
             prompt, generated = (torch.as_tensor(m).expand(2, 5) for m in both)
             assert torch.equal(prompt, ~generated)
             assert prompt[0].tolist() == [start + i < length for i in range(5)]
 
 
-def test_what_is_masked_stays_bit_for_bit():
+def test_masked_positions_are_unchanged_bit_for_bit():
     h = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(1))
     chosen = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 1]]).bool()
     changed = masked(lambda x: x * 2, lambda: chosen)(h)
@@ -220,12 +220,12 @@ def test_a_request_that_means_nothing_is_refused(fields, complaint):
 
 def test_a_feature_that_is_not_there_or_points_nowhere_is_refused():
     with pytest.raises(ValueError, match=f"{HOOK}: no feature 2: this SAE has features 0 to 1"):
-        edit_of(BY_HAND, Steer(HOOK, 2), 1.0, torch.float32)
+        steering_edit(BY_HAND, Steer(HOOK, 2), 1.0, torch.float32)
     with pytest.raises(ValueError, match="strength_multiplier is inf"):
-        edit_of(BY_HAND, Steer(HOOK, 0), float("inf"), torch.float32)
+        steering_edit(BY_HAND, Steer(HOOK, 0), float("inf"), torch.float32)
     silent = TorchSAE(BY_HAND.cfg, dict(BY_HAND.named_parameters()) | {"W_dec": torch.zeros(2, 3)})
-    with pytest.raises(ValueError, match="no direction to steer in"):
-        edit_of(silent, Steer(HOOK, 0), 1.0, torch.float32)
+    with pytest.raises(ValueError, match="not a direction to steer in"):
+        steering_edit(silent, Steer(HOOK, 0), 1.0, torch.float32)
 
 
 def test_a_request_cannot_be_changed():

@@ -125,7 +125,7 @@ def test_training_learns_merges_and_is_repeatable():
 
 
 def test_training_on_too_little_text_says_so():
-    with pytest.raises(ValueError, match=r"allow only 2\d\d tokens, 400 were asked for"):
+    with pytest.raises(ValueError, match=r"allow only 2\d\d tokens, got vocab_size 400"):
         tokenizers.train(["the boat"], 400)
 
 
@@ -266,7 +266,7 @@ def test_a_pickle_that_calls_something_is_refused_and_not_run(tmp_path, place, p
         "name": {**STATE, "name": evil},
     }
     data = pickle.dumps(evil, protocol) if place == "whole" else pickled(states[place])
-    with pytest.raises(ValueError, match="nothing of it was run"):
+    with pytest.raises(ValueError, match="it was not executed"):
         load_bytes(tmp_path, data)
     assert not (tmp_path / "ran").exists()
 
@@ -276,7 +276,7 @@ def test_a_pickle_that_calls_something_is_refused_and_not_run(tmp_path, place, p
     [
         (b"", "not a nanochat tokenizer"),
         (b"not a pickle", "not a nanochat tokenizer"),
-        (b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.", r"asks for builtins\.eval"),
+        (b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.", r"refers to builtins\.eval"),
         (b"\x80\x04\x8c\x0dtiktoken.core\x8c\x08Encoding\x93.", "not a pickled tiktoken.Encoding"),
         (b"\x80\x04\x8c\x0dtiktoken.core\x8c\x08Encoding\x93)\x81.", "not a pickled tiktoken.Encoding"),
         (b"\x80\x04\x8c\x0dtiktoken.core\x8c\x08Encoding\x93}b.", "not a nanochat tokenizer"),
@@ -311,7 +311,7 @@ def test_anything_but_a_tokenizer_is_refused(tmp_path, data, told):
         ({"more": 1}, "with the fields name, pat_str"),
     ],
 )
-def test_a_state_that_makes_no_tokenizer_is_refused(tmp_path, change, told):
+def test_a_state_that_is_not_a_tokenizer_is_refused(tmp_path, change, told):
     with pytest.raises(ValueError, match=told):
         load_bytes(tmp_path, pickled({**STATE, **change}))
 
@@ -343,16 +343,16 @@ def test_split_patterns_of_tokenizers_are_read(tmp_path, pattern):
         ("a*", "matches the empty string"),
         ("a|(b?|c)", "matches the empty string"),
         (r"(?=a)", "matches the empty string"),
-        (r"\p{L}{65}", "repeats {65}, and at most 64"),
-        ("|".join([r"\w{60}"] * 140), "written out it has 8400 character classes"),
-        (r"(?:\w{60}){60}", "written out it has 3600 character classes"),
-        (r"(?:a+)+", "repeats a repetition without bounds"),
-        ("(" * 20 + "a" + ")" * 20, "nested more than 16 deep"),
+        (r"\p{L}{65}", "the repetition {65}; at most 64"),
+        ("|".join([r"\w{60}"] * 140), "expanded it has 8400 character classes"),
+        (r"(?:\w{60}){60}", "expanded it has 3600 character classes"),
+        (r"(?:a+)+", "nests unbounded repetitions"),
+        ("(" * 20 + "a" + ")" * 20, "nested more than 16 levels deep"),
         ("a**", "repetition of a repetition"),
-        (r"(a)\1", "is not read in a split pattern"),
-        (r"a\K", "is not read in a split pattern"),
-        ("a)", "a parenthesis too many"),
-        ("[a", "a bracket is not closed"),
+        (r"(a)\1", "is not supported in a split pattern"),
+        (r"a\K", "is not supported in a split pattern"),
+        ("a)", "unmatched parenthesis"),
+        ("[a", "unclosed bracket"),
     ],
 )
 def test_split_patterns_that_cost_too_much_or_match_nothing_are_refused(pattern, told):
@@ -362,7 +362,7 @@ def test_split_patterns_that_cost_too_much_or_match_nothing_are_refused(pattern,
 
 def test_a_panic_of_the_regex_engine_is_an_error_as_any_other(capfd):
     tokenizer = Tokenizer(BYTES, pattern=r"(?:\w|\w\w)+(?=!)|\w|\W")
-    with pytest.raises(ValueError, match="tiktoken breaks down over this text or split pattern"):
+    with pytest.raises(ValueError, match="tiktoken failed on this text or split pattern"):
         tokenizer.encode("a" * 60)
     assert "panicked" in capfd.readouterr().err  # it was one
 
@@ -387,7 +387,7 @@ def test_a_missing_file_is_named(tmp_path):
         (torch.ones(5, dtype=torch.int32), r"has shape \(5,\), the tokenizer needs \(265,\)"),
         (torch.ones(265), "one integer tensor, got torch.float32"),
         (torch.ones(265, dtype=torch.int32), "0 for the special tokens"),
-        (-torch.ones(265, dtype=torch.int64), "must be lengths"),
+        (-torch.ones(265, dtype=torch.int64), "must contain lengths"),
         ([1, 2, 3], "one integer tensor, got list"),
     ],
 )

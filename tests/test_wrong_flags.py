@@ -201,7 +201,7 @@ def try_extremes() -> None:
     """Every number of every config, one after the other."""
     for config_class, base in BASES:
         for field in settings._fields(config_class):
-            values = [(value,) for value in EXTREMES] if field.several else []
+            values = [(value,) for value in EXTREMES] if field.is_list else []
             for value in [*values, *EXTREMES]:
                 before = time.perf_counter()
                 told = refusal(config_class, base | {field.name: value})

@@ -19,7 +19,7 @@ USER_CONFIG = {
 
 def tiny(generation: str, **fields) -> GPT:
     """A model whose every weight is far from zero, the same on every machine."""
-    model = GPT(GPTConfig.of(generation, **(SIZES | fields)))
+    model = GPT(GPTConfig.of_generation(generation, **(SIZES | fields)))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tuple(weight.shape))

@@ -88,7 +88,7 @@ def _survey(
     wanted, made = y.double(), sae.made(latents, x).double()
     error, fired = made - wanted, latents != 0
     loss = error.square().sum() / max(len(x), 1)
-    sums = metrics.of(wanted, error, latents, fired.sum(0), loss=loss, nonfinite=(~x.isfinite()).sum())
+    sums = metrics.batch_sums(wanted, error, latents, fired.sum(0), loss=loss, nonfinite=(~x.isfinite()).sum())
     in_row = torch.zeros(rows, sae.d_sae, device=x.device).index_add_(0, row, fired.float())
     return Survey(
         metrics.Sums(*(value.double().cpu().numpy() for value in sums)),

@@ -21,7 +21,7 @@ from bridge.nanochat.units import Split
 from bridge.torch_sae import TorchSAE
 from jsae import files
 from jsae.records.correlation import Moments
-from jsae.records.recorder import Recorder, Settings, distinct
+from jsae.records.recorder import Recorder, Settings, distinct_rows
 from jsae.records.store import VERSION, ActivationsWriter, AllHeader, Header, Store, StoreError, Texts, TextsHeader
 from jsae.settings import Json, require
 
@@ -83,7 +83,7 @@ def unfit(folder: Path, digests: Mapping[str, str], nano: Nanochat, plan: Plan) 
     except FileNotFoundError:
         return f"not all of them are in {folder} yet"
     except StoreError as error:
-        return error.what
+        return error.problem
     return None
 
 
@@ -162,7 +162,7 @@ def read(nano: Nanochat, plan: Plan) -> tuple[UInt16[np.ndarray, "R T"], int]:
         f"the {plan.split} part of {plan.data} does not fill one row of {length} tokens: give more text, another "
         "split or shorter rows",
     )
-    tokens = distinct(np.stack(rows).astype(np.uint16))
+    tokens = distinct_rows(np.stack(rows).astype(np.uint16))
     return tokens, len(rows) - len(tokens)
 
 
@@ -346,7 +346,7 @@ def _write(
             columns = recorder.finish(moments, everything.append, counted)
             everything.finish(AllHeader(VERSION, sae.d_sae, *recorder.shape, digest), columns["count"])
     else:
-        columns = recorder.finish(moments, tell=counted)
+        columns = recorder.finish(moments, progress=counted)
     tell(f"reading the weights of {hook}", 0.0)
     columns |= weights.columns(nano.model, hook, sae, nearest=settings.nearest, bins=settings.bins)
     shutil.rmtree(folder / "scratch")

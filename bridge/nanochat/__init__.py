@@ -2,7 +2,7 @@
 
 
 def __getattr__(name: str):
-    # Lazy, so that the package itself, and what needs no weights, is imported without torch.
+    # Imported lazily, so that the package and its torch-free modules can be imported without torch.
     if name in ("load", "Nanochat"):
         from bridge.nanochat import checkpoint
 

@@ -1,11 +1,11 @@
-"""What one nanochat is: upstream's six sizes, and what its generation does differently."""
+"""Configuration of a nanochat: upstream's six sizes, and the differences between generations."""
 
 import dataclasses
 from typing import Literal
 
 HEAD_DIM = 128  # upstream's default, for files that do not say
 SMEAR_CHANNELS = 24  # the smear gate reads this many channels of the embedding
-EPS = 2.0**-23  # float32's epsilon, which torch adds to mean squares in a norm without an eps of its own
+EPS = 2.0**-23  # float32's epsilon: the default of torch's rms_norm, which upstream uses
 _LIMITS = {
     "sequence_len": 2**17,
     "vocab_size": 2**22,
@@ -14,7 +14,7 @@ _LIMITS = {
     "n_kv_head": 2**12,
     "n_embd": 2**16,
 }
-_MAX_ROPE = 2**23  # of sequence_len * head_dim: the rope tables are forty times as many bytes
+_MAX_ROPE = 2**23  # limit of sequence_len * head_dim; the rope tables take 40 bytes for each
 _NUMBERS = ("rope_base", "qk_scale", "softcap", "eps")
 _SHORT_WINDOW = {
     "half": lambda length: length // 2,
@@ -22,8 +22,8 @@ _SHORT_WINDOW = {
     "quarter_ceil128": lambda length: -(-length // 4 // 128) * 128,
 }
 
-# What each generation of nanochat does differently from G0, the first commit (2025-10-13). The dates are those of
-# master; G4e lived for a day. G0 and G1 are one thing when vocab_size is a multiple of 64.
+# Differences of each generation of nanochat from G0, the first commit (2025-10-13). The dates are those of master;
+# G4e existed for one day. G0 and G1 are the same when vocab_size is a multiple of 64.
 _G2 = {"vocab_pad": 64, "lambdas": True}
 _G3 = _G2 | {"window": "half", "window_pattern": "SSSL"}
 _G4 = _G3 | {"ve": "gated_alternating", "ve_gate_channels": 32, "ve_gate_mult": 2.0}
@@ -52,8 +52,8 @@ GENERATIONS: dict[str, dict] = {
 class GPTConfig:
     """Sizes and arithmetic of one nanochat; the defaults of the second half are those of generation G0.
 
-    Raises ValueError for sizes that make no model: n_embd not a multiple of n_head, an odd head size, n_head not
-    a multiple of n_kv_head, a window pattern of other letters than S and L, and sizes beyond any real nanochat.
+    Raises ValueError for inconsistent sizes: n_embd is not a multiple of n_head, the head size is odd, n_head is not a
+    multiple of n_kv_head, the window pattern has letters other than S and L, or a size is far beyond any nanochat's.
     """
 
     sequence_len: int
@@ -66,7 +66,7 @@ class GPTConfig:
     rope_table: Literal["bf16", "compute"] = "bf16"  # bf16: cos and sin are rounded to bfloat16 at any precision
     qk_scale: float | int = 1.0  # factor on q and on k, after their norms
     softcap: float | int = 15.0
-    eps: float | int = EPS  # of every norm; other libraries that run nanochats compute with 1e-6 or 1e-5
+    eps: float | int = EPS  # of every norm; transformers and mlx use 1e-6 and 1e-5
     window: Literal["none", "half", "third_ceil128", "quarter_ceil128"] = "none"  # the length of a short window
     window_pattern: str = "L"  # S (short) or L (sequence_len) per layer, repeated; the last layer is L
     lambdas: bool = False
@@ -85,8 +85,13 @@ class GPTConfig:
             object.__setattr__(self, name, float(getattr(self, name)))  # 20 and 20.0 are one config
 
     @classmethod
-    def of(cls, generation: str, **fields) -> "GPTConfig":
-        """The config of a generation; fields are the sizes, and whatever shall differ from the generation."""
+    def of_generation(cls, generation: str, **fields) -> "GPTConfig":
+        """Return the config of a generation.
+
+        Args:
+            generation: a key of `GENERATIONS`.
+            fields: the sizes, and any field that differs from the generation.
+        """
         if generation not in GENERATIONS:
             raise ValueError(f"no generation {generation!r} of nanochat; known are {', '.join(GENERATIONS)}")
         return cls(**(GENERATIONS[generation] | fields))
@@ -98,19 +103,19 @@ class GPTConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embeddings and of lm_head."""
+        """Number of rows of the embeddings and of lm_head."""
         return -(-self.vocab_size // self.vocab_pad) * self.vocab_pad
 
     @property
     def max_positions(self) -> int:
-        """Tokens that the rope tables reach: ten times sequence_len, as upstream's."""
+        """Number of positions in the rope tables: ten times sequence_len, as upstream."""
         return 10 * self.sequence_len
 
     @property
     def window_sizes(self) -> tuple[int | None, ...]:
-        """How far back each layer looks: a query at t sees keys t-w .. t; None sees everything.
+        """Attention window w of each layer: a query at t sees keys t-w .. t; None is unlimited.
 
-        A long layer is itself windowed, to sequence_len: that shows beyond sequence_len tokens.
+        Long layers ("L") have a window too, of sequence_len; it matters for longer texts only.
         """
         if self.window == "none":
             return (None,) * self.n_layer
@@ -119,7 +124,7 @@ class GPTConfig:
         return tuple(size[letter] for letter in [*layers, "L"])
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Whether a layer adds value embeddings: every other layer, the last one among them."""
+        """Return whether a layer adds value embeddings: every other layer, including the last."""
         return self.ve != "none" and layer % 2 == (self.n_layer - 1) % 2
 
     def _check_sizes(self) -> None:
@@ -133,8 +138,8 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
         if self.sequence_len * self.head_dim > _MAX_ROPE:
             raise ValueError(
-                f"sequence_len {self.sequence_len} times a head size of {self.head_dim} is beyond {_MAX_ROPE}, "
-                "and with it the memory for rope tables"
+                f"sequence_len {self.sequence_len} times the head size {self.head_dim} must be at most {_MAX_ROPE}, "
+                "which limits the memory of the rope tables"
             )
         if self.ve != "none" and not 1 <= self.ve_gate_channels <= self.n_embd:
             raise ValueError(f"ve_gate_channels must be from 1 to n_embd {self.n_embd}, got {self.ve_gate_channels}")
@@ -156,9 +161,9 @@ class GPTConfig:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         if not isinstance(self.window_pattern, str) or not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(
-                f"window_pattern must be of the letters S and L, such as SSSL, got {self.window_pattern!r}"
+                f"window_pattern must consist of the letters S and L, such as SSSL, got {self.window_pattern!r}"
             )
         if self.window == "none" and self.window_pattern != "L":
-            raise ValueError(f"window_pattern {self.window_pattern!r} needs a window; this generation has none")
+            raise ValueError(f"window_pattern {self.window_pattern!r} needs a window, which this generation lacks")
         if self.bigram and not self.lambdas:
-            raise ValueError("bigram embeddings are mixed in with the lambdas: they need lambdas=True")
+            raise ValueError("bigram=True needs lambdas=True, which weight the bigram embeddings")

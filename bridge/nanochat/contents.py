@@ -1,4 +1,4 @@
-"""What files hold, as digests: taken when a corpus is made, and compared whenever a file is read again."""
+"""Digests of file contents: computed when a corpus is opened, compared whenever a file is read again."""
 
 from __future__ import annotations
 
@@ -9,35 +9,40 @@ import warnings
 from pathlib import Path
 
 WHOLE = 32 * 2**20
-"""Bytes up to which a file is hashed whole."""
+"""Largest file, in bytes, that is hashed completely."""
 EDGE = 512 * 2**10
 """Bytes that are hashed at both ends of a larger file; the end of a parquet file is its footer, with the sizes and the
 statistics of every column chunk."""
 SAMPLES, SAMPLE = 24, 64 * 2**10
-"""How many ranges between the ends, at places that only the size decides, and their bytes: 2.5 MiB of a file."""
+"""Number and size of the ranges hashed between the ends (2.5 MiB in total); their offsets depend on the file's size."""
 
 Signature = tuple[int, int, int]
 
 
 class DataChangedError(ValueError):
-    """A file of a corpus is not what it was when the corpus was made."""
+    """A file of a corpus has changed since the corpus was opened.
 
-    def __init__(self, file: object, what: str):
+    Args:
+        file: the file.
+        change: what happened to it, such as "has changed".
+    """
+
+    def __init__(self, file: object, change: str):
         super().__init__(
-            f"{file} {what} since this run began to read it: the text would be another. Put the file back as it was "
-            "and go on from the last checkpoint, or start a new run"
+            f"{file} {change} since this run began to read it, so the text would differ. Restore the file and resume "
+            "from the last checkpoint, or start a new run"
         )
 
 
 class Content:
-    """The content of one file that is too large to be kept: its digest, and whether it is still the same.
+    """Digest of a file that is read again later, and a check that the file is unchanged.
 
     Attributes:
-        digest: twelve hex digits of its content, sampled above `WHOLE` bytes.
+        digest: twelve hex digits; of the whole content, or of samples of it above `WHOLE` bytes.
 
     Args:
         path: the file.
-        tail: bytes at its end that are hashed in any case.
+        tail: bytes at the end of the file that are always hashed.
     """
 
     def __init__(self, path: Path, tail: int = EDGE):
@@ -45,53 +50,54 @@ class Content:
         self._signature, self.digest = self._read()
 
     def verify(self) -> None:
-        """Raise `DataChangedError` if the file has changed; warn if it was written to and seems the same.
+        """Raise `DataChangedError` if the file has changed; warn if it was rewritten and its samples are equal.
 
-        Looks at size, time and inode first, and at the content only where these differ.
+        The content is read only if size, modification time or inode differ.
         """
         try:
             signature = signature_of(self.path.stat())
             if signature == self._signature:
                 return
-            signature, found = self._read()
+            signature, digest = self._read()
         except FileNotFoundError as error:
             raise DataChangedError(self.path, "has disappeared") from error
-        if found != self.digest:
+        if digest != self.digest:
             shrunk = signature[0] < self._signature[0]
             raise DataChangedError(self.path, "has become shorter" if shrunk else "has changed")
         if signature[0] > WHOLE:
             warnings.warn(
-                f"{self.path} was written to while it was in use; {SAMPLES} samples of it are as before", stacklevel=2
+                f"{self.path} was written to while in use; {SAMPLES} samples of it are unchanged", stacklevel=2
             )
         self._signature = signature
 
     def _read(self) -> tuple[Signature, str]:
         with self.path.open("rb") as stream:
             before = signature_of(os.fstat(stream.fileno()))
-            found = _digest(stream, before[0], self._tail)
+            digest = _digest(stream, before[0], self._tail)
             if signature_of(os.fstat(stream.fileno())) != before:
                 raise DataChangedError(self.path, "was being written to")
-        return before, found
+        return before, digest
 
 
 def signature_of(status: os.stat_result) -> Signature:
-    """Return what changes when a file is written to or replaced: size, time and inode."""
+    """Return (size, modification time, inode), which change when a file is written to or replaced."""
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _digest(stream: io.BufferedIOBase, size: int, tail: int) -> str:
-    found = hashlib.sha256(f"{size}:".encode())
+    hasher = hashlib.sha256(f"{size}:".encode())
     if size <= WHOLE:
         while data := stream.read(2**20):
-            found.update(data)
-        return found.hexdigest()[:12]
+            hasher.update(data)
+        return hasher.hexdigest()[:12]
     for start, length in ((0, EDGE), *_samples(size), (max(size - tail, 0), tail)):
         stream.seek(start)
-        found.update(stream.read(length))
-    return found.hexdigest()[:12]
+        hasher.update(stream.read(length))
+    return hasher.hexdigest()[:12]
 
 
 def _samples(size: int) -> list[tuple[int, int]]:
-    room = size - 2 * EDGE - SAMPLE
-    drawn = (hashlib.sha256(f"{size}:{i}".encode()).digest()[:8] for i in range(SAMPLES))
-    return [(EDGE + int.from_bytes(number, "big") % room, SAMPLE) for number in drawn]
+    """Return (start, length) of the ranges to hash in the middle of a file."""
+    span = size - 2 * EDGE - SAMPLE
+    numbers = (hashlib.sha256(f"{size}:{i}".encode()).digest()[:8] for i in range(SAMPLES))
+    return [(EDGE + int.from_bytes(number, "big") % span, SAMPLE) for number in numbers]

@@ -1,4 +1,4 @@
-"""Rows of tokens from documents, in an order that depends on the seed alone and can be continued from any point."""
+"""Rows of tokens from documents, in an order that depends on the seed alone and can be resumed at any row."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from jaxtyping import Int32
 from bridge.nanochat.tokenizer import Tokenizer
 from bridge.nanochat.units import Document, Split, Unit, all_units, documents, is_split_by_place, split_units
 
-_MOST_FILES = 256
+_MAX_ENTRIES = 256  # of Corpus.files
 
 
 @final
 class Corpus:
-    """An endless sequence of token rows, read by several lanes at once so that near rows come from many documents.
+    """An endless sequence of token rows, read by several lanes so that neighbouring rows come from different documents.
 
-    Every row starts with BOS, and so does every document. A document that a row's end cuts goes on in its lane's next
-    row, after that row's BOS.
+    Every row starts with BOS, and so does every document. A document that does not fit into its row continues in the
+    next row of its lane, after that row's BOS.
 
-    The units of the data (see `sources`) are shuffled anew in each epoch by (seed, epoch). Lane r reads numbers r,
-    r + lanes, r + 2 lanes, ... of the sequence of all epochs, and rows are taken from the lanes in turn. Processes
-    share the lanes: process p has lanes p, p + process_count, ... With fewer units than lanes, lanes are halved
-    until each has a unit of its own.
+    The units of the data (see `units`) are shuffled in each epoch by (seed, epoch). Lane r reads the units r,
+    r + lanes, r + 2 lanes, ... of the sequence of all epochs, and rows are taken from the lanes in turn. The lanes are
+    divided among processes: process p has lanes p, p + process_count, ... If there are fewer units than lanes, the
+    number of lanes is halved until every lane has a unit.
 
     Args:
-        spec: what to read, see `sources.find_units`.
-        tokenizer: the tokenizer of the model that will read the rows.
-        split: "train", "heldout" or "all". What is held out never depends on the seed.
-        row_len: tokens of a row, at least 2.
-        seed: orders the units.
-        lanes: documents read at once, over all processes.
-        heldout_fraction: part of the documents held out.
-        process_index, process_count: which share of the rows this process reads.
+        spec: the data, see `units.find_units`.
+        tokenizer: the tokenizer of the model that reads the rows.
+        split: "train", "heldout" or "all". Which documents are held out does not depend on the seed.
+        row_len: tokens per row, at least 2.
+        seed: determines the order of the units.
+        lanes: number of documents read at the same time by all processes.
+        heldout_fraction: fraction of the documents that is held out.
+        process_index, process_count: the share of the rows that this process reads.
 
     Raises:
-        FileNotFoundError: nothing matches spec.
-        ValueError: the data is unreadable or empty, the split has no document, or an argument is out of range; later,
-            as `contents.DataChangedError`, a file changed after it was read first.
+        FileNotFoundError: no file matches spec.
+        ValueError: the data is unreadable or empty, the split has no document, or an argument is out of range; while
+            reading, as `contents.DataChangedError`, a file has changed since it was opened.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Corpus:
         self._sources = list(dict.fromkeys(unit.source for unit in units))
         self._units = split_units(units, split, heldout_fraction)
         if not any(any(True for _ in unit.read()) for unit in self._units):
-            raise ValueError(_nothing(spec, split, units, heldout_fraction))
+            raise ValueError(_empty_split_message(spec, split, units, heldout_fraction))
         while lanes > len(self._units):
             lanes //= 2
         if lanes % process_count:
@@ -77,31 +77,31 @@ class Corpus:
         self._order = functools.lru_cache(maxsize=8)(self._order_of_epoch)
         self._process, self._lanes = (process_index, process_count), lanes
         self._readers = [
-            _Lane(r, lanes, tokenizer.bos_token_id, self._numbered, self._ids)
+            _Lane(r, lanes, tokenizer.bos_token_id, self._documents_of_unit, self._ids)
             for r in range(process_index, lanes, process_count)
         ]
         self._turn = 0
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that name the content of the data and the split, wherever the data lies."""
-        described = json.dumps([self.split, self._fraction, [unit.name for unit in self._units]])
-        return hashlib.sha256(described.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        """Sixteen hex digits that identify the content and the split of the data, independent of its path."""
+        description = json.dumps([self.split, self._fraction, [unit.name for unit in self._units]])
+        return hashlib.sha256(description.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     @property
     def files(self) -> list[list[str]]:
-        """Name and digest of what the data is from, in its order: files, of many some together; JSON values."""
-        together = -(-len(self._sources) // _MOST_FILES)
-        found = []
-        for at in range(0, len(self._sources), max(together, 1)):
-            group = self._sources[at : at + together]
+        """[name, digest] of every source file in order, as JSON values; of many files, in groups."""
+        group_size = -(-len(self._sources) // _MAX_ENTRIES)
+        entries = []
+        for start in range(0, len(self._sources), max(group_size, 1)):
+            group = self._sources[start : start + group_size]
             names = group[0][0] if len(group) == 1 else f"{group[0][0]} to {group[-1][0]} ({len(group)} files)"
             digests = group[0][1] if len(group) == 1 else hashlib.sha256(json.dumps(group).encode()).hexdigest()[:12]
-            found.append([names, digests])
-        return found
+            entries.append([names, digests])
+        return entries
 
     def next_rows(self, n: int) -> Int32[np.ndarray, "n row_len"]:
-        """The next n rows of this process."""
+        """Return the next n rows of this process."""
         rows = np.empty((n, self.row_len), np.int32)
         for row in rows:
             self._readers[self._turn].fill(row)
@@ -109,36 +109,36 @@ class Corpus:
         return rows
 
     def position(self) -> dict[str, Any]:
-        """Where the rows stand, as JSON: what `seek` of an equal corpus needs to go on from here."""
+        """Return the position in the data as JSON values, for `seek` of an equal corpus."""
         return {**self._identity(), "turn": self._turn, "lanes": [lane.state for lane in self._readers]}
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Goes on from position: the next rows are those that followed when `position()` was called.
+        """Continue from a position: the next rows are those that followed when `position()` was called.
 
-        Raises ValueError if the position is not of this data, split, seed, tokenizer, row length or share of processes.
+        Raises ValueError if data, split, seed, tokenizer, row length or processes differ from those of the position.
         """
-        ours = self._identity()
-        differing = [key for key, value in ours.items() if position.get(key) != value]
+        identity = self._identity()
+        differing = [key for key, value in identity.items() if position.get(key) != value]
         if differing:
-            told = ", ".join(f"{key} {position.get(key)!r} (here {ours[key]!r})" for key in differing)
-            raise ValueError(f"this position is of another corpus: {told}")
+            differences = ", ".join(f"{key} {position.get(key)!r} (here {identity[key]!r})" for key in differing)
+            raise ValueError(f"the position is of another corpus: {differences}")
         for lane, state in zip(self._readers, position["lanes"], strict=True):
             lane.seek(*state)
         self._turn = position["turn"]
 
     def one_pass(self, max_rows: int | None = None) -> Iterator[Int32[np.ndarray, " row_len"]]:
-        """One reading of the split, for evaluation: this process's share of its rows, the same for every seed.
+        """Yield this process's rows of one pass through the split, for evaluation; they do not depend on the seed.
 
-        The units come in a fixed shuffled order, so that the first max_rows are a fair sample; tokens that do not
-        fill the last row are dropped. Does not move `position`.
+        The units are in a fixed shuffled order, so that the first max_rows are a fair sample. Tokens that do not fill
+        the last row are dropped. `position` does not change.
         """
         order = np.random.default_rng(0).permutation(len(self._units))
-        found = (ids for u in order for ids in map(self._ids, documents(self._units[u])))
-        rows = _pack(found, self._tokenizer.bos_token_id, self.row_len)
+        token_ids = (ids for u in order for ids in map(self._ids, documents(self._units[u])))
+        rows = _pack(token_ids, self._tokenizer.bos_token_id, self.row_len)
         yield from itertools.islice(rows, self._process[0], max_rows and max_rows * self._process[1], self._process[1])
 
     def documents(self) -> Iterator[str]:
-        """The texts of the split, once each, in the order of the data; chats as rendered."""
+        """Yield every text of the split once, in the order of the data; chats as rendered."""
         for unit in self._units:
             for document in documents(unit):
                 yield document if isinstance(document, str) else self._tokenizer.decode(self._ids(document).tolist())
@@ -154,7 +154,7 @@ class Corpus:
         }
 
     def _ids(self, document: Document) -> Int32[np.ndarray, " t"]:
-        """A document's tokens without the BOS before them."""
+        """Return a document's tokens without the leading BOS."""
         if isinstance(document, str):
             return np.array(self._tokenizer.encode(document), np.int32)
         ids, _ = self._tokenizer.render_conversation(document, max_tokens=2**31)
@@ -163,21 +163,21 @@ class Corpus:
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._units))
 
-    def _numbered(self, s: int) -> Iterator[Document]:
-        """The documents of number s in the endless sequence of units."""
+    def _documents_of_unit(self, s: int) -> Iterator[Document]:
+        """Return the documents of unit number s in the endless sequence of all epochs."""
         epoch, i = divmod(s, len(self._units))
         return documents(self._units[self._order(epoch)[i]])
 
 
 @final
 class _Lane:
-    """One reader: its state is (s, document of the unit, token of the document); it holds what lies there.
+    """One reader. Its state is (number of the unit, document in the unit, token in the document).
 
     Args:
-        first, step: it reads the units number first, first + step, first + 2 step, ...
-        bos: the token that rows and documents start with.
-        read: gives the documents of a unit by its number.
-        encode: gives the tokens of a document.
+        first, step: the lane reads the units first, first + step, first + 2 step, ...
+        bos: the token at the start of rows and documents.
+        read: returns the documents of a unit by its number.
+        encode: returns the tokens of a document.
     """
 
     def __init__(
@@ -197,31 +197,31 @@ class _Lane:
 
     def seek(self, s: int, document: int, token: int) -> None:
         self._s, self._document, self._token = s, document, token
-        self._waiting: Iterator[Document] | None = None  # the unit's documents from this one on, read when asked for
+        self._remaining: Iterator[Document] | None = None  # the unit's documents from this one on, opened on demand
         self._ids: np.ndarray | None = None
 
     def fill(self, row: np.ndarray) -> None:
-        """Writes BOS and the lane's next tokens into row."""
+        """Write BOS and the lane's next tokens into row."""
         row[0] = self._bos
-        at = 1
-        while at < len(row):
+        filled = 1
+        while filled < len(row):
             ids = self._current()
-            if self._token == 0 and at > 1:
-                row[at] = self._bos
-                at += 1
-            taken = ids[self._token : self._token + len(row) - at]
-            row[at : at + len(taken)] = taken
-            at += len(taken)
-            self._token += len(taken)
+            if self._token == 0 and filled > 1:
+                row[filled] = self._bos
+                filled += 1
+            chunk = ids[self._token : self._token + len(row) - filled]
+            row[filled : filled + len(chunk)] = chunk
+            filled += len(chunk)
+            self._token += len(chunk)
             if self._token >= len(ids):
                 self._document, self._token, self._ids = self._document + 1, 0, None
 
     def _current(self) -> np.ndarray:
-        """The tokens of the document at hand, moving on to the next unit when this one is read."""
+        """Return the tokens of the current document; move on to the next unit at the end of this one."""
         while self._ids is None:
-            if self._waiting is None:
-                self._waiting = itertools.islice(self._read(self._s), self._document, None)
-            document = next(self._waiting, None)
+            if self._remaining is None:
+                self._remaining = itertools.islice(self._read(self._s), self._document, None)
+            document = next(self._remaining, None)
             if document is None:
                 self.seek(self._s + self._step, 0, 0)
             else:
@@ -232,45 +232,51 @@ class _Lane:
 def bestfit_rows(
     documents: Iterable[str], tokenizer: Tokenizer, row_len: int, buffer_size: int = 1000
 ) -> Iterator[Int32[np.ndarray, " row_len"]]:
-    """Packs rows as nanochat does where it measures bits per byte: of whole documents, as far as they fit.
+    """Yield rows packed by best fit, as nanochat does to measure bits per byte.
 
-    Each row takes, again and again, the longest document of a buffer that still fits; when none does, the shortest
-    is cut to fill the row and its rest is thrown away. Ends when the documents end and no full row is left.
+    A row repeatedly takes the longest buffered document that still fits. If none fits, the shortest is cut to fill the
+    row, and the rest of it is dropped. The last row is dropped unless it is full.
+
+    Args:
+        documents: the texts.
+        tokenizer: encodes them, with BOS before each.
+        row_len: tokens per row.
+        buffer_size: number of documents to choose from.
     """
-    waiting = iter(documents)
+    remaining = iter(documents)
     buffer: list[list[int]] = []
     while True:
         row: list[int] = []
         while len(row) < row_len:
-            new = itertools.islice(waiting, max(0, buffer_size - len(buffer)))
+            new = itertools.islice(remaining, max(0, buffer_size - len(buffer)))
             buffer.extend(tokenizer.encode(text, prepend_bos=True) for text in new)
             if not buffer:
                 return
-            room = row_len - len(row)
-            fitting = [i for i, ids in enumerate(buffer) if len(ids) <= room]
+            space = row_len - len(row)
+            fitting = [i for i, ids in enumerate(buffer) if len(ids) <= space]
             chosen = (
                 max(fitting, key=lambda i: len(buffer[i]))
                 if fitting
                 else min(range(len(buffer)), key=lambda i: len(buffer[i]))
             )
-            row += buffer.pop(chosen)[:room]
+            row += buffer.pop(chosen)[:space]
         yield np.array(row, np.int32)
 
 
 def _pack(documents: Iterable[np.ndarray], bos: int, row_len: int) -> Iterator[np.ndarray]:
-    """The rows of one stream of documents, as a lane fills them; what does not fill the last row is dropped."""
+    """Yield the rows of one stream of documents, filled as in a lane; tokens that do not fill the last are dropped."""
     row = np.full(row_len, bos, np.int32)
-    at = 1
+    filled = 1
     for ids in documents:
-        if at > 1 and len(ids):
-            row[at] = bos
-            at += 1
-        while at + len(ids) >= row_len:
-            row[at:], ids = ids[: row_len - at], ids[row_len - at :]
+        if filled > 1 and len(ids):
+            row[filled] = bos
+            filled += 1
+        while filled + len(ids) >= row_len:
+            row[filled:], ids = ids[: row_len - filled], ids[row_len - filled :]
             yield row
-            row, at = np.full(row_len, bos, np.int32), 1
-        row[at : at + len(ids)] = ids
-        at += len(ids)
+            row, filled = np.full(row_len, bos, np.int32), 1
+        row[filled : filled + len(ids)] = ids
+        filled += len(ids)
 
 
 def _check(split: str, row_len: int, lanes: int, fraction: float, process_index: int, process_count: int) -> None:
@@ -286,26 +292,31 @@ def _check(split: str, row_len: int, lanes: int, fraction: float, process_index:
         raise ValueError(f"process_index must be in 0..{process_count - 1}, got {process_index}")
 
 
-def _nothing(spec: str, split: str, units: list[Unit], fraction: float) -> str:
+def _empty_split_message(spec: str, split: str, units: list[Unit], fraction: float) -> str:
     if split == "all" or not units:
-        return f"the corpus {spec!r} holds no text"
+        return f"the corpus {spec!r} contains no text"
     if any(unit.side for unit in units):
-        why = "of nanochat's own data directories (base_data*) the last shard is held out: have two shards at least"
+        why = "in nanochat's own data directories (base_data*) the last shard is held out: provide at least two shards"
     elif not 0 < fraction < 1:
         why = f"the held-out fraction is {fraction}"
     else:
-        why = "its documents are too short to be divided: give more text"
+        why = "its documents are too short to be divided: provide more text"
     return f"the corpus {spec!r} has no document in its {split} split; {why}"
 
 
 def changed(before: list[list[str]], now: list[list[str]]) -> str:
-    """Say how `Corpus.files` differs from what it was; '' if it does not."""
+    """Describe how `Corpus.files` has changed; '' if it has not.
+
+    Args:
+        before: an earlier value of `Corpus.files`.
+        now: the current value.
+    """
     if before == now:
         return ""
     old, new = dict(before), dict(now)
-    told = [f"{name} has changed" for name in old if name in new and old[name] != new[name]]
-    told += [f"{name} is missing" for name in old if name not in new]
-    told += [f"{name} is new" for name in new if name not in old]
-    if not told:
+    changes = [f"{name} has changed" for name in old if name in new and old[name] != new[name]]
+    changes += [f"{name} is missing" for name in old if name not in new]
+    changes += [f"{name} is new" for name in new if name not in old]
+    if not changes:
         return "its files have another order"
-    return ", ".join(told[:5]) + (f" and {len(told) - 5} more" if len(told) > 5 else "")
+    return ", ".join(changes[:5]) + (f" and {len(changes) - 5} more" if len(changes) > 5 else "")

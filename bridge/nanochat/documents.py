@@ -1,4 +1,4 @@
-"""Documents of a corpus: from records of data, their split, and the pieces in which long ones are read."""
+"""Documents of a corpus: parsing of records, division into splits, and division of long documents into pieces."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Split = Literal["train", "heldout", "all"]
 Document = str | dict[str, Any]  # text, or a chat {"messages": [{"role", "content"}, ...]}
 
 MAX_DOCUMENT = 16 * 2**20
-"""Bytes of the largest document, and of the longest line that may hold one."""
+"""Largest size of a document, and of a line that contains one, in bytes."""
 PIECE = 2**20
-"""Characters; a longer document is read in pieces that end at a paragraph, a line or a space."""
+"""Characters; longer documents are read in pieces that end at a paragraph, a line or a space."""
 
 CHAT_KEYS = ("messages", "conversations")
 _ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT, which also has `from` and `value`
@@ -25,15 +25,15 @@ _EXPECTED = 'expected {"text": ...}, {"messages": [...]}, or a list of {"role": 
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of data that is read at once, and shuffled as a whole.
+    """A part of the data that is read at once and shuffled as a whole.
 
     Attributes:
-        name: says what it is and which content it has, but not where: the same data elsewhere has the same names.
-        read: returns its documents, one after the other.
-        source: name of the file it is from and a digest of that file's content.
-        content: SHA-256 digest of the document that it is, or is a piece of; None if it holds several.
-        side: the split to which it belongs by a rule of its data set (nanochat's last shard); else None.
-        span: the part of one document that it holds, from 0 to 1; (0, 1) if its documents are whole.
+        name: identifies its kind and content, independent of its path: copies of the data have the same names.
+        read: returns its documents in order.
+        source: (name, digest) of the file that contains it.
+        content: SHA-256 digest of its only document, or of the document that it is a piece of; None for several.
+        side: the split that it belongs to by a rule of its data set (nanochat's last shard), or None.
+        span: the part of a document that it contains, from 0 to 1; (0, 1) for whole documents.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Unit:
     span: tuple[float, float] = (0.0, 1.0)
 
 
-def of_record(record: Any) -> Document | None:
-    """Return the document of a JSON value or a row: text, a chat, or None for an empty text.
+def document_from_record(record: Any) -> Document | None:
+    """Return the document in a JSON value or a row: text, a chat, or None for an empty text.
 
     Raises:
-        ValueError: it is none of the known forms, or a chat that nanochat cannot render.
+        ValueError: the record has none of the known forms, or is a chat that nanochat cannot render.
     """
     if isinstance(record, str):
         return record or None
@@ -69,11 +69,11 @@ def chat(messages: Any) -> dict[str, Any]:
     """Return a chat as {"messages": [{"role", "content"}, ...]}, the form that nanochat renders.
 
     Args:
-        messages: a list of messages, or the table of lists in which Hugging Face's `Sequence` stores them. A message
-            has `role` and `content`, or ShareGPT's `from` and `value`.
+        messages: a list of messages, or a dict of lists, as Hugging Face's `Sequence` stores them. A message has `role`
+            and `content`, or ShareGPT's `from` and `value`.
 
     Raises:
-        ValueError: nanochat cannot render it.
+        ValueError: nanochat cannot render the chat.
     """
     if isinstance(messages, dict):
         columns = {name: column for name, column in messages.items() if isinstance(column, list)}
@@ -102,13 +102,13 @@ def _message(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_heldout(document: Document, fraction: float) -> bool:
-    """Return whether a document is held out: by a hash of its content, so wherever and whenever it is met."""
+    """Return whether a document is held out, which depends on a hash of its content alone."""
     text = document if isinstance(document, str) else json.dumps(document["messages"], sort_keys=True)
     return heldout_digest(digest(text), fraction)
 
 
 def heldout_digest(content: bytes, fraction: float) -> bool:
-    """Return whether a document with this SHA-256 digest is held out."""
+    """Return whether a document with the SHA-256 digest `content` is held out."""
     return int.from_bytes(content[:8], "big") < fraction * 2**64
 
 
@@ -117,21 +117,21 @@ def digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def by_hash(read: Callable[[], Iterable[Document]], split: Split, fraction: float) -> Iterator[Document]:
-    """Yield the documents of a split, chosen by `is_heldout`."""
+def split_by_hash(read: Callable[[], Iterable[Document]], split: Split, fraction: float) -> Iterator[Document]:
+    """Yield the documents of a split, selected by `is_heldout`."""
     return (document for document in read() if is_heldout(document, fraction) == (split == "heldout"))
 
 
-def by_place(
+def split_by_position(
     read: Callable[[], Iterable[Document]], split: Split, fraction: float, span: tuple[float, float]
 ) -> Iterator[Document]:
-    """Yield every document's part of a split: the last `fraction` of it is held out.
+    """Yield the part of every document that belongs to a split: the last `fraction` of it is held out.
 
     Args:
         read: returns documents, or a part of one.
         split: "train" or "heldout".
-        fraction: of the whole document.
-        span: which part of the whole `read` returns.
+        fraction: share of the whole document that is held out.
+        span: the part of the document that `read` returns, from 0 to 1.
     """
     begin, end = span
     share = min(max((end - 1 + fraction) / (end - begin), 0.0), 1.0) if end > begin else 0.0
@@ -142,33 +142,33 @@ def by_place(
 
 
 def _parts(document: Document, share: float) -> tuple[Document | None, Document | None]:
-    """A document without its last share, and that share; None where a part is empty."""
+    """Return a document without its last share, and that share; None for an empty part."""
     if share in (0.0, 1.0):
         return (document, None) if share == 0.0 else (None, document)
     if isinstance(document, str):
-        at = _cut_near(document, share)
-        return document[:at] or None, document[at:] or None
+        cut = _cut_near(document, share)
+        return document[:cut] or None, document[cut:] or None
     messages = document["messages"]
     starts = [
         i for i, message in enumerate(messages) if message["role"] == "user" and i > messages[0]["role"].count("system")
     ]
     if not starts:
         return document, None
-    at = min(starts, key=lambda i: abs(i - (1 - share) * len(messages)))
-    return {"messages": messages[:at]}, {"messages": messages[at:]}
+    cut = min(starts, key=lambda i: abs(i - (1 - share) * len(messages)))
+    return {"messages": messages[:cut]}, {"messages": messages[cut:]}
 
 
 def _cut_near(text: str, share: float) -> int:
-    """Where the last share of a text begins: at the paragraph, line or word nearest to that place."""
+    """Return the offset where the last share of a text begins: the nearest start of a paragraph, line or word."""
     target = min(max(round((1 - share) * len(text)), 1), max(len(text) - 1, 1))
     low, high = target - min(target, len(text) - target) // 2, target + (len(text) - target) // 2
     for separator in ("\n\n", "\n", " "):
         before = text.rfind(separator, low, target)
         after = text.find(separator, target, high)
-        places = [place + len(separator) for place in (before, after) if place >= 0]
-        places = [place for place in places if 0 < place < len(text)]
-        if places:
-            return min(places, key=lambda place: abs(place - target))
+        cuts = [position + len(separator) for position in (before, after) if position >= 0]
+        cuts = [cut for cut in cuts if 0 < cut < len(text)]
+        if cuts:
+            return min(cuts, key=lambda cut: abs(cut - target))
     return target
 
 
@@ -176,7 +176,7 @@ def _cut_near(text: str, share: float) -> int:
 
 
 def pieces(document: Document) -> Iterator[Document]:
-    """Yield a document, a long text as several: what is tokenized at once stays small."""
+    """Yield a document, or the pieces of a long text, so that little is tokenized at once."""
     if not isinstance(document, str) or len(document) <= PIECE:
         yield document
         return
@@ -184,9 +184,9 @@ def pieces(document: Document) -> Iterator[Document]:
     while len(document) - start > PIECE:
         end = start + PIECE
         for separator in ("\n\n", "\n", " "):
-            place = document.rfind(separator, start + PIECE // 2, end)
-            if place >= 0:
-                end = place + len(separator)
+            position = document.rfind(separator, start + PIECE // 2, end)
+            if position >= 0:
+                end = position + len(separator)
                 break
         yield document[start:end]
         start = end

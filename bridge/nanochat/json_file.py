@@ -1,40 +1,40 @@
-"""Reads JSON files that others wrote, within a budget."""
+"""Read untrusted JSON files within limits of size and nesting."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 _MAX_BYTES = 2**22
-_MAX_CONTAINERS = 2**18  # a list or a table takes up to thirty times the bytes of its brackets
+_MAX_CONTAINERS = 2**18  # an empty list or dict takes up to thirty times the memory of its brackets
 
 
 def read_table(
-    path: Path, what: str, advice: str, *, max_bytes: int = _MAX_BYTES, max_containers: int = _MAX_CONTAINERS
+    path: Path, kind: str, advice: str, *, max_bytes: int = _MAX_BYTES, max_containers: int = _MAX_CONTAINERS
 ) -> dict[str, Any]:
-    """Return the table that a JSON file holds.
+    """Return the JSON object in a file.
 
     Args:
         path: the file.
-        what: the kind of file, for the error: "meta file".
-        advice: what to do about a broken one, for the error.
-        max_bytes: the longest file that is read.
-        max_containers: how many tables and lists it may hold.
+        kind: the kind of file, for the error message, such as "meta file".
+        advice: what to do about a broken file, for the error message.
+        max_bytes: the largest size of the file.
+        max_containers: the largest number of objects and arrays in it.
 
     Raises:
-        ValueError: it is too long, too deep, not JSON or not a table.
-        OSError: it cannot be read.
+        ValueError: the file is too large, nested too deeply, not JSON, or not a JSON object.
+        OSError: the file cannot be read.
     """
     size = path.stat().st_size
     if size > max_bytes:
-        raise ValueError(f"{path} has {size} bytes, more than any {what} of nanochat ({max_bytes})")
+        raise ValueError(f"{path} has {size} bytes, more than any {kind} of nanochat ({max_bytes})")
     data = path.read_bytes()
     containers = data.count(b"[") + data.count(b"{")
     if containers > max_containers:
-        raise ValueError(f"{path} holds {containers} tables and lists, more than any {what} ({max_containers})")
+        raise ValueError(f"{path} contains {containers} objects and arrays, more than any {kind} ({max_containers})")
     try:
         table = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}; {advice}") from error
     if not isinstance(table, dict):
-        raise ValueError(f"{path} must hold a JSON table, got {type(table).__name__}")
+        raise ValueError(f"{path} must contain a JSON object, got {type(table).__name__}")
     return table

@@ -1,4 +1,4 @@
-"""Documents that every interpreter has: the standard library's source, and what `help` says of its compiled modules."""
+"""Documents that every Python installation has: the standard library's source and the documentation in `help`."""
 
 from __future__ import annotations
 
@@ -25,26 +25,27 @@ from bridge.nanochat.documents import Document, Unit, digest
 def units() -> list[Unit]:
     """Return a unit per document of the running interpreter's library: Python source, docs, the language reference.
 
-    Each document once: exact copies are dropped, as are files that hold no text (the test package has broken ones).
+    Exact copies are dropped, and so are files without text (the test package contains broken ones).
 
     Raises:
-        OSError: a file that is there cannot be opened, for want of file descriptors for example.
+        OSError: an existing file cannot be opened, for example for lack of file descriptors.
     """
-    names: list[tuple[str, bytes, Callable[[], str]]] = []
+    entries: list[tuple[str, bytes, Callable[[], str]]] = []
     seen: set[bytes] = set()
     for name, text, read in (*_files(), *_documentation()):
-        found = digest(text)
-        if text and found not in seen:
-            seen.add(found)
-            names.append((f"text {name} {found.hex()[:12]}", found, read))
-    source = ("stdlib", hashlib.sha256("\n".join(name for name, *_ in names).encode()).hexdigest()[:12])
+        content = digest(text)
+        if text and content not in seen:
+            seen.add(content)
+            entries.append((f"text {name} {content.hex()[:12]}", content, read))
+    source = ("stdlib", hashlib.sha256("\n".join(name for name, *_ in entries).encode()).hexdigest()[:12])
     return [
-        Unit(name, functools.partial(_alone, name, found, read), source, content=found) for name, found, read in names
+        Unit(name, functools.partial(_read_checked, name, content, read), source, content=content)
+        for name, content, read in entries
     ]
 
 
-def _alone(name: str, expected: bytes, read: Callable[[], str]) -> list[Document]:
-    """A document that is read again when its turn comes, and must be what it was."""
+def _read_checked(name: str, expected: bytes, read: Callable[[], str]) -> list[Document]:
+    """Read a document again. Raises `DataChangedError` if its digest is not the expected one."""
     text = read()
     if digest(text) != expected:
         raise DataChangedError(f"{name.split()[1]} of the standard library", "has changed")
@@ -55,14 +56,14 @@ def _files() -> Iterator[tuple[str, str, Callable[[], str]]]:
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(_python_files(root)):
         name = file.relative_to(root).as_posix()
-        # Third parties' packages; what the machine was built with; the reference, which comes as text below.
+        # Third-party packages; settings of the build; the language reference, which `_documentation` yields as text.
         if "-packages/" in name or name.startswith("_sysconfigdata") or name == "pydoc_data/topics.py":
             continue
         yield name, _read_source(file), functools.partial(_read_source, file)
 
 
 def _python_files(root: Path) -> Iterator[Path]:
-    """All .py files; unlike `Path.rglob`, it does not leave out silently what it cannot list."""
+    """Yield all .py files. Raises OSError for a directory that cannot be listed, where `Path.rglob` skips it."""
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, PermissionError):
@@ -73,7 +74,7 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 
 def _read_source(file: Path) -> str:
-    """A source file in the encoding it declares; '' if it holds no text, or must not be read."""
+    """Return a source file decoded with its declared encoding; '' if it is not text or reading is not permitted."""
     try:
         with tokenize.open(file) as stream:
             return stream.read()
@@ -83,14 +84,14 @@ def _read_source(file: Path) -> str:
 
 @functools.cache
 def _documentation() -> tuple[tuple[str, str, Callable[[], str]], ...]:
-    """What `help` says of the modules written in C, whose docstrings are in no source file, and of the language."""
-    found = [(f"help({name})", text) for name, text in _compiled_module_docs()]
+    """Return (name, text, read) of the `help` texts of modules written in C and of the language reference."""
+    entries = [(f"help({name})", text) for name, text in _compiled_module_docs()]
     try:
         from pydoc_data.topics import topics
     except ImportError:
         topics = {}  # type: ignore[misc]
-    found += [(f"topic {name}", text) for name, text in sorted(topics.items())]
-    return tuple((name, text, functools.partial(str, text)) for name, text in found)
+    entries += [(f"topic {name}", text) for name, text in sorted(topics.items())]
+    return tuple((name, text, functools.partial(str, text)) for name, text in entries)
 
 
 def _compiled_module_docs() -> Iterator[tuple[str, str]]:
@@ -104,20 +105,20 @@ def _compiled_module_docs() -> Iterator[tuple[str, str]]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # some are deprecated
                 text = _module_doc(importlib.import_module(name), name)
-        except Exception:  # a module that this build lacks or that does not import here has nothing to say
+        except Exception:  # this build lacks the module, or it cannot be imported on this platform
             continue
         yield name, text
 
 
 def _module_doc(module: Any, name: str) -> str:
-    """The module's docstring and `help` of its own functions and classes; its data are the machine's, not Python's."""
+    """Return the docstring of a module and the `help` of its functions and classes, but no machine-dependent data."""
     parts = [f"Help on module {name}:", inspect.getdoc(module) or ""]
     for key, member in sorted(vars(module).items()):
-        # Hooks of sys are there to be replaced: what hangs there is the process's own.
+        # Hooks of sys may have been replaced by this process.
         own = getattr(member, "__module__", name) in (name, None) and not key.endswith("hook")
         if own and not key.startswith("_") and (inspect.isclass(member) or inspect.isroutine(member)):
             parts.append(pydoc.plaintext.document(member, key))  # type: ignore[attr-defined]
     text = re.sub(r".\x08", "", "\n\n".join(parts))
-    # What differs from process to process: the types that happen to be loaded, and addresses.
+    # Remove what differs between processes: the subclasses loaded so far, and memory addresses.
     text = re.sub(r"^ *\|  Built-in subclasses:\n(?: *\|   +\S.*\n)+ *\| *\n", "", text, flags=re.MULTILINE)
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)

@@ -1,4 +1,4 @@
-"""Documents from JSON: a document per line (`.jsonl`, `.ndjson`), or an array of them (`.json`); plain or gzipped."""
+"""Documents from JSON: one per line (`.jsonl`, `.ndjson`) or an array of them (`.json`), optionally gzipped."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.nanochat.contents import DataChangedError
-from bridge.nanochat.documents import MAX_DOCUMENT, Document, Unit, of_record
+from bridge.nanochat.documents import MAX_DOCUMENT, Document, Unit, document_from_record
 from jsae.files import is_system_error
 
 LINES_PER_UNIT = 256
 BYTES_PER_UNIT = 4 * 2**20
-"""A unit ends with the line that reaches one of the two."""
+"""A unit ends with the line that reaches either limit."""
 
-_FREE = 4 * 2**20  # unpacked bytes before the ratio counts
-_MOST_RATIO = 200  # of unpacked to packed bytes; text reaches 3 to 20
-_SIMPLE = 2**20  # characters of JSON whose values cannot be too many
-_MOST_VALUES = 500_000
-_NESTED = "JSON that is nested too deeply"
+_FREE = 4 * 2**20  # unpacked bytes below which the ratio is not checked
+_MAX_RATIO = 200  # of unpacked to packed bytes; text reaches 3 to 20
+_SIMPLE = 2**20  # characters of JSON too short to contain too many values
+_MAX_VALUES = 500_000
+_NESTED = "the JSON is nested too deeply"
 _IN_MEMORY = 32 * 2**20
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z|\\\Z)', re.DOTALL)
 
 
 class Spool:
-    """Keeps what cannot be read again by its place in a file: compressed, in memory and above 32 MiB on the disk."""
+    """Compressed storage for data that cannot be read again by offset: in memory, above 32 MiB on disk."""
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - closed below
-        weakref.finalize(self, self._file.close)  # when no unit has it any more
+        weakref.finalize(self, self._file.close)  # when no unit refers to it any more
         self._lock = threading.Lock()
 
     def keep(self, data: bytes) -> Callable[[], bytes]:
-        """Keep data, and return what gives it back."""
+        """Store data and return a function that reads it back. Raises ValueError if the disk is full."""
         packed = zlib.compress(data, 1)
         try:
             with self._lock:
@@ -53,8 +53,8 @@ class Spool:
                 self._file.write(packed)
         except OSError as error:
             raise ValueError(
-                f"unpacked text is kept in {tempfile.gettempdir()}, where it cannot be written: {error}. Set TMPDIR to "
-                "a place with room, or unpack the files"
+                f"cannot store unpacked text in {tempfile.gettempdir()}: {error}. Set TMPDIR to a directory with free "
+                "space, or unpack the files"
             ) from error
         return functools.partial(self._read, start, len(packed))
 
@@ -65,7 +65,7 @@ class Spool:
 
 
 class _Chunk(NamedTuple):
-    """Some records that follow each other."""
+    """Consecutive records: the number of records before them, their digest, and a function that reads them."""
 
     first: int
     digest: str
@@ -73,32 +73,38 @@ class _Chunk(NamedTuple):
 
 
 def units(file: Path, form: str, gzipped: bool, spool: Spool) -> list[Unit]:
-    """Return the units of a file of form "jsonl" or "json".
+    """Return the units of a JSON file.
 
-    Everything in it is parsed once, so that a broken line is found before the work starts. A plain file of lines is
-    read again by place; what was gzipped or an array is kept in `spool`.
+    The whole file is parsed once, so that a broken line is reported before the run starts. Plain files of lines are
+    read again by offset; the records of gzipped files and of arrays are stored in `spool`.
+
+    Args:
+        file: the file.
+        form: "jsonl" or "json".
+        gzipped: whether the file is gzip-compressed.
+        spool: storage for unpacked records.
 
     Raises:
         ValueError: a line, an element or the file cannot be read, or is larger than a document may be.
     """
-    content, chunks = hashlib.sha256(), []
+    hasher, chunks = hashlib.sha256(), []
     word = "line"
     try:
-        with gzip.open(file) if gzipped else file.open("rb") as opened:
-            stream = _Unpacked(opened, file) if isinstance(opened, gzip.GzipFile) else opened
+        with gzip.open(file) if gzipped else file.open("rb") as raw:
+            stream = _Unpacked(raw, file) if isinstance(raw, gzip.GzipFile) else raw
             if form == "json" and not _is_lines(stream):
                 word, records = "element", _array(stream, file)
             else:
                 records = _lines(stream, file)
-            by_place = not gzipped and word == "line"
-            for chunk in _chunks(records, file, word, spool=None if by_place else spool):
-                content.update(chunk.digest.encode())
+            by_offset = not gzipped and word == "line"
+            for chunk in _chunks(records, file, word, spool=None if by_offset else spool):
+                hasher.update(chunk.digest.encode())
                 chunks.append(chunk)
     except (OSError, EOFError, zlib.error) as error:
         if is_system_error(error):
             raise
         raise ValueError(f"{file} cannot be read: {error}") from error
-    source = (file.name, content.hexdigest()[:12])
+    source = (file.name, hasher.hexdigest()[:12])
     return [
         Unit(
             f"jsonl {file.name} {chunk.first} {chunk.digest[:12]}",
@@ -110,29 +116,29 @@ def units(file: Path, form: str, gzipped: bool, spool: Spool) -> list[Unit]:
 
 
 def _chunks(records: Iterable[bytes], file: Path, word: str, spool: Spool | None) -> Iterator[_Chunk]:
-    """The records, parsed and put together; each with its end of line."""
+    """Parse the records, each with its line break, and yield them in chunks of a unit's size."""
     start = first = 0
-    held: list[bytes] = []
+    pending: list[bytes] = []
     size = 0
     for number, record in enumerate(records, 1):
         parse(record, file, word, number)
-        held.append(record)
+        pending.append(record)
         size += len(record)
-        if len(held) == LINES_PER_UNIT or size >= BYTES_PER_UNIT:
-            yield _chunk(file, b"".join(held), start, first, spool)
-            start, first, held, size = start + size, number, [], 0
-    if held:
-        yield _chunk(file, b"".join(held), start, first, spool)
+        if len(pending) == LINES_PER_UNIT or size >= BYTES_PER_UNIT:
+            yield _chunk(file, b"".join(pending), start, first, spool)
+            start, first, pending, size = start + size, number, [], 0
+    if pending:
+        yield _chunk(file, b"".join(pending), start, first, spool)
 
 
 def _chunk(file: Path, data: bytes, start: int, first: int, spool: Spool | None) -> _Chunk:
-    found = hashlib.sha256(data).hexdigest()
-    fetch = spool.keep(data) if spool else functools.partial(_again, file, start, len(data), found)
-    return _Chunk(first, found, fetch)
+    digest = hashlib.sha256(data).hexdigest()
+    fetch = spool.keep(data) if spool else functools.partial(_read_checked, file, start, len(data), digest)
+    return _Chunk(first, digest, fetch)
 
 
-def _again(file: Path, start: int, length: int, expected: str) -> bytes:
-    """The bytes of a unit, which must be those that were there."""
+def _read_checked(file: Path, start: int, length: int, expected: str) -> bytes:
+    """Read the bytes of a unit again. Raises `DataChangedError` if their digest is not the expected one."""
     try:
         with file.open("rb") as stream:
             stream.seek(start)
@@ -167,7 +173,7 @@ def _lines(stream: io.BufferedIOBase, file: Path) -> Iterator[bytes]:
 
 
 class _Unpacked(io.BufferedIOBase):
-    """What a gzip file holds, which must not be hundreds of times as much."""
+    """The unpacked bytes of a gzip file. Raises ValueError for a compression ratio that text does not reach."""
 
     def __init__(self, stream: gzip.GzipFile, file: Path):
         self._stream, self._file, self._count = stream, file, 0
@@ -184,16 +190,16 @@ class _Unpacked(io.BufferedIOBase):
 
     def _counted(self, data: bytes) -> bytes:
         self._count += len(data)
-        if self._count > _FREE and self._count > _MOST_RATIO * self._stream.fileobj.tell():  # type: ignore[union-attr]
+        if self._count > _FREE and self._count > _MAX_RATIO * self._stream.fileobj.tell():  # type: ignore[union-attr]
             raise ValueError(
-                f"{self._file} unpacks to more than {_MOST_RATIO} times its size, which text does not: if it is what "
-                "you want to read, unpack it first"
+                f"{self._file} unpacks to more than {_MAX_RATIO} times its size, which text does not: unpack it first "
+                "if it is the right file"
             )
         return data
 
 
 def _is_lines(stream: io.BufferedIOBase) -> bool:
-    """Whether a `.json` holds a value per line, as some data sets have it: its first line is whole, another follows."""
+    """Return whether a `.json` file has one value per line, as in some data sets: a complete line, and another one."""
     line = stream.readline(MAX_DOCUMENT + 1)
     try:
         _loads(line.decode("utf-8-sig"))
@@ -205,7 +211,7 @@ def _is_lines(stream: io.BufferedIOBase) -> bool:
 
 
 def _array(stream: io.BufferedIOBase, file: Path) -> Iterator[bytes]:
-    """The elements of an array, a line each; of a lone object, or a lone chat, that alone."""
+    """Yield the elements of an array, one line each; a single object or a single chat is one element."""
     text = _Text(stream, file)
     if text.peek() != "[":
         yield _line(text.value(1))
@@ -225,8 +231,8 @@ def _array(stream: io.BufferedIOBase, file: Path) -> Iterator[bytes]:
             messages.append(value)
         else:
             yield _line(value)
-        if len(messages) > _MOST_VALUES:
-            raise ValueError(f"{file} is a chat of more than {_MOST_VALUES:,} messages")
+        if len(messages) > _MAX_VALUES:
+            raise ValueError(f"{file} is a chat of more than {_MAX_VALUES:,} messages")
         separator = text.take()
         if separator == "]":
             break
@@ -242,82 +248,88 @@ def _line(value: Any) -> bytes:
 
 
 class _Text:
-    """The text of a JSON file, of which no more is held than its longest value needs."""
+    """A reader of JSON values that keeps no more text in memory than the longest value needs."""
 
     def __init__(self, stream: io.BufferedIOBase, file: Path):
         self._stream, self._file = stream, file
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._scan = json.JSONDecoder().raw_decode
-        self._held, self._at, self._ended = "", 0, False
+        self._buffer, self._position, self._at_end = "", 0, False
 
     def peek(self) -> str:
-        """The next character that is no blank; '' at the end."""
+        """Return the next character that is not white space, without consuming it; '' at the end."""
         while True:
-            self._at = _BLANKS.match(self._held, self._at).end()
-            if self._at < len(self._held):
-                return self._held[self._at]
-            if self._ended:
+            self._position = _BLANKS.match(self._buffer, self._position).end()
+            if self._position < len(self._buffer):
+                return self._buffer[self._position]
+            if self._at_end:
                 return ""
             self._more(2**20)
 
     def take(self) -> str:
-        """`peek`, and go on after it."""
+        """Return and consume the next character that is not white space."""
         character = self.peek()
-        self._at += 1
+        self._position += 1
         return character
 
     def value(self, number: int) -> Any:
-        """The next value."""
+        """Return the next value; `number` is its number in errors."""
         self.peek()
         size = 2**16
         while True:
             try:
-                if len(self._held) - self._at > _SIMPLE:
-                    _check_values(self._held[self._at :])
-                value, end = self._scan(self._held, self._at)
-                if self._ended or end < len(self._held):  # or a number could go on
-                    self._at = end
+                if len(self._buffer) - self._position > _SIMPLE:
+                    _check_values(self._buffer[self._position :])
+                value, end = self._scan(self._buffer, self._position)
+                if self._at_end or end < len(self._buffer):  # otherwise a number may continue
+                    self._position = end
                     return value
             except json.JSONDecodeError as error:
-                if self._ended:
+                if self._at_end:
                     raise ValueError(f"{self._file}, element {number}: {error.msg}") from error
             except RecursionError as error:
                 raise ValueError(f"{self._file}, element {number}: {_NESTED}") from error
             except ValueError as error:
                 raise ValueError(f"{self._file}, element {number}: {error}") from error
-            if len(self._held) - self._at > MAX_DOCUMENT:
+            if len(self._buffer) - self._position > MAX_DOCUMENT:
                 raise _too_long(self._file, f"element {number}")
             self._more(size)
             size *= 2
 
     def end(self) -> None:
-        """Raise ValueError unless nothing follows."""
+        """Raise ValueError if anything but white space follows."""
         if extra := self.peek():
             raise ValueError(f"{self._file}: expected nothing after the JSON value, got {extra!r}")
 
     def _more(self, size: int) -> None:
         data = self._stream.read(size)
-        self._ended = not data
+        self._at_end = not data
         try:
-            text = self._decoder.decode(data, final=self._ended)
+            text = self._decoder.decode(data, final=self._at_end)
         except UnicodeDecodeError as error:
             raise ValueError(f"{self._file} is not UTF-8: {error.reason}") from error
-        self._held, self._at = self._held[self._at :] + text, 0
+        self._buffer, self._position = self._buffer[self._position :] + text, 0
 
 
 # ---- one record ---------------------------------------------------------------------------------------------------
 
 
 def parse(line: bytes, file: Path, word: str, number: int) -> Document | None:
-    """Return the document of one line; None for a blank line or an empty text.
+    """Return the document in a line; None for a blank line or an empty text.
+
+    Args:
+        line: the line.
+        file: the file, for the error message.
+        word: "line" or "element", for the error message.
+        number: number of the line, from 1.
 
     Raises:
-        ValueError: it is no JSON, not the JSON of a document, or nested too deeply; says which line.
+        ValueError: the line is not JSON, not the JSON of a document, or nested too deeply.
     """
     if not line.strip():
         return None
     try:
-        return of_record(_loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
+        return document_from_record(_loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
     except RecursionError as error:
         raise ValueError(f"{file}, {word} {number}: {_NESTED}") from error
     except ValueError as error:
@@ -330,16 +342,16 @@ def _loads(text: str) -> Any:
 
 
 def _check_values(text: str) -> None:
-    """Refuse long JSON of so many values that Python's objects for them would fill the memory."""
+    """Raise ValueError for long JSON with so many values that their Python objects would fill the memory."""
     if len(text) <= _SIMPLE:
         return
     bare = _STRING.sub("", text)
     count = sum(map(bare.count, "[{,"))
-    if count > _MOST_VALUES:
-        raise ValueError(f"{count:,} values in one document; at most {_MOST_VALUES:,} are read")
+    if count > _MAX_VALUES:
+        raise ValueError(f"the document has {count:,} values; at most {_MAX_VALUES:,} are read")
 
 
 def _too_long(file: Path, where: str) -> ValueError:
     return ValueError(
-        f"{file}, {where} is longer than {MAX_DOCUMENT // 2**20} MiB, the most of one document: cut it into several"
+        f"{file}, {where} is longer than {MAX_DOCUMENT // 2**20} MiB, the limit of one document: split it into several"
     )

@@ -1,4 +1,4 @@
-"""Finds nanochat's files: which checkpoint a path means, its meta file, its configuration, its tokenizer."""
+"""Find the files of a checkpoint from a path: weights, meta file, configuration and tokenizer."""
 
 import dataclasses
 import importlib.resources
@@ -12,7 +12,7 @@ from bridge.nanochat.names import few
 
 _NUMBERED = re.compile(r"model_(\d{1,18})\.(pt|safetensors)")
 _NAMED = re.compile(r"model_(.+)\.(pt|safetensors)")
-_EXPORT = re.compile(r"hf_(\d{1,18})")  # of forks: a directory of transformers for each step
+_EXPORT = re.compile(r"hf_(\d{1,18})")  # in forks: a directory in transformers' format for each step
 _PLAIN = ("model.pt", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _SHARD = re.compile(r"model-00001-of-\d{5}\.safetensors")
 _DEPTH = re.compile(r"d(\d{1,9})")
@@ -26,25 +26,25 @@ _UNREAD = {
     ".h5": "HDF5 is not read",
     ".ckpt": "Lightning's checkpoints are not read",
 }
-_BRING = "bring the model_*.pt or the safetensors file it was made of"
+_REMEDY = "give the model_*.pt or safetensors file that it was converted from"
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """The files of one checkpoint; meta, config and tokenizer (a directory) are None where there are none."""
+    """The files of one checkpoint. Missing files are None; the tokenizer is a directory."""
 
     weights: Path
-    """A model file, or the index of a model in several files."""
+    """The weights file, or the index of a sharded one."""
     meta: Path | None
     config: Path | None
     tokenizer: Path | None
     base_meta: Path | None
-    """Of a tuned model, the meta file of the base model of the same name."""
+    """For a tuned model, the meta file of the base model of the same name."""
 
 
 @runtime_checkable
 class Tree(Protocol):
-    """Folders of files: on the disk, or as a hub lists them."""
+    """A tree of files, on disk or on the hub."""
 
     def files(self, folder: PurePosixPath) -> list[str]:
         """Return the names of the files in a folder."""
@@ -55,12 +55,12 @@ class Tree(Protocol):
         ...
 
     def latest(self, folder: PurePosixPath, names: Sequence[str]) -> str:
-        """Return the folder that changed last; raises ValueError where nobody knows."""
+        """Return the most recently modified of some folders. Raises ValueError if the tree has no dates."""
         ...
 
 
 class Disk:
-    """The tree below a directory."""
+    """The files below a directory."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -76,21 +76,21 @@ class Disk:
         return [p.name for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
 
     def latest(self, folder: PurePosixPath, names: Sequence[str]) -> str:
-        """Return the folder that changed last."""
+        """Return the most recently modified of some folders."""
         return max(names, key=lambda name: (self.root / folder / name).stat().st_mtime)
 
 
 def find(path: str | Path, step: int | None = None) -> Files:
-    """Return the files of the checkpoint that a path means.
+    """Return the files of the checkpoint at a path.
 
     Args:
-        path: a file of weights; a directory of such files; a `*_checkpoints` directory, where the largest d<N>
-            counts, or else the directory changed last; a base directory, where base_checkpoints counts; or "demo".
-        step: the step to take from a directory, the last one unless given.
+        path: a weights file; a directory of them; a `*_checkpoints` directory, in which the largest d<N> is chosen, or
+            else the most recently modified; a base directory, in which base_checkpoints is chosen; or "demo".
+        step: the training step to choose from a directory; default: the last one.
 
     Raises:
-        FileNotFoundError: nothing is there, or not that step; says what is there instead.
-        ValueError: a step was given together with a file, or there are only files of formats that are not read.
+        FileNotFoundError: there is no such checkpoint or step; the message lists what exists.
+        ValueError: a step is given with a file, or the files have formats that are not supported.
     """
     if str(path) == "demo":
         path = Path(str(importlib.resources.files("bridge.nanochat") / "demo"))
@@ -99,51 +99,58 @@ def find(path: str | Path, step: int | None = None) -> Files:
     path = expand(path)
     if path.is_file():
         if step is not None:
-            raise ValueError(f"step={step} chooses a file in a directory, but {path} is a file: leave the step out")
+            raise ValueError(f"step={step} selects a file in a directory, but {path} is a file: omit the step")
         if path.suffix.lower() in _UNREAD:
-            raise ValueError(f"{path}: {_UNREAD[path.suffix.lower()]}; {_BRING}")
-        return beside(path)
+            raise ValueError(f"{path}: {_UNREAD[path.suffix.lower()]}; {_REMEDY}")
+        return checkpoint_files(path)
     if not path.is_dir():
         nearest = next(p for p in path.absolute().parents if p.is_dir())
-        raise FileNotFoundError(f"no checkpoint at {path}; {nearest} holds {_listing(nearest)}")
-    return beside(path / choose(Disk(path), PurePosixPath(), step, str(path)))
+        raise FileNotFoundError(f"no checkpoint at {path}; {nearest} contains {_listing(nearest)}")
+    return checkpoint_files(path / choose(Disk(path), PurePosixPath(), step, str(path)))
 
 
 def expand(path: str | Path) -> Path:
-    """Return a path with `~` and `~user` replaced. Raises ValueError for a user that does not exist."""
+    """Return a path with `~` and `~user` expanded. Raises ValueError for an unknown user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"no home directory is known for {path}: give the whole path") from error
+        raise ValueError(f"no home directory is known for {path}: give the full path") from error
 
 
 def choose(tree: Tree, folder: PurePosixPath, step: int | None, shown: str) -> PurePosixPath:
-    """Return the weights of the checkpoint that a folder of a tree means; `shown` names the folder in errors.
+    """Return the weights file of the checkpoint in a folder.
+
+    Args:
+        tree: the file tree.
+        folder: a folder of it.
+        step: see `find`.
+        shown: the name of the folder in error messages.
 
     Raises FileNotFoundError and ValueError as `find`.
     """
-    where = _checkpoint_folder(tree, folder, shown)
-    place = f"{shown}/{where.relative_to(folder)}" if where != folder else shown
-    names = tree.files(where)
+    checkpoint = _checkpoint_folder(tree, folder, shown)
+    label = f"{shown}/{checkpoint.relative_to(folder)}" if checkpoint != folder else shown
+    names = tree.files(checkpoint)
     plain = _unnumbered(names)
     steps = {int(match[1]): name for name in sorted(names, reverse=True) if (match := _NUMBERED.fullmatch(name))}
     if not steps and not plain:
-        steps = {n: f"{name}/{_unnumbered(tree.files(where / name))[0]}" for n, name in _exports(tree, where).items()}
+        exports = _exports(tree, checkpoint)
+        steps = {n: f"{name}/{_unnumbered(tree.files(checkpoint / name))[0]}" for n, name in exports.items()}
     if step is not None and step not in steps:
-        there = ", ".join(map(str, sorted(steps))) or f"none, but {', '.join(plain)}"
-        raise FileNotFoundError(f"no step {step} in {place}; there are {there}")
+        available = ", ".join(map(str, sorted(steps))) or f"none, but {', '.join(plain)}"
+        raise FileNotFoundError(f"no step {step} in {label}; there are {available}")
     if steps:
-        return where / steps[max(steps) if step is None else step]
+        return checkpoint / steps[max(steps) if step is None else step]
     if len(plain) > 1:
         warnings.warn(
-            f"{place} holds several models, {_listed(plain)}: took {plain[0]}; give the file to take another",
+            f"{label} contains several models, {_listed(plain)}: loading {plain[0]}; give the file to load another",
             stacklevel=4,
         )
-    return where / plain[0]
+    return checkpoint / plain[0]
 
 
-def beside(weights: Path) -> Files:
-    """Return a file of weights with what lies beside and above it."""
+def checkpoint_files(weights: Path) -> Files:
+    """Return a weights file together with the meta file, configuration and tokenizer beside or above it."""
     folder = weights.absolute().parent
     meta, config = (
         next((weights.with_name(name) for name in names if weights.with_name(name).is_file()), None)
@@ -153,23 +160,23 @@ def beside(weights: Path) -> Files:
 
 
 def needed_files(tree: Tree, weights: PurePosixPath) -> list[PurePosixPath]:
-    """Return the files of a tree that a load of these weights reads: they, their parts, and what `beside` looks at."""
-    here = weights.parent
-    names = tree.files(here)
+    """Return the files of a tree that loading these weights needs, including shards, meta files and the tokenizer."""
+    parent = weights.parent
+    names = tree.files(parent)
     stem = weights.name.partition("-00001-of-")[0].removesuffix(".safetensors.index.json")
     parts = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-\d{{5}}\.safetensors")
     metas, configs = _companions(weights.name)
-    wanted = [weights, *(here / name for name in names if name in (*metas, *configs) or parts.fullmatch(name))]
-    for folder in _tokenizer_folders(here):
-        wanted += [folder / name for name in tree.files(folder) if name in (*_TOKENIZERS, "token_bytes.pt")]
-    if here.parent.name in _TUNED:
-        base = here.parent.parent / "base_checkpoints" / here.name
-        wanted += [base / name for name in _metas(tree.files(base))[-1:]]
-    return list(dict.fromkeys(wanted))
+    paths = [weights, *(parent / name for name in names if name in (*metas, *configs) or parts.fullmatch(name))]
+    for folder in _tokenizer_folders(parent):
+        paths += [folder / name for name in tree.files(folder) if name in (*_TOKENIZERS, "token_bytes.pt")]
+    if parent.parent.name in _TUNED:
+        base = parent.parent.parent / "base_checkpoints" / parent.name
+        paths += [base / name for name in _metas(tree.files(base))[-1:]]
+    return list(dict.fromkeys(paths))
 
 
 def _companions(name: str) -> tuple[list[str], list[str]]:
-    """Return the names that the meta file and the configuration of a file of weights may have."""
+    """Return the possible names of the meta file and of the configuration of a weights file."""
     if match := _NAMED.fullmatch(name):
         return [f"meta_{match[1]}.json"], [f"config_{match[1]}.json", "config.json"]
     return ["meta.json"], ["config.json"]
@@ -179,19 +186,19 @@ def _checkpoint_folder(tree: Tree, folder: PurePosixPath, shown: str) -> PurePos
     if _has_weights(tree, folder):
         return folder
     base = folder / "base_checkpoints"
-    where = base if "base_checkpoints" in tree.folders(folder) else folder
-    return where / _default_tag(tree, where, shown if where == folder else f"{shown}/base_checkpoints")
+    parent = base if "base_checkpoints" in tree.folders(folder) else folder
+    return parent / _default_tag(tree, parent, shown if parent == folder else f"{shown}/base_checkpoints")
 
 
 def _default_tag(tree: Tree, folder: PurePosixPath, shown: str) -> str:
-    """Return upstream's choice among the models of a folder, but one without a checkpoint is not chosen."""
+    """Return upstream's default choice among the models of a folder that have a checkpoint."""
     tags = [name for name in tree.folders(folder) if _has_weights(tree, folder / name)]
     if not tags:
         names = tree.files(folder)
         if unread := sorted(name for name in names if PurePosixPath(name).suffix.lower() in _UNREAD):
-            raise ValueError(f"{shown}/{unread[0]}: {_UNREAD[PurePosixPath(unread[0]).suffix.lower()]}; {_BRING}")
+            raise ValueError(f"{shown}/{unread[0]}: {_UNREAD[PurePosixPath(unread[0]).suffix.lower()]}; {_REMEDY}")
         raise FileNotFoundError(
-            f"no model_*.pt in {shown} nor one directory below it, which holds "
+            f"no model_*.pt in {shown} or its subdirectories; it contains "
             f"{_listed([*names, *tree.folders(folder)])}: give a checkpoint directory such as base_checkpoints/d20"
         )
     depths = {name: int(match[1]) for name in tags if (match := _DEPTH.match(name))}
@@ -205,9 +212,9 @@ def _has_weights(tree: Tree, folder: PurePosixPath) -> bool:
 
 
 def _exports(tree: Tree, folder: PurePosixPath) -> dict[int, str]:
-    """Return the folders of transformers' weights in a folder, by step."""
-    found = {int(match[1]): name for name in tree.folders(folder) if (match := _EXPORT.fullmatch(name))}
-    return {step: name for step, name in found.items() if _unnumbered(tree.files(folder / name))}
+    """Return the subfolders with weights in transformers' format, by step."""
+    names = {int(match[1]): name for name in tree.folders(folder) if (match := _EXPORT.fullmatch(name))}
+    return {step: name for step, name in names.items() if _unnumbered(tree.files(folder / name))}
 
 
 def _weights_in(names: Sequence[str]) -> list[str]:
@@ -215,31 +222,31 @@ def _weights_in(names: Sequence[str]) -> list[str]:
 
 
 def _unnumbered(names: Sequence[str]) -> list[str]:
-    """Return the files of weights without a step, the likeliest first."""
-    found = [name for name in _PLAIN if name in names]
-    if "model.safetensors" in found and "model.safetensors.index.json" in found:
-        found.remove("model.safetensors.index.json")  # as transformers does; mlx writes an index for one file too
-    if "model.safetensors.index.json" not in found:
-        found += sorted(name for name in names if _SHARD.fullmatch(name))
-    if len(found) > 1 and "pytorch_model.bin" in found:
-        found.remove("pytorch_model.bin")
-    found += sorted(name for name in names if _NAMED.fullmatch(name) and not _NUMBERED.fullmatch(name))
-    return found
+    """Return the weights files without a step number, in order of preference."""
+    files = [name for name in _PLAIN if name in names]
+    if "model.safetensors" in files and "model.safetensors.index.json" in files:
+        files.remove("model.safetensors.index.json")  # as transformers does; mlx also writes an index for one file
+    if "model.safetensors.index.json" not in files:
+        files += sorted(name for name in names if _SHARD.fullmatch(name))
+    if len(files) > 1 and "pytorch_model.bin" in files:
+        files.remove("pytorch_model.bin")
+    files += sorted(name for name in names if _NAMED.fullmatch(name) and not _NUMBERED.fullmatch(name))
+    return files
 
 
 def _tokenizer_folders(folder: PurePosixPath) -> list[PurePosixPath]:
-    """Return where a tokenizer may be: in or beside the checkpoint, as in uploaded models, or above it."""
-    above = [place for parent in folder.parents[:2] for place in (parent / "tokenizer", parent)]
+    """Return the folders to search for a tokenizer: in or beside the checkpoint, as in uploaded models, or above it."""
+    above = [candidate for parent in folder.parents[:2] for candidate in (parent / "tokenizer", parent)]
     return list(dict.fromkeys([folder / "tokenizer", folder, *above]))
 
 
 def _tokenizer_of(directory: Path) -> Path | None:
-    places = [Path(place) for place in _tokenizer_folders(PurePosixPath(directory))]
-    return next((p for p in places if any((p / name).is_file() for name in _TOKENIZERS)), None)
+    candidates = [Path(folder) for folder in _tokenizer_folders(PurePosixPath(directory))]
+    return next((p for p in candidates if any((p / name).is_file() for name in _TOKENIZERS)), None)
 
 
 def _base_meta(folder: Path) -> Path | None:
-    """Return the last meta file of the base model that has the name of a tuned one."""
+    """Return the last meta file of the base model with the same name as a tuned model."""
     base = folder.parent.parent / "base_checkpoints" / folder.name
     if folder.parent.name not in _TUNED or not base.is_dir():
         return None
@@ -247,9 +254,9 @@ def _base_meta(folder: Path) -> Path | None:
 
 
 def _metas(names: Sequence[str]) -> list[str]:
-    """Return the names of meta files with a step, the last step last."""
-    found = {int(match[1]): name for name in names if (match := re.fullmatch(r"meta_(\d{1,18})\.json", name))}
-    return [found[step] for step in sorted(found)]
+    """Return the names of meta files with a step number, in the order of steps."""
+    metas = {int(match[1]): name for name in names if (match := re.fullmatch(r"meta_(\d{1,18})\.json", name))}
+    return [metas[step] for step in sorted(metas)]
 
 
 def _listing(directory: Path) -> str:

@@ -1,4 +1,4 @@
-"""The transformer of every nanochat generation, from its first commit (G0) to G7, as one small module."""
+"""The transformer of all nanochat generations, from the first commit (G0) to G7, in one small module."""
 
 import functools
 
@@ -17,27 +17,27 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, each (1, T, 1, head_dim / 2)
 def norm(x: Float[Tensor, "*axes C"], eps: float | None = None) -> Float[Tensor, "*axes C"]:
     """Divide x by its root mean square over the last axis; no weights.
 
-    Without an eps torch takes float32's, as upstream does. 1e-6 is visibly wrong for small embeddings.
+    By default torch adds float32's eps, as upstream does. 1e-6 gives clearly different results for small embeddings.
     """
     return rms_norm(x, (x.size(-1),), eps=eps)
 
 
 def norm_eps(config: GPTConfig) -> float | None:
-    """Return the eps to call `norm` with: None, exactly upstream's call, unless the config has another than torch's."""
+    """Return the eps to call `norm` with: None, exactly upstream's call, if the config has torch's default."""
     return None if config.eps == EPS else config.eps
 
 
 def rotate(x: Float[Tensor, "B T H D"], rope: Rope) -> Float[Tensor, "B T H D"]:
-    """Turns the pairs (d, d + D/2) by minus the angle, the transpose of Llama's rotation."""
+    """Rotate the pairs (d, d + D/2) by minus the angle: the transpose of Llama's rotation."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
 @functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a mask that was first asked for in inference mode may serve training later
+@torch.inference_mode(False)  # a cached mask that was created in inference mode may be used in training later
 def window_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Bool[Tensor, "queries keys"]:
-    """True where query t sees key s, that is t - window <= s <= t. The last query is at the last key."""
+    """Return the mask of the keys s that query t sees: t - window <= s <= t. The last query is at the last key."""
     t = torch.arange(keys - queries, keys, device=device)[:, None]
     s = torch.arange(keys, device=device)
     causal = s <= t
@@ -47,11 +47,11 @@ def window_mask(queries: int, keys: int, window: int | None, device: torch.devic
 def attend(
     q: Float[Tensor, "B H T D"], k: Float[Tensor, "B Hkv S D"], v: Float[Tensor, "B Hkv S D"], window: int | None
 ) -> Float[Tensor, "B H T D"]:
-    """softmax(q k^T / sqrt(D)) v over the keys that the window leaves; the last query is at the last key.
+    """Return softmax(q k^T / sqrt(D)) v over the keys in the window; the last query is at the last key.
 
-    Keys that no query sees are cut off, a single query then needs no mask, and without a cut a window is plain
-    causal attention. For what remains a boolean mask is right everywhere (flex_attention compiles for GPUs only).
-    Key head j serves the query heads j r .. j r + r - 1.
+    Keys that no query sees are dropped; a single query then needs no mask. If the window covers all keys, attention is
+    plainly causal. Otherwise a boolean mask is used, which works on all devices (flex_attention compiles for GPUs
+    only). Key head j serves the query heads j r .. j r + r - 1, where r = H / Hkv.
     """
     queries, keys = q.size(2), k.size(2)
     unseen = 0 if window is None else max(0, keys - queries - window)
@@ -60,13 +60,13 @@ def attend(
     groups = q.size(1) // k.size(1)
     if causal or queries == 1:
         return scaled_dot_product_attention(q, k, v, is_causal=causal and queries > 1, enable_gqa=groups > 1)
-    # On CUDA enable_gqa and a mask together leave only the kernel that holds all scores, so the heads are copied.
+    # On CUDA, enable_gqa with a mask leaves only the kernel that stores all scores, so the heads are copied.
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=window_mask(queries, keys, window, q.device))
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, and what the next token needs of the last one.
+    """Keys and values of the tokens seen so far, and the last token and its embedding, which G4e and G7 need.
 
     k, v: (n_layer, B, n_kv_head, max_len, head_dim). No gradient flows through a cache.
     """
@@ -79,27 +79,30 @@ class Cache:
 
     @property
     def batch_size(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.k.size(1)
 
     @property
     def max_len(self) -> int:
-        """Tokens that fit."""
+        """Capacity in tokens per row."""
         return self.k.size(3)
 
     def append(
         self, layer: int, k: Float[Tensor, "B Hkv T D"], v: Float[Tensor, "B Hkv T D"]
     ) -> tuple[Float[Tensor, "B Hkv S D"], Float[Tensor, "B Hkv S D"]]:
-        """Writes one layer's keys and values behind those seen, returns all of them. The position does not move."""
+        """Append one layer's keys and values and return all of that layer. `position` stays the same."""
         end = self.position + k.size(2)
         self.k[layer, :, :, self.position : end] = k.detach()
         self.v[layer, :, :, self.position : end] = v.detach()
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def repeat(self, n: int) -> "Cache":
-        """A copy with n rows of a cache with one row: one prompt, read once, then continued n times."""
+        """Return a copy of a one-row cache with n rows, to continue one prompt n times.
+
+        Raises ValueError if the cache has more than one row or n < 1.
+        """
         if self.batch_size != 1 or n < 1:
-            raise ValueError(f"repeat makes n >= 1 rows of one row, got n={n} and {self.batch_size} rows")
+            raise ValueError(f"repeat needs n >= 1 and a cache with one row, got n={n} and {self.batch_size} rows")
         rows = Cache(self.k.repeat(1, n, 1, 1, 1), self.v.repeat(1, n, 1, 1, 1))
         rows.position = self.position
         rows.last_token = None if self.last_token is None else self.last_token.repeat(n, 1)
@@ -108,7 +111,7 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Causal attention with rope, then normed queries and keys; its output is that of c_proj."""
+    """Causal attention with rotary embeddings, followed by normalised queries and keys; returns c_proj's output."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -129,7 +132,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T C"], ve: Float[Tensor, "B T kv"] | None, rope: Rope, cache: Cache | None
     ) -> Float[Tensor, "B T C"]:
-        """Reads x, the normed stream, and ve, the layer's value embedding of the same tokens."""
+        """Return the output for x, the normalised residual stream, and ve, the value embeddings of the same tokens."""
         B, T, C = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))
         if ve is not None:
@@ -154,12 +157,12 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        """Reads the normed stream."""
+        """Return the output for x, the normalised residual stream."""
         return self.c_proj(relu(self.c_fc(x)).square())
 
 
 class Block(nn.Module):
-    """x + attn(norm(x)), then x + mlp(norm(x)). The lambdas mix between blocks, not in here."""
+    """x + attn(norm(x)), then x + mlp(norm(x)). The lambdas are applied between blocks, in `GPT`."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -170,13 +173,13 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T C"], ve: Float[Tensor, "B T kv"] | None, rope: Rope, cache: Cache | None
     ) -> Float[Tensor, "B T C"]:
-        """The residual stream after both additions."""
+        """Return the residual stream after both additions."""
         x = x + self.attn(norm(x, self.eps), ve, rope, cache)
         return x + self.mlp(norm(x, self.eps))
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
-    """An embedding of memory as it is. To draw its weights on the meta device torch would load its compiler: 0.7 s."""
+    """Return an uninitialised embedding. nn.Embedding on the meta device makes torch load its compiler, for 0.7 s."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
@@ -188,9 +191,14 @@ class Bigram(nn.Module):
         self.embed = embedding(5 * config.vocab_size, config.n_embd)
 
     def forward(self, tokens: Int[Tensor, "B T"], before: Int[Tensor, "B 1"] | None) -> Float[Tensor, "B T C"]:
-        """Row ((36313 id_t) xor (27191 id_{t-1})) mod (5V-1); the first token of a text has row 5V-1 to itself."""
+        """Return row ((36313 id_t) xor (27191 id_{t-1})) mod (5V-1); row 5V-1 is for the first token of a text.
+
+        Args:
+            tokens: token ids.
+            before: the token before each row; None at the start of a text.
+        """
         reserved = self.embed.num_embeddings - 1
-        tokens = tokens.long()  # the products are beyond int32
+        tokens = tokens.long()  # the products exceed int32
         shifted = torch.cat([tokens[:, :1] if before is None else before, tokens[:, :-1]], dim=1)
         rows = ((36313 * tokens) ^ (27191 * shifted)) % reserved
         if before is None:
@@ -199,7 +207,7 @@ class Bigram(nn.Module):
 
 
 class GPT(nn.Module):
-    """A nanochat; its state_dict has exactly the keys that upstream's has in the config's generation.
+    """A nanochat. Its state_dict has exactly the keys of upstream's in the config's generation.
 
         x  = norm(wte[token])                                   then, in G7, the smear
         x0 = x
@@ -207,7 +215,7 @@ class GPT(nn.Module):
         x  = transformer.h[i](x)
         logits = softcap tanh(lm_head(norm(x)) / softcap)       in G7 after x -= backout_lambda * (block n_layer // 2)
 
-    A new one has the weights of init_weights; on the meta device it has none.
+    A new model is initialised by init_weights, except on the meta device.
     """
 
     def __init__(self, config: GPTConfig):
@@ -244,12 +252,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights to train from: unit-variance signals everywhere, and a loss that starts near ln(vocab_size).
+        """Initialise the weights for training: unit-variance signals, and a loss that starts near ln(vocab_size).
 
-        Matrices are normal with variance 1 / fan-in; those that write to the stream are divided by sqrt(2 n_layer)
-        besides, so that the stream's variance does not grow with depth. Token embeddings have unit variance (they are
-        normed at once), value and bigram embeddings that of a matrix. Gates start half open, the paths
-        behind them neutral: residual lambdas 1, of x0 0.1, all others 0.
+        Matrices are normal with variance 1 / fan-in; those that write to the residual stream are also divided by
+        sqrt(2 n_layer), so that its variance does not grow with depth. Token embeddings have unit variance (they are
+        normalised), value and bigram embeddings that of a matrix. Gates start half open. Lambdas start neutral: 1 for
+        the residual stream, 0.1 for x0, 0 for all others.
         """
         config = self.config
         for name, weight in self.named_parameters():
@@ -265,9 +273,9 @@ class GPT(nn.Module):
                 weight.normal_(0.0, std, generator=generator)
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> Cache:
-        """An empty cache for max_len tokens (sequence_len unless given) in each of batch_size rows.
+        """Return an empty cache of batch_size rows for max_len tokens each (default: sequence_len).
 
-        Raises ValueError for a length that the rope tables do not reach.
+        Raises ValueError if max_len exceeds the rope tables.
         """
         config, weight = self.config, self.lm_head.weight
         max_len = config.sequence_len if max_len is None else max_len
@@ -281,14 +289,15 @@ class GPT(nn.Module):
         return Cache(k, v)
 
     def forward(self, tokens: Int[Tensor, "B T"], cache: Cache | None = None) -> Float[Tensor, "B T V"]:
-        """Logits in float32, softcapped, without the padded rows of the vocabulary.
+        """Return float32 logits, softcapped, without the padding rows of the vocabulary.
 
-        With a cache, tokens are those that follow what the cache has seen, in chunks of any size: the logits are
-        those of the full forward. The cache takes the chunk in when the forward is through.
+        With a cache, tokens continue the text in the cache, in chunks of any size, and the logits equal those of the
+        full forward pass. The chunk is added to the cache at the end of the forward pass.
 
-        Raises TypeError for tokens that are no integers, ValueError for an empty chunk, ids outside of the vocabulary
-        (checked on the CPU alone: elsewhere the check would wait for the device), and more tokens than the cache
-        or the rope tables hold.
+        Raises:
+            TypeError: the tokens are not integers.
+            ValueError: the chunk is empty, an id is outside the vocabulary (checked on the CPU only, because the check
+                would synchronise with other devices), or the cache or the rope tables are too short.
         """
         start = 0 if cache is None else cache.position
         self._check(tokens, cache, start)
@@ -310,12 +319,12 @@ class GPT(nn.Module):
     def _blocks(
         self, tokens: Tensor, x: Float[Tensor, "B T C"], before: Tensor | None, rope: Rope, cache: Cache | None
     ) -> Float[Tensor, "B T C"]:
-        """The stream from the embedding to the final norm."""
+        """Return the residual stream before the final norm."""
         config = self.config
         x0 = x
         bigram = self.bigram_embed(tokens, before) if config.bigram else None
         for i, block in enumerate(self.transformer.h):
-            # A lambda is a scalar of a vector: even a float32 one leaves a bfloat16 stream in bfloat16.
+            # An indexed lambda is a 0-d tensor, so even in float32 it does not promote a bfloat16 stream.
             if config.lambdas:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             if bigram is not None:
@@ -327,7 +336,7 @@ class GPT(nn.Module):
         return x - self.backout_lambda.to(x.dtype) * middle if config.backout else x
 
     def _smear(self, x: Float[Tensor, "B T C"], before: Float[Tensor, "B 1 C"] | None) -> Float[Tensor, "B T C"]:
-        """x_t + smear_lambda sigmoid(smear_gate(x_t)) x_{t-1}, where x_{t-1} is not smeared itself."""
+        """Return x_t + smear_lambda sigmoid(smear_gate(x_t)) x_{t-1}, where x_{t-1} is not smeared itself."""
         before = torch.zeros_like(x[:, :1]) if before is None else before
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         return x + gate * torch.cat([before, x[:, :-1]], dim=1)
@@ -340,12 +349,13 @@ class GPT(nn.Module):
         stop = start + tokens.size(1)
         if stop > self.config.max_positions:
             raise ValueError(
-                f"{stop} tokens, but positions end at {self.config.max_positions} (10 times sequence_len): give fewer"
+                f"got {stop} tokens, at most {self.config.max_positions} (10 times sequence_len) have positions: "
+                "give fewer"
             )
         if cache is not None and (tokens.size(0) != cache.batch_size or stop > cache.max_len):
             raise ValueError(
-                f"the cache has {cache.batch_size} rows and room for {cache.max_len} tokens, {start} of them taken; "
-                f"got tokens of shape {tuple(tokens.shape)}: make a larger one with new_cache"
+                f"the cache has {cache.batch_size} rows of {cache.max_len} tokens, {start} of them used; "
+                f"got tokens of shape {tuple(tokens.shape)}: create a larger cache with new_cache"
             )
         if tokens.device.type == "cpu":
             low, high = tokens.min().item(), tokens.max().item()
@@ -354,9 +364,9 @@ class GPT(nn.Module):
 
 
 def rope_tables(config: GPTConfig) -> tuple[Float[Tensor, "P half"], Float[Tensor, "P half"]]:
-    """The cos and sin of position * rope_base^(-2d / head_dim) in float32, for every position the model reaches.
+    """Return cos and sin of position * rope_base^(-2d / head_dim) in float32 for all positions.
 
-    Made on the CPU also where the default device is another: a model built on the meta device has real tables.
+    The tables are computed on the CPU even if the default device is another, so a model on the meta device has them.
     """
     channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     positions = torch.arange(config.max_positions, dtype=torch.float32, device="cpu")

@@ -1,7 +1,7 @@
-"""What a parquet file says of its pages, read without unpacking any: so that no page, row or row group is a bomb.
+"""Check the page headers of a parquet file without unpacking pages, so that no decompression bomb is opened.
 
-pyarrow takes as much memory as a page's header asks for. These are read here first; they are structs of Thrift's
-compact protocol, one before each page (parquet-format, `PageHeader`).
+pyarrow allocates as much memory as a page header asks for, so the headers are read and checked here first. Each page
+is preceded by one, a struct of Thrift's compact protocol (parquet-format, `PageHeader`).
 """
 
 from __future__ import annotations
@@ -12,43 +12,41 @@ from typing import Any, NamedTuple
 
 MAX_FOOTER = 16 * 2**20
 MAX_PAGE = 64 * 2**20
-"""Bytes of a page, packed or not."""
+"""Bytes of a page, packed or unpacked."""
 MAX_DICTIONARY = 16 * 2**20
 MAX_NESTED_VALUES = 2**23
-"""Values of a column of lists in a row group: of these a few bytes can say millions."""
+"""Values of a list column in a row group, of which a few bytes can encode millions."""
 MAX_DEPTH, MAX_COLUMNS = 32, 10_000
-_FREE, _MOST_RATIO = 64 * 2**20, 200
-_MOST_PAGES = 2**14
-_WINDOW = 2**14  # bytes in which a page's header is looked for first
+_FREE, _MAX_RATIO = 64 * 2**20, 200  # unpacked bytes below which the ratio is not checked; unpacked to packed bytes
+_MAX_PAGES = 2**14
+_WINDOW = 2**14  # bytes that are read first to parse a page header
 _DICTIONARY_PAGE = 2
 
 
 class Page(NamedTuple):
-    """The header of a page."""
+    """A page header: type, unpacked and packed bytes of the page, number of values, bytes of the header."""
 
     kind: int
     unpacked: int
     packed: int
     values: int
-    length: int
-    """Of the header itself, in bytes."""
+    header_length: int
 
 
 def footer_length(stream: io.BufferedIOBase) -> int:
-    """Return the length of a parquet file's footer, after a look at whether it is one that may be read.
+    """Return the length in bytes of a parquet file's footer, after checking its size and its schema.
 
     Raises:
-        ValueError: no parquet file, or a footer that is too large, too wide or nested too deeply.
+        ValueError: not a parquet file, or the footer is too large, too wide or nested too deeply.
     """
     size = stream.seek(0, 2)
     stream.seek(max(size - 8, 0))
     end = stream.read(8)
     if size < 12 or end[4:] != b"PAR1":
-        what = "its footer is encrypted" if end[4:] == b"PARE" else "it does not end with PAR1"
-        raise ValueError(what)
+        raise ValueError("its footer is encrypted" if end[4:] == b"PARE" else "it does not end with PAR1")
     length = int.from_bytes(end[:4], "little")
     if not 0 < length <= min(MAX_FOOTER, size - 12):
-        raise ValueError(f"its footer would have {length} bytes, of at most {min(MAX_FOOTER, size - 12)}")
+        raise ValueError(f"its footer claims {length} bytes; at most {min(MAX_FOOTER, size - 12)} are allowed")
     stream.seek(size - 8 - length)
     _check_schema(stream.read(length))
     return length
@@ -59,38 +57,38 @@ def check_column(stream: io.BufferedIOBase, start: int, length: int, nested: boo
 
     Args:
         stream: the file.
-        start: byte at which the chunk begins.
+        start: offset of the chunk in bytes.
         length: bytes of the chunk.
-        nested: whether the column lies within lists.
+        nested: whether the column contains lists.
 
     Raises:
-        ValueError: a header that cannot be read, or pages that are too large, too many, or unpack to too much.
+        ValueError: a header cannot be read, or pages are too large, too many or unpack to too much.
     """
     if start < 4 or length < 0:
-        raise ValueError(f"it would begin at byte {start} and have {length}")
+        raise ValueError(f"its column chunk claims the offset {start} and {length} bytes")
     end, packed, unpacked, values = start + length, 0, 0, 0
     for count, page in enumerate(_pages(stream, start, end), 1):
-        most = MAX_DICTIONARY if page.kind == _DICTIONARY_PAGE else MAX_PAGE
-        largest = max(page.unpacked, page.packed)
-        if largest > most:
+        limit = MAX_DICTIONARY if page.kind == _DICTIONARY_PAGE else MAX_PAGE
+        size = max(page.unpacked, page.packed)
+        if size > limit:
             raise ValueError(
-                f"a page of {largest / 2**20:,.0f} MiB, of at most {most // 2**20}: write the file again with fewer "
-                "rows in a group, such as row_group_size=1000"
+                f"it has a page of {size / 2**20:,.0f} MiB; at most {limit // 2**20} are allowed: write the file again "
+                "with fewer rows per group, such as row_group_size=1000"
             )
         packed, unpacked, values = packed + page.packed, unpacked + page.unpacked, values + page.values
-        if unpacked > _FREE and unpacked > _MOST_RATIO * packed:
-            raise ValueError(f"it unpacks to more than {_MOST_RATIO} times its size, which text does not")
+        if unpacked > _FREE and unpacked > _MAX_RATIO * packed:
+            raise ValueError(f"it unpacks to more than {_MAX_RATIO} times its size, which text does not")
         if nested and values > MAX_NESTED_VALUES:
-            raise ValueError(f"more than {MAX_NESTED_VALUES:,} values in lists: write fewer rows in a group")
-        if count > _MOST_PAGES:
-            raise ValueError(f"more than {_MOST_PAGES:,} pages")
+            raise ValueError(f"it has more than {MAX_NESTED_VALUES:,} values in lists: write fewer rows per group")
+        if count > _MAX_PAGES:
+            raise ValueError(f"it has more than {_MAX_PAGES:,} pages")
 
 
 def _pages(stream: io.BufferedIOBase, start: int, end: int) -> Iterator[Page]:
     while start < end:
         page = _page(stream, start, end)
         yield page
-        start += page.length + page.packed
+        start += page.header_length + page.packed
 
 
 def _page(stream: io.BufferedIOBase, start: int, end: int) -> Page:
@@ -104,17 +102,17 @@ def _page(stream: io.BufferedIOBase, start: int, end: int) -> Page:
             break
         except (IndexError, ValueError) as error:
             if len(data) < window or window > MAX_DICTIONARY:
-                raise ValueError(f"the header of its page at byte {start} cannot be read") from error
+                raise ValueError(f"its page header at byte {start} cannot be read") from error
             window *= 16
     values = sum(fields.get(field, {}).get(1, 0) for field in (5, 8))
     sizes = fields.get(2), fields.get(3)
     if not all(isinstance(size, int) and size >= 0 for size in sizes):
-        raise ValueError(f"the page at byte {start} has no size")
-    return Page(fields.get(1, -1), *sizes, max(values, 0), reader.at)
+        raise ValueError(f"its page at byte {start} has no size")
+    return Page(fields.get(1, -1), *sizes, max(values, 0), reader.position)
 
 
 def _check_schema(footer: bytes) -> None:
-    """Refuse a schema that pyarrow would walk too deep into: older versions overflow their stack."""
+    """Raise ValueError for a schema nested so deeply that the stack of older pyarrow versions would overflow."""
     reader = _Compact(footer)
     try:
         last = 0
@@ -125,32 +123,32 @@ def _check_schema(footer: bytes) -> None:
             reader.value(head & 15, None, 0)
         size, _ = reader.list_head()
         if not 1 <= size <= MAX_COLUMNS:
-            raise ValueError(f"its schema has {size:,} columns, of at most {MAX_COLUMNS:,}")
-        waiting = [1]  # children still to come, by depth
+            raise ValueError(f"its schema has {size:,} columns; at most {MAX_COLUMNS:,} are allowed")
+        pending = [1]  # children still to be read, by depth
         for _ in range(size):
             children = reader.struct({}).get(5, 0)
-            while waiting and waiting[-1] == 0:
-                waiting.pop()
-            if not waiting:
+            while pending and pending[-1] == 0:
+                pending.pop()
+            if not pending:
                 raise ValueError("its schema is broken")
-            waiting[-1] -= 1
+            pending[-1] -= 1
             if children:
-                waiting.append(children)
-            if len(waiting) > MAX_DEPTH:
+                pending.append(children)
+            if len(pending) > MAX_DEPTH:
                 raise ValueError(f"its columns are nested more than {MAX_DEPTH} deep")
     except IndexError as error:
         raise ValueError("its footer is broken") from error
 
 
 class _Compact:
-    """Reads Thrift's compact protocol from bytes; an IndexError says that they end too early."""
+    """A reader of Thrift's compact protocol. Raises IndexError if the data are cut off."""
 
     def __init__(self, data: bytes):
-        self._data, self.at = data, 0
+        self._data, self.position = data, 0
 
     def byte(self) -> int:
-        self.at += 1
-        return self._data[self.at - 1]
+        self.position += 1
+        return self._data[self.position - 1]
 
     def varint(self) -> int:
         result = shift = 0
@@ -172,19 +170,19 @@ class _Compact:
         return (self.varint() if head >> 4 == 15 else head >> 4), head & 15
 
     def struct(self, wanted: dict[int, Any] | set[int], depth: int = 0) -> dict[int, Any]:
-        """The integers of a struct by field, and the structs that `wanted` names."""
-        found: dict[int, Any] = {}
+        """Return the integers of a struct by field number, and those of the nested structs in `wanted`."""
+        fields: dict[int, Any] = {}
         field = 0
         while (head := self.byte()) != 0:
             field = field + (head >> 4) if head >> 4 else self.signed()
             inner = wanted.get(field) if isinstance(wanted, dict) else None
-            found[field] = self.value(head & 15, inner, depth)
-        return found
+            fields[field] = self.value(head & 15, inner, depth)
+        return fields
 
     def value(self, kind: int, wanted: Any, depth: int) -> Any:
-        """A value of a type; what is neither a number nor a struct that is wanted is passed over."""
+        """Read a value of a type; return it if it is a number or a wanted struct, otherwise skip it."""
         if depth > 16:
-            raise ValueError("nested too deeply")
+            raise ValueError("it is nested too deeply")
         if kind in (1, 2):
             return kind == 1
         if kind == 3:
@@ -202,9 +200,9 @@ class _Compact:
             return None
         if kind == 12:
             return self.struct(wanted or {}, depth + 1)
-        raise ValueError(f"a value of type {kind}")
+        raise ValueError(f"it has a value of the unknown type {kind}")
 
     def _skip(self, length: int) -> None:
-        self.at += length
-        if self.at > len(self._data):
-            raise IndexError(self.at)
+        self.position += length
+        if self.position > len(self._data):
+            raise IndexError(self.position)

@@ -1,4 +1,4 @@
-"""Reads a pickle without Python's unpickler: an interpreter of the data opcodes, with bounds, that can call nothing."""
+"""Read pickles without Python's unpickler: a bounded interpreter of data opcodes that cannot call anything."""
 
 import io
 import pickletools
@@ -7,7 +7,7 @@ from typing import Any, final
 
 from bridge.nanochat.names import shown
 
-_MAX_STACK = 2**16  # CPython's pickler writes at most a thousand items of a dict before it collects them
+_MAX_STACK = 2**16  # CPython's pickler puts at most a thousand items of a dict on the stack
 _CONSTANTS = "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES"
 _VALUES: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
@@ -23,12 +23,12 @@ _SILENT = frozenset(("PROTO", "FRAME"))
 
 
 class ForbiddenError(ValueError):
-    """The pickle asks for something that data does not need."""
+    """The pickle uses a feature that pure data does not need."""
 
 
 @final
 class Global:
-    """A name that a pickle refers to, "module.name". It stands for itself: nothing is imported."""
+    """A reference to "module.name" in a pickle. Nothing is imported."""
 
     def __init__(self, name: str):
         self.name = name
@@ -44,19 +44,19 @@ def read(
     build: Callable[[Any, Any], Any] | None = None,
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Return what a pickle describes, as dicts, lists, tuples, numbers, strings, bytes and what the callbacks return.
+    """Return the value in a pickle: dicts, lists, tuples, numbers, strings, bytes and the results of the callbacks.
 
     Args:
-        data: the pickle, whole.
-        opcodes: names of the opcodes that may occur, with blanks between them.
-        names: "module.name" of what it may refer to.
-        max_opcodes: how many opcodes are read before the pickle is refused.
-        call: what stands for the call of a name with arguments (REDUCE and NEWOBJ).
-        build: what stands for the setting of a state (BUILD); returns the object.
-        persistent: what stands for an object outside the pickle (BINPERSID).
+        data: the complete pickle.
+        opcodes: names of the permitted opcodes, separated by spaces.
+        names: the permitted references, as "module.name".
+        max_opcodes: the largest number of opcodes.
+        call: called instead of a function, with its name and arguments (REDUCE and NEWOBJ).
+        build: called instead of setting a state, with object and state (BUILD); returns the object.
+        persistent: called with the id of an object outside the pickle (BINPERSID); returns the object.
 
     Raises:
-        ForbiddenError: another opcode or name, or a call of something that is not a name.
+        ForbiddenError: the pickle has another opcode or name, or calls something that is not a name.
         ValueError: the pickle is damaged, too long or too deep.
     """
     allowed = frozenset(opcodes.split())
@@ -65,29 +65,29 @@ def read(
         for name, argument in _opcodes(io.BytesIO(data), allowed, max_opcodes):
             machine.step(name, argument)
             if len(machine.stack) > _MAX_STACK or len(machine.marks) > _MAX_STACK:
-                raise ValueError(f"it piles up more than {_MAX_STACK} values")
+                raise ValueError(f"it has more than {_MAX_STACK} values on its stack")
         return machine.stack.pop()
     except (IndexError, KeyError) as error:
-        raise ValueError("it is broken: it takes a value that it never put down") from error
+        raise ValueError("it is broken: it uses a value that it has not stored") from error
 
 
-def _opcodes(file: io.BytesIO, allowed: frozenset[str], most: int) -> Iterator[tuple[str, Any]]:
-    """Yield name and argument of each opcode up to STOP; that of a forbidden one is not read."""
-    for _ in range(most):
+def _opcodes(file: io.BytesIO, allowed: frozenset[str], limit: int) -> Iterator[tuple[str, Any]]:
+    """Yield (name, argument) of each opcode up to STOP; the argument of a forbidden opcode is not read."""
+    for _ in range(limit):
         code = file.read(1)
         opcode = _BY_CODE.get(code)
         if opcode is None:
             raise ValueError(f"it is broken: no opcode is {code!r}" if code else "it is broken: it ends without STOP")
         if opcode.name not in allowed:
-            raise ForbiddenError(f"it holds the pickle opcode {opcode.name}")
+            raise ForbiddenError(f"it contains the pickle opcode {opcode.name}")
         if opcode.name == "STOP":
             return
         yield opcode.name, None if opcode.arg is None else opcode.arg.reader(file)
-    raise ValueError(f"it has more than {most} pickle opcodes")
+    raise ValueError(f"it has more than {limit} pickle opcodes")
 
 
 class _Machine:
-    """The stack, the marks on it and the memo of a pickle that is being read."""
+    """The state of the interpreter: stack, marks and memo."""
 
     def __init__(self, names: frozenset[str], callbacks: Mapping[str, Callable | None]):
         self.stack: list[Any] = []
@@ -98,7 +98,7 @@ class _Machine:
         self._callbacks = callbacks
 
     def step(self, name: str, argument: Any) -> None:
-        """Do what one opcode says."""
+        """Execute one opcode."""
         stack = self.stack
         if name in self._constants:
             stack.append(argument)
@@ -113,86 +113,86 @@ class _Machine:
         elif name == "MARK":
             self.marks.append(len(stack))
         elif name in _TUPLES:
-            stack.append(tuple(self._take(_TUPLES[name])))
+            stack.append(tuple(self._pop(_TUPLES[name])))
         elif name not in _SILENT:
             getattr(self, f"_{name.lower()}")(argument)
 
-    def _take(self, count: int) -> list[Any]:
-        """The last values, which must lie above the last mark."""
+    def _pop(self, count: int) -> list[Any]:
+        """Pop and return the last values, which must be above the last mark."""
         start = len(self.stack) - count
         if start < (self.marks[-1] if self.marks else 0):
             raise IndexError
-        taken = self.stack[start:]
+        values = self.stack[start:]
         del self.stack[start:]
-        return taken
+        return values
 
-    def _marked(self) -> list[Any]:
-        """The values above the last mark, which goes."""
+    def _pop_to_mark(self) -> list[Any]:
+        """Pop the last mark; pop and return the values above it."""
         start = self.marks.pop()
-        taken = self.stack[start:]
+        values = self.stack[start:]
         del self.stack[start:]
-        return taken
+        return values
 
     def _tuple(self, _: Any) -> None:
-        self.stack.append(tuple(self._marked()))
+        self.stack.append(tuple(self._pop_to_mark()))
 
     def _append(self, _: Any) -> None:
-        self._extend(self._take(1))
+        self._extend(self._pop(1))
 
     def _appends(self, _: Any) -> None:
-        self._extend(self._marked())
+        self._extend(self._pop_to_mark())
 
     def _extend(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise ValueError("it is broken: it appends to something that is no list")
+            raise ValueError("it is broken: it appends to something that is not a list")
         self.stack[-1].extend(items)
 
     def _setitem(self, _: Any) -> None:
-        self._update(self._take(2))
+        self._update(self._pop(2))
 
     def _setitems(self, _: Any) -> None:
-        self._update(self._marked())
+        self._update(self._pop_to_mark())
 
     def _update(self, items: list[Any]) -> None:
         table = self.stack[-1]
         if type(table) is not dict or len(items) % 2:
-            raise ValueError("it is broken: it sets items of something that is no dict")
+            raise ValueError("it is broken: it sets items of something that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in (str, bytes, int):  # to hash nested tuples may take forever
-                raise ValueError(f"it has a key that is no string and no number, but {type(key).__name__}")
+            if type(key) not in (str, bytes, int):  # hashing nested tuples may take exponential time
+                raise ValueError(f"it has a key of type {type(key).__name__}; only strings and integers are read")
             table[key] = value
 
     def _global(self, argument: str) -> None:
         self._refer(argument.replace(" ", ".", 1))
 
     def _stack_global(self, _: Any) -> None:
-        module, name = self._take(2)
+        module, name = self._pop(2)
         if type(module) is not str or type(name) is not str:
-            raise ForbiddenError("it asks for a name that is no string")
+            raise ForbiddenError("it refers to a name that is not a string")
         self._refer(f"{module}.{name}")
 
     def _refer(self, name: str) -> None:
         if name not in self._names:
-            raise ForbiddenError(f"it asks for {shown(name)}")
+            raise ForbiddenError(f"it refers to {shown(name)}")
         self.stack.append(Global(name))
 
     def _reduce(self, _: Any) -> None:
-        function, arguments = self._take(2)
+        function, arguments = self._pop(2)
         if type(function) is not Global or type(arguments) is not tuple:
-            raise ForbiddenError("it calls something that has no name")
+            raise ForbiddenError("it calls something that is not a name")
         self.stack.append(self._callback("call")(function.name, arguments))
 
     _newobj = _reduce
 
     def _build(self, _: Any) -> None:
-        target, state = self._take(2)
+        target, state = self._pop(2)
         self.stack.append(self._callback("build")(target, state))
 
     def _binpersid(self, _: Any) -> None:
-        self.stack.append(self._callback("persistent")(*self._take(1)))
+        self.stack.append(self._callback("persistent")(*self._pop(1)))
 
     def _callback(self, name: str) -> Callable:
         callback = self._callbacks[name]
         if callback is None:
-            raise ForbiddenError(f"it holds a pickle opcode of the kind {name}")
+            raise ForbiddenError(f"it contains a pickle opcode of the kind {name}")
         return callback

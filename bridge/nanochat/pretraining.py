@@ -1,4 +1,4 @@
-"""Training a nanochat of the newest generation from scratch: the step, and saves that a killed run resumes from."""
+"""Train a nanochat of the newest generation from scratch: the training step, and checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from jsae import files, jsons
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a model learns.
+    """Hyperparameters of the training.
 
-    The rates are those of a model with 128 channels and of batches of some thousand tokens. All of them rise from
-    nothing over warmup_steps, stay, and fall to nothing in a line over the last warmdown part of the steps.
+    The default rates suit a model with 128 channels and batches of a few thousand tokens. All rates rise linearly over
+    warmup_steps, stay constant, and fall linearly to zero over the last fraction `warmdown` of the steps.
     """
 
     steps: int
@@ -57,7 +57,7 @@ class Recipe:
             raise ValueError("weight_decay and warmup_steps must not be negative, warmdown must be in 0..1")
 
     def rate(self, step: int) -> float:
-        """The factor on every learning rate in step number step, counted from 0."""
+        """Return the factor on all learning rates at a step, counted from 0."""
         rise = (step + 1) / (self.warmup_steps + 1)
         fall = (self.steps - step) / max(1.0, self.warmdown * self.steps)
         return min(1.0, rise, fall)
@@ -65,13 +65,19 @@ class Recipe:
 
 @final
 class Trainer:
-    """A model, its optimisers and its place in the corpus: what a save holds and `restore` brings back.
+    """The state of a training: the model, its optimisers and the position in the corpus.
 
-    Matrices of the blocks learn by Muon (orthogonalised momentum), embeddings, head and scalars by AdamW.
+    Matrices of the blocks are trained by Muon (orthogonalised momentum), embeddings, head and scalars by AdamW.
 
-    A step's rows are split into parts of micro_rows, of which `workers` are computed at the same time, each by one
-    thread. On a CPU that is faster than many threads in every small matrix product, and above all it does not stall
-    when something else wants a core. The gradients are added in the order of the rows: workers change no number.
+    The rows of a step are split into parts of micro_rows, and `workers` parts are computed at the same time, each in
+    one thread. On a CPU this is faster than many threads in every small matrix product, and it does not stall when
+    another process needs a core. Gradients are added in the order of the rows, so `workers` does not affect results.
+
+    Args:
+        model: the model, trained in place.
+        corpus: the token rows.
+        recipe: the hyperparameters.
+        workers: number of threads.
     """
 
     def __init__(self, model: GPT, corpus: Corpus, recipe: Recipe, workers: int = 1):
@@ -83,23 +89,23 @@ class Trainer:
         self._optimizers = _optimizers(model, recipe)
 
     def run(self, last: int | None = None) -> Iterator[dict[str, float]]:
-        """Trains until step number last (the recipe's end if not given) and yields each step's figures.
+        """Train up to step number `last` (default: the recipe's steps); yield the metrics of each step.
 
-        These are `loss` (nats per token), `grad_norm` and `seconds`. A generator: whoever draws from it may stop.
+        The metrics are `loss` (nats per token), `grad_norm` and `seconds`. The caller may stop iterating at any step.
 
-        Raises FloatingPointError when the loss is no longer finite; the model is then as after the step before.
+        Raises FloatingPointError if the loss or the gradient is not finite; the weights are those of the step before.
         """
         while self.step < min(self.recipe.steps, last or self.recipe.steps):
             begin = time.perf_counter()
             rows = self.corpus.next_rows(self.recipe.batch_rows)
-            figures = self._update(rows)
+            metrics = self._update(rows)
             self.step += 1
             seconds = time.perf_counter() - begin
             self.seconds += seconds
-            yield {**figures, "seconds": seconds}
+            yield {**metrics, "seconds": seconds}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next steps depend on, of plain types and tensors."""
+        """Return everything that the next steps depend on, as plain types and tensors."""
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -109,15 +115,15 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where the trainer that gave state stood; the steps are those it would have taken.
+        """Continue from a saved state, with the same steps as the trainer that saved it.
 
-        Raises ValueError for a state of a model of another shape, or of another corpus.
+        Raises ValueError if the state is of a model of other shapes, or of another corpus.
         """
         shapes = {name: tuple(weight.shape) for name, weight in self.model.state_dict().items()}
-        kept = {name: tuple(weight.shape) for name, weight in state["model"].items()}
-        if differing := sorted(name for name in shapes.keys() | kept if shapes.get(name) != kept.get(name)):
+        saved = {name: tuple(weight.shape) for name, weight in state["model"].items()}
+        if differing := sorted(name for name in shapes.keys() | saved if shapes.get(name) != saved.get(name)):
             name = differing[0]
-            raise ValueError(f"the save is of another model: {name} is {kept.get(name)}, here {shapes.get(name)}")
+            raise ValueError(f"the save is of another model: {name} is {saved.get(name)}, here {shapes.get(name)}")
         self.corpus.seek(jsons.loads(state["corpus"]))
         self.model.load_state_dict(state["model"])
         for optimizer, moments in zip(self._optimizers, state["optimizers"], strict=True):
@@ -146,7 +152,7 @@ class Trainer:
         return {"loss": loss, "grad_norm": norm}
 
     def _gradients(self, tokens: Int32[Tensor, "b row_len"]) -> tuple[Float[Tensor, ""], tuple[Tensor, ...]]:
-        """The mean loss of some rows and its gradients."""
+        """Return the mean loss of some rows and its gradients."""
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             loss = cross_entropy(self.model, tokens[:, :-1], tokens[:, 1:]).mean()
         return loss.detach(), torch.autograd.grad(loss, list(self.model.parameters()))
@@ -177,7 +183,15 @@ def _optimizers(model: GPT, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 
 def heldout_bits_per_byte(model: GPT, corpus: Corpus, token_bytes: np.ndarray, rows: int, micro_rows: int) -> float:
-    """Bits per byte on the first rows of one pass through corpus, in float32."""
+    """Return the float32 loss in bits per byte on the first rows of one pass through a corpus.
+
+    Args:
+        model: the model.
+        corpus: the held-out split.
+        token_bytes: the length in bytes of every token.
+        rows: number of rows.
+        micro_rows: rows per forward pass.
+    """
     device = model.lm_head.weight.device
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -202,18 +216,27 @@ def heldout_bits_per_byte(model: GPT, corpus: Corpus, token_bytes: np.ndarray, r
 
 
 def rounded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as a small file holds them: matrices in bfloat16, the few scalars as they are."""
+    """Return the weights for a small file: matrices in bfloat16, vectors and scalars unchanged."""
     return {name: weight.bfloat16() if weight.ndim > 1 else weight for name, weight in weights.items()}
 
 
 def save(directory: Path, weights: dict[str, Tensor], meta: dict[str, Any], state: dict[str, Any] | None) -> Path:
     """Write a checkpoint as nanochat does: `model_%06d.pt`, `meta_%06d.json` and, with state, `optim_%06d_rank0.pt`.
 
-    Each file appears whole or not at all, the weights last; then earlier checkpoints of the directory, and what killed
-    processes left, go.
+    Each file is written atomically, the weights last. Then earlier checkpoints in the directory are deleted, and the
+    partial files of killed processes.
+
+    Args:
+        directory: created if missing.
+        weights: the weights by name.
+        meta: the content of the meta file, with the `step`.
+        state: the trainer's `state_dict`; None saves none.
+
+    Returns:
+        The path of the weights.
 
     Raises:
-      OSError: a file cannot be written, for example because the disk is full; the earlier checkpoint stays.
+        OSError: a file cannot be written, for example because the disk is full; the earlier checkpoint remains.
     """
     directory.mkdir(parents=True, exist_ok=True)
     files.clear(directory, "model_*.pt", "meta_*.json", "optim_*.pt")
@@ -231,7 +254,7 @@ def save(directory: Path, weights: dict[str, Tensor], meta: dict[str, Any], stat
 
 
 def last_state(directory: Path) -> dict[str, Any] | None:
-    """Return the state of the last save in directory; None if there is none. Raises ValueError for a broken file."""
+    """Return the trainer's state of the last save in a directory, or None. Raises ValueError for a damaged file."""
     saves = sorted(directory.glob("optim_*_rank0.pt"))
     if not saves:
         return None
@@ -241,18 +264,18 @@ def last_state(directory: Path) -> dict[str, Any] | None:
     except Exception as error:
         if files.is_system_error(error):
             raise
-        raise ValueError(f"{saves[-1]} cannot be read ({error}); delete it to begin anew") from error
+        raise ValueError(f"{saves[-1]} cannot be read ({error}); delete it to start from scratch") from error
 
 
 def _save(value: dict[str, Any], path: Path) -> None:
-    """Have torch write a file that appears only when it is complete."""
-    with files.replacing(path) as partial, partial.open("wb") as file:  # by a path, torch.save hides why it failed
+    """Save a value with torch, atomically."""
+    with files.replacing(path) as partial, partial.open("wb") as file:  # given a path, torch.save hides the cause
         torch.save(value, file)
 
 
 def _check_sums(path: Path) -> None:
-    """Compare a file with the checksums that torch.save wrote in it and torch.load ignores. Raises ValueError."""
+    """Verify the checksums that torch.save writes and torch.load ignores. Raises ValueError if one differs."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
-        raise ValueError(f"its part {damaged} is not what was written")
+        raise ValueError(f"its member {damaged} does not match its checksum")

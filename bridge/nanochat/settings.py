@@ -1,4 +1,4 @@
-"""What the files beside the weights say of a model: nanochat's meta file, or the config.json of other libraries."""
+"""Settings from the files beside the weights: nanochat's meta file, or the config.json of other libraries."""
 
 import dataclasses
 import math
@@ -26,81 +26,85 @@ _TRANSFORMERS_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": _TRAN
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the files say of a model."""
+    """The settings of a model that its files contain."""
 
     source: str = ""
-    """The file, in words; empty where there is none."""
+    """The name of the file, for messages; empty if there is none."""
     sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Of nanochat's six sizes those that are told."""
+    """Those of nanochat's six sizes that the files contain."""
     window_pattern: Any = None
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """The meta file, empty where there is none."""
+    """The content of the meta file; empty if there is none."""
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Every other setting; it must be one that changes nothing (`check_others`)."""
+    """All other settings, which must not change the arithmetic (`check_others`)."""
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of the config that another library computes with."""
+    """Fields of the config that another library determines."""
     generation: str | None = None
-    """The only generation that the library computes."""
+    """The only generation that the other library supports."""
 
     @property
     def softcap(self) -> float | int | None:
-        """The softcap that a file tells under any of its names."""
-        told = [value for name, value in self.others.items() if _last(name) in _SOFTCAPS and _is_number(value)]
-        return told[0] if told else None
+        """The softcap in the files, under any of its names; None if they lack it."""
+        values = [value for name, value in self.others.items() if _last(name) in _SOFTCAPS and _is_number(value)]
+        return values[0] if values else None
 
 
-def of_meta(meta: Mapping[str, Any], config: Mapping[str, Any], base: Mapping[str, Any]) -> Settings:
-    """Return the settings of a meta file, those of a config.json beside it being others.
+def from_meta(meta: Mapping[str, Any], config: Mapping[str, Any], base: Mapping[str, Any]) -> Settings:
+    """Return the settings of nanochat's own files.
 
     Args:
-        meta: the meta file; empty where there is none.
-        config: the config.json; empty where there is none. It counts where the meta file tells nothing.
-        base: the meta file of the base model that this one was tuned from; empty where there is none.
+        meta: the meta file; {} if there is none.
+        config: the config.json; {} if there is none. It provides the sizes if there is no meta file.
+        base: the meta file of the base model that this one was tuned from; {} if there is none.
 
-    Raises ValueError for a meta file without sizes, and for a config.json that gives one size twice.
+    Raises ValueError if the meta file lacks sizes, or a size has two different values.
     """
     if not meta and "model_config" in config:
         meta, config = config, {}
-    told = meta.get("model_config", {})
-    if not isinstance(told, dict) or (meta and not told):
-        raise ValueError(f"the meta file's model_config must be a table of sizes, got {str(told)[:100]!r}")
-    others = {f"model_config.{k}": v for k, v in told.items() if k not in (*SIZES, "window_pattern")}
-    others |= _noted("", meta) | _noted("base ", base)
+    model_config = meta.get("model_config", {})
+    if not isinstance(model_config, dict) or (meta and not model_config):
+        raise ValueError(f"the meta file's model_config must be a table of sizes, got {str(model_config)[:100]!r}")
+    others = {f"model_config.{k}": v for k, v in model_config.items() if k not in (*SIZES, "window_pattern")}
+    others |= _training_settings("", meta) | _training_settings("base ", base)
     container = _flat(config)
     if not meta:
         sizes = _sizes(container)
         pattern = container.pop("window_pattern", None)
         return Settings("config.json" if config else "", sizes, pattern, {}, _without_inert(container))
-    sizes = {name: told[name] for name in SIZES if name in told}
-    if lacking := [name for name in SIZES if name not in told]:
-        raise ValueError(f"{META} lacks {', '.join(lacking)}")
+    sizes = {name: model_config[name] for name in SIZES if name in model_config}
+    if missing := [name for name in SIZES if name not in model_config]:
+        raise ValueError(f"{META} lacks {', '.join(missing)}")
     for name, value in _sizes(container).items():
         if value != sizes[name]:
             raise ValueError(f"config.json says {name}={str(value)[:50]}, but {META} {name}={str(sizes[name])[:50]}")
-    pattern = told.get("window_pattern")
+    pattern = model_config.get("window_pattern")
     container.pop("window_pattern", None)
     return Settings(META, sizes, pattern, meta, others | _without_inert(container))
 
 
-def of_transformers(config: Mapping[str, Any], meta: Mapping[str, Any]) -> Settings:
-    """Return what transformers' NanoChatForCausalLM computes with, from its config.json.
+def from_transformers(config: Mapping[str, Any], meta: Mapping[str, Any]) -> Settings:
+    """Return the settings of transformers' NanoChatForCausalLM, from its config.json.
 
-    Raises ValueError for a directory without config.json, and for a model that lost weights in the conversion.
+    Args:
+        config: the config.json; {} if there is none.
+        meta: nanochat's meta file; {} if there is none.
+
+    Raises ValueError if config.json is missing, or the model has lost weights in the conversion.
     """
     if not config:
-        raise ValueError("there is no config.json beside these weights of transformers, and it has the sizes: fetch it")
-    told = meta.get("model_config")
-    if isinstance(told, dict) and told.get("window_pattern") is not None:
+        raise ValueError("these weights of transformers need the sizes in config.json, which is missing: fetch it")
+    model_config = meta.get("model_config")
+    if isinstance(model_config, dict) and model_config.get("window_pattern") is not None:
         raise ValueError(
-            f"the meta file has window_pattern={told['window_pattern']!r}, so the model was trained after 2026-01-11 "
-            "and lost weights in the conversion to transformers' NanoChat: bring its model_*.pt"
+            f"the meta file has window_pattern={model_config['window_pattern']!r}, so the model was trained after "
+            "2026-01-11 and lost weights in the conversion to transformers' NanoChat: give its model_*.pt"
         )
     container = _TRANSFORMERS_DEFAULTS | _flat(config)
     sizes = _sizes(container)
     if sizes.get("n_kv_head") is None and "n_head" in sizes:
         sizes["n_kv_head"] = sizes["n_head"]
-    if lacking := [name for name in SIZES if name not in sizes]:
-        raise ValueError(f"config.json lacks {', '.join(lacking)}")
+    if missing := [name for name in SIZES if name not in sizes]:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
     fixed = {
         "eps": _number(container.pop("rms_norm_eps"), "rms_norm_eps"),
         "rope_table": "compute",
@@ -110,43 +114,47 @@ def of_transformers(config: Mapping[str, Any], meta: Mapping[str, Any]) -> Setti
     return Settings("config.json", sizes, None, meta, _without_inert(container), fixed, "G0")
 
 
-def of_mlx(config: Mapping[str, Any], meta: Mapping[str, Any]) -> Settings:
-    """Return what mlx-lm computes with: eps and softcap are in its code, the rest in config.json.
+def from_mlx(config: Mapping[str, Any], meta: Mapping[str, Any]) -> Settings:
+    """Return the settings of mlx-lm: eps and softcap are constants of its code, the rest is in config.json.
 
-    Raises ValueError for a directory without config.json.
+    Args:
+        config: the config.json; {} if there is none.
+        meta: nanochat's meta file; {} if there is none.
+
+    Raises ValueError if config.json is missing.
     """
     if not config:
-        raise ValueError("there is no config.json beside these weights of mlx, and it has the sizes: fetch it")
+        raise ValueError("these weights of mlx need the sizes in config.json, which is missing: fetch it")
     container = _flat(config)
     container.pop("rms_norm_eps", None)  # mlx-lm does not read it
     sizes = _sizes(container)
     if sizes.get("n_kv_head") is None and "n_head" in sizes:
         sizes["n_kv_head"] = sizes["n_head"]
-    if lacking := [name for name in SIZES if name not in sizes]:
-        raise ValueError(f"config.json lacks {', '.join(lacking)}")
+    if missing := [name for name in SIZES if name not in sizes]:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
     base = container.pop("rope_theta", 10000.0)
     fixed = {"eps": _MLX_EPS, "rope_table": "compute", "rope_base": _number(base, "rope_theta"), "softcap": 15.0}
     return Settings("config.json", sizes, None, meta, _without_inert(container), fixed, "G0")
 
 
 def check_others(settings: Settings, config: GPTConfig, generation: str, known: Iterable[str]) -> None:
-    """Raise ValueError for a setting that no nanochat has, or that differs from what the generation computes.
+    """Raise ValueError for a setting that no nanochat has, or that differs from the arithmetic of the generation.
 
     Args:
-        settings: their `others` are checked.
-        config: what is computed.
-        generation: what it is of, for the error.
-        known: settings, or fields of the config, that the caller answers for.
+        settings: settings from files; `others` are checked.
+        config: the config of the model.
+        generation: its generation, for the error message.
+        known: settings, or fields of the config, that are not checked because the caller has set them.
     """
     known = set(known)
     problems, names, remedies = [], [], []
     for name, value in settings.others.items():
-        last, where = _last(name), name.rpartition(".")[0]
+        last, table = _last(name), name.rpartition(".")[0]
         fields = _FIELDS.get(last, ())
         accepted = _EQUIVALENT[last](config) if last in _EQUIVALENT else None
         if known & {name, last, *fields} or _is_harmless(last, value, accepted):
             continue
-        source = f"{'config.json' if where in _ROPE_TABLES else 'the meta file'}'s {where}" if where else "config.json"
+        source = f"{'config.json' if table in _ROPE_TABLES else 'the meta file'}'s {table}" if table else "config.json"
         if accepted is None:
             problems.append(f"{source} has {shown(last)}={_shown(value)}, which no nanochat has")
         else:
@@ -158,13 +166,13 @@ def check_others(settings: Settings, config: GPTConfig, generation: str, known: 
         advice = " ".join(dict.fromkeys(_ADVICE[name] for name in names if name in _ADVICE))
         raise ValueError(
             f"{'; '.join(problems[:_SHOWN])}{f' and {len(problems) - _SHOWN} more' if len(problems) > _SHOWN else ''}: "
-            f"its weights would be read as another model. {advice + ' ' if advice else ''}If you know better, pass "
+            f"the weights would be run as another model. {advice + ' ' if advice else ''}To load it anyway, pass "
             f"{', '.join(dict.fromkeys(remedies[:_SHOWN]))} to bridge.nanochat.load"
         )
 
 
 def _is_harmless(name: str, value: Any, accepted: tuple | None) -> bool:
-    """Return whether a setting is off, or is what the model computes with."""
+    """Return whether a setting is disabled, or has a value that the model uses."""
     if accepted is None:
         return _is_off(value)
     return (value is None and name not in _SOFTCAPS) or _equal(value, accepted)
@@ -187,7 +195,7 @@ _EPS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "eps
 _ACTIVATIONS = ("mlp_type", "hidden_act", "hidden_activation", "activation", "activation_function", "act_fn")
 _WIDTHS = ("intermediate_size", "n_inner", "mlp_hidden_dim", "ffn_hidden_size", "d_ff")
 
-# What a setting of a name must be, because the model computes with it; all others must be off.
+# The accepted values of a setting, given the config of the model. All other settings must be disabled.
 _EQUIVALENT: dict[str, Callable[[GPTConfig], tuple]] = {
     **dict.fromkeys(_SOFTCAPS, lambda config: (config.softcap,)),
     **dict.fromkeys(_BASES, lambda config: (config.rope_base,)),
@@ -215,7 +223,7 @@ _EQUIVALENT: dict[str, Callable[[GPTConfig], tuple]] = {
     "head_dim": lambda config: (config.head_dim,),
     "lambdas": lambda config: (config.lambdas,),
 }
-# Overrides of `load` that settle a setting of a name.
+# Overrides of `load` that determine a setting.
 _FIELDS = {
     **dict.fromkeys(_SOFTCAPS, ("softcap", "generation")),
     **dict.fromkeys(_BASES, ("rope_base",)),
@@ -225,9 +233,9 @@ _FIELDS = {
     "padded_vocab_size": ("vocab_size",),
     "pad_vocab_size_to": ("vocab_size",),
 }
-_SHOWN = 4  # problems of one file that are told
+_SHOWN = 4  # problems in one error message
 _ROPE_TABLES = ("rope_parameters", "rope_scaling")
-_QUANTIZED = "Quantized weights are not read: bring the model_*.pt or the safetensors file they were made of."
+_QUANTIZED = "Quantized weights are not supported: give the model_*.pt or safetensors file that they were made from."
 _ADVICE = {
     "use_rope": "Without rotary embeddings (RoPE) it needs the code it was trained with.",
     "use_xsa": "Exclusive self-attention needs the code it was trained with.",
@@ -235,9 +243,9 @@ _ADVICE = {
     "quantization": _QUANTIZED,
     "quantization_config": _QUANTIZED,
 }
-# Settings that change the arithmetic and leave no trace in the weights, where training scripts note them.
+# Settings that change the arithmetic but not the names and shapes of the weights, as training scripts store them.
 _TRACELESS = ("use_rope", "drop_rope", "drope", "use_xsa", "xsa", "rope_type", "rope_scaling", "use_alibi", "qk_norm")
-# Fields of config.json that change no number: transformers' own bookkeeping, dropout, and settings of sampling.
+# Fields of config.json that do not affect logits: transformers' bookkeeping, dropout, and settings of sampling.
 _INERT = (
     "architectures auto_map model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id "
     "pad_token_id sep_token_id decoder_start_token_id initializer_range attention_dropout dropout resid_pdrop "
@@ -258,21 +266,20 @@ def _last(name: str) -> str:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config.json, with those of rope_parameters and rope_scaling among them."""
+    """Return the fields of a config.json, merged with those of the nested rope_parameters and rope_scaling."""
     flat = {name: value for name, value in config.items() if name not in _ROPE_TABLES}
     for table in _ROPE_TABLES:
         nested = config.get(table)
         if isinstance(nested, dict):
-            flat |= {
-                (f"{table}.{name}" if name != "rope_theta" else _free(flat, table)): v for name, v in nested.items()
-            }
+            theta = _theta_name(flat, table)
+            flat |= {(f"{table}.{name}" if name != "rope_theta" else theta): v for name, v in nested.items()}
         elif nested is not None:
             flat[table] = nested
     return flat
 
 
-def _free(flat: Mapping[str, Any], table: str) -> str:
-    """Return the name under which a nested rope_theta goes: its own, unless the config has one besides."""
+def _theta_name(flat: Mapping[str, Any], table: str) -> str:
+    """Return the name of a nested rope_theta: plain, unless the config also has one at the top level."""
     return f"{table}.rope_theta" if "rope_theta" in flat else "rope_theta"
 
 
@@ -282,9 +289,9 @@ def _rope_base(container: dict[str, Any]) -> Any:
 
 
 def _sizes(container: dict[str, Any]) -> dict[str, Any]:
-    """Take nanochat's sizes out of a config.json, under their own names or those of transformers.
+    """Remove nanochat's sizes from a config.json, under their own names or those of transformers, and return them.
 
-    Raises ValueError for a size that is told twice, and differently.
+    Raises ValueError for a size with two different values.
     """
     sizes: dict[str, Any] = {}
     real = container.pop("text_vocab_size", None)
@@ -300,20 +307,20 @@ def _sizes(container: dict[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         if size in sizes and sizes[size] != value:
-            raise ValueError(f"config.json tells {size} twice: {str(sizes[size])[:50]} and {name}={str(value)[:50]}")
+            raise ValueError(f"config.json has two values of {size}: {str(sizes[size])[:50]}, {name}={str(value)[:50]}")
         sizes[size] = value
     return sizes
 
 
-def _noted(where: str, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a training script noted of settings that leave no trace in the weights."""
-    tables = ("loop_state", "user_config") if not where else ("model_config", "loop_state", "user_config")
-    noted: dict[str, Any] = {}
+def _training_settings(prefix: str, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in a meta file that change the arithmetic but cannot be seen in the weights."""
+    tables = ("loop_state", "user_config") if not prefix else ("model_config", "loop_state", "user_config")
+    settings: dict[str, Any] = {}
     for table in tables:
-        told = meta.get(table)
-        if isinstance(told, dict):
-            noted |= {f"{where}{table}.{name}": told[name] for name in _TRACELESS if name in told}
-    return noted
+        fields = meta.get(table)
+        if isinstance(fields, dict):
+            settings |= {f"{prefix}{table}.{name}": fields[name] for name in _TRACELESS if name in fields}
+    return settings
 
 
 def _without_inert(container: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,7 +334,7 @@ def _is_number(value: Any) -> bool:
 
 def _number(value: Any, name: str) -> float | int:
     if not _is_number(value):
-        raise ValueError(f"config.json says {name}={_shown(value)}, and a nanochat computes with a number there")
+        raise ValueError(f"config.json says {name}={_shown(value)}; it must be a number")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Documents from parquet: nanochat's own shards, and what Hugging Face's `datasets` and others write."""
+"""Documents from parquet files: nanochat's own shards, and those of Hugging Face's `datasets` and other tools."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import pyarrow.parquet
 
 from bridge.nanochat import pages
 from bridge.nanochat.contents import Content, DataChangedError
-from bridge.nanochat.documents import CHAT_KEYS, MAX_DOCUMENT, Document, Split, Unit, of_record
+from bridge.nanochat.documents import CHAT_KEYS, MAX_DOCUMENT, Document, Split, Unit, document_from_record
 from jsae.files import is_system_error
 
-_ROWS = 8  # decoded at once
-_MOST_CELLS = 500_000  # in that many rows: what lists hold is made into objects
-_CHECKED = 64  # row groups whose pages are looked at before the work starts; the others are when they are read
+_ROWS = 8  # decoded at a time
+_MAX_CELLS = 500_000  # in that many rows; each value in a list becomes a Python object
+_CHECKED = 64  # row groups whose pages are checked before the run starts; the others are checked when they are read
 _BUFFER = 2**20
 
 
 def units(file: Path, siblings: Sequence[Path], checked: int) -> list[Unit]:
-    """Return a unit per row group of a shard with a column `text` of strings, `messages` or `conversations`.
+    """Return a unit per row group of a shard with a column `text`, `messages` or `conversations`.
 
-    nanochat's own directories (`base_data*`) keep nanochat's rule: the last of the shards is held out.
+    For nanochat's own directories (`base_data*`) its rule applies: the last shard is held out.
 
     Args:
         file: the shard.
-        siblings: all shards of its directory.
-        checked: row groups that were checked already, of other files.
+        siblings: all shards in its directory.
+        checked: number of row groups of other files that have been checked already.
 
     Raises:
-        ValueError: no parquet file, no such column, or one that must not be read (see `bridge.nanochat.pages`).
+        ValueError: not a parquet file, no such column, or pages beyond the limits (see `bridge.nanochat.pages`).
     """
     with file.open("rb") as stream:
         try:
@@ -43,7 +43,7 @@ def units(file: Path, siblings: Sequence[Path], checked: int) -> list[Unit]:
     try:
         meta = _metadata(file)
         schema = meta.schema.to_arrow_schema()
-    except Exception as error:  # pyarrow raises nearly anything for a file that is damaged
+    except Exception as error:  # pyarrow raises many kinds of exceptions for damaged files
         if is_system_error(error):
             raise
         raise ValueError(f"{file} is not a parquet file: {_first_line(error)}") from error
@@ -51,16 +51,16 @@ def units(file: Path, siblings: Sequence[Path], checked: int) -> list[Unit]:
     side: Split | None = None
     if file.parent.name.startswith("base_data"):
         side = "heldout" if file == max(siblings) else "train"
-    found = []
+    group_units = []
     for group in range(meta.num_row_groups):
         read = functools.partial(_documents, content, column, group)
         name = f"parquet {file.name} {content.digest} {group}"
-        found.append(Unit(name, read, (file.name, content.digest), side=side))
+        group_units.append(Unit(name, read, (file.name, content.digest), side=side))
         if checked + group < _CHECKED:
             _check_group(content, meta, column, group)
-    if found and column != "text":
-        next(iter(found[0].read()), None)  # a chat that nanochat cannot render is best met now
-    return found
+    if group_units and column != "text":
+        next(iter(group_units[0].read()), None)  # so that a chat that nanochat cannot render is reported now
+    return group_units
 
 
 def _metadata(file: Path) -> pyarrow.parquet.FileMetaData:
@@ -70,7 +70,7 @@ def _metadata(file: Path) -> pyarrow.parquet.FileMetaData:
 
 
 def _column(file: Path, schema: pyarrow.Schema) -> str:
-    """The name of the column that holds the documents."""
+    """Return the name of the column with the documents."""
     kinds = {name: schema.field(name).type for name in ("text", *CHAT_KEYS) if schema.names.count(name) == 1}
     if "text" in kinds and _is_text(kinds["text"]):
         return "text"
@@ -78,15 +78,15 @@ def _column(file: Path, schema: pyarrow.Schema) -> str:
         if name in kinds and _is_chat(kinds[name]):
             return name
     if "text" in kinds:
-        raise ValueError(f"{file}: the column 'text' must hold strings, it holds {kinds['text']}")
+        raise ValueError(f"{file}: the column 'text' must contain strings, got {kinds['text']}")
     if kinds:
         name, kind = next(iter(kinds.items()))
         raise ValueError(
-            f"{file}: the column {name!r} must hold lists of messages with role and content, it holds {kind}"
+            f"{file}: the column {name!r} must contain lists of messages with role and content, got {kind}"
         )
-    there = ", ".join(schema.names[:20]) + (f" and {len(schema.names) - 20} more" if len(schema.names) > 20 else "")
+    names = ", ".join(schema.names[:20]) + (f" and {len(schema.names) - 20} more" if len(schema.names) > 20 else "")
     raise ValueError(
-        f"{file} has no column 'text'; it has {there or 'none'}. A document is a string in a column text, or a list of "
+        f"{file} has no column 'text'; it has {names or 'none'}. A document is a string in a column text, or a list of "
         f"messages in a column {' or '.join(CHAT_KEYS)}: rename yours"
     )
 
@@ -102,15 +102,13 @@ def _is_list(kind: pyarrow.DataType) -> bool:
 
 
 def _is_chat(kind: pyarrow.DataType) -> bool:
-    """Whether it is a list of structs, or the struct of lists that `datasets.Sequence` writes."""
-    if _is_list(kind):
-        kind, of_lists = kind.value_type, False
-    else:
-        of_lists = True
+    """Return whether a type is a list of structs, or the struct of lists that `datasets.Sequence` writes."""
+    is_list = _is_list(kind)
+    kind = kind.value_type if is_list else kind
     if not pyarrow.types.is_struct(kind):
         return False
     fields = {field.name: field.type for field in kind}
-    if of_lists and not any(map(_is_list, fields.values())):
+    if not is_list and not any(map(_is_list, fields.values())):
         return False
     return bool({"role", "from"} & fields.keys()) and bool({"content", "value"} & fields.keys())
 
@@ -119,7 +117,7 @@ def _is_chat(kind: pyarrow.DataType) -> bool:
 
 
 def _check_group(content: Content, meta: pyarrow.parquet.FileMetaData, column: str, group: int) -> None:
-    """Look at the pages of a column in a row group, without unpacking them."""
+    """Check the pages of a column in a row group without unpacking them. Raises ValueError."""
     try:
         row_group = meta.row_group(group)
         with content.path.open("rb") as stream:
@@ -128,7 +126,7 @@ def _check_group(content: Content, meta: pyarrow.parquet.FileMetaData, column: s
                 if chunk.path_in_schema.split(".")[0] == column:
                     start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)), default=0)
                     pages.check_column(stream, start, chunk.total_compressed_size, "." in chunk.path_in_schema)
-    except Exception as error:  # of a damaged footer, pyarrow raises nearly anything
+    except Exception as error:  # pyarrow raises many kinds of exceptions for damaged footers
         if is_system_error(error):
             raise
         message = f"{content.path}, row group {group}: cannot be read: {_first_line(error)}"
@@ -136,7 +134,7 @@ def _check_group(content: Content, meta: pyarrow.parquet.FileMetaData, column: s
 
 
 def _documents(content: Content, column: str, group: int) -> Iterator[Document]:
-    """The documents of a row group, some rows at a time; the file must be the one that was there."""
+    """Yield the documents of a row group, a few rows at a time. Raises `DataChangedError` if the file has changed."""
     content.verify()
     number = -1
     try:
@@ -155,7 +153,7 @@ def _documents(content: Content, column: str, group: int) -> Iterator[Document]:
                         yield document
     except (DataChangedError, _RefusedError):
         raise
-    except Exception as error:  # of a damaged file, pyarrow raises nearly anything
+    except Exception as error:  # pyarrow raises many kinds of exceptions for damaged files
         if is_system_error(error):
             raise
         content.verify()
@@ -164,12 +162,12 @@ def _documents(content: Content, column: str, group: int) -> Iterator[Document]:
 
 
 class _RefusedError(ValueError):
-    """A row that was read, and must not be used."""
+    """A row that was read, but is too large or malformed."""
 
 
 def _rows(rows: pyarrow.Array, content: Content, group: int, first: int) -> Iterator[Any]:
-    """The rows as Python's values, after a look at their size."""
-    where = f"{content.path}, row group {group}, rows from {first}"
+    """Check the size of the rows and yield them as Python values."""
+    location = f"{content.path}, row group {group}, rows from {first}"
     if _is_text(rows.type):
         encoded = pyarrow.types.is_dictionary(rows.type)
         for number, row in enumerate(rows, first):
@@ -178,21 +176,21 @@ def _rows(rows: pyarrow.Array, content: Content, group: int, first: int) -> Iter
             yield row.as_py()
         return
     if rows.nbytes > 2 * MAX_DOCUMENT:
-        raise _RefusedError(f"{where}: {_too_long()}")
-    if (cells := _cells(rows)) > _MOST_CELLS:
-        raise _RefusedError(f"{where}: {cells:,} values in {_ROWS} chats, of at most {_MOST_CELLS:,}")
+        raise _RefusedError(f"{location}: {_too_long()}")
+    if (cells := _cells(rows)) > _MAX_CELLS:
+        raise _RefusedError(f"{location}: {cells:,} values in {_ROWS} chats; at most {_MAX_CELLS:,} are allowed")
     yield from rows.to_pylist()
 
 
 def _document(row: Any, content: Content, group: int, number: int) -> Document | None:
     try:
-        return of_record(row if isinstance(row, str) else {"messages": row})
+        return document_from_record(row if isinstance(row, str) else {"messages": row})
     except ValueError as error:
         raise _RefusedError(f"{content.path}, row group {group}, row {number}: {error}") from error
 
 
 def _cells(array: pyarrow.Array) -> int:
-    """How many values lie in an array and the lists within it."""
+    """Return the number of values in an array, including those in nested lists."""
     if _is_list(array.type):
         return len(array) + _cells(array.flatten())
     if pyarrow.types.is_struct(array.type):
@@ -201,7 +199,7 @@ def _cells(array: pyarrow.Array) -> int:
 
 
 def _too_long() -> str:
-    return f"it is longer than {MAX_DOCUMENT // 2**20} MiB, the most of one document: cut it into several"
+    return f"it is longer than {MAX_DOCUMENT // 2**20} MiB, the limit of one document: split it into several"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,14 +1,14 @@
-"""Checks the regular expression of a tokenizer, which comes from a file, before a regex engine compiles it.
+"""Check the regular expression of an untrusted tokenizer before a regex engine compiles it.
 
 A split pattern is an alternation of runs of character classes. Some regular expressions take gigabytes to compile,
-others match the empty string, over which tiktoken panics. So a pattern is parsed here, and what it costs is counted.
+and tiktoken panics on patterns that match the empty string. So patterns are parsed here and their cost is estimated.
 """
 
 import re
 from typing import final
 
 MAX_CHARS = 2048
-_MAX_COST = 2048  # character classes after counted repetitions are written out; each takes up to 60 KB
+_MAX_COST = 2048  # character classes after expanding counted repetitions; each takes up to 60 KB
 _MAX_COUNT = 64  # of a counted repetition
 _MAX_DEPTH = 16
 _ESCAPE = re.compile(r"\\(?:[pP](?:\{\^?[\w=: -]{1,40}\}|\w)|[sSwWdDrntfvhH]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[^\w\s])")
@@ -20,16 +20,16 @@ _COUNTED = re.compile(r"\{(\d{1,6})(?:(,)(\d{0,6}))?\}")
 
 
 def check(pattern: str) -> None:
-    """Raise ValueError for a split pattern that is too costly, may match nothing, or is of a form that is not read."""
+    """Raise ValueError for a split pattern that is too costly, matches the empty string, or has unsupported syntax."""
     if len(pattern) > MAX_CHARS:
-        raise ValueError(f"the split pattern has {len(pattern)} characters, at most {MAX_CHARS} are read")
+        raise ValueError(f"the split pattern has {len(pattern)} characters; at most {MAX_CHARS} are read")
     parser = _Parser(pattern)
     try:
         may_be_empty, cost, _ = parser.alternation(0)
-        if parser.place < len(pattern):
-            raise ValueError(f"a parenthesis too many at {parser.place}")
+        if parser.position < len(pattern):
+            raise ValueError(f"unmatched parenthesis at {parser.position}")
         if cost > _MAX_COST:
-            raise ValueError(f"written out it has {cost} character classes, and at most {_MAX_COST} are read")
+            raise ValueError(f"expanded it has {cost} character classes; at most {_MAX_COST} are read")
         if may_be_empty:
             raise ValueError("it matches the empty string")
     except ValueError as error:
@@ -38,19 +38,19 @@ def check(pattern: str) -> None:
 
 @final
 class _Parser:
-    """A reader of one pattern. Its methods return (may match nothing, cost, has an unbounded repetition)."""
+    """A parser of one pattern. Its methods return (may match the empty string, cost, has an unbounded repetition)."""
 
     def __init__(self, text: str):
         self.text = text
-        self.place = 0
+        self.position = 0
 
     def alternation(self, depth: int) -> tuple[bool, int, bool]:
-        """Read branches up to a closing parenthesis or the end."""
+        """Parse branches up to a closing parenthesis or the end."""
         if depth > _MAX_DEPTH:
-            raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
+            raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
         empty, cost, unbounded = self._branch(depth)
         while self._next() == "|":
-            self.place += 1
+            self.position += 1
             other = self._branch(depth)
             empty, cost, unbounded = empty or other[0], cost + other[1], unbounded or other[2]
         return empty, cost, unbounded
@@ -71,70 +71,70 @@ class _Parser:
         if match := self._skip(_GROUP):
             empty, cost, unbounded = self.alternation(depth + 1)
             if self._next() != ")":
-                raise ValueError("a parenthesis is not closed")
-            self.place += 1
+                raise ValueError("unclosed parenthesis")
+            self.position += 1
             return empty or match[0].endswith(("=", "!")), cost, unbounded
-        if text[self.place] == "[":
+        if text[self.position] == "[":
             self._character_class()
-        elif text[self.place] == "\\":
+        elif text[self.position] == "\\":
             if not (self._skip(_ESCAPE) or self._skip(_ESCAPE_LONG)):
-                raise ValueError(f"{text[self.place : self.place + 2]!r} is not read in a split pattern")
-        elif text[self.place] in "*+?{":
-            raise ValueError(f"a repetition of nothing at {self.place}")
+                raise ValueError(f"{text[self.position : self.position + 2]!r} is not supported in a split pattern")
+        elif text[self.position] in "*+?{":
+            raise ValueError(f"nothing to repeat at {self.position}")
         else:
-            self.place += 1
+            self.position += 1
         return False, 1, False
 
     def _repeated(self, empty: bool, cost: int, unbounded: bool) -> tuple[bool, int, bool]:
-        """Read what repeats an atom, with a ? or + behind it that makes it lazy or possessive."""
+        """Parse the quantifier of an atom, including a following ? or + (lazy or possessive)."""
         sign = self._next()
         if sign in ("*", "+", "?") and sign:
-            self.place += 1
+            self.position += 1
             low, high = (1 if sign == "+" else 0), (1 if sign == "?" else None)
         elif match := self._skip(_COUNTED):
             low = int(match[1])
             high = low if not match[2] else int(match[3]) if match[3] else None
             if max(low, high or 0) > _MAX_COUNT:
-                raise ValueError(f"it repeats {match[0]}, and at most {_MAX_COUNT} are read")
+                raise ValueError(f"it has the repetition {match[0]}; at most {_MAX_COUNT} times are read")
             cost *= max(low, high or low + 1, 1)
         else:
             return empty, cost, unbounded
         if self._next() in ("?", "+") and self._next():
-            self.place += 1
+            self.position += 1
         if self._next() in ("*", "+", "?", "{") and self._next():
-            raise ValueError(f"a repetition of a repetition at {self.place}")
+            raise ValueError(f"repetition of a repetition at {self.position}")
         if high is None and unbounded:
-            raise ValueError("it repeats a repetition without bounds, which may take forever")
+            raise ValueError("it nests unbounded repetitions, whose matching may take exponential time")
         return empty or low == 0, cost, unbounded or high is None
 
     def _character_class(self) -> None:
-        """Read [...], in which a class may be nested once."""
-        depth, place, text = 0, self.place, self.text
-        while place < len(text):
-            if text[place] == "\\":
-                place += 1
-            elif text[place] == "[":
+        """Parse [...], with nested classes."""
+        depth, position, text = 0, self.position, self.text
+        while position < len(text):
+            if text[position] == "\\":
+                position += 1
+            elif text[position] == "[":
                 depth += 1
                 if depth > 3:
                     raise ValueError("its character classes are nested too deep")
-                place += text.startswith("^", place + 1)
-                place += text.startswith("]", place + 1)  # a bracket that comes first is a character
-            elif text[place] == "]":
+                position += text.startswith("^", position + 1)
+                position += text.startswith("]", position + 1)  # a bracket that comes first is a character
+            elif text[position] == "]":
                 depth -= 1
                 if depth == 0:
-                    self.place = place + 1
+                    self.position = position + 1
                     return
-            place += 1
-        raise ValueError("a bracket is not closed")
+            position += 1
+        raise ValueError("unclosed bracket")
 
-    def _skip(self, what: re.Pattern) -> re.Match | None:
-        match = what.match(self.text, self.place)
+    def _skip(self, regex: re.Pattern) -> re.Match | None:
+        match = regex.match(self.text, self.position)
         if match:
-            self.place = match.end()
+            self.position = match.end()
         return match
 
     def _next(self) -> str:
-        return self.text[self.place : self.place + 1]
+        return self.text[self.position : self.position + 1]
 
 
 def _shown(pattern: str) -> str:

@@ -1,8 +1,8 @@
-"""nanochat's tokenizer: reading its files without trusting them, writing them, and rendering chats.
+"""nanochat's tokenizer: encode and decode text, render chats, and read and write its files.
 
-A nanochat tokenizer is a byte-level BPE: ids 0..255 are the single bytes, then the merges in rank order, then nine
-special tokens. On disk it is a pickle of a `tiktoken.Encoding` and, beside it, a tensor with each token's length in
-bytes; transformers converts it to a tokenizer.json. `tokenizer_file` reads them.
+A nanochat tokenizer is a byte-level BPE: ids 0..255 are the single bytes, followed by the merges in rank order and nine
+special tokens. On disk it is a pickle of a `tiktoken.Encoding` with a tensor of the tokens' lengths in bytes;
+transformers converts it to a tokenizer.json. `tokenizer_file` reads these untrusted files.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
-# A run of white space longer than this is cut before it is split: tiktoken's regex engine overflows its stack (and
-# panics) at about a million.
+# Longer runs of white space are cut before splitting: tiktoken's regex engine overflows its stack (and panics) at about
+# a million characters.
 _LONGEST_BLANK = 2**19
 
 
@@ -52,12 +52,12 @@ class Tokenizer:
     """A nanochat tokenizer: text to ids and back, and chats to ids.
 
     Args:
-        ranks: token bytes to id; ids 0..255 are the single bytes, and all ids together are 0..len(ranks)-1.
+        ranks: id of every token, by its bytes; ids 0..255 are the single bytes, and the ids are 0..len(ranks)-1.
         pattern: the regular expression that splits text before merging.
-        token_bytes: (V,) bytes counted per token by bits-per-byte; the true lengths if not given.
+        token_bytes: (V,) lengths in bytes of the tokens, for bits per byte; default: their true lengths.
 
     Raises:
-        ValueError: the ranks, the pattern (`split_pattern.check`) or token_bytes do not make a nanochat tokenizer.
+        ValueError: the ranks, the pattern (`split_pattern.check`) or token_bytes are not those of a nanochat tokenizer.
     """
 
     def __init__(self, ranks: dict[bytes, int], *, pattern: str = PATTERN, token_bytes: np.ndarray | None = None):
@@ -72,52 +72,58 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that name the vocabulary and the split pattern: equal means equal ids for any text."""
+        """Sixteen hex digits that identify vocabulary and split pattern; equal digits mean equal ids for any text."""
         digest = hashlib.sha256(self._encoding._pat_str.encode())
         for token in self._bytes:
             digest.update(len(token).to_bytes(4, "little") + token)
         return digest.hexdigest()[:16]
 
     def encode(self, text: str, prepend_bos: bool = False) -> list[int]:
-        """Return the ids of text. The names of special tokens inside text are ordinary text.
+        """Return the ids of a text. Names of special tokens in it are encoded as ordinary text.
 
-        Raises ValueError for text over which tiktoken's regex engine breaks down, as it may with a pattern that is not
-        nanochat's own.
+        Args:
+            text: the text.
+            prepend_bos: whether to put the BOS token first.
+
+        Raises ValueError if tiktoken's regex engine fails, which may happen with patterns other than nanochat's own.
         """
         pieces = _cut_long_blanks(text) if len(text) > _LONGEST_BLANK else [text]
-        ids = _unpanicked(lambda: [i for piece in pieces for i in self._encoding.encode_ordinary(piece)])
+        ids = _without_panic(lambda: [i for piece in pieces for i in self._encoding.encode_ordinary(piece)])
         return [self.bos_token_id, *ids] if prepend_bos else ids
 
     def encode_batch(self, texts: Sequence[str], prepend_bos: bool = False) -> list[list[int]]:
-        """`encode` of every text."""
+        """Return the ids of each text, see `encode`."""
         return [self.encode(text, prepend_bos) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id outside 0..V-1."""
+        """Return the text of ids; invalid UTF-8 becomes U+FFFD. Raises ValueError for an id outside 0..V-1."""
         return b"".join(self.token_bytes_of(i) for i in ids).decode("utf-8", errors="replace")
 
     def token_text(self, token_id: int) -> str:
-        """One token as text; a token that is part of a character becomes U+FFFD."""
+        """Return one token as text; a token that is part of a character becomes U+FFFD."""
         return self.decode([token_id])
 
     def token_bytes_of(self, token_id: int) -> bytes:
-        """One token's bytes; for a special token, its name. Raises ValueError for an id outside 0..V-1."""
+        """Return the bytes of one token, or of a special token's name. Raises ValueError for an id outside 0..V-1."""
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id} is outside this tokenizer's 0..{self.vocab_size - 1}")
         return self._bytes[token_id]
 
     def render_conversation(self, conversation: dict[str, Any], max_tokens: int = 2048) -> tuple[list[int], list[int]]:
-        """A chat as ids, and a mask with 1 where the assistant speaks: what nanochat's chat training sees.
+        """Return the ids of a chat, and a mask that is 1 on the assistant's tokens, as in nanochat's chat training.
 
-        `conversation` is {"messages": [{"role", "content"}, ...]}: users and assistants by turns, a user first; a
-        system message may come before and is put in front of the first user's text. An assistant's content is text or
-        a list of parts {"type": "text" | "python" | "python_output", "text"}. Tool output has mask 0.
+        Args:
+            conversation: {"messages": [{"role", "content"}, ...]}, alternating between user and assistant, the user
+                first. A system message may precede them and is prepended to the first user's text. An assistant's
+                content is text or a list of parts {"type": "text" | "python" | "python_output", "text"}. Tool output
+                has mask 0.
+            max_tokens: the length at which the result is cut.
 
         Returns:
-            (ids, mask), equally long, cut at max_tokens.
+            (ids, mask), of equal length.
 
         Raises:
-            ValueError: the conversation is not of that form.
+            ValueError: the conversation does not have this form.
         """
         special = self.special_tokens
         pieces: list[tuple[list[int], int]] = [([self.bos_token_id], 0)]
@@ -133,7 +139,7 @@ class Tokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: dict[str, Any]) -> list[int]:
-        """The prompt for the last assistant message: the chat before it and the token that lets the assistant speak.
+        """Return the prompt for the last message: the chat before it and the token that starts the assistant's answer.
 
         Raises ValueError if the last message is not an assistant's.
         """
@@ -154,18 +160,20 @@ class Tokenizer:
 def load(path: str | Path) -> Tokenizer:
     """Load a tokenizer from nanochat's `tokenizer.pkl`, its conversion `tokenizer.json`, or the directory of either.
 
-    `token_bytes.pt` beside it is used if it is there: older files count other lengths than the true ones, and bits per
-    byte is only comparable with the table a run was measured with.
+    A `token_bytes.pt` beside it is used, because older files have lengths other than the true ones, and bits per byte
+    are comparable only for the same table.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds anything but a nanochat tokenizer. Nothing in it is run.
+        ValueError: the file is not a nanochat tokenizer. It is never executed.
     """
     path = locate.expand(path)
-    named = [path / "tokenizer.pkl", path / "tokenizer.json"] if path.is_dir() else [path]
-    file = next((file for file in named if file.is_file()), None)
+    candidates = [path / "tokenizer.pkl", path / "tokenizer.json"] if path.is_dir() else [path]
+    file = next((file for file in candidates if file.is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"no tokenizer at {named[0]}; give nanochat's tokenizer directory or its tokenizer.pkl")
+        raise FileNotFoundError(
+            f"no tokenizer at {candidates[0]}; give nanochat's tokenizer directory or its tokenizer.pkl"
+        )
     if file.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size} bytes; a tokenizer has at most {MAX_FILE_BYTES}")
     is_json = file.suffix.lower() == ".json"
@@ -182,11 +190,11 @@ def load(path: str | Path) -> Tokenizer:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learns a tokenizer of vocab_size tokens (the nine special ones included) from texts.
+    """Train a tokenizer of vocab_size tokens, including the nine special ones, on texts.
 
     Raises:
-        ImportError: rustbpe, which does the counting, is not installed.
-        ValueError: vocab_size is below 265, or the texts are too few for so many merges.
+        ImportError: rustbpe is not installed.
+        ValueError: vocab_size is out of range, or the texts are too short for so many merges.
     """
     try:
         import rustbpe
@@ -199,17 +207,17 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) + len(SPECIAL_TOKENS) < vocab_size:
         raise ValueError(
-            f"the texts allow only {len(ranks) + len(SPECIAL_TOKENS)} tokens, {vocab_size} were asked for: "
+            f"the texts allow only {len(ranks) + len(SPECIAL_TOKENS)} tokens, got vocab_size {vocab_size}: "
             "give more text or a smaller vocab_size"
         )
     return Tokenizer(ranks)
 
 
 def save(tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Write nanochat's own two files, `tokenizer.pkl` and `token_bytes.pt`, into directory (made if missing).
+    """Write nanochat's own two files, `tokenizer.pkl` and `token_bytes.pt`, into a directory, created if missing.
 
     Raises:
-      OSError: a file cannot be written, for example because the disk is full; its former content stays.
+        OSError: a file cannot be written, for example because the disk is full; its previous content remains.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -235,34 +243,34 @@ def _check_token_bytes(table: np.ndarray, lengths: np.ndarray) -> Int32[np.ndarr
     if table.shape != lengths.shape:
         raise ValueError(f"token_bytes has shape {table.shape}, the tokenizer needs {lengths.shape}")
     if table.min() < 0 or table.max() > 2**20 or np.any(table[-len(SPECIAL_TOKENS) :]):
-        raise ValueError("token_bytes must be lengths, with 0 for the special tokens")
+        raise ValueError("token_bytes must contain lengths, with 0 for the special tokens")
     return table.astype(np.int32)
 
 
 def _build_encoding(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> tiktoken.Encoding:
     split_pattern.check(pattern)
     try:
-        return _unpanicked(
+        return _without_panic(
             lambda: tiktoken.Encoding(
                 name="rustbpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
             )
         )
     except Exception as error:
-        raise ValueError(f"tiktoken refuses the split pattern or the ranks: {error}") from error
+        raise ValueError(f"tiktoken rejects the split pattern or the ranks: {error}") from error
 
 
-def _unpanicked(call: Callable[[], Result]) -> Result:
-    """Return what call() returns; raise ValueError where Rust panics, which pyo3 tells as a BaseException."""
+def _without_panic(call: Callable[[], Result]) -> Result:
+    """Return call(); raise ValueError if Rust panics, for which pyo3 raises a BaseException."""
     try:
         return call()
     except BaseException as error:
         if type(error).__name__ == "PanicException":
-            raise ValueError(f"tiktoken breaks down over this text or split pattern: {str(error)[:200]}") from error
+            raise ValueError(f"tiktoken failed on this text or split pattern: {str(error)[:200]}") from error
         raise
 
 
 def _cut_long_blanks(text: str) -> list[str]:
-    """The text in pieces, none with a longer run of white space than tiktoken can take."""
+    """Split a text so that no piece has a longer run of white space than tiktoken can process."""
     pieces, start = [], 0
     for run in re.finditer(rf"(?<!\s)\s{{{_LONGEST_BLANK},}}", text):
         for cut in range(run.start() + _LONGEST_BLANK, run.end(), _LONGEST_BLANK):
@@ -275,7 +283,7 @@ def _cut_long_blanks(text: str) -> list[str]:
 
 
 def check_conversation(conversation: dict[str, Any]) -> None:
-    """Raises ValueError unless `Tokenizer.render_conversation` takes the conversation."""
+    """Raise ValueError unless `Tokenizer.render_conversation` accepts the conversation."""
     for role, content in _turns(conversation):
         if role == "assistant":
             _parts(content)
@@ -289,7 +297,7 @@ def _messages(conversation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _turns(conversation: dict[str, Any]) -> list[tuple[str, Any]]:
-    """(role, content) of users and assistants by turns, the system message merged into the first user's."""
+    """Return (role, content) of alternating user and assistant turns, a system message merged into the first."""
     turns = [(m.get("role"), m.get("content")) for m in _messages(conversation)]
     if turns[0][0] == "system":
         if (
@@ -308,7 +316,7 @@ def _turns(conversation: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _parts(content: Any) -> list[dict[str, str]]:
-    """An assistant's content as a list of {"type", "text"}."""
+    """Return an assistant's content as a list of {"type", "text"}."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise ValueError(f"an assistant's content must be text or a list of parts, got {type(content).__name__}")

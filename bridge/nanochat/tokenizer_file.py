@@ -1,4 +1,4 @@
-"""Reads the files that a nanochat tokenizer comes in, without trusting them: nothing in them is run."""
+"""Read the files of a nanochat tokenizer without trusting them: nothing in them is executed."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ import torch
 from bridge.nanochat import json_file, pickles, torch_file
 from bridge.nanochat.names import shown
 
-# A tokenizer of 65,536 tokens takes about one megabyte, and five as JSON; beyond these limits there is none.
+# A tokenizer of 65,536 tokens takes about one megabyte, as JSON five; no real one exceeds these limits.
 MAX_FILE_BYTES = 32 * 2**20
 MAX_VOCAB_SIZE = 2**19
 _MAX_JSON_BYTES = 12 * 2**20
 _MAX_JSON_CONTAINERS = 2**19
-_MAX_OPCODES = 5 * MAX_VOCAB_SIZE  # four for each token: its bytes, its id, and twice the memo
+_MAX_OPCODES = 5 * MAX_VOCAB_SIZE  # four per token: its bytes, its id, and two memo entries
 
-# What pickling an Encoding at protocol 4 or 5 writes. No REDUCE (calls), no PUT with an index.
+# The opcodes of an Encoding pickled with protocol 4 or 5. No REDUCE (calls), no PUT with an index.
 _OPCODES = (
     "PROTO FRAME STOP MEMOIZE BINGET LONG_BINGET MARK STACK_GLOBAL NEWOBJ BUILD EMPTY_TUPLE EMPTY_DICT "
     "SETITEM SETITEMS SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT BININT1 BININT2"
@@ -28,7 +28,7 @@ _ENCODING = "tiktoken.core.Encoding"
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a file says: token bytes to id, the split pattern, special tokens to id."""
+    """Contents of a tokenizer file: ids by token bytes, the split pattern, ids by special token."""
 
     ranks: dict[bytes, int]
     pattern: str
@@ -37,16 +37,16 @@ class Contents:
 
 @final
 class _State:
-    """Stands where the pickle makes a tiktoken.Encoding: it keeps the state and does nothing with it."""
+    """A placeholder for the pickled tiktoken.Encoding, which only stores its state."""
 
     def __init__(self) -> None:
         self.state: Any = None
 
 
 def read_pickle(file: Path) -> Contents:
-    """Return what nanochat's tokenizer.pkl holds. Raises ValueError for any other pickle, and runs nothing of it."""
+    """Return the contents of nanochat's tokenizer.pkl. Raises ValueError for any other pickle, without executing it."""
     try:
-        built = pickles.read(
+        value = pickles.read(
             file.read_bytes(),
             opcodes=_OPCODES,
             names=(_ENCODING,),
@@ -55,8 +55,8 @@ def read_pickle(file: Path) -> Contents:
             build=_set_state,
         )
     except ValueError as error:
-        raise ValueError(f"{file} is not a nanochat tokenizer (nothing of it was run): {shown(error, 300)}") from error
-    state = built.state if isinstance(built, _State) else None
+        raise ValueError(f"{file} is not a nanochat tokenizer (it was not executed): {shown(error, 300)}") from error
+    state = value.state if isinstance(value, _State) else None
     types = {"name": str, "pat_str": str, "mergeable_ranks": dict, "special_tokens": dict}
     if not (isinstance(state, dict) and state.keys() == types.keys()):
         raise ValueError(f"{file} is not a pickled tiktoken.Encoding with the fields {', '.join(types)}")
@@ -70,36 +70,36 @@ def read_pickle(file: Path) -> Contents:
 
 def _new(_: str, arguments: tuple) -> _State:
     if arguments:
-        raise pickles.ForbiddenError("it makes an Encoding from arguments")
+        raise pickles.ForbiddenError("it creates an Encoding from arguments")
     return _State()
 
 
 def _set_state(target: Any, state: Any) -> Any:
     if not isinstance(target, _State):
-        raise pickles.ForbiddenError("it sets the state of something that is no Encoding")
+        raise pickles.ForbiddenError("it sets the state of something other than an Encoding")
     target.state = state
     return target
 
 
 def read_json(file: Path, specials: Sequence[str]) -> Contents:
-    """Return what the tokenizer.json of transformers holds, where it is a nanochat tokenizer converted.
+    """Return the contents of a nanochat tokenizer that was converted to transformers' tokenizer.json.
 
-    Its merges are not needed: tiktoken merges by rank, and the vocabulary without special tokens is in that order.
+    Its merges are only checked: tiktoken merges by rank, and the vocabulary without special tokens is in rank order.
 
     Args:
         file: the file.
         specials: nanochat's special tokens, in the order of their ids.
 
-    Raises ValueError for a tokenizer of another kind: its ids would not be those of nanochat's own.
+    Raises ValueError for any other tokenizer, whose ids would differ from nanochat's.
     """
     table = json_file.read_table(
-        file, "tokenizer.json", "fetch it once more", max_bytes=_MAX_JSON_BYTES, max_containers=_MAX_JSON_CONTAINERS
+        file, "tokenizer.json", "fetch it again", max_bytes=_MAX_JSON_BYTES, max_containers=_MAX_JSON_CONTAINERS
     )
     try:
         return _from_json(table, specials)
     except ValueError as error:
         raise ValueError(
-            f"{file} is no nanochat tokenizer converted for transformers: {error}; bring nanochat's own tokenizer.pkl"
+            f"{file} is not a nanochat tokenizer converted for transformers: {error}; give nanochat's own tokenizer.pkl"
         ) from error
 
 
@@ -121,30 +121,30 @@ def _from_json(table: dict[str, Any], specials: Sequence[str]) -> Contents:
         raise ValueError("it has a normalizer")
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
-        raise ValueError("its vocabulary is no table of ids")
+        raise ValueError("its vocabulary does not map tokens to ids")
     if len(vocab) > MAX_VOCAB_SIZE:
-        raise ValueError(f"its vocabulary has {len(vocab)} tokens, and at most {MAX_VOCAB_SIZE} are read")
+        raise ValueError(f"its vocabulary has {len(vocab)} tokens; at most {MAX_VOCAB_SIZE} are read")
     added = _added(table.get("added_tokens"))
     ranks = {_bytes_of(token): i for token, i in vocab.items() if token not in specials}
     special = {token: i for token, i in (vocab | added).items() if token in specials}
-    if more := [token for token in added if token not in specials]:
-        raise ValueError(f"it has special tokens that no nanochat has, {str(more[:4])[:200]}")
+    if foreign := [token for token in added if token not in specials]:
+        raise ValueError(f"it has special tokens that no nanochat has, {str(foreign[:4])[:200]}")
     _check_merges(model.get("merges"), vocab)
     return Contents(ranks, _pattern(table.get("pre_tokenizer")), special)
 
 
 def _added(tokens: Any) -> dict[str, int]:
-    """Return the added tokens by id."""
+    """Return the ids of the added tokens."""
     tokens = [] if tokens is None else tokens
     if not isinstance(tokens, list) or not all(
         isinstance(t, dict) and isinstance(t.get("content"), str) and type(t.get("id")) is int for t in tokens
     ):
-        raise ValueError("its added_tokens are no list of ids")
+        raise ValueError("its added_tokens are not a list of tokens with ids")
     return {t["content"]: t["id"] for t in tokens}
 
 
 def _pattern(pre: Any) -> str:
-    """Return the split pattern of a pre-tokenizer that splits by one and then writes bytes as letters."""
+    """Return the split pattern of a pre-tokenizer that consists of a Split and a ByteLevel step."""
     steps = pre.get("pretokenizers") if isinstance(pre, dict) and pre.get("type") == "Sequence" else None
     if not isinstance(steps, list) or [s.get("type") if isinstance(s, dict) else s for s in steps] != [
         "Split",
@@ -154,34 +154,34 @@ def _pattern(pre: Any) -> str:
     split, level = steps
     pattern = split.get("pattern")
     if not isinstance(pattern, dict) or not isinstance(pattern.get("Regex"), str):
-        raise ValueError("it does not split by a regular expression")
+        raise ValueError("it does not split with a regular expression")
     if (
         split.get("behavior") != "Isolated"
         or split.get("invert")
         or level.get("add_prefix_space")
         or level.get("use_regex")
     ):
-        raise ValueError("it splits in another way than nanochat's")
+        raise ValueError("it does not split as nanochat does")
     return pattern["Regex"]
 
 
 def _check_merges(merges: Any, vocab: dict[str, int]) -> None:
-    """Raise ValueError unless the merges are in the order of the ids that they make: that order is tiktoken's."""
+    """Raise ValueError unless the merges are in the order of the resulting ids, which is the order of tiktoken."""
     if not isinstance(merges, list):
-        raise ValueError("its merges are no list")
+        raise ValueError("its merges are not a list")
     last = -1
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise ValueError("a merge is no pair")
-        made = vocab.get(pair[0] + pair[1], -1)
-        if made < max(last, 0) or pair[0] not in vocab or pair[1] not in vocab:
+            raise ValueError("a merge is not a pair")
+        token_id = vocab.get(pair[0] + pair[1], -1)
+        if token_id < max(last, 0) or pair[0] not in vocab or pair[1] not in vocab:
             raise ValueError("its merges are not in the order of their ids")
-        last = made
+        last = token_id
 
 
 def _letters() -> dict[str, int]:
-    """Return the byte of each letter with which GPT-2's vocabularies are written: printable bytes are themselves."""
+    """Return the byte of each letter in GPT-2's byte-level encoding, in which printable bytes stand for themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
@@ -194,11 +194,11 @@ def _bytes_of(token: str) -> bytes:
     try:
         return bytes(_LETTERS[letter] for letter in token)
     except KeyError as error:
-        raise ValueError(f"its token {token[:50]!r} is not written in the letters of bytes") from error
+        raise ValueError(f"its token {token[:50]!r} is not in the byte-level encoding") from error
 
 
 def read_token_bytes(file: Path) -> np.ndarray:
-    """Return the lengths of tokens in a token_bytes.pt. Raises ValueError for anything but one integer tensor."""
+    """Return the token lengths in a token_bytes.pt, (V,). Raises ValueError unless the file has one integer tensor."""
     if file.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size} bytes; at most {MAX_FILE_BYTES} are expected")
     try:
@@ -208,7 +208,7 @@ def read_token_bytes(file: Path) -> np.ndarray:
             f"{file} is not a tensor that torch.load(weights_only=True) reads: {shown(error, 300)}"
         ) from error
     if not isinstance(table, torch.Tensor) or table.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{file} must hold one integer tensor, got {getattr(table, 'dtype', type(table).__name__)}")
+        raise ValueError(f"{file} must contain one integer tensor, got {getattr(table, 'dtype', type(table).__name__)}")
     if table.numel() * table.element_size() > file.stat().st_size:
         raise ValueError(f"{file} describes a tensor that is larger than the file")
     return table.clone().numpy()

@@ -1,4 +1,4 @@
-"""Reads the files of torch.save without torch's unpickler: every size is checked before memory is taken."""
+"""Read files of torch.save without torch's unpickler: every size is checked before memory is allocated."""
 
 import dataclasses
 import math
@@ -43,7 +43,7 @@ _DTYPES = {
 }
 _QUANTIZED = {f"torch.{name}Storage" for name in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")}
 _UNTYPED = "torch.storage.UntypedStorage"
-_PLAIN = {  # what the rebuilding function of a tensor tells about it
+_UNREADABLE = {  # the kind of value, by the function that rebuilds it
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils._rebuild_meta_tensor_no_storage": "a tensor of the meta device, which has no values",
     "torch._utils._rebuild_qtensor": "a quantized tensor",
@@ -64,7 +64,7 @@ _DTYPE_NAMES = {f"torch.{name}" for name, value in vars(torch).items() if isinst
 _NAMES = (
     _DTYPES.keys()
     | _QUANTIZED
-    | _PLAIN.keys()
+    | _UNREADABLE.keys()
     | _REBUILD
     | _DTYPE_NAMES
     | {_UNTYPED, "torch.Tensor", "torch.per_tensor_affine", "torch.per_channel_affine", "torch.nn.parameter.Buffer"}
@@ -78,9 +78,9 @@ _OPCODES = (
 
 @dataclasses.dataclass(frozen=True)
 class Other:
-    """Something in the file that is no ordinary tensor, in words."""
+    """A value that is not an ordinary tensor, with its kind in words."""
 
-    what: str
+    kind: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,27 +92,27 @@ class _Member:
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    dtype: torch.dtype | None  # None: the tensor says it
+    dtype: torch.dtype | None  # None: given by the tensor
     quantized: bool
     start: int
     size: int
 
 
 def read(path: Path) -> Any:
-    """Return what torch.save wrote: dicts, lists, numbers, and tensors that are mapped from the file.
+    """Return the value that torch.save wrote: dicts, lists, numbers, and memory-mapped tensors.
 
-    Everything that is not an ordinary tensor (sparse, quantized, of the meta device) comes as `Other`. The checksums
-    of all numbers are verified, so the file is read once.
+    Tensors that are sparse, quantized, or on the meta device are returned as `Other`. The checksums of all storages are
+    verified, which reads the file once.
 
     Raises:
-        pickles.ForbiddenError: the file holds a call or a name that tensors do not need. Nothing of it is run.
-        ValueError: it is damaged, compressed, or no file of torch.save.
-        OSError: it cannot be read.
+        pickles.ForbiddenError: the file has a call or a name that tensors do not need. It is never executed.
+        ValueError: the file is damaged, compressed, or not a file of torch.save.
+        OSError: the file cannot be read.
     """
     members = _members(path)
     root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None)
     if root is None or root.count("/") != 1:
-        raise ValueError("it is an archive of something else: it has no data.pkl")
+        raise ValueError("it is not an archive of torch.save: it has no data.pkl")
     if members[f"{root}data.pkl"].size > _MAX_PICKLE_BYTES:
         raise ValueError(f"its description of the tensors has more than {_MAX_PICKLE_BYTES} bytes")
     with path.open("rb") as file:
@@ -120,7 +120,7 @@ def read(path: Path) -> Any:
         order = _content(file, members.get(f"{root}byteorder")) or b"little"
         data = _content(file, members[f"{root}data.pkl"])
     if order != sys.byteorder.encode():
-        raise ValueError(f"its numbers are in the byte order {order[:10]!r}, and this machine's is {sys.byteorder}")
+        raise ValueError(f"its numbers have the byte order {order[:10]!r}; this machine's is {sys.byteorder}")
     builder = _Builder(path, {name.removeprefix(root): member for name, member in members.items()})
     content = pickles.read(
         data,
@@ -138,7 +138,7 @@ def read(path: Path) -> Any:
 
 
 class _Builder:
-    """Makes the tensors that a pickle describes, from the storages of its archive."""
+    """Callbacks that create the tensors of a pickle from the storages in its archive."""
 
     def __init__(self, path: Path, members: Mapping[str, _Member]):
         self._members = members
@@ -148,31 +148,31 @@ class _Builder:
             raise OSError(f"{path} cannot be mapped into memory: {str(error).splitlines()[0]}") from error
         self._tensors = 0
         self.used: dict[str, None] = {}
-        """The members that hold numbers of a tensor."""
+        """Names of the members with the numbers of a tensor."""
 
     def storage(self, key: Any) -> _Storage:
-        """Stand for a persistent id ("storage", type, key, device, number of elements)."""
+        """Return the storage of a persistent id ("storage", type, key, device, number of elements)."""
         if type(key) is not tuple or len(key) != 5 or key[0] != "storage" or type(key[1]) is not Global:
-            raise ForbiddenError("it refers to something outside the file that is no storage")
+            raise ForbiddenError("it refers to an external object that is not a storage")
         name, (kind, member, _, count) = key[1].name, key[1:]
         dtype = _DTYPES.get(kind.name)
         quantized = kind.name in _QUANTIZED
         if dtype is None and not quantized and name != _UNTYPED:
             raise ForbiddenError(f"it uses {shown(name)} as a storage")
-        found = self._members.get(f"data/{member}") if type(member) is str else None
-        if found is None or not _whole(count):
+        entry = self._members.get(f"data/{member}") if type(member) is str else None
+        if entry is None or not _whole(count):
             raise ValueError("a tensor's numbers are missing from the archive")
-        if dtype is not None and count * dtype.itemsize != found.size:
-            raise ValueError(f"the numbers {shown(member)} have {found.size} bytes instead of {count * dtype.itemsize}")
+        if dtype is not None and count * dtype.itemsize != entry.size:
+            raise ValueError(f"the numbers {shown(member)} have {entry.size} bytes instead of {count * dtype.itemsize}")
         self.used[f"data/{member}"] = None
-        return _Storage(dtype, quantized, found.start, found.size)
+        return _Storage(dtype, quantized, entry.start, entry.size)
 
     def call(self, name: str, arguments: tuple) -> Any:
-        """Stand for the call of one of the names above."""
+        """Return the result of calling one of the permitted names."""
         if name == "collections.OrderedDict" and arguments == ():
             return {}
-        if name in _PLAIN:
-            return Other(_PLAIN[name])
+        if name in _UNREADABLE:
+            return Other(_UNREADABLE[name])
         if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3") and len(arguments) >= 6:
             dtype = arguments[6] if name.endswith("v3") and len(arguments) > 6 else None
             storage, offset, size, stride = arguments[:4]
@@ -186,33 +186,36 @@ class _Builder:
         raise ForbiddenError(f"it calls {name} in a way that tensors do not need")
 
     def build(self, target: Any, state: Any) -> Any:
-        """Stand for the setting of a state: that of a state_dict, versions of modules, is not needed."""
+        """Return the object without its state: that of a state_dict, the versions of modules, is not needed."""
         if type(target) is not dict or type(state) is not dict:
-            raise ForbiddenError("it sets the state of something that is no dict")
+            raise ForbiddenError("it sets the state of something that is not a dict")
         return target
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, dtype: Any) -> Tensor | Other:
         if type(storage) is not _Storage:
-            raise ValueError("it is broken: a tensor without numbers")
+            raise ValueError("it is broken: a tensor without storage")
         if storage.quantized:
             return Other("a quantized tensor")
         if type(dtype) is Global and dtype.name in _DTYPE_NAMES:
-            kind = getattr(torch, dtype.name.removeprefix("torch."))
+            element_type = getattr(torch, dtype.name.removeprefix("torch."))
         else:
-            kind = storage.dtype
-        if kind is None:
-            raise ValueError("it is broken: a tensor without a type")
-        if not _fits(storage.size // kind.itemsize, offset, size, stride) or storage.start % kind.itemsize:
-            raise ValueError("it is broken: a tensor that reaches beyond its numbers")
+            element_type = storage.dtype
+        if element_type is None:
+            raise ValueError("it is broken: a tensor without a dtype")
+        if (
+            not _fits(storage.size // element_type.itemsize, offset, size, stride)
+            or storage.start % element_type.itemsize
+        ):
+            raise ValueError("it is broken: a tensor extends beyond its storage")
         self._tensors += 1
         if self._tensors > _MAX_TENSORS:
             raise ValueError(f"it has more than {_MAX_TENSORS} tensors")
         bytes_ = self._file[storage.start : storage.start + storage.size]
-        return torch.empty(0, dtype=kind, device="cpu").set_(bytes_, offset, size, stride)
+        return torch.empty(0, dtype=element_type, device="cpu").set_(bytes_, offset, size, stride)
 
 
 def _fits(count: int, offset: Any, size: Any, stride: Any) -> bool:
-    """Whether a view of these sizes and strides stays within count elements."""
+    """Return whether a view with this offset, size and stride stays within count elements."""
     if not (type(size) is type(stride) is tuple and len(size) == len(stride) <= _MAX_DIMENSIONS and _whole(offset)):
         return False
     if not all(map(_whole, (*size, *stride))) or math.prod(size) >= 2**62:
@@ -229,10 +232,10 @@ def _whole(value: Any) -> bool:
 
 
 def _members(path: Path) -> dict[str, _Member]:
-    """Return the members of a zip archive that torch.save wrote, after all that the archive says was checked.
+    """Return the members of a zip archive of torch.save after checking its directory.
 
-    Raises ValueError for one that is damaged, compressed, encrypted, has too many members, two of one name, or some
-    that overlap.
+    Raises ValueError if the archive is damaged, compressed or encrypted, or its members are too many, overlap, or have
+    duplicate names.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -243,22 +246,22 @@ def _members(path: Path) -> dict[str, _Member]:
         except (zipfile.BadZipFile, NotImplementedError, UnicodeError, struct.error) as error:
             raise ValueError(str(error) or "its directory is broken") from error
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("it is compressed, so that reading a part of it may fill the memory")
+            raise ValueError("it is compressed, so reading it may fill the memory")
         members: dict[str, _Member] = {}
         for entry in entries:
             if entry.flag_bits & 1 or entry.file_size != entry.compress_size or entry.filename in members:
-                raise ValueError(f"its member {entry.filename[:100]!r} is encrypted, cut or there twice")
+                raise ValueError(f"its member {entry.filename[:100]!r} is encrypted, truncated or duplicated")
             start = _data_start(file, entry, size)
             members[entry.filename] = _Member(start, entry.file_size, entry.CRC)
     spans = sorted(((entry.header_offset, members[entry.filename]) for entry in entries), key=lambda span: span[0])
-    ends = [member.start + member.size for _, member in spans]
-    if any(start < last for (start, _), last in zip(spans[1:], ends, strict=False)) or (ends and ends[-1] > end):
+    stops = [member.start + member.size for _, member in spans]
+    if any(start < last for (start, _), last in zip(spans[1:], stops, strict=False)) or (stops and stops[-1] > end):
         raise ValueError("its members overlap")
     return members
 
 
 def _directory_end(file: Any, size: int) -> int:
-    """Return where the directory of an archive begins, having checked that it is small: zipfile reads it whole."""
+    """Return the offset of an archive's directory after checking its size, because zipfile reads all of it."""
     if size < _END.size:
         raise ValueError("it is too short")
     file.seek(size - _END.size)
@@ -267,38 +270,38 @@ def _directory_end(file: Any, size: int) -> int:
         raise ValueError("File is not a zip file")
     if count == 0xFFFF or 0xFFFFFFFF in (length, start):
         file.seek(max(size - _END.size - _LOCATOR.size, 0))
-        magic, _, where, _ = _LOCATOR.unpack(file.read(_LOCATOR.size))
-        if magic != b"PK\x06\x07" or where > size - _END64.size:
+        magic, _, offset, _ = _LOCATOR.unpack(file.read(_LOCATOR.size))
+        if magic != b"PK\x06\x07" or offset > size - _END64.size:
             raise ValueError("its directory is broken")
-        file.seek(where)
+        file.seek(offset)
         fields = _END64.unpack(file.read(_END64.size))
         count, length, start = fields[-3:]
     if count > _MAX_MEMBERS or length > _MAX_DIRECTORY_BYTES or start + length > size:
-        raise ValueError(f"its directory of {count} members and {length} bytes is no weights file's")
+        raise ValueError(f"its directory has {count} members and {length} bytes, too many for a weights file")
     return start
 
 
 def _data_start(file: Any, entry: zipfile.ZipInfo, size: int) -> int:
-    """Return where the bytes of a member begin."""
+    """Return the offset of a member's data."""
     if not 0 <= entry.header_offset <= size - _LOCAL.size:
         raise ValueError("its directory is broken")
     file.seek(entry.header_offset)
     fields = _LOCAL.unpack(file.read(_LOCAL.size))
     start = entry.header_offset + _LOCAL.size + fields[-2] + fields[-1]
     if fields[0] != b"PK\x03\x04" or fields[3] != zipfile.ZIP_STORED or start + entry.file_size > size:
-        raise ValueError(f"its member {entry.filename[:100]!r} is cut or broken")
+        raise ValueError(f"its member {entry.filename[:100]!r} is truncated or broken")
     return start
 
 
 def _verify(file: Any, name: str, member: _Member) -> None:
-    """Raise ValueError unless a member has the checksum that the archive's directory gives."""
+    """Raise ValueError unless a member has the checksum in the archive's directory."""
     file.seek(member.start)
-    checksum, left = 0, member.size
-    while left:
-        chunk = file.read(min(left, _CHUNK))
+    checksum, remaining = 0, member.size
+    while remaining:
+        chunk = file.read(min(remaining, _CHUNK))
         if not chunk:
-            raise ValueError("it is cut")
-        checksum, left = zlib.crc32(chunk, checksum), left - len(chunk)
+            raise ValueError("it is truncated")
+        checksum, remaining = zlib.crc32(chunk, checksum), remaining - len(chunk)
     if checksum != member.checksum:
         raise ValueError(f"the bytes of its member {name[:100]!r} have changed since it was written (checksum)")
 

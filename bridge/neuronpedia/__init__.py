@@ -1,4 +1,4 @@
-"""Neuronpedia: its bulk export, SAEDashboard's batches, the upload and a local database."""
+"""Neuronpedia: its bulk export, SAEDashboard's batches, the upload, and the import into a local database."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ _NAMES = {"NeuronpediaUploader": "upload", "create_neuronpedia_metadata": "metad
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that checking an id does not import what uploads.
+    # Imported lazily, so that checking an id does not import the upload.
     if name in _NAMES:
         import importlib
 

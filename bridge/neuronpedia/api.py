@@ -1,4 +1,4 @@
-"""Features as the public upload takes them: windows of text, rounded numbers, and of dead latents nothing."""
+"""Features in the format of the public upload: windows of text and rounded numbers, without dead latents."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,21 +9,21 @@ from bridge.run.labels import Names
 from jsae.records.store import Store
 
 WINDOW = 64
-"""Tokens of a text: requests are limited by bytes, and no page shows more than some tens of tokens at first."""
+"""Tokens per text. The size of requests is limited, and pages show only a few dozen tokens at first."""
 LONGEST_EXPLANATION = 512
-"""In units of UTF-16, as the server counts."""
+"""Limit in UTF-16 code units, which the server counts."""
 
 
 def api_features(store: Store, sae_dir: Path, names: Names) -> Iterator[dict[str, Any]]:
-    """The living latents one by one, as `features` of an upload's body wants them.
+    """Yield the alive latents as elements of `features` in the body of an upload.
 
     Args:
       store: the records.
-      sae_dir: the export they are of.
-      names: people's and automatic labels; they become explanations of no method and model.
+      sae_dir: the export of the same SAE.
+      names: manual and automatic labels, which become explanations without method and model.
 
     Raises:
-      FileNotFoundError, StoreError: no export, or records of another; when the first is asked for.
+      FileNotFoundError, StoreError: there is no export, or the records are of another SAE; raised at the first latent.
     """
     latents = Latents(store, sae_dir, shown=WINDOW)
     for i in range(len(latents)):
@@ -45,7 +45,7 @@ def _feature(latent: Latent, label: str) -> dict[str, Any]:
 
 
 def _activation(context: Context) -> dict[str, Any]:
-    """A text with its interval; the group of the strongest has none, and -1 would be refused as a share."""
+    """Return a text with the interval of its group; null for the strongest, because the server refuses -1."""
     interval = (context.high, context.low, context.share) if context.share >= 0 else (None, None, None)
     names = ("quantileMax", "quantileMin", "quantileFraction")
     values = [_four(value) if value else 0 for value in context.values]
@@ -57,13 +57,13 @@ def _logits(tokens: list[str], values: list[float]) -> list[dict[str, Any]]:
 
 
 def _four(value: float) -> float:
-    """Four significant digits: half the bytes of a body are digits."""
+    """Round to four significant digits, because half of a body consists of digits."""
     return float(f"{value:.4g}")
 
 
 def _cut(label: str) -> str:
-    """The label, at most as long as the server takes."""
+    """Return a label, cut to the length that the server accepts."""
     if len(label.encode("utf-16-le", "surrogatepass")) // 2 <= LONGEST_EXPLANATION:
         return label
-    kept = label.encode("utf-16-le", "surrogatepass")[: 2 * (LONGEST_EXPLANATION - 1)]
-    return kept.decode("utf-16-le", "ignore") + "…"
+    prefix = label.encode("utf-16-le", "surrogatepass")[: 2 * (LONGEST_EXPLANATION - 1)]
+    return prefix.decode("utf-16-le", "ignore") + "…"

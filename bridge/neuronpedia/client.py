@@ -1,4 +1,4 @@
-"""Neuronpedia's public API over HTTP: patient with a busy server, exact about what may have arrived. Needs httpx."""
+"""A client of Neuronpedia's public API, which retries with care: a failed request may have arrived. Needs httpx."""
 
 from __future__ import annotations
 
@@ -24,68 +24,75 @@ _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class ApiError(OSError):
-    """The server could not be reached, or what it said is no answer."""
+    """The server cannot be reached, or its answer is invalid."""
 
 
 class RefusedError(ApiError):
-    """The server understood and said no: asking again would not help."""
+    """The server refused the request, so a retry would not help.
 
-    def __init__(self, status: int, said: str, message: str):
+    Attributes:
+      status: the HTTP status.
+      reason: the server's message.
+    """
+
+    def __init__(self, status: int, reason: str, message: str):
         super().__init__(message)
-        self.status, self.said = status, said
+        self.status, self.reason = status, reason
 
 
 @dataclasses.dataclass(frozen=True)
 class Patience:
-    """How long to try. Seconds; waits double from `first` to `longest`, each shortened by up to half at random."""
+    """Limits of retries, in seconds. Waits double from `first` to `longest`, each randomly shortened by up to half."""
 
     attempts: int = 8
-    """Failures in a row of one request; being told to wait (429) is none."""
+    """Consecutive failures of one request; rate limits (429) do not count."""
     first: float = 2.0
     longest: float = 120.0
     total: float = 7200.0
-    """Waited in all by one client."""
-    settle: float = 20.0
-    """At least waited after a request that may have arrived: the server may be at work on it still."""
+    """Total waiting time of one client."""
+    recheck: float = 20.0
+    """Shortest wait after a request that may have arrived, because the server may still be processing it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What somebody or something says that a feature means."""
+    """An explanation of a feature by a person or a program."""
 
     text: str
     method: str | None
-    """Neuronpedia's name of how it came about; None for one written by a person."""
+    """Neuronpedia's name of the method; None if a person wrote it."""
     model: str | None
     scores: tuple[tuple[str, float], ...]
-    """Kind of score and value."""
+    """Pairs (kind of score, value)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Failure:
-    """A try that came to nothing."""
+    """A failed attempt."""
 
-    why: str
+    reason: str
     uncertain: bool
-    """Whether the server may have acted on it."""
+    """Whether the server may have processed the request."""
     wait: float = 0.0
-    """Seconds that the server asks for."""
+    """Seconds to wait that the server demands."""
     limited: bool = False
+    """Whether the failure is a rate limit."""
 
 
 class Client:
-    """Asks and tells Neuronpedia; a context manager, as it holds connections.
+    """A client of Neuronpedia. A context manager, because it keeps connections open.
 
     Args:
-      api_key: goes into the header `x-api-key` and nowhere else: into no log, no error. None reads only.
-      base_url: the site, or a local one, `http://localhost:3000`.
-      patience: how long to try.
-      sleep, jitter: of the waiting; for tests.
-      transport: how requests travel, a proxy for example; None is the network.
+      api_key: sent in the header `x-api-key`, never written to logs or errors. None: read only.
+      base_url: the public site, or a local one such as `http://localhost:3000`.
+      patience: how long to retry.
+      sleep: waits for some seconds; replaced in tests.
+      jitter: returns a random number from 0 to 1; replaced in tests.
+      transport: a transport for requests, such as a proxy; None: the network.
 
     Raises:
-      ImportError: httpx is missing.
-      ValueError: a base_url that is none, that would carry the key readably, or a key that cannot be one.
+      ImportError: httpx is not installed.
+      ValueError: base_url is invalid or would send the key unencrypted, or the key is malformed.
     """
 
     def __init__(
@@ -105,15 +112,15 @@ class Client:
         self._httpx = httpx
         self.base_url = site(base_url)
         if api_key is not None:
-            _refuse_readable(self.base_url)
-        self._key = _checked(api_key)
+            _require_encryption(self.base_url)
+        self._key = _checked_key(api_key)
         self.patience = patience
         self._sleep, self._jitter = sleep, jitter
         self._waited = 0.0
         headers = {"user-agent": "jsae", "accept": "application/json"}
         if self._key:
             headers["x-api-key"] = self._key
-        # The site ends a request after 300 seconds at most: longer silence means that it is over.
+        # The site ends requests after 300 seconds, so a longer silence means that the connection is dead.
         timeout = httpx.Timeout(30.0, read=330.0, write=120.0)
         self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, transport=transport)
 
@@ -124,112 +131,123 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes its connections; leaving a `with` block does so too."""
+        """Close the connections, as at the end of a `with` block."""
         self._http.close()
 
     # ---- reading ----------------------------------------------------------------------------------------------
 
     def feature(self, model: str, source: str, index: int) -> dict[str, Any] | None:
-        """A feature with its activations and explanations, or None where there is none.
+        """Return a feature with its activations and explanations, or None if it does not exist.
 
         Raises:
-          ApiError: the server cannot be reached or refuses.
+          ApiError: the server cannot be reached or refuses the request.
         """
         return self._read("feature", model, source, str(index))
 
     def explanations(self, model: str, source: str, index: int) -> list[Explanation]:
-        """What people and programs say a feature means, the best scored first.
+        """Return the explanations of a feature, the best score first.
 
         Raises:
-          ApiError: there is no such feature, or the server cannot be reached or refuses.
+          ApiError: there is no such feature, or the server cannot be reached or refuses the request.
         """
-        found = self.feature(model, source, index)
-        if found is None:
+        feature = self.feature(model, source, index)
+        if feature is None:
             raise ApiError(f"{self.base_url} has no feature {model}/{source}/{index}: check the three names")
         try:
-            return [_explanation(told) for told in found.get("explanations") or ()]
+            return [_explanation(item) for item in feature.get("explanations") or ()]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ApiError(f"{self.base_url} answered with explanations of another form ({error!r})") from error
+            raise ApiError(f"{self.base_url} returned explanations in an unknown format ({error!r})") from error
 
     def source_set(self, model: str, name: str) -> dict[str, Any] | None:
-        """A source set with its sources, or None where there is none."""
+        """Return a source set with its sources, or None if it does not exist. Raises ApiError."""
         return self._read("source-set", model, name)
 
-    def _read(self, *path: str) -> dict[str, Any] | None:
-        where = "/api/" + "/".join(urllib.parse.quote(part, safe="") for part in path)
+    def _read(self, *parts: str) -> dict[str, Any] | None:
+        path = "/api/" + "/".join(urllib.parse.quote(part, safe="") for part in parts)
         try:
-            found = self.request("GET", where)
-        except RefusedError as refused:
-            if refused.status == 404:
+            answer = self.request("GET", path)
+        except RefusedError as error:
+            if error.status == 404:
                 return None
             raise
-        if found is not None and not isinstance(found, dict):
-            raise ApiError(f"{self.base_url}{where} answered {type(found).__name__}, expected an object")
-        return found
+        if answer is not None and not isinstance(answer, dict):
+            raise ApiError(f"{self.base_url}{path} returned {type(answer).__name__}, expected an object")
+        return answer
 
-    # ---- telling ----------------------------------------------------------------------------------------------
+    # ---- writing ----------------------------------------------------------------------------------------------
 
     def create_model(self, target: Target) -> bool:
-        """Makes the model, unlisted; False when there is one of that id. The public API cannot take it back."""
-        told = {"id": target.ids.model, "layers": target.layers, "displayName": target.display_name, "url": target.url}
-        return self._create("model", told)
+        """Create the model, unlisted. Return False if the id exists. The public API cannot delete models."""
+        fields = {
+            "id": target.ids.model,
+            "layers": target.layers,
+            "displayName": target.display_name,
+            "url": target.url,
+        }
+        return self._create("model", fields)
 
     def create_source_set(self, target: Target) -> bool:
-        """Makes the source set with one source per layer, unlisted; False when there is one of that name."""
-        told = {
+        """Create the source set with one source per layer, unlisted. Return False if the name exists."""
+        fields = {
             "name": target.ids.source_set,
             "modelId": target.ids.model,
             "description": target.description,
             "url": target.url,
         }
-        return self._create("source-set", told)
+        return self._create("source-set", fields)
 
-    def _create(self, what: str, told: dict[str, Any]) -> bool:
+    def _create(self, kind: str, fields: dict[str, Any]) -> bool:
         try:
-            self.request("POST", f"/api/{what}/new", dump({k: v for k, v in told.items() if v is not None}))
-        except RefusedError as refused:
-            if refused.status == 400 and "already exists" in refused.said:
+            self.request("POST", f"/api/{kind}/new", dump({k: v for k, v in fields.items() if v is not None}))
+        except RefusedError as error:
+            if error.status == 400 and "already exists" in error.reason:
                 return False
             raise
         return True
 
-    def upload(self, body: bytes, again: Callable[[], bytes | None]) -> None:
-        """Sends one batch of features.
+    def upload(self, body: bytes, remaining: Callable[[], bytes | None]) -> None:
+        """Upload one batch of features.
 
         Args:
-          body: of the request.
-          again: asked, before anything is sent a second time, what is still missing: the body for that, or None.
+          body: the body of the request.
+          remaining: called before a retry; returns the body of the features that have not arrived, or None.
 
         Raises:
-          ApiError: the server refuses it, or cannot be reached for too long.
+          ApiError: the server refuses the request, or cannot be reached for too long.
         """
-        self.request("POST", "/api/feature/upload-batch", body, again)
+        self.request("POST", "/api/feature/upload-batch", body, remaining)
 
     # ---- one request ------------------------------------------------------------------------------------------
 
     def request(
-        self, method: str, path: str, body: bytes | None = None, again: Callable[[], bytes | None] | None = None
+        self, method: str, path: str, body: bytes | None = None, remaining: Callable[[], bytes | None] | None = None
     ) -> Any:
-        """Sends a request until it is answered; what the answer's JSON says.
+        """Send a request, with retries, and return the JSON of the answer.
+
+        Args:
+          method: the HTTP method.
+          path: the path on the site.
+          body: the body.
+          remaining: see `upload`.
 
         Raises:
-          RefusedError: a 3xx or 4xx other than 429.
-          ApiError: patience is at its end.
+          RefusedError: the status is 3xx, or 4xx other than 408 and 429.
+          ApiError: the limits of `patience` are exceeded.
         """
         failures = 0
         while True:
-            found = self._try(method, path, body)
-            if not isinstance(found, _Failure):
-                return found
-            failures += not found.limited
-            self._wait(found, failures, f"{method} {self.base_url}{path}")
-            if found.uncertain and again is not None:
-                body = again()
+            result = self._try(method, path, body)
+            if not isinstance(result, _Failure):
+                return result
+            failures += not result.limited
+            self._wait(result, failures, f"{method} {self.base_url}{path}")
+            if result.uncertain and remaining is not None:
+                body = remaining()
                 if body is None:
                     return None
 
     def pause(self, seconds: float) -> None:
-        """Waits for the server."""
+        """Wait; the time counts towards the total of `patience`."""
         self._waited += seconds
         if seconds > 0:
             self._sleep(seconds)
@@ -243,42 +261,44 @@ class Client:
                 for part in response.iter_bytes():
                     data += part
                     if len(data) > _LARGEST_ANSWER:
-                        return _Failure(f"answered with over {_LARGEST_ANSWER} bytes", uncertain=True)
+                        return _Failure(f"the answer has more than {_LARGEST_ANSWER} bytes", uncertain=True)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             return _Failure(f"could not be reached ({self._clean(str(error))})", uncertain=False)
         except (httpx.TransportError, httpx.DecodingError) as error:
-            return _Failure(f"broke off ({type(error).__name__} {self._clean(str(error))})", uncertain=True)
-        return self._judge(response, bytes(data), f"{method} {self.base_url}{path}")
+            return _Failure(f"was interrupted ({type(error).__name__} {self._clean(str(error))})", uncertain=True)
+        return self._evaluate(response, bytes(data), f"{method} {self.base_url}{path}")
 
-    def _judge(self, response: httpx.Response, data: bytes, what: str) -> Any:
-        status, told = response.status_code, _json(data)
-        said = self._clean(_said(told) or data.decode("utf-8", "replace"))
+    def _evaluate(self, response: httpx.Response, data: bytes, request: str) -> Any:
+        """Return the JSON of a successful answer, or a failure to retry. Raises RefusedError."""
+        status, answer = response.status_code, _json(data)
+        reason = self._clean(_error_text(answer) or data.decode("utf-8", "replace"))
         if status == 429:
-            return _Failure(f"429 {said}", uncertain=False, wait=_asked_wait(response, told), limited=True)
+            return _Failure(f"429 {reason}", uncertain=False, wait=_demanded_wait(response, answer), limited=True)
         if status >= 500 or status == 408:
-            return _Failure(f"{status} {said}", uncertain=True)
+            return _Failure(f"{status} {reason}", uncertain=True)
         if status >= 300:
-            message = f"{what} was refused: {status} {said}".rstrip()
-            raise RefusedError(status, said, message + _advice(response, self.base_url))
-        if told is _NO_JSON:
-            return _Failure(f"answered {status}, but no JSON: is this a Neuronpedia?", uncertain=True)
-        return told
+            message = f"{request} was refused: {status} {reason}".rstrip()
+            raise RefusedError(status, reason, message + _advice(response, self.base_url))
+        if answer is _NO_JSON:
+            return _Failure(f"status {status} without JSON; is this a Neuronpedia?", uncertain=True)
+        return answer
 
-    def _wait(self, failure: _Failure, failures: int, what: str) -> None:
+    def _wait(self, failure: _Failure, failures: int, request: str) -> None:
+        """Wait before a retry. Raises ApiError if the limits of `patience` are exceeded."""
         patience = self.patience
         if failures >= patience.attempts:
-            raise ApiError(f"{what} failed {failures} times, at last: {failure.why}; try again later")
+            raise ApiError(f"{request} failed {failures} times, the last time: {failure.reason}; try again later")
         doubled = min(patience.longest, patience.first * 2 ** min(failures, 30))
-        seconds = max(doubled * (1 - self._jitter() / 2), failure.wait, patience.settle if failure.uncertain else 0.0)
+        seconds = max(doubled * (1 - self._jitter() / 2), failure.wait, patience.recheck if failure.uncertain else 0.0)
         if self._waited + seconds > patience.total:
             raise ApiError(
-                f"{what}: {failure.why}; waiting another {seconds:.0f} s would make more than {patience.total:.0f} s "
-                "in all: try again later"
+                f"{request}: {failure.reason}; another wait of {seconds:.0f} s would exceed the total of "
+                f"{patience.total:.0f} s: try again later"
             )
         self.pause(seconds)
 
     def _clean(self, text: str) -> str:
-        """A server's words, short, on one line, without the key should it repeat it."""
+        """Return a server's text short, on one line and without the key, which it might repeat."""
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return (text.replace(self._key, "[key]") if self._key else text)[:300]
 
@@ -287,30 +307,30 @@ _NO_JSON = object()
 
 
 def site(base_url: str) -> str:
-    """The address of a site as it is called by; `/api` or a slash at its end are left out.
+    """Return the address of a site without `/api` or a slash at its end.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not an http or https address.
     """
     parts = urllib.parse.urlsplit(base_url)
-    well = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
-    if not well or parts.username is not None:
-        raise ValueError(f"the base url is no address of a site: give one such as {SITE}")
+    valid = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
+    if not valid or parts.username is not None:
+        raise ValueError(f"the base url is not the address of a site: give one such as {SITE}")
     return base_url.rstrip("/").removesuffix("/api")
 
 
-def _refuse_readable(base_url: str) -> None:
-    """Raises ValueError for an address to which the key would travel readably."""
+def _require_encryption(base_url: str) -> None:
+    """Raise ValueError for an address to which the key would be sent unencrypted."""
     parts = urllib.parse.urlsplit(base_url)
     if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
-        raise ValueError(f"{base_url} would carry the API key readably: give https://…")
+        raise ValueError(f"{base_url} would send the API key unencrypted: give https://…")
 
 
-def _checked(api_key: str | None) -> str | None:
-    """The key without the blanks of a copied line."""
+def _checked_key(api_key: str | None) -> str | None:
+    """Return the key without surrounding white space. Raises ValueError for characters that no key has."""
     key = (api_key or "").strip()
     if not all("!" <= c <= "~" for c in key):
-        raise ValueError("the API key holds characters that no key has: copy it again from the site's account page")
+        raise ValueError("the API key has invalid characters: copy it again from the site's account page")
     return key or None
 
 
@@ -321,42 +341,43 @@ def _json(data: bytes) -> Any:
         return _NO_JSON
 
 
-def _said(told: Any) -> str:
-    """What an error's JSON says."""
-    if not isinstance(told, dict):
+def _error_text(answer: Any) -> str:
+    """Return the message in the JSON of an error, or ''."""
+    if not isinstance(answer, dict):
         return ""
-    return ": ".join(str(told[key]) for key in ("path", "error", "message") if told.get(key))
+    return ": ".join(str(answer[key]) for key in ("path", "error", "message") if answer.get(key))
 
 
-def _asked_wait(response: httpx.Response, told: Any) -> float:
-    """Seconds to wait on a 429: what Retry-After says, or a twentieth of the sliding window that the body names."""
+def _demanded_wait(response: httpx.Response, answer: Any) -> float:
+    """Return the seconds to wait after a 429: Retry-After, or a twentieth of the sliding window in the body."""
     after = response.headers.get("retry-after", "")
     if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", after):
         return float(after)
     try:
         when = email.utils.parsedate_to_datetime(after)
         return max(0.0, (when - datetime.datetime.now(datetime.UTC)).total_seconds())
-    except (ValueError, TypeError):  # no date, or one without a time zone
+    except (ValueError, TypeError):  # not a date, or one without a time zone
         pass
-    window = told.get("requestWindow") if isinstance(told, dict) else None
-    found = re.fullmatch(r"(\d{1,9}) ?(ms|s|m|h|d)", window) if isinstance(window, str) else None
-    return int(found[1]) * _UNITS[found[2]] / 20 if found else 0.0
+    window = answer.get("requestWindow") if isinstance(answer, dict) else None
+    match = re.fullmatch(r"(\d{1,9}) ?(ms|s|m|h|d)", window) if isinstance(window, str) else None
+    return int(match[1]) * _UNITS[match[2]] / 20 if match else 0.0
 
 
 def _advice(response: httpx.Response, base_url: str) -> str:
     status = response.status_code
     if status < 400:
-        return f"; it sends on to {response.headers.get('location', '')[:200]!r}: give that site as the base url"
+        return f"; it redirects to {response.headers.get('location', '')[:200]!r}: give that site as the base url"
     if status in (401, 403):
-        return "; is NEURONPEDIA_API_KEY the key of an account on this site, and of the source set's creator?"
+        return "; check that NEURONPEDIA_API_KEY is the key of the source set's creator on this site"
     if status == 413:
         return "; prepare smaller batches"
     return ""
 
 
-def _explanation(told: dict[str, Any]) -> Explanation:
-    scores = [(score["explanationScoreTypeName"], float(score["value"])) for score in told.get("scores") or ()]
-    text = told["description"]
+def _explanation(item: dict[str, Any]) -> Explanation:
+    """Return an explanation from its JSON. Raises KeyError, TypeError or ValueError for an unknown format."""
+    scores = [(score["explanationScoreTypeName"], float(score["value"])) for score in item.get("scores") or ()]
+    text = item["description"]
     if not isinstance(text, str):
         raise TypeError(f"description {text!r}")
-    return Explanation(text, told.get("typeName"), told.get("explanationModelName"), tuple(scores))
+    return Explanation(text, item.get("typeName"), item.get("explanationModelName"), tuple(scores))

@@ -1,4 +1,4 @@
-"""SAEDashboard's output, as its runner for Neuronpedia writes it: what its converter and the field's scripts read.
+"""SAEDashboard's output for Neuronpedia, as read by its converter and by other scripts.
 
 MODEL_SET_HOOK_WIDTH[_SUFFIX]/run_settings.json, skipped_indexes.json, tokens_N.pt, batch-0.json, batch-1.json, …
 """
@@ -16,29 +16,29 @@ from jsae import files
 from jsae.records.store import Store
 
 PER_BATCH = 128
-"""Latents per file at most, as there."""
+"""Largest number of latents per file, as in SAEDashboard."""
 
 _THRESHOLD = 1
-"""log10 of the density above which the runner would skip a latent: above 0 it skips none."""
+"""log10 of the density above which SAEDashboard's runner skips a latent; above 0 it skips none."""
 
 
 def write(store: Store, sae_dir: Path, out: Path, *, ids: Ids, about: About, vectors: bool = False) -> list[Path]:
-    """Writes the folder of one SAE into `out`, whole or not at all; what stood there is replaced.
+    """Write the folder of one SAE into `out` atomically; an earlier one is replaced.
 
     Args:
       store: the records.
-      sae_dir: the export they are of.
+      sae_dir: the export of the same SAE.
       out: the folder of all SAEs.
-      ids: where the latents stand.
-      about: what is said of them.
-      vectors: whether the decoder rows go along.
+      ids: Neuronpedia's ids of the SAE.
+      about: the description of the export.
+      vectors: whether to include the decoder rows.
 
     Returns:
-      The files.
+      The paths of the files.
 
     Raises:
-      FileNotFoundError, StoreError: no export, or records of another.
-      NotStorableError: a number that is not finite, or a text that is no Unicode.
+      FileNotFoundError, StoreError: there is no export, or the records are of another SAE.
+      NotStorableError: a number is not finite, or a text is not valid Unicode.
     """
     latents = Latents(store, sae_dir, vectors)
     suffix = f"_{ids.suffix}" if ids.suffix else ""
@@ -59,7 +59,7 @@ def _head(ids: Ids) -> dict[str, Any]:
 
 
 def feature(latent: Latent, store: Store) -> dict[str, Any]:
-    """One entry of `features`."""
+    """Return a latent as an element of `features`."""
     texts = store.texts.header
     return {
         "feature_index": latent.index,
@@ -73,7 +73,7 @@ def feature(latent: Latent, store: Store) -> dict[str, Any]:
 
 
 def activation(context: Context) -> dict[str, Any]:
-    """One text of a feature."""
+    """Return a text as an element of a feature's `activations`."""
     return {
         "bin_min": context.low,
         "bin_max": context.high,
@@ -85,7 +85,7 @@ def activation(context: Context) -> dict[str, Any]:
 
 
 def skipped(ids: Ids) -> dict[str, Any]:
-    """`skipped_indexes.json`: none, as every latent is shown, the dead ones too."""
+    """Return the content of `skipped_indexes.json`: no latent is skipped, not even dead ones."""
     return {
         "model_id": ids.model,
         "layer": str(ids.layer),
@@ -96,12 +96,12 @@ def skipped(ids: Ids) -> dict[str, Any]:
 
 
 def settings(store: Store, ids: Ids, about: About) -> dict[str, Any]:
-    """`run_settings.json`: the settings of SAEDashboard's runner, with what was done here in place of its own."""
+    """Return the content of `run_settings.json`: settings of SAEDashboard's runner with the values of these records."""
     from bridge.selection import SINK_NORM_MULTIPLE
 
-    texts, gathered = store.texts.header, store.header.settings
+    texts, record_settings = store.texts.header, store.header.settings
     top, *intervals = _group_sizes(store)
-    excluded = gathered.get("excluded", [texts.bos])  # records of earlier versions left out BOS
+    excluded = record_settings.get("excluded", [texts.bos])  # records of earlier versions always excluded BOS
     return {
         "sae_set": ids.source_set,
         "sae_path": ids.hook,
@@ -136,7 +136,7 @@ def settings(store: Store, ids: Ids, about: About) -> dict[str, Any]:
         "suffix_str": None,
         "ignore_positions": None,
         "prepend_bos": True,
-        "ignore_high_activation_norm_multiple": SINK_NORM_MULTIPLE if gathered.get("drop_sinks") else None,
+        "ignore_high_activation_norm_multiple": SINK_NORM_MULTIPLE if record_settings.get("drop_sinks") else None,
         "free_unused_model_layers": False,
         "hf_model_path": None,
         "use_transcoder": False,
@@ -163,14 +163,14 @@ def settings(store: Store, ids: Ids, about: About) -> dict[str, Any]:
 
 
 def _group_sizes(store: Store) -> list[int]:
-    """How many texts the fullest latent has in each group, from the strongest to the lowest interval."""
+    """Return the largest number of texts of any latent in each group, from the strongest to the lowest interval."""
     owner = np.repeat(np.arange(store.header.d_sae), np.diff(store["example_offsets"]))
     return [int(np.bincount(owner[store["example_group"] == group], minlength=1).max()) for group in range(6)]
 
 
 def _write_tokens(path: Path, tokens: np.ndarray) -> None:
-    """The prompts, (R, T) int64, as torch saves them."""
+    """Save the prompts, (R, T), as an int64 tensor."""
     import torch
 
-    with path.open("wb") as file:  # by a path, torch.save hides why it failed
+    with path.open("wb") as file:  # given a path, torch.save hides the cause of a failure
         torch.save(torch.from_numpy(tokens.astype(np.int64)), file)

@@ -1,6 +1,6 @@
-"""A v1 export folder into the Postgres of a local Neuronpedia, row for row as the site's own importer does it.
+"""Import a v1 export folder into the Postgres database of a local Neuronpedia, as the site's own importer does.
 
-The site imports from its public bucket only; this reads a folder. Needs psycopg.
+The site's importer reads its public bucket only; this one reads a folder. Needs psycopg.
 """
 
 from __future__ import annotations
@@ -26,50 +26,49 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 METADATA = {"release": "SourceRelease", "model": "Model", "sourceset": "SourceSet", "source": "Source"}
-"""Files of one line each and their tables, in the order that foreign keys ask for."""
+"""Files of one line each and their tables, in the order that foreign keys require."""
 ROWS = {"features": "Neuron", "activations": "Activation", "explanations": "Explanation"}
 """Folders of batches and their tables, in the same order."""
 
 CHUNK_BYTES, CHUNK_ROWS = 32 * 2**20, 65_000
-"""Of one INSERT; Postgres holds at most 256 MB in one jsonb."""
+"""Limits of one INSERT; Postgres stores at most 256 MB in one jsonb."""
 _LONGEST_LINE = 64 * 2**20
 _USERS = ("creatorId", "authorId")
 
 
 class ImportRefusedError(ValueError):
-    """A folder or a database that does not fit; nothing of the file at hand was kept."""
+    """The folder or the database is not usable. Nothing of the current file was stored."""
 
 
 @dataclasses.dataclass
 class Counts:
-    """What became of the rows of one table."""
+    """Numbers of rows of one table."""
 
     inserted: int = 0
-    already: int = 0
-    """There before: a row of the same key is never changed."""
+    existing: int = 0
+    """Rows whose key existed before; they are not changed."""
 
 
 def import_folder(
-    folder: Path, database: str, *, told: Callable[[Path, Counts], None] = lambda file, counts: None
+    folder: Path, database: str, *, report: Callable[[Path, Counts], None] = lambda file, counts: None
 ) -> dict[str, Counts]:
-    """Imports every source in a folder.
+    """Import all sources in a folder.
 
-    Each file is a transaction, so that after an error the same command goes on; rows that are there already stay as
-    they are.
+    Each file is one transaction, so after an error the same command continues. Existing rows are not changed.
 
     Args:
-      folder: `MODEL/SOURCE` of a v1 export, or one above it.
-      database: as libpq takes it, `postgresql://user@host/name`; a password may come from PGPASSWORD or ~/.pgpass.
-      told: hears of every file that was read.
+      folder: `MODEL/SOURCE` of a v1 export, or a parent of such folders.
+      database: a libpq address, `postgresql://user@host/name`; the password may be in PGPASSWORD or ~/.pgpass.
+      report: called after each file with its path and the counts of its table.
 
     Returns:
-      what became of the rows, by table.
+      The numbers of rows, by table.
 
     Raises:
-      ImportError: psycopg is missing.
-      FileNotFoundError: there is no v1 export, or it lacks a file.
-      ImportRefusedError: no such database, one without Neuronpedia's tables, a user that it does not have, a line
-        that is broken or that the database refuses; names the file.
+      ImportError: psycopg is not installed.
+      FileNotFoundError: there is no v1 export, or a file of it is missing.
+      ImportRefusedError: the database cannot be opened, lacks Neuronpedia's tables or a user, or a line is damaged or
+        refused by the database; names the file.
     """
     sources = _sources(Path(folder))
     counts = {table: Counts() for table in (*METADATA.values(), *ROWS.values())}
@@ -77,11 +76,11 @@ def import_folder(
         importer = _Importer(connection, counts)
         for source in sources:
             importer.metadata(source)
-            told(source, counts["Source"])
+            report(source, counts["Source"])
             for name, table in ROWS.items():
                 for file in _batches(source / name):
                     importer.rows(file, table)
-                    told(file, counts[table])
+                    report(file, counts[table])
     return counts
 
 
@@ -89,29 +88,29 @@ def import_folder(
 
 
 def _sources(folder: Path) -> list[Path]:
-    """The folders of sources, complete."""
-    found = sorted(path.parent for path in folder.rglob("source.jsonl"))
-    if not found:
+    """Return the folders of all sources. Raises FileNotFoundError if there is none, or one is incomplete."""
+    sources = sorted(path.parent for path in folder.rglob("source.jsonl"))
+    if not sources:
         raise FileNotFoundError(
-            f"{folder} holds no v1 export: `python -m experiments.export --format=neuronpedia` does"
+            f"no v1 export in {folder}: create one with `python -m experiments.export --format=neuronpedia`"
         )
-    for source in found:
+    for source in sources:
         missing = [f"{name}.jsonl" for name in METADATA if not (source / f"{name}.jsonl").is_file()]
         if missing or not _batches(source / "features"):
             raise FileNotFoundError(
-                f"{source} lacks {', '.join(missing) or 'features/batch-N.jsonl.gz'}: export it anew"
+                f"{source} lacks {', '.join(missing) or 'features/batch-N.jsonl.gz'}: export it again"
             )
-    return found
+    return sources
 
 
 def _batches(folder: Path) -> list[Path]:
-    """Its files, by number."""
-    numbered = [(re.fullmatch(r"batch-(\d+)\.jsonl\.gz", path.name), path) for path in folder.glob("*")]
-    return [path for _, path in sorted((int(found[1]), path) for found, path in numbered if found)]
+    """Return the batch files in a folder, by number."""
+    matches = [(re.fullmatch(r"batch-(\d+)\.jsonl\.gz", path.name), path) for path in folder.glob("*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-    """The lines of a .jsonl or .jsonl.gz: number, text, row."""
+    """Yield (number, text, row) of the lines of a .jsonl or .jsonl.gz file. Raises ImportRefusedError."""
     number = 0
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
         try:
@@ -119,21 +118,21 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
                 number += 1
                 require(len(line) <= _LONGEST_LINE, f"longer than {_LONGEST_LINE} bytes")
                 row = json.loads(line, parse_constant=_refuse_constant) if line.strip() else None
-                require(isinstance(row, dict | None), "no JSON object")
+                require(isinstance(row, dict | None), "not a JSON object")
                 if row is not None:
                     yield number, line.strip(), row
         except (ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
             if is_system_error(error):
                 raise
-            raise ImportRefusedError(f"{file}, line {number} is broken ({error}): export it anew") from error
+            raise ImportRefusedError(f"{file}, line {number} is damaged ({error}): export it again") from error
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _clean(value: Any) -> Any:
-    """The value with a blank for every NUL, which Postgres cannot hold."""
+    """Return a JSON value with a space for every NUL, which Postgres cannot store."""
     if isinstance(value, str):
         return value.replace("\0", " ")
     if isinstance(value, list):
@@ -144,21 +143,21 @@ def _clean(value: Any) -> Any:
 
 
 def _ready(line: bytes, row: dict[str, Any], table: str) -> tuple[dict[str, Any], bytes]:
-    """The row as the table wants it, and its JSON.
+    """Return a row in the form of its table, and its JSON.
 
     Raises:
-      ValueError, TypeError: a lone surrogate, or indices of attention that are no pair of lists.
+      ValueError, TypeError: a lone surrogate, or attention indices that are not a pair of lists.
     """
     if table == "Activation" and "zIndices" in row:
         row = _split_z(row)
     elif b"\\u" not in line:
-        return row, line  # as it is: nothing escaped, so neither NUL nor surrogate
+        return row, line  # without escapes there is neither NUL nor surrogate
     row = _clean(row)
     return row, json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
 
 
 def _split_z(row: dict[str, Any]) -> dict[str, Any]:
-    """An activation whose `zIndices`, keys and queries of attention, are two columns as in the table."""
+    """Return an activation with its `zIndices`, keys and queries of attention, split into the table's two columns."""
     keys, queries = row["zIndices"] or ((), ())
     return {k: v for k, v in row.items() if k != "zIndices"} | {"zKIndices": list(keys), "zQIndices": list(queries)}
 
@@ -182,13 +181,13 @@ class _Chunk:
 
 
 def _chunks(file: Path, table: str) -> Iterator[_Chunk]:
-    """The rows of a file as the table wants them."""
+    """Yield the rows of a file in the form of its table, in chunks. Raises ImportRefusedError."""
     chunk: _Chunk | None = None
     for number, line, row in _lines(file):
         try:
             row, encoded = _ready(line, row, table)
         except (ValueError, TypeError) as error:
-            raise ImportRefusedError(f"{file}, line {number} cannot be stored ({error}): export it anew") from error
+            raise ImportRefusedError(f"{file}, line {number} cannot be stored ({error}): export it again") from error
         if chunk is not None and (len(chunk.rows) == CHUNK_ROWS or chunk.size + len(encoded) > CHUNK_BYTES):
             yield chunk
             chunk = None
@@ -202,7 +201,7 @@ def _chunks(file: Path, table: str) -> Iterator[_Chunk]:
 
 
 def _connect(database: str) -> psycopg.Connection:
-    """A connection; errors do not repeat what may hold a password."""
+    """Return a connection. Errors do not contain the address, which may have a password."""
     try:
         import psycopg
     except ImportError as error:
@@ -211,7 +210,7 @@ def _connect(database: str) -> psycopg.Connection:
         psycopg.conninfo.conninfo_to_dict(database)
     except psycopg.Error:
         raise ImportRefusedError(
-            "this is no address of a database: expected postgresql://user@host:port/name"
+            "this is not the address of a database: expected postgresql://user@host:port/name"
         ) from None
     try:
         return psycopg.connect(database, autocommit=True, connect_timeout=15, application_name="jsae")
@@ -220,10 +219,10 @@ def _connect(database: str) -> psycopg.Connection:
 
 
 class _Importer:
-    """Writes rows through one connection, whose database has been found to be a Neuronpedia's.
+    """A writer of rows to the database of a Neuronpedia.
 
     Raises:
-      ImportRefusedError: a table is missing.
+      ImportRefusedError: the database lacks a table.
     """
 
     def __init__(self, connection: psycopg.Connection, counts: dict[str, Counts]):
@@ -232,25 +231,25 @@ class _Importer:
         missing = [table for table, columns in self._columns.items() if not columns]
         if missing:
             raise ImportRefusedError(
-                f"the database {connection.info.dbname} is no Neuronpedia's: it has no table {', '.join(missing)}; "
-                "set one up with Neuronpedia's `make db-init`, or name its database"
+                f"the database {connection.info.dbname} is not a Neuronpedia's, missing tables: {', '.join(missing)}; "
+                "create them with Neuronpedia's `make db-init`, or give another database"
             )
         self._users: set[str] = set()
 
     def metadata(self, source: Path) -> None:
-        """The four rows that say what a source is, together or not at all."""
-        with self._whole(source):
+        """Insert the four metadata rows of a source in one transaction."""
+        with self._transaction(source):
             for name, table in METADATA.items():
                 self._insert(source / f"{name}.jsonl", table)
 
     def rows(self, file: Path, table: str) -> None:
-        """A batch of rows, all or none."""
-        with self._whole(file):
+        """Insert the rows of a file in one transaction."""
+        with self._transaction(file):
             self._insert(file, table)
 
     @contextlib.contextmanager
-    def _whole(self, path: Path) -> Iterator[None]:
-        """A transaction; what the database refuses is told with the path."""
+    def _transaction(self, path: Path) -> Iterator[None]:
+        """Open a transaction. Errors of the database are raised as ImportRefusedError with the path."""
         import psycopg
 
         try:
@@ -258,51 +257,51 @@ class _Importer:
                 yield
         except psycopg.Error as error:
             raise ImportRefusedError(
-                f"{path}: the database refuses it: {_first_line(error)}; nothing of this was kept"
+                f"{path}: the database refuses it: {_first_line(error)}; nothing of it was stored"
             ) from error
 
     def _insert(self, file: Path, table: str) -> None:
         columns: dict[str, str] | None = None
         for chunk in _chunks(file, table):
             if columns is None:
-                columns = self._shared(file, table, chunk.first)
+                columns = self._common_columns(file, table, chunk.first)
             self._check_users(file, chunk.users)
             inserted = self._connection.execute(_statement(table, columns), [chunk.json()]).rowcount
             self._counts[table].inserted += inserted
-            self._counts[table].already += len(chunk.rows) - inserted
+            self._counts[table].existing += len(chunk.rows) - inserted
 
-    def _shared(self, file: Path, table: str, first: Mapping[str, Any]) -> dict[str, str]:
-        """The columns that the first line and the table have in common, with their types; the line decides."""
+    def _common_columns(self, file: Path, table: str, first: Mapping[str, Any]) -> dict[str, str]:
+        """Return the table's columns that the first line of a file has, with their types."""
         columns = self._columns[table]
         unknown = [name for name in first if name not in columns and first[name]]
         if unknown:
-            _log.warning("%s: this Neuronpedia keeps no %s of a %s", file, ", ".join(unknown), table)
+            _log.warning("%s: the table %s of this Neuronpedia has no column %s", file, table, ", ".join(unknown))
         return {name: kind for name, kind in columns.items() if name in first}
 
     def _types(self, table: str) -> dict[str, str]:
-        """Columns of a table and their types as SQL; none where there is no such table."""
-        found = self._connection.execute(
+        """Return the columns of a table with their SQL types; empty if there is no such table."""
+        rows = self._connection.execute(
             "SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute "
             "WHERE attrelid = to_regclass(quote_ident(%s)) AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
             [table],
         )
-        return {str(name): str(kind) for name, kind in found}
+        return {str(name): str(kind) for name, kind in rows}
 
-    def _check_users(self, file: Path, wanted: set[str]) -> None:
-        """Raises ImportRefusedError for a row of a user that the database does not have."""
-        unknown = wanted - self._users
+    def _check_users(self, file: Path, users: set[str]) -> None:
+        """Raise ImportRefusedError for a user that the database does not have."""
+        unknown = users - self._users
         if unknown:
-            found = self._connection.execute('SELECT id FROM "User" WHERE id = ANY(%s)', [sorted(unknown)])
-            self._users |= {str(name) for (name,) in found}
+            rows = self._connection.execute('SELECT id FROM "User" WHERE id = ANY(%s)', [sorted(unknown)])
+            self._users |= {str(name) for (name,) in rows}
         if unknown - self._users:
             raise ImportRefusedError(
-                f"{file} is by the user {', '.join(sorted(unknown - self._users))}, whom the database does not have: "
-                "fill its users with Neuronpedia's `make db-init`"
+                f"{file} belongs to the user {', '.join(sorted(unknown - self._users))}, whom the database does not "
+                "have: create its users with Neuronpedia's `make db-init`"
             )
 
 
 def _statement(table: str, columns: Mapping[str, str]) -> sql.Composed:
-    """Inserts an array of rows, but those whose key is there; types are written as the catalogue spells them."""
+    """Return the statement that inserts an array of rows, except those whose key exists, with the catalogue's types."""
     from psycopg import sql
 
     names = sql.SQL(", ").join(map(sql.Identifier, columns))

@@ -1,4 +1,4 @@
-"""What an upload has sent so far, kept on disk so that a killed one goes on without sending anything twice."""
+"""A record on disk of what an upload has sent, so that an interrupted upload resumes without sending anything twice."""
 
 import json
 import time
@@ -13,23 +13,24 @@ State = Literal["sending", "accepted"]
 
 
 class LedgerError(ValueError):
-    """A ledger that cannot be relied on."""
+    """A ledger is damaged, or another upload is writing it."""
 
 
 class Ledger:
-    """A JSONL file of what was sent to one source of one server; other sources may share the file.
+    """A JSONL file of what was sent to one source of one server. Several sources may share the file.
 
-    A line is written and synced before a batch is sent ("sending") and after the server took it ("accepted"). A
-    feature whose last line is "sending" may or may not have arrived: the server must be asked.
+    A line is written and synced before a batch is sent ("sending") and after the server accepted it ("accepted"). A
+    feature whose last line is "sending" may or may not have arrived, so the server must be asked.
 
-    Used as a context manager, it is held against a second upload.
+    A context manager, which locks the file against a second upload.
 
     Args:
-      path: the file; made when first written to.
+      path: the file; created on entry.
       key: server, model and source.
 
     Raises:
-      LedgerError: a line is broken (a torn last one is forgotten: it was never acted upon), or another upload holds it.
+      LedgerError: a line is damaged, or another upload has locked the file. A partial last line is ignored, because
+        nothing was sent after it.
     """
 
     def __init__(self, path: Path, key: tuple[str, str, str]):
@@ -39,16 +40,16 @@ class Ledger:
         self._features: dict[int, tuple[State, str]] = {}
         self._lines: files.Lines | None = None
         self.complete = False
-        """Whether the source set was made under this ledger, which then knows of all that was ever sent to it."""
+        """Whether the source set was created by an upload of this ledger, which then records everything sent to it."""
         self.last_sent = 0.0
-        """When something was last sent to this source from here, seconds of `time.time`; 0 for never."""
+        """Time of the last upload to this source, in seconds of `time.time`; 0 for never."""
 
     def __enter__(self) -> "Ledger":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lines = files.Lines(self.path, exclusive=True)
         except BlockingIOError:
-            raise LedgerError(f"another upload is writing {self.path}: wait until it has ended") from None
+            raise LedgerError(f"another upload is writing {self.path}: wait until it ends") from None
         try:
             self._read()
         except BaseException:
@@ -62,41 +63,46 @@ class Ledger:
         self._close()
 
     def state(self, feature: int, content: str) -> State | Literal["changed"] | None:
-        """What became of a feature: None for never sent, "changed" when it arrived with other content than this."""
+        """Return the state of a feature: None if it was not sent, "changed" if it was accepted with other content.
+
+        Args:
+          feature: index of the feature.
+          content: hash of its content.
+        """
         state, sent = self._features.get(feature, (None, ""))
         return "changed" if state == "accepted" and sent != content else state
 
     def write(self, state: State, features: Mapping[int, str]) -> None:
-        """Keeps what becomes of features (index to hash of content); on the disk when it returns."""
+        """Record the state of features, as hashes of their content by index; synced to disk on return."""
         self._append({**self._key, "state": state, "features": features})
 
     def created(self) -> None:
-        """Keeps that the source set was made just now, for all of its sources."""
+        """Record that the source set, with all of its sources, was just created."""
         self._append({**self._key, "source": self._source_set, "state": "created"})
 
-    def _append(self, told: dict[str, Any]) -> None:
+    def _append(self, fields: dict[str, Any]) -> None:
         assert self._lines is not None, "a ledger is written inside its with block"
-        line = told | {"time": round(time.time(), 3)}
+        line = fields | {"time": round(time.time(), 3)}
         self._lines.append(json.dumps(line, separators=(",", ":")))
-        self._take(line)
+        self._apply(line)
 
     def _read(self) -> None:
         for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
-                self._take(jsons.loads(line))
+                self._apply(jsons.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 raise LedgerError(
-                    f"{self.path}, line {number} is no line of a ledger ({error}); without it features may be "
-                    "uploaded twice, so move the file away only if nothing was uploaded"
+                    f"{self.path}, line {number} is damaged ({error}); without the ledger features may be uploaded "
+                    "twice, so remove the file only if nothing was uploaded"
                 ) from error
 
-    def _take(self, line: dict[str, Any]) -> None:
-        place, state, when = tuple(line[name] for name in self._key), line["state"], float(line["time"])
+    def _apply(self, line: dict[str, Any]) -> None:
+        key, state, when = tuple(line[name] for name in self._key), line["state"], float(line["time"])
         if state not in ("created", "sending", "accepted"):
             raise ValueError(f"state {state!r}")
         if state == "created":
-            self.complete |= place == (*tuple(self._key.values())[:2], self._source_set)
-        elif place == tuple(self._key.values()):
+            self.complete |= key == (*tuple(self._key.values())[:2], self._source_set)
+        elif key == tuple(self._key.values()):
             self.last_sent = when
             self._features |= {int(index): (state, str(content)) for index, content in line["features"].items()}
 

@@ -1,4 +1,4 @@
-"""A description of an SAE in one table, under the names that nanochat-SAE gave it."""
+"""A description of an SAE as a dict, with the field names of the nanochat-SAE project."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,17 @@ def create_neuronpedia_metadata(
     training_info: Mapping[str, Any] | None = None,
     eval_metrics: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What an SAE is and how it came about.
+    """Return a description of an SAE and its training.
 
     Args:
-      sae: the exported SAE (`bridge.torch_sae.load`), which knows all but the coefficient of its sparsity penalty.
-      config: what it was trained with (`jsae.architectures.SAEConfig`); without one, or where the architecture has no
-        L1 penalty, the coefficient is None.
-      training_info: anything about the training, such as the tokens.
-      eval_metrics: anything measured, such as a hook's part of eval.json.
+      sae: the exported SAE (`bridge.torch_sae.load`).
+      config: its configuration (`jsae.architectures.SAEConfig`), for the coefficient of the L1 penalty; without it, or
+        if the architecture has no L1 penalty, the coefficient is None.
+      training_info: information on the training, such as the number of tokens.
+      eval_metrics: metrics, such as those of one hook in eval.json.
 
     Returns:
-      "architecture" and "sparsity_config", and "training" and "evaluation" where they were given.
+      "architecture", "sparsity_config", and, if given, "training" and "evaluation".
     """
     norms = sae.W_dec.float().norm(dim=-1)
     metadata: dict[str, Any] = {
@@ -41,5 +41,5 @@ def create_neuronpedia_metadata(
             "l1_coefficient": getattr(config, "l1_coefficient", None),
         },
     }
-    given = {"training": training_info, "evaluation": eval_metrics}
-    return metadata | {name: dict(value) for name, value in given.items() if value}
+    optional = {"training": training_info, "evaluation": eval_metrics}
+    return metadata | {name: dict(value) for name, value in optional.items() if value}

@@ -114,7 +114,7 @@ class Publication:
           PayloadError, ApiError: see `NeuronpediaUploader.upload`.
         """
         with self._ledger() as ledger:
-            return self._uploader.upload(self.plan, client, ledger, keep=keep, told=report)
+            return self._uploader.upload(self.plan, client, ledger, keep=keep, report=report)
 
     def _ledger(self) -> Ledger:
         ids = self.plan.target.ids

@@ -1,4 +1,4 @@
-"""The latents of a store as both bulk formats tell them: tables, histograms, and texts in groups of strength."""
+"""The contents that both bulk formats have of a latent: tables, histograms, and texts in groups by activation."""
 
 import dataclasses
 import functools
@@ -13,24 +13,24 @@ from bridge.neuronpedia import text
 from jsae.records.store import NON_ACTIVATING, TOP, Store, StoreError, digest
 
 SHOWN = 127
-"""Tokens of a text that are shown: all of a row of 128 but the BOS before them."""
+"""Largest number of tokens of a text: a row of 128 without BOS."""
 LOGITS = 10
 _DECIMALS, _VALUE_DECIMALS, _BIN_DECIMALS = 5, 4, 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """A text that a latent fires on: tokens and its activation at each, and the group it is an example of."""
+    """A text on which a latent fires: tokens, activations, and the group of the example."""
 
     tokens: list[str]
     values: list[float]
     qualifying: int
-    """Which of the tokens put it into its group."""
+    """Index of the token whose activation determines the group."""
     low: float
-    """The group's interval of activations; -1 for the group of the strongest."""
+    """Lower end of the group's interval of activations; -1 for the group of the strongest."""
     high: float
     share: float
-    """Share of all tokens in that interval; -1 for the group of the strongest."""
+    """Share of all tokens in the interval; -1 for the group of the strongest."""
 
     @property
     def max(self) -> float:
@@ -40,32 +40,32 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Latent:
-    """Everything the bulk formats say of one latent."""
+    """The contents of the bulk formats for one latent."""
 
     index: int
     tables: dict[str, Any]
-    """The columns that both formats have, under their common names."""
+    """The columns that both formats share, by their common names."""
     contexts: tuple[Context, ...]
-    """The strongest first, then the intervals from the highest down."""
+    """The strongest texts first, then those of the intervals from the highest to the lowest."""
     neighbours: tuple[list[int], list[float]]
-    """Latents with the most alike decoder rows and the cosines, itself first."""
+    """Latents with the most similar decoder rows and their cosines, itself first."""
     vector: list[float]
-    """The decoder row, [] unless wanted."""
+    """The decoder row, or []."""
 
     @property
     def max(self) -> float:
-        """The largest activation of its texts, 0 of a dead one."""
+        """The largest activation in its texts; 0 if it is dead."""
         return max((context.max for context in self.contexts), default=0.0)
 
 
 class Latents:
-    """The latents of an SAE, `latents[i]` read from its store when asked for.
+    """The latents of an SAE; `latents[i]` is read from the store on access.
 
     Args:
       store: the records.
-      sae_dir: the export they are of.
-      vectors: whether to give decoder rows.
-      shown: the most tokens of a text, around the one that counts.
+      sae_dir: the export of the same SAE.
+      vectors: whether to include decoder rows.
+      shown: largest number of tokens of a text, around the one that determines the group.
 
     Raises:
       FileNotFoundError: there is no export.
@@ -76,7 +76,7 @@ class Latents:
         check(store, sae_dir)
         self.store, self._shown = store, shown
         self._W_dec = _decoder(sae_dir) if vectors else None
-        self._spelled = functools.lru_cache(4096)(self._spell)  # one row is an example of many latents
+        self._row_texts = functools.lru_cache(4096)(self._spell)  # one row is an example of many latents
 
     def __len__(self) -> int:
         return self.store.header.d_sae
@@ -106,7 +106,7 @@ class Latents:
             "correlated_neurons_indices": channels,
             "correlated_neurons_pearson": pearson,
             "correlated_neurons_l1": _rounded(store["channel_cosine"][i][: len(channels)]),
-            "correlated_features_indices": [],  # of a batch only, and blanked when read
+            "correlated_features_indices": [],  # SAEDashboard's are of one batch only, and are dropped on import
             "correlated_features_pearson": [],
             "correlated_features_l1": [],
             "neg_str": down,
@@ -122,7 +122,7 @@ class Latents:
         }
 
     def density(self, i: int) -> float:
-        """Share of the counted tokens on which a latent fires; times their number it is the count again."""
+        """Return the exact share of the counted tokens on which a latent fires."""
         return int(self.store["count"][i]) / max(self.store.header.tokens, 1)
 
     def _logits(self, side: str, i: int) -> tuple[list[str], list[float]]:
@@ -130,26 +130,26 @@ class Latents:
         return [text.word(self.store.texts, token) for token in ids[:LOGITS]], values[:LOGITS]
 
     def _contexts(self, latent: int) -> list[Context]:
-        """The texts, without those that repeat another or do not fire: a page hides both."""
+        """Return the texts without duplicates and those that do not fire, because pages hide both."""
         seen: set[tuple[str, ...]] = set()
-        found = []
+        contexts = []
         for example in self._order(latent):
             context = self._context(latent, example)
             key = tuple(sorted(context.tokens))
             if key not in seen and context.max > 0:
                 seen.add(key)
-                found.append(context)
-        return found
+                contexts.append(context)
+        return contexts
 
     def _order(self, latent: int) -> list[int]:
-        """The examples that fire: the strongest in descending order, then by group in the store's order."""
+        """Return the activating examples: the strongest in descending order, then by group in the store's order."""
         groups, values = (self.store[f"example_{name}"] for name in ("group", "value"))
 
-        def place(example: int) -> tuple[int, float]:
+        def rank(example: int) -> tuple[int, float]:
             group = int(groups[example])
             return group, -float(values[example]) if group == TOP else 0.0
 
-        return sorted((e for e in self.store.examples(latent) if groups[e] != NON_ACTIVATING), key=place)
+        return sorted((e for e in self.store.examples(latent) if groups[e] != NON_ACTIVATING), key=rank)
 
     def _context(self, latent: int, example: int) -> Context:
         store = self.store
@@ -157,20 +157,20 @@ class Latents:
         start, end = self._window(row, position)
         top = float(store["max"][latent])
         values = [0.0] * (end - start)
-        places = _places(top, _VALUE_DECIMALS)
-        for at, value in zip(*(column.tolist() for column in store.activations(example)), strict=True):
+        decimals = _decimals(top, _VALUE_DECIMALS)
+        for index, value in zip(*(column.tolist() for column in store.activations(example)), strict=True):
             if not math.isfinite(value):
                 raise StoreError(f"{store.path}: an activation of latent {latent} is {value}")
-            if start <= at < end:
-                values[at - start] = round(value, places)
-        low, high, share = -1.0, round(top, _places(top, _BIN_DECIMALS)), -1.0
+            if start <= index < end:
+                values[index - start] = round(value, decimals)
+        low, high, share = -1.0, round(top, _decimals(top, _BIN_DECIMALS)), -1.0
         if group != TOP:
-            low, high = (round(top * (k - group) / 5, _places(top, _BIN_DECIMALS)) for k in (5, 6))
+            low, high = (round(top * (k - group) / 5, _decimals(top, _BIN_DECIMALS)) for k in (5, 6))
             share = round(float(store["group_share"][latent][group]), _DECIMALS)
-        return Context(self._spelled(row)[start:end], values, position - start, low, high, share)
+        return Context(self._row_texts(row)[start:end], values, position - start, low, high, share)
 
     def _window(self, row: int, position: int) -> tuple[int, int]:
-        """What is shown of a row: no BOS at its beginning; of a long one the part around a position."""
+        """Return (start, end) of the tokens to show: without BOS, in a long row the part around a position."""
         header = self.store.texts.header
         first = int(self.store.texts.tokens[row, 0] == header.bos)
         start = max(first, min(position - self._shown // 2, header.row_length - self._shown))
@@ -181,27 +181,29 @@ class Latents:
 
 
 def _decoder(sae_dir: Path) -> np.ndarray:
-    """The decoder rows that the SAE computes with, (d_sae, d_out): a file may scale them by its settings."""
+    """Return the decoder rows, (d_sae, d_out), after the settings of the export have been applied to them."""
     from bridge import torch_sae
 
     return torch_sae.load(sae_dir).W_dec.numpy()
 
 
 def check(store: Store, sae_dir: Path) -> None:
-    """Raises FileNotFoundError where there is no export, StoreError if the records are of another SAE."""
+    """Raise FileNotFoundError if there is no export, and StoreError if the records are of another SAE."""
     if not all((sae_dir / name).is_file() for name in ("sae_weights.safetensors", "cfg.json")):
-        raise FileNotFoundError(f"no exported SAE at {sae_dir}: `python -m experiments.train` writes one when it ends")
-    found = digest(sae_dir)
-    if store.header.sae_sha256 != found:
+        raise FileNotFoundError(
+            f"no exported SAE at {sae_dir}: `python -m experiments.train` writes one at the end of a run"
+        )
+    actual = digest(sae_dir)
+    if store.header.sae_sha256 != actual:
         raise StoreError(
-            f"the records at {store.path} are of the SAE {store.header.sae_sha256[:12]}, but {sae_dir} holds "
-            f"{found[:12]}"
+            f"the records at {store.path} are of the SAE {store.header.sae_sha256[:12]}, but {sae_dir} contains "
+            f"{actual[:12]}"
         )
 
 
-def _places(largest: float, least: int) -> int:
-    """Decimals to round to: `least`, more where the largest number has fewer than four digits in them."""
-    return max(least, 3 - math.floor(math.log10(largest))) if 0 < largest < math.inf else least
+def _decimals(largest: float, minimum: int) -> int:
+    """Return the number of decimals to round to, at least `minimum`, so that `largest` keeps four digits."""
+    return max(minimum, 3 - math.floor(math.log10(largest))) if 0 < largest < math.inf else minimum
 
 
 def _rounded(values: np.ndarray) -> list[float]:
@@ -209,13 +211,13 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 
 def _unpadded(indices: np.ndarray, values: np.ndarray) -> tuple[list[int], list[float]]:
-    """A list without the padding at its end, which has the value NaN."""
+    """Return indices and values without the padding at the end, whose values are NaN."""
     length = sum(1 for _ in itertools.takewhile(lambda value: not math.isnan(value), values.tolist()))
     return indices[:length].tolist(), _rounded(values[:length])
 
 
-def _centres(ends: np.ndarray, bins: int) -> list[float]:
-    """The middles of equal bins."""
-    low, high = (float(end) for end in ends)
-    places = _places(max(abs(low), abs(high)), _DECIMALS)
-    return [round(value, places) for value in (low + (np.arange(bins) + 0.5) * (high - low) / bins).tolist()]
+def _centres(limits: np.ndarray, bins: int) -> list[float]:
+    """Return the centres of equal bins between two limits."""
+    low, high = (float(limit) for limit in limits)
+    decimals = _decimals(max(abs(low), abs(high)), _DECIMALS)
+    return [round(value, decimals) for value in (low + (np.arange(bins) + 0.5) * (high - low) / bins).tolist()]

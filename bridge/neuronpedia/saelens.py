@@ -1,4 +1,4 @@
-"""The exported SAE once more, with the place in its metadata where SAELens finds its latents on Neuronpedia."""
+"""Copies of exported SAEs whose metadata has the id with which SAELens finds their latents on Neuronpedia."""
 
 import shutil
 from pathlib import Path
@@ -11,27 +11,27 @@ from jsae.saelens import config as sae_config
 
 
 def write(sae_dir: Path, out: Path, *, ids: Ids) -> list[Path]:
-    """Writes `out/HOOK`, a SAELens directory with `metadata.neuronpedia_id`; whole or not at all.
+    """Write `out/HOOK`, a SAELens directory with `metadata.neuronpedia_id`, atomically.
 
-    SAELens' dashboards and quick lists go by that id.
+    SAELens's dashboards and quick lists use this id.
 
     Args:
       sae_dir: the export.
       out: the folder of all hooks.
-      ids: where the latents stand.
+      ids: Neuronpedia's ids of the SAE.
 
     Returns:
-      The files.
+      The paths of the files.
 
     Raises:
-      FileNotFoundError, ValueError: no export, or a broken one.
+      FileNotFoundError, ValueError: there is no export, or it is damaged.
     """
-    torch_sae.load(sae_dir)  # refuses what is none
+    torch_sae.load(sae_dir)  # raises for a damaged export
     settings = sae_config.read(sae_dir)
-    where = {"neuronpedia_id": ids.link}
-    # Of a file of a version before 6, SAELens reads what describes the SAE between the settings.
-    metadata = (settings.written.get("metadata") or {}) | where
-    cfg = settings.written | (where if settings.legacy else {"metadata": metadata})
+    link = {"neuronpedia_id": ids.link}
+    # In files of versions before 6, SAELens expects metadata among the settings.
+    metadata = (settings.written.get("metadata") or {}) | link
+    cfg = settings.written | (link if settings.legacy else {"metadata": metadata})
     folder = out / ids.hook
     with files.replacing_folder(folder) as partial:
         for file in sorted((*sae_dir.glob("*.safetensors"), *sae_dir.glob("activation_scaler.json"))):

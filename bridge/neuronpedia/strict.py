@@ -1,4 +1,4 @@
-"""JSON that Neuronpedia can take in: no NaN, no NUL, no lone surrogate; the same bytes for the same rows."""
+"""JSON that Neuronpedia can store: no NaN, no NUL, no lone surrogate; equal rows give equal bytes."""
 
 import contextlib
 import gzip
@@ -10,75 +10,75 @@ from typing import Any
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 _LEVEL = 5
-"""Of gzip, as in Neuronpedia's own exports."""
+"""Compression level of gzip, as in Neuronpedia's own exports."""
 
 
 class NotStorableError(ValueError):
-    """A value that Postgres would refuse: a number that is not finite, a NUL, a lone surrogate."""
+    """Postgres would refuse a value: a number that is not finite, a NUL, or a lone surrogate."""
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A row as one line of JSON, without the line's end.
+    """Return a row as one line of JSON, without the line break.
 
-    Neuronpedia's importer puts a blank for every escaped NUL in the text of a file, without looking whether the
-    backslash is itself escaped; the blank would break that line, so such a backslash is written by its number.
+    Neuronpedia's importer replaces every escaped NUL in a file by a space, even if the backslash is itself escaped,
+    which would break the line. Such a backslash is therefore written as an escape sequence.
 
     Raises:
-      NotStorableError: names the row and the field.
+      NotStorableError: a value cannot be stored; names the row and the field.
     """
     try:
-        told = _dump(row)
+        text = _dump(row)
     except NotStorableError as error:
-        raise NotStorableError(f"{_place(row)}: {error}") from error
-    return told.replace(r"\\u0000", r"\u005cu0000")
+        raise NotStorableError(f"{_faulty_field(row)}: {error}") from error
+    return text.replace(r"\\u0000", r"\u005cu0000")
 
 
 def _dump(value: Any, indent: int | None = None) -> str:
     try:
-        told = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-        told.encode()
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+        text.encode()
     except UnicodeEncodeError as error:
         raise NotStorableError(f"lone surrogate U+{ord(error.object[error.start]):04X}") from error
     except ValueError as error:
         raise NotStorableError(f"a number that is not finite ({error})") from error
-    if r"\u0000" in told and _NUL.search(told):
+    if r"\u0000" in text and _NUL.search(text):
         raise NotStorableError("a NUL character")
-    return told
+    return text
 
 
-def _place(row: Mapping[str, Any]) -> str:
-    """Which field of which row it is that cannot be stored."""
+def _faulty_field(row: Mapping[str, Any]) -> str:
+    """Return a description of the field that cannot be stored."""
     for key, value in row.items():
         try:
             _dump({key: value})
         except NotStorableError:
-            of = "".join(
+            owner = "".join(
                 f" of {name} {row[name]}" for name in ("index", "feature_index") if name in row and name != key
             )
-            return f"{key!r}{of} cannot be stored"
+            return f"{key!r}{owner} cannot be stored"
     return "cannot be stored"
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> Path:
     """Write one JSON value into a folder that is being replaced. Raises NotStorableError."""
     try:
-        told = _dump(value, indent)
+        text = _dump(value, indent)
     except NotStorableError as error:
         raise NotStorableError(f"{path.name}: {error}") from error
-    path.write_bytes((told + "\n").encode())
+    path.write_bytes((text + "\n").encode())
     return path
 
 
 def write_line(path: Path, row: Mapping[str, Any]) -> Path:
-    """Write a .jsonl of one row into a folder that is being replaced. Raises NotStorableError."""
+    """Write a .jsonl file of one row into a folder that is being replaced. Raises NotStorableError."""
     path.write_bytes((line(row) + "\n").encode())
     return path
 
 
 class Lines(contextlib.AbstractContextManager["Lines"]):
-    """A .jsonl.gz to add rows to, in a folder that is being replaced.
+    """A writer of a .jsonl.gz file in a folder that is being replaced. A context manager.
 
-    Without rows there is no file, as an empty one stops the importer.
+    Without rows no file is written, because the importer fails on empty files.
     """
 
     def __init__(self, path: Path):
@@ -87,13 +87,13 @@ class Lines(contextlib.AbstractContextManager["Lines"]):
         self._open = contextlib.ExitStack()
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Adds a row.
+        """Append a row.
 
         Raises:
-          NotStorableError: a value that Postgres would refuse.
-          ValueError: other keys than the first row's, which are all that the importer reads.
+          NotStorableError: Postgres would refuse a value.
+          ValueError: the keys differ from those of the first row, which are the only ones that the importer reads.
         """
-        told = (line(row) + "\n").encode()
+        data = (line(row) + "\n").encode()
         if not self._keys:
             self._keys = list(row)
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class Lines(contextlib.AbstractContextManager["Lines"]):
             self._file = self._open.enter_context(gzip.GzipFile("", "wb", _LEVEL, raw, mtime=0))
         if list(row) != self._keys:
             raise ValueError(f"{self._path.name}: a row has the keys {list(row)}, the first one {self._keys}")
-        self._file.write(told)
+        self._file.write(data)
 
     def __exit__(self, *_: object) -> None:
         self._open.close()

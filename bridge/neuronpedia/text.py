@@ -1,25 +1,25 @@
-"""Tokens as Neuronpedia shows them: never empty, never a NUL, a character split over tokens whole on the last one."""
+"""Tokens as text for Neuronpedia: never empty, without NUL; a character of several tokens is in the last of them."""
 
 from collections.abc import Iterable
 
 from jsae.records.store import Texts
 
 EMPTY = "◌"
-"""Stands where a token has no character of its own: an empty one, or the first part of a character."""
+"""Placeholder for a token without text: an empty one, or the first part of a character."""
 NUL = "␀"
-"""Stands for the character 0, which Postgres cannot hold."""
+"""Placeholder for the NUL character, which Postgres cannot store."""
 
 
 def spell(texts: Texts, tokens: Iterable[int]) -> list[str]:
-    """Tokens that follow each other, one string each."""
+    """Return one string for each of some consecutive tokens."""
     return [visible(string) for string in texts.spell(tokens)]
 
 
 def word(texts: Texts, token: int) -> str:
-    """A token by itself; bytes that are no character are U+FFFD."""
+    """Return a single token as text; invalid UTF-8 becomes U+FFFD."""
     return visible(texts.words[token])
 
 
 def visible(string: str) -> str:
-    """The string with stand-ins for what could not be seen or stored."""
+    """Return a string with placeholders for NUL and for the empty string."""
     return string.replace("\0", NUL) or EMPTY

@@ -1,10 +1,10 @@
-"""Neuronpedia's bulk export: a folder per source, which its importer reads into a database.
+"""Neuronpedia's bulk export: a folder per source, which Neuronpedia's importer reads into a database.
 
     MODEL/SOURCE/release.jsonl, model.jsonl, sourceset.jsonl, source.jsonl
                  features/batch-N.jsonl.gz, activations/batch-N.jsonl.gz, explanations/batch-N.jsonl.gz
 
-What the importer wants of it: the keys of a file's first line on all its lines, integers where a column holds them,
-ids that never change, and a creator that it knows.
+The importer requires the same keys in all lines of a file, integers in integer columns, ids that never change, and a
+creator that exists in the database.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from jsae.records.store import Store
 
 PER_FILE = 1024
 """Latents per file, as in Neuronpedia's own exports."""
-MOST_FILES = 1000
-"""Per folder: the importer lists no more."""
+MAX_FILES = 1000
+"""Files per folder; the importer lists no more."""
 
 Row = dict[str, Any]
 
@@ -31,30 +31,30 @@ Row = dict[str, Any]
 def write(
     store: Store, sae_dir: Path, out: Path, *, ids: Ids, about: About, names: Names, vectors: bool = False
 ) -> list[Path]:
-    """Writes `out/MODEL/SOURCE`, whole or not at all; what stood there is replaced.
+    """Write `out/MODEL/SOURCE` atomically; an earlier one is replaced.
 
     Args:
       store: the records.
-      sae_dir: the export they are of.
+      sae_dir: the export of the same SAE.
       out: the folder of all models.
-      ids: where the latents stand.
-      about: what is said of them.
-      names: people's and automatic labels; they become explanations.
-      vectors: whether the decoder rows go along, so that a host of the model steers without the SAE.
+      ids: Neuronpedia's ids of the SAE.
+      about: the description of the export.
+      names: manual and automatic labels, which become explanations.
+      vectors: whether to include decoder rows, with which a host of the model can steer without the SAE.
 
     Returns:
-      The files, the four of metadata first.
+      The paths of the files, the four of metadata first.
 
     Raises:
-      FileNotFoundError, StoreError: no export, or records of another.
-      NotStorableError: a value that Postgres would refuse.
+      FileNotFoundError, StoreError: there is no export, or the records are of another SAE.
+      NotStorableError: Postgres would refuse a value.
     """
     latents = Latents(store, sae_dir, vectors)
     folder = out / ids.model / ids.source
     with files.replacing_folder(folder) as partial:
         for name, row in metadata(store, ids, about).items():
             write_line(partial / f"{name}.jsonl", row)
-        per_file = max(PER_FILE, -(-len(latents) // MOST_FILES))
+        per_file = max(PER_FILE, -(-len(latents) // MAX_FILES))
         for number, first in enumerate(range(0, len(latents), per_file)):
             span = range(first, min(first + per_file, len(latents)))
             _write_batch(partial, f"batch-{number}.jsonl.gz", (latents[i] for i in span), ids, about, names)
@@ -62,7 +62,7 @@ def write(
 
 
 def _write_batch(folder: Path, name: str, latents: Iterable[Latent], ids: Ids, about: About, names: Names) -> None:
-    """Writes the three files of one number: the same latents in each."""
+    """Write the three files of one batch, with the same latents in each."""
     kinds = ("features", "activations", "explanations")
     with contextlib.ExitStack() as stack:
         features, activations, explanations = (stack.enter_context(Lines(folder / kind / name)) for kind in kinds)
@@ -75,15 +75,15 @@ def _write_batch(folder: Path, name: str, latents: Iterable[Latent], ids: Ids, a
 
 
 def metadata(store: Store, ids: Ids, about: About) -> dict[str, Row]:
-    """The rows of release, model, source set and source, by the name of their file.
+    """Return the rows of release, model, source set and source, by the name of their file.
 
     Args:
       store: the records.
-      ids: where the latents stand.
-      about: what is said of them.
+      ids: Neuronpedia's ids of the SAE.
+      about: the description of the export.
     """
     header, texts = store.header, store.texts.header
-    made = {"creatorId": CREATOR, "createdAt": about.time, "visibility": "PUBLIC"}
+    common = {"creatorId": CREATOR, "createdAt": about.time, "visibility": "PUBLIC"}
     urls = [about.url] if about.url else []
     release = {
         "name": ids.release,
@@ -106,7 +106,7 @@ def metadata(store: Store, ids: Ids, about: About) -> dict[str, Row]:
         "displayName": ids.model,
         "tlensId": None,
         "dimension": header.d_in,
-        "defaultSourceSetName": None,  # neither exists when the model is read in
+        "defaultSourceSetName": None,  # neither exists when the model is imported
         "defaultSourceId": None,
         "inferenceEnabled": False,
         "layers": about.n_layer,
@@ -154,11 +154,11 @@ def metadata(store: Store, ids: Ids, about: About) -> dict[str, Row]:
         "notes": None,
     }
     rows = {"release": release, "model": model, "sourceset": source_set, "source": source}
-    return {name: row | made for name, row in rows.items()}
+    return {name: row | common for name, row in rows.items()}
 
 
 def feature(latent: Latent, ids: Ids, about: About) -> Row:
-    """A latent's row of the table Neuron."""
+    """Return a latent's row of the table Neuron."""
     near, cosines = latent.neighbours
     return {
         "modelId": ids.model,
@@ -180,7 +180,7 @@ def feature(latent: Latent, ids: Ids, about: About) -> Row:
 
 
 def activation(index: int, rank: int, context: Context, ids: Ids, about: About) -> Row:
-    """A text's row of the table Activation; its key says only whose text it is and which of them."""
+    """Return a text's row of the table Activation, whose key depends only on the latent and the rank of the text."""
     return {
         "id": ids.activation(index, rank),
         "tokens": context.tokens,
@@ -208,8 +208,8 @@ def activation(index: int, rank: int, context: Context, ids: Ids, about: About) 
 
 
 def explanation(index: int, name: Name, ids: Ids, about: About) -> Row:
-    """A label's row of the table Explanation, of no type and model that the site would have to know."""
-    found = None if name.f1 is None else f"found automatically, F1 {name.f1:.2f}"
+    """Return a label's row of the table Explanation, without type and model, which the site would have to know."""
+    note = None if name.f1 is None else f"found automatically, F1 {name.f1:.2f}"
     return {
         "id": ids.explanation(index),
         "modelId": ids.model,
@@ -219,6 +219,6 @@ def explanation(index: int, name: Name, ids: Ids, about: About) -> Row:
         "authorId": CREATOR,
         "typeName": None,
         "explanationModelName": None,
-        "notes": name.note or found,
+        "notes": name.note or note,
         "createdAt": about.time,
     }

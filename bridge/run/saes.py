@@ -13,17 +13,16 @@ from jsae.saelens.settings import CFG
 
 
 def load_saes(path: str | Path, device: str | torch.device = "cpu") -> dict[str, TorchSAE]:
-    """Return the exported SAEs of a place by hook name: `metadata.hook_name` of their cfg.json, else the folder's name.
+    """Load exported SAEs; return them by hook name, from `metadata.hook_name` in cfg.json or the name of the folder.
 
     Args:
-      path: an exported SAE; a run directory, with its exports in sae/ (of a sweep, that of a variant); or a folder of
-        exports.
-      device: where they shall be.
+      path: an exported SAE, a run directory (for a sweep, that of a variant), or a folder of exports.
+      device: the device of the SAEs.
 
     Raises:
-      FileNotFoundError: there is no export at that place; says what is there.
-      ValueError: an export is broken, a transcoder or crosscoder, belongs to no hook of a nanochat, or two belong to
-        one.
+      FileNotFoundError: there is no export at the path; the message lists what exists.
+      ValueError: an export is damaged, is a transcoder or crosscoder, or names no hook of a nanochat, or two exports
+        have the same hook.
     """
     saes: dict[str, TorchSAE] = {}
     for folder in _exports(Path(path)):
@@ -36,7 +35,7 @@ def load_saes(path: str | Path, device: str | torch.device = "cpu") -> dict[str,
         except ValueError as error:
             raise ValueError(f"{folder} does not say which activation it reads: {error}") from error
         if name in saes:
-            raise ValueError(f"{path} holds two SAEs of {name}: give the directory of one of them")
+            raise ValueError(f"{path} contains two SAEs of {name}: give the directory of one of them")
         saes[name] = sae
     return saes
 
@@ -47,15 +46,15 @@ def is_export(path: Path) -> bool:
 
 
 def _exports(path: Path) -> list[Path]:
-    """Return the directories of exported SAEs that a path means."""
+    """Return the directories of the exported SAEs at a path. Raises FileNotFoundError if there are none."""
     if is_export(path):
         return [path]
     if exports := finished(path) or within(path):
         return exports
     if not path.is_dir():
-        raise FileNotFoundError(f"no SAE at {path}: it is no directory")
+        raise FileNotFoundError(f"no SAE at {path}: it is not a directory")
     names = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
     raise FileNotFoundError(
-        f"no SAE at {path}, which holds {names}: give an exported SAE (cfg.json, sae_weights.safetensors), "
-        "a folder of them, or the directory of a run that is finished"
+        f"no SAE at {path}, which contains {names}: give an exported SAE (cfg.json, sae_weights.safetensors), "
+        "a folder of them, or the directory of a finished run"
     )

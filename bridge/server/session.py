@@ -18,7 +18,7 @@ from bridge.nanochat.engine import NotFiniteError, chat_prompt, max_positions
 from bridge.runtime import InterpretableModel, Token
 from bridge.server.answers import Answer, Outbox, Slots, encode, while_there
 from bridge.server.bodies import Limits, Refusal, parse, receive, refusing
-from bridge.tracking import active
+from bridge.tracking import active_features
 
 _POSITIONS_AT_ONCE = 64
 """Encoded together: of an SAE of 131,072 latents that is 32 MiB."""
@@ -151,7 +151,7 @@ class Session:
         sae, acts = self.im.sae(hook), self.acts(ids, [hook])[hook]
         found = []
         for part in parts(acts):
-            values, indices = active(sae, part[None], min(top_k, sae.d_sae))
+            values, indices = active_features(sae, part[None], min(top_k, sae.d_sae))
             for row in zip(indices[0].tolist(), values[0].tolist(), strict=True):
                 found.append([(i, v) for i, v in zip(*row, strict=True) if v > 0])
         return found

@@ -77,7 +77,7 @@ def train(
                     reporter.report(step, values, tokens)
                     _watch(watch, trainees, step, values, config.batch_size)
                     last_fvu, window = float(np.mean([v["fvu"] for v in values])), None
-                if due and (last or requests or not watch.suspects_all):
+                if due and (last or requests or not watch.all_suspect):
                     checkpoints.save(step, states, {"cursor": batches.cursor().to_json()}, last_fvu)
                 if stop:
                     break
@@ -107,7 +107,7 @@ def _watch(
     """Give the reported metrics of every SAE to the watch, and warn of one that diverged while others did not."""
     for trainee, value in zip(trainees, values, strict=True):
         steps = round(value["activations"] / batch_size)
-        problem = watch.see(trainee.label if len(trainees) > 1 else "", step - steps + 1, step, value["fvu"])
+        problem = watch.observe(trainee.label if len(trainees) > 1 else "", step - steps + 1, step, value["fvu"])
         if problem is not None:
             print(f"warning: {problem}. The other SAEs go on", file=sys.stderr, flush=True)
 

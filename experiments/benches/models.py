@@ -20,7 +20,7 @@ def random_nanochat(depth: int, vocab_size: int, device: str) -> GPT:
     heads = max(width // _HEAD_DIM, 1)
     sizes = {"n_layer": depth, "n_head": heads, "n_kv_head": heads, "n_embd": width, "vocab_size": vocab_size}
     with torch.device(device):
-        model = GPT(GPTConfig.of("G7", sequence_len=2048, **sizes)).eval().requires_grad_(False)
+        model = GPT(GPTConfig.of_generation("G7", sequence_len=2048, **sizes)).eval().requires_grad_(False)
     for weight in model.parameters() if device != "cpu" else ():
         weight.data = weight.data.bfloat16() if weight.ndim > 1 else weight.data
     return model

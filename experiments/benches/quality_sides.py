@@ -153,7 +153,9 @@ def score(folder: Path, activations: Path, subject: Subject) -> dict[str, float]
             latents = sae.encode(x)
             exact = x.double().numpy()
             error = sae.decode(latents).double().numpy() - exact
-            sums = metrics.of(exact, error, latents.numpy(), (latents != 0).sum(0).numpy(), loss=0.0, nonfinite=0)
+            sums = metrics.batch_sums(
+                exact, error, latents.numpy(), (latents != 0).sum(0).numpy(), loss=0.0, nonfinite=0
+            )
             total = sums if total is None else metrics.add(total, sums)
     found = metrics.summarize(total)
     return {name: found[name] for name in ("fvu", "l0", "dead_fraction")}

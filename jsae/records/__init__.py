@@ -1,4 +1,4 @@
-"""Record what latents do on a text: counts, histograms, top examples and correlations, kept in a folder of columns.
+"""Record the activations of latents on a text: counts, histograms, top examples and correlations. numpy only.
 
-`Recorder` gathers, `store` writes and reads. numpy only.
+`Recorder` gathers them; `store` writes and reads them as folders of columns.
 """

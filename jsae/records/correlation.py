@@ -1,4 +1,4 @@
-"""How latents go with the channels of the stream they are read from: Pearson correlation and cosine, from sums."""
+"""Correlation of latents with the channels of the residual stream: Pearson correlation and cosine, from sums."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,9 @@ from jaxtyping import Float
 
 
 class Moments(NamedTuple):
-    """Sums over the tokens that count, of the stream x (tokens, d) and the latents a (tokens, f).
+    """Sums over the counted tokens, of the residual stream x (tokens, d) and the latents a (tokens, f).
 
-    `shift` is near the mean of x: a channel whose mean is far from 0 would else take all digits of its sums.
+    `shift` is close to the mean of x: otherwise a channel whose mean is far from 0 would lose precision in its sums.
     """
 
     tokens: int
@@ -22,22 +22,25 @@ class Moments(NamedTuple):
     """sum a (x - shift)"""
 
 
-def correlated(
+def correlations(
     moments: Moments, sums: Float[np.ndarray, " f"], squares: Float[np.ndarray, " f"]
 ) -> dict[str, np.ndarray]:
-    """The three channels that each latent goes with most: `correlated_channels`, `channel_pearson`, `channel_cosine`.
+    """Return the three channels with the largest correlation to each latent.
 
     Args:
-      moments: over all tokens that count.
-      sums: of each latent's activations.
-      squares: sums of their squares.
+      moments: sums over all counted tokens.
+      sums: sums of each latent's activations, (f,).
+      squares: sums of their squares, (f,).
+
+    Returns:
+      `correlated_channels`, `channel_pearson` and `channel_cosine`, (f, 3) each.
     """
     n, shift, total, square, product = (np.asarray(part, np.float64) for part in moments)
     mean = total / n
     spread = (square - n * mean**2).clip(0) ** 0.5
     norm = (square + 2 * shift * total + n * shift**2).clip(0) ** 0.5
     parts = []
-    for start in range(0, len(sums), 1024):  # bounds the memory
+    for start in range(0, len(sums), 1024):  # in parts, to limit memory
         part = slice(start, start + 1024)
         a, a2 = sums[part, None], squares[part, None]
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -49,11 +52,11 @@ def correlated(
 
 
 def _strongest(pearson: np.ndarray, cosine: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The three channels of largest correlation, with both numbers; what is constant has none."""
+    """Return the three channels of largest correlation, with both coefficients; 0 and NaN where they are undefined."""
     defined = np.isfinite(pearson) & np.isfinite(cosine)
     ranked = np.argsort(np.where(defined, -pearson, np.inf), axis=1, kind="stable")[:, :3]
-    there = np.take_along_axis(defined, ranked, 1)
-    short = ((0, 0), (0, 3 - ranked.shape[1]))
-    numbers = (np.where(there, np.take_along_axis(x, ranked, 1), np.nan) for x in (pearson, cosine))
-    first, second = (np.pad(x, short, constant_values=np.nan) for x in numbers)
-    return np.pad(np.where(there, ranked, 0), short), first, second
+    valid = np.take_along_axis(defined, ranked, 1)
+    padding = ((0, 0), (0, 3 - ranked.shape[1]))
+    values = (np.where(valid, np.take_along_axis(x, ranked, 1), np.nan) for x in (pearson, cosine))
+    first, second = (np.pad(x, padding, constant_values=np.nan) for x in values)
+    return np.pad(np.where(valid, ranked, 0), padding), first, second

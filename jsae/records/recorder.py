@@ -1,8 +1,8 @@
-"""What each latent fires on: counts, histograms and contexts of all latents, gathered in one pass over the text.
+"""Counts, histograms and examples of all latents, gathered in one pass over the text.
 
-`Recorder.add` takes sparse codes batch by batch, from any SAE in any framework, as numpy arrays; `Recorder.finish`
-gives the columns of `store.COLUMNS` that come from the text. All of them are exact but for `together`, which is
-counted on a sample of each latent's own tokens (`Settings.together_sample`; exact for latents that fire less often).
+`Recorder.add` takes sparse codes in batches, as numpy arrays, from any SAE in any framework. `Recorder.finish` returns
+the columns of `store.COLUMNS` that depend on the text. They are exact except for `together`, which is counted on a
+sample of each latent's tokens (`Settings.together_sample`; exact for latents that fire less often).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int64, Integer, UInt16, UInt64
 
-from jsae.records.correlation import Moments, correlated
+from jsae.records.correlation import Moments, correlations
 from jsae.records.spill import Block, Spill
 from jsae.records.store import NON_ACTIVATING, TOP
 from jsae.settings import Json, require
@@ -23,102 +23,107 @@ INTERVALS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Json):
-    """How much of each latent is kept."""
+    """Settings of a recorder: what it records of each latent."""
 
     top: int = 20
-    """Strongest texts."""
+    """Number of examples with the strongest activations."""
     per_interval: int = 5
-    """Texts drawn at random from each fifth of [0, max], by their own strongest activation."""
+    """Number of random examples whose strongest activation is in each fifth of [0, max]."""
     non_activating: int = 10
-    """Texts drawn at random from those without an activation."""
+    """Number of random examples without an activation."""
     window: int = 10
-    """Texts are one and the same if so many tokens before and after their strongest token are."""
+    """Examples count as equal if this many tokens before and after their strongest token are equal."""
     bins: int = 50
+    """Bins of the histograms."""
     nearest: int = 20
-    """Latents that are kept as neighbours, and as firing together."""
+    """Number of neighbours, and of latents that fire together."""
     together_sample: int = 1024
-    """Of how many of a latent's tokens the others that fire there are counted."""
+    """Number of a latent's tokens on which other latents are counted."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), field.name in ("top", "bins", "nearest", "together_sample")
-            require(value >= least, f"{field.name} is {value}: it must be at least {int(least)}")
+            value, minimum = getattr(self, field.name), int(field.name in ("top", "bins", "nearest", "together_sample"))
+            require(value >= minimum, f"{field.name} is {value}: it must be at least {minimum}")
 
 
 class Recorder:
-    """Gathers the records of one SAE.
+    """The records of one SAE while they are gathered. `add` and `close` are those of `spill.Spill`.
 
     Args:
-      scratch: an empty folder for the activations while they are sorted; to be removed by who made it.
-      tokens: the text.
-      d_sae: how many latents there are.
-      settings: how much of each is kept.
+      scratch: an empty folder for temporary files; the caller removes it.
+      tokens: the text, (R, T).
+      d_sae: number of latents.
+      settings: what is recorded of each latent.
+
+    Raises:
+      ConfigError: the text has too many tokens, or its rows are too long.
     """
 
     def __init__(self, scratch: Path, tokens: UInt16[np.ndarray, "R T"], d_sae: int, settings: Settings):
-        require(tokens.size < 2**32, f"{tokens.size} tokens are beyond what a cell's number holds: give fewer")
-        require(tokens.shape[1] < 2**16, f"rows of {tokens.shape[1]} tokens: a position must be below {2**16}")
+        require(tokens.size < 2**32, f"the text has {tokens.size} tokens; at most {2**32 - 1} are recorded: give fewer")
+        require(tokens.shape[1] < 2**16, f"the rows have {tokens.shape[1]} tokens; they must have less than {2**16}")
         self._tokens, self._settings = tokens, settings
         self._spill = Spill(scratch, tokens.size, d_sae)
         self.add, self.close = self._spill.add, self._spill.close
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows of the text, and tokens of each."""
+        """Number of rows, and of tokens per row."""
         return self._tokens.shape
 
     @property
     def counted(self) -> int:
-        """How many tokens were looked at."""
+        """Number of tokens that were added."""
         return int(self._spill.counted.sum())
 
     def finish(
         self,
         moments: Moments,
-        keep: Callable[[np.ndarray, np.ndarray], None] | None = None,
-        tell: Callable[[int], None] | None = None,
+        store: Callable[[np.ndarray, np.ndarray], None] | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> dict[str, np.ndarray]:
-        """The columns; to be called once.
+        """Return the columns. May be called once.
 
         Args:
-          moments: of the same tokens.
-          keep: gets all activations, cells and values of a number of latents at a time, by latent.
-          tell: gets how many latents are done, now and then.
+          moments: sums over the same tokens.
+          store: called with the cells and values of all activations, ordered by latent, in blocks of latents.
+          progress: called from time to time with the number of finished latents.
 
         Raises:
-          ValueError: no token was looked at.
+          ConfigError: no token was added.
         """
         self._spill.close()
         counted = self.counted
-        require(counted > 0, "no token of this text counts: give more text")
+        require(counted > 0, "no token of this text is counted: give more text")
         text = _Text(self._tokens, self._spill.counted.reshape(self._tokens.shape), self._settings.window)
-        found = _Columns(self._spill.d_sae, self._settings)
+        columns = _Columns(self._spill.d_sae, self._settings)
         partners = _Partners(self._spill, self._settings)
         for block in self._spill.blocks():
-            if keep is not None:
-                keep(block.cells, block.values)
+            if store is not None:
+                store(block.cells, block.values)
             for latent, cells, values in _latents(block):
                 random = np.random.default_rng([self._settings.seed, latent])
                 if len(cells):
-                    found.describe(latent, values, counted)
-                    found.place(text.examples(cells, values, self._settings, random))
-                    found.together[latent], found.together_share[latent] = partners.of(latent, cells, random)
+                    columns.add_statistics(latent, values, counted)
+                    columns.add_examples(text.examples(cells, values, self._settings, random))
+                    columns.together[latent], columns.together_share[latent] = partners.most(latent, cells, random)
                 else:
-                    found.place([])
-                if tell is not None and latent % 64 == 63:
-                    tell(latent + 1)
-        return found.columns(self._spill.counts) | correlated(moments, found.sum, found.square)
+                    columns.add_examples([])
+                if progress is not None and latent % 64 == 63:
+                    progress(latent + 1)
+        return columns.by_name(self._spill.counts) | correlations(moments, columns.sum, columns.square)
 
 
 def _latents(block: Block) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield (latent, cells, values) of each latent in a block."""
     for i in range(len(block.offsets) - 1):
         part = slice(block.offsets[i], block.offsets[i + 1])
         yield block.first + i, block.cells[part], block.values[part]
 
 
 def interval(values: np.ndarray, top: float) -> Int64[np.ndarray, " n"]:
-    """Which fifth of [0, top] values lie in, 1 for the uppermost (top itself among it) down to 5."""
+    """Return the fifth of [0, top] that each value is in, from 1 for the highest (including top) to 5."""
     edges = np.linspace(0, top, INTERVALS + 1)
     return INTERVALS - np.searchsorted(edges[1:-1], values, side="right")
 
@@ -127,7 +132,7 @@ def interval(values: np.ndarray, top: float) -> Int64[np.ndarray, " n"]:
 
 
 class Example(NamedTuple):
-    """A text for one latent; `positions` and `values` are where in its row the latent fires."""
+    """An example of one latent; `positions` and `values` are its activations in the row."""
 
     group: int
     row: int
@@ -143,19 +148,19 @@ class _Rows(NamedTuple):
     row: np.ndarray
     strongest: np.ndarray
     cell: np.ndarray
-    """The first cell that has the strongest value."""
+    """The first cell with the strongest value."""
     starts: np.ndarray
-    """Where a row's activations begin; one more for the end."""
+    """Offsets of the rows' activations, with the end of the last."""
 
 
-def distinct(rows: Integer[np.ndarray, "R T"]) -> Integer[np.ndarray, "distinct T"]:
-    """The rows without those that came before, in the same order."""
+def distinct_rows(rows: Integer[np.ndarray, "R T"]) -> Integer[np.ndarray, "distinct T"]:
+    """Return the rows without duplicates of earlier rows, in the same order."""
     keys = np.ascontiguousarray(rows).view(f"V{rows.shape[1] * rows.itemsize}")[:, 0]
     return rows[np.sort(np.unique(keys, return_index=True)[1])]
 
 
 class _Text:
-    """The rows of tokens that examples are chosen from."""
+    """The token rows from which examples are selected."""
 
     def __init__(self, tokens: UInt16[np.ndarray, "R T"], counted: Bool[np.ndarray, "R T"], window: int):
         self._length = tokens.shape[1]
@@ -166,12 +171,12 @@ class _Text:
     def examples(
         self, cells: np.ndarray, values: np.ndarray, settings: Settings, random: np.random.Generator
     ) -> list[Example]:
-        """The strongest texts, some of each interval, some without; no two of them show the same tokens."""
+        """Return the strongest examples, some of each interval and some without activation, with distinct tokens."""
         rows = self._rows(cells, values)
         seen: set[int] = set()
 
-        def pick(group: int, candidates: np.ndarray, most: int) -> Iterator[Example]:
-            chosen = self._distinct(rows.cell, candidates, most, seen)
+        def select(group: int, candidates: np.ndarray, limit: int) -> Iterator[Example]:
+            chosen = self._distinct(rows.cell, candidates, limit, seen)
             for i in sorted(chosen, key=lambda i: -rows.strongest[i]):
                 part = slice(rows.starts[i], rows.starts[i + 1])
                 row, position = divmod(int(rows.cell[i]), self._length)
@@ -180,51 +185,54 @@ class _Text:
                 )
 
         strong = np.argsort(-rows.strongest, kind="stable")
-        found = list(pick(TOP, strong, settings.top))
-        drawn = random.permutation(len(rows.row))
-        of = interval(rows.strongest, float(values.max()))[drawn]
+        examples = list(select(TOP, strong, settings.top))
+        order = random.permutation(len(rows.row))
+        groups = interval(rows.strongest, float(values.max()))[order]
         for group in range(1, INTERVALS + 1):
-            found += pick(group, drawn[of == group], settings.per_interval)
-        return found + list(self._without(rows.row, settings.non_activating, seen, random))
+            examples += select(group, order[groups == group], settings.per_interval)
+        return examples + list(self._non_activating(rows.row, settings.non_activating, seen, random))
 
     def _rows(self, cells: np.ndarray, values: np.ndarray) -> _Rows:
+        """Return the rows of a latent's activations."""
         row = cells // self._length
         starts = np.flatnonzero(np.concatenate([[True], row[1:] != row[:-1]]))
         strongest = np.maximum.reduceat(values, starts)
         starts = np.append(starts, len(cells))
         number = np.repeat(np.arange(len(strongest)), np.diff(starts))
-        at = np.flatnonzero(values == strongest[number])
-        first = at[np.concatenate([[True], number[at][1:] != number[at][:-1]])]
+        maxima = np.flatnonzero(values == strongest[number])
+        first = maxima[np.concatenate([[True], number[maxima][1:] != number[maxima][:-1]])]
         return _Rows(row[first], strongest, cells[first], starts)
 
-    def _distinct(self, cell: np.ndarray, candidates: np.ndarray, most: int, seen: set[int]) -> list[int]:
-        """The first `most` candidates whose windows were not seen; they are then."""
+    def _distinct(self, cell: np.ndarray, candidates: np.ndarray, limit: int, seen: set[int]) -> list[int]:
+        """Return the first `limit` candidates whose windows are not in `seen`, and add their windows to it."""
         chosen: list[int] = []
-        for start in range(0, len(candidates), 4 * most or 1):
-            part = candidates[start : start + 4 * most]
+        for start in range(0, len(candidates), 4 * limit or 1):
+            part = candidates[start : start + 4 * limit]
             for i, window in zip(part.tolist(), self._windows[cell[part]].tolist(), strict=True):
-                if len(chosen) == most:
+                if len(chosen) == limit:
                     return chosen
                 if window not in seen:
                     seen.add(window)
                     chosen.append(i)
         return chosen
 
-    def _without(self, fired: np.ndarray, most: int, seen: set[int], random: np.random.Generator) -> Iterator[Example]:
-        """Rows in which the latent does not fire, and a random token that counts in each."""
+    def _non_activating(
+        self, fired: np.ndarray, limit: int, seen: set[int], random: np.random.Generator
+    ) -> Iterator[Example]:
+        """Yield examples of rows in which the latent does not fire, with a random counted token in each."""
         quiet = np.diff(self._ends) > 0
         quiet[fired] = False
         rows = random.permutation(np.flatnonzero(quiet))
         starts, ends = self._ends[rows], self._ends[rows + 1]
         cell = self._counted[starts + (random.random(len(rows)) * (ends - starts)).astype(np.int64)]
         none = np.zeros(0, np.int64), np.zeros(0, np.float32)
-        for i in self._distinct(cell, np.arange(len(rows)), most, seen):
+        for i in self._distinct(cell, np.arange(len(rows)), limit, seen):
             row, position = divmod(int(cell[i]), self._length)
             yield Example(NON_ACTIVATING, row, position, 0.0, *none)
 
 
 def window_hashes(tokens: Integer[np.ndarray, "R T"], window: int) -> UInt64[np.ndarray, "R T"]:
-    """A number for each token, the same where the token and `window` tokens before and after it in the row are."""
+    """Return a hash of each token with `window` tokens before and after it in the row, equal for equal tokens."""
     factors = np.random.default_rng(0).integers(2**63, size=2 * window + 1, dtype=np.uint64) | np.uint64(1)
     padded = np.pad(tokens.astype(np.uint64) + np.uint64(1), ((0, 0), (window, window)))
     length = tokens.shape[1]
@@ -234,44 +242,45 @@ def window_hashes(tokens: Integer[np.ndarray, "R T"], window: int) -> UInt64[np.
     return hashes
 
 
-# ---- who fires together -------------------------------------------------------------------------------------------
+# ---- latents that fire together -----------------------------------------------------------------------------------
 
 
 class _Partners:
-    """The latents that fire on each cell, asked for those that fire with a given one."""
+    """An index of the latents that fire on each cell, to find those that fire together with a latent."""
 
     def __init__(self, spill: Spill, settings: Settings):
         self._offsets, self._codes = spill.codes()
         self._shares = spill.counts / spill.counted.sum()
         self._sample, self._nearest = settings.together_sample, settings.nearest
 
-    def of(self, latent: int, cells: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The latents that fire here more often than elsewhere, by how much, and on what share of these tokens.
+    def most(self, latent: int, cells: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return the latents that fire on these cells more often than on all tokens, and their shares of the cells.
 
-        Ranked by the share alone, the list of every latent would begin with the few that fire everywhere.
+        They are ranked by the difference of the two shares: ranked by the share on the cells alone, all lists would
+        begin with the same few dense latents.
         """
         if len(cells) > self._sample:
             cells = cells[random.choice(len(cells), self._sample, replace=False)]
         starts, ends = self._offsets[cells], self._offsets[cells.astype(np.int64) + 1]
         lengths = ends - starts
         before = np.cumsum(lengths) - lengths
-        there = self._codes[np.arange(lengths.sum()) + np.repeat(starts - before, lengths)]
-        share = np.bincount(there, minlength=len(self._shares)) / len(cells)
+        codes = self._codes[np.arange(lengths.sum()) + np.repeat(starts - before, lengths)]
+        share = np.bincount(codes, minlength=len(self._shares)) / len(cells)
         share[latent] = 0
-        more = share - self._shares
-        least = np.partition(more, -self._nearest)[-self._nearest] if self._nearest < len(more) else 0
-        others = np.flatnonzero((more > 0) & (more >= least))
-        others = others[np.argsort(-more[others], kind="stable")][: self._nearest]
-        names, shares = np.full(self._nearest, latent), np.full(self._nearest, np.nan)
-        names[: len(others)], shares[: len(others)] = others, share[others]
-        return names, shares
+        excess = share - self._shares
+        threshold = np.partition(excess, -self._nearest)[-self._nearest] if self._nearest < len(excess) else 0
+        others = np.flatnonzero((excess > 0) & (excess >= threshold))
+        others = others[np.argsort(-excess[others], kind="stable")][: self._nearest]
+        latents, shares = np.full(self._nearest, latent), np.full(self._nearest, np.nan)
+        latents[: len(others)], shares[: len(others)] = others, share[others]
+        return latents, shares
 
 
 # ---- columns ------------------------------------------------------------------------------------------------------
 
 
 class _Columns:
-    """The columns while they are filled, latent after latent."""
+    """The columns, filled in the order of the latents."""
 
     def __init__(self, d_sae: int, settings: Settings):
         self.max, self.mean, self.sum, self.square = (np.zeros(d_sae) for _ in range(4))
@@ -283,8 +292,8 @@ class _Columns:
         self._counts: list[int] = []
         self._examples: list[tuple[np.ndarray, ...]] = []
 
-    def describe(self, latent: int, values: np.ndarray, tokens: int) -> None:
-        """Takes all activations of a latent, at least one."""
+    def add_statistics(self, latent: int, values: np.ndarray, tokens: int) -> None:
+        """Set the statistics of a latent with at least one activation; `values` are all of them."""
         low, top = float(values.min()), float(values.max())
         self.max[latent] = top
         exact = values.astype(np.float64)
@@ -296,8 +305,8 @@ class _Columns:
         shares[0] = len(values)
         self.group_share[latent] = shares / tokens
 
-    def place(self, examples: list[Example]) -> None:
-        """Takes the examples of the next latent."""
+    def add_examples(self, examples: list[Example]) -> None:
+        """Append the examples of the next latent."""
         self._counts.append(len(examples))
         if not examples:
             return
@@ -305,10 +314,10 @@ class _Columns:
         lengths = np.array([len(p) for p in positions])
         self._examples.append((*map(np.array, heads), lengths, np.concatenate(positions), np.concatenate(values)))
 
-    def columns(self, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """All of them, by name."""
-        none = [()] * 7 if not self._examples else []
-        columns = [np.concatenate(parts) for parts in zip(*self._examples, strict=True)] or none
+    def by_name(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """Return all columns by name; `counts` are the numbers of activations."""
+        empty = [()] * 7 if not self._examples else []
+        columns = [np.concatenate(parts) for parts in zip(*self._examples, strict=True)] or empty
         names = ("group", "row", "position", "value")
         return {
             "count": counts,

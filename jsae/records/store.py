@@ -1,12 +1,12 @@
-"""The columnar store of what each latent fires on: folders of .npy files that are mapped, not read. numpy only.
+"""The columnar store of records of latents: folders of memory-mapped .npy files. numpy only.
 
     records/texts/   texts.json, tokens.npy, token_offsets.npy, token_bytes.npy
     records/HOOK/    records.json, and one .npy for each column of `COLUMNS`
-    records/HOOK/all/   all.json, and the columns of `ALL_COLUMNS`: every activation by latent; may be left out
+    records/HOOK/all/   all.json, and the columns of `ALL_COLUMNS`: all activations by latent; optional
 
-Every context is a pointer (row, position) into the one token array that all hooks of a run share. Axes: R rows of T
-tokens, V tokens of the vocabulary, f latents, E examples, A activations within the examples' rows, L logits kept,
-B bins, N neighbours kept, M activations in all.
+Every example is a pointer (row, position) into one token array, which all hooks of a run share. Axes: R rows of T
+tokens, V tokens of the vocabulary, f latents, E examples, A activations in the examples' rows, L logits,
+B bins, N neighbours, M activations in total.
 """
 
 import codecs
@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jsae import jsons
-from jsae.records.columns import VERSION, Folder, Growing, StoreError, write, write_header
+from jsae.records.columns import VERSION, ColumnWriter, Folder, StoreError, write, write_header
 from jsae.settings import Json
 
 __all__ = [
@@ -44,79 +44,79 @@ __all__ = [
 ]
 
 TOP, NON_ACTIVATING = 0, 6
-"""Groups of examples: 0 the strongest texts, 1 to 5 the fifths of [0, max] from the highest down, 6 texts without."""
+"""Groups of examples: 0: strongest; 1 to 5: from the fifths of [0, max], the highest first; 6: without activation."""
 
 TEXT_COLUMNS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "tokens": ("uint16", ("R", "T")),
     "token_offsets": ("uint32", ("V+1",)),
     "token_bytes": ("uint8", ("bytes",)),
 }
-"""Token `t` of the vocabulary is the bytes `token_offsets[t]` to `token_offsets[t + 1]`."""
+"""Token `t` of the vocabulary has the bytes `token_offsets[t]` to `token_offsets[t + 1]`."""
 
 COLUMNS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "count": ("int64", ("f",)),  # tokens on which it fires
+    "count": ("int64", ("f",)),  # tokens on which the latent fires
     "max": ("float32", ("f",)),
     "mean": ("float32", ("f",)),  # of the activations above 0
-    "hist_range": ("float32", ("f", "2")),  # of those: smallest and largest
-    "hist": ("uint32", ("f", "B")),  # tokens per bin of that range
-    "group_share": ("float32", ("f", "6")),  # share of all tokens inside each group's interval, [0] is all above 0
+    "hist_range": ("float32", ("f", "2")),  # smallest and largest activation above 0
+    "hist": ("uint32", ("f", "B")),  # tokens per bin of this range
+    "group_share": ("float32", ("f", "6")),  # share of all tokens in each group's interval; [0]: all above 0
     "example_offsets": ("int64", ("f+1",)),  # examples of latent i: offsets[i] to offsets[i + 1], by group
     "example_group": ("uint8", ("E",)),
     "example_row": ("uint32", ("E",)),
-    "example_position": ("uint16", ("E",)),  # the strongest token of the row; of group 6 a random one
+    "example_position": ("uint16", ("E",)),  # the strongest token of the row; in group 6 a random one
     "example_value": ("float32", ("E",)),
-    "activation_offsets": ("int64", ("E+1",)),  # where the example's latent fires in the example's row
+    "activation_offsets": ("int64", ("E+1",)),  # activations of the example's latent in the example's row
     "activation_position": ("uint16", ("A",)),
     "activation_value": ("float32", ("A",)),
-    "top_logits": ("uint16", ("f", "L")),  # token ids, the most raised first; values with `direct_path` in them
+    "top_logits": ("uint16", ("f", "L")),  # ids of the tokens whose logits rise most; values include `direct_path`
     "top_logit_values": ("float32", ("f", "L")),
-    "bottom_logits": ("uint16", ("f", "L")),  # the most lowered first
+    "bottom_logits": ("uint16", ("f", "L")),  # ids of the tokens whose logits fall most
     "bottom_logit_values": ("float32", ("f", "L")),
     "logit_range": ("float32", ("f", "2")),
-    "logit_hist": ("uint32", ("f", "B")),  # tokens of the vocabulary per bin of that range
-    "neighbours": ("uint32", ("f", "N")),  # latents with the most alike decoder rows, itself not among them
+    "logit_hist": ("uint32", ("f", "B")),  # tokens of the vocabulary per bin of this range
+    "neighbours": ("uint32", ("f", "N")),  # other latents with the most similar decoder rows
     "neighbour_cosines": ("float32", ("f", "N")),
-    "together": ("uint32", ("f", "N")),  # latents that fire on the same tokens most often beyond their share of all
-    "together_share": ("float32", ("f", "N")),  # on what share of this latent's tokens
+    "together": ("uint32", ("f", "N")),  # latents that fire on the same tokens more often than on all tokens
+    "together_share": ("float32", ("f", "N")),  # share of this latent's tokens on which they fire
     "channels": ("uint32", ("f", "3")),  # channels of the stream with the largest entries of the decoder row
     "channel_values": ("float32", ("f", "3")),
     "channel_shares": ("float32", ("f", "3")),  # |entry| / sum of |entries|
-    "correlated_channels": ("uint32", ("f", "3")),  # channels that go with the activation
+    "correlated_channels": ("uint32", ("f", "3")),  # channels with the largest correlation to the activation
     "channel_pearson": ("float32", ("f", "3")),
     "channel_cosine": ("float32", ("f", "3")),
 }
-"""Columns: dtype and axes. A list that is shorter than its axis is padded: the latent itself or number 0, value NaN."""
+"""Columns: dtype and axes. A list shorter than its axis is padded with the latent itself or 0, and with NaN values."""
 
 ALL_COLUMNS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "offsets": ("int64", ("f+1",)),  # activations of latent i: offsets[i] to offsets[i + 1], in the order of the text
     "cell": ("uint32", ("M",)),  # row * T + position
-    "value": ("float16", ("M",)),  # above 65504 it is that
+    "value": ("float16", ("M",)),  # at most 65504
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class TextsHeader(Json):
-    """What `texts.json` says."""
+    """The content of `texts.json`."""
 
     version: int
     rows: int
     row_length: int
     vocab_size: int
     bos: int
-    """Its id; where it stands no latent is counted."""
+    """Id of BOS. Latents are not counted on it."""
     special: list[int]
-    """Ids of the special tokens, BOS among them."""
+    """Ids of the special tokens, including BOS."""
     dataset: str
     split: str
     model: str
     fingerprint: str
-    """sha256 of the checkpoint."""
+    """SHA-256 of the checkpoint."""
     seed: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Header(Json):
-    """What `records.json` says."""
+    """The content of `records.json`."""
 
     version: int
     hook: str
@@ -127,17 +127,17 @@ class Header(Json):
     sae_sha256: str
     """`digest` of the export."""
     tokens: int
-    """How many tokens were counted: BOS and dropped duplicates are not."""
+    """Number of counted tokens, without BOS and dropped duplicates."""
     direct_path: float
-    """Factor that nanochat's residual mixing puts on this hook's direct path to the logits; below 0 it turns them."""
+    """Factor of nanochat's residual mixing on this hook's direct path to the logits; if negative, it flips signs."""
     duplicate_rows: int
     settings: dict[str, Any]
-    """How the records were gathered: num_tokens, per_group and so on."""
+    """Settings with which the records were gathered: num_tokens, per_group and so on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AllHeader(Json):
-    """What `all.json` says."""
+    """The content of `all.json`."""
 
     version: int
     d_sae: int
@@ -152,10 +152,10 @@ _HOOKS = ("hook_name", "hook_name_out", "hook_names", "sae_lens_version")
 
 
 def digest(export: Path) -> str:
-    """Return the sha256 of an exported SAE: of everything in its directory that its latents depend on.
+    """Return the SHA-256 of an exported SAE, as hex: of everything in its directory that its latents depend on.
 
-    These are the weights, the statistics that scale its input where there are some, and the settings of `cfg.json`: all
-    but the device and the metadata, of which only the names of hooks and the version of SAELens count.
+    These are the weights, the statistics that scale its input if there are any, and the settings of `cfg.json` except
+    for the device and the metadata, of which only the names of hooks and the version of SAELens count.
 
     Raises:
       FileNotFoundError: the weights or the settings are missing.
@@ -171,7 +171,7 @@ def digest(export: Path) -> str:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """Return what a `cfg.json` says that latents may depend on."""
+    """Return the settings in a `cfg.json` on which latents may depend."""
     cfg = jsons.read(file)
     if not isinstance(cfg, dict):
         raise ValueError(f"{file} is broken: expected an object, got {type(cfg).__name__}")
@@ -181,11 +181,11 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 class Texts(Folder):
-    """The token rows that all records of a run point into, and the vocabulary's bytes to show them by.
+    """The token rows that all records of a run point into, and the bytes of the vocabulary.
 
     Raises:
-      FileNotFoundError: there are none.
-      StoreError: of another version, or broken.
+      FileNotFoundError: there are no texts.
+      StoreError: they are broken or have another version.
     """
 
     _columns, _file, _header = TEXT_COLUMNS, "texts.json", TextsHeader
@@ -201,12 +201,12 @@ class Texts(Folder):
         header = self.header
         return {"R": header.rows, "T": header.row_length, "V": header.vocab_size}
 
-    def _below(self) -> dict[str, int]:
+    def _upper_bounds(self) -> dict[str, int]:
         return {"tokens": self.header.vocab_size}
 
     @property
     def tokens(self) -> np.ndarray:
-        """uint16 (R, T)."""
+        """Token rows, uint16 (R, T)."""
         return self["tokens"]
 
     @cached_property
@@ -217,14 +217,14 @@ class Texts(Folder):
 
     @cached_property
     def words(self) -> list[str]:
-        """Every token by itself; bytes that are no UTF-8, such as a part of a character, are U+FFFD."""
+        """Every token as text; invalid UTF-8, such as a part of a character, becomes U+FFFD."""
         return [piece.decode("utf-8", "replace") for piece in self.vocabulary]
 
     def spell(self, ids: Iterable[int]) -> list[str]:
-        """Tokens that follow each other, one string each, which together are the text.
+        """Return one string for each of some consecutive tokens, which joined are their text.
 
-        A character that is split over tokens stands with the token that completes it; the others of its tokens are "".
-        Bytes that complete no character are U+FFFD.
+        A character of several tokens is in the string of the last of them; the strings of the others are "". Invalid
+        UTF-8 becomes U+FFFD.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         strings = [decoder.decode(self.vocabulary[i]) for i in ids]
@@ -234,7 +234,7 @@ class Texts(Folder):
 
     @staticmethod
     def write(folder: Path, header: TextsHeader, tokens: np.ndarray, vocabulary: list[bytes]) -> None:
-        """Writes rows (R, T) and the vocabulary."""
+        """Write token rows (R, T) and the bytes of the vocabulary. Raises OSError, see `columns.write`."""
         columns = {
             "tokens": tokens,
             "token_offsets": np.cumsum([0, *map(len, vocabulary)]),
@@ -244,11 +244,11 @@ class Texts(Folder):
 
 
 class Activations(Folder):
-    """Every activation above 0, by latent: the folder `all` of a store.
+    """All activations above 0, by latent: the folder `all` of a store.
 
     Raises:
-      FileNotFoundError: they were not kept.
-      StoreError: of another version, or broken.
+      FileNotFoundError: the activations were not stored.
+      StoreError: they are broken or have another version.
     """
 
     _columns, _file, _header = ALL_COLUMNS, "all.json", AllHeader
@@ -259,56 +259,60 @@ class Activations(Folder):
     def _sizes(self) -> dict[str, int]:
         return {"f": self.header.d_sae}
 
-    def _below(self) -> dict[str, int]:
+    def _upper_bounds(self) -> dict[str, int]:
         return {"cell": self.header.rows * self.header.row_length}
 
-    def of(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where a latent fires, cells (row * T + position) in rising order, and how strongly."""
+    def activations_of_latent(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the cells (row * T + position) on which a latent fires, in ascending order, and its activations."""
         start, end = (int(self["offsets"][latent + i]) for i in (0, 1))
         return self["cell"][start:end], self["value"][start:end]
 
     @staticmethod
     def write(folder: Path, header: AllHeader, columns: Mapping[str, np.ndarray]) -> None:
-        """Writes the columns of `ALL_COLUMNS` where they are at hand; `ActivationsWriter` takes them as they come."""
+        """Write the columns of `ALL_COLUMNS` at once; `ActivationsWriter` writes them in pieces."""
         write(folder, Activations._file, header, columns, ALL_COLUMNS)
 
 
 class ActivationsWriter:
-    """Writes the columns of `ALL_COLUMNS` piece by piece; without `finish` there is no store."""
+    """A writer of the columns of `ALL_COLUMNS` in pieces. The store exists only after `finish`.
+
+    Args:
+      folder: the folder, created if missing.
+    """
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._files = {name: Growing(folder / f"{name}.npy", ALL_COLUMNS[name][0]) for name in ("cell", "value")}
+        self._files = {name: ColumnWriter(folder / f"{name}.npy", ALL_COLUMNS[name][0]) for name in ("cell", "value")}
 
     def append(self, cells: np.ndarray, values: np.ndarray) -> None:
-        """Takes activations by latent, each latent's cells rising."""
+        """Append activations, ordered by latent and then by cell."""
         self._files["cell"].append(cells)
         self._files["value"].append(np.minimum(values, np.finfo(np.float16).max))
 
     def finish(self, header: AllHeader, counts: np.ndarray) -> None:
-        """Says how many of them are each latent's."""
+        """Write the header and the number of activations of each latent, (f,)."""
         self.close()
         np.save(self._folder / "offsets.npy", np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
         write_header(self._folder / Activations._file, header)
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         for file in self._files.values():
             file.close()
 
 
 class Store(Folder):
-    """The records of one SAE; `store["max"]` is a column, `store.texts` what the examples point into.
+    """The records of one SAE. `store["max"]` is a column; examples point into `store.texts`.
 
     Args:
-      path: `records/HOOK`; the texts lie beside it.
-      sae_sha256: `digest` of the SAE at hand; records of another are refused.
-      hook: whose records they must be; none: whose the header says.
+      path: `records/HOOK`; the texts are in `records/texts`.
+      sae_sha256: `digest` of the current SAE, with which the records must agree; None: do not check.
+      hook: the hook of the records; None: that of the header.
 
     Raises:
-      FileNotFoundError: there are none.
-      StoreError: of another version or SAE, or broken; pointers out of range are found when their column is asked for.
+      FileNotFoundError: there are no records.
+      StoreError: the records are broken, or have another version or SAE. Pointers out of range are detected on access.
     """
 
     _columns, _file, _header = COLUMNS, "records.json", Header
@@ -321,17 +325,17 @@ class Store(Folder):
         if hook is not None and hook != self.header.hook:
             raise StoreError(f"the records at {self.path} are of {self.header.hook!r:.200}, not of {hook}")
         self.texts = Texts(self.path.parent / "texts")
-        found = self.header.sae_sha256
-        if sae_sha256 is not None and found != sae_sha256:
+        recorded = self.header.sae_sha256
+        if sae_sha256 is not None and recorded != sae_sha256:
             raise StoreError(
-                f"the records at {self.path} are of the SAE {found[:12]}, not of {sae_sha256[:12]}: "
-                "it was trained again or its settings changed since"
+                f"the records at {self.path} are of the SAE {recorded[:12]}, not of {sae_sha256[:12]}: "
+                "it was trained again or its settings have changed since"
             )
 
     def _sizes(self) -> dict[str, int]:
         return {"f": self.header.d_sae, "2": 2, "3": 3, "6": 6}
 
-    def _below(self) -> dict[str, int]:
+    def _upper_bounds(self) -> dict[str, int]:
         texts, f = self.texts.header, self.header.d_sae
         return {
             "example_group": NON_ACTIVATING + 1,
@@ -348,20 +352,20 @@ class Store(Folder):
 
     @cached_property
     def all(self) -> Activations:
-        """Every activation above 0. Raises FileNotFoundError where they were not kept."""
+        """All activations above 0. Raises FileNotFoundError if they were not stored."""
         return Activations(self.path / "all")
 
     def examples(self, latent: int) -> range:
-        """The examples of a latent, as indices into the example columns."""
+        """Return the examples of a latent, as indices into the example columns."""
         offsets = self["example_offsets"]
         return range(int(offsets[latent]), int(offsets[latent + 1]))
 
     def activations(self, example: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where in its row an example's latent fires, and how strongly."""
+        """Return the positions in an example's row on which its latent fires, and the activations."""
         start, end = (int(self["activation_offsets"][example + i]) for i in (0, 1))
         return self["activation_position"][start:end], self["activation_value"][start:end]
 
     @staticmethod
     def write(folder: Path, header: Header, columns: Mapping[str, np.ndarray]) -> None:
-        """Writes the columns of `COLUMNS`, all of them."""
+        """Write all columns of `COLUMNS`. Raises OSError, see `columns.write`."""
         write(folder, Store._file, header, columns, COLUMNS)

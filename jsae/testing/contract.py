@@ -25,7 +25,7 @@ from jsae.checkpoint import Checkpoints
 from jsae.config import TrainConfig
 from jsae.data import Shuffled
 from jsae.ops import Codes, Latents, choose
-from jsae.state import Acts, TrainState, input_and_target, place
+from jsae.state import Acts, TrainState, input_and_target, shard
 from jsae.testing import toy
 
 D_SAE = 64
@@ -190,7 +190,7 @@ class ShardedContract(Contract):
         """Take five steps on a mesh of at most 2 x 2 devices, and compare the state with that of one device."""
         devices = jax.devices()[: 2 ** min(len(jax.devices()).bit_length() - 1, 2)]
         mesh = axes.make_mesh(latent=min(len(devices), 2), devices=devices)
-        whole, sharded = begun(self.config), place(begun(self.config), mesh)
+        whole, sharded = begun(self.config), shard(begun(self.config), mesh)
         cut = jax.NamedSharding(mesh, axes.spec(("n", "d")))
         program = loop.Programs([loop.Member(self.config, RUN)]).at(RUN.num_steps)
         for i in range(5):

@@ -189,16 +189,16 @@ def test_activations_that_end_before_the_run_are_told_with_the_steps_taken():
 @pytest.mark.parametrize(
     ("config", "widths", "wanted"),
     [
-        (sae_config("relu", D, F), [D + 1], r"\[12\], but these have \[13\]"),
-        (sae_config("relu", D, F, d_out=5), [D, 6], r"\[12, 5\], but these have \[12, 6\]"),
-        (sae_config("relu", D, F, d_out=5), [D], r"\[12, 5\], but these have \[12\]"),
-        (sae_config("relu", 3 * D, F, layers=3), [D, D], r"\[12, 12, 12\], but these have \[12, 12\]"),
-        (sae_config("relu", 2 * D, F, layers=2), [D, 2 * D], r"\[12, 12\], but these have \[12, 24\]"),
+        (sae_config("relu", D, F), [D + 1], r"\[12\], got \[13\]"),
+        (sae_config("relu", D, F, d_out=5), [D, 6], r"\[12, 5\], got \[12, 6\]"),
+        (sae_config("relu", D, F, d_out=5), [D], r"\[12, 5\], got \[12\]"),
+        (sae_config("relu", 3 * D, F, layers=3), [D, D], r"\[12, 12, 12\], got \[12, 12\]"),
+        (sae_config("relu", 2 * D, F, layers=2), [D, 2 * D], r"\[12, 12\], got \[12, 24\]"),
     ],
 )
 def test_activations_of_other_widths_are_refused_before_anything_is_trained(config, widths, wanted):
     acts = tuple(np.ones((8, width), np.float32) for width in widths)
-    with pytest.raises(ConfigError, match=f"activations of the widths {wanted}"):
+    with pytest.raises(ConfigError, match=f"needs activations of the widths {wanted}"):
         begin(config, RUN, acts)
 
 

@@ -112,7 +112,7 @@ def test_an_error_for_a_missing_path_lists_what_exists(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="it contains nothing: give a checkpoint directory"):
         nanochat.load(tmp_path / "empty")
     (tmp_path / "base" / "chatsft_checkpoints" / "d4").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="holds chatsft_checkpoints: give"):
+    with pytest.raises(FileNotFoundError, match="contains chatsft_checkpoints: give"):
         nanochat.load(tmp_path / "base")
 
 

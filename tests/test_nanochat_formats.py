@@ -244,7 +244,7 @@ def test_parts_that_are_missing_extra_or_elsewhere_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"contains lm_head\.weight, which another file also|list different tensors"):
         nanochat.load(tmp_path)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"3 files, and model-00002-of-00003\.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"3 files, of which model-00002-of-00003\.safetensors is missing"):
         nanochat.load(tmp_path)
 
 

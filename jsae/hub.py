@@ -179,8 +179,8 @@ def _snapshot(address: Address, reason: str) -> Path:
         if root.name:
             return root
         raise FileNotFoundError(
-            f"{address.repo} at revision {address.revision or 'main'} is not in the local cache, and {reason}: download "
-            f"it when the hub can be reached (hf download {address.repo}), or give a local directory"
+            f"{address.repo} at revision {address.revision or 'main'} is not in the local cache, and {reason}: "
+            f"download it when the hub can be reached (hf download {address.repo}), or give a local directory"
         ) from error
 
 

@@ -23,7 +23,7 @@ _HTTP_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """The parts of an hf:// id."""
+    """The parts of an hf:// address."""
 
     repo: str
     revision: str | None
@@ -31,7 +31,7 @@ class Address:
 
     @property
     def name(self) -> str:
-        """Return a name for the model: the last part of the address, without its revision."""
+        """A display name of the model: the last part of the address, without its revision."""
         return self.folder.name or self.repo.partition("/")[2]
 
     def __str__(self) -> str:
@@ -41,20 +41,20 @@ class Address:
 
 
 def is_address(path: object) -> bool:
-    """Return whether a path is meant as an address on the hub."""
+    """Return whether a path is an address on the hub."""
     return isinstance(path, (str, Path)) and str(path).startswith((SCHEME, "hf:/"))  # Path("hf://x") is hf:/x
 
 
 def parse(path: str | Path) -> Address:
-    """Return the parts of an hf:// id.
+    """Return the parts of an hf:// address.
 
     Raises:
-      ValueError: it is none; says the form.
+      ValueError: it is not an hf:// address; shows the form.
     """
     text = re.sub(r"^hf:/+", "", str(path)).rstrip("/")
     match = _ID.fullmatch(text)
     if match is None or text.startswith(("datasets/", "spaces/")):
-        raise ValueError(f"{str(path)[:200]!r} is no model on the Hugging Face hub: give {FORM}")
+        raise ValueError(f"{str(path)[:200]!r} is not a model address on the Hugging Face hub: give {FORM}")
     folder = PurePosixPath(match[3] or "")
     if ".." in folder.parts:
         raise ValueError(f"{str(path)[:200]!r} leaves its repository: give {FORM}")
@@ -100,31 +100,31 @@ class Listing:
 
 Chosen = TypeVar("Chosen")
 Choose = Callable[[Listing], tuple[Chosen, Sequence[PurePosixPath]]]
-"""What a caller wants of a repository, and the files to fetch for it."""
+"""A function from the files of a repository to a choice, and the files to fetch for it."""
 
 
 def fetch(address: Address, choose: Choose[Chosen]) -> tuple[Path, Chosen]:
-    """Return the folder of a repository's files, having fetched those that are chosen, and the choice.
+    """Fetch the chosen files of a repository; return its local folder and the choice.
 
-    Where the hub is switched off (HF_HUB_OFFLINE=1) or out of reach, the local cache is taken.
+    The local cache is used in offline mode (HF_HUB_OFFLINE=1), or if the hub cannot be reached.
 
     Raises:
       ImportError: huggingface_hub is not installed.
-      FileNotFoundError: there is no such repository or revision, or it is not in the cache; or what `choose` raises.
-      OSError: the hub refuses.
+      FileNotFoundError: there is no such repository or revision, or the cache lacks it; also raised by `choose`.
+      OSError: the hub refuses the request.
     """
     try:
         from huggingface_hub import constants
     except ImportError as error:
         raise ImportError(f"{address} needs huggingface_hub: pip install 'jsae[hub]'") from error
     if constants.HF_HUB_OFFLINE:
-        return _cached(address, choose, "the hub is offline here (HF_HUB_OFFLINE)")
+        return _cached(address, choose, "the hub is in offline mode (HF_HUB_OFFLINE)")
     try:
         return _download(address, choose)
     except _UnreachableError as error:
-        reason = f"the hub is out of reach ({error})"
+        reason = f"the hub cannot be reached ({error})"
     root, chosen = _cached(address, choose, reason)
-    warnings.warn(f"{reason}: took {address} as the local cache holds it, {root}", stacklevel=3)
+    warnings.warn(f"{reason}: loaded {address} from the local cache, {root}", stacklevel=3)
     return root, chosen
 
 
@@ -152,7 +152,7 @@ def _download(address: Address, choose: Choose[Chosen]) -> tuple[Path, Chosen]:
             raise
         raise OSError(f"{address} could not be fetched: {_first_line(error)}") from error
     if not all((root / name).is_file() for name in names):
-        raise _UnreachableError("the download broke off")
+        raise _UnreachableError("the download was interrupted")
     return root, chosen
 
 
@@ -174,18 +174,18 @@ def _snapshot(address: Address, reason: str) -> Path:
     try:
         return Path(snapshot_download(address.repo, revision=address.revision, local_files_only=True))
     except OSError as error:
-        # A snapshot without the files that nobody asked for is complete enough.
+        # A partial snapshot is enough if it has the chosen files.
         root = Path(getattr(error, "snapshot_path", ""))
         if root.name:
             return root
         raise FileNotFoundError(
-            f"{address.repo} at revision {address.revision or 'main'} is not in the local cache, and {reason}: fetch "
-            f"it once while the hub can be reached (hf download {address.repo}), or give a local directory"
+            f"{address.repo} at revision {address.revision or 'main'} is not in the local cache, and {reason}: "
+            f"download it when the hub can be reached (hf download {address.repo}), or give a local directory"
         ) from error
 
 
 def _explained(address: Address, error: Exception) -> OSError:
-    """Return an error of the hub in words that name the repository, the revision and what to do."""
+    """Return an exception for an error of the hub that names the repository, the revision and the remedy."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     revision = address.revision or "main"
@@ -199,7 +199,7 @@ def _explained(address: Address, error: Exception) -> OSError:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is None or status >= 500 or status == 429:
             return _UnreachableError(_first_line(error))
-        return OSError(f"the hub refuses {address.repo} at revision {revision}: {_first_line(error)}")
+        return OSError(f"the hub refused {address.repo} at revision {revision}: {_first_line(error)}")
     return FileNotFoundError(f"{address.repo} (revision {revision}) {problem}")
 
 

@@ -329,7 +329,7 @@ class Store(Folder):
         if sae_sha256 is not None and recorded != sae_sha256:
             raise StoreError(
                 f"the records at {self.path} are of the SAE {recorded[:12]}, not of {sae_sha256[:12]}: "
-                "it was trained again or its settings have changed since"
+                "it was trained again or its settings changed since"
             )
 
     def _sizes(self) -> dict[str, int]:

@@ -33,5 +33,5 @@ def test_they_train_save_load_and_print(tmp_path):
     fvu = re.fullmatch(r"TrainedSAE\(topk, d_in=64, d_sae=256, k=4\) \(5, 256\) FVU (0\.\d+)\n", done.stdout)
     assert fvu is not None, done.stdout
     assert float(fvu[1]) < 0.1
-    assert done.stderr.splitlines()[-1].startswith("100 %")
+    assert done.stderr.splitlines()[-1].startswith("training: 100 %")
     assert {path.name for path in (tmp_path / "my_sae").iterdir()} == {"cfg.json", "sae_weights.safetensors"}

@@ -1,12 +1,12 @@
 """Read the weights of a SAELens directory, folded to the one plain form that jsae and bridge compute with."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jsae import jsons
 from jsae.files import is_system_error
 from jsae.saelens import config
 from jsae.saelens.folding import fold
@@ -85,7 +85,7 @@ def _bfloat16(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.nd
     """Return arrays that are stored in bfloat16, which numpy has not, in float32. safetensors has checked the file."""
     with file.open("rb") as opened:
         start = 8 + int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(start - 8)) if shapes else {}
+        header = jsons.loads(opened.read(start - 8)) if shapes else {}
         arrays = {}
         for name, shape in shapes.items():
             first, last = header[name]["data_offsets"]

@@ -119,6 +119,11 @@ def _changed(path: str, location: Location, change: Callable[[str], str]) -> str
     return path if not path or path in location.words or _ADDRESS.match(path) else change(path)
 
 
+def listed_fields(config_class: type) -> set[str]:
+    """Return the names of the fields that hold comma-separated lists of paths."""
+    return {name for name, location in _locations(config_class).items() if location.listed}
+
+
 @functools.cache
 def _locations(config_class: type) -> dict[str, Location]:
     """The fields of a dataclass that are marked."""

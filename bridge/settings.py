@@ -1,16 +1,23 @@
 """Fields of the settings that commands and runs have in common: their help, their ranges, their paths."""
 
 import dataclasses
-from typing import Any, Literal
+import difflib
+import functools
+import os
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 from bridge import locations
-from jsae.settings import Range, check_fields
+from jsae.settings import ConfigError, Range, check_fields, require
 
 STEP = Range(0, 2**31 - 1, "be a step from 0")
 CONTEXT = Range(2, 2**24, f"be 2 to {2**24} tokens, or less where the model takes less")
 LONG_SEED = Range(0, 2**63 - 1, "lie in [0, 2**63)")
 ExcludeTokens = Literal["bos", "special", "nothing"]
 """As in `bridge.selection`, which takes torch to import."""
+
+Config = TypeVar("Config")
 
 
 def flag(default: Any, text: str, range: Range | None = None) -> Any:
@@ -19,10 +26,89 @@ def flag(default: Any, text: str, range: Range | None = None) -> Any:
 
 
 def settle(config: Any) -> None:
-    """Expand the paths of a frozen config in place and check its numbers: what every `__post_init__` begins with.
+    """Check the fields of a frozen config and expand its paths in place: what every `__post_init__` begins with.
 
     Raises:
-      ConfigError: a path with an unknown user or variable, a number out of its range; names the field.
+      ConfigError: a path with an unknown user or variable, a number out of its range, or a value of another type;
+        names the field.
     """
+    _check_types(config)
     locations.expand_fields(config)
     check_fields(config)
+
+
+def from_keywords(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """Return a config from its fields by name, as Python code writes them.
+
+    Where a field takes several values, one value, a list, a range or an array will do, and None stands for no value.
+    Paths become text, as do the numbers of a field that takes text, and numbers of numpy become Python's. A field that
+    takes comma-separated paths also takes a list of them. An SAE class stands for its name.
+
+    Raises:
+      ConfigError: a name that is no field, or a value that cannot work; names the field.
+    """
+    hints = typing.get_type_hints(config_class)
+    for name in values:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
+            raise ConfigError(f"{name} is no setting of {config_class.__name__}: {hint}")
+    lists = locations.listed_fields(config_class)
+    return config_class(**{name: _field_value(hints[name], value, name in lists) for name, value in values.items()})
+
+
+def _field_value(hint: Any, value: Any, joined: bool) -> Any:
+    """Return a value in the type of its field."""
+    value = _plain(value)
+    if typing.get_origin(hint) is tuple:
+        items = [] if value is None else value if isinstance(value, list | tuple | range) else [value]
+        text = typing.get_args(hint)[0] is str
+        return tuple(str(_plain(item)) if text else _plain(item) for item in items)
+    if joined and isinstance(value, list | tuple):
+        return ",".join(str(_plain(item)) for item in value)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON holds, of a path, a number or array of numpy, or an architecture."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, type):
+        return getattr(value, "name", value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+_TYPES = {str: "text", bool: "True or False"}
+
+
+class _Checked(typing.NamedTuple):
+    """A field that holds text, or True or False."""
+
+    name: str
+    kind: type
+    several: bool
+    optional: bool
+
+
+@functools.cache
+def _checked_fields(config_class: type) -> list[_Checked]:
+    hints = typing.get_type_hints(config_class)
+    checked = []
+    for field in dataclasses.fields(config_class):
+        hint = hints[field.name]
+        kinds = typing.get_args(hint) or (hint,)
+        optional = field.default is None or type(None) in kinds
+        several = typing.get_origin(hint) is tuple
+        checked += [_Checked(field.name, kind, several, optional) for kind in _TYPES if kind in kinds]
+    return checked
+
+
+def _check_types(config: Any) -> None:
+    """Check the fields that hold text, or True or False; `check_fields` checks numbers and choices."""
+    for field in _checked_fields(type(config)):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if value is None and field.optional:
+            continue
+        require(not field.several or isinstance(value, tuple | list), f"{field.name} is {value!r}: it must be a tuple")
+        for item in value if field.several else (value,):
+            require(isinstance(item, field.kind), f"{field.name} is {item!r:.80}: it must be {_TYPES[field.kind]}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from jsae import metrics, optim, state, step
@@ -52,6 +53,17 @@ def init(members: Sequence[Member], sample: Batch, ops: Ops | None = None) -> St
         state.init(member.sae, member.train, ops or member.ops, sample[member.site], _optimizer(member, ops))
         for member in members
     )
+
+
+def abstract_states(members: Sequence[Member], ops: Ops | None = None) -> States:
+    """Return shapes and dtypes of the states, which restoring a checkpoint needs."""
+
+    def one(member: Member) -> TrainState:
+        rows = member.train.batch_size
+        arrays = tuple(jax.ShapeDtypeStruct((rows, width), np.float32) for width in state.widths(member.sae))
+        return jax.eval_shape(lambda sample: init([member._replace(site=0)], (sample,), ops)[0], arrays)
+
+    return tuple(map(one, members))
 
 
 class Programs:
@@ -135,6 +147,23 @@ def check_finite(state: TrainState, sums: metrics.Sums, name: str | None = None)
         )
         whose = "" if name is None else f" of {name}"
         raise (ActivationsError if bad else NotFiniteError)(f"the loss{whose} is not finite at step {number}; {cause}")
+
+
+def summaries(members: Sequence[Member], number: int, states: States, sums: AllSums) -> list[dict[str, float]]:
+    """Wait for the device and return the metrics of every member over some steps, the last of which is `number`.
+
+    They are those of `jsae.metrics.summarize`. But `dead_fraction` is the share of latents without a value for
+    `dead_after` activations, and `learning_rate` is that of the last step, unless the member has its own optimiser.
+    """
+    metrics_of_all = []
+    since_fired = jax.device_get([last.since_fired for last in states])
+    for member, own_sums, silent in zip(members, jax.device_get(sums), since_fired, strict=True):
+        summary = metrics.summarize(own_sums)
+        summary["dead_fraction"] = float(np.mean(silent >= member.train.dead_after))
+        if member.inner is None:
+            summary["learning_rate"] = float(optim.schedule(member.train, member.sae.d_sae)(number - 1))
+        metrics_of_all.append(summary)
+    return metrics_of_all
 
 
 def _optimizer(member: Member, ops: Ops | None) -> optim.Optimizer:

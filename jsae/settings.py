@@ -71,7 +71,7 @@ def check_fields(config: Any) -> None:
         name, value = field.name, getattr(config, field.name)
         if value is None and field.optional:
             continue
-        require(not field.is_list or isinstance(value, (tuple, list)), f"{name} is {value!r}: it must be a list")
+        require(not field.is_list or isinstance(value, (tuple, list)), f"{name} is {value!r}: it must be a tuple")
         for item in value if field.is_list else (value,):
             if field.choices:
                 require(item in field.choices, f"{name} is {item!r}: choose one of {', '.join(field.choices)}")

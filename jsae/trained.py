@@ -131,7 +131,8 @@ class TrainedSAE:
         sizes |= {"d_out": self.d_out} if self.is_transcoder else {}
         sizes |= {"layers": self.layers} if self.layers > 1 else {}
         sizes |= {"k": self.cfg["k"]} if self.architecture in RANKED else {}
-        shown = {**sizes, **{name: round(self.metrics[name], 4) for name in ("fvu", "l0") if name in self.metrics}}
+        shown: dict[str, object] = dict(sizes)
+        shown |= {name: round(self.metrics[name], 4) for name in ("fvu", "l0") if name in self.metrics}
         return f"TrainedSAE({self.architecture}, {', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 

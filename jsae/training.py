@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 
-from jsae import loop, metrics, optim, state
+from jsae import loop, metrics, state
 from jsae.architectures import SAEConfig
 from jsae.arrays import Activations, source_of
 from jsae.checkpoint import Checkpoints
@@ -187,7 +186,7 @@ class _Run(NamedTuple):
             if not (due or last or number % self.report_every == 0):
                 continue
             loop.check_finite(states[0], window)
-            values = self._metrics(number, states[0], tail if last else window)
+            (values,) = loop.summaries(members, number, states, (tail if last else window,))
             now = time.perf_counter()
             values["activations_per_second"] = (number - since) * self.member.train.batch_size / (now - started)
             watch.observe("", since + 1, number, values["fvu"])
@@ -204,10 +203,7 @@ class _Run(NamedTuple):
         if checkpoints is None or checkpoints.latest() is None:
             batches = Shuffled(self.source, **self.shuffle)
             return batches, loop.init([self.member], (batches.peek(),), self.ops), None
-        rows = self.member.train.batch_size
-        arrays = tuple(jax.ShapeDtypeStruct((rows, width), np.float32) for width in state.widths(self.member.sae))
-        sample = (arrays if len(arrays) > 1 else arrays[0],)
-        found = checkpoints.restore(jax.eval_shape(lambda x: loop.init([self.member], x, self.ops), sample))
+        found = checkpoints.restore(loop.abstract_states([self.member], self.ops))
         for damage in found.damaged:
             warnings.warn(
                 f"the checkpoint of step {damage.step} is damaged, and is now {damage.moved_to}: {damage.reason}",
@@ -243,15 +239,6 @@ class _Run(NamedTuple):
                 f"these checkpoints are of a run with {name}={before.get(name)!r}, and this one has "
                 f"{settings.get(name)!r}: give the same settings to go on with it, or another folder",
             )
-
-    def _metrics(self, number: int, last: state.TrainState, sums: metrics.Sums) -> dict[str, float]:
-        summary = metrics.summarize(jax.device_get(sums))
-        silent = np.asarray(jax.device_get(last.since_fired))
-        summary["dead_fraction"] = float(np.mean(silent >= self.member.train.dead_after))
-        if self.member.inner is None:
-            rate = optim.schedule(self.member.train, self.member.sae.d_sae)(number - 1)
-            summary["learning_rate"] = float(rate)
-        return summary
 
 
 @functools.lru_cache(maxsize=4)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grimp
 import pytest
+import tiers
 
 import bridge
 import jsae
@@ -40,6 +41,14 @@ def test_ruff_has_nothing_to_say(arguments):
 def test_types():
     done = run(sys.executable, "-m", "mypy")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_slow_test_that_is_named_exists():
+    for module in {*tiers.MODULES, *tiers.TESTS}:
+        tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8"))
+        functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert set(tiers.TESTS.get(module, ())) <= functions, f"tests/tiers.py names tests that {module} does not have"
+    assert not set(tiers.MODULES) & set(tiers.TESTS), "in both tables of tests/tiers.py"
 
 
 def test_the_packages_say_that_they_are_typed():

@@ -139,7 +139,9 @@ def test_a_terminal_has_a_bar_that_disappears(clock):
 @pytest.mark.parametrize(("terminal", "notebook", "kind", "bar"), [
     (True, False, "xterm", True), (True, False, "dumb", False), (False, False, "xterm", False), (False, True, "", True),
 ])  # fmt: skip
-def test_a_bar_is_for_terminals_and_notebooks(terminal, notebook, kind, bar):
+def test_a_bar_is_for_terminals_and_notebooks(terminal, notebook, kind, bar, tmp_path, monkeypatch):
+    (tmp_path / "ipywidgets.py").touch()  # whether it is installed or not
+    monkeypatch.syspath_prepend(tmp_path)
     console = Console(file=io.StringIO(), force_terminal=terminal, force_jupyter=notebook, _environ={"TERM": kind})
     assert shows_bar(console) is bar
 

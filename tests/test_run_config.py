@@ -237,7 +237,7 @@ def test_a_sweep_that_does_not_fit_the_memory_is_refused_with_what_it_needs_and_
 
 def test_an_average_is_one_more_copy_of_the_weights(nano):
     config = RunConfig(average_fraction=0.1)
-    trainees, without = plan.trainees(RUN, config, nano), plan.of(RUN, RunConfig(), nano)
+    trainees, without = plan.trainees(RUN, config, nano), plan.trainees(RUN, RunConfig(), nano)
     weights = 4 * 1024 * 256
     enough = 5 * weights + 2 * 4 * 2048 * 1024 + 3 * 4 * 65536 * 128
     plan.check_memory(RunConfig(), without, 128, enough)

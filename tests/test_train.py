@@ -6,10 +6,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from alone import begin, fit
 
-from jsae import loop, metrics
+from jsae import loop, metrics, optim
 from jsae.architectures import sae_config
 from jsae.arrays import ArraySource
 from jsae.checkpoint import Checkpoints
@@ -108,6 +109,26 @@ def test_each_sae_of_a_pass_equals_the_one_trained_alone(i, together):
         np.testing.assert_allclose(of_the_pass, alone, rtol=1e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
+def test_abstract_states_have_the_shapes_and_dtypes_of_the_first_ones(together):
+    abstract, first_states = loop.abstract_states(MEMBERS), together[0][0]
+    assert jax.tree.structure(abstract) == jax.tree.structure(first_states)
+    for like, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(first_states), strict=True):
+        assert (like.shape, like.dtype) == (leaf.shape, leaf.dtype)
+
+
+def test_summaries_count_the_latents_that_are_dead_and_give_the_rate_of_the_last_step(together):
+    states, sums = together[0][-1], together[1][-1]
+    for member, state, own, summary in zip(
+        MEMBERS, states, sums, loop.summaries(MEMBERS, STEPS, states, sums), strict=True
+    ):
+        assert summary["fvu"] == metrics.summarize(own)["fvu"]
+        assert summary["dead_fraction"] == np.mean(state.since_fired >= 300)
+        rate = optim.schedule(member.train, member.sae.d_sae)(STEPS - 1)
+        assert summary["learning_rate"] == pytest.approx(float(rate))
+    given = MEMBERS[0]._replace(inner=optax.sgd(1e-2))
+    assert "learning_rate" not in loop.summaries([given], STEPS, states[:1], sums[:1])[0]
+
+
 def test_members_of_a_pass_differ_from_one_another(together):
     """Lest they equal the ones trained alone because seeds, rates, sites and k do nothing."""
     last = together[0][-1]
@@ -168,16 +189,16 @@ def test_activations_that_end_before_the_run_are_told_with_the_steps_taken():
 @pytest.mark.parametrize(
     ("config", "widths", "wanted"),
     [
-        (sae_config("relu", D, F), [D + 1], r"\[12\], but these have \[13\]"),
-        (sae_config("relu", D, F, d_out=5), [D, 6], r"\[12, 5\], but these have \[12, 6\]"),
-        (sae_config("relu", D, F, d_out=5), [D], r"\[12, 5\], but these have \[12\]"),
-        (sae_config("relu", 3 * D, F, layers=3), [D, D], r"\[12, 12, 12\], but these have \[12, 12\]"),
-        (sae_config("relu", 2 * D, F, layers=2), [D, 2 * D], r"\[12, 12\], but these have \[12, 24\]"),
+        (sae_config("relu", D, F), [D + 1], r"\[12\], got \[13\]"),
+        (sae_config("relu", D, F, d_out=5), [D, 6], r"\[12, 5\], got \[12, 6\]"),
+        (sae_config("relu", D, F, d_out=5), [D], r"\[12, 5\], got \[12\]"),
+        (sae_config("relu", 3 * D, F, layers=3), [D, D], r"\[12, 12, 12\], got \[12, 12\]"),
+        (sae_config("relu", 2 * D, F, layers=2), [D, 2 * D], r"\[12, 12\], got \[12, 24\]"),
     ],
 )
 def test_activations_of_other_widths_are_refused_before_anything_is_trained(config, widths, wanted):
     acts = tuple(np.ones((8, width), np.float32) for width in widths)
-    with pytest.raises(ConfigError, match=f"activations of the widths {wanted}"):
+    with pytest.raises(ConfigError, match=f"needs activations of the widths {wanted}"):
         begin(config, RUN, acts)
 
 

@@ -65,6 +65,7 @@ MODULES = (
     "test_steer_command",
     "test_stream",
     "test_train",
+    "test_training",
     "test_wrong_flags",
 )
 # Slow tests of other modules.
@@ -127,6 +128,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_numbers_that_overflow_in_the_model_are_told",
     ),
     "test_explorer_labels": (
+        "test_files_of_names_that_are_hostile_take_little_time_and_memory",
         "test_broken_automatic_labels_say_how_to_make_them_anew",
         "test_writers_at_the_same_time_mix_no_lines",
     ),
@@ -246,6 +248,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_a_turned_direct_path_is_warned_of_and_turns_the_logits",
         "test_too_many_open_files_are_not_reported_as_broken_records",
     ),
+    "test_progress": ("test_neither_jax_nor_torch_is_needed",),
     "test_report": ("test_a_full_disk_is_one_error_and_leaves_whole_reports",),
     "test_run_config": ("test_the_processor_says_how_much_memory_it_has",),
     "test_runtime": (

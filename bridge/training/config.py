@@ -1,4 +1,4 @@
-"""What a training run is told: flags, and the SAEs that they ask for together."""
+"""Settings of a training run, and the configurations of the SAEs that they describe."""
 
 import dataclasses
 import itertools
@@ -38,33 +38,41 @@ SWEPT: Mapping[str, str] = {
     "learning_rate": "lr",
     "seed": "seed",
 }
-"""Flags that take several values, and how they are written in the name of a variant."""
+"""Settings that take several values, and their abbreviations in the names of variants."""
 
-_SELECTING = ("k_start", "k_anneal_fraction")  # of training, where an architecture has a k
-_PENALISED = ("sparsity_warmup_fraction",)  # of training, where an architecture has none
+_WITH_K = ("k_start", "k_anneal_fraction")
+_WITHOUT_K = ("sparsity_warmup_fraction",)
 _OWN = ("k", "nested_widths", "l1_coefficient", "l0_coefficient", "jump_recipe", "bandwidth", "target_l0")
-"""Flags that are settings of some architectures."""
+"""Settings of some architectures. The two tuples above are settings of training, with and without a k."""
 
-_CHECKED_BELOW = ("nested_widths", "target_l0", "k_start")  # by the SAE's own configuration
 MOST_VARIANTS = 1000
-_WIDEST = 2**20  # of a model, to check an SAE before its model is known
+_WIDEST = 2**20  # stands for the width of a model that is not known yet
 
 
 @dataclass(frozen=True)
 class RunConfig(Json):
-    """One pass over the text, as the command line says it: one SAE, or several where flags have several values."""
+    """Settings of a run: one pass over text that trains one SAE, or several where settings have several values.
+
+    The command line has a flag for every field, and error messages name fields as flags (`--k`). `bridge.train` also
+    takes the fields as keyword arguments, with single values in the place of tuples.
+
+    Raises:
+      ConfigError: settings that cannot work; names the field, what was given and what is allowed.
+    """
 
     checkpoint: Checkpoint = flag(
-        "demo", "nanochat checkpoint: a directory, a file of weights, hf://owner/name, or 'demo', which comes along."
+        "demo", "nanochat checkpoint: a directory, a file of weights, hf://owner/name, or 'demo', which is included."
     )
     step: int | None = flag(None, "Step of the checkpoint directory; none is the last.", STEP)
     tokenizer: FilePath | None = flag(None, "Directory of the tokenizer; none looks beside and above the checkpoint.")
     data: Data = flag("stdlib", "Text: stdlib, parquet shards, .jsonl, .json or text files, globs; comma-separated.")
-    layer: tuple[str, ...] = flag((), "Layers to read, from 0, an SAE each; or 'all'; none is half way.")
-    hook_type: HookType = flag("resid_post", "What to read there.")
-    target_hook: HookType | None = flag(None, "A transcoder: what it predicts at the same layer, mlp from mlp_in.")
-    skip: bool = flag(False, "Give a transcoder a linear path beside its latents.")
-    crosscoder: bool = flag(False, "One SAE that reads and makes all of --layer together.")
+    layer: tuple[str, ...] = flag((), "Layers to read, counted from 0, an SAE each; or 'all'; none is the middle one.")
+    hook_type: HookType = flag("resid_post", "Which activation of a layer to read.")
+    target_hook: HookType | None = flag(
+        None, "Train a transcoder, which predicts this activation of the same layer: mlp from mlp_in."
+    )
+    skip: bool = flag(False, "Give a transcoder a linear skip connection.")
+    crosscoder: bool = flag(False, "Train one crosscoder, which reads and reconstructs all of --layer.")
     activation: str = flag(
         "topk",
         "Architecture of the SAE: topk, batchtopk, matryoshka, abstopk, relu, gated, jumprelu, or your own class, "
@@ -82,26 +90,26 @@ class RunConfig(Json):
     jump_recipe: Literal["tanh", "l0"] = flag(
         "tanh", "Anthropic's recipe of January 2025, or Gemma Scope's (jumprelu)."
     )
-    bandwidth: float = flag(2.0, "Window around thresholds through which gradients reach them (jumprelu).")
-    target_l0: tuple[float, ...] = flag((), "Lead the penalty until so many are active (relu, gated, jumprelu).")
+    bandwidth: float = flag(2.0, "Width of the window around thresholds in which they have gradients (jumprelu).")
+    target_l0: tuple[float, ...] = flag((), "Adjust the penalty to reach this mean L0 (relu, gated, jumprelu).")
     num_activations: int = flag(10_000_000, "Activations to train on.", TOKENS)
     batch_size: int = flag(2048, "Activations per step.", at_least(1, 2**24))
     learning_rate: tuple[float, ...] = flag((), "Peak rate; none is 2e-4 / sqrt(d_sae / 16384).", RATE)
     warmup_fraction: float = flag(0.02, "Part of the run over which the learning rate rises.", FRACTION)
     decay_fraction: float = flag(0.2, "Part of the run over which it falls to zero, at the end.", FRACTION)
     sparsity_warmup_fraction: float = flag(0.05, "Part of the run over which sparsity penalties rise.", FRACTION)
-    k_start: int | None = flag(None, "Start with so many active latents and come down to k.", COUNT)
-    k_anneal_fraction: float = flag(0.1, "Part of the run over which k comes down.", FRACTION)
+    k_start: int | None = flag(None, "Active latents at the start, lowered to k.", COUNT)
+    k_anneal_fraction: float = flag(0.1, "Part of the run over which k is lowered.", FRACTION)
     average_fraction: float | None = flag(
         None, "Export a running mean of the weights over this part of the run.", AVERAGED
     )
     dead_after: int | None = flag(
         None, "Activations without firing that make a latent dead; none: a tenth of the run.", DEAD_AFTER
     )
-    matmul_dtype: Literal["float32", "bfloat16"] = flag("float32", "What is multiplied; bfloat16 is for GPUs.")
+    matmul_dtype: Literal["float32", "bfloat16"] = flag("float32", "Factors of matrix products; bfloat16 is for GPUs.")
     resample_every: int | None = flag(None, "Activations between resamplings of dead latents; none is never.", TOKENS)
-    seed: tuple[int, ...] = flag((0,), "Of the weights.", SEED)
-    data_seed: int = flag(0, "Of the order of the text and the shuffle.", LONG_SEED)
+    seed: tuple[int, ...] = flag((0,), "Seed of the initial weights.", SEED)
+    data_seed: int = flag(0, "Seed of the order of the text and of the shuffle.", LONG_SEED)
     context_size: int | None = flag(None, "Tokens per row of text; none is the model's sequence_len.", CONTEXT)
     tokens_per_forward: int = flag(
         2048, "Tokens in one forward pass of the model; a GPU wants 16 times as many.", COUNT
@@ -113,14 +121,14 @@ class RunConfig(Json):
     checkpoint_every: int = flag(1_000_000, "Activations between checkpoints.", TOKENS)
     log_every: int = flag(50, "Steps between reports.", COUNT)
     device: str = flag("cpu", "Where both torch and jax run: cpu, cuda or cuda:N.")
-    jax_memory_fraction: float = flag(0.4, "Part of the GPU's memory for jax; torch has the rest.")
+    jax_memory_fraction: float = flag(0.4, "Part of a GPU's memory for jax; torch has the rest.")
     output_dir: FilePath = flag("runs/sae", "Directory of the run.")
     resume: bool = flag(False, "Go on from the last checkpoint in output_dir.")
     wandb_project: str | None = flag(None, "Also log to this Weights & Biases project (extra [wandb]).")
     prepare_neuronpedia: bool = flag(False, "At the end, also gather records and write Neuronpedia's bulk export.")
-    model_id: str | None = flag(None, "Of --prepare_neuronpedia: the model's id; none is nanochat-dDEPTH-HASH.")
+    model_id: str | None = flag(None, "Model id for --prepare_neuronpedia; none is nanochat-dDEPTH-HASH.")
     source_set: str | None = flag(
-        None, "Of --prepare_neuronpedia: none is SITE-WIDTH-HASH, res-16k-1a2b3c for example."
+        None, "Source set for --prepare_neuronpedia; none is SITE-WIDTH-HASH, for example res-16k-1a2b3c."
     )
 
     def __post_init__(self) -> None:
@@ -138,19 +146,19 @@ class RunConfig(Json):
         )
         for layer in self.layer:
             require(layer == "all" or _is_number(layer), f"layer {layer!r} is neither a number from 0 nor 'all'")
-        told = f"--layer={','.join(self.layer)}"
-        require("all" not in self.layer or len(self.layer) == 1, f"{told} names layers beside all of them")
-        require(len(set(self.layers(0))) == len(self.layers(0)), f"{told} names a layer twice")
+        given = f"--layer={','.join(self.layer)}"
+        require("all" not in self.layer or len(self.layer) == 1, f"{given} names layers beside all of them")
+        require(len(set(self.layers(0))) == len(self.layers(0)), f"{given} names a layer twice")
         self._check_kind()
         self._check_swept()
         self._check_used()
         self._check_neuronpedia()
-        for variant in self.variants():  # complains before anything heavy is imported
+        for variant in self.variants():  # before the model is loaded
             variant.train_config()
             variant.check_sae()
 
     def _check_kind(self) -> None:
-        """Refuses a transcoder or crosscoder that is none."""
+        """Check the settings of transcoders and crosscoders."""
         require(not self.skip or self.target_hook is not None, "--skip is of a transcoder: give --target_hook")
         require(self.target_hook != self.hook_type, f"--target_hook={self.target_hook} is what is read: no transcoder")
         if self.crosscoder:
@@ -161,7 +169,7 @@ class RunConfig(Json):
             )
 
     def _check_swept(self) -> None:
-        """Refuses values that would train the same SAE twice, or that mean nothing."""
+        """Check that no SAE would be trained twice, and that there are not too many."""
         for name in SWEPT:
             values = getattr(self, name)
             require(len(set(values)) == len(values), f"--{name}={','.join(map(str, values))} has a value twice")
@@ -170,62 +178,61 @@ class RunConfig(Json):
         require(count <= MOST_VARIANTS, f"these flags ask for {count} variants: at most {MOST_VARIANTS} train together")
 
     def _check_used(self) -> None:
-        """Refuse flags that the architecture does not read: a value of their own would change nothing."""
+        """Check that settings which the architecture does not have were left at their defaults."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        has = self._own_settings()
-        read = {*has, *(_SELECTING if "k" in has else _PENALISED)}
-        theirs = ", ".join(f"--{name}" for name in (*_OWN, *_SELECTING, *_PENALISED) if name in read) or "no flags"
-        for name in (*_OWN, *_SELECTING, *_PENALISED):
+        own = self._own_settings()
+        used = {*own, *(_WITH_K if "k" in own else _WITHOUT_K)}
+        names = ", ".join(f"--{name}" for name in (*_OWN, *_WITH_K, *_WITHOUT_K) if name in used) or "no flags"
+        for name in (*_OWN, *_WITH_K, *_WITHOUT_K):
             require(
-                name in read or getattr(self, name) == defaults[name],
-                f"--{name} means nothing to {self.activation}: leave it out. {self.activation} has {theirs}",
+                name in used or getattr(self, name) == defaults[name],
+                f"--{name} means nothing to {self.activation}: leave it out. {self.activation} has {names}",
             )
         require(
             self.k_start is not None or self.k_anneal_fraction == defaults["k_anneal_fraction"],
-            "--k_anneal_fraction is the time in which k comes down from --k_start, which is not given",
+            "--k_anneal_fraction is the time in which k is lowered from --k_start, which is not given",
         )
 
     def _check_neuronpedia(self) -> None:
-        """Refuses what Neuronpedia would refuse when the training is over."""
+        """Check the names that Neuronpedia would refuse after the training."""
         from bridge.neuronpedia import ids
 
         require(
             not self.prepare_neuronpedia or (self.target_hook is None and not self.crosscoder),
             "--prepare_neuronpedia is for SAEs of one activation: no transcoder (--target_hook), no --crosscoder",
         )
-        given = {"model_id": ids.check_model, "source_set": ids.check_source_set}
-        for name, check in given.items():
+        checks = {"model_id": ids.check_model, "source_set": ids.check_source_set}
+        for name, check in checks.items():
             value = getattr(self, name)
             if value is not None:
                 require(self.prepare_neuronpedia, f"--{name} is of --prepare_neuronpedia, which is not given")
                 check(value)
 
     def variants(self) -> Iterator["RunConfig"]:
-        """The same run with one value for every flag that may have several: what is trained at each place."""
+        """Yield the run with every combination of its values: one value for each setting that takes several."""
         values = [getattr(self, name) or (None,) for name in SWEPT]
         for chosen in itertools.product(*values):
             one: dict[str, Any] = {name: () if v is None else (v,) for name, v in zip(SWEPT, chosen, strict=True)}
             yield self if all(getattr(self, n) == v for n, v in one.items()) else dataclasses.replace(self, **one)
 
     def variant_name(self, variant: "RunConfig") -> str:
-        """The folder of a variant within the run: what sets it apart, as k32-seed1; nothing if it is the only one."""
-        return "-".join(
-            short + _written(getattr(variant, name)[0]) for name, short in SWEPT.items() if len(getattr(self, name)) > 1
-        )
+        """Return the folder of a variant in the run: the values that tell it from others, as k32-seed1, or ""."""
+        several = [name for name in SWEPT if len(getattr(self, name)) > 1]
+        return "-".join(SWEPT[name] + _shortest(getattr(variant, name)[0]) for name in several)
 
     @property
     def _default_dead_after(self) -> int:
         return min(10_000_000, max(self.num_activations // 10, 1))
 
     def layers(self, n_layer: int) -> tuple[int, ...]:
-        """The layers of a model of so many."""
+        """Return the layers to read in a model of `n_layer`."""
         if not self.layer:
             return ((n_layer - 1) // 2,)
         return tuple(range(n_layer)) if "all" in self.layer else tuple(int(layer) for layer in self.layer)
 
     @property
     def architecture(self) -> "type[SAE]":
-        """The class of the SAE. Its module is imported.
+        """The class of the SAE; its module is imported.
 
         Raises:
           ConfigError: there is no such architecture.
@@ -235,16 +242,20 @@ class RunConfig(Json):
         return find(self.activation)
 
     def check_sae(self) -> None:
-        """Check what can be said of a variant's SAE before the width of the model is known.
+        """Check the settings of a variant's SAE as far as that is possible without the width of the model.
 
         Raises:
           ConfigError: a setting that no model's SAE can have.
         """
-        # k and nested widths are held to the SAE's true width later.
+        # k and nested widths are checked later, against the true width of the SAE.
         self._sae_config(_WIDEST, _WIDEST, 1, k=1, nested_widths=self._default_widths(_WIDEST))
 
     def sae_config(self, width: int, layers: int = 1) -> "SAEConfig":
-        """Return the SAE of a variant for a model of this width; `layers` of a crosscoder."""
+        """Return the configuration of a variant's SAE for a model of this width; `layers` are those of a crosscoder.
+
+        Raises:
+          ConfigError: settings that no SAE of this size can have.
+        """
         return self._sae_config(width, width * self.expansion_factor, layers)
 
     def _own_settings(self) -> set[str]:
@@ -270,8 +281,12 @@ class RunConfig(Json):
         return tuple(sorted({max(d_sae // part, 1) for part in (16, 8, 4, 2)} - {d_sae}))
 
     def train_config(self) -> TrainConfig:
-        """How a variant is trained."""
-        same = {
+        """Return how a variant is trained.
+
+        Raises:
+          ConfigError: settings that cannot work.
+        """
+        shared = {
             name: getattr(self, name)
             for name in (
                 "num_activations",
@@ -287,7 +302,7 @@ class RunConfig(Json):
             )
         }
         return TrainConfig(
-            **same,
+            **shared,
             learning_rate=self.learning_rate[0] if self.learning_rate else None,
             dead_after=self.dead_after if self.dead_after is not None else self._default_dead_after,
             seed=self.seed[0],
@@ -298,6 +313,6 @@ def _is_number(word: str) -> bool:
     return word.isascii() and word.isdecimal() and len(word) <= 4
 
 
-def _written(value: int | float) -> str:
-    """A number as short as it can be without meaning another one."""
+def _shortest(value: int | float) -> str:
+    """Return a number in as few characters as tell it from others."""
     return short if float(short := f"{value:g}") == value else repr(value)

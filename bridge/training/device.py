@@ -1,4 +1,4 @@
-"""Who gets what of the device, decided before torch or jax take anything of it."""
+"""How torch and jax share one device, settled before either of them starts it."""
 
 import os
 import sys
@@ -8,25 +8,26 @@ from jsae.settings import require
 
 
 def share(device: str, jax_memory_fraction: float) -> str:
-    """Lets torch and jax have one device together; gives torch's name for it.
+    """Let torch and jax use one device together; return torch's name for it.
 
     On a CPU each may use all cores, but torch's threads sleep while they have nothing to do: by default they wait in a
-    loop, on the cores that jax needs. The model's forward is the larger part of a run's work.
+    loop, on the cores that jax needs. The model's forward is the larger part of a run's work. Torch reads this setting
+    when it is imported, and jax reads its share of a GPU's memory when it first uses the GPU.
 
     Args:
       device: cpu, cuda or cuda:N.
-      jax_memory_fraction: the part of a GPU's memory that is jax's; torch has the rest.
+      jax_memory_fraction: jax's part of a GPU's memory; torch has the rest.
 
     Raises:
-      ConfigError: torch or jax has no such device.
+      ConfigError: torch or jax has no such device, or jax already computes on another one.
     """
     accelerators.check_name(device)
     kind, _, number = device.partition(":")
     if kind == "cpu":
         _restrict_jax(kind)
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         return kind
-    if number:  # for both alike; it is then the only one
+    if number:  # the only one that torch and jax see from here on
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(device, int(number))
     accelerators.require_torch(kind, called=device)
     import torch
@@ -48,10 +49,10 @@ def _visible(device: str, number: int) -> str:
 
 
 def jax_alone(device: str) -> None:
-    """Lets jax have a device, cpu or cuda.
+    """Restrict jax to a device, cpu or cuda (and the CPU beside it).
 
     Raises:
-      ConfigError: jax has no such device.
+      ConfigError: jax has no such device, or already computes on another one.
     """
     _restrict_jax("cpu" if device == "cpu" else f"{device},cpu")
     import jax
@@ -63,12 +64,22 @@ def jax_alone(device: str) -> None:
 
 
 def _restrict_jax(platforms: str) -> None:
-    """Restrict jax to some platforms, also where it is imported already, as long as it has started no device."""
+    """Restrict jax to some platforms, also where it is imported already, as long as it has started no device.
+
+    Raises:
+      ConfigError: it has started another one.
+    """
     os.environ["JAX_PLATFORMS"] = platforms
     if "jax" in sys.modules:
-        sys.modules["jax"].config.update("jax_platforms", platforms)
+        jax = sys.modules["jax"]
+        jax.config.update("jax_platforms", platforms)
+        require(
+            platforms != "cpu" or jax.default_backend() == "cpu",
+            f"--device=cpu: jax already computes on a {jax.default_backend()} in this process: train in a new one, or "
+            "set JAX_PLATFORMS=cpu before jax is used",
+        )
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written as they come: a full disk is an error where it happens, not in a thread."""
+"""TensorBoard's event files, written synchronously, so that a full disk is an error of the call and not of a thread."""
 
 import io
 import os
@@ -18,11 +18,11 @@ class Events:
     """A new event file of scalars.
 
     Args:
-      folder: where it lies, beside those of earlier sessions; made if it does not exist.
-      first_step: events of earlier sessions from this step on are to be forgotten: they will come again.
+      folder: its folder, which may hold the files of earlier sessions; created if it does not exist.
+      first_step: TensorBoard drops events of earlier sessions from this step on, which are written again.
 
     Raises:
-      OSError: it cannot be written, for example because the disk is full.
+      OSError: the file cannot be written, for example because the disk is full.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -35,10 +35,10 @@ class Events:
         self._write(Event(file_version="brain.Event:2"), Event(step=first_step, session_log=start))
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write the values of a step by name, all of them or none.
+        """Append the values of a step, by name: all of them or none.
 
         Raises:
-          OSError: they cannot be written; the file is as it was before.
+          OSError: they cannot be written; the file stays as it was.
         """
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary

@@ -1,4 +1,4 @@
-"""What comes after training: export, evaluation of what was exported, a word to the user."""
+"""The end of a training run: export, evaluation of the exports, and a table of results for the user."""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class UnusableError(ValueError):
-    """Exported SAEs that are no better than predicting the mean activation, or whose metrics are not finite."""
+    """Exported SAEs that predict no better than the mean activation, or whose metrics are not finite."""
 
 
 def finish(
@@ -40,43 +40,36 @@ def finish(
     rows: Int[np.ndarray, "R T"],
     data_fingerprint: str,
 ) -> None:
-    """Export every SAE, measure the exports on held-out rows of tokens, and say where everything lies.
+    """Export every SAE, measure the exports on held-out rows of tokens, and print metrics and paths.
+
+    Args:
+      config: the settings of the run.
+      trainees: its SAEs.
+      states: their states after the last step.
+      nano: the model that they were trained on.
+      rows: token ids of held-out text.
+      data_fingerprint: of the training text, for the metadata.
 
     Raises:
       UnusableError: some SAEs are of no use; names them. They are exported and measured all the same, and `eval.json`
-        and the metadata in `cfg.json` say it under `problem`.
+        and the metadata in `cfg.json` say so under `problem`.
     """
-    found: dict[Path, dict[str, dict[str, Any]]] = {}
+    results: dict[Path, dict[str, dict[str, Any]]] = {}
     problems: list[str] = []
     for trainee, state in zip(trainees, states, strict=True):
         folder = Run(trainee.folder).sae_folder(trainee.name)
         scales = np.asarray(state.scale), np.asarray(state.scale_out)
         metadata = _metadata(config, trainee, nano, rows.shape[1], data_fingerprint)
         export.write(folder, state.sae.config, state.exported.arrays(), *scales, metadata)
-        shipped = torch_sae.load(folder, nano.model.lm_head.weight.device)
-        site = Site(
-            nano.model,
-            trainee.hooks[0],
-            excluded_ids(config.exclude_tokens, nano.tokenizer),
-            config.drop_sinks,
-            config.tokens_per_forward,
-            beside=trainee.hooks[1:],
-        )
-        with Progress(f"measuring {trainee.label}", rows.size, "tokens") as progress, progress.tokens_of(nano.model):
-            sums = survey(site, shipped, site.batches(rows)).sums
-        export.write_sparsity(folder, metrics.density(sums))
-        summary: dict[str, Any] = {name: value for name, value in metrics.summarize(sums).items() if name != "loss"}
-        summary["density_histogram"] = metrics.histogram(metrics.density(sums), summary["tokens"])
-        problem = unusable(summary)
-        if problem is not None:
-            summary["problem"] = problem
-            export.mark(folder, problem)
-            problems.append(f"{trainee.label} ({problem})")
-        found.setdefault(trainee.folder, {})[trainee.name] = summary
-    for folder, summaries in found.items():
-        told = json.dumps(finite(summaries), indent=2, allow_nan=False)
-        files.write(Run(folder).table_file("eval"), told + "\n")
-    _tell(config, trainees, found)
+        summary = _measure(config, trainee, folder, nano, rows)
+        if "problem" in summary:
+            export.mark(folder, summary["problem"])
+            problems.append(f"{trainee.label} ({summary['problem']})")
+        results.setdefault(trainee.folder, {})[trainee.name] = summary
+    for folder, summaries in results.items():
+        text = json.dumps(finite(summaries), indent=2, allow_nan=False)
+        files.write(Run(folder).table_file("eval"), text + "\n")
+    _print_results(config, trainees, results)
     if problems:
         raise UnusableError(
             f"{len(problems)} of {len(trainees)} exported SAEs are of no use: {'; '.join(problems)}. They are kept to "
@@ -84,12 +77,34 @@ def finish(
         )
 
 
+def _measure(
+    config: "RunConfig", trainee: "Trainee", folder: Path, nano: "Nanochat", rows: Int[np.ndarray, "R T"]
+) -> dict[str, Any]:
+    """Measure an exported SAE, write its `sparsity.safetensors`, and return its metrics, with a `problem` if any."""
+    sae = torch_sae.load(folder, nano.model.lm_head.weight.device)
+    site = Site(
+        nano.model,
+        trainee.hooks[0],
+        excluded_ids(config.exclude_tokens, nano.tokenizer),
+        config.drop_sinks,
+        config.tokens_per_forward,
+        beside=trainee.hooks[1:],
+    )
+    with Progress(f"measuring {trainee.label}", rows.size, "tokens") as progress, progress.tokens_of(nano.model):
+        sums = survey(site, sae, site.batches(rows)).sums
+    export.write_sparsity(folder, metrics.density(sums))
+    summary: dict[str, Any] = {name: value for name, value in metrics.summarize(sums).items() if name != "loss"}
+    summary["density_histogram"] = metrics.histogram(metrics.density(sums), summary["tokens"])
+    problem = unusable(summary)
+    return summary if problem is None else summary | {"problem": problem}
+
+
 def _metadata(
     config: "RunConfig", trainee: "Trainee", nano: "Nanochat", row_len: int, data_fingerprint: str
 ) -> dict[str, Any]:
-    """Return what SAELens keeps about an SAE, and what else it takes to read the same activations again."""
+    """Return the metadata that SAELens keeps of an SAE, and what it takes to read the same activations again."""
     train = trainee.member.train
-    told = {
+    metadata = {
         "sae_lens_training_version": "jsae",
         "model_name": "nanochat-demo" if config.checkpoint == "demo" else nano.name,
         "model_class_name": "nanochat",
@@ -112,32 +127,35 @@ def _metadata(
     }
     if trainee.member.sae.is_transcoder:
         target = trainee.hooks[1]
-        told |= {"hook_name_out": target, "hf_hook_name_out": module_name(target)}
+        metadata |= {"hook_name_out": target, "hf_hook_name_out": module_name(target)}
     if trainee.member.sae.layers > 1:
-        told |= {"hook_names": list(trainee.hooks)}
-    return told
+        metadata |= {"hook_names": list(trainee.hooks)}
+    return metadata
 
 
-def _written(value: int | float) -> str:
-    """A number in the width of a column, also one that is out of all proportion."""
+def _cell(value: int | float) -> str:
+    """Return a number in the width of a column, also a very large one."""
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
-def _tell(config: "RunConfig", trainees: Sequence["Trainee"], found: dict[Path, dict[str, dict[str, Any]]]) -> None:
-    tokens = next(iter(next(iter(found.values())).values()))["tokens"]
+def _print_results(
+    config: "RunConfig", trainees: Sequence["Trainee"], results: dict[Path, dict[str, dict[str, Any]]]
+) -> None:
+    """Print a table of metrics, and where everything lies."""
+    tokens = next(iter(next(iter(results.values())).values()))["tokens"]
     table = Table(title=f"on {tokens:,.0f} held-out tokens")
     table.add_column("SAE", no_wrap=True)
     for column in ("FVU", "L0", "dead", "cosine", "rel. bias"):
         table.add_column(column, justify="right")
     for trainee in trainees:
-        summary = found[trainee.folder][trainee.name]
+        summary = results[trainee.folder][trainee.name]
         table.add_row(
             trainee.label,
-            _written(summary["fvu"]),
+            _cell(summary["fvu"]),
             f"{summary['l0']:.2f}",
             f"{summary['dead_fraction']:.2%}",
             f"{summary['cosine']:.4f}",
-            _written(summary["relative_reconstruction_bias"]),
+            _cell(summary["relative_reconstruction_bias"]),
         )
     console = Console()
     console.print(table)
@@ -146,7 +164,7 @@ def _tell(config: "RunConfig", trainees: Sequence["Trainee"], found: dict[Path, 
         console.print(f"exported SAE    {Run(trainee.folder).sae_folder(trainee.name)}", soft_wrap=True)
     readers = ["bridge.torch_sae.load"] + ["sae_lens.SAE.load_from_disk"] * (not config.crosscoder)
     console.print(f"read it with    {', '.join(readers)}", soft_wrap=True)
-    folders = ", ".join(map(str, found))
+    folders = ", ".join(map(str, results))
     console.print(f"metrics         metrics.jsonl and eval.json in {folders}", soft_wrap=True)
     console.print(f"curves          tensorboard --logdir {run.events_folder}", soft_wrap=True)
     console.print(f"checkpoints     {run.checkpoints_folder}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The loop of a training run: every step of every SAE, reports and checkpoints between."""
+"""The loop of a training run: the steps of all SAEs, with reports, checkpoints and stop requests in between."""
 
 import contextlib
 import sys
@@ -11,7 +11,7 @@ import numpy as np
 
 from bridge.run import Run
 from bridge.training.report import Reporter
-from jsae import loop, metrics, optim
+from jsae import loop, metrics
 from jsae.checkpoint import Checkpoints
 from jsae.data import Cursor, Shuffled
 from jsae.health import ActivationsError, Watch
@@ -23,10 +23,9 @@ if TYPE_CHECKING:
     from bridge.training.plan import Trainee
 
 StopRequests = Callable[[], contextlib.AbstractContextManager[Collection[object]]]
+"""Gives a context manager; what it yields is empty until the run is to be saved and stopped."""
 
-
-def _none() -> contextlib.AbstractContextManager[Collection[object]]:
-    return contextlib.nullcontext(())
+_REPORTED = ("loss", "fvu", "l0", "mse", "cosine", "dead_fraction", "learning_rate")
 
 
 def train(
@@ -34,11 +33,19 @@ def train(
     config: "RunConfig",
     trainees: Sequence["Trainee"],
     source: "ActivationStream",
-    stop_requests: StopRequests = _none,
+    stop_requests: StopRequests | None = None,
 ) -> States | None:
-    """Train from the start or the last checkpoint to the end; return None if it was asked to stop, after saving.
+    """Train from the start or the last checkpoint to the end.
 
-    `stop_requests` is entered while steps are taken; what it gives becomes true when the run is to stop.
+    Args:
+      run: its directory.
+      config: its settings.
+      trainees: its SAEs.
+      source: the activations of their sites.
+      stop_requests: is entered while steps are taken; None never stops the run.
+
+    Returns:
+      The states after the last step, in the order of the trainees; None for a run that was saved and stopped.
 
     Raises:
       NotFiniteError: activations or a loss that are not finite; says what was kept and what to do.
@@ -50,16 +57,16 @@ def train(
     add = jax.jit(lambda totals, sums: tuple(map(metrics.add, totals, sums)))
     with Checkpoints(Run(run).checkpoints_folder) as checkpoints:
         batches, states = _begin(config, members, source, checkpoints)
-        begun, start = states, int(states[0].step)
+        first_states = states
         last_fvu, window, watch = float("nan"), None, Watch(len(trainees))
         with (
-            _explained(run, checkpoints),
-            Reporter(run, trainees, start, num_steps, config.wandb_project) as reporter,
-            stop_requests() as stopped,
+            _advice(run, checkpoints),
+            Reporter(run, trainees, int(first_states[0].step), num_steps, config.wandb_project) as reporter,
+            contextlib.nullcontext(()) if stop_requests is None else stop_requests() as requests,
         ):
-            for step, states, sums in loop.fit(members, begun, batches):  # type: ignore[arg-type]
+            for step, states, sums in loop.fit(members, first_states, batches):  # type: ignore[arg-type]
                 window = sums if window is None else add(window, sums)
-                stop, last = bool(stopped), step == num_steps  # a later request waits for the next step
+                stop, last = bool(requests), step == num_steps  # a later request waits for the next step
                 due = last or stop or step % save_every == 0
                 reporter.step(step)
                 if due or step % config.log_every == 0:
@@ -68,47 +75,47 @@ def train(
                     values = _values(members, step, states, window)
                     tokens, source.tokens_seen = source.tokens_seen, 0
                     reporter.report(step, values, tokens)
-                    _look(watch, trainees, step, values, config.batch_size)
+                    _watch(watch, trainees, step, values, config.batch_size)
                     last_fvu, window = float(np.mean([v["fvu"] for v in values])), None
-                if due and (last or stopped or not watch.all_suspect):
+                if due and (last or requests or not watch.all_suspect):
                     checkpoints.save(step, states, {"cursor": batches.cursor().to_json()}, last_fvu)
                 if stop:
                     break
             checkpoints.wait()
-    return None if stopped else states
+    return None if requests else states
 
 
 @contextlib.contextmanager
-def _explained(run: Path, checkpoints: Checkpoints) -> Iterator[None]:
-    """Add to an error of numbers what is left of the run, and what helps."""
+def _advice(run: Path, checkpoints: Checkpoints) -> Iterator[None]:
+    """Add to an error about numbers which checkpoint is left, and what to do."""
     try:
         yield
     except FloatingPointError as error:
         checkpoints.wait()
         step = checkpoints.latest()
         left = "no checkpoint was saved" if step is None else f"the checkpoint of step {step} is from before"
-        helps = "other settings"
+        remedy = "other settings"
         if isinstance(error, ActivationsError):
-            helps = "a repaired model, or without that text in --data"
-        told = f"In {run} {left}; --resume would end here again: start anew with {helps}"
-        raise type(error)(f"{error}. {told}") from error
+            remedy = "a repaired model, or without that text in --data"
+        advice = f"In {run} {left}; --resume would end here again: start anew with {remedy}"
+        raise type(error)(f"{error}. {advice}") from error
 
 
-def _look(
+def _watch(
     watch: Watch, trainees: Sequence["Trainee"], step: int, values: Sequence[dict[str, Any]], batch_size: int
 ) -> None:
-    """Show the reported metrics of every SAE to the watch, and warn of one that has diverged beside others."""
+    """Give the reported metrics of every SAE to the watch, and warn of one that diverged while others did not."""
     for trainee, value in zip(trainees, values, strict=True):
         steps = round(value["activations"] / batch_size)
-        told = watch.observe(trainee.label if len(trainees) > 1 else "", step - steps + 1, step, value["fvu"])
-        if told is not None:
-            print(f"warning: {told}. The other SAEs go on", file=sys.stderr, flush=True)
+        problem = watch.observe(trainee.label if len(trainees) > 1 else "", step - steps + 1, step, value["fvu"])
+        if problem is not None:
+            print(f"warning: {problem}. The other SAEs go on", file=sys.stderr, flush=True)
 
 
 def _begin(
     config: "RunConfig", members: Sequence[Member], source: "ActivationStream", checkpoints: Checkpoints
 ) -> tuple[Shuffled, States]:
-    """Return the stream and the states it belongs to: fresh ones, or those of the last intact checkpoint."""
+    """Return batches and states: new ones, or those of the last intact checkpoint of a resumed run."""
     shuffle: dict[str, Any] = {
         "batch_size": config.batch_size,
         "batches_per_block": config.block_size // config.batch_size,
@@ -116,38 +123,18 @@ def _begin(
         "num_batches": members[0].train.num_steps,
     }
     if config.resume and checkpoints.latest() is not None:
-        sample = tuple({member.site: _abstract(member, source.d_in) for member in members}.values())
-        like = jax.eval_shape(lambda x: loop.init(members, x), sample)
-        found = checkpoints.restore(like)
-        for step, reason, moved_to in found.damaged:
+        restored = checkpoints.restore(loop.abstract_states(members))
+        for step, reason, moved_to in restored.damaged:
             print(f"WARNING the checkpoint of step {step} is damaged, and is now {moved_to}: {reason}")
-        print(f"going on from the checkpoint of step {found.step}", flush=True)
-        return Shuffled(source, cursor=Cursor(**found.notes["cursor"]), **shuffle), found.states
+        print(f"going on from the checkpoint of step {restored.step}", flush=True)
+        return Shuffled(source, cursor=Cursor(**restored.notes["cursor"]), **shuffle), restored.states
     if config.resume:
         print("there is no checkpoint yet: beginning with the first step", flush=True)
     batches = Shuffled(source, **shuffle)
     return batches, loop.init(members, batches.peek())  # type: ignore[arg-type]
 
 
-def _abstract(member: Member, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The shapes of what a member's site gives."""
-    parts = 2 if member.sae.is_transcoder else member.sae.layers
-    return (jax.ShapeDtypeStruct((member.train.batch_size, width), np.float32),) * parts
-
-
 def _values(members: Sequence[Member], step: int, states: States, window: AllSums) -> list[dict[str, Any]]:
-    """The metrics of a window of steps, of every SAE."""
-    found = []
-    since_fired = jax.device_get([state.since_fired for state in states])
-    for member, sums, silent in zip(members, jax.device_get(window), since_fired, strict=True):
-        summary = metrics.summarize(sums)
-        rate = float(optim.schedule(member.train, member.sae.d_sae)(step - 1))
-        found.append(
-            {
-                **{name: summary[name] for name in ("loss", "fvu", "l0", "mse", "cosine")},
-                "dead_fraction": float(np.mean(silent >= member.train.dead_after)),
-                "learning_rate": rate,
-                "activations": summary["tokens"],
-            }
-        )
-    return found
+    """Return what is reported of every SAE for the steps since the last report, which `window` sums."""
+    summaries = loop.summaries(members, step, states, window)
+    return [{name: summary[name] for name in _REPORTED} | {"activations": summary["tokens"]} for summary in summaries]

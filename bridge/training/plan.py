@@ -1,4 +1,4 @@
-"""Which SAEs a run trains: every variant at every place of the model, each with its folder and its hooks."""
+"""The SAEs of a run: every variant at every site of the model, each with its folder and its hooks; their memory."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ class Trainee:
     """One SAE of a run."""
 
     variant: RunConfig
-    """The flags that made it, with one value each."""
-    variant_named: bool
-    """Whether the run has several variants."""
+    """The settings of the run with the values of this SAE."""
+    several_variants: bool
+    """Whether the run has variants beside this one."""
     folder: Path
-    """The run, or the variant's folder in it: what commands take as a run directory."""
+    """The directory of the run, or of the variant in it, which is a run directory of its own."""
     hooks: tuple[str, ...]
-    """What it reads: one hook, a transcoder's input and target, a crosscoder's layers."""
+    """The hooks of its site: one, a transcoder's input and target, or a crosscoder's layers."""
     member: Member
 
     @property
     def name(self) -> str:
-        """Of its export: the hook it reads, or that of a crosscoder's first layer with all their numbers."""
+        """Name of its export: the hook it reads; of a crosscoder the first hook with the numbers of all layers."""
         if self.member.sae.layers == 1:
             return self.hooks[0]
-        first, numbers = self.hooks[0].split(".", 2), [hook.split(".")[1] for hook in self.hooks]
-        return f"{first[0]}.{'-'.join(numbers)}.{first[2]}"
+        blocks, _, hook = self.hooks[0].split(".", 2)
+        return f"{blocks}.{'-'.join(name.split('.')[1] for name in self.hooks)}.{hook}"
 
     @property
     def label(self) -> str:
-        """What sets it apart from the others of its run."""
-        variant = self.folder.name if self.variant_named else ""
+        """Variant and name, which tell it from the other SAEs of its run."""
+        variant = self.folder.name if self.several_variants else ""
         return " ".join(part for part in (variant, self.name) if part)
 
 
@@ -54,41 +54,47 @@ def trainees(run: Path, config: RunConfig, nano: Nanochat) -> list[Trainee]:
     """
     from bridge.hooks import find
 
-    places = _places(config, nano.config.n_layer)
-    for hook in dict.fromkeys(hook for place in places for hook in place):
+    hooks_of_sites = _hooks_of_sites(config, nano.config.n_layer)
+    for hook in dict.fromkeys(hook for hooks in hooks_of_sites for hook in hooks):
         find(nano.model, hook)
-    found = []
+    saes = []
     for variant in config.variants():
         folder = run / config.variant_name(variant)
-        for site, hooks in enumerate(places):
+        for site, hooks in enumerate(hooks_of_sites):
             sae = variant.sae_config(nano.config.n_embd, len(hooks) if config.crosscoder else 1)
             export.architecture(sae)
             variant.train_config().anneals(sae)
-            found.append(Trainee(variant, folder != run, folder, hooks, Member(sae, variant.train_config(), site)))
-    return found
+            saes.append(Trainee(variant, folder != run, folder, hooks, Member(sae, variant.train_config(), site)))
+    return saes
 
 
 def sites(trainees: list[Trainee]) -> list[tuple[str, ...]]:
-    """The hooks of every site, in the order in which members number them."""
+    """Return the hooks of every site, in the order of the sites' numbers."""
     return list({trainee.member.site: trainee.hooks for trainee in trainees}.values())
 
 
-def _places(config: RunConfig, n_layer: int) -> list[tuple[str, ...]]:
-    """For every SAE of a variant its hooks."""
+def _hooks_of_sites(config: RunConfig, n_layer: int) -> list[tuple[str, ...]]:
+    """Return the hooks of every site, which every variant has an SAE for."""
     from bridge.hooks import hook_name
 
     layers = config.layers(n_layer)
     if config.crosscoder:
         return [tuple(hook_name(layer, config.hook_type) for layer in layers)]
-    ends = [config.hook_type] + ([config.target_hook] if config.target_hook else [])
-    return [tuple(hook_name(layer, end) for end in ends) for layer in layers]
+    types = [config.hook_type] + ([config.target_hook] if config.target_hook else [])
+    return [tuple(hook_name(layer, hook_type) for hook_type in types) for layer in layers]
 
 
 def check_memory(config: RunConfig, trainees: list[Trainee], width: int, available: int | None) -> None:
-    """Refuses a run whose arrays cannot fit, before it starts.
+    """Check that the arrays of a run fit into the memory of its device.
+
+    Args:
+      config: the run.
+      trainees: its SAEs.
+      width: of the model's residual stream.
+      available: bytes of memory; None if that is not known, and then nothing is checked.
 
     Raises:
-      ConfigError: says how much of what is needed, and how much there is.
+      ConfigError: they do not fit; says how much is needed for what, and how much there is.
     """
     if available is None:
         return
@@ -107,7 +113,7 @@ def check_memory(config: RunConfig, trainees: list[Trainee], width: int, availab
 
 
 def available_memory(config: RunConfig) -> int | None:
-    """Bytes that jax may use on the run's device; None where nothing says it."""
+    """Return the bytes that jax may use on the run's device; None if that is not known."""
     if config.device == "cpu":
         try:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

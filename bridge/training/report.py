@@ -17,10 +17,21 @@ if TYPE_CHECKING:
 
 
 class Reporter:
-    """Writes metrics of a run that goes on from step `start`; a context manager.
+    """Show and write the metrics of a run; a context manager.
 
-    Every SAE has a line in the `metrics.jsonl` of its folder. Lines beyond `start`, left by a run that was killed, are
-    dropped: they will come again.
+    Every SAE gets a line per report in the `metrics.jsonl` of its folder. Lines beyond `start`, which a killed run
+    left, are dropped: they are written again.
+
+    Args:
+      run: the directory of the run.
+      trainees: its SAEs.
+      start: steps taken before.
+      num_steps: steps of the whole run.
+      wandb_project: also log to this project of Weights & Biases.
+
+    Raises:
+      OSError: the files cannot be written.
+      ImportError: wandb is not installed.
     """
 
     def __init__(
@@ -60,18 +71,24 @@ class Reporter:
         self._progress.update(step, self._note)
 
     def report(self, step: int, values: Sequence[dict[str, Any]], tokens: int) -> None:
-        """One line of metrics for every SAE; `activations` and `tokens` since the last report become rates."""
+        """Write the metrics of every SAE.
+
+        Args:
+          step: steps taken.
+          values: the metrics of every SAE since the last report, and the `activations` that they are of.
+          tokens: tokens that the model read since the last report.
+        """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         activations = values[0]["activations"]
         rates = {"activations_per_second": activations / seconds, "tokens_per_second": tokens / seconds}
         scalars: dict[str, float] = {}
-        for trainee, found in zip(self._trainees, values, strict=True):
-            told = {name: value for name, value in found.items() if name != "activations"} | rates
-            line = {"step": step, "hook": trainee.name, **told}
+        for trainee, own in zip(self._trainees, values, strict=True):
+            metrics = {name: value for name, value in own.items() if name != "activations"} | rates
+            line = {"step": step, "hook": trainee.name, **metrics}
             self._lines[trainee.folder].append(json.dumps(line))
             prefix = f"{trainee.label}/" if len(self._trainees) > 1 else ""
-            scalars |= {prefix + name: value for name, value in told.items()}
+            scalars |= {prefix + name: value for name, value in metrics.items()}
         self._events.add(step, scalars)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
@@ -82,18 +99,18 @@ class Reporter:
 def _note(values: Sequence[dict[str, Any]], rate: float) -> str:
     """Return the metrics that are shown with the progress; of several SAEs their range."""
 
-    def ends(name: str, form: str) -> str:
-        found = [value[name] for value in values]
-        return " to ".join(dict.fromkeys(format(end, form) for end in (min(found), max(found))))
+    def bounds(name: str, form: str) -> str:
+        metric = [value[name] for value in values]
+        return " to ".join(dict.fromkeys(format(bound, form) for bound in (min(metric), max(metric))))
 
     return (
-        f"FVU {ends('fvu', '.3f')}  L0 {ends('l0', '.1f')}  dead {ends('dead_fraction', '.1%')}  "
+        f"FVU {bounds('fvu', '.3f')}  L0 {bounds('l0', '.1f')}  dead {bounds('dead_fraction', '.1%')}  "
         f"{rate:,.0f} activations/s"
     )
 
 
 def _keep_until(lines: Path, step: int) -> None:
-    """Drop the lines beyond a step, and one that was cut off."""
+    """Drop the lines beyond a step, and one that is cut off."""
     if lines.is_file():
         kept = [line for line, values in jsons.objects(lines) if _step_of(values) <= step]
         files.write(lines, b"".join(line + b"\n" for line in kept))
@@ -101,7 +118,7 @@ def _keep_until(lines: Path, step: int) -> None:
 
 def _step_of(values: dict[str, Any] | None) -> int | float:
     step = (values or {}).get("step")
-    return step if isinstance(step, int | float) else float("inf")  # cut off in the middle of a write
+    return step if isinstance(step, int | float) else float("inf")  # the process was killed while it wrote
 
 
 def _wandb(project: str, run: Path) -> Any:

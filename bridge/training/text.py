@@ -1,4 +1,4 @@
-"""Text of a training run: training and held-out rows, and the checks of both before the run begins."""
+"""Text of a training run: its training and held-out rows, their checks, and the stream of activations on them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from bridge.nanochat import Nanochat
 from bridge.nanochat.corpus import Corpus, changed
 from bridge.run import Run
 from bridge.selection import excluded_ids
+from bridge.stream import ActivationStream
 from bridge.training.config import RunConfig
 from jsae.settings import require
 
@@ -84,5 +85,18 @@ def check_activations(
         excluded=excluded_ids(config.exclude_tokens, nano.tokenizer),
         drop_sinks=config.drop_sinks,
         called=f"the held-out part of {config.data!r}",
+        decode=nano.tokenizer.decode,
+    )
+
+
+def stream(config: RunConfig, nano: Nanochat, corpus: Corpus, sites: Sequence[tuple[str, ...]]) -> ActivationStream:
+    """Return the activations of all sites on the training text."""
+    return ActivationStream(
+        nano.model,
+        corpus,
+        sites,
+        excluded=excluded_ids(config.exclude_tokens, nano.tokenizer),
+        rows_per_forward=max(config.tokens_per_forward // corpus.row_len, 1),
+        drop_sinks=config.drop_sinks,
         decode=nano.tokenizer.decode,
     )

@@ -96,7 +96,7 @@ def test_afterwards_the_local_cache_serves(answers):
     kept, missing = answers["cached"]
     assert kept == ["topk", F, 0.0]
     assert missing[0] == "FileNotFoundError"
-    assert "in the local cache; the hub is offline" in missing[1]
+    assert "in the local cache; the hub is in offline mode" in missing[1]
     assert answers["nothing answers"] == [["standard", F, 0.0]]
 
 

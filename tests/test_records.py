@@ -566,7 +566,7 @@ def test_records_of_an_sae_whose_settings_changed_are_refused(store, change, cou
     change = change | {"metadata": cfg["metadata"] | change.get("metadata", {})}
     (sae / "cfg.json").write_text(json.dumps(dict(reversed((cfg | change).items()))))
     if counts:
-        with pytest.raises(StoreError, match="trained again or its settings have changed"):
+        with pytest.raises(StoreError, match="trained again or its settings changed since"):
             Store(store, digest(sae))
     else:
         assert Store(store, digest(sae)).header.d_sae == toy.D_SAE

@@ -84,10 +84,10 @@ class TorchSAE(nn.Module):
         """The reconstruction of activations, (..., d_out)."""
         if self.architecture == "topk" and not torch.is_grad_enabled():
             return self.decode_sparse(*self.encode_sparse(x))
-        return self.made(self.encode(x), x)
+        return self.reconstruct(self.encode(x), x)
 
-    def made(self, latents: Dense, x: Float[torch.Tensor, "*tokens d"]) -> Float[torch.Tensor, "*tokens o"]:
-        """The reconstruction from latents, and of a transcoder with a skip path from its input too."""
+    def reconstruct(self, latents: Dense, x: Float[torch.Tensor, "*tokens d"]) -> Float[torch.Tensor, "*tokens o"]:
+        """Return the reconstruction from latents; a transcoder with a skip path also reads its input, `x`."""
         y_hat = self.decode(latents)
         return y_hat + x.to(y_hat.dtype) @ self.W_skip.T if "skip" in self.architecture else y_hat
 

@@ -143,7 +143,7 @@ def test_records_of_a_text_that_has_changed_are_gathered_anew_and_kept_without_t
     assert "fit: --force" in capsys.readouterr().err
     data.write_text(data.read_text().swapcase())
     assert explore.main(ExploreConfig(**small)) == 0
-    assert "a.txt is not what it was when those of" in capsys.readouterr().err
+    assert "a.txt has changed since the records of" in capsys.readouterr().err
     data.unlink()
     assert explore.main(ExploreConfig(**small)) == 0
     told = capsys.readouterr().err
@@ -191,7 +191,7 @@ def test_a_run_that_cannot_be_written_to_is_served_as_it_is(explored, run, monke
     monkeypatch.setattr(server, "serve", lambda folder, load, **settings: served.append(folder))
     assert explore.main(ExploreConfig(run_dir=str(run), serve=True, port=0, **SMALL)) == 0
     assert served == [run]
-    assert "served as it is" in capsys.readouterr().err
+    assert "the existing page is served" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (run, *run.rglob("*"))} == before
 
 

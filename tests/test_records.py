@@ -439,20 +439,20 @@ def test_records_that_fit_are_distinguished_from_those_that_do_not(nano, parts, 
     saes, digests, plan = parts
 
     def why(digests=digests, **other) -> str | None:
-        return gather.unfit(folder, digests, nano, dataclasses.replace(plan, **other))
+        return gather.mismatch(folder, digests, nano, dataclasses.replace(plan, **other))
 
     assert why() is None
     assert why(keep_activations=False) is None
     assert "num_tokens was 20000" in why(num_tokens=30_000)
     assert "seed was 0" in why(records=Settings(top=5, nearest=6, seed=3))
     assert "trained again" in why(dict.fromkeys(HOOKS, "0" * 64))
-    assert "not all of them" in why(digests | {"blocks.3.hook_mlp_out": "0" * 64})
+    assert "does not hold the records of every SAE" in why(digests | {"blocks.3.hook_mlp_out": "0" * 64})
     without = tmp_path / "explorer" / "records"
     gather.gather(nano, saes, digests, without, dataclasses.replace(plan, keep_activations=False, num_tokens=64))
     assert not (without / HOOKS[0] / "all").exists()
     lean = dataclasses.replace(plan, num_tokens=64)
-    assert gather.unfit(without, digests, nano, dataclasses.replace(lean, keep_activations=False)) is None
-    assert gather.unfit(without, digests, nano, lean) is not None
+    assert gather.mismatch(without, digests, nano, dataclasses.replace(lean, keep_activations=False)) is None
+    assert gather.mismatch(without, digests, nano, lean) is not None
 
 
 @pytest.mark.parametrize("stage", ["running the model", "counting"])

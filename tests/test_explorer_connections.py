@@ -136,7 +136,7 @@ def test_one_client_does_not_push_out_another():
             crowd.leave(self)
 
     times = itertools.count()
-    crowd = connections.Crowd(Limits(client_connections=2, connections=3))
+    crowd = connections.OpenConnections(Limits(client_connections=2, connections=3))
     calm, *greedy = [Idle("a"), *(Idle("b") for _ in range(9))]
     assert all(crowd.enter(each) for each in (calm, *greedy))
     assert [each.dropped for each in greedy] == [True] * 7 + [False] * 2

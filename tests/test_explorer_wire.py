@@ -481,4 +481,4 @@ def test_where_a_layer_has_several_saes_the_set_says_which(model):
     for unclear in ("2-mine", "2-res-mlp", "3-res-1k", "-res", "2-", "٢-res"):
         with pytest.raises(Refusal, match="2-att, 2-mlp, 2-res"):
             sources.hook(unclear)
-    assert sources.of_set("att-1k") == {"2-att-1k": hooks["attn_out"]}
+    assert sources.sources_in_set("att-1k") == {"2-att-1k": hooks["attn_out"]}

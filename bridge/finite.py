@@ -73,12 +73,12 @@ def first_unsound(
         largest = activation.float().abs().amax(-1)
         unsound = (~(largest <= LARGEST) & keep).nonzero().flatten().tolist()
         if unsound:
-            start, place = unsound[0] // row_len * row_len, unsound[0] % row_len
+            start, position = unsound[0] // row_len * row_len, unsound[0] % row_len
             row = tokens[start : start + row_len]
             return (
                 f"{len(unsound)} of {int(keep.sum())} tokens have activations at {name} that are "
                 f"{_described(float(largest[unsound[0]]), activation.dtype)}; it begins with "
-                f"{_token(row, _shortest(model, name, row, place) - 1, decode)}"
+                f"{_token(row, _shortest(model, name, row, position) - 1, decode)}"
             )
     raise ValueError(f"the activations at {', '.join(acts)} are finite and within range")
 
@@ -107,13 +107,13 @@ def _described(largest: float, dtype: torch.dtype) -> str:
     return f"{'infinite' if np.isinf(largest) else 'NaN'}{bound}"
 
 
-def _token(row: Int[np.ndarray, " n"], place: int, decode: Decode | None) -> str:
+def _token(row: Int[np.ndarray, " n"], position: int, decode: Decode | None) -> str:
     """Return a description of a token: its position in its row and the preceding text."""
-    token = int(row[place])
+    token = int(row[position])
     if decode is None:
-        return f"token {token} at position {place} of its row"
-    before = row[max(place - _SHOWN, 0) : place + 1].tolist()
-    return f"token {token}, {decode([token])!r}, at position {place} of its row, after {decode(before)!r}"
+        return f"token {token} at position {position} of its row"
+    before = row[max(position - _SHOWN, 0) : position + 1].tolist()
+    return f"token {token}, {decode([token])!r}, at position {position} of its row, after {decode(before)!r}"
 
 
 @torch.no_grad()

@@ -108,8 +108,8 @@ class ActivationStream:
             for site, stay in zip(self._sites, keep, strict=True):
                 acts = {name: blocks[name] for name in site}
                 if not finite.is_sound(block[stay] for block in acts.values()):
-                    place = (acts, stay, text, self._rows.row_len)
-                    raise ActivationsError(finite.first_unsound(self._model, *place, self._decode))
+                    location = (acts, stay, text, self._rows.row_len)
+                    raise ActivationsError(finite.first_unsound(self._model, *location, self._decode))
         return tuple(tuple(handover.to_jax(part) for part in parts) for parts in packed)
 
     def position(self) -> dict[str, Any]:

@@ -142,9 +142,9 @@ def _by_left(text: Text) -> Iterator[tuple[str, np.ndarray]]:
         compiled = re.compile(pattern.encode())
         truth = np.zeros(text.tokens.shape, bool)
         for indices, source in _tokens_of_documents(text):
-            ends = np.zeros(len(source) + 1, bool)
-            ends[[match.end() for match in compiled.finditer(source)]] = True
-            truth.reshape(-1)[indices] = ends[text.place.reshape(-1)[indices]]
+            match_ends = np.zeros(len(source) + 1, bool)
+            match_ends[[match.end() for match in compiled.finditer(source)]] = True
+            truth.reshape(-1)[indices] = match_ends[text.place.reshape(-1)[indices]]
         yield name, truth
 
 

@@ -174,10 +174,10 @@ class _Shown:
         """Yield the files of texts: starts and lengths of runs of cells, and their concatenated tokens."""
         cuts = self.cuts()
         flat = texts.tokens.reshape(-1)
-        ends = self.starts + self.lengths
+        run_ends = self.starts + self.lengths
         for low, high in zip(cuts, [*cuts[1:], flat.size], strict=True):
-            inside = (ends > low) & (self.starts < high)
-            starts, stops = np.maximum(self.starts[inside], low), np.minimum(ends[inside], high)
+            inside = (run_ends > low) & (self.starts < high)
+            starts, stops = np.maximum(self.starts[inside], low), np.minimum(run_ends[inside], high)
             tokens = [flat[a:b] for a, b in zip(starts, stops, strict=True)]
             joined = np.concatenate(tokens) if tokens else flat[:0]
             yield {"starts": _b64(starts, "<u4"), "lengths": _b64(stops - starts, "<u4"), "tokens": _b64(joined, "<u2")}
@@ -308,7 +308,7 @@ def _peaks(store: Store, latent: int) -> np.ndarray:
 def _shard(store: Store, first: int, radius: int) -> dict[str, Any]:
     """Return the details of some latents. Activations are in 65535ths of the latent's largest one."""
     last = min(first + SHARD, store.header.d_sae)
-    some = slice(first, last)
+    rows = slice(first, last)
     examples = store["example_offsets"][first : last + 1]
     low, high = int(examples[0]), int(examples[-1])
     offsets = store["activation_offsets"][low : high + 1]
@@ -319,15 +319,15 @@ def _shard(store: Store, first: int, radius: int) -> dict[str, Any]:
     share = store["activation_value"][offsets[0] : offsets[-1]] / largest
     return {
         "first": first,
-        "hist": _b64(store["hist"][some], "<u4"),
-        "hist_range": _b64(store["hist_range"][some], "<f4"),
-        "group_share": _b64(store["group_share"][some], "<f4"),
-        "logit_hist": _b64(store["logit_hist"][some], "<u4"),
-        "logit_range": _b64(store["logit_range"][some], "<f4"),
-        **{name: _b64(store[name][some], "<u2") for name in ("top_logits", "bottom_logits")},
-        **{name: _b64(store[name][some], "<f4") for name in ("top_logit_values", "bottom_logit_values")},
-        **{name: _b64(store[name][some], "<u4") for name in ("neighbours", "together")},
-        **{name: _b64(store[name][some], "<f4") for name in ("neighbour_cosines", "together_share")},
+        "hist": _b64(store["hist"][rows], "<u4"),
+        "hist_range": _b64(store["hist_range"][rows], "<f4"),
+        "group_share": _b64(store["group_share"][rows], "<f4"),
+        "logit_hist": _b64(store["logit_hist"][rows], "<u4"),
+        "logit_range": _b64(store["logit_range"][rows], "<f4"),
+        **{name: _b64(store[name][rows], "<u2") for name in ("top_logits", "bottom_logits")},
+        **{name: _b64(store[name][rows], "<f4") for name in ("top_logit_values", "bottom_logit_values")},
+        **{name: _b64(store[name][rows], "<u4") for name in ("neighbours", "together")},
+        **{name: _b64(store[name][rows], "<f4") for name in ("neighbour_cosines", "together_share")},
         "examples": _b64(examples - low, "<u4"),
         "group": _b64(store["example_group"][low:high], "u1"),
         "row": _b64(store["example_row"][low:high], "<u4"),

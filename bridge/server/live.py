@@ -116,7 +116,7 @@ class Api:
         """Stream a continuation without and with steering, one line of JSON per token, alternating."""
         names = ["prompt", "messages", "steer", "strength_multiplier", "temperature", "max_tokens", "seed"]
         fields, limits = await self._fields(request, *names), self._session.limits
-        steers = [self._steer(each) for each in fields.objects("steer", limits.features, _STEER_FIELDS)]
+        steers = [self._steer(entry) for entry in fields.objects("steer", limits.features, _STEER_FIELDS)]
         sampling = {
             "max_tokens": fields.whole("max_tokens", 1, limits.max_tokens, min(64, limits.max_tokens)),
             "temperature": fields.temperature("temperature", 2, 0.5),

@@ -162,8 +162,8 @@ def test_steering_writes_both_continuations_side_by_side(visit, live):
     assert [one for one in contrasts(tab) if one[0] < ENOUGH] == []
     tab.hover(".sheet[data-which=steered] .tok >> nth=1")
     assert "token" in tab.inner_text("#tip")
-    tab.click("[aria-label='Take #3 away']")
-    tab.click("[aria-label='Take #7 away']")
+    tab.click("[aria-label='Remove #3']")
+    tab.click("[aria-label='Remove #7']")
     tab.click("#go")
     assert written(tab, "default") == texts[0]  # without features there is one continuation, the same
     assert tab.locator(".sheet").count() == 1
@@ -214,7 +214,7 @@ def test_a_chat_goes_on_from_the_side_that_is_chosen(visit, live):
     first = tab.locator(".turn").first.locator(".sheet[data-which=steered] .text").text_content()
     assert [m["role"] for m in asked[1]["messages"]] == ["user", "assistant", "user"]
     assert jsae_shown(tab, asked[1]["messages"][1]["content"]) == first
-    tab.click("text=Start anew")
+    tab.click("text=Start over")
     assert tab.locator(".turn").count() == 0
 
 

@@ -145,7 +145,7 @@ def test_filters_know_the_range_of_largest_activations(home, run):
     home.locator("#max-high").fill("0.25")  # handles do not pass each other
     assert home.input_value("#max-high") == "0.5"
     wait_for(home, [])
-    assert "No latent is like that" in home.inner_text("#list")
+    assert "No latents match" in home.inner_text("#list")
     home.click("#clear")
     wait_for(home, list(range(8)))
 

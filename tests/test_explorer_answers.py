@@ -1,4 +1,4 @@
-"""Answers of the live explorer: bounded in bytes, work and time; and numbers and bodies that are refused by name."""
+"""Answers of the live explorer: bounded in bytes, work and time; refusals of invalid bodies name the field."""
 
 import contextlib
 import json
@@ -51,7 +51,7 @@ def client(run, model):
 
 
 def told(response: httpx.Response, status: int = 400) -> str:
-    """The error of a refusal."""
+    """Return the message of a refusal."""
     assert response.status_code == status, response.text
     return response.json()["error"]
 
@@ -252,7 +252,7 @@ def test_notes_that_became_too_many_are_named(tmp_path, model):
         assert labels.notes_file(run).read_bytes() == before
 
 
-def test_a_note_that_cannot_be_written_is_told(client, monkeypatch):
+def test_a_note_that_cannot_be_written_is_reported(client, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -260,7 +260,7 @@ def test_a_note_that_cannot_be_written_is_told(client, monkeypatch):
     assert told(client.post("/api/notes", json=NOTE), 507) == "the note was not saved: No space left on device"
 
 
-def test_notes_that_are_no_text_are_told(tmp_path, model):
+def test_notes_that_are_not_text_are_reported(tmp_path, model):
     run = write_run(tmp_path / "toy")
     labels.notes_file(run).write_bytes(b"\xff\n")
     with served(run, *model) as client:
@@ -398,7 +398,7 @@ def test_a_seed_that_is_written_as_a_float_is_whole(client):
     assert "whole number" in told(client.post("/v1/steer/completion", json=STEER | {"seed": 16.5}))
 
 
-def test_numbers_that_overflow_in_the_model_are_told(run, model):
+def test_logits_that_overflow_are_reported(run, model):
     im, nano = model
     with served(run, im, nano) as client:
         broken = im.model.lm_head.register_forward_hook(lambda *given: given[-1] * float("nan"))

@@ -1,4 +1,4 @@
-"""Numbers that nothing can be learned from are named where they arise, with advice that fits; others train."""
+"""Unusable numbers are reported where they arise, with advice that fits; others train."""
 
 import json
 import shutil
@@ -196,7 +196,7 @@ def test_text_of_one_token_is_named():
 
 
 class Text:
-    """The same rows over and over."""
+    """A source that repeats the same rows."""
 
     row_len = ROW
 

@@ -55,7 +55,7 @@ def test_the_latent_that_differs_most_is_the_one_that_is_used(separable):
     assert list(probing._by_difference(separable.latents, probing._tasks(separable)["green"])[:1]) == [1]
 
 
-def test_more_latents_tell_what_one_cannot():
+def test_more_latents_separate_classes_that_one_cannot():
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 2, (2, 1000))
     latents = np.stack([a, b, rng.integers(0, 2, 1000)], axis=1).astype(np.float32)
@@ -105,7 +105,7 @@ def test_classes_with_too_few_examples_are_left_out():
     assert probing.tpp(examples, np.ones((4, 4), np.float32)) == {}  # no other class to compare with
 
 
-def test_without_scikit_learn_the_error_says_what_to_do(separable, monkeypatch):
+def test_without_scikit_learn_the_error_gives_advice(separable, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     for probe in (probing.sparse_probing, lambda examples: probing.tpp(examples, decoder())):
         with pytest.raises(ImportError, match=r"jsae\[eval\].*--noprobes"):

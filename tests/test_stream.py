@@ -1,4 +1,4 @@
-"""The live source on a real nanochat: right activations, BOS and sinks left out, exact resume, no hidden copies."""
+"""The activation stream on a real nanochat: right activations, no BOS or sinks, exact resume, no hidden copies."""
 
 import copy
 
@@ -64,7 +64,7 @@ def take(source: ActivationStream, rows: int) -> np.ndarray:
 
 
 def read(model, name: str, rows: int, start: int = 0) -> np.ndarray:
-    """The activations of rows of text, (rows, ROW, 32)."""
+    """Return the activations of rows of text, (rows, ROW, 32)."""
     text = Text()
     text.seek({"at": start})
     with torch.no_grad(), capture(model, [name]) as acts:

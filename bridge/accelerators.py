@@ -1,4 +1,4 @@
-"""Which devices a command may name, and whether torch has them."""
+"""Check names of devices, and whether torch can use them."""
 
 import re
 
@@ -8,10 +8,10 @@ _NAME = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 
 
 def check_name(device: str) -> None:
-    """Check the name of a device, without asking for it.
+    """Check the name of a device, not whether it exists.
 
     Raises:
-      ConfigError: another name than cpu, cuda or cuda:N.
+      ConfigError: the name is not cpu, cuda or cuda:N.
     """
     require(
         _NAME.fullmatch(device) is not None,
@@ -20,10 +20,14 @@ def check_name(device: str) -> None:
 
 
 def require_torch(device: str, called: str | None = None) -> None:
-    """Check that torch can use a device, which the user called `called`. Imports torch unless it is the CPU.
+    """Check that torch can use a device; imports torch unless it is the CPU.
+
+    Args:
+      device: cpu, cuda or cuda:N.
+      called: the user's name for the device, for messages; None is `device`.
 
     Raises:
-      ConfigError: torch has no such device; says which there are.
+      ConfigError: torch does not have the device; says which ones it has.
     """
     check_name(device)
     if device == "cpu":

@@ -1,4 +1,4 @@
-"""The explorer's files of a run: records of its SAEs, gathered unless those that are there fit, and their page."""
+"""Write the explorer's files of a run: records of its SAEs, unless existing ones fit, and their page."""
 
 import sys
 import time
@@ -23,21 +23,21 @@ from jsae.settings import require
 
 @dataclass(frozen=True)
 class Extent:
-    """How much text is read, and what is kept of it."""
+    """The amount of text to read, and what to keep of it."""
 
     num_tokens: int = 1_000_000
     context_length: int = 128
     """Tokens of a row of text, BOS first."""
     split: Split = "all"
     seed: int = 0
-    """Of the random samples of texts."""
+    """Seed of the random samples of texts."""
     keep_activations: bool = True
-    """Whether every activation is kept, six bytes each: delphi's files are made of them."""
+    """Whether to keep every activation, six bytes each; delphi's files need them."""
 
 
 @dataclass(frozen=True)
 class Explored:
-    """The model and the SAEs by hook that records were gathered of: what a server needs."""
+    """The model, and the SAEs by hook whose records were gathered; a server needs both."""
 
     nano: Nanochat
     saes: dict[str, TorchSAE]
@@ -51,21 +51,21 @@ def explore(
     keep_page: bool = False,
     show_progress: bool = False,
 ) -> Explored:
-    """Gather the records of a run's SAEs unless those that are there fit, label latents, and write the page.
+    """Gather the records of a run's SAEs unless existing ones fit, label latents, and write the page.
 
-    SAEs without labels get quick ones, from a part of the text. What is done is said on stderr.
+    SAEs without labels get quick ones, from a part of the text. Progress is reported on stderr.
 
     Args:
-      choice: one run, and what is to be other than it recorded; see `of_run`.
-      extent: which text is read, and what is kept.
-      force: gather again though the records fit.
-      keep_page: leave a page as it is if the run cannot be written to.
-      show_progress: show how far it is.
+      choice: one run, with settings that override those that it recorded; see `of_run`.
+      extent: how much text to read, and what to keep.
+      force: gather again even if existing records fit.
+      keep_page: leave an existing page unchanged if the run is not writable.
+      show_progress: show progress bars.
 
     Raises:
-      ConfigError, ValueError: an SAE that does not fit, SAEs trained on different tokens, too little text.
-      FileNotFoundError: no such run, export, checkpoint or text.
-      OSError: something cannot be written; what was there before stays.
+      ConfigError, ValueError: an SAE does not fit, SAEs were trained on different tokens, or there is too little text.
+      FileNotFoundError: the run, an export, the checkpoint or the text does not exist.
+      OSError: a file cannot be written; earlier files stay.
     """
     run = Run(choice.places[0])
     with run.held():
@@ -77,7 +77,7 @@ def explore(
         if run.is_writable:
             _label(run, nano, saes, plan, seconds, console)
         if keep_page and run.page_file.is_file() and not run.is_writable:
-            _say(f"{run.path} cannot be written to: the page is served as it is")
+            _say(f"{run.path} is not writable: the existing page is served")
         else:
             with Progress("writing the page", None, console=console):
                 page.write(run.path, list(saes))
@@ -91,7 +91,7 @@ def of_run(run: Run, device: str = "cpu") -> Choice:
 
 
 def _plan(choice: Choice, extent: Extent, chosen: list[Subject]) -> Plan:
-    """Return what is read and kept for the SAEs, all of which count the same tokens."""
+    """Return what to read and keep for the SAEs, which must all count the same tokens."""
     counted = {(subject.excluded, subject.drop_sinks) for subject in chosen}
     require(
         len(counted) == 1,
@@ -116,20 +116,20 @@ def _plan(choice: Choice, extent: Extent, chosen: list[Subject]) -> Plan:
 def _gather(
     run: Run, nano: Nanochat, saes: dict[str, TorchSAE], plan: Plan, force: bool, console: Console
 ) -> float | None:
-    """Gather records unless those that are there fit; return the seconds it took, None if they fit."""
+    """Gather records unless existing ones fit; return the seconds that it took, or None if they fit."""
     digests = {hook: digest(run.sae_folder(hook)) for hook in saes}
-    reason = "--force" if force else gather.unfit(run.records_folder, digests, nano, plan)
+    reason = "--force" if force else gather.mismatch(run.records_folder, digests, nano, plan)
     seconds = None
     if reason is None:
         _say(f"the records in {run.records_folder} fit: --force gathers them again")
         if plan.data_fingerprint is None:
-            _say(f"{plan.data} is not on this machine: whether its text is still the same was not looked at")
+            _say(f"{plan.data} is not on this machine: could not check whether the text has changed")
     else:
         _say(f"gathering records: {reason}")
-        before = time.perf_counter()
+        start = time.perf_counter()
         with Progress("gathering", console=console) as progress:
             gather.gather(nano, saes, digests, run.records_folder, plan, progress.share)
-        seconds = time.perf_counter() - before
+        seconds = time.perf_counter() - start
         _say(f"gathered in {seconds:.0f} s")
     for hook in saes:
         _say(_summary(run, hook))
@@ -144,7 +144,7 @@ def _label(
         with Progress("labelling latents", None, console=console):
             summaries = quick_labels.write(run, nano, saes, plan, None if gathered is None else gathered / 6)
     except FileNotFoundError as error:
-        _say(f"no labels were found: {error}")
+        _say(f"latents were not labelled: {error}")
         return
     for hook, count in automatic_hooks(run.path).items():
         if hook in summaries:
@@ -161,9 +161,9 @@ def _say(text: str) -> None:
 
 
 def _summary(run: Run, hook: str) -> str:
-    """Return a line about the records of one SAE."""
+    """Return one line about the records of an SAE."""
     store = run.records(hook)
     dead = int((store["count"] == 0).sum())
-    again = store.header.duplicate_rows
-    dropped = f", {again:,} repeated row{'s' * (again > 1)} dropped" if again else ""
+    repeated = store.header.duplicate_rows
+    dropped = f", {repeated:,} repeated row{'s' * (repeated > 1)} dropped" if repeated else ""
     return f"{hook}: {store.header.d_sae:,} latents ({dead:,} dead) on {store.header.tokens:,} tokens{dropped}"

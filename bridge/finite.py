@@ -1,4 +1,4 @@
-"""Weights and activations that are NaN, infinite or degenerate: where they are, before a long run meets them."""
+"""Find weights and activations that are NaN, infinite or degenerate, before a long run."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,32 +13,36 @@ from bridge.hooks import capture
 from jsae.health import LARGEST, ActivationsError, DegenerateError, Extent, degenerate
 
 Decode = Callable[[list[int]], str]
-_SHOWN = 12  # tokens of text before one that is named
+_SHOWN = 12  # preceding tokens of text in an error message
 
 
 def broken_weights(model: nn.Module) -> list[str]:
     """Return a description of every parameter and buffer of a model that holds NaN or infinite numbers."""
-    found = []
+    descriptions = []
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
         if not weight.is_floating_point() or bool(weight.detach().isfinite().all()):
             continue
-        odd = ~weight.detach().isfinite()
-        rows = odd.flatten(1).any(1).nonzero().flatten().tolist() if odd.ndim > 1 else []
-        where = f" in rows {', '.join(map(str, rows[:5]))}{' …' * (len(rows) > 5)} of {len(odd)}" if rows else ""
-        found.append(f"{int(odd.sum())} numbers of {name}{where}")
-    return found
+        not_finite = ~weight.detach().isfinite()
+        rows = not_finite.flatten(1).any(1).nonzero().flatten().tolist() if not_finite.ndim > 1 else []
+        where = f" in rows {', '.join(map(str, rows[:5]))}{' …' * (len(rows) > 5)} of {len(not_finite)}" if rows else ""
+        descriptions.append(f"{int(not_finite.sum())} numbers of {name}{where}")
+    return descriptions
 
 
 def warn_of_broken_weights(model: nn.Module) -> None:
     """Print a warning to stderr for every weight of a model that holds NaN or infinite numbers."""
-    for found in broken_weights(model):
-        print(f"warning: {found} are not finite: text that needs them has no activations", file=sys.stderr, flush=True)
+    for description in broken_weights(model):
+        print(
+            f"warning: {description} are not finite: text that needs them has no activations",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def is_sound(parts: Iterable[Float[torch.Tensor, "n _"]]) -> bool:
-    """Return whether all numbers are finite and none is beyond what float32 sums of squares hold."""
+    """Return whether all numbers are finite and small enough for sums of squares in float32."""
     bounds = [torch.stack(torch.aminmax(part)).float().abs().amax() for part in parts if part.numel()]
-    return not bounds or bool((torch.stack(bounds) <= LARGEST).all())  # NaN is not
+    return not bounds or bool((torch.stack(bounds) <= LARGEST).all())  # False for NaN
 
 
 def first_unsound(
@@ -49,46 +53,46 @@ def first_unsound(
     row_len: int,
     decode: Decode | None = None,
 ) -> str:
-    """Return what is wrong with activations that are not sound: at which hook, on how many tokens, and which began it.
+    """Return a description of activations that are not sound: the hook, the number of tokens, and the first bad token.
 
-    In attention one token without numbers makes its whole row so. The one that began it ends the shortest part of the
-    row that is not sound, which is searched by running such parts.
+    Through attention one NaN spreads over its whole row. The token that caused it is the last of the shortest unsound
+    prefix of the row, which is found by bisection, running the model on prefixes.
 
     Args:
-      model: what gave the activations.
-      acts: by hook name, in the order of the text.
+      model: the model of the activations.
+      acts: activations by hook name, (n, d) each, in the order of the text.
       keep: which tokens count.
       tokens: the ids, row after row.
       row_len: tokens of a row of text.
-      decode: makes text of ids.
+      decode: returns the text of ids.
 
     Raises:
       ValueError: all activations are sound.
     """
-    for name, found in acts.items():
-        largest = found.float().abs().amax(-1)
-        odd = (~(largest <= LARGEST) & keep).nonzero().flatten().tolist()
-        if odd:
-            start, place = odd[0] // row_len * row_len, odd[0] % row_len
+    for name, activation in acts.items():
+        largest = activation.float().abs().amax(-1)
+        unsound = (~(largest <= LARGEST) & keep).nonzero().flatten().tolist()
+        if unsound:
+            start, position = unsound[0] // row_len * row_len, unsound[0] % row_len
             row = tokens[start : start + row_len]
             return (
-                f"{len(odd)} of {int(keep.sum())} tokens have activations at {name} that are "
-                f"{_described(float(largest[odd[0]]), found.dtype)}; it begins with "
-                f"{_token(row, _shortest(model, name, row, place) - 1, decode)}"
+                f"{len(unsound)} of {int(keep.sum())} tokens have activations at {name} that are "
+                f"{_described(float(largest[unsound[0]]), activation.dtype)}; it begins with "
+                f"{_token(row, _shortest(model, name, row, position) - 1, decode)}"
             )
     raise ValueError(f"the activations at {', '.join(acts)} are finite and within range")
 
 
 @torch.no_grad()
 def _shortest(model: nn.Module, name: str, row: Int[np.ndarray, " n"], sound: int) -> int:
-    """Return the length of the shortest part of a row whose activations are not sound; that of `sound` tokens is."""
+    """Return the length of the shortest prefix of a row with unsound activations; that of `sound` tokens is sound."""
     device = next(model.parameters()).device
     unsound = len(row)
     while unsound - sound > 1:
         middle = (sound + unsound) // 2
         with capture(model, [name], stop=True) as acts:
             model(torch.from_numpy(row[None, :middle].astype(np.int64)).to(device))
-        if is_sound([acts[name][0, 1:]]):  # the first token is BOS, which may be as large as it likes
+        if is_sound([acts[name][0, 1:]]):  # the first token is BOS, whose norm may be extreme
             sound = middle
         else:
             unsound = middle
@@ -96,19 +100,20 @@ def _shortest(model: nn.Module, name: str, row: Int[np.ndarray, " n"], sound: in
 
 
 def _described(largest: float, dtype: torch.dtype) -> str:
+    """Return a description of the largest magnitude among the channels of a token."""
     if np.isfinite(largest):
         return f"as large as {largest:.3g}"
-    bound = f": {dtype} ends at {torch.finfo(dtype).max:.3g}" if np.isinf(largest) else ""
-    return f"{'infinite' if np.isinf(largest) else 'not numbers'}{bound}"
+    bound = f": the largest {dtype} is {torch.finfo(dtype).max:.3g}" if np.isinf(largest) else ""
+    return f"{'infinite' if np.isinf(largest) else 'NaN'}{bound}"
 
 
-def _token(row: Int[np.ndarray, " n"], place: int, decode: Decode | None) -> str:
-    """A token, its place in its row, and the text that leads to it."""
-    token = int(row[place])
+def _token(row: Int[np.ndarray, " n"], position: int, decode: Decode | None) -> str:
+    """Return a description of a token: its position in its row and the preceding text."""
+    token = int(row[position])
     if decode is None:
-        return f"token {token} at position {place} of its row"
-    before = row[max(place - _SHOWN, 0) : place + 1].tolist()
-    return f"token {token}, {decode([token])!r}, at position {place} of its row, after {decode(before)!r}"
+        return f"token {token} at position {position} of its row"
+    before = row[max(position - _SHOWN, 0) : position + 1].tolist()
+    return f"token {token}, {decode([token])!r}, at position {position} of its row, after {decode(before)!r}"
 
 
 @torch.no_grad()
@@ -122,31 +127,31 @@ def check_text(
     called: str,
     decode: Decode | None = None,
 ) -> None:
-    """Run text up to the deepest hook and check that all its activations can be measured, in one pass.
+    """Check the activations of text in one pass up to the deepest hook: they are finite and not degenerate.
 
     Args:
       model: a nanochat, on its device.
       hooks: which activations.
       batches: token ids, of one forward pass each.
-      excluded: ids that do not count.
+      excluded: ids of tokens that do not count.
       drop_sinks: whether tokens of extreme norm do not count.
       called: the text's name in an error, for example "held-out text".
-      decode: makes text of ids, for errors.
+      decode: returns the text of ids, for errors.
 
     Raises:
-      ActivationsError: activations that are NaN, infinite or out of range; names hook, token and place.
-      DegenerateError: activations at a hook that are all zero, all alike, or of a scale that sums do not hold.
+      ActivationsError: activations are NaN, infinite or out of range; names hook, token and position.
+      DegenerateError: activations at a hook are all zero, all equal, or too small or large for sums.
     """
     sums: dict[str, _Sums] = {name: _Sums() for name in hooks}
-    for done in activations.read(model, hooks, batches, excluded=excluded, drop_sinks=drop_sinks):
-        keep = {name: done.mask(name) for name in hooks}
-        counted = {name: done.acts[name][keep[name]] for name in hooks}
+    for forward_pass in activations.read(model, hooks, batches, excluded=excluded, drop_sinks=drop_sinks):
+        keep = {name: forward_pass.mask(name) for name in hooks}
+        counted = {name: forward_pass.acts[name][keep[name]] for name in hooks}
         if not is_sound(counted.values()):
             name = next(name for name in hooks if not is_sound([counted[name]]))
-            flat = {name: done.acts[name].flatten(0, 1)}
-            ids = done.tokens.cpu().numpy()
+            flat = {name: forward_pass.acts[name].flatten(0, 1)}
+            ids = forward_pass.tokens.cpu().numpy()
             problem = first_unsound(model, flat, keep[name].flatten(), ids.reshape(-1), ids.shape[1], decode)
-            raise ActivationsError(f"in {called}, rows {done.first_row} and on: {problem}")
+            raise ActivationsError(f"in {called}, rows {forward_pass.first_row} and on: {problem}")
         for name in hooks:
             sums[name].add(counted[name])
     for name, total in sums.items():
@@ -164,7 +169,7 @@ class _Sums:
         self._shift: torch.Tensor | None = None
 
     def add(self, acts: Float[torch.Tensor, "n d"]) -> None:
-        """Take the activations of some tokens."""
+        """Add the activations of some tokens."""
         if not len(acts):
             return
         x = acts.double()
@@ -177,7 +182,7 @@ class _Sums:
         self.count += len(x)
 
     def extent(self) -> Extent:
-        """Return what was seen."""
+        """Return the extent of all activations so far."""
         mean = self._total / self.count
         spread = max(self._square / self.count - float(mean.square().sum()), 0.0)
         square = spread + float((self._shift + mean).square().sum())

@@ -1,6 +1,6 @@
-"""The files of a run in the field's formats: SAELens, Neuronpedia, SAEDashboard, delphi, circuit-tracer. No jax.
+"""Write a run in standard formats: SAELens, Neuronpedia, SAEDashboard, delphi, circuit-tracer. No jax.
 
-No torch either before something is written.
+torch is imported only when something is written.
 """
 
 import os
@@ -30,11 +30,11 @@ class Written:
 
 
 def check(sources: Collection["Source"], formats: Collection[Format]) -> None:
-    """Check that the records exist that the formats are made of.
+    """Check that the records exist that the formats need.
 
     Raises:
-      FileNotFoundError: there are none, or for delphi not every activation was kept; says what to run.
-      StoreError: they are broken, of another version or of another SAE.
+      FileNotFoundError: there are none, or delphi is requested and not every activation was kept; says what to run.
+      StoreError: the records are broken, of another version or of another SAE.
     """
     if set(formats) - {"sae_lens"}:
         for source in sources:
@@ -51,18 +51,18 @@ def write(
     out: Path | None = None,
     vectors: bool = False,
 ) -> Iterator[Written]:
-    """Write every format for every SAE; yield what was written after each. Files of the same run are the same bytes.
+    """Write every format for every SAE; yield the written files after each. The same run gives the same bytes.
 
     Args:
-      run: whose files.
+      run: the run.
       sources: its SAEs, as `bridge.neuronpedia.sources.of_run` names them.
-      formats: which formats; `check` says before whether they can be written.
-      out: where to write, a folder per format; None is the run's own folder.
-      vectors: put decoder rows into neuronpedia and saedashboard, to steer without the SAE.
+      formats: which formats; call `check` first to know whether they can be written.
+      out: where to write, a folder per format; None writes to the run's own folder.
+      vectors: include decoder rows in neuronpedia and saedashboard, to steer without the SAE.
 
     Raises:
       FileNotFoundError, StoreError: as `check`.
-      OSError: something cannot be written; what was there before stays.
+      OSError: a file cannot be written; earlier files stay.
     """
     with run.held():
         for source in sources:
@@ -115,4 +115,4 @@ _FORMATS: Mapping[Format, tuple[str, Writer]] = {
     "delphi": ("delphi", _delphi),
     "circuit_tracer": ("circuit_tracer", _circuit_tracer),
 }
-"""The folder of each format, and what writes it."""
+"""The folder and the writer of each format."""

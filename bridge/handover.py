@@ -1,34 +1,34 @@
-"""The door between torch and jax: the only DLPack calls, and the rule of who may write to what passes through.
+"""Pass arrays between torch and jax without a copy: the only DLPack calls, and the rule for writing to shared memory.
 
-An activation that was handed over belongs to jax. Nothing orders a later write by torch against a read by jax that is
-still to run, so torch must never write to it again: `to_jax` empties the tensor it was given. Other views of the same
-storage cannot be seen from here; whoever hands over a view answers for the rest.
+An activation that was handed over belongs to jax. A later write by torch is not ordered with respect to pending reads
+by jax, so torch must never write to it again: `to_jax` empties the tensor that it was given. It cannot know of other
+views of the same storage; the caller must not write to these.
 """
 
 import jax
 import torch
 
 ALIGNMENT = 64
-"""Bytes: jax takes CPU memory without a copy only where it starts on such a boundary."""
+"""Alignment in bytes that jax requires to use CPU memory without a copy."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def to_jax(acts: torch.Tensor) -> jax.Array:
-    """Hands activations to jax without a copy, and empties `acts`.
+    """Hand activations to jax without a copy, and empty `acts`.
 
-    A tensor that is strided, or that starts off the alignment, is copied once, on torch's side, since jax would have
-    to. Gradients are left behind.
+    A tensor that is not contiguous or not aligned is copied once, by torch, since jax would have to. Gradients are not
+    passed on.
 
     Args:
       acts: float32, bfloat16 or float16, of any shape, on CPU or CUDA.
 
     Returns:
-      The same numbers in the same place, of the same dtype and shape.
+      The same numbers in the same memory, of the same dtype and shape.
 
     Raises:
-      TypeError: another dtype; token ids are copied through numpy instead.
-      ValueError: `acts` holds no numbers (it was handed over already?).
+      TypeError: `acts` has another dtype; copy token ids through numpy instead.
+      ValueError: `acts` is empty, for example because it was handed over before.
     """
     if acts.dtype not in _FLOATS:
         raise TypeError(f"activations are float32, bfloat16 or float16, not {acts.dtype}: copy token ids through numpy")
@@ -36,16 +36,16 @@ def to_jax(acts: torch.Tensor) -> jax.Array:
         raise ValueError(
             f"a tensor of shape {tuple(acts.shape)} holds nothing to hand over; was it handed over before?"
         )
-    mine = acts.detach()
-    if not mine.is_contiguous() or (mine.device.type == "cpu" and mine.data_ptr() % ALIGNMENT):
-        mine = mine.clone(memory_format=torch.contiguous_format)
-    theirs = jax.dlpack.from_dlpack(mine, copy=False)
+    tensor = acts.detach()
+    if not tensor.is_contiguous() or (tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT):
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    array = jax.dlpack.from_dlpack(tensor, copy=False)
     acts.data = acts.new_empty(0)  # jax holds the storage; this handle points to it no longer
-    return theirs
+    return array
 
 
 def to_torch(array: jax.Array) -> torch.Tensor:
-    """Shows a jax array to torch without a copy. jax arrays never change: torch may only read it.
+    """Return a torch view of a jax array, without a copy. jax arrays never change: only read it.
 
     Raises:
       RuntimeError: the array was donated or deleted.

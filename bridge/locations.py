@@ -1,4 +1,4 @@
-"""Paths as people write them in flags: `~`, `~user`, `$VAR` and `${VAR}`, in every flag of every command alike."""
+"""Expand paths in flags, in the same way for all commands: `~`, `~user`, `$VAR` and `${VAR}`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from jsae.settings import ConfigError, require
 
 
 class Location(NamedTuple):
-    """Marks a flag that names files or folders."""
+    """Mark of a flag that holds paths of files or folders."""
 
     words: tuple[str, ...] = ()
-    """Values that are names of something else, and stay as they are."""
+    """Values that are not paths and stay unchanged."""
     listed: bool = False
     """Whether it is a comma-separated list of paths and globs."""
 
@@ -37,10 +37,10 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
 def expand(path: str) -> str:
     """Return a path with `~`, `~user`, `$VAR` and `${VAR}` replaced; a relative path stays relative.
 
-    A path that exists as it is written stays as it is where a user or a variable is unknown.
+    If a user or a variable is unknown, a path that exists as written stays unchanged.
 
     Raises:
-      ConfigError: an unknown user, a variable that is not set, or a path that no file system can hold.
+      ConfigError: a user is unknown, a variable is not set, or the path is invalid on all file systems.
     """
     require("\0" not in path, f"the path {path!r} holds a zero byte")
     try:
@@ -62,14 +62,16 @@ def _value(path: str, match: re.Match[str]) -> str:
 
 
 def _home(path: str) -> str:
-    found = os.path.expanduser(path)  # noqa: PTH111 - pathlib raises RuntimeError, and would turn ./x into x
+    expanded = os.path.expanduser(path)  # noqa: PTH111 - pathlib raises RuntimeError, and would turn ./x into x
     user = path.split("/")[0]
-    require(found != path or not path.startswith("~"), f"the path {path!r} names the home of {user}, who is not known")
-    return found
+    require(
+        expanded != path or not path.startswith("~"), f"the path {path!r} names the home of {user}, an unknown user"
+    )
+    return expanded
 
 
 def expand_fields(config: Any) -> None:
-    """Expand the fields of a frozen dataclass that are marked as locations, in place.
+    """Expand in place the fields of a frozen dataclass that are marked with `Location`.
 
     Raises:
       ConfigError: see `expand`; names the field.
@@ -83,12 +85,12 @@ def expand_fields(config: Any) -> None:
 
 
 def absolute_fields(config_class: type, values: dict[str, Any], resolve: bool = False) -> dict[str, Any]:
-    """Return a config's fields, as JSON has them, with its locations absolute.
+    """Return the fields of a config, as JSON values, with absolute paths.
 
     Args:
       config_class: the dataclass.
-      values: its fields; others are left alone.
-      resolve: whether to follow symbolic links, so that two spellings of one place are equal.
+      values: its fields by name; other entries stay unchanged.
+      resolve: whether to follow symbolic links, so that two spellings of one path are equal.
     """
     absolute = os.path.realpath if resolve else _absolute
     locations = _locations(config_class)
@@ -100,7 +102,7 @@ def absolute_fields(config_class: type, values: dict[str, Any], resolve: bool = 
 
 
 def _absolute(path: str) -> str:
-    # What `..` leads to depends on symbolic links.
+    # The meaning of `..` depends on symbolic links.
     return os.path.realpath(path) if ".." in path.split("/") else os.path.abspath(path)  # noqa: PTH100
 
 
@@ -126,14 +128,14 @@ def listed_fields(config_class: type) -> set[str]:
 
 @functools.cache
 def _locations(config_class: type) -> dict[str, Location]:
-    """The fields of a dataclass that are marked."""
+    """Return the marks of a dataclass's fields, by name."""
     hints = typing.get_type_hints(config_class, include_extras=True)
-    found = {field.name: next(iter(_marks(hints[field.name])), None) for field in dataclasses.fields(config_class)}
-    return {name: location for name, location in found.items() if location is not None}
+    marks = {field.name: next(iter(_marks(hints[field.name])), None) for field in dataclasses.fields(config_class)}
+    return {name: location for name, location in marks.items() if location is not None}
 
 
 def _marks(hint: Any) -> Iterable[Location]:
-    """The marks anywhere in a type: in `FilePath`, `FilePath | None`, `tuple[FilePath, ...]`."""
+    """Yield the marks anywhere in a type, such as `FilePath`, `FilePath | None` and `tuple[FilePath, ...]`."""
     if typing.get_origin(hint) is Annotated:
         yield from (mark for mark in hint.__metadata__ if isinstance(mark, Location))
     elif typing.get_origin(hint) in (typing.Union, types.UnionType, tuple):

@@ -1,4 +1,4 @@
-"""Labels for latents that have none yet: the evaluation's labelling on a part of the text, in a bounded time."""
+"""Label latents that have no labels yet, as the evaluation does, but on a part of the text and in bounded time."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from bridge.torch_sae import TorchSAE
 from jsae import files, jsons
 
 SHARE = 10
-"""Of as many tokens as are gathered, one in `SHARE` is read for labels, within the next two bounds."""
+"""One in `SHARE` of the gathered tokens is read for labels, within the next two bounds."""
 FEWEST_TOKENS, MOST_TOKENS = 10_000, 100_000
 
 
@@ -27,21 +27,21 @@ def write(
     seconds: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, Any]]:
-    """Label the latents of SAEs without labels, and add them to `labels.json` of the run as an evaluation does.
+    """Label the latents of SAEs without labels, and add the labels to the run's `labels.json`, as an evaluation does.
 
     Args:
       run: the run.
       nano: the model with its tokenizer.
       saes: the SAEs of the run by hook name.
-      plan: which text is read, in rows of which length, and which tokens count.
-      seconds: reading of activations stops at the first batch after so many; None reads all of the part.
+      plan: the text, the length of its rows, and which tokens count.
+      seconds: time after which no further batch is read; None reads the whole part.
       clock: returns seconds that never decrease.
 
     Returns:
-      `bridge.evaluate.labels.summary` of every SAE that was labelled here.
+      `bridge.evaluate.labels.summary` of every SAE that was labelled, by hook name.
 
     Raises:
-      FileNotFoundError, ValueError: the text is not at hand, or does not fill one row; `labels.json` is broken.
+      FileNotFoundError, ValueError: the text does not exist or does not fill one row, or `labels.json` is broken.
     """
     missing = [hook for hook in saes if hook not in automatic_hooks(run.path)]
     if not missing:
@@ -54,9 +54,9 @@ def write(
         site = Site(nano.model, hook, plan.excluded, plan.drop_sinks)
         end = None if seconds is None else clock() + seconds / len(missing)
         firings = labels.firings(site, saes[hook], read, lambda end=end: end is not None and clock() >= end)
-        named = labels.label(firings, read, nano.tokenizer)
-        tables[hook], summaries[hook] = labels.table(named), labels.summary(named)
+        sae_labels = labels.label(firings, read, nano.tokenizer)
+        tables[hook], summaries[hook] = labels.table(sae_labels), labels.summary(sae_labels)
     file = run.table_file("labels")
-    before = jsons.read(file, LARGEST_TABLE) if file.is_file() else {}
-    files.write(file, json.dumps(before | tables, allow_nan=False) + "\n")
+    earlier = jsons.read(file, LARGEST_TABLE) if file.is_file() else {}
+    files.write(file, json.dumps(earlier | tables, allow_nan=False) + "\n")
     return summaries

@@ -1,4 +1,4 @@
-"""Which tokens an SAE is trained and measured on, and how that is recorded."""
+"""Select the tokens on which an SAE is trained and evaluated, and read the selection from metadata."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
@@ -10,20 +10,24 @@ ExcludeTokens = Literal["bos", "special", "nothing"]
 """Which special tokens are left out: BOS, all nine of nanochat (the markers of a chat among them), or none."""
 
 SINK_NORM_MULTIPLE = 10.0
-"""A token whose norm exceeds this multiple of the median is an attention sink: such tokens are few, say nothing of the
-text, and would take the largest part of the squared error."""
+"""A token whose norm exceeds this multiple of the median is an attention sink: such tokens are few, carry no
+information about the text, and would dominate the squared error."""
 
 
 @runtime_checkable
 class SpecialTokens(Protocol):
-    """What is asked of a tokenizer here."""
+    """The part of a tokenizer that this module uses."""
 
     bos_token_id: int
     special_tokens: dict[str, int]
 
 
 def excluded_ids(choice: ExcludeTokens, tokenizer: SpecialTokens) -> tuple[int, ...]:
-    """Return the ids that a choice leaves out, ascending."""
+    """Return the ids that a choice leaves out, ascending.
+
+    Raises:
+      ValueError: the choice is not one of `ExcludeTokens`.
+    """
     if choice not in get_args(ExcludeTokens):
         raise ValueError(f"exclude_tokens is {choice!r}: expected one of {', '.join(get_args(ExcludeTokens))}")
     if choice == "nothing":
@@ -32,25 +36,25 @@ def excluded_ids(choice: ExcludeTokens, tokenizer: SpecialTokens) -> tuple[int, 
 
 
 def recorded_ids(metadata: Mapping[str, Any] | None, tokenizer: SpecialTokens) -> tuple[int, ...]:
-    """Return the ids that were left out when an SAE was trained, as the metadata of its export says.
+    """Return the ids that were left out when an SAE was trained, from the metadata of its export.
 
-    SAELens writes a list of ids, or true for all special tokens, or false. Where nothing is said it is BOS. Exports
-    of jsae from before it recorded `drop_sinks` list all special tokens, but left out BOS alone.
+    SAELens writes a list of ids, or true for all special tokens, or false. Without an entry BOS was left out. Exports
+    of early versions of jsae, without `drop_sinks`, list all special tokens, but only BOS was left out.
 
     Raises:
-      ValueError: `exclude_special_tokens` is none of these.
+      ValueError: `exclude_special_tokens` is neither true, false nor a list of token ids.
     """
-    said = metadata.get("exclude_special_tokens") if isinstance(metadata, Mapping) else None
-    if said is None:
+    recorded = metadata.get("exclude_special_tokens") if isinstance(metadata, Mapping) else None
+    if recorded is None:
         return (tokenizer.bos_token_id,)
-    if isinstance(said, bool):
-        return excluded_ids("special" if said else "nothing", tokenizer)
-    if not isinstance(said, list) or not all(type(i) is int and 0 <= i < 2**31 for i in said):
-        raise ValueError(f"exclude_special_tokens is {said!r}: expected true, false or a list of token ids")
+    if isinstance(recorded, bool):
+        return excluded_ids("special" if recorded else "nothing", tokenizer)
+    if not isinstance(recorded, list) or not all(type(i) is int and 0 <= i < 2**31 for i in recorded):
+        raise ValueError(f"exclude_special_tokens is {recorded!r}: expected true, false or a list of token ids")
     assert metadata is not None
     if metadata.get("sae_lens_training_version") == "jsae" and "drop_sinks" not in metadata:
         return (tokenizer.bos_token_id,)
-    return tuple(sorted(said))
+    return tuple(sorted(recorded))
 
 
 def among(tokens: Int[torch.Tensor, "*B"], ids: tuple[int, ...]) -> Bool[torch.Tensor, "*B"]:
@@ -66,7 +70,7 @@ def kept(
 ) -> Bool[torch.Tensor, "B T"]:
     """Return the tokens that count: not those with an id of `excluded`, nor, with `drop_sinks`, those of extreme norm.
 
-    A token whose norm is not finite is no sink: it stays, so that the run that meets it can say so.
+    A token whose norm is not finite is not a sink: it is kept, so that the run can report it.
     """
     mask = ~among(tokens, excluded)
     if drop_sinks:

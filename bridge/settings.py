@@ -1,4 +1,4 @@
-"""Fields of the settings that commands and runs have in common: their help, their ranges, their paths."""
+"""Fields of the settings of commands and runs: their help, ranges and paths."""
 
 import dataclasses
 import difflib
@@ -15,21 +15,21 @@ STEP = Range(0, 2**31 - 1, "be a step from 0")
 CONTEXT = Range(2, 2**24, f"be 2 to {2**24} tokens, or less where the model takes less")
 LONG_SEED = Range(0, 2**63 - 1, "lie in [0, 2**63)")
 ExcludeTokens = Literal["bos", "special", "nothing"]
-"""As in `bridge.selection`, which takes torch to import."""
+"""The same as in `bridge.selection`, whose import needs torch."""
 
 Config = TypeVar("Config")
 
 
 def flag(default: Any, text: str, range: Range | None = None) -> Any:
-    """Return a dataclass field with a default, the help that its flag shows and the range that `settle` holds it to."""
+    """Return a dataclass field with a default, the help of its flag, and the range that `settle` checks."""
     return dataclasses.field(default=default, metadata={"help": text, "range": range})
 
 
 def settle(config: Any) -> None:
-    """Check the fields of a frozen config and expand its paths in place: what every `__post_init__` begins with.
+    """Check the fields of a frozen config and expand its paths in place; every `__post_init__` begins with it.
 
     Raises:
-      ConfigError: a path with an unknown user or variable, a number out of its range, or a value of another type;
+      ConfigError: a path has an unknown user or variable, a number is out of its range, or a value has another type;
         names the field.
     """
     _check_types(config)
@@ -38,27 +38,27 @@ def settle(config: Any) -> None:
 
 
 def from_keywords(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    """Return a config from its fields by name, as Python code writes them.
+    """Return a config from fields by name, with the value types that are usual in Python code.
 
-    Where a field takes several values, one value, a list, a range or an array will do, and None stands for no value.
-    Paths become text, as do the numbers of a field that takes text, and numbers of numpy become Python's. A field that
-    takes comma-separated paths also takes a list of them. An SAE class stands for its name.
+    A field of several values accepts one value, a list, a range or an array, and None for no value. Paths become text,
+    as do numbers of a field that holds text; numbers of numpy become Python's. A field of comma-separated paths also
+    accepts a list of paths. An SAE class stands for its name.
 
     Raises:
-      ConfigError: a name that is no field, or a value that cannot work; names the field.
+      ConfigError: a name is not a field, or a value is invalid; names the field.
     """
     hints = typing.get_type_hints(config_class)
     for name in values:
         if name not in hints:
             near = difflib.get_close_matches(name, hints, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
-            raise ConfigError(f"{name} is no setting of {config_class.__name__}: {hint}")
+            hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(hints)}"
+            raise ConfigError(f"{name} is not a setting of {config_class.__name__}: {hint}")
     lists = locations.listed_fields(config_class)
     return config_class(**{name: _field_value(hints[name], value, name in lists) for name, value in values.items()})
 
 
 def _field_value(hint: Any, value: Any, joined: bool) -> Any:
-    """Return a value in the type of its field."""
+    """Return a value converted to the type of its field."""
     value = _plain(value)
     if typing.get_origin(hint) is tuple:
         items = [] if value is None else value if isinstance(value, list | tuple | range) else [value]
@@ -70,7 +70,7 @@ def _field_value(hint: Any, value: Any, joined: bool) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that JSON holds, of a path, a number or array of numpy, or an architecture."""
+    """Return a path, a number or array of numpy, or an architecture as a JSON value."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, type):
@@ -82,7 +82,7 @@ _TYPES = {str: "text", bool: "True or False"}
 
 
 class _Checked(typing.NamedTuple):
-    """A field that holds text, or True or False."""
+    """A field whose values are text or booleans."""
 
     name: str
     kind: type
@@ -104,7 +104,7 @@ def _checked_fields(config_class: type) -> list[_Checked]:
 
 
 def _check_types(config: Any) -> None:
-    """Check the fields that hold text, or True or False; `check_fields` checks numbers and choices."""
+    """Check the fields whose values are text or booleans; `check_fields` checks numbers and choices."""
     for field in _checked_fields(type(config)):  # type: ignore[arg-type]
         value = getattr(config, field.name)
         if value is None and field.optional:

@@ -1,4 +1,4 @@
-"""The live source: text to tokens to nanochat's activations to jax. With `handover`, the only place where both meet."""
+"""Stream nanochat's activations on text to jax. Apart from `handover`, the only module that uses torch and jax."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -17,39 +17,39 @@ from jsae.settings import require
 
 @runtime_checkable
 class Rows(Protocol):
-    """Token rows to run a model on: `bridge.nanochat.corpus.Corpus` is one."""
+    """A source of token rows, for example `bridge.nanochat.corpus.Corpus`."""
 
     row_len: int
     """Tokens in a row."""
 
     def next_rows(self, n: int) -> np.ndarray:
-        """The next n rows, (n, row_len) int32."""
+        """Return the next n rows, (n, row_len) int32."""
 
     def position(self) -> dict[str, Any]:
-        """Where the next row starts, as JSON values."""
+        """Return the position of the next row, as JSON values."""
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Goes back to a position."""
+        """Continue from a position."""
 
 
 class ActivationStream:
-    """A `jsae.data.Source` that runs a nanochat and keeps activations that are worth learning from.
+    """A `jsae.data.Source` that runs a nanochat and yields the activations of the tokens that count.
 
-    A block is made of a fixed number of tokens of text. The places of tokens that are left out (`excluded`, and sinks
-    at one of the hooks of a site) are filled with the block's first other tokens once more. So a block of a site
-    depends on nothing but its text, whatever else is read in the same pass, and no shape depends on the data.
+    A block has a fixed number of tokens of text. Tokens that are left out (`excluded` ones, and sinks at any hook of a
+    site) are replaced by repetitions of the block's first other tokens. So a site's block depends only on its text, not
+    on other sites of the same pass, and no shape depends on the data.
 
     Args:
-      model: a nanochat, on its device, in the dtype it computes in.
-      rows: where token rows come from.
-      sites: for every SAE the hooks that it reads, of the same tokens: one, or a transcoder's two, or a crosscoder's.
-      excluded: ids that are dropped from the stream (`bridge.selection.excluded_ids`); () keeps every token.
+      model: a nanochat, on its device, in its compute dtype.
+      rows: the source of token rows.
+      sites: for every SAE the hooks that it reads on the same tokens: one, a transcoder's two, or a crosscoder's.
+      excluded: ids of tokens to leave out (`bridge.selection.excluded_ids`); () keeps every token.
       rows_per_forward: rows in one forward pass.
-      drop_sinks: whether to drop tokens of extreme norm.
-      decode: makes text of token ids, for errors.
+      drop_sinks: whether to leave out tokens of extreme norm.
+      decode: returns the text of token ids, for errors.
 
     Raises:
-      ValueError: a hook that the model does not have, or none at all.
+      ValueError: the model does not have a hook, or a site has none.
     """
 
     def __init__(
@@ -76,58 +76,60 @@ class ActivationStream:
         self._device, self._decode = next(model.parameters()).device, decode
 
     def fill(self, rows: int) -> Filling:
-        """The next block: for every site a tuple of (rows, d_in) in the model's dtype; one forward pass a step.
+        """Return the next block: for every site a tuple of (rows, d_in) in the model's dtype.
+
+        A generator that runs one forward pass per step and yields the share of rows that are done.
 
         Raises:
-          ActivationsError: activations that are NaN, infinite or out of float32's range; names hook, token and place.
+          ActivationsError: activations are NaN, infinite or out of float32's range; names hook, token and position.
         """
         blocks: dict[str, torch.Tensor] = {}
         text = np.empty(rows, np.int32)
         keep = torch.empty(len(self._sites), rows, dtype=torch.bool, device=self._device)
-        have = 0
-        while have < rows:
-            ids = self._rows.next_rows(min(self._rows_per_forward, -(-(rows - have) // self._rows.row_len)))
-            done = activations.forward(
+        filled = 0
+        while filled < rows:
+            ids = self._rows.next_rows(min(self._rows_per_forward, -(-(rows - filled) // self._rows.row_len)))
+            forward_pass = activations.forward(
                 self._model, self._hooks, ids, excluded=self._excluded, drop_sinks=self._drop_sinks
             )
             self.tokens_seen += ids.size
-            new = min(ids.size, rows - have)
-            for name, acts in done.acts.items():
+            new = min(ids.size, rows - filled)
+            for name, acts in forward_pass.acts.items():
                 if name not in blocks:
                     blocks[name] = torch.empty(rows, self.d_in, dtype=acts.dtype, device=acts.device)
-                blocks[name][have : have + new] = acts.reshape(-1, self.d_in)[:new]
-            masks = torch.stack([done.mask(*site).flatten() for site in self._sites])
-            keep[:, have : have + new] = masks[:, :new]
-            text[have : have + new] = ids.reshape(-1)[:new]
-            have += new
-            yield have / rows
+                blocks[name][filled : filled + new] = acts.reshape(-1, self.d_in)[:new]
+            masks = torch.stack([forward_pass.mask(*site).flatten() for site in self._sites])
+            keep[:, filled : filled + new] = masks[:, :new]
+            text[filled : filled + new] = ids.reshape(-1)[:new]
+            filled += new
+            yield filled / rows
         packed = [_packed([blocks[name] for name in site], keep[i], site) for i, site in enumerate(self._sites)]
         if not finite.is_sound(part for parts in packed for part in parts):
             for site, stay in zip(self._sites, keep, strict=True):
                 acts = {name: blocks[name] for name in site}
                 if not finite.is_sound(block[stay] for block in acts.values()):
-                    place = (acts, stay, text, self._rows.row_len)
-                    raise ActivationsError(finite.first_unsound(self._model, *place, self._decode))
+                    location = (acts, stay, text, self._rows.row_len)
+                    raise ActivationsError(finite.first_unsound(self._model, *location, self._decode))
         return tuple(tuple(handover.to_jax(part) for part in parts) for parts in packed)
 
     def position(self) -> dict[str, Any]:
-        """Where the next block's text starts."""
+        """Return the position of the next block's text."""
         return self._rows.position()
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Goes back to a position."""
+        """Continue from a position."""
         self._rows.seek(position)
 
 
 def _packed(
     parts: list[Float[torch.Tensor, "rows d"]], keep: Bool[torch.Tensor, " rows"], site: tuple[str, ...]
 ) -> list[Float[torch.Tensor, "rows d"]]:
-    """The rows that stay, in order, and the first of them once more in the places of the others."""
+    """Return the rows to keep, in order, followed by repetitions of the first of them up to the same number."""
     count = keep.sum()
     if not count:
         raise ValueError(
-            f"none of the {len(keep)} tokens of a block is kept at {', '.join(site)}: each is BOS, another token "
-            "that is left out or one of extreme norm; read larger blocks, or leave out fewer tokens"
+            f"none of the {len(keep)} tokens of a block is kept at {', '.join(site)}: each is BOS, another "
+            "excluded token or a token of extreme norm; read larger blocks, or exclude fewer tokens"
         )
     order = torch.argsort(~keep, stable=True)
     order = order[torch.arange(len(keep), device=keep.device) % count]

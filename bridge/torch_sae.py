@@ -1,4 +1,4 @@
-"""Exported SAEs as torch modules: what tracking, steering, evaluation and users run. Reads SAELens directories."""
+"""Exported SAEs as torch modules, for tracking, steering, evaluation and users. Reads SAELens directories."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,9 +21,10 @@ class TorchSAE(nn.Module):
 
     Rows of `W_dec` have norm 1 in this project's exports; in files of others they have the norms that were trained.
 
-    Takes and gives activations as the model has them. It is frozen; gradients flow through it to its input. `d_out` is
-    `d_in` but of a transcoder, which gives another activation than it takes, and may have `W_skip` (d_out, d_in). A
-    crosscoder takes and gives the activations of its `layers` side by side, in the order of `metadata["hook_names"]`.
+    Inputs and outputs are in the scale of the model's activations. The SAE is frozen; gradients flow through it to its
+    input. `d_out` equals `d_in` except for a transcoder, which predicts another activation than its input, and may have
+    `W_skip` (d_out, d_in). A crosscoder reads and reconstructs the activations of its `layers`, concatenated in the
+    order of `metadata["hook_names"]`.
     """
 
     def __init__(self, cfg: dict[str, Any], weights: Mapping[str, torch.Tensor], layers: int = 1):
@@ -38,27 +39,27 @@ class TorchSAE(nn.Module):
         self._encode = _ENCODE[TRANSCODERS.get(self.architecture, self.architecture)]
         self.metadata: dict[str, Any] = cfg.get("metadata", {})
         for name, weight in weights.items():
-            if name == "W_enc":  # laid out latent by latent, in which few tokens are encoded fastest
+            if name == "W_enc":  # contiguous per latent, which is fastest for few tokens
                 weight = weight.T.contiguous().T
             setattr(self, name, nn.Parameter(weight, requires_grad=False))
 
     def encode(self, x: Float[torch.Tensor, "*tokens d"]) -> Dense:
-        """The latents of activations, (..., d_in) to (..., d_sae)."""
+        """Return the latents of activations, (..., d_in) to (..., d_sae)."""
         return self._encode(self, self._centred(x))
 
     def encode_sparse(
         self, x: Float[torch.Tensor, "*tokens d"], k: int | None = None
     ) -> tuple[Float[torch.Tensor, "*tokens k"], Int[torch.Tensor, "*tokens k"]]:
-        """The k latents of every token with the largest magnitude, largest first: values and indices.
+        """Return values and indices of each token's k latents of largest magnitude, (..., k) each, largest first.
 
-        TopK and AbsTopK know their own k.
+        `k` may be None for TopK and AbsTopK, which have their own.
 
         Raises:
-          ValueError: no k for an architecture that has none, or one above d_sae.
+          ValueError: k is missing for an architecture without one, or not in [1, d_sae].
         """
         k = self.cfg.get("k") if k is None else k
         if k is None or not 1 <= k <= self.d_sae:
-            raise ValueError(f"k={k} latents of a {self.architecture} SAE with {self.d_sae}: give k between 1 and that")
+            raise ValueError(f"k is {k} for a {self.architecture} SAE: give k from 1 to d_sae, which is {self.d_sae}")
         if self.architecture == "topk" and k <= self.cfg["k"]:
             values, indices = (self._centred(x) @ self.W_enc + self.b_enc).topk(k, dim=-1)
             return values.relu(), indices
@@ -67,13 +68,13 @@ class TorchSAE(nn.Module):
         return latents.gather(-1, indices), indices
 
     def decode(self, latents: Dense) -> Float[torch.Tensor, "*tokens o"]:
-        """Activations from latents, (..., d_sae) to (..., d_out); without the skip path, which reads the input."""
+        """Return activations from latents, (..., d_sae) to (..., d_out), without a skip path, which reads the input."""
         return latents @ self.W_dec + self.b_dec
 
     def decode_sparse(
         self, values: Float[torch.Tensor, "*tokens k"], indices: Int[torch.Tensor, "*tokens k"]
     ) -> Float[torch.Tensor, "*tokens o"]:
-        """Activations from sparse latents: only the rows that are used are read."""
+        """Return activations, (..., d_out), from sparse latents, (..., k); reads only the decoder rows in use."""
         k = indices.shape[-1]
         flat = nn.functional.embedding_bag(
             indices.reshape(-1, k), self.W_dec, per_sample_weights=values.reshape(-1, k), mode="sum"
@@ -81,17 +82,18 @@ class TorchSAE(nn.Module):
         return flat.reshape(*indices.shape[:-1], self.d_out) + self.b_dec
 
     def forward(self, x: Float[torch.Tensor, "*tokens d"]) -> Float[torch.Tensor, "*tokens o"]:
-        """The reconstruction of activations, (..., d_out)."""
+        """Return the reconstruction of activations, (..., d_in) to (..., d_out)."""
         if self.architecture == "topk" and not torch.is_grad_enabled():
             return self.decode_sparse(*self.encode_sparse(x))
-        return self.made(self.encode(x), x)
+        return self.reconstruct(self.encode(x), x)
 
-    def made(self, latents: Dense, x: Float[torch.Tensor, "*tokens d"]) -> Float[torch.Tensor, "*tokens o"]:
-        """The reconstruction from latents, and of a transcoder with a skip path from its input too."""
+    def reconstruct(self, latents: Dense, x: Float[torch.Tensor, "*tokens d"]) -> Float[torch.Tensor, "*tokens o"]:
+        """Return the reconstruction from latents; a transcoder with a skip path also reads its input, `x`."""
         y_hat = self.decode(latents)
         return y_hat + x.to(y_hat.dtype) @ self.W_skip.T if "skip" in self.architecture else y_hat
 
     def _centred(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input in the dtype of the weights, minus `b_dec` except for a transcoder."""
         x = x.to(self.W_enc.dtype)
         return x if self.is_transcoder else x - self.b_dec
 
@@ -99,19 +101,19 @@ class TorchSAE(nn.Module):
 def load(path: str | Path, device: str | torch.device = "cpu") -> TorchSAE:
     """Load a SAELens directory: `cfg.json` and `sae_weights.safetensors`.
 
-    Files of every version of SAELens are read. Weights are rounded to the file's `dtype`, as SAELens does, and computed
-    with in float32. Settings with an exact rewrite are folded into the weights (`jsae.saelens`), so that the module
-    always subtracts `b_dec` from its input, neither normalises nor rescales, and its `cfg` says so.
+    Files of every version of SAELens are read. Weights are rounded to the file's `dtype`, as SAELens does; computations
+    are in float32. Settings with an exact rewrite are folded into the weights (`jsae.saelens`), so that the module
+    always subtracts `b_dec` from its input and neither normalises nor rescales; `cfg` is changed accordingly.
 
     Args:
       path: the directory, or `hf://owner/name[@revision]/folder` on the Hugging Face hub (extra [hub]).
-      device: where the weights go.
+      device: the device of the weights.
 
     Raises:
-      FileNotFoundError: no such directory, or a file of it is missing.
-      ValueError: a broken file, a setting that is unknown or not supported, an array that is missing, too many or of
-        another shape or type, or numbers that are not finite; names file and setting.
-      ImportError: an address on the hub, and huggingface_hub is not installed.
+      FileNotFoundError: the directory or one of its files does not exist.
+      ValueError: a file is broken, a setting unknown or not supported, an array missing, unexpected or of another shape
+        or type, or numbers are not finite; names file and setting.
+      ImportError: the path is on the hub, and huggingface_hub is not installed.
     """
     cfg, weights, layers = saelens.read(path)
     tensors = {name: torch.from_numpy(weight) for name, weight in weights.items()}

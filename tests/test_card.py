@@ -1,4 +1,4 @@
-"""The card of a latent: what it shows, and that a hostile token stays text."""
+"""The card of a latent: its content, and that a hostile token stays text."""
 
 import html.parser
 

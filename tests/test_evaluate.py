@@ -230,7 +230,7 @@ def test_duplicated_and_lonely_latents_are_found():
     assert summary["mean_consistent_activation_heuristic"] == 3
 
 
-def test_what_is_not_defined_is_none_in_json():
+def test_undefined_metrics_are_none_in_json():
     value = {"a": math.nan, "b": [1.0, math.inf], "c": np.array([0.5, np.nan]), "d": np.float32(2), "e": "x", 3: None}
     assert core.finite(value) == {"a": None, "b": [1.0, None], "c": [0.5, None], "d": 2.0, "e": "x", "3": None}
 

@@ -210,7 +210,7 @@ def test_flags_that_contradict_each_other_are_refused():
             EvaluateConfig(**flags)
 
 
-def test_missing_extras_are_told_before_anything_is_done(run, monkeypatch):
+def test_missing_extras_are_reported_before_any_work(run, monkeypatch):
     found = evaluate.importlib.util.find_spec
     for missing, flag in (("sklearn", "--noprobes"), ("matplotlib", "--noplots")):
         monkeypatch.setattr(

@@ -143,7 +143,7 @@ def test_records_of_a_text_that_has_changed_are_gathered_anew_and_kept_without_t
     assert "fit: --force" in capsys.readouterr().err
     data.write_text(data.read_text().swapcase())
     assert explore.main(ExploreConfig(**small)) == 0
-    assert "a.txt is not what it was when those of" in capsys.readouterr().err
+    assert "a.txt has changed since the records of" in capsys.readouterr().err
     data.unlink()
     assert explore.main(ExploreConfig(**small)) == 0
     told = capsys.readouterr().err
@@ -191,7 +191,7 @@ def test_a_run_that_cannot_be_written_to_is_served_as_it_is(explored, run, monke
     monkeypatch.setattr(server, "serve", lambda folder, load, **settings: served.append(folder))
     assert explore.main(ExploreConfig(run_dir=str(run), serve=True, port=0, **SMALL)) == 0
     assert served == [run]
-    assert "served as it is" in capsys.readouterr().err
+    assert "the existing page is served" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (run, *run.rglob("*"))} == before
 
 
@@ -209,7 +209,7 @@ def test_a_run_is_served_until_it_is_interrupted(explored, run):
         assert process.wait(timeout=30) == 0
 
 
-def test_a_neuronpedia_drives_the_model_with_the_secret_and_the_name_it_was_told(explored, run):
+def test_a_neuronpedia_drives_the_model_with_the_given_secret_and_name(explored, run):
     flags = {"secret": "s", "model_id": "mine", "names": "neuronpedia.test", "chat": True}
     with _serving(run, **flags) as (address, _):
 
@@ -280,7 +280,7 @@ def test_runs_that_cannot_be_explored_are_refused_before_long_work(run, text, tm
     assert not (there / "explorer" / "records").exists()
 
 
-def test_a_port_in_use_is_told_before_anything_is_gathered(text, tmp_path):
+def test_a_port_in_use_is_reported_before_records_are_gathered(text, tmp_path):
     folder = make_run(tmp_path / "run", text)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Answers of the live explorer: bounded in bytes, work and time; and numbers and bodies that are refused by name."""
+"""Answers of the live explorer: bounded in bytes, work and time; refusals of invalid bodies name the field."""
 
 import contextlib
 import json
@@ -51,7 +51,7 @@ def client(run, model):
 
 
 def told(response: httpx.Response, status: int = 400) -> str:
-    """The error of a refusal."""
+    """Return the message of a refusal."""
     assert response.status_code == status, response.text
     return response.json()["error"]
 
@@ -85,7 +85,7 @@ def test_pieces_are_the_json_of_the_whole(value):
     assert json.loads(b"".join(pieces)) == value
     assert b"".join(pieces) == json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     assert all(len(piece) < 2 * answers._PIECE for piece in pieces)
-    with pytest.raises(Refusal, match="more than 1 bytes, which is the most"):
+    with pytest.raises(Refusal, match="more than 1 bytes, the limit"):
         answers.encode(value, 1)
 
 
@@ -122,7 +122,7 @@ def test_a_batch_that_would_be_too_large_is_refused_before_the_model_runs(run, m
             "topk-by-token-batch": {"source": RES, "topK": 100},
         }.items():
             response = client.post(f"/v1/activation/{path}", json=MODEL | {"prompts": [text] * 32} | more)
-            assert "at most 524,288 are given; ask for fewer features" in told(response, 422)
+            assert "at most 524,288 are allowed; ask for fewer features" in told(response, 422)
         prompts = [*["x"] * 31, "x " * 2000]
         response = client.post(
             "/v1/activation/single-batch", json=MODEL | {"prompts": prompts, "source": RES, "index": 1}
@@ -201,7 +201,7 @@ def test_work_that_takes_too_long_ends_and_says_so(run, model, path, body):
     with served(run, *model, limits=Limits(seconds=0.3, readings=1)) as client:
         with counted(im, 0.4 if path == "/api/activations" else 0.05) as forwards:
             response = client.post(path, json=body)
-            assert "not made within 0.3 seconds" in told(response, 503)
+            assert "took longer than 0.3 seconds" in told(response, 503)
             assert int(response.headers["retry-after"]) >= 1
             done = len(forwards)
             time.sleep(0.3)
@@ -216,7 +216,7 @@ def test_a_thread_ends_when_nobody_waits_for_it(run, model, monkeypatch):
     monkeypatch.setattr(type(sae), "encode", lambda *a: (parts.append(1), time.sleep(0.1), encode(*a))[2])
     with served(run, *model, limits=Limits(seconds=0.35)) as client:
         response = client.post("/v1/activation/all", json=MODEL | {"prompt": "x " * 900, "sourceSet": "res"})
-        assert "not made within" in told(response, 503)
+        assert "took longer than" in told(response, 503)
         done = len(parts)
         time.sleep(0.3)
         assert len(parts) == done < 14, "the text has 15 parts, and each is read twice"
@@ -247,20 +247,20 @@ def test_notes_that_became_too_many_are_named(tmp_path, model):
         for _ in range(2):
             assert client.post("/api/notes", json=NOTE).status_code == 200
         before = labels.notes_file(run).read_bytes()
-        assert "takes at most 200; move it away" in told(client.post("/api/notes", json=NOTE), 507)
+        assert "reads at most 200; move the file elsewhere" in told(client.post("/api/notes", json=NOTE), 507)
         assert "notes.jsonl has" in told(client.get("/api/notes"), 507)
         assert labels.notes_file(run).read_bytes() == before
 
 
-def test_a_note_that_cannot_be_written_is_told(client, monkeypatch):
+def test_a_note_that_cannot_be_written_is_reported(client, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(labels, "append", full)
-    assert told(client.post("/api/notes", json=NOTE), 507) == "the note is not kept: No space left on device"
+    assert told(client.post("/api/notes", json=NOTE), 507) == "the note was not saved: No space left on device"
 
 
-def test_notes_that_are_no_text_are_told(tmp_path, model):
+def test_notes_that_are_not_text_are_reported(tmp_path, model):
     run = write_run(tmp_path / "toy")
     labels.notes_file(run).write_bytes(b"\xff\n")
     with served(run, *model) as client:
@@ -273,8 +273,8 @@ def test_notes_that_are_no_text_are_told(tmp_path, model):
 @pytest.mark.parametrize(
     ("body", "complaint"),
     [
-        (b'{"text": "x", "hook": "a", "text": "y"}', '"text" stands twice'),
-        (b'{"a": [{"b": 1, "c": {"d": 1, "d": 1}}]}', '"d" stands twice'),
+        (b'{"text": "x", "hook": "a", "text": "y"}', '"text" appears twice'),
+        (b'{"a": [{"b": 1, "c": {"d": 1, "d": 1}}]}', '"d" appears twice'),
         (b'{"steer": [{"strength": NaN}]}', "steer[0].strength is not finite"),
         (b'{"steer": [{"x": 1}, {"strength": 1e999}]}', "steer[1].strength is not finite"),
         (b'{"temperature": -Infinity}', "temperature is not finite"),
@@ -294,7 +294,7 @@ def test_a_body_that_means_two_things_or_none_is_refused_by_name(client, body, c
 
 def test_a_field_in_two_writings_is_refused(client):
     body = MODEL | {"prompt": "x", "sourceSet": "res", "source_set": "mlp"}
-    assert "'sourceSet' stands twice" in told(client.post("/v1/activation/all", json=body))
+    assert "'sourceSet' appears twice" in told(client.post("/v1/activation/all", json=body))
 
 
 def test_a_name_that_is_long_is_shown_short():
@@ -398,7 +398,7 @@ def test_a_seed_that_is_written_as_a_float_is_whole(client):
     assert "whole number" in told(client.post("/v1/steer/completion", json=STEER | {"seed": 16.5}))
 
 
-def test_numbers_that_overflow_in_the_model_are_told(run, model):
+def test_logits_that_overflow_are_reported(run, model):
     im, nano = model
     with served(run, im, nano) as client:
         broken = im.model.lm_head.register_forward_hook(lambda *given: given[-1] * float("nan"))

@@ -1,4 +1,4 @@
-"""Connections that wait, dribble, flood or do not read: they end in time, and others are served meanwhile."""
+"""Slow, idle and flooding connections end in time, while others are served."""
 
 import contextlib
 import http.client
@@ -136,7 +136,7 @@ def test_one_client_does_not_push_out_another():
             crowd.leave(self)
 
     times = itertools.count()
-    crowd = connections.Crowd(Limits(client_connections=2, connections=3))
+    crowd = connections.OpenConnections(Limits(client_connections=2, connections=3))
     calm, *greedy = [Idle("a"), *(Idle("b") for _ in range(9))]
     assert all(crowd.enter(each) for each in (calm, *greedy))
     assert [each.dropped for each in greedy] == [True] * 7 + [False] * 2
@@ -179,7 +179,7 @@ def test_a_head_that_does_not_come_is_not_waited_for(run, model):
         assert client.get("/health").status_code == 200
 
 
-def test_a_connection_that_is_kept_is_closed_when_nothing_comes(run, model):
+def test_an_idle_connection_is_closed(run, model):
     with served(run, *model, limits=Limits(idle_seconds=0.3, head_seconds=0.6)) as client:
         for sent in (b"", b"\r\n", b"x"):
             answer = ends_within(connect(client, HEAD + b"\r\n"), 4, sent)
@@ -300,7 +300,7 @@ def test_a_body_without_end_is_cut_off(run, model):
     ],
     ids=["headers", "header", "target", "digits", "negative", "two lengths", "two hosts", "nul", "tls"],
 )
-def test_what_is_no_request_is_refused_readably(client, request_head, caplog):
+def test_data_that_is_not_a_request_gets_a_readable_refusal(client, request_head, caplog):
     answer = rest(connect(client, request_head))
     status, body = re.match(rb"HTTP/1.1 (4\d\d) .*\r\n\r\n(.*)$", answer, re.DOTALL).groups()
     assert status == b"400"

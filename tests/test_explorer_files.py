@@ -1,4 +1,4 @@
-"""The files of the explorer's page: the same from the same records, small, and enough for very many latents."""
+"""The files of the explorer's page: reproducible, small, and usable with very many latents."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_five_hundred_latents_take_less_than_ten_megabytes(tmp_path):
     assert manifest["radius"] >= 32
 
 
-def test_a_long_list_draws_only_what_is_seen(visit, tmp_path):
+def test_a_long_list_draws_only_visible_rows(visit, tmp_path):
     write_large(tmp_path, latents=12_000, rows=200, length=64, each=2)
     tab = visit(page.write(tmp_path).as_uri() + "#latent=9876")
     open_latent(tab, 9876)

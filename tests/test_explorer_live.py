@@ -162,8 +162,8 @@ def test_steering_writes_both_continuations_side_by_side(visit, live):
     assert [one for one in contrasts(tab) if one[0] < ENOUGH] == []
     tab.hover(".sheet[data-which=steered] .tok >> nth=1")
     assert "token" in tab.inner_text("#tip")
-    tab.click("[aria-label='Take #3 away']")
-    tab.click("[aria-label='Take #7 away']")
+    tab.click("[aria-label='Remove #3']")
+    tab.click("[aria-label='Remove #7']")
     tab.click("#go")
     assert written(tab, "default") == texts[0]  # without features there is one continuation, the same
     assert tab.locator(".sheet").count() == 1
@@ -214,7 +214,7 @@ def test_a_chat_goes_on_from_the_side_that_is_chosen(visit, live):
     first = tab.locator(".turn").first.locator(".sheet[data-which=steered] .text").text_content()
     assert [m["role"] for m in asked[1]["messages"]] == ["user", "assistant", "user"]
     assert jsae_shown(tab, asked[1]["messages"][1]["content"]) == first
-    tab.click("text=Start anew")
+    tab.click("text=Start over")
     assert tab.locator(".turn").count() == 0
 
 
@@ -222,7 +222,7 @@ def jsae_shown(tab: Any, text: str) -> str:
     return tab.evaluate("text => jsae.tokens.shown(text)", text)
 
 
-def test_a_name_is_kept_in_the_file_and_on_the_page(visit, live):
+def test_a_name_is_saved_in_the_file_and_on_the_page(visit, live):
     url, run = live
     tab = visit(f"{url}#hook={toy.HOOK}&latent=9")
     open_latent(tab, 9)
@@ -246,7 +246,7 @@ def test_a_name_is_kept_in_the_file_and_on_the_page(visit, live):
     assert not any(names[latent].by_person for latent in names)
 
 
-def test_what_the_server_refuses_is_shown(visit, live):
+def test_refusals_of_the_server_are_shown(visit, live):
     tab = visit(f"{live[0]}#hook={toy.HOOK}&view=text", expected="status of 4")
     tab.fill("#typed", "word " * 3000)
     tab.wait_for_selector(".traced [role=alert]")
@@ -306,7 +306,7 @@ def test_steering_starts_gently_and_says_when_the_model_repeats_itself(visit, li
         ([*[5] * 9, 1], 0),
     ],
 )
-def test_what_ends_in_the_same_tokens_again_and_again_repeats_itself(visit, live, ids, period):
+def test_repetition_at_the_end_of_a_text_is_detected(visit, live, ids, period):
     tab = visit(live[0])
     assert tab.evaluate("ids => jsae.steer.period(ids)", ids) == period
 

@@ -1,4 +1,4 @@
-"""The explorer's page as a person meets it from the disk, in a real Chromium."""
+"""The explorer's page from disk, in a real Chromium."""
 
 import base64
 import json
@@ -145,7 +145,7 @@ def test_filters_know_the_range_of_largest_activations(home, run):
     home.locator("#max-high").fill("0.25")  # handles do not pass each other
     assert home.input_value("#max-high") == "0.5"
     wait_for(home, [])
-    assert "No latent is like that" in home.inner_text("#list")
+    assert "No latents match" in home.inner_text("#list")
     home.click("#clear")
     wait_for(home, list(range(8)))
 
@@ -360,7 +360,7 @@ def test_a_character_split_over_tokens_stands_with_the_token_that_completes_it(v
     assert "seen <b>once</b>" in tab.inner_text(".note")
 
 
-def test_what_one_could_not_see_is_made_visible(visit, address):
+def test_invisible_characters_are_made_visible(visit, address):
     tab = visit(f"{address}{DEEP}{toy.BLANKS}")
     open_latent(tab, toy.BLANKS)
     text = "".join(tab.locator(".example").all_text_contents())

@@ -1,4 +1,4 @@
-"""The live explorer over real HTTP: what it tells, what it writes, whom it refuses, and that it lives on."""
+"""The live explorer over real HTTP: its answers, its files, its refusals, and its robustness."""
 
 import contextlib
 import json
@@ -49,7 +49,7 @@ def client(run, model):
 
 
 def told(response: httpx.Response, status: int) -> str:
-    """The error of a refusal."""
+    """Return the message of a refusal."""
     assert response.status_code == status, response.text
     assert list(response.json()) == ["error"]
     return response.json()["error"]
@@ -388,7 +388,7 @@ def test_the_path_tells_a_chat_checkpoint(model):
 # ---- notes ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_note_is_kept(client, run):
+def test_a_note_is_saved(client, run):
     note = {"hook": RESID, "latent": 3, "label": "漢字", "note": "fires on <b>\nmarkup"}
     line = client.post("/api/notes", json=note).json()
     assert line == note | {"time": line["time"]}
@@ -399,7 +399,7 @@ def test_a_note_is_kept(client, run):
 @pytest.mark.parametrize(
     "change", [{"latent": 256}, {"latent": -1}, {"hook": "x"}, {"label": "x" * 600}, {"label": 3}, {"label": "a\nb"}]
 )
-def test_a_note_that_cannot_be_kept_is_refused(client, run, change):
+def test_an_invalid_note_is_refused(client, run, change):
     before = (run / "explorer" / "notes.jsonl").read_text()
     note = {"hook": RESID, "latent": 3, "label": "x", "note": ""}
     assert told(client.post("/api/notes", json=note | change), 400)
@@ -511,7 +511,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(run, model):
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
-def test_what_a_foreign_form_can_send_is_refused(client, kind):
+def test_content_types_of_foreign_forms_are_refused(client, kind):
     headers = {"content-type": kind} if kind else {}
     body = json.dumps(ASKED["/api/notes"]).encode()
     assert "application/json" in told(client.post("/api/notes", content=body, headers=headers), 415)
@@ -571,7 +571,7 @@ def exposed(run, model):
         yield f"http://127.0.0.1:{port}"
 
 
-def test_without_the_token_nothing_is_told(exposed):
+def test_without_the_token_every_request_is_refused(exposed):
     with httpx.Client(base_url=exposed) as client:
         for path in ("/", "/core.js", "/api/info", "/api/notes", "/?token=wrong", "/v1/capabilities"):
             assert "token" in told(client.get(path), 401)
@@ -603,7 +603,7 @@ def test_on_the_network_addresses_are_known_but_names_are_not(exposed):
     told(httpx.get(exposed + "/api/info", headers=headers | {"host": "evil.example"}), 403)
 
 
-def test_other_names_of_this_machine_are_known_if_they_are_told(run, model):
+def test_other_names_of_this_machine_are_accepted_if_given(run, model):
     with served(run, *model, names=["Host.docker.internal"]) as client:
         assert client.get("/api/info", headers={"host": "host.docker.internal:5002"}).status_code == 200
         told(client.get("/api/info", headers={"host": "docker.internal"}), 403)
@@ -648,13 +648,13 @@ def test_serve_tells_its_address_and_ends_when_interrupted(run, host):
     assert process.returncode == 0
 
 
-def test_a_port_in_use_is_told_before_the_model_is_loaded(run):
+def test_a_port_in_use_is_reported_before_the_model_is_loaded(run):
     loaded = []
     with contextlib.closing(server.listen("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=rf"cannot listen at 127.0.0.1, port {port} .*give another"):
             server.serve(run, lambda: loaded.append(1), port=port)
-    with pytest.raises(OSError, match="no address of this machine"):
+    with pytest.raises(OSError, match="not an address of this machine"):
         server.serve(run, lambda: loaded.append(1), host="nowhere.invalid", port=0)
     with pytest.raises(OSError, match="port 70000"):
         server.serve(run, lambda: loaded.append(1), port=70000)

@@ -1,4 +1,4 @@
-"""Neuronpedia's inference wire over real HTTP: its names and shapes, the runtime's numbers, its refusals."""
+"""Neuronpedia's inference API over real HTTP: its names and formats, the runtime's numbers, its refusals."""
 
 import itertools
 import json
@@ -57,7 +57,7 @@ def client(model):
 
 
 def ask(client: httpx.Client, path: str, **body) -> dict:
-    """The answer to what is asked for the test's model."""
+    """Return the answer to a request for the test's model."""
     response = client.post(f"/v1/{path}", json={"model": MODEL} | body)
     assert response.status_code == 200, response.text
     jsonschema.validate(response.json(), ANSWERS[path.removesuffix("-batch")] if "batch" not in path else BATCH)
@@ -65,13 +65,13 @@ def ask(client: httpx.Client, path: str, **body) -> dict:
 
 
 def told(response: httpx.Response, status: int = 400) -> str:
-    """The error of a refusal, where Neuronpedia looks for it."""
+    """Return the message of a refusal, where Neuronpedia expects it."""
     assert response.status_code == status, response.text
     return response.json()["error"]
 
 
 def latents(im, text: str, hook: str) -> torch.Tensor:
-    """All latents at all tokens of a text, BOS first."""
+    """Return all latents at all tokens of a text, BOS first."""
     with torch.no_grad(), capture(im.model, [hook]) as acts:
         im.model(torch.tensor([im.tokenizer.encode(text, prepend_bos=True)]))
         return im.sae(hook).encode(acts[hook][0])
@@ -182,7 +182,7 @@ def test_all_gives_the_strongest_features_of_a_set(client, im, style):
     assert len(answer["tokens"]) == len(expected)
 
 
-def test_all_sorts_by_the_tokens_it_is_told(client, im):
+def test_all_sorts_by_the_given_tokens(client, im):
     body = {"selectedSources": [], "ignoreBos": False, "numResults": 7}
     answer = ask(client, "activation/all", prompt=PROMPT, sourceSet="mlp", sortByTokenIndexes=[2, 4], **body)
     sums = latents(im, PROMPT, MLP)[[2, 4]].sum(0)
@@ -260,7 +260,7 @@ def test_capabilities_and_health(client):
 
 
 def written(im, steers, **settings) -> str:
-    """What the runtime writes."""
+    """Return the continuation of the runtime."""
     sampling = {"max_tokens": 8, "temperature": 0.5, "seed": 16, "strength_multiplier": 2} | settings
     return "".join(token.text for token in im.generate("class A:", steers, **sampling))
 
@@ -481,4 +481,4 @@ def test_where_a_layer_has_several_saes_the_set_says_which(model):
     for unclear in ("2-mine", "2-res-mlp", "3-res-1k", "-res", "2-", "٢-res"):
         with pytest.raises(Refusal, match="2-att, 2-mlp, 2-res"):
             sources.hook(unclear)
-    assert sources.of_set("att-1k") == {"2-att-1k": hooks["attn_out"]}
+    assert sources.sources_in_set("att-1k") == {"2-att-1k": hooks["attn_out"]}

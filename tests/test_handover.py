@@ -1,4 +1,4 @@
-"""The door between torch and jax: no copies, bfloat16, and tensors that torch can no longer write to."""
+"""Arrays between torch and jax: no copies, bfloat16, and tensors that torch can no longer write to."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def test_and_back_without_a_copy(dtype):
     np.testing.assert_array_equal(tensor.float().numpy(), np.asarray(array, np.float32))
 
 
-def test_torch_cannot_write_to_what_it_gave_away():
+def test_torch_cannot_write_to_a_tensor_that_was_handed_over():
     acts = torch.zeros(64, 32)
     theirs = to_jax(acts)
     assert acts.numel() == 0

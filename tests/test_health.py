@@ -1,4 +1,4 @@
-"""Numbers that nothing can be learned from are named where they arise, with advice that fits; others train."""
+"""Unusable numbers are reported where they arise, with advice that fits; others train."""
 
 import json
 import shutil
@@ -181,7 +181,7 @@ def test_text_with_a_token_that_has_no_numbers_is_named_by_hook_token_and_place(
         check(model, tokens)
     told = str(refused.value)
     assert "in this text, rows 4 and on: " in told
-    assert f" of 60 tokens have activations at {NAME} that are not numbers" in told
+    assert f" of 60 tokens have activations at {NAME} that are NaN" in told
     assert "it begins with token 49, '<[49]>', at position 9 of its row, after" in told
 
 
@@ -196,7 +196,7 @@ def test_text_of_one_token_is_named():
 
 
 class Text:
-    """The same rows over and over."""
+    """A source that repeats the same rows."""
 
     row_len = ROW
 

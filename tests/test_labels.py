@@ -1,4 +1,4 @@
-"""What is known about tokens, against Python sources read by eye; names of latents that fire on known tokens."""
+"""Predicates and syntax of tokens on small Python sources; labels of latents that fire on known tokens."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ BY_EYE = {
 
 
 def stretches(name: str, source: bytes) -> list[str]:
-    """What of the source a context covers."""
+    """Return the parts of the source that a context covers."""
     bit = np.uint64(1 << syntax.CONTEXTS.index(name))
     inside = np.pad((syntax.contexts(source)[:-1] & bit) > 0, 1)
     bounds = np.flatnonzero(inside[1:] != inside[:-1]).reshape(-1, 2)
@@ -68,7 +68,7 @@ def stretches(name: str, source: bytes) -> list[str]:
 
 
 @pytest.mark.parametrize("name", BY_EYE)
-def test_syntax_covers_what_the_eye_sees(name):
+def test_syntax_contexts_cover_the_right_source(name):
     assert stretches(name, SOURCE.encode()) == BY_EYE[name]
 
 
@@ -96,7 +96,7 @@ def test_syntax_knows_the_rest_of_the_statements():
     [b"print 'two'\n", b"a prose sentence.", b"x = '\xff'", b"\x00", b"(" * 3000, b"a = 1\rb = 2\n", b"x = 'open"],
     ids=["Python 2", "prose", "not UTF-8", "a null byte", "too deep", "old line ends", "an open string"],
 )
-def test_what_is_no_python_has_no_syntax(source):
+def test_text_that_is_not_python_has_no_syntax(source):
     assert syntax.contexts(source) is None
 
 
@@ -110,7 +110,7 @@ def test_odd_escapes_and_windows_line_ends_are_python():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> tuple[str, tokenizers.Tokenizer]:
-    """A dozen files of the standard library, and a tokenizer of them."""
+    """Return a dozen files of the standard library, and a tokenizer trained on them."""
     folder = tmp_path_factory.mktemp("text")
     for i, path in enumerate(sorted(Path(json.__file__).parent.glob("*.py"))):
         (folder / f"{i}.py").write_text(path.read_text(), newline="")
@@ -148,7 +148,7 @@ def test_text_that_fills_no_row_is_refused(corpus):
         read(corpus, row_len=100_000)
 
 
-def test_predicates_say_what_is_so(corpus):
+def test_predicates_hold_where_they_should(corpus):
     text, tokenizer = read(corpus), corpus[1]
     found = predicates.build(text, tokenizer)
     assert len(found.names) == len(set(found.names)) > 150
@@ -186,14 +186,14 @@ def test_chats_and_other_languages_have_predicates_without_syntax(tmp_path):
 
 
 def firings(fires: list[np.ndarray]) -> labels.Firings:
-    """Latents with the given activations of every token."""
+    """Return firings of latents with the given activations of every token."""
     table = np.stack(fires, axis=1).astype(np.float32)
     token, latent = np.nonzero(table > 0)
     counts = np.ones(len(table), bool)
     return labels.Firings(latent, token, table[token, latent], counts, table.shape[1])
 
 
-def test_latents_are_named_after_what_they_fire_on(corpus):
+def test_latents_are_labelled_by_the_tokens_they_fire_on(corpus):
     text, tokenizer = read(corpus, max_tokens=60_000), corpus[1]
     found = predicates.build(text, tokenizer)
     truth = dict(zip(found.names, found.truth.T.astype(float), strict=True))
@@ -254,7 +254,7 @@ def test_f1_is_as_worked_out_by_hand():
     assert label.f1 == pytest.approx(4 / 7)
 
 
-def test_what_fits_a_few_tokens_by_chance_gives_no_name():
+def test_a_predicate_that_fits_few_tokens_by_chance_is_not_chosen():
     # The latent fires with the predicate, and strongest at two tokens 7 that it will not meet again.
     rng = np.random.default_rng(0)
     holds = rng.random(400) < 0.3

@@ -1,4 +1,4 @@
-"""Paths in flags are expanded alike in every command; flagfiles in any encoding, and hostile ones."""
+"""Paths in flags are expanded in the same way by every command; flagfiles in any encoding, and hostile ones."""
 
 import codecs
 import dataclasses

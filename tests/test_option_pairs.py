@@ -227,7 +227,7 @@ def test_a_pair_of_options_trains_is_restored_and_exported(row, tmp_path):
     export.write(tmp_path / "sae", sae, weights, np.asarray(state.scale), np.asarray(state.scale_out), {})
     read, wanted = input_and_target(sae, batches[0])
     with torch.no_grad():
-        made = torch_sae.load(tmp_path / "sae").made
+        made = torch_sae.load(tmp_path / "sae").reconstruct
         found = made(
             torch_sae.load(tmp_path / "sae").encode(torch.tensor(np.asarray(read))), torch.tensor(np.asarray(read))
         )

@@ -55,7 +55,7 @@ def test_the_latent_that_differs_most_is_the_one_that_is_used(separable):
     assert list(probing._by_difference(separable.latents, probing._tasks(separable)["green"])[:1]) == [1]
 
 
-def test_more_latents_tell_what_one_cannot():
+def test_more_latents_separate_classes_that_one_cannot():
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 2, (2, 1000))
     latents = np.stack([a, b, rng.integers(0, 2, 1000)], axis=1).astype(np.float32)
@@ -105,7 +105,7 @@ def test_classes_with_too_few_examples_are_left_out():
     assert probing.tpp(examples, np.ones((4, 4), np.float32)) == {}  # no other class to compare with
 
 
-def test_without_scikit_learn_the_error_says_what_to_do(separable, monkeypatch):
+def test_without_scikit_learn_the_error_gives_advice(separable, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     for probe in (probing.sparse_probing, lambda examples: probing.tpp(examples, decoder())):
         with pytest.raises(ImportError, match=r"jsae\[eval\].*--noprobes"):
@@ -151,7 +151,7 @@ def test_passages_are_the_means_of_their_tokens(tokenizer):
     tokens[:, 0] = tokenizer.bos_token_id
     passages = classes.Passages(tokens, np.array([0, 1, 0, 1, 1]), np.array([True] * 4 + [False]), ["x", "y"])
     site = Site(model, "blocks.1.hook_resid_post", (tokenizer.bos_token_id,), tokens_per_forward=32)
-    found = classes.of_passages(site, sae, passages)
+    found = classes.passage_examples(site, sae, passages)
     ((_, _, acts, _, mask),) = Site(model, site.hook_name, (tokenizer.bos_token_id,)).read([tokens])
     assert mask[:, 1:].all()
     np.testing.assert_allclose(found.acts, acts[:, 1:].mean(1), atol=1e-5)
@@ -169,7 +169,7 @@ def test_tokens_of_known_syntax_are_drawn_evenly(tokenizer, tmp_path):
     text = texts.read(documents, tokenizer, 50, 10_000)
     model, sae = tiny("G5", vocab_size=tokenizer.vocab_size), toy_sae("topk", 32, 64)
     site = Site(model, "blocks.1.hook_resid_post", (tokenizer.bos_token_id,), tokens_per_forward=200)
-    found = classes.of_tokens(site, sae, text)
+    found = classes.token_examples(site, sae, text)
     assert found.classes == list(classes.TOKEN_CLASSES)
     assert set(found.classes) <= set(syntax.CONTEXTS)
     assert found.member.sum(0).min() > 20
@@ -184,7 +184,7 @@ def test_text_that_is_no_python_has_no_token_classes(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("This is prose, and no Python at all. " * 50)
     text = texts.read(texts.documents(str(tmp_path / "a.txt"), "all", tokenizer), tokenizer, 50, 1000)
     site = Site(tiny("G5", vocab_size=tokenizer.vocab_size), "blocks.1.hook_resid_post", (tokenizer.bos_token_id,))
-    assert classes.of_tokens(site, toy_sae("topk", 32, 64), text) is None
+    assert classes.token_examples(site, toy_sae("topk", 32, 64), text) is None
 
 
 def test_wide_saes_get_fewer_examples(tokenizer, monkeypatch):
@@ -192,5 +192,5 @@ def test_wide_saes_get_fewer_examples(tokenizer, monkeypatch):
     model = tiny("G5", vocab_size=tokenizer.vocab_size)
     tokens = np.random.default_rng(0).integers(0, 256, (9, 8)).astype(np.int32)
     passages = classes.Passages(tokens, np.zeros(9, int), np.ones(9, bool), ["x"])
-    found = classes.of_passages(Site(model, "blocks.1.hook_resid_post", ()), toy_sae("topk", 32, 64), passages)
+    found = classes.passage_examples(Site(model, "blocks.1.hook_resid_post", ()), toy_sae("topk", 32, 64), passages)
     assert found.latents.shape == (3, 64)

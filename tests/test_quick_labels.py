@@ -1,4 +1,4 @@
-"""Labels that exploring finds by itself: from a part of the text, in a bounded time, beside those that are there."""
+"""Quick labels of the explorer: from a part of the text, in bounded time, without replacing existing ones."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def plan(nano) -> Plan:
 
 
 class Clock:
-    """A second passes with every look at it."""
+    """A clock that advances one second with every call."""
 
     def __init__(self):
         self.now = 0

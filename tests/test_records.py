@@ -1,4 +1,4 @@
-"""Records: every statistic against counting it plainly, on toy text and on the demo; stores not to be trusted."""
+"""Records: every statistic against a plain computation, on toy text and on the demo; untrusted stores."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ def moments(acts: np.ndarray) -> Moments:
 
 
 def fill(recorder: Recorder, acts: np.ndarray, counted: np.ndarray, batch: int = 7) -> None:
-    """Hands dense activations (R, T, f) over, some rows at a time, as sparse codes of the tokens that count."""
+    """Add dense activations (R, T, f), some rows at a time, as sparse codes of the tokens that count."""
     length = acts.shape[1]
     for first in range(0, len(acts), batch):
         cells = np.flatnonzero(counted[first : first + batch]) + first * length
@@ -56,7 +56,7 @@ def fill(recorder: Recorder, acts: np.ndarray, counted: np.ndarray, batch: int =
 def gathered(
     folder: Path, text: np.ndarray, acts: np.ndarray, settings: Settings = SETTINGS, counted: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """The columns of dense activations."""
+    """Return the columns of dense activations."""
     folder.mkdir()
     recorder = Recorder(folder, text, acts.shape[-1], settings)
     fill(recorder, acts, text != toy.ID["<|bos|>"] if counted is None else counted)
@@ -88,7 +88,7 @@ def random_case(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plain(text: np.ndarray, acts: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """What the toy's own counting makes of other activations."""
+    """Return the toy's plain statistics of other activations."""
     monkeypatch.setattr(toy, "D_SAE", acts.shape[-1])
     return toy.columns(text, acts)
 
@@ -209,7 +209,7 @@ def test_repeated_rows_are_dropped_in_order():
     assert distinct_rows(rows).tolist() == [[3, 4], [1, 2], [4, 3]]
 
 
-def test_what_no_sae_gives_is_refused(tmp_path):
+def test_invalid_codes_are_refused(tmp_path):
     def add(cells=(1, 2), lengths=(1, 0), latents=(0,), values=(1.0,)) -> None:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
@@ -286,7 +286,7 @@ def test_the_direct_path_is_the_derivative_of_the_last_residual(generation):
 
 
 def _last_residual(model, ids, edits) -> torch.Tensor:
-    """What the final norm gets."""
+    """Return the input of the final norm."""
     seen = []
     blocks = model._blocks
     model._blocks = lambda *args: seen.append(blocks(*args)) or seen[-1]
@@ -389,7 +389,7 @@ def folder(nano, parts, tmp_path_factory) -> Path:
     return folder
 
 
-def test_records_of_the_demo_are_what_its_activations_are(nano, parts, folder):
+def test_records_of_the_demo_match_its_activations(nano, parts, folder):
     saes, digests, plan = parts
     texts = Texts(folder / "texts")
     ids = torch.from_numpy(texts.tokens.astype(np.int64))
@@ -439,24 +439,24 @@ def test_records_that_fit_are_distinguished_from_those_that_do_not(nano, parts, 
     saes, digests, plan = parts
 
     def why(digests=digests, **other) -> str | None:
-        return gather.unfit(folder, digests, nano, dataclasses.replace(plan, **other))
+        return gather.mismatch(folder, digests, nano, dataclasses.replace(plan, **other))
 
     assert why() is None
     assert why(keep_activations=False) is None
     assert "num_tokens was 20000" in why(num_tokens=30_000)
     assert "seed was 0" in why(records=Settings(top=5, nearest=6, seed=3))
     assert "trained again" in why(dict.fromkeys(HOOKS, "0" * 64))
-    assert "not all of them" in why(digests | {"blocks.3.hook_mlp_out": "0" * 64})
+    assert "does not hold the records of every SAE" in why(digests | {"blocks.3.hook_mlp_out": "0" * 64})
     without = tmp_path / "explorer" / "records"
     gather.gather(nano, saes, digests, without, dataclasses.replace(plan, keep_activations=False, num_tokens=64))
     assert not (without / HOOKS[0] / "all").exists()
     lean = dataclasses.replace(plan, num_tokens=64)
-    assert gather.unfit(without, digests, nano, dataclasses.replace(lean, keep_activations=False)) is None
-    assert gather.unfit(without, digests, nano, lean) is not None
+    assert gather.mismatch(without, digests, nano, dataclasses.replace(lean, keep_activations=False)) is None
+    assert gather.mismatch(without, digests, nano, lean) is not None
 
 
 @pytest.mark.parametrize("stage", ["running the model", "counting"])
-def test_an_interrupted_gathering_leaves_what_was_there(stage, nano, parts, folder, tmp_path):
+def test_an_interrupted_gathering_leaves_earlier_records(stage, nano, parts, folder, tmp_path):
     saes, digests, plan = parts
     there = tmp_path / "records"
     shutil.copytree(folder, there)
@@ -523,7 +523,7 @@ def store(tmp_path) -> Path:
     return toy.write_store(tmp_path)
 
 
-def test_a_store_reads_what_was_written(store):
+def test_a_store_reads_its_own_files(store):
     opened = Store(store, digest(store.parents[2] / "sae" / toy.HOOK))
     assert opened.texts.words[toy.ID["é0"]] == "\N{REPLACEMENT CHARACTER}"
     assert opened.texts.spell([toy.ID["é0"], toy.ID["é1"], toy.ID[""], toy.ID["é0"]]) == ["", "é", "", "\ufffd"]

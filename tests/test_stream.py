@@ -1,4 +1,4 @@
-"""The live source on a real nanochat: right activations, BOS and sinks left out, exact resume, no hidden copies."""
+"""The activation stream on a real nanochat: right activations, no BOS or sinks, exact resume, no hidden copies."""
 
 import copy
 
@@ -64,7 +64,7 @@ def take(source: ActivationStream, rows: int) -> np.ndarray:
 
 
 def read(model, name: str, rows: int, start: int = 0) -> np.ndarray:
-    """The activations of rows of text, (rows, ROW, 32)."""
+    """Return the activations of rows of text, (rows, ROW, 32)."""
     text = Text()
     text.seek({"at": start})
     with torch.no_grad(), capture(model, [name]) as acts:
@@ -144,9 +144,7 @@ def test_sink_tokens_are_dropped_unless_asked_for(model):
 def test_a_token_that_is_not_finite_is_no_sink_but_is_named(model):
     handle = model.transformer.h[1].register_forward_hook(lambda m, i, o: o.index_fill(1, torch.tensor(3), torch.nan))
     try:
-        with pytest.raises(
-            ActivationsError, match=rf"4 of 60 tokens .* at {NAME} .* not numbers; .* position 3 of its row"
-        ):
+        with pytest.raises(ActivationsError, match=rf"4 of 60 tokens .* at {NAME} .* NaN; .* position 3 of its row"):
             take(stream(model), 4 * ROW)
     finally:
         handle.remove()

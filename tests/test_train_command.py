@@ -309,7 +309,7 @@ BAD = {
     "an unknown architecture": ({"activation": "topp"}, "topk"),
     "a step that is not there": ({"step": 77}, "77"),
     "text that is not there": ({"data": "nowhere/*.txt"}, "nowhere"),
-    "a home that is not there": ({"data": "~nosuchuser/x"}, "names the home of ~nosuchuser, who is not known"),
+    "a home that is not there": ({"data": "~nosuchuser/x"}, "names the home of ~nosuchuser, an unknown user"),
     "a variable that is not set": ({"data": "$NOT_SET_AT_ALL/x"}, "NOT_SET_AT_ALL, which is not set"),
     "a batch above the block": ({"block_size": 400}, "block_size"),
     "a context beyond the tables": ({"context_size": 10**6}, "context_size is 1000000"),

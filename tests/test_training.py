@@ -111,9 +111,9 @@ def test_python_values_stand_for_what_flags_hold(tmp_path):
 BAD = {
     "a name that is nearly one": (
         {"num_activation": 1000},
-        "^num_activation is no setting of RunConfig: did you mean num_activations[?]$",
+        "^num_activation is not a setting of RunConfig: did you mean num_activations[?]$",
     ),
-    "a name like no other": ({"xyzzy": 1}, "^xyzzy is no setting of RunConfig: there are checkpoint, step, "),
+    "a name like no other": ({"xyzzy": 1}, "^xyzzy is not a setting of RunConfig: the settings are checkpoint, step, "),
     "a value out of range": ({"k": 0}, "k is 0: it must be at least 1"),
     "a text for a number": ({"k": "many"}, "k is 'many': it must be a whole number"),
     "a number for a text": ({"checkpoint": 5}, "checkpoint is 5: it must be text"),

@@ -125,7 +125,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_a_stream_leaves_frames_out_but_never_the_last",
         "test_the_largest_answer_needs_little_memory_and_keeps_nobody_waiting",
         "test_a_seed_that_is_written_as_a_float_is_whole",
-        "test_numbers_that_overflow_in_the_model_are_told",
+        "test_logits_that_overflow_are_reported",
     ),
     "test_explorer_labels": (
         "test_files_of_names_that_are_hostile_take_little_time_and_memory",
@@ -184,8 +184,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_exported_thresholds_are_no_logarithms",
     ),
     "test_labels": (
-        "test_predicates_say_what_is_so",
-        "test_latents_are_named_after_what_they_fire_on",
+        "test_predicates_hold_where_they_should",
+        "test_latents_are_labelled_by_the_tokens_they_fire_on",
         "test_tokens_that_do_not_count_are_in_no_number",
         "test_a_model_and_its_sae_are_read_as_they_run",
         "test_of_a_latent_that_may_be_negative_the_positive_side_is_named",
@@ -242,9 +242,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "test_records": (
         "test_the_direct_path_is_the_derivative_of_the_last_residual",
-        "test_records_of_the_demo_are_what_its_activations_are",
+        "test_records_of_the_demo_match_its_activations",
         "test_the_same_run_gives_the_same_records",
-        "test_an_interrupted_gathering_leaves_what_was_there",
+        "test_an_interrupted_gathering_leaves_earlier_records",
         "test_a_turned_direct_path_is_warned_of_and_turns_the_logits",
         "test_too_many_open_files_are_not_reported_as_broken_records",
     ),

@@ -1,8 +1,9 @@
-"""What an exported SAE is worth: to the model, by the metrics of the field, and to a person who reads its latents.
+"""Evaluate exported SAEs: the standard metrics, the effect on the model's loss, labels and probes of latents. No jax.
 
-`site` runs text up to a hook; `survey` sums what the SAE makes of activations, `splice` what the model makes of its
-reconstructions, `latents` what each latent is like, `core` all of that under SAEBench's names; `text`, `syntax` and
-`predicates` say what is known about a token, `labels`, `classes` and `probing` which latents know it. No jax here.
+`site` runs text up to a hook; `survey` sums the errors of reconstructions, `splice` measures the model's loss with the
+reconstruction in place of the activation, `latents` computes statistics per latent, and `core` combines them under
+SAEBench's names. `text`, `syntax` and `predicates` describe tokens; `labels`, `classes` and `probing` relate latents to
+these descriptions.
 """
 
 from bridge.evaluate.core import measure

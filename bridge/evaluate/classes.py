@@ -1,4 +1,4 @@
-"""Text with classes, made from the corpus itself, and what model and SAE have to say of it: what `probing` works on."""
+"""Build labelled examples from the corpus, with their activations and latents, for the probes of `probing`."""
 
 import collections
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ from bridge.nanochat.units import Unit, find_units
 from bridge.torch_sae import TorchSAE
 
 CONTEXT = 128
-"""Tokens in a passage, BOS among them: as in SAEBench."""
+"""Tokens in a passage, including BOS, as in SAEBench."""
 MOST_PACKAGES = 8
 _PER_DOCUMENT = 8  # passages
-_FEWEST_DOCUMENTS = 10  # in a class, so that some are left for the test
-_BYTES_PER_PASSAGE = 512  # a guess that says which packages are large, and nothing else
-_TEST_EVERY = 5  # every fifth document is for the test
+_FEWEST_DOCUMENTS = 10  # in a class, so that some are left for testing
+_BYTES_PER_PASSAGE = 512  # an estimate, used only to rank packages by size
+_TEST_EVERY = 5  # every fifth document is for testing
 _MOST_NUMBERS = 2**27  # in a table of examples and latents: half a GiB
 
 TOKEN_CLASSES = ("in a docstring", "in a comment", "in a string", "in a function signature")
@@ -34,18 +34,26 @@ class Passages(NamedTuple):
     """Passages of documents of known class."""
 
     tokens: Int32[np.ndarray, "n T"]
-    """BOS first."""
+    """Token ids, BOS first."""
     kind: Int[np.ndarray, " n"]
     """Index into `classes`."""
     train: Bool[np.ndarray, " n"]
-    """By document: no document is in both parts."""
+    """Whether a passage is for training. The split is by document: no document is in both parts."""
     classes: list[str]
 
 
 def packages(spec: str, tokenizer: Tokenizer, max_tokens: int) -> Passages | None:
-    """Passages of the standard library's largest packages, as many of each; None if the corpus is without it.
+    """Return passages of the standard library's largest packages, equally many of each.
 
-    All of the library is used, not what is held out of it: a twentieth of it has too few documents of a package.
+    The whole library is used, not only its held-out part: a twentieth of it has too few documents per package.
+
+    Args:
+      spec: the corpus, as for `units.find_units`.
+      tokenizer: the model's.
+      max_tokens: tokens of all passages together.
+
+    Returns:
+      The passages, or None if the corpus does not contain the standard library.
     """
     if "stdlib" not in (part.strip() for part in spec.split(",")):
         return None
@@ -54,24 +62,24 @@ def packages(spec: str, tokenizer: Tokenizer, max_tokens: int) -> Passages | Non
     for unit in find_units("stdlib", "all", texts.HELDOUT_FRACTION):
         if package := package_of(unit.name):
             by_package[package].append(unit)
-    enough = {name: units for name, units in by_package.items() if len(units) >= _FEWEST_DOCUMENTS}
-    classes = sorted(enough, key=lambda name: -_size(enough[name]))[:MOST_PACKAGES]
-    each = max(max_tokens // CONTEXT // max(len(classes), 1), 1)
+    usable = {name: units for name, units in by_package.items() if len(units) >= _FEWEST_DOCUMENTS}
+    classes = sorted(usable, key=lambda name: -_size(usable[name]))[:MOST_PACKAGES]
+    per_class = max(max_tokens // CONTEXT // max(len(classes), 1), 1)
     tokens, kind, train = [], [], []
-    for c, name in enumerate(classes):
-        units = [enough[name][i] for i in rng.permutation(len(enough[name]))]
+    for class_index, name in enumerate(classes):
+        units = [usable[name][i] for i in rng.permutation(len(usable[name]))]
         for is_train in (True, False):
             share = [unit for i, unit in enumerate(units) if (i % _TEST_EVERY > 0) == is_train]
-            wanted = each * (_TEST_EVERY - 1) // _TEST_EVERY if is_train else max(each // _TEST_EVERY, 1)
+            wanted = per_class * (_TEST_EVERY - 1) // _TEST_EVERY if is_train else max(per_class // _TEST_EVERY, 1)
             for _, row in zip(range(wanted), _passages(share, tokenizer, rng), strict=False):
                 tokens.append(row)
-                kind.append(c)
+                kind.append(class_index)
                 train.append(is_train)
     return Passages(np.stack(tokens), np.array(kind), np.array(train), classes) if tokens else None
 
 
 def package_of(unit: str) -> str | None:
-    """The package of a unit of the standard library by its name, `text json/decoder.py 0123456789ab`."""
+    """Return the package of a unit of the standard library, named like `text json/decoder.py 0123456789ab`."""
     path = unit.removeprefix("text ").rsplit(" ", 1)[0]
     if path.startswith("topic "):
         return "language reference"
@@ -81,15 +89,15 @@ def package_of(unit: str) -> str | None:
 
 
 def _size(units: list[Unit]) -> int:
-    """About how many passages units hold."""
+    """Return an estimate of the number of passages in units."""
     lengths = (len(document) for unit in units for document in unit.read() if isinstance(document, str))
     return sum(min(length // _BYTES_PER_PASSAGE, _PER_DOCUMENT) for length in lengths)
 
 
 def _passages(units: list[Unit], tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Some passages of every unit, at random places that do not overlap."""
+    """Yield some passages of every unit, at random positions, without overlap."""
     for unit in units:
-        for document in texts.of_unit(unit, tokenizer):
+        for document in texts.unit_documents(unit, tokenizer):
             count = len(document.ids) // (CONTEXT - 1)
             for i in rng.permutation(count)[:_PER_DOCUMENT]:
                 part = document.ids[i * (CONTEXT - 1) : (i + 1) * (CONTEXT - 1)]
@@ -97,15 +105,15 @@ def _passages(units: list[Unit], tokenizer: Tokenizer, rng: np.random.Generator)
 
 
 @torch.no_grad()
-def of_passages(site: Site, sae: TorchSAE, passages: Passages) -> Examples:
-    """Each passage by the means of its activations and latents over the tokens that count (not BOS, no sinks)."""
-    few = _fewer(len(passages.tokens), sae)
-    tokens, kind, train = (column[few] for column in passages[:3])
+def passage_examples(site: Site, sae: TorchSAE, passages: Passages) -> Examples:
+    """Return passages as means of their activations and latents over the tokens that count (no BOS, no sinks)."""
+    sample = _subsample(len(passages.tokens), sae)
+    tokens, kind, train = (column[sample] for column in passages[:3])
     acts, latents = [], []
     for _, ids, x, _, mask in site.read(site.batches(tokens, sae.d_sae)):
         weight = mask.float() / mask.sum(1, keepdim=True).clamp(min=1)
-        f = sae.encode(x[mask].float()) * weight[mask][:, None]
-        pooled = f.new_zeros(len(ids), sae.d_sae).index_add_(0, mask.nonzero()[:, 0], f)
+        latent_values = sae.encode(x[mask].float()) * weight[mask][:, None]
+        pooled = latent_values.new_zeros(len(ids), sae.d_sae).index_add_(0, mask.nonzero()[:, 0], latent_values)
         acts.append((x.float() * weight[..., None]).sum(1).cpu().numpy())
         latents.append(pooled.cpu().numpy())
     member = kind[:, None] == np.arange(len(passages.classes))
@@ -113,28 +121,28 @@ def of_passages(site: Site, sae: TorchSAE, passages: Passages) -> Examples:
 
 
 @torch.no_grad()
-def of_tokens(site: Site, sae: TorchSAE, text: Text) -> Examples | None:
-    """Tokens of Python inside and outside of `TOKEN_CLASSES`, one by one; None if nothing here parses as Python.
+def token_examples(site: Site, sae: TorchSAE, text: Text) -> Examples | None:
+    """Return single tokens of Python code inside and outside of `TOKEN_CLASSES`; None if no document parses as Python.
 
-    Every fifth document is for the test.
+    Every fifth document is for testing.
     """
     document = text.document.reshape(-1)
     marks, known = predicates.bits(text)
-    bit = [np.uint64(1 << syntax.CONTEXTS.index(name)) for name in TOKEN_CLASSES]
-    member = np.stack([(marks & b) > 0 for b in bit], axis=1)
+    class_bits = [np.uint64(1 << syntax.CONTEXTS.index(name)) for name in TOKEN_CLASSES]
+    member = np.stack([(marks & bit) > 0 for bit in class_bits], axis=1)
     chosen = _balanced(member, known & (document >= 0), _for_training(document))
-    chosen = chosen[_fewer(len(chosen), sae)]
+    chosen = chosen[_subsample(len(chosen), sae)]
     if not len(chosen):
         return None
     wanted = np.zeros(text.tokens.shape, bool)
     wanted.reshape(-1)[chosen] = True
-    acts, latents, found = [], [], []
+    acts, latents, indices = [], [], []
     for start, ids, x, _, mask in site.read(site.batches(text.tokens)):
-        here = torch.from_numpy(wanted[start : start + len(ids)]).to(mask.device) & mask
-        acts.append(x[here].float().cpu().numpy())
-        latents.append(sae.encode(x[here].float()).cpu().numpy())
-        found.append(here.flatten().nonzero()[:, 0].cpu().numpy() + start * ids.shape[1])
-    index = np.concatenate(found)
+        selected = torch.from_numpy(wanted[start : start + len(ids)]).to(mask.device) & mask
+        acts.append(x[selected].float().cpu().numpy())
+        latents.append(sae.encode(x[selected].float()).cpu().numpy())
+        indices.append(selected.flatten().nonzero()[:, 0].cpu().numpy() + start * ids.shape[1])
+    index = np.concatenate(indices)
     train = _for_training(document)[index]
     return Examples(np.concatenate(acts), np.concatenate(latents), member[index], train, list(TOKEN_CLASSES))
 
@@ -142,20 +150,21 @@ def of_tokens(site: Site, sae: TorchSAE, text: Text) -> Examples | None:
 def _balanced(
     member: Bool[np.ndarray, "N C"], known: Bool[np.ndarray, " N"], train: Bool[np.ndarray, " N"]
 ) -> Int[np.ndarray, " n"]:
-    """Tokens, ascending: of each class, in training and test, so many at random, and as many of none of them."""
+    """Return indices of random tokens, ascending: equally many of each class and of none, in training and test."""
     rng = np.random.default_rng(0)
     chosen: list[np.ndarray] = []
-    for truth in (*member.T, ~member.any(1)):
-        for half, most in ((train, _PER_TOKEN_CLASS), (~train, _PER_TOKEN_CLASS // (_TEST_EVERY - 1))):
-            chosen.append(rng.permutation(np.flatnonzero(truth & known & half))[:most])
+    for in_class in (*member.T, ~member.any(1)):
+        for part, most in ((train, _PER_TOKEN_CLASS), (~train, _PER_TOKEN_CLASS // (_TEST_EVERY - 1))):
+            chosen.append(rng.permutation(np.flatnonzero(in_class & known & part))[:most])
     return np.unique(np.concatenate(chosen))
 
 
 def _for_training(document: Int[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
+    """Return whether each token's document is for training."""
     return document % _TEST_EVERY > 0
 
 
-def _fewer(examples: int, sae: TorchSAE) -> np.ndarray:
-    """All examples, ascending; of wide SAEs as many at random as a table of all latents may hold."""
+def _subsample(examples: int, sae: TorchSAE) -> np.ndarray:
+    """Return the indices of all examples, ascending, or of a sample if the table of latents would be too large."""
     most = max(_MOST_NUMBERS // sae.d_sae, 1)
     return np.sort(np.random.default_rng(1).permutation(examples)[:most])

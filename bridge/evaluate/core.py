@@ -1,18 +1,18 @@
-"""All metrics of one SAE under the names that SAEBench and SAELens give them, right where those are not.
+"""All metrics of one SAE under the names of SAEBench and SAELens, with their known errors corrected.
 
 `model_behavior_preservation`, `model_performance_preservation`, `reconstruction_quality`, `shrinkage`, `sparsity`,
-`token_stats` and `misc_metrics` are SAEBench's groups and hold its names. What differs, and why:
+`token_stats` and `misc_metrics` are SAEBench's groups and use its names. The differences, and their reasons:
 
 - `explained_variance` is 1 - E|e|^2 / (E|x|^2 - |E x|^2) over the whole text, in float64. SAEBench 0.6.0 takes the mean
   of x squared for the mean of x, which makes the value depend on the unit of x. `explained_variance_legacy`, the mean
   over tokens of 1 - |e|^2 / |x - mean of the batch|^2, is what SAEBench's paper reports; it depends on the batches.
 - `mse` is E|e|^2, summed over the dimensions. SAEBench divides it by the number of tokens once more.
 - `relative_reconstruction_bias` is E|x_hat|^2 / E[x . x_hat] over the whole text, not a mean of batches' ratios.
-- The ablation leaves BOS as it is, and sinks, as the SAE does; see `bridge.evaluate.splice`. `..._with_ablation` is
-  zero ablation; mean ablation has names of its own.
+- The ablation, like the SAE, leaves BOS and sinks unchanged; see `bridge.evaluate.splice`. `..._with_ablation` is zero
+  ablation; mean ablation has names of its own.
 
 Scores: `ce_loss_score` = (CE_ablation - CE_sae) / (CE_ablation - CE), `kl_div_score` = (KL_ablation - KL_sae) /
-KL_ablation: 1 is a perfect SAE, 0 one no better than the ablation. What is not defined (a division by zero) is NaN.
+KL_ablation. A perfect SAE scores 1, one no better than the ablation 0. Undefined values (a division by zero) are NaN.
 """
 
 import math
@@ -30,41 +30,42 @@ from bridge.torch_sae import TorchSAE
 from jsae import metrics
 
 PASSES = 5
-"""How often `measure` runs the model over the text; once of these only up to the hook."""
+"""Passes of `measure` over the text; one of them runs the model only up to the hook."""
 
 
 def measure(
     site: Site, sae: TorchSAE, rows: Int[np.ndarray, "R T"], token_bytes: Int[np.ndarray, " V"]
 ) -> tuple[dict[str, Any], latents.Columns]:
-    """Everything that is measured of one SAE on held-out text.
+    """Return all metrics of one SAE on held-out text.
 
     Args:
-      site: the activation that the SAE is of, in a model that gives logits.
+      site: the activation that the SAE reads, in a model that returns logits.
       sae: of the model's width, on the model's device.
-      rows: held-out token ids; the model reads them `PASSES` times.
-      token_bytes: the length in bytes of every token.
+      rows: held-out token ids, (R, T); the model reads them `PASSES` times.
+      token_bytes: the length in bytes of every token, (V,).
 
     Returns:
-      The metrics, a table of groups with the plain metrics of `jsae.metrics.summarize` beside them, and the columns of
-      `latents.columns`.
+      The metrics, by group, together with those of `jsae.metrics.summarize`; and the columns of `latents.columns`.
 
     Raises:
-      ValueError: an SAE of another width, no text, nothing but BOS, or activations that are not finite.
+      ValueError: the SAE has another width, there is no text or only BOS, or activations are not finite.
     """
     batches = site.batches(rows, max(sae.d_sae, len(token_bytes)))
-    seen = survey(site, sae, batches)
-    if seen.sums.nonfinite:
-        raise ValueError(f"{int(seen.sums.nonfinite)} numbers of {site.hook_name} are not finite: the model is broken")
-    plain = metrics.summarize(seen.sums)
-    mean = np.asarray(seen.sums.total / seen.sums.tokens, np.float32)
+    statistics = survey(site, sae, batches)
+    if statistics.sums.nonfinite:
+        raise ValueError(
+            f"{int(statistics.sums.nonfinite)} numbers of {site.hook_name} are not finite: the model is broken"
+        )
+    plain = metrics.summarize(statistics.sums)
+    mean = np.asarray(statistics.sums.total / statistics.sums.tokens, np.float32)
     variants = effects(site, sae, batches, mean, token_bytes)
-    columns = latents.columns(sae, seen)
+    columns = latents.columns(sae, statistics)
     groups = {
         **_preservation(variants),
-        **_activations(seen, plain),
+        **_activations(statistics, plain),
         "token_stats": {
             "total_tokens_eval_reconstruction": rows.size,
-            "total_tokens_eval_sparsity_variance": int(seen.sums.tokens),
+            "total_tokens_eval_sparsity_variance": int(statistics.sums.tokens),
         },
         "misc_metrics": latents.misc_metrics(columns),
         "latents": latents.summary(columns),
@@ -74,7 +75,7 @@ def measure(
 
 
 def finite(value: Any) -> Any:
-    """The same value for JSON: what is NaN or infinite, JSON has no word for: None. Arrays become lists."""
+    """Return a value that JSON can hold: NaN and infinities become None, arrays become lists, at any depth."""
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
@@ -87,7 +88,7 @@ def finite(value: Any) -> Any:
 
 
 def _preservation(variants: dict[str, Effect]) -> dict[str, dict[str, float]]:
-    """What of the model is left, by divergence, loss and bits per byte."""
+    """Return how well the model is preserved: divergence, loss and bits per byte."""
     divergence = {name: effect.divergence for name, effect in variants.items()}
     loss = {name: effect.cross_entropy for name, effect in variants.items()}
     behavior = {f"kl_div_{name}": value for name, value in divergence.items() if name != "without_sae"}
@@ -107,13 +108,13 @@ def _preservation(variants: dict[str, Effect]) -> dict[str, dict[str, float]]:
 
 
 def _score(values: dict[str, float], ablation: str) -> float:
-    """The share of what the ablation breaks that the SAE keeps."""
-    broken = values[ablation] - values["without_sae"]
-    return (values[ablation] - values["with_sae"]) / broken if broken else math.nan
+    """Return the share of the ablation's damage that the SAE avoids; NaN if the ablation does none."""
+    damage = values[ablation] - values["without_sae"]
+    return (values[ablation] - values["with_sae"]) / damage if damage else math.nan
 
 
-def _activations(seen: Survey, plain: dict[str, float]) -> dict[str, dict[str, float]]:
-    """What of the activations is left, and at what price."""
+def _activations(statistics: Survey, plain: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Return how well activations are reconstructed, and with how many latents."""
     n = plain["tokens"]
     return {
         "reconstruction_quality": {
@@ -123,8 +124,8 @@ def _activations(seen: Survey, plain: dict[str, float]) -> dict[str, dict[str, f
             "cossim": plain["cosine"],
         },
         "shrinkage": {
-            "l2_norm_in": seen.norm / n,
-            "l2_norm_out": seen.norm_hat / n,
+            "l2_norm_in": statistics.norm / n,
+            "l2_norm_out": statistics.norm_hat / n,
             "l2_ratio": plain["l2_ratio"],
             "relative_reconstruction_bias": plain["relative_reconstruction_bias"],
         },

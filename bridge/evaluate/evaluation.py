@@ -1,4 +1,4 @@
-"""The evaluation of chosen SAEs: metrics, what is known of every latent, labels. Its results go into a run's tables."""
+"""Evaluate chosen SAEs: metrics, statistics per latent, labels. The results go into a run's tables."""
 
 import hashlib
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from jsae.settings import require
 
 @dataclass(frozen=True)
 class Extent:
-    """How much text is read, and what is measured besides the metrics."""
+    """The amount of text to read, and what to measure besides the metrics."""
 
     split: Split = "heldout"
     heldout_tokens: int = 200_000
     """Tokens for the metrics, and as many for labels and token classes."""
     probe_tokens: int = 400_000
-    """Tokens of the passages by which packages of the standard library are told apart."""
+    """Tokens of the passages on which probes learn to distinguish packages of the standard library."""
     probes: bool = True
     """Sparse probing and TPP; needs the extra [eval]."""
     labels: bool = True
@@ -37,16 +37,17 @@ def evaluate(choice: Choice, extent: Extent, *, show_progress: bool = False) -> 
     """Measure every chosen SAE on the same text.
 
     Args:
-      choice: the SAEs, their model and their text, that of the first place.
-      extent: how much is read and measured.
-      show_progress: show on stderr how far it is.
+      choice: the SAEs and their model; the text is that of the first place.
+      extent: how much to read and measure.
+      show_progress: show progress on stderr.
 
     Returns:
       Every SAE with its results as `Run.write_evaluation` takes them: "eval" (metrics), "latents" (columns) and, if
-      wanted, "labels". Numbers that are not finite are None.
+      requested, "labels". Numbers that are not finite are None.
 
     Raises:
-      ConfigError, ValueError: an SAE that does not fit, rows longer than the model takes, too little text.
+      ConfigError, ValueError: an SAE does not fit the model, rows are longer than the model accepts, or there is too
+        little text.
       FileNotFoundError: no such run, export, checkpoint or text.
     """
     chosen = subjects.find(choice)
@@ -61,11 +62,11 @@ def evaluate(choice: Choice, extent: Extent, *, show_progress: bool = False) -> 
 
 
 def _text(choice: Choice, extent: Extent, nano: Nanochat) -> Text:
-    """Return the text of the first place, in the tokens of a model: the same for everything that is compared.
+    """Return the text of the first place as tokens of a model, so that all SAEs are compared on the same text.
 
     Raises:
-      ConfigError: rows longer than the model takes.
-      ValueError: not enough text for one row.
+      ConfigError: rows are longer than the model accepts.
+      ValueError: there is not enough text for one row.
     """
     reading = subjects.reading(choice, choice.places[0])
     row_len = reading.context_size or nano.config.sequence_len
@@ -76,7 +77,7 @@ def _text(choice: Choice, extent: Extent, nano: Nanochat) -> Text:
 
 
 def _measure(extent: Extent, subject: Subject, rows: Text, data: str, progress: Progress) -> dict[str, Any]:
-    """Return the results of one SAE, numpy numbers and arrays among them."""
+    """Return the results of one SAE; they contain numpy numbers and arrays."""
     nano, sae = subject.nano, subject.sae
     site = Site(nano.model, subject.hook, subject.excluded, subject.drop_sinks)
     progress.phase(f"measuring {subject.hook}", PASSES * rows.tokens.size, "tokens")
@@ -106,14 +107,14 @@ def _measure(extent: Extent, subject: Subject, rows: Text, data: str, progress: 
 
 
 def _probes(extent: Extent, subject: Subject, site: Site, rows: Text, data: str, progress: Progress) -> dict[str, Any]:
-    """Return the metrics of sparse probing and TPP, each by kind of class; None for a kind that the text lacks."""
+    """Return the metrics of sparse probing and TPP, by kind of class; None for a kind that the text lacks."""
     progress.phase("reading text for probes", None)
     passages = classes.packages(data, subject.nano.tokenizer, extent.probe_tokens)
     tokens = rows.tokens.size + (0 if passages is None else passages.tokens.size)
     progress.phase("reading activations for probes", tokens, "tokens")
     examples = {
-        "package": None if passages is None else classes.of_passages(site, subject.sae, passages),
-        "syntax": classes.of_tokens(site, subject.sae, rows),
+        "package": None if passages is None else classes.passage_examples(site, subject.sae, passages),
+        "syntax": classes.token_examples(site, subject.sae, rows),
     }
     progress.phase("fitting probes", None)
     W_dec = subject.sae.W_dec.cpu().numpy()

@@ -1,4 +1,4 @@
-"""Names for latents without a language model: the simple predicate that says best when a latent fires."""
+"""Label latents without a language model: with the simple predicate that best predicts when a latent fires."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -15,40 +15,40 @@ from bridge.nanochat.tokenizer import Tokenizer
 from bridge.torch_sae import TorchSAE
 
 LEVELS = (0.0, 0.25, 0.5)
-"""What counts as firing: more than this part of the greatest activation that the latent showed."""
+"""Firing thresholds to try, as fractions of the latent's greatest activation."""
 DOUBT = 20
-"""Misses that are added to those of every candidate where labels are chosen: what fits a few tokens may do so by
-chance, and of candidates there are thousands. On the demo, 20 to 40 gave the best F1 where it is measured."""
+"""Misses added to those of every candidate when labels are chosen: among thousands of candidates, one that fits a few
+tokens may fit by chance. On the demo, 20 to 40 gave the best F1 on the tokens that score labels."""
 MOST_FIRINGS = 2**25
-"""The text is cut where the SAE has fired so often: a third of a GiB, 260,000 tokens at L0 128."""
+"""The text is cut after this many firings of the SAE: a third of a GiB, 260,000 tokens at L0 128."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Firings:
-    """All activations above zero of `d_sae` latents on the tokens of a text, flat; ordered by token.
+    """All activations above zero of `d_sae` latents on the tokens of a text, flattened and ordered by token.
 
-    Of latents that may be negative (AbsTopK) these are the positive ones: each side would need a name of its own.
+    For latents that may be negative (AbsTopK) these are the positive activations: each sign would need its own label.
     """
 
     latent: Int[np.ndarray, " m"]
     token: Int[np.ndarray, " m"]
     value: Float32[np.ndarray, " m"]
     counts: Bool[np.ndarray, " N"]
-    """Which tokens of the text were looked at: not BOS, no sinks."""
+    """Which tokens of the text count: no BOS, no sinks."""
     d_sae: int
 
     def where(self, chosen: np.ndarray) -> "Firings":
-        """Only the chosen ones: a mask, or their numbers."""
+        """Return the chosen firings; `chosen` is a mask or an array of indices."""
         return dataclasses.replace(self, latent=self.latent[chosen], token=self.token[chosen], value=self.value[chosen])
 
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """A name for a latent, and how well it fits on text that had no part in choosing it.
+    """The label of a latent, and how well it fits on text that was not used to choose it.
 
-    `f1`, `precision` and `recall` are of "the latent is above `threshold`" against "the predicate holds", `n` how often
-    the latent was above it. A latent that did not fire where labels are chosen has no label (None), and numbers that
-    are not defined are None.
+    `f1`, `precision` and `recall` compare "the latent is above `threshold`" with "the predicate holds"; `n` counts
+    how often the latent was above the threshold. The label of a latent that did not fire where labels are
+    chosen is None, and so are undefined numbers.
     """
 
     label: str | None
@@ -61,91 +61,90 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """Predicates of one kind: `best` per row of firings (F1 and number), and whether one holds at a token."""
+    """Predicates of one kind: the best one per row of firings (its F1 and number), and where predicates hold."""
 
     best: tuple[np.ndarray, np.ndarray]
     holds: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    """Of token and predicate, alike long: whether it holds."""
+    """Return, for equally long arrays of tokens and predicates, whether each predicate holds at its token."""
     frequency: np.ndarray
-    """How often each predicate holds in the half that gives the numbers."""
+    """How often each predicate holds in the half that scores labels."""
     name: Callable[[int], str]
 
 
 @torch.no_grad()
 def firings(site: Site, sae: TorchSAE, text: Text, enough: Callable[[], bool] = lambda: False) -> Firings:
-    """Where the latents fire in a text.
+    """Return all firings of the latents on a text.
 
-    The rest of the text is not looked at after `MOST_FIRINGS`, or when `enough`, which is asked after every batch,
-    returns True.
+    Reading stops after `MOST_FIRINGS` firings, or when `enough`, which is called after every batch, returns True.
     """
     rows, length = text.tokens.shape
     counts = np.zeros((rows, length), bool)
-    found: list[tuple[np.ndarray, ...]] = []
+    batches: list[tuple[np.ndarray, ...]] = []
     total = 0
     for start, tokens, acts, _, mask in site.read(site.batches(text.tokens, sae.d_sae)):
         latents = sae.encode(acts[mask].float())
         row, latent = (latents > 0).nonzero(as_tuple=True)
         token = mask.flatten().nonzero()[:, 0][row] + start * length
         columns = (latent.int(), token.int(), latents[row, latent])
-        found.append(tuple(column.cpu().numpy() for column in columns))
+        batches.append(tuple(column.cpu().numpy() for column in columns))
         counts[start : start + len(tokens)] = mask.cpu().numpy()
         total += len(token)
         if total > MOST_FIRINGS or enough():
             break
-    latent, token, value = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    latent, token, value = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     return Firings(latent, token, value, counts.reshape(-1), sae.d_sae)
 
 
-def label(found: Firings, text: Text, tokenizer: Tokenizer) -> list[Label]:
-    """The best label of every latent.
+def label(firings: Firings, text: Text, tokenizer: Tokenizer) -> list[Label]:
+    """Return the best label of every latent.
 
-    Candidates are all of `predicates.build`, and "the token is X", "after the token X" and "before the token X" for
-    every token of the vocabulary. Every other row chooses predicate and level (`LEVELS`) by F1, the rows between give
-    the numbers; a single row is halved.
+    Candidates are all predicates of `predicates.build`, and "the token is X", "after the token X" and "before the token
+    X" for every token of the vocabulary. Even rows choose predicate and level (`LEVELS`) by F1, odd rows score the
+    choice; a single row is halved.
     """
     rows, length = text.tokens.shape
     chooses = np.arange(rows * length) // length % 2 == 0 if rows > 1 else np.arange(length) < length // 2
-    return search(found, build(text, tokenizer), _neighbours(text), tokenizer.token_text, chooses)
+    return search(firings, build(text, tokenizer), _neighbours(text), tokenizer.token_text, chooses)
 
 
 def search(
-    found: Firings,
+    firings: Firings,
     predicates: Predicates,
     exact: dict[str, Int[np.ndarray, " N"]],
-    spelled: Callable[[int], str],
+    spell: Callable[[int], str],
     chooses: Bool[np.ndarray, " N"],
 ) -> list[Label]:
-    """The best label of every latent out of given candidates.
+    """Return the best label of every latent among given candidates.
 
     Args:
-      found: where the latents fire.
-      predicates: of the same tokens.
-      exact: one more candidate per token id and name: that the id found here is this one (-1 is none).
-      spelled: a token id as text.
-      chooses: the tokens that choose; the others give the numbers.
+      firings: all firings of the latents.
+      predicates: predicates of the same tokens.
+      exact: arrays of token ids by name, (N,); each adds one candidate per id: that the array holds it (-1: no id).
+      spell: returns the text of a token id.
+      chooses: which tokens choose labels; the others score them.
     """
-    first, second = (found.where(half[found.token]) for half in (chooses, ~chooses))
-    halves = found.counts & chooses, found.counts & ~chooses
-    top = np.zeros(found.d_sae, np.float32)
+    first, second = (firings.where(half[firings.token]) for half in (chooses, ~chooses))
+    halves = firings.counts & chooses, firings.counts & ~chooses
+    top = np.zeros(firings.d_sae, np.float32)
     np.maximum.at(top, first.latent, first.value)
     level, fires = _levels(first, top)
-    row = level * found.d_sae + fires.latent  # one row per level and latent
-    size = len(LEVELS) * found.d_sae
+    row = level * firings.d_sae + fires.latent  # one row per level and latent
+    size = len(LEVELS) * firings.d_sae
     fired = np.bincount(row, minlength=size)
 
-    families = [_exact(kind, ids, row, fires.token, fired, halves, spelled) for kind, ids in exact.items()]
+    families = [_exact(kind, ids, row, fires.token, fired, halves, spell) for kind, ids in exact.items()]
     families.append(_general(predicates, row, fires.token, fired, halves))
-    f1 = np.stack([family.best[0] for family in families]).reshape(len(families), len(LEVELS), found.d_sae)
-    flat = f1.reshape(-1, found.d_sae)  # the first of equals: an exact token, no threshold
+    f1 = np.stack([family.best[0] for family in families]).reshape(len(families), len(LEVELS), firings.d_sae)
+    flat = f1.reshape(-1, firings.d_sae)  # argmax takes the first of equals: an exact token, no threshold
     winner = flat.argmax(0)
     family, chosen_level = np.divmod(winner, len(LEVELS))
-    number = np.stack([f.best[1] for f in families]).reshape(flat.shape)[winner, np.arange(found.d_sae)]
+    number = np.stack([f.best[1] for f in families]).reshape(flat.shape)[winner, np.arange(firings.d_sae)]
     threshold = np.asarray(LEVELS, np.float32)[chosen_level] * top
     return _score(second, families, family, number, threshold, top > 0)
 
 
 def _levels(first: Firings, top: np.ndarray) -> tuple[np.ndarray, Firings]:
-    """The firings that pass each level, one level after the other, and the level of each."""
+    """Return the level of each passing firing, and the firings that pass each level, one level after the other."""
     passing = [first.value > part * top[first.latent] for part in LEVELS]
     level = np.concatenate([np.full(np.count_nonzero(p), i) for i, p in enumerate(passing)])
     return level, first.where(np.concatenate([np.flatnonzero(p) for p in passing]))
@@ -158,30 +157,30 @@ def _exact(
     token: np.ndarray,
     fired: np.ndarray,
     halves: tuple[np.ndarray, np.ndarray],
-    spelled: Callable[[int], str],
+    spell: Callable[[int], str],
 ) -> _Family:
-    """That the id is X, for every X: counted by sorting (row, id), as nearly all of the pairs never meet."""
+    """Return the family "the id is X" for every X; counts sorted (row, id) pairs, as most pairs never occur."""
     width = int(ids.max(initial=0)) + 1
-    meets = ids[token] >= 0
-    pairs, hits = np.unique(row[meets].astype(np.int64) * width + ids[token[meets]], return_counts=True)
-    at, which = np.divmod(pairs, width)
+    has_id = ids[token] >= 0
+    pairs, hits = np.unique(row[has_id].astype(np.int64) * width + ids[token[has_id]], return_counts=True)
+    pair_row, pair_id = np.divmod(pairs, width)
     frequency = [np.bincount(ids[half & (ids >= 0)], minlength=width) for half in halves]
-    f1 = 2 * hits / (fired[at] + frequency[0][which] + DOUBT)
-    order = np.lexsort((-which, f1, at))  # the last of each row is its best
+    f1 = 2 * hits / (fired[pair_row] + frequency[0][pair_id] + DOUBT)
+    order = np.lexsort((-pair_id, f1, pair_row))  # the last of each row is its best
     best = np.zeros(len(fired)), np.zeros(len(fired), np.int64)
-    best[0][at[order]], best[1][at[order]] = f1[order], which[order]
-    return _Family(best, lambda t, p: ids[t] == p, frequency[1], lambda p: f"{kind} {spelled(p)!r}")
+    best[0][pair_row[order]], best[1][pair_row[order]] = f1[order], pair_id[order]
+    return _Family(best, lambda t, p: ids[t] == p, frequency[1], lambda p: f"{kind} {spell(p)!r}")
 
 
 def _general(
     predicates: Predicates, row: np.ndarray, token: np.ndarray, fired: np.ndarray, halves: tuple[np.ndarray, np.ndarray]
 ) -> _Family:
-    """Predicates that hold of many tokens: counted by a product of sparse firings with the table of truth."""
+    """Return the family of general predicates; hits are counted by a product of sparse firings with the truth table."""
     truth = predicates.truth
-    end = int(token.max(initial=-1)) + 1
-    where = torch.from_numpy(np.stack([row, token]).astype(np.int64))
-    fires = torch.sparse_coo_tensor(where, torch.ones(len(row)), (len(fired), end), check_invariants=False)
-    hits = torch.sparse.mm(fires, torch.from_numpy(truth[:end].astype(np.float32))).numpy()
+    n_tokens = int(token.max(initial=-1)) + 1
+    indices = torch.from_numpy(np.stack([row, token]).astype(np.int64))
+    fires = torch.sparse_coo_tensor(indices, torch.ones(len(row)), (len(fired), n_tokens), check_invariants=False)
+    hits = torch.sparse.mm(fires, torch.from_numpy(truth[:n_tokens].astype(np.float32))).numpy()
     frequency = [truth[half].sum(0) for half in halves]
     f1 = 2 * hits / (fired[:, None] + frequency[0] + DOUBT)
     best = f1.max(1), f1.argmax(1)
@@ -196,24 +195,26 @@ def _score(
     threshold: np.ndarray,
     alive: np.ndarray,
 ) -> list[Label]:
-    """The labels that were chosen, with their numbers on the other half."""
+    """Return the chosen labels, scored on the other half."""
     fires = second.where(second.value > threshold[second.latent])
     n = np.bincount(fires.latent, minlength=second.d_sae)
     hits, holds = np.zeros(second.d_sae, np.int64), np.zeros(second.d_sae, np.int64)
-    for i, kind in enumerate(families):
-        own = family[fires.latent] == i
-        true = kind.holds(fires.token[own], number[fires.latent[own]])
-        hits += np.bincount(fires.latent[own][true], minlength=second.d_sae)
-        holds[family == i] = kind.frequency[number[family == i]]
+    for i, current in enumerate(families):
+        in_family = family[fires.latent] == i
+        hit = current.holds(fires.token[in_family], number[fires.latent[in_family]])
+        hits += np.bincount(fires.latent[in_family][hit], minlength=second.d_sae)
+        holds[family == i] = current.frequency[number[family == i]]
 
-    def one(i: int, n: int, hits: int, holds: int) -> Label:
+    def score_label(i: int, n: int, hits: int, holds: int) -> Label:
         if not alive[i]:
             return Label(None, None, None, None, n, None)
         name = families[family[i]].name(int(number[i]))
         ratios = _ratio(2 * hits, n + holds), _ratio(hits, n), _ratio(hits, holds)
         return Label(name, *ratios, n, float(threshold[i]))
 
-    return [one(*numbers) for numbers in zip(range(len(n)), n.tolist(), hits.tolist(), holds.tolist(), strict=True)]
+    return [
+        score_label(*numbers) for numbers in zip(range(len(n)), n.tolist(), hits.tolist(), holds.tolist(), strict=True)
+    ]
 
 
 def _ratio(part: int, whole: int) -> float | None:
@@ -221,20 +222,20 @@ def _ratio(part: int, whole: int) -> float | None:
 
 
 def _neighbours(text: Text) -> dict[str, np.ndarray]:
-    """The token itself, the one before it and the one after it, flat."""
+    """Return the token itself, the one before it and the one after it, flattened."""
     before = np.pad(text.tokens[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     after = np.pad(text.tokens[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     return {"token": text.tokens.reshape(-1), "after": before.reshape(-1), "before": after.reshape(-1)}
 
 
 def table(labels: list[Label]) -> dict[str, Any]:
-    """For `labels.json`: the number of each latent to its label."""
-    return {str(i): dataclasses.asdict(found) for i, found in enumerate(labels)}
+    """Return the labels as `labels.json` holds them, by the number of the latent."""
+    return {str(i): dataclasses.asdict(label) for i, label in enumerate(labels)}
 
 
 def summary(labels: list[Label]) -> dict[str, Any]:
-    """How many latents have a label, and how well labels fit."""
-    f1 = [found.f1 or 0.0 for found in labels if found.label is not None]
+    """Return how many latents have a label, and how well labels fit."""
+    f1 = [label.f1 or 0.0 for label in labels if label.label is not None]
     return {
         "labelled": len(f1),
         "mean_f1": float(np.mean(f1)) if f1 else None,
@@ -243,6 +244,6 @@ def summary(labels: list[Label]) -> dict[str, Any]:
 
 
 def best(labels: list[Label], most: int) -> Iterator[tuple[int, Label]]:
-    """The latents whose labels fit best, with their numbers."""
+    """Yield the number and label of the latents whose labels fit best, at most `most` of them."""
     order = sorted(range(len(labels)), key=lambda i: -(labels[i].f1 or 0.0))
     return ((i, labels[i]) for i in order[:most])

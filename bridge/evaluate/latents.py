@@ -1,4 +1,4 @@
-"""What each latent is like: how often it fires, how its weights lie to those of the others."""
+"""Statistics per latent: how often it fires, and cosines between its weights and those of other latents."""
 
 import math
 from typing import Any
@@ -12,27 +12,27 @@ from bridge.torch_sae import TorchSAE
 from jsae import metrics
 
 DUPLICATE_COSINE = 0.95
-"""Two latents whose decoder rows have a greater cosine write nearly the same thing: both are duplicated."""
+"""Latents whose decoder rows have a greater cosine than this count as duplicated, both of them."""
 _CHUNK = 1024  # latents compared with all others at once
 
 Columns = dict[str, np.ndarray]
-"""One number per latent under each name, (f,)."""
+"""Columns by name, each with one number per latent, (f,)."""
 
 
-def columns(sae: TorchSAE, found: Survey) -> Columns:
-    """What is known of every latent, under SAELens's and SAEBench's names.
+def columns(sae: TorchSAE, survey: Survey) -> Columns:
+    """Return statistics of every latent, under the names of SAELens and SAEBench.
 
     `feature_density`: share of tokens on which it fires; `consistent_activation_heuristic`: firings per row of text in
-    which it fires, NaN if it never does; `encoder_bias` (of a gated SAE its `b_mag`), `encoder_norm`,
+    which it fires, NaN if it never does; `encoder_bias` (`b_mag` of a gated SAE), `encoder_norm`,
     `encoder_decoder_cosine_sim`; `max_encoder_cosine_sim` and `max_decoder_cosine_sim`: the greatest cosine with
     another latent, NaN where there is no other.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
-        consistent = np.asarray(found.sums.fired, np.float64) / found.rows_fired
+        consistent = np.asarray(survey.sums.fired, np.float64) / survey.rows_fired
     reads, writes = sae.W_enc.double().T, sae.W_dec.double()
     bias = sae.b_mag if sae.architecture == "gated" else sae.b_enc
     return {
-        "feature_density": metrics.density(found.sums),
+        "feature_density": metrics.density(survey.sums),
         "consistent_activation_heuristic": consistent,
         "encoder_bias": bias.double().cpu().numpy(),
         "encoder_norm": reads.norm(dim=1).cpu().numpy(),
@@ -43,7 +43,7 @@ def columns(sae: TorchSAE, found: Survey) -> Columns:
 
 
 def nearest(rows: Float[torch.Tensor, "f d"]) -> Float[torch.Tensor, " f"]:
-    """The greatest cosine of each row with any other one; NaN if there is only one row."""
+    """Return the greatest cosine of each row with any other row, (f,); NaN if there is only one row."""
     if len(rows) < 2:
         return torch.full((len(rows),), math.nan, device=rows.device)
     unit = torch.nn.functional.normalize(rows, dim=1)
@@ -56,33 +56,33 @@ def nearest(rows: Float[torch.Tensor, "f d"]) -> Float[torch.Tensor, " f"]:
     return torch.cat(best)
 
 
-def summary(found: Columns) -> dict[str, Any]:
-    """How many latents are dead, dense and duplicated, and the means of what the columns say.
+def summary(table: Columns) -> dict[str, Any]:
+    """Return the numbers of dead, dense and duplicated latents, and means of the columns.
 
-    `dead` never fired in the text that was read, `dense_over_1_percent` and `dense_over_10_percent` fired on more of
-    it; `duplicated` write nearly what another one writes (`DUPLICATE_COSINE`).
+    `dead` latents never fired in the text; `dense_over_1_percent` and `dense_over_10_percent` latents fired on more
+    than that share of its tokens; `duplicated` latents have a decoder row close to another (`DUPLICATE_COSINE`).
     """
-    density = found["feature_density"]
+    density = table["feature_density"]
     alive = density > 0
     return {
         "d_sae": len(density),
         "dead": int((~alive).sum()),
         "dense_over_1_percent": int((density > 0.01).sum()),
         "dense_over_10_percent": int((density > 0.1).sum()),
-        "duplicated": int((found["max_decoder_cosine_sim"] > DUPLICATE_COSINE).sum()),
+        "duplicated": int((table["max_decoder_cosine_sim"] > DUPLICATE_COSINE).sum()),
         "duplicate_cosine": DUPLICATE_COSINE,
-        "mean_encoder_decoder_cosine_sim": float(found["encoder_decoder_cosine_sim"].mean()),
-        "mean_encoder_norm": float(found["encoder_norm"].mean()),
-        "mean_encoder_bias": float(found["encoder_bias"].mean()),
+        "mean_encoder_decoder_cosine_sim": float(table["encoder_decoder_cosine_sim"].mean()),
+        "mean_encoder_norm": float(table["encoder_norm"].mean()),
+        "mean_encoder_bias": float(table["encoder_bias"].mean()),
         "mean_consistent_activation_heuristic": (
-            float(found["consistent_activation_heuristic"][alive].mean()) if alive.any() else math.nan
+            float(table["consistent_activation_heuristic"][alive].mean()) if alive.any() else math.nan
         ),
     }
 
 
-def misc_metrics(found: Columns) -> dict[str, float]:
-    """SAEBench's group of that name; shares of latents, and of all firings for the normalised ones."""
-    density = found["feature_density"]
+def misc_metrics(table: Columns) -> dict[str, float]:
+    """Return SAEBench's group of that name: shares of latents; those named `normalized_...` are shares of firings."""
+    density = table["feature_density"]
     total = density.sum()
 
     def share_of_firings(above: float) -> float:
@@ -93,7 +93,7 @@ def misc_metrics(found: Columns) -> dict[str, float]:
         "freq_over_10_percent": float((density > 0.1).mean()),
         "normalized_freq_over_1_percent": share_of_firings(0.01),
         "normalized_freq_over_10_percent": share_of_firings(0.1),
-        "average_max_encoder_cosine_sim": float(found["max_encoder_cosine_sim"].mean()),
-        "average_max_decoder_cosine_sim": float(found["max_decoder_cosine_sim"].mean()),
+        "average_max_encoder_cosine_sim": float(table["max_encoder_cosine_sim"].mean()),
+        "average_max_decoder_cosine_sim": float(table["max_decoder_cosine_sim"].mean()),
         "frac_alive": float((density > 0).mean()),
     }

@@ -1,6 +1,6 @@
-"""The words and regular expressions that `predicates` asks about."""
+"""Words and regular expressions from which `predicates` builds predicates of tokens."""
 
-# The whole token matches.
+# Patterns that match the whole token.
 KINDS = {
     "word": r"\s?[^\W\d_]+",
     "digits": r"\s?\d+",
@@ -43,7 +43,7 @@ KINDS = {
     "hexadecimal": r"\s?(0x)?[0-9a-fA-F]*\d[0-9a-fA-F]*",
     "not ASCII": r".*[^\x00-\x7f].*",
 }
-# The token without blanks around it is one of these.
+# Words that equal the token without surrounding blanks.
 ENGLISH = {
     "article or pronoun": "a an the this that these those it its he she they we you i his her their our your",
     "preposition": "of in on at to by for from with as into than over under between through after before",
@@ -52,7 +52,7 @@ ENGLISH = {
     "number word": "one two three four five six seven eight nine ten zero first second third",
     "question word": "what which who how why when where whether",
 }
-# Of tokens of letters.
+# Endings and beginnings of tokens that consist of letters.
 ENDINGS = ("s", "ed", "ing", "er", "ion", "tion", "ly", "al", "able", "ment", "ness", "ity", "ize", "ise", "ent", "ant")
 BEGINNINGS = ("un", "re", "in", "de", "con", "dis", "pre", "pro", "sub", "ex", "com", "non", "over", "inter")
 
@@ -61,7 +61,7 @@ _WORDS = (
     *("or", "with", "as", "while", "assert", "lambda", "yield", "await", "del", "global", "try", "else"),
     *("the", "a", "an", "of", "to", "be", "this", "that"),
 )
-# A match ends where the token begins.
+# Patterns whose match ends where the token begins.
 LEFT = {
     **{f"after {word!r}": rf"\b{word}[ \t]+" for word in _WORDS},
     "after 'self.'": r"\bself\.",

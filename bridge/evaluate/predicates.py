@@ -1,4 +1,4 @@
-"""A few hundred simple statements about a token: what it is, what stands before it, where it is."""
+"""A few hundred simple predicates of tokens: on the token's text, on the text before it, on its position."""
 
 import builtins
 import dataclasses
@@ -15,53 +15,53 @@ from bridge.evaluate.text import Text
 from bridge.nanochat.tokenizer import Tokenizer
 
 _PYTHON_SHARE = 0.5
-"""Syntax counts where it can be known: if less than this part of the tokens stands in parsed source, it is left out."""
+"""Predicates of syntax are left out if fewer than this fraction of the tokens are in source that parses as Python."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Predicates:
-    """Statements by name, simple ones first, and for every token of a text, row after row, whether they hold."""
+    """Names of predicates, simple ones first, and for every token of a text, row after row, whether each holds."""
 
     names: list[str]
     truth: Bool[np.ndarray, "N P"]
 
 
 def build(text: Text, tokenizer: Tokenizer) -> Predicates:
-    """All predicates that hold of some token of the text and not of all.
+    """Return all predicates that hold for some tokens of the text, but not for all.
 
-    Syntax is known in documents that parse as Python (`syntax.contexts`), speakers in rendered chats; everything else
-    needs nothing but the tokens and the bytes around them.
+    Syntax is known in documents that parse as Python (`syntax.contexts`), speakers in rendered chats; all other
+    predicates need only the tokens and the bytes around them.
     """
-    found = [
+    candidates = [
         *_by_token(text, tokenizer),
         *_by_place(text),
         *_by_left(text),
         *_by_syntax(text),
         *_by_role(text, tokenizer),
     ]
-    said = [(name, truth.reshape(-1)) for name, truth in found]
-    told = [(name, truth) for name, truth in said if truth.any() and not truth.all()]
-    columns = [truth for _, truth in told] or [np.zeros(text.tokens.size, bool)]
-    return Predicates([name for name, _ in told] or ["nothing"], np.stack(columns, axis=1))
+    flat = [(name, truth.reshape(-1)) for name, truth in candidates]
+    informative = [(name, truth) for name, truth in flat if truth.any() and not truth.all()]
+    columns = [truth for _, truth in informative] or [np.zeros(text.tokens.size, bool)]
+    return Predicates([name for name, _ in informative] or ["nothing"], np.stack(columns, axis=1))
 
 
-# ---- the token itself ---------------------------------------------------------------------------------------------
+# ---- the token itself ----------------------------------------------------------------------------------------------
 
 
 def _by_token(text: Text, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
-    """What the vocabulary alone says, of the token and of the one after it: decided once per token id."""
-    last = tokenizer.vocab_size - len(tokenizer.special_tokens)
-    tokens = [tokenizer.token_text(i) for i in range(last)]
+    """Yield predicates of the texts of a token and of the next token, evaluated once per token id."""
+    n_ordinary = tokenizer.vocab_size - len(tokenizer.special_tokens)
+    tokens = [tokenizer.token_text(i) for i in range(n_ordinary)]
 
     for name, holds in _statements():
         table = np.array([bool(holds(token)) for token in tokens] + [False] * len(tokenizer.special_tokens))
-        here = table[text.tokens]
-        yield name, here
-        yield f"before: {name}", np.pad(here[:, 1:], ((0, 0), (0, 1)))
+        truth = table[text.tokens]
+        yield name, truth
+        yield f"before: {name}", np.pad(truth[:, 1:], ((0, 0), (0, 1)))
 
 
 def _statements() -> Iterator[tuple[str, Callable[[str], object]]]:
-    """What may be said of a token's text."""
+    """Yield predicates of a token's text, by name."""
     for name, pattern in patterns.KINDS.items():
         yield name, re.compile(pattern, re.DOTALL).fullmatch
     words = {
@@ -83,11 +83,11 @@ def _statements() -> Iterator[tuple[str, Callable[[str], object]]]:
     yield "part of a character", lambda token: "\ufffd" in token
 
 
-# ---- where it is --------------------------------------------------------------------------------------------------
+# ---- its position --------------------------------------------------------------------------------------------------
 
 
 def _by_place(text: Text) -> Iterator[tuple[str, np.ndarray]]:
-    """Place in the row, the line and the document; what was there before."""
+    """Yield predicates of the position in the row, the line and the document, and of repetition."""
     rows, length = text.tokens.shape
     position = np.broadcast_to(np.arange(length), (rows, length))
     for n in (1, 2, 4, 8, 16, 32):
@@ -110,68 +110,69 @@ def _by_place(text: Text) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _lines(text: Text) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of each token: its line, its column and the line's indentation in bytes, whether it is the last of the line."""
+    """Return for each token its line, its column and the line's indentation in bytes, and whether it ends the line."""
     line, column, indent = (np.full(text.tokens.size, -1) for _ in range(3))
-    for here, source in _tokens_of_documents(text):
-        lines, place = source.split(b"\n"), text.place.reshape(-1)[here]
-        starts = np.cumsum([0, *(len(found) + 1 for found in lines)])
-        indents = np.array([len(found) - len(found.lstrip(b" \t")) for found in lines])
-        line[here] = np.minimum(np.searchsorted(starts, place, side="right") - 1, len(lines) - 1)
-        column[here] = place - starts[line[here]]
-        indent[here] = indents[line[here]]
-    line, column, indent = (found.reshape(text.tokens.shape) for found in (line, column, indent))
+    for indices, source in _tokens_of_documents(text):
+        lines, offset = source.split(b"\n"), text.place.reshape(-1)[indices]
+        starts = np.cumsum([0, *(len(raw) + 1 for raw in lines)])
+        indents = np.array([len(raw) - len(raw.lstrip(b" \t")) for raw in lines])
+        line[indices] = np.minimum(np.searchsorted(starts, offset, side="right") - 1, len(lines) - 1)
+        column[indices] = offset - starts[line[indices]]
+        indent[indices] = indents[line[indices]]
+    line, column, indent = (array.reshape(text.tokens.shape) for array in (line, column, indent))
     last = np.zeros(text.tokens.shape, bool)
     last[:, :-1] = (line[:, :-1] != line[:, 1:]) & (text.document[:, :-1] >= 0)
     return line, column, indent, last
 
 
 def _repeated(keys: np.ndarray) -> np.ndarray:
-    """Whether each key stood earlier in its row."""
+    """Return whether each key occurs earlier in its row."""
     seen = np.ones(keys.shape, bool)
     for row, values in zip(seen, keys, strict=True):
         row[np.unique(values, return_index=True)[1]] = False
     return seen
 
 
-# ---- what stands before it ----------------------------------------------------------------------------------------
+# ---- the text before it --------------------------------------------------------------------------------------------
 
 
 def _by_left(text: Text) -> Iterator[tuple[str, np.ndarray]]:
-    """Tokens whose text begins where a pattern ends."""
+    """Yield predicates that hold where the token's text begins at the end of a pattern's match."""
     for name, pattern in patterns.LEFT.items():
         compiled = re.compile(pattern.encode())
         truth = np.zeros(text.tokens.shape, bool)
-        for here, source in _tokens_of_documents(text):
-            ends = np.zeros(len(source) + 1, bool)
-            ends[[match.end() for match in compiled.finditer(source)]] = True
-            truth.reshape(-1)[here] = ends[text.place.reshape(-1)[here]]
+        for indices, source in _tokens_of_documents(text):
+            match_ends = np.zeros(len(source) + 1, bool)
+            match_ends[[match.end() for match in compiled.finditer(source)]] = True
+            truth.reshape(-1)[indices] = match_ends[text.place.reshape(-1)[indices]]
         yield name, truth
 
 
 def _tokens_of_documents(text: Text) -> Iterator[tuple[np.ndarray, bytes]]:
-    """The flat indices of every document's tokens, with its bytes."""
+    """Yield the flat indices of every document's tokens, with the document's bytes."""
     order = np.argsort(text.document, axis=None, kind="stable")
     bounds = np.searchsorted(text.document.reshape(-1)[order], np.arange(len(text.sources) + 1))
     for index, source in enumerate(text.sources):
         yield order[bounds[index] : bounds[index + 1]], source
 
 
-# ---- what it is part of -------------------------------------------------------------------------------------------
+# ---- its syntax and speaker ----------------------------------------------------------------------------------------
 
 
 def bits(text: Text) -> tuple[np.ndarray, np.ndarray]:
-    """Of every token, flat, the bits of `syntax.contexts`, and whether its document parses as Python."""
+    """Return for every token, flattened, the bits of `syntax.contexts`, and whether its document parses as Python."""
     marks = np.zeros(text.tokens.size, np.uint64)
     known = np.zeros(text.tokens.size, bool)
-    for here, source in _tokens_of_documents(text):
+    for indices, source in _tokens_of_documents(text):
         contexts = syntax.contexts(source)
         if contexts is not None:
-            marks[here] = contexts[text.place.reshape(-1)[here]]
-            known[here] = True
+            marks[indices] = contexts[text.place.reshape(-1)[indices]]
+            known[indices] = True
     return marks, known
 
 
 def _by_syntax(text: Text) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield predicates of Python's syntax, if enough of the text parses as Python."""
     marks, known = bits(text)
     if known.mean() < _PYTHON_SHARE:
         return
@@ -188,7 +189,7 @@ _ROLES = {
 
 
 def _by_role(text: Text, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
-    """Who speaks in a chat: since the last special token, as far as the row shows."""
+    """Yield predicates of the speaker in a chat, given by the last special token in the row."""
     special = tokenizer.vocab_size - len(tokenizer.special_tokens)
     marked = np.where(text.tokens >= special, np.arange(text.tokens.shape[1]), 0)
     last = np.take_along_axis(text.tokens, np.maximum.accumulate(marked, axis=1), axis=1)

@@ -1,4 +1,4 @@
-"""Where activations are read: a hook of a model, the tokens that count there, and text run up to it."""
+"""Read activations: a hook of a model, the tokens that count there, and text run up to it."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,14 +17,14 @@ class Batch(NamedTuple):
     """One forward pass."""
 
     start: int
-    """Rows that came before."""
+    """Number of rows in earlier batches."""
     tokens: Int[torch.Tensor, "B T"]
     acts: Float[torch.Tensor, "B T C"]
-    """What the SAE reads: of a crosscoder all its layers side by side."""
-    wanted: Float[torch.Tensor, "B T O"]
-    """What it should make: the same, but of a transcoder its target."""
+    """The SAE's input; for a crosscoder all its layers, concatenated."""
+    target: Float[torch.Tensor, "B T O"]
+    """What the SAE is to reconstruct: its input, or a transcoder's target."""
     mask: Bool[torch.Tensor, "B T"]
-    """Which tokens count: none that is excluded, no sinks (`bridge.selection`)."""
+    """Which tokens count: neither excluded ones nor sinks (`bridge.selection`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,25 +35,25 @@ class Site:
     """A nanochat."""
     hook_name: str
     excluded: tuple[int, ...]
-    """The ids that do not count, as in training (`bridge.selection`); () counts all."""
+    """Ids of tokens that do not count, as in training (`bridge.selection`); with () all count."""
     drop_sinks: bool = True
     """Whether tokens of extreme norm do not count."""
     tokens_per_forward: int = 8192
-    beside: tuple[str, ...] = ()
+    other_hooks: tuple[str, ...] = ()
     """A transcoder's target, or the other layers of a crosscoder."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
     def read(self, batches: Iterable[np.ndarray]) -> Iterator[Batch]:
-        """Run token ids, (rows, row_len) each, up to the hook."""
-        names = (self.hook_name, *self.beside)
+        """Run batches of token ids, (rows, row_len) each, up to the hook; yield the activations."""
+        names = (self.hook_name, *self.other_hooks)
         for done in self.passes(names, batches):
             acts = [done.acts[name] for name in names]
             if not self.transcodes:
-                acts = [torch.cat(acts, dim=-1) if self.beside else acts[0]]
+                acts = [torch.cat(acts, dim=-1) if self.other_hooks else acts[0]]
             yield Batch(done.first_row, done.tokens, acts[0], acts[-1], done.mask(*names))
 
     def passes(
@@ -66,11 +66,11 @@ class Site:
 
     @property
     def transcodes(self) -> bool:
-        """Whether what is made is another activation of the same layer."""
-        return len(self.beside) == 1 and parse(self.hook_name)[1] != parse(self.beside[0])[1]
+        """Whether the target is another activation of the same layer."""
+        return len(self.other_hooks) == 1 and parse(self.hook_name)[1] != parse(self.other_hooks[0])[1]
 
     def batches(self, rows: Int[np.ndarray, "R T"], numbers_per_token: int = 1) -> list[Int[np.ndarray, "r T"]]:
-        """The rows in batches of `tokens_per_forward`, of less where every token makes many numbers; a row at least."""
+        """Split rows into batches of `tokens_per_forward` tokens, fewer if tokens need many numbers; at least a row."""
         tokens = min(self.tokens_per_forward, _MOST_NUMBERS // numbers_per_token)
         step = max(tokens // max(rows.shape[1], 1), 1)
         return [rows[start : start + step] for start in range(0, len(rows), step)]

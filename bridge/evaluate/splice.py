@@ -1,4 +1,4 @@
-"""What the model makes of it when the SAE takes the place of an activation, beside taking the activation away."""
+"""Measure the model with the SAE's reconstruction in place of an activation, compared with ablating the activation."""
 
 import dataclasses
 import math
@@ -15,20 +15,19 @@ from bridge.selection import among
 from bridge.torch_sae import TorchSAE
 
 VARIANTS = ("without_sae", "with_sae", "with_ablation", "with_mean_ablation")
-"""The model as it is; with the reconstruction; with zeros; with the mean activation of the text."""
+"""The unchanged model; with the reconstruction; with zeros; with the mean activation of the text."""
 
 
 @dataclasses.dataclass
 class Effect:
-    """How well the model predicts text under one variant, and how far it is from the model as it is."""
+    """How well the model predicts text under one variant, and how far it is from the unchanged model."""
 
     cross_entropy: float
-    """Nats per token, over positions whose own token is not excluded, whatever comes next."""
+    """Nats per token, over positions whose own token is not excluded; the next token may be excluded."""
     divergence: float
-    """KL(the model as it is || this variant) in nats, over positions whose own token is not
-    excluded."""
+    """KL(unchanged model || this variant) in nats, over positions whose own token is not excluded."""
     bits_per_byte: float
-    """nanochat's measure: nats of all targets that are text over ln 2 times their bytes; special tokens count 0."""
+    """nanochat's measure: nats of targets that are text, over ln 2 times their bytes; special tokens have 0 bytes."""
 
 
 @torch.no_grad()
@@ -39,29 +38,29 @@ def effects(
     mean: Float[np.ndarray, " d"],
     token_bytes: Int[np.ndarray, " V"],
 ) -> dict[str, Effect]:
-    """The effect of every one of `VARIANTS`.
+    """Return the effect of each of `VARIANTS`.
 
-    All variants change the same positions: the tokens that the SAE was trained on. Excluded and sink tokens keep their
-    activations, in the ablations too, so that variants differ in what the SAE does and not in where. (SAEBench's
-    ablation also zeroes BOS.) Sinks that are not excluded enter the means.
+    All variants change the same positions: the tokens that the SAE was trained on. Excluded tokens and sinks keep their
+    activations in the ablations too, so that variants differ in the values they insert and not in the positions.
+    (SAEBench's ablation also zeroes BOS.) Sinks that are not excluded count in the averages.
 
     Args:
-      site: the activation that is replaced, and the tokens at which it is.
+      site: the activation to replace, and the tokens at which to replace it.
       sae: of the model's width, on the model's device.
       batches: token ids, (rows, row_len) each.
-      mean: what mean ablation puts there.
+      mean: the activation that mean ablation inserts.
       token_bytes: the length in bytes of every token.
 
     Raises:
-      ValueError: no tokens at all.
+      ValueError: there are no tokens.
     """
     model, hook_name = site.model, site.hook_name
     lengths = torch.as_tensor(token_bytes, device=site.device).long()
     constant = torch.as_tensor(mean, device=site.device)
     total = torch.zeros(len(VARIANTS), 6, dtype=torch.float64)
-    for done in site.passes([hook_name], batches, stop=False):
-        tokens, acts, mask = done.tokens, done.acts[hook_name], done.mask(hook_name)
-        base = done.logits.log_softmax(-1)
+    for forward_pass in site.passes([hook_name], batches, stop=False):
+        tokens, acts, mask = forward_pass.tokens, forward_pass.acts[hook_name], forward_pass.mask(hook_name)
+        base = forward_pass.logits.log_softmax(-1)
         probs = base.exp()
         x = acts[mask]
         counts = ~among(tokens, site.excluded)
@@ -85,7 +84,7 @@ def _sums(
     counts: Bool[Tensor, "B T"],
     lengths: Int[Tensor, " V"],
 ) -> Float[Tensor, "6"]:
-    """Nats and number of predictions; divergence and number of positions; nats and bytes of text."""
+    """Return nats and number of predictions; divergence and number of positions; nats and bytes of text."""
     targets = tokens[:, 1:]
     nats = -log_probs[:, :-1].gather(-1, targets[..., None])[..., 0].double()
     size = lengths[targets]

@@ -1,4 +1,4 @@
-"""What an SAE makes of a model's activations, summed over text in one pass that ends at the hook."""
+"""Sum reconstruction errors and firings of an SAE over text, in one pass that ends at the hook."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -15,10 +15,10 @@ from jsae import metrics
 
 @dataclasses.dataclass
 class Survey:
-    """Sums over the tokens that count: not excluded, no sinks."""
+    """Sums over the tokens that count: neither excluded ones nor sinks."""
 
     sums: metrics.Sums
-    """What `jsae.metrics.summarize` and `.density` answer on."""
+    """The input of `jsae.metrics.summarize` and `jsae.metrics.density`."""
     norm: float
     """sum |x|"""
     norm_hat: float
@@ -42,35 +42,35 @@ def reconstruction(
     excluded: tuple[int, ...],
     drop_sinks: bool = True,
 ) -> metrics.Sums:
-    """Sums over all tokens of `batches`, on which `jsae.metrics.summarize` and `.density` answer.
+    """Return sums over all tokens of `batches`, the input of `jsae.metrics.summarize` and `jsae.metrics.density`.
 
     Args:
       model: a nanochat.
       sae: of the model's width, on the model's device.
-      batches: token ids, (rows, row_len) each; tokens are left out as they are in training.
+      batches: token ids, (rows, row_len) each; tokens are left out as in training.
       hook_name: which activation.
-      excluded: the ids left out.
-      drop_sinks: whether tokens of extreme norm are left out.
+      excluded: ids of tokens to leave out.
+      drop_sinks: whether to leave out tokens of extreme norm.
 
     Raises:
-      ValueError: an SAE of another width, or no tokens at all.
+      ValueError: the SAE has another width, or there are no tokens.
     """
     return survey(Site(model, hook_name, excluded, drop_sinks), sae, batches).sums
 
 
 @torch.no_grad()
 def survey(site: Site, sae: TorchSAE, batches: Iterable[np.ndarray]) -> Survey:
-    """Sums over all tokens of `batches`, (rows, row_len) each.
+    """Return sums over all tokens of `batches`, (rows, row_len) each.
 
     Raises:
-      ValueError: an SAE of another width, or no tokens at all.
+      ValueError: the SAE has another width, or there are no tokens.
     """
     total: Survey | None = None
-    for _, tokens, acts, wanted, mask in site.read(batches):
+    for _, tokens, acts, target, mask in site.read(batches):
         if acts.shape[-1] != sae.d_in:
             raise ValueError(f"an SAE of width {sae.d_in} cannot read {site.hook_name} of width {acts.shape[-1]}")
-        found = _survey(acts[mask].float(), wanted[mask].float(), mask.nonzero()[:, 0], len(tokens), sae)
-        total = found if total is None else total + found
+        batch = _survey(acts[mask].float(), target[mask].float(), mask.nonzero()[:, 0], len(tokens), sae)
+        total = batch if total is None else total + batch
     if total is None:
         raise ValueError("no held-out text to evaluate on")
     return total
@@ -83,16 +83,16 @@ def _survey(
     rows: int,
     sae: TorchSAE,
 ) -> Survey:
-    """The sums of the tokens that count of one batch; `row` says where each is from."""
+    """Return the sums of one batch over the tokens that count; `row` holds the row of each."""
     latents = sae.encode(x)
-    wanted, made = y.double(), sae.made(latents, x).double()
-    error, fired = made - wanted, latents != 0
+    target, y_hat = y.double(), sae.reconstruct(latents, x).double()
+    error, fired = y_hat - target, latents != 0
     loss = error.square().sum() / max(len(x), 1)
-    sums = metrics.batch_sums(wanted, error, latents, fired.sum(0), loss=loss, nonfinite=(~x.isfinite()).sum())
+    sums = metrics.batch_sums(target, error, latents, fired.sum(0), loss=loss, nonfinite=(~x.isfinite()).sum())
     in_row = torch.zeros(rows, sae.d_sae, device=x.device).index_add_(0, row, fired.float())
     return Survey(
         metrics.Sums(*(value.double().cpu().numpy() for value in sums)),
-        norm=wanted.norm(dim=-1).sum().item(),
-        norm_hat=made.norm(dim=-1).sum().item(),
+        norm=target.norm(dim=-1).sum().item(),
+        norm_hat=y_hat.norm(dim=-1).sum().item(),
         rows_fired=(in_row > 0).sum(0).double().cpu().numpy(),
     )

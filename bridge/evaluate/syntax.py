@@ -1,4 +1,4 @@
-"""What Python's own tokenizer and parser say of every byte of a source: in a docstring, a signature, a call."""
+"""Mark every byte of Python source with its syntactic contexts, by Python's own tokenizer and parser."""
 
 import ast
 import io
@@ -80,32 +80,36 @@ Span = tuple[int, int]
 
 
 def contexts(source: bytes) -> UInt64[np.ndarray, " bytes_and_end"] | None:
-    """Bit i of a byte says whether `CONTEXTS[i]` holds there; None if the source is no Python that parses here.
+    """Return the contexts of every byte: bit i of an entry says whether `CONTEXTS[i]` holds at that byte.
 
-    There is one entry more than there are bytes, for the end. Spans hold what stands between their ends: brackets are
-    not in themselves, a string has its quotes.
+    A pair of brackets is outside of its own span, the quotes of a string are inside.
+
+    Returns:
+      One entry per byte and one for the end; None if the source does not parse with this version of Python.
     """
     try:
         text = source.decode("utf-8")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes in other people's source
+            warnings.simplefilter("ignore")  # about invalid escapes in the source
             tree = ast.parse(text)
         tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
     except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError):
         return None
-    if re.search(r"\r(?!\n)", text):  # the end of a line to the parser, but not to the tokenizer
+    if re.search(r"\r(?!\n)", text):  # ends a line for the parser, but not for the tokenizer
         return None
     bits = np.zeros(len(source) + 1, np.uint64)
     starts = np.cumsum([0, *map(len, source.split(b"\n"))]) + np.arange(source.count(b"\n") + 2)
     mark = _marker(bits)
     _mark_tree(tree, mark, lambda line, column: int(starts[line - 1]) + column)
     _mark_tokens(tokens, mark, _byte_offsets(text.split("\n"), starts))
-    # What the parser knows to be a docstring is no other string.
+    # A docstring does not also count as a string.
     bits[(bits & _BIT["in a docstring"]) > 0] &= ~_BIT["in a string"]
     return bits
 
 
 def _marker(bits: UInt64[np.ndarray, " n"]) -> Callable[[str, Span], None]:
+    """Return a function that sets the bit of a context in a span."""
+
     def mark(name: str, span: Span) -> None:
         bits[span[0] : span[1]] |= _BIT[name]
 
@@ -113,7 +117,7 @@ def _marker(bits: UInt64[np.ndarray, " n"]) -> Callable[[str, Span], None]:
 
 
 def _byte_offsets(lines: Sequence[str], starts: np.ndarray) -> Callable[[tuple[int, int]], int]:
-    """From (line, character) of `tokenize` to bytes."""
+    """Return a function from (line, character) positions of `tokenize` to byte offsets."""
     ascii_only = [line.isascii() for line in lines]
 
     def offset(at: tuple[int, int]) -> int:
@@ -127,7 +131,7 @@ def _byte_offsets(lines: Sequence[str], starts: np.ndarray) -> Callable[[tuple[i
     return offset
 
 
-# ---- what the tokenizer knows -------------------------------------------------------------------------------------
+# ---- contexts from the tokenizer -----------------------------------------------------------------------------------
 
 
 def _mark_tokens(
@@ -135,8 +139,8 @@ def _mark_tokens(
 ) -> None:
     open_brackets: list[tuple[str, int]] = []
     strings: list[int] = []
-    header: tuple[str, int] | None = None  # of the line at hand: its context, where it began
-    first = True  # of a logical line
+    header: tuple[str, int] | None = None  # of the current line: its context and its start
+    first = True  # whether the token is the first of a logical line
     for before, token, after in zip(_shift(tokens, -1), tokens, _shift(tokens, 1), strict=True):
         span = offset(token.start), offset(token.end)
         text = token.string
@@ -149,9 +153,9 @@ def _mark_tokens(
         elif token.type == _FSTRING_START and _FSTRING_START is not None:
             strings.append(span[0])
         elif token.type == _FSTRING_END and _FSTRING_END is not None and strings:
-            begun = strings.pop()
-            mark("in a string", (begun, span[1]))
-            mark("in an f-string", (begun, span[1]))
+            start = strings.pop()
+            mark("in a string", (start, span[1]))
+            mark("in an f-string", (start, span[1]))
         elif token.type == tokenize.NUMBER:
             mark("in a number", span)
         elif token.type == tokenize.NAME:
@@ -159,18 +163,18 @@ def _mark_tokens(
         elif text in _BRACKETS and token.type == tokenize.OP:
             open_brackets.append((text, span[1]))
         elif text in (")", "]", "}") and token.type == tokenize.OP and open_brackets:
-            kind, begun = open_brackets.pop()
-            mark(_BRACKETS[kind], (begun, span[0]))
+            kind, start = open_brackets.pop()
+            mark(_BRACKETS[kind], (start, span[0]))
             if open_brackets:
-                mark("in nested brackets", (begun, span[0]))
+                mark("in nested brackets", (start, span[0]))
         if first and text in (_STATEMENTS | _HEADERS):
             header = ((_STATEMENTS | _HEADERS)[text], span[0])
-        ends = token.type in (tokenize.NEWLINE, tokenize.ENDMARKER)
-        if header and (ends or (text == ":" and not open_brackets and header[0] in _HEADERS.values())):
+        is_end = token.type in (tokenize.NEWLINE, tokenize.ENDMARKER)
+        if header and (is_end or (text == ":" and not open_brackets and header[0] in _HEADERS.values())):
             mark(header[0], (header[1], span[0]))
             header = None
         if token.type not in (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT):
-            first = ends or (first and text == "async")
+            first = is_end or (first and text == "async")
 
 
 def _mark_name(
@@ -197,7 +201,7 @@ def _shift(tokens: list[tokenize.TokenInfo], by: int) -> list[tokenize.TokenInfo
     return [None, *tokens[:-1]] if by < 0 else [*tokens[1:], None]
 
 
-# ---- what the parser knows ----------------------------------------------------------------------------------------
+# ---- contexts from the parser --------------------------------------------------------------------------------------
 
 
 def _mark_tree(tree: ast.Module, mark: Callable[[str, Span], None], offset: Callable[[int, int], int]) -> None:
@@ -218,7 +222,7 @@ def _mark_tree(tree: ast.Module, mark: Callable[[str, Span], None], offset: Call
 
 
 def _parts(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """The parts of a node that have a context's name."""
+    """Yield the parts of a node that are in a context, with the name of the context."""
     if isinstance(node, (ast.Module, *_DEFINITIONS)) and ast.get_docstring(node, clean=False) is not None:
         yield "in a docstring", node.body[0]
     if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
@@ -242,7 +246,7 @@ def _parts(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _bodies(node: ast.AST, functions: int, in_class: bool) -> Iterator[tuple[str, ast.AST]]:
-    """Every statement that holds no other, with what it is the body of."""
+    """Yield every statement that is not a definition, with the kind of body that it is in."""
     for child in getattr(node, "body", []):
         if isinstance(child, _DEFINITIONS):
             is_class = isinstance(child, ast.ClassDef)

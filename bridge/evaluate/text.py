@@ -1,4 +1,4 @@
-"""Documents as rows of tokens in which every token knows the document and the byte it stands for."""
+"""Pack documents into rows of tokens, with the document and byte offset of every token."""
 
 import dataclasses
 import functools
@@ -14,11 +14,11 @@ from bridge.nanochat.tokenizer import Tokenizer
 from bridge.nanochat.units import Split, Unit, find_units
 
 HELDOUT_FRACTION = 0.05
-"""The part that `bridge.nanochat.corpus.Corpus` holds out unless told otherwise."""
+"""The fraction that `bridge.nanochat.corpus.Corpus` holds out by default."""
 
 
 class Document(NamedTuple):
-    """The name of the unit of data that it is from, and its tokens without the BOS before them."""
+    """The name of the unit of data that contains a document, and its tokens without BOS."""
 
     unit: str
     ids: Int32[np.ndarray, " t"]
@@ -32,24 +32,24 @@ class Text:
     document: Int32[np.ndarray, "R T"]
     """Index into `sources`; -1 for BOS."""
     place: Int32[np.ndarray, "R T"]
-    """The byte of the document at which the token's text begins, blanks before it skipped; 0 for BOS."""
+    """Byte offset in the document at which the token's text begins, after its leading blanks; 0 for BOS."""
     sources: list[bytes]
-    """The documents as bytes, special tokens left out."""
+    """The documents as bytes, without special tokens."""
 
 
 def documents(spec: str, split: Split, tokenizer: Tokenizer) -> Iterator[Document]:
-    """The documents of a corpus (see `units.find_units`), in an order that is shuffled but always the same.
+    """Yield the documents of a corpus (see `units.find_units`), in a shuffled but fixed order.
 
     Raises:
       FileNotFoundError, ValueError: as `find_units`.
     """
-    parts = find_units(spec, split, HELDOUT_FRACTION)
-    for u in np.random.default_rng(0).permutation(len(parts)):
-        yield from of_unit(parts[u], tokenizer)
+    corpus_units = find_units(spec, split, HELDOUT_FRACTION)
+    for i in np.random.default_rng(0).permutation(len(corpus_units)):
+        yield from unit_documents(corpus_units[i], tokenizer)
 
 
-def of_unit(unit: Unit, tokenizer: Tokenizer) -> Iterator[Document]:
-    """Yield the documents of one unit, long ones in pieces; chats as nanochat renders them."""
+def unit_documents(unit: Unit, tokenizer: Tokenizer) -> Iterator[Document]:
+    """Yield the documents of one unit; long ones in pieces, chats as nanochat renders them."""
     for document in units.documents(unit):
         if isinstance(document, str):
             ids = tokenizer.encode(document)
@@ -59,16 +59,16 @@ def of_unit(unit: Unit, tokenizer: Tokenizer) -> Iterator[Document]:
             yield Document(unit.name, np.array(ids, np.int32))
 
 
-def read(found: Iterable[Document], tokenizer: Tokenizer, row_len: int, max_tokens: int) -> Text:
-    """At most `max_tokens` tokens of the documents in rows of `row_len`; what does not fill the last row is dropped.
+def read(documents: Iterable[Document], tokenizer: Tokenizer, row_len: int, max_tokens: int) -> Text:
+    """Return at most `max_tokens` tokens of the documents, in rows of `row_len`; an incomplete last row is dropped.
 
     Raises:
-      ValueError: not even one row is full.
+      ValueError: the documents do not fill one row.
     """
     raw_documents: list[bytes] = []
 
     def cells() -> Iterator[np.ndarray]:
-        for index, document in enumerate(found):
+        for index, document in enumerate(documents):
             raw, places = locate(document.ids, tokenizer)
             raw_documents.append(raw)
             yield np.stack([document.ids, np.full_like(document.ids, index), places], axis=1)
@@ -86,7 +86,7 @@ def read(found: Iterable[Document], tokenizer: Tokenizer, row_len: int, max_toke
 
 
 def locate(ids: Int32[np.ndarray, " t"], tokenizer: Tokenizer) -> tuple[bytes, Int32[np.ndarray, " t"]]:
-    """The bytes of the ids, special tokens left out, and where each token's text begins in them."""
+    """Return the bytes of the ids, without special tokens, and the offset in them at which each token's text begins."""
     length, blank = _sizes(tokenizer)
     special = tokenizer.vocab_size - len(tokenizer.special_tokens)
     raw = b"".join(tokenizer.token_bytes_of(int(i)) for i in ids if i < special)
@@ -96,7 +96,7 @@ def locate(ids: Int32[np.ndarray, " t"], tokenizer: Tokenizer) -> tuple[bytes, I
 
 @functools.lru_cache(maxsize=2)
 def _sizes(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Of every token, its length in bytes, and how many of them are blanks before its text (0 if all are)."""
+    """Return for every token its length in bytes, and the number of leading blanks (0 if all bytes are blanks)."""
     text = [tokenizer.token_bytes_of(i) for i in range(tokenizer.vocab_size - len(tokenizer.special_tokens))]
     none = [0] * len(tokenizer.special_tokens)
     blanks = [len(b) - len(b.lstrip()) if b.strip() else 0 for b in text]
@@ -104,18 +104,18 @@ def _sizes(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pack(documents: Iterable[np.ndarray], bos: int, row_len: int) -> Iterator[np.ndarray]:
-    """Cells (token, document, place) of documents, (t, 3), in rows of (row_len, 3)."""
+    """Pack cells (token, document, place) of documents, (t, 3) each, into rows of (row_len, 3)."""
     first = np.array([bos, -1, 0], np.int32)
-    row, at = np.tile(first, (row_len, 1)), 1
+    row, position = np.tile(first, (row_len, 1)), 1
     for cells in documents:
-        at += at > 1  # over the BOS before a document in the middle of a row
+        position += position > 1  # keep the BOS before a document in the middle of a row
         while True:
-            taken = cells[: row_len - at]
-            row[at : at + len(taken)] = taken
-            at, cells = at + len(taken), cells[len(taken) :]
-            if at < row_len:
+            part = cells[: row_len - position]
+            row[position : position + len(part)] = part
+            position, cells = position + len(part), cells[len(part) :]
+            if position < row_len:
                 break
             yield row
-            row, at = np.tile(first, (row_len, 1)), 1
+            row, position = np.tile(first, (row_len, 1)), 1
             if not len(cells):
                 break

@@ -1,4 +1,4 @@
-"""A latent's records as a small card of HTML, for notebooks: no scripts, no page, no server."""
+"""Show a latent's records in a notebook as a small HTML card, without scripts, page or server."""
 
 import dataclasses
 import html
@@ -15,14 +15,14 @@ _SHOWN = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """The dashboard of one latent. A notebook shows it when it is the last value of a cell.
+    """The dashboard of one latent. A notebook displays it as the last value of a cell.
 
     Args:
-      store: the records of its SAE, `bridge.Run(…).records(hook)`.
+      store: the records of its SAE, from `bridge.Run(…).records(hook)`.
       latent: its number.
-      label: what to call it.
-      texts: at most so many of the texts on which it is strongest.
-      around: tokens shown on each side of the strongest one.
+      label: its label.
+      texts: the maximal number of texts to show, those with the strongest activations.
+      around: tokens to show on each side of the strongest one.
 
     Raises:
       IndexError: the SAE has no such latent.
@@ -40,16 +40,16 @@ class Card:
 
     @property
     def density(self) -> float:
-        """Share of tokens on which the latent fires."""
+        """The share of tokens on which the latent fires."""
         return float(self.store["count"][self.latent]) / self.store.header.tokens
 
     @property
     def examples(self) -> list[list[tuple[str, float]]]:
-        """The strongest texts, a list of (token, activation) each; the activation is 0 where the latent is silent."""
+        """The strongest texts, each a list of (token, activation); the activation is 0 where the latent is silent."""
         return list(self._examples())
 
     def tokens(self, column: str) -> list[str]:
-        """Return the tokens of "top_logits", which the latent raises most, or "bottom_logits"."""
+        """Return the tokens of "top_logits", which the latent raises most, or "bottom_logits", its lowered ones."""
         words = self.store.texts.words
         return [words[token] for token in self.store[column][self.latent][:8]]
 
@@ -60,7 +60,7 @@ class Card:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """Return the card; every token is escaped."""
+        """Return the card as HTML; every token is escaped."""
         largest = float(self.store["max"][self.latent]) or 1.0
         rows = "".join(f"<div>{_text(example, largest)}</div>" for example in self.examples)
         raised, lowered = (
@@ -104,7 +104,7 @@ class Card:
 
 
 def _text(example: list[tuple[str, float]], largest: float) -> str:
-    """Return the tokens of a text, each on a ground as strong as its activation."""
+    """Return the tokens of a text as HTML, each with a background as strong as its activation."""
     spans = []
     for word, value in example:
         style = f' style="background:rgba({_COLOUR},{value / largest:.2f})" title="{value:.2f}"' if value > 0 else ""
@@ -113,6 +113,6 @@ def _text(example: list[tuple[str, float]], largest: float) -> str:
 
 
 def _escape(text: str) -> str:
-    """Return text that is no markup, its line breaks and other control characters made visible."""
+    """Return text escaped for HTML, with visible line breaks and other control characters."""
     shown = "".join(_SHOWN.get(c, c if c.isprintable() else "�") for c in text)
     return html.escape(shown).replace(" ", "&nbsp;")

@@ -1,4 +1,4 @@
-"""Runs nanochat over text once and writes what all latents of all SAEs of a run fire on."""
+"""Run nanochat over text once and write records of what all latents of all SAEs of a run fire on."""
 
 import concurrent.futures
 import contextlib
@@ -25,63 +25,63 @@ from jsae.records.recorder import Recorder, Settings, distinct_rows
 from jsae.records.store import VERSION, ActivationsWriter, AllHeader, Header, Store, StoreError, Texts, TextsHeader
 from jsae.settings import Json, require
 
-Tell = Callable[[str, float], None]
-"""Gets what is being done and which share of it is."""
+Report = Callable[[str, float], None]
+"""Takes the current phase and the share of it that is done, 0 to 1."""
 
 _MOST_NUMBERS = 2**27  # in a batch of latents: half a GiB
-_PER_FORWARD = {"cpu": 2048}  # tokens: what stays in a processor's cache; elsewhere `_MANY`
+_PER_FORWARD = {"cpu": 2048}  # tokens: what stays in a CPU's cache; on other devices `_MANY`
 _MANY = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Json):
-    """Which text is read, how much of it, and what is kept."""
+    """Which text to read, how much of it, and what to keep."""
 
     data: str
     split: Split
     num_tokens: int
-    """At most so many are read, BOS and repeated rows among them."""
+    """The maximal number of tokens to read, including BOS and repeated rows."""
     context_length: int
     """Tokens per row, BOS first."""
     drop_sinks: bool
-    """Whether tokens of extreme norm are left out, as in training."""
+    """Whether to leave out tokens of extreme norm, as in training."""
     keep_activations: bool = True
-    """Whether every activation is kept, six bytes each, and not only those of the examples."""
+    """Whether to keep every activation, six bytes each, and not only those of the examples."""
     records: Settings = dataclasses.field(default_factory=Settings)
     excluded: tuple[int, ...] = dataclasses.field(kw_only=True)
     """Ids of tokens that do not count, as in training (`bridge.selection`)."""
     data_fingerprint: str | None = dataclasses.field(default=None, kw_only=True)
-    """Of the text, from `data_fingerprint`; None if it is not at hand, and then records of any text fit."""
+    """From `data_fingerprint`; None if the text is not available: then records of any text fit."""
 
     def settings(self) -> dict[str, object]:
-        """As the header of a store says them, flat."""
-        told = self.to_json() | {"excluded": list(self.excluded)}
-        return told | told.pop("records")
+        """Return the settings as the header of a store holds them, flattened."""
+        settings = self.to_json() | {"excluded": list(self.excluded)}
+        return settings | settings.pop("records")
 
 
-def unfit(folder: Path, digests: Mapping[str, str], nano: Nanochat, plan: Plan) -> str | None:
-    """Why `folder` does not hold records of these SAEs, this model and this plan; None if it does.
+def mismatch(folder: Path, digests: Mapping[str, str], nano: Nanochat, plan: Plan) -> str | None:
+    """Return why `folder` does not hold records of these SAEs, this model and this plan; None if it does.
 
-    More kept than wanted is well.
+    Records that keep more activations than the plan asks for fit.
     """
-    kept_or_not = {"keep_activations": True}
-    wanted = plan.settings() | kept_or_not
+    any_kept = {"keep_activations": True}
+    wanted = plan.settings() | any_kept
     del wanted["data_fingerprint"]
     try:
         for hook, digest in digests.items():
             store = Store(folder / hook, digest, hook)
-            found = store.header.settings | kept_or_not
-            other = [f"{n} was {found.get(n)}" for n, value in wanted.items() if found.get(n) != value]
-            if plan.data_fingerprint not in (None, found.get("data_fingerprint")):
-                return f"the text of {plan.data} is not what it was when those of {hook} were gathered"
-            if other:
-                return f"those of {hook} were gathered otherwise: {', '.join(other)}"
+            settings = store.header.settings | any_kept
+            differences = [f"{n} was {settings.get(n)}" for n, value in wanted.items() if settings.get(n) != value]
+            if plan.data_fingerprint not in (None, settings.get("data_fingerprint")):
+                return f"the text of {plan.data} has changed since the records of {hook} were gathered"
+            if differences:
+                return f"the records of {hook} have other settings: {', '.join(differences)}"
             if store.texts.header.fingerprint != nano.fingerprint:
-                return f"those of {hook} are of another model"
+                return f"the records of {hook} are of another model"
             if plan.keep_activations:
                 store.all  # noqa: B018 - raises where there are none
     except FileNotFoundError:
-        return f"not all of them are in {folder} yet"
+        return f"{folder} does not hold the records of every SAE"
     except StoreError as error:
         return error.problem
     return None
@@ -93,22 +93,22 @@ def gather(
     digests: Mapping[str, str],
     folder: Path,
     plan: Plan,
-    tell: Tell = lambda what, share: None,
+    report: Report = lambda phase, share: None,
 ) -> None:
-    """Writes the records of SAEs, by hook name, into `folder`: whole or not at all. What was there is replaced.
+    """Write the records of SAEs, by hook name, into `folder`, atomically; earlier records there are replaced.
 
     Args:
-      nano: with its tokenizer.
-      saes: of hooks of this model.
-      digests: `jsae.records.store.digest` of the export of each.
+      nano: the model with its tokenizer.
+      saes: SAEs of hooks of this model.
+      digests: `jsae.records.store.digest` of the export of each SAE.
       folder: `explorer/records` of a run.
       plan: what to read and keep.
-      tell: is told how far it is.
+      report: called with the progress.
 
     Raises:
-      ConfigError: rows the model does not take, a vocabulary above 65,536.
-      FileNotFoundError, ValueError: no such text, or too little of it.
-      OSError: the records cannot be written, for example because the disk is full; earlier ones stay.
+      ConfigError: rows are longer than the model accepts, or its vocabulary has more than 65,536 tokens.
+      FileNotFoundError, ValueError: the text does not exist, or is too short.
+      OSError: the records cannot be written, for example because the disk is full; earlier records stay.
     """
     _check(nano, plan)
     for hook in saes:
@@ -116,11 +116,11 @@ def gather(
         if factor <= 0:
             warnings.warn(
                 f"{hook}: nanochat's lambdas and backout multiply the direct path to the logits by {factor:.3g}: "
-                "what such a latent writes lowers the logits that its decoder row points to, and tables say so",
+                "latents of this SAE lower the logits that their decoder rows point to, and tables show the logits so",
                 stacklevel=2,
             )
     with files.replacing_folder(folder) as partial:
-        tell("reading text", 0.0)
+        report("reading text", 0.0)
         tokens, dropped = read(nano, plan)
         names = {hook: str((sae.metadata or {}).get("model_name") or nano.name) for hook, sae in saes.items()}
         _write_texts(partial / "texts", nano, tokens, plan, next(iter(names.values())))
@@ -131,16 +131,16 @@ def gather(
                 scratch.mkdir(parents=True)
                 gatherers[hook] = Gatherer(sae, Recorder(scratch, tokens, sae.d_sae, plan.records))
                 stack.callback(gatherers[hook].recorder.close)
-            run(nano, gatherers, tokens, plan.excluded, plan.drop_sinks, tell)
+            run(nano, gatherers, tokens, plan.excluded, plan.drop_sinks, report)
             for hook, gatherer in gatherers.items():
-                _write(partial / hook, nano, hook, gatherer, digests[hook], dropped, plan, tell)
+                _write(partial / hook, nano, hook, gatherer, digests[hook], dropped, plan, report)
 
 
 def data_fingerprint(nano: Nanochat, data: str, split: Split) -> str | None:
     """Return the fingerprint of a text's content; None if the text is not on this machine.
 
     Raises:
-      ValueError: it is there, and cannot be read.
+      ValueError: the text exists, but cannot be read.
     """
     try:
         return Corpus(data, nano.tokenizer, split=split, row_len=2).fingerprint
@@ -149,10 +149,10 @@ def data_fingerprint(nano: Nanochat, data: str, split: Split) -> str | None:
 
 
 def read(nano: Nanochat, plan: Plan) -> tuple[UInt16[np.ndarray, "R T"], int]:
-    """The rows of text, each once, and how many repetitions were dropped.
+    """Return the distinct rows of text, and how many repetitions were dropped.
 
     Raises:
-      FileNotFoundError, ValueError: no such text, or not even one row of it.
+      FileNotFoundError, ValueError: the text does not exist, or does not fill one row.
     """
     length = plan.context_length
     corpus = Corpus(plan.data, nano.tokenizer, split=plan.split, row_len=length)
@@ -167,7 +167,7 @@ def read(nano: Nanochat, plan: Plan) -> tuple[UInt16[np.ndarray, "R T"], int]:
 
 
 class Gatherer:
-    """What is gathered of one SAE."""
+    """Collects the firings of one SAE and the sums for its moments."""
 
     def __init__(self, sae: TorchSAE, recorder: Recorder):
         self.sae, self.recorder = sae, recorder
@@ -175,13 +175,13 @@ class Gatherer:
         self._shift: torch.Tensor | None = None
 
     def add(self, first: int, acts: Float[torch.Tensor, "B T d"], counts: torch.Tensor) -> None:
-        """Takes a forward pass whose first token is number `first` of the text; `counts` (B, T) says which count."""
+        """Add a forward pass; `first` is the number of its first token, `counts` (B, T) marks the tokens that count."""
         cells = counts.flatten().nonzero()[:, 0]
         x = acts.flatten(0, 1)[cells].float()
         if not len(x):
             return
         if not x.isfinite().all():
-            raise FloatingPointError(f"the model's activations on tokens {first} and on are not finite")
+            raise FloatingPointError(f"the model's activations from token {first} on are not finite")
         token, latent, value = codes(self.sae, x)
         lengths = torch.bincount(token, minlength=len(x))
         self._sum(x, token, latent, value)
@@ -189,7 +189,7 @@ class Gatherer:
         self.recorder.add(*(column.cpu().numpy() for column in columns))
 
     def _sum(self, x: torch.Tensor, token: torch.Tensor, latent: torch.Tensor, value: torch.Tensor) -> None:
-        """Adds up what `Moments` holds, where the model is."""
+        """Add to the sums of `Moments`, on the model's device."""
         if self._shift is None:
             self._shift = x.mean(0)
             self._total, self._square = (torch.zeros_like(x[0], dtype=torch.float64) for _ in range(2))
@@ -203,7 +203,7 @@ class Gatherer:
         self._product += torch.sparse.mm(fires, centred)
 
     def moments(self) -> Moments:
-        """The sums."""
+        """Return the sums."""
         if self._shift is None:
             none = np.zeros(self.sae.d_in)
             return Moments(0, none, none, none, np.zeros((self.sae.d_sae, self.sae.d_in)))
@@ -218,44 +218,45 @@ def run(
     tokens: UInt16[np.ndarray, "R T"],
     excluded: tuple[int, ...],
     drop_sinks: bool,
-    tell: Tell,
+    report: Report,
 ) -> None:
-    """One pass: the model up to the deepest hook, and every SAE on what it reads there.
+    """Run the model up to the deepest hook over all tokens, and every SAE on the activations that it reads.
 
-    The SAEs work in a thread of their own while the model reads the next batch. On a processor each gets half of
-    torch's threads: the products are small, and where other programs want the cores too, threads that share one
-    product wait for each other: the demo then took six times as long.
+    The SAEs run in a thread of their own while the model reads the next batch. On a CPU each of the two gets half of
+    torch's threads: the products are small, and if other programs use the cores too, threads that share one product
+    wait for each other, with which the demo took six times as long.
     """
     device = nano.model.lm_head.weight.device
     length = tokens.shape[1]
     step = max(_batch(device, gatherers.values()) // length, 1)
 
-    @torch.no_grad()  # which holds for a thread
-    def encode(done: activations.ForwardPass) -> None:
+    @torch.no_grad()  # the mode is per thread
+    def encode(forward_pass: activations.ForwardPass) -> None:
         for hook, gatherer in gatherers.items():
-            gatherer.add(done.first_row * length, done.acts[hook], done.mask(hook))
+            gatherer.add(forward_pass.first_row * length, forward_pass.acts[hook], forward_pass.mask(hook))
 
-    with _half_the_threads(device), concurrent.futures.ThreadPoolExecutor(1) as other:
+    with _half_the_threads(device), concurrent.futures.ThreadPoolExecutor(1) as pool:
         encoding: concurrent.futures.Future[None] | None = None
         batches = (tokens[start : start + step] for start in range(0, len(tokens), step))
         passes = activations.read(nano.model, list(gatherers), batches, excluded=excluded, drop_sinks=drop_sinks)
-        for done in passes:
+        for forward_pass in passes:
             if encoding is not None:
                 encoding.result()
-            encoding = other.submit(encode, done)
-            tell("running the model", min((done.first_row + step) / len(tokens), 1.0))
+            encoding = pool.submit(encode, forward_pass)
+            report("running the model", min((forward_pass.first_row + step) / len(tokens), 1.0))
         if encoding is not None:
             encoding.result()
 
 
 def _batch(device: torch.device, gatherers: Iterable[Gatherer]) -> int:
-    """Tokens of a forward pass."""
+    """Return the number of tokens of a forward pass."""
     widest = max(gatherer.sae.d_sae for gatherer in gatherers)
     return min(_PER_FORWARD.get(device.type, _MANY), _MOST_NUMBERS // widest)
 
 
 @contextlib.contextmanager
 def _half_the_threads(device: torch.device) -> Iterator[None]:
+    """Within the context, let torch use half of its threads if the device is the CPU."""
     before = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(max(before // 2, 1))
@@ -268,10 +269,10 @@ def _half_the_threads(device: torch.device) -> Iterator[None]:
 def codes(
     sae: TorchSAE, x: Float[torch.Tensor, "n d"]
 ) -> tuple[Int[torch.Tensor, " m"], Int[torch.Tensor, " m"], Float[torch.Tensor, " m"]]:
-    """What fires on each token: number of the token (rising), latent, value above 0.
+    """Return the firings on tokens: the number of the token (ascending), the latent, and its value above 0.
 
-    Of a latent that may be negative, of an AbsTopK SAE, that is its positive side: what it fires on with a minus is
-    something else, and records of both would be examples of nothing.
+    For latents that may be negative (AbsTopK) only positive activations count: the two signs have different meanings,
+    and records of both would mix them.
     """
     if sae.architecture != "topk":
         latents = sae.encode(x)
@@ -286,7 +287,7 @@ def codes(
 
 
 def _largest(pre: Float[torch.Tensor, "n f"], k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`pre.topk(k)` in no order: numpy selects on a processor in a third of the time that torch takes."""
+    """Return `pre.topk(k)` without the order: on a CPU numpy selects in a third of the time that torch takes."""
     if k == pre.shape[1]:
         return pre, torch.arange(k).expand_as(pre)
     dense = pre.numpy()
@@ -332,22 +333,22 @@ def _write(
     digest: str,
     dropped: int,
     plan: Plan,
-    tell: Tell,
+    report: Report,
 ) -> None:
-    """Writes the records of one hook, the header last."""
+    """Write the records of one hook, the header last."""
     sae, recorder, settings = gatherer.sae, gatherer.recorder, plan.records
     moments = gatherer.moments()
 
-    def counted(latents: int) -> None:
-        tell(f"counting {hook}", latents / sae.d_sae)
+    def report_count(latents: int) -> None:
+        report(f"counting {hook}", latents / sae.d_sae)
 
     if plan.keep_activations:
         with contextlib.closing(ActivationsWriter(folder / "all")) as everything:
-            columns = recorder.finish(moments, everything.append, counted)
+            columns = recorder.finish(moments, everything.append, report_count)
             everything.finish(AllHeader(VERSION, sae.d_sae, *recorder.shape, digest), columns["count"])
     else:
-        columns = recorder.finish(moments, progress=counted)
-    tell(f"reading the weights of {hook}", 0.0)
+        columns = recorder.finish(moments, progress=report_count)
+    report(f"reading the weights of {hook}", 0.0)
     columns |= weights.columns(nano.model, hook, sae, nearest=settings.nearest, bins=settings.bins)
     shutil.rmtree(folder / "scratch")
     header = Header(

@@ -1,16 +1,16 @@
-"""The records of a run as a page that opens from the disk, without a server and without a network.
+"""Write the records of a run as a page that opens from disk, without a server and without a network.
 
     explorer/index.html                           names the folder of the page that it shows
              page-DIGEST/explorer.css, *.js       the page itself, the same for every run
-                         manifest.js              what the run is
+                         manifest.js              properties of the run and its SAEs
                          vocabulary.js            the bytes of every token
                          list-H.js                a line per latent of hook number H
-                         shard-H-S.js             all about the latents S * 64 to S * 64 + 63 of hook number H
-                         texts-N.js               the tokens that the examples show, all hooks' together
+                         shard-H-S.js             details of the latents S * 64 to S * 64 + 63 of hook number H
+                         texts-N.js               the tokens that the examples of all hooks show
 
-The folder is named by its content and written whole; replacing index.html then changes the page in one step. A page
-from the disk may not read files, but it may load scripts: each file of data calls `jsae.put(name, data)`. Columns are
-base64 of little-endian numbers. What is shown of a text shrinks until a page needs at most `BYTES_PER_LATENT`.
+The folder is named by a digest of its content and written atomically; replacing index.html then changes the page in one
+step. A page from disk may not read files, but it may load scripts: each data file calls `jsae.put(name, data)`. Columns
+are base64 of little-endian numbers. The context of examples shrinks until the page needs at most `BYTES_PER_LATENT`.
 """
 
 import base64
@@ -33,30 +33,30 @@ from jsae import files
 from jsae.records.store import TOP, Store, Texts
 
 BYTES_PER_LATENT = 19_000
-"""So that 500 latents take less than 10 MB; a smaller SAE may take as much as one of 500."""
+"""Limits 500 latents to less than 10 MB; a smaller SAE may take as much as one of 500 latents."""
 RADII = (128, 96, 64, 48, 32, 24, 16, 12, 8)
-"""Tokens that may be shown on either side of an example's strongest one, the first that fits."""
+"""Tokens to show on either side of an example's strongest one; the first radius that fits is used."""
 SHARD = 64
 _CHUNK = 2**19  # tokens of a file of texts
 _BEFORE, _AFTER = 8, 11  # tokens of a snippet in the list
 _LOGITS = 8  # of a latent in the list
-_PEAKS = 6  # distinct tokens on which it is strongest, in the list
+_PEAKS = 6  # distinct tokens on which a latent is strongest, in the list
 _FORMER = ("manifest.js", "vocabulary.js", "list-*.js", "shard-*.js", "texts-*.js")
-"""Data beside index.html, where earlier versions wrote it."""
+"""Data files that earlier versions wrote next to index.html."""
 
 
 def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
     """Write the page of a run's records; return the path of its `index.html`. The same records give the same bytes.
 
-    The page changes in one step: a process that is killed, or a full disk, leaves the former page or the new one.
+    The page changes in one step: after a kill, or with a full disk, there is either the former page or the new one.
 
     Args:
       run: the run's directory, with its records in explorer/records.
-      hooks: which stores to show; none is all there are, from the lowest layer up.
+      hooks: which stores to show; None shows all, from the lowest layer up.
 
     Raises:
       FileNotFoundError: there are no records.
-      StoreError: they are broken, of another version, or of another SAE than the run's export.
+      StoreError: records are broken, of another version, or of another SAE than the run's export.
       ValueError: the run's labels or notes are broken.
       OSError: the page cannot be written; the former one stays.
     """
@@ -66,7 +66,7 @@ def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
     names = [Names.read(run.path, store.header.hook) for store in stores]
     texts = stores[0].texts
     radius = _radius(stores, texts)
-    shown = _Shown.of(stores, texts, radius)
+    shown = _Shown.around_examples(stores, texts, radius)
     assets = resources.files("bridge.explorer").joinpath("assets")
     unnamed = folder / "page"
     with files.replacing_folder(unnamed) as partial:
@@ -90,7 +90,7 @@ def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
 
 
 def _publish(folder: Path, page: Path, index: str) -> Path:
-    """Have `folder/index.html` show the page in the folder `page`, which gets its name; remove the former page."""
+    """Rename the folder `page` by its digest, let `folder/index.html` show it, and remove the former page."""
     digest = _digest(page)
     named = folder / f"page-{digest}"
     if named.is_dir() and _digest(named) == digest:
@@ -111,7 +111,7 @@ def _publish(folder: Path, page: Path, index: str) -> Path:
 
 
 def _digest(page: Path) -> str:
-    """Return a digest of all files of a page, as its folder's name has it."""
+    """Return the digest of all files of a page, for the name of its folder."""
     total = hashlib.sha256()
     for file in sorted(page.iterdir()):
         with file.open("rb") as opened:
@@ -120,16 +120,16 @@ def _digest(page: Path) -> str:
 
 
 def _stores(run: Run, hooks: Sequence[str] | None) -> list[Store]:
-    """Open the stores of a run, checked against its exports where it has them, from the lowest layer up."""
+    """Return the stores of a run, from the lowest layer up, checked against the exports that the run has."""
     hooks = run.recorded_hooks if hooks is None else hooks
     if not hooks:
         raise FileNotFoundError(
-            f"no records in {run.records_folder}: `python -m experiments.explore --run_dir={run.path}` makes them"
+            f"no records in {run.records_folder}: `python -m experiments.explore --run_dir={run.path}` gathers them"
         )
     return sorted(map(run.records, hooks), key=lambda store: (store.header.layer, store.header.hook))
 
 
-# ---- what is shown of the texts ------------------------------------------------------------------------------------
+# ---- the visible part of texts -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ class _Shown:
     row_length: int
 
     @classmethod
-    def of(cls, stores: Sequence[Store], texts: Texts, radius: int) -> "_Shown":
-        """All cells within a radius of an example, in its row."""
+    def around_examples(cls, stores: Sequence[Store], texts: Texts, radius: int) -> "_Shown":
+        """Return all cells within a radius of an example, in its row."""
         edges = np.zeros(texts.header.rows * texts.header.row_length + 1, np.int64)
         for store in stores:
             start, end = _windows(store, radius)
@@ -156,11 +156,11 @@ class _Shown:
         return int(self.lengths.sum())
 
     def cuts(self) -> list[int]:
-        """The cells at which a new file of texts begins, each the first of a row."""
+        """Return the cells at which a new file of texts begins, each the first of a row."""
         cuts, size = [0], 0
         for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True):
             position = start
-            while position < start + length:  # a run may reach over many rows
+            while position < start + length:  # a run of cells may span many rows
                 end = min(start + length, position - position % self.row_length + self.row_length)
                 row = position - position % self.row_length
                 if size + end - position > _CHUNK and row > cuts[-1]:
@@ -171,27 +171,27 @@ class _Shown:
         return cuts
 
     def chunks(self, texts: Texts) -> Iterator[dict[str, str]]:
-        """The files of texts: starts and lengths of the runs, and their tokens one after the other."""
+        """Yield the files of texts: starts and lengths of runs of cells, and their concatenated tokens."""
         cuts = self.cuts()
         flat = texts.tokens.reshape(-1)
-        ends = self.starts + self.lengths
+        run_ends = self.starts + self.lengths
         for low, high in zip(cuts, [*cuts[1:], flat.size], strict=True):
-            inside = (ends > low) & (self.starts < high)
-            starts, stops = np.maximum(self.starts[inside], low), np.minimum(ends[inside], high)
+            inside = (run_ends > low) & (self.starts < high)
+            starts, stops = np.maximum(self.starts[inside], low), np.minimum(run_ends[inside], high)
             tokens = [flat[a:b] for a, b in zip(starts, stops, strict=True)]
             joined = np.concatenate(tokens) if tokens else flat[:0]
             yield {"starts": _b64(starts, "<u4"), "lengths": _b64(stops - starts, "<u4"), "tokens": _b64(joined, "<u2")}
 
 
 def _windows(store: Store, radius: int) -> tuple[np.ndarray, np.ndarray]:
-    """First cell of each example's window, and the one after its last."""
+    """Return the first cell of each example's window, and the cell after its last."""
     length = store.texts.header.row_length
     row, position = store["example_row"].astype(np.int64), store["example_position"].astype(np.int64)
     return row * length + np.maximum(position - radius, 0), row * length + np.minimum(position + radius + 1, length)
 
 
 def _radius(stores: Sequence[Store], texts: Texts) -> int:
-    """The largest radius whose page keeps to `BYTES_PER_LATENT`, else the smallest there is."""
+    """Return the largest radius with which the page keeps within `BYTES_PER_LATENT`, else the smallest radius."""
     latents = sum(store.header.d_sae for store in stores)
     numbers = 4 * (
         2 * stores[0]["hist"].shape[1] + 3 * stores[0]["top_logits"].shape[1] + 4 * stores[0]["together"].shape[1]
@@ -202,13 +202,13 @@ def _radius(stores: Sequence[Store], texts: Texts) -> int:
     left = BYTES_PER_LATENT * max(latents, 500) - fixed
     for radius in RADII:
         near = sum(int(np.count_nonzero(_near(store, 0, store.header.d_sae, radius))) for store in stores)
-        if 4 / 3 * (2 * _Shown.of(stores, texts, radius).size + 4 * near) <= left:
+        if 4 / 3 * (2 * _Shown.around_examples(stores, texts, radius).size + 4 * near) <= left:
             return radius
     return RADII[-1]
 
 
 def _near(store: Store, first: int, last: int, radius: int) -> np.ndarray:
-    """Which activations of the latents `first` to `last - 1` lie within a radius of their examples."""
+    """Return which activations of the latents `first` to `last - 1` lie within a radius of their examples."""
     low, high = int(store["example_offsets"][first]), int(store["example_offsets"][last])
     offsets = store["activation_offsets"][low : high + 1]
     centre = np.repeat(store["example_position"][low:high].astype(np.int64), np.diff(offsets))
@@ -256,7 +256,7 @@ def _vocabulary(texts: Texts) -> dict[str, str]:
 
 
 def _list(store: Store, names: Names) -> dict[str, Any]:
-    """A line per latent: numbers, names, and the tokens to find it by."""
+    """Return a line per latent: numbers, names, and the tokens by which the search finds it."""
     latents = range(store.header.d_sae)
     named = [names[i] for i in latents]
     f1 = [math.nan if name.f1 is None else name.f1 for name in named]
@@ -281,14 +281,14 @@ def _list(store: Store, names: Names) -> dict[str, Any]:
 
 
 def _top(store: Store, latent: int) -> slice:
-    """The examples of the first group; it stands before the others."""
+    """Return the examples of the first group, which precedes the others."""
     examples = store.examples(latent)
     groups = store["example_group"][examples.start : examples.stop]
     return slice(examples.start, examples.start + int(np.count_nonzero(groups == TOP)))
 
 
 def _snippet(store: Store, latent: int) -> tuple[np.ndarray, int]:
-    """A few tokens around the strongest one of the strongest text, and where among them it is."""
+    """Return a few tokens around the strongest one of the strongest text, and its index among them."""
     top = _top(store, latent)
     if top.start == top.stop:
         return np.zeros(0, np.uint16), 0
@@ -299,16 +299,16 @@ def _snippet(store: Store, latent: int) -> tuple[np.ndarray, int]:
 
 
 def _peaks(store: Store, latent: int) -> np.ndarray:
-    """The tokens on which a latent is strongest in its strongest texts, each once."""
+    """Return the distinct tokens on which a latent is strongest in its strongest texts."""
     top = _top(store, latent)
     tokens = store.texts.tokens[store["example_row"][top], store["example_position"][top]]
     return np.fromiter(dict.fromkeys(tokens.tolist()), np.uint16)[:_PEAKS]
 
 
 def _shard(store: Store, first: int, radius: int) -> dict[str, Any]:
-    """All about some latents. An activation is told in 65535ths of the latent's largest."""
+    """Return the details of some latents. Activations are in 65535ths of the latent's largest one."""
     last = min(first + SHARD, store.header.d_sae)
-    some = slice(first, last)
+    rows = slice(first, last)
     examples = store["example_offsets"][first : last + 1]
     low, high = int(examples[0]), int(examples[-1])
     offsets = store["activation_offsets"][low : high + 1]
@@ -319,15 +319,15 @@ def _shard(store: Store, first: int, radius: int) -> dict[str, Any]:
     share = store["activation_value"][offsets[0] : offsets[-1]] / largest
     return {
         "first": first,
-        "hist": _b64(store["hist"][some], "<u4"),
-        "hist_range": _b64(store["hist_range"][some], "<f4"),
-        "group_share": _b64(store["group_share"][some], "<f4"),
-        "logit_hist": _b64(store["logit_hist"][some], "<u4"),
-        "logit_range": _b64(store["logit_range"][some], "<f4"),
-        **{name: _b64(store[name][some], "<u2") for name in ("top_logits", "bottom_logits")},
-        **{name: _b64(store[name][some], "<f4") for name in ("top_logit_values", "bottom_logit_values")},
-        **{name: _b64(store[name][some], "<u4") for name in ("neighbours", "together")},
-        **{name: _b64(store[name][some], "<f4") for name in ("neighbour_cosines", "together_share")},
+        "hist": _b64(store["hist"][rows], "<u4"),
+        "hist_range": _b64(store["hist_range"][rows], "<f4"),
+        "group_share": _b64(store["group_share"][rows], "<f4"),
+        "logit_hist": _b64(store["logit_hist"][rows], "<u4"),
+        "logit_range": _b64(store["logit_range"][rows], "<f4"),
+        **{name: _b64(store[name][rows], "<u2") for name in ("top_logits", "bottom_logits")},
+        **{name: _b64(store[name][rows], "<f4") for name in ("top_logit_values", "bottom_logit_values")},
+        **{name: _b64(store[name][rows], "<u4") for name in ("neighbours", "together")},
+        **{name: _b64(store[name][rows], "<f4") for name in ("neighbour_cosines", "together_share")},
         "examples": _b64(examples - low, "<u4"),
         "group": _b64(store["example_group"][low:high], "u1"),
         "row": _b64(store["example_row"][low:high], "<u4"),

@@ -1,4 +1,4 @@
-"""What the weights alone say of each latent: the tokens it raises and lowers, its neighbours, its channels."""
+"""Compute records that follow from weights alone: tokens that latents raise and lower, neighbours, channels."""
 
 import math
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ _MOST_NUMBERS = 2**25  # in a block of logits or cosines
 
 
 def direct_path(model: GPT, hook_name: str) -> float:
-    """The factor with which what is added to an activation reaches the final norm if no later block reacts to it.
+    """Return the factor with which an addition to an activation reaches the final norm if no later block reacts to it.
 
     From G2 on nanochat multiplies the stream by `resid_lambdas[i]` before block i; G7 subtracts `backout_lambda` times
-    the output of block n_layer // 2 from the last one's. A factor below 0 turns a latent's logits round.
+    the output of block n_layer // 2 from that of the last block. A factor below 0 reverses the sign of logits.
     """
     layer, _ = parse(hook_name)
     config = model.config
@@ -34,31 +34,32 @@ def direct_path(model: GPT, hook_name: str) -> float:
 
 @torch.no_grad()
 def columns(model: GPT, hook_name: str, sae: TorchSAE, *, nearest: int, bins: int) -> dict[str, np.ndarray]:
-    """The columns of `jsae.records.store.COLUMNS` that come from the weights.
+    """Return the columns of `jsae.records.store.COLUMNS` that follow from the weights.
 
-    Logits are `direct_path * W_dec lm_head^T` over the vocabulary without its padding, and neither the final norm nor
-    the softcap is in them: the field's convention but for the factor, by which they can be divided.
+    Logits are `direct_path * W_dec lm_head^T` over the vocabulary without its padding, without the final norm and the
+    softcap. Except for the factor `direct_path`, by which they can be divided, this is the usual convention.
     """
     unembed = model.lm_head.weight[: model.config.vocab_size].float() * direct_path(model, hook_name)
     parts = [_logits(logits, bins) for logits in _blocks(sae.W_dec, unembed)]
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return found | _neighbours(sae.W_dec, nearest) | _channels(sae.W_dec)
+    logit_columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return logit_columns | _neighbours(sae.W_dec, nearest) | _channels(sae.W_dec)
 
 
 def _blocks(rows: Float[torch.Tensor, "f d"], others: Float[torch.Tensor, "n d"]) -> Iterator[torch.Tensor]:
-    """The products of `rows` with `others`, some rows at a time."""
+    """Yield the products of `rows` with `others`, some rows at a time."""
     for part in rows.split(max(_MOST_NUMBERS // len(others), 1)):
         yield part @ others.T
 
 
 def _logits(logits: Float[torch.Tensor, "f V"], bins: int) -> dict[str, np.ndarray]:
+    """Return the largest and smallest logits of each latent, and the histogram of all."""
     most = min(LOGITS, logits.shape[1])
     top, bottom = logits.topk(most), logits.topk(most, largest=False)
     low, high = logits.aminmax(dim=1, keepdim=True)
     scaled = (logits - low) * (bins / (high - low).clamp_min(torch.finfo(torch.float32).tiny))
     bin_of = scaled.long().clamp_(0, bins - 1) + bins * torch.arange(len(logits), device=logits.device)[:, None]
     heights = torch.bincount(bin_of.flatten(), minlength=bins * len(logits)).view(-1, bins)
-    found = {
+    columns = {
         "top_logits": top.indices,
         "top_logit_values": top.values,
         "bottom_logits": bottom.indices,
@@ -66,11 +67,11 @@ def _logits(logits: Float[torch.Tensor, "f V"], bins: int) -> dict[str, np.ndarr
         "logit_range": torch.cat([low, high], 1),
         "logit_hist": heights,
     }
-    return {name: column.cpu().numpy() for name, column in found.items()}
+    return {name: column.cpu().numpy() for name, column in columns.items()}
 
 
 def _neighbours(W_dec: Float[torch.Tensor, "f d"], nearest: int) -> dict[str, np.ndarray]:
-    """The rows of largest cosine with each; where there are too few, the row itself and NaN."""
+    """Return for each row the others of largest cosine; where there are too few, the row itself and NaN."""
     rows = nn.functional.normalize(W_dec, dim=1)
     most = min(nearest, len(rows) - 1)
     names = np.repeat(np.arange(len(rows))[:, None], nearest, axis=1)
@@ -87,7 +88,7 @@ def _neighbours(W_dec: Float[torch.Tensor, "f d"], nearest: int) -> dict[str, np
 
 
 def _channels(W_dec: Float[torch.Tensor, "f d"]) -> dict[str, np.ndarray]:
-    """The largest entries of each row, signed, and their part of the sum of all sizes."""
+    """Return the entries of largest value in each row, and their share of the sum of absolute values."""
     largest = W_dec.topk(min(CHANNELS, W_dec.shape[1]))
     shares = largest.values.abs() / W_dec.abs().sum(1, keepdim=True)
     short = ((0, 0), (0, CHANNELS - largest.values.shape[1]))

@@ -1,1 +1,1 @@
-"""Serve a run in the browser: its page, live requests to the model, and the interface of Neuronpedia."""
+"""Serve a run in the browser: its page, live requests to the model, and Neuronpedia's inference API."""

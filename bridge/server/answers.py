@@ -1,4 +1,4 @@
-"""Answers: JSON of a bounded size, encoded off the event loop and sent in pieces, and streams that end in time."""
+"""Send answers: JSON of bounded size, encoded outside of the event loop, and streams with a deadline."""
 
 import contextlib
 import json
@@ -13,22 +13,22 @@ from starlette.types import Receive, Scope, Send
 from bridge.server.bodies import Refusal
 
 _PIECE = 2**16
-"""Bytes that are sent together: what a client does not read of an answer waits here, not in the connection."""
+"""Bytes that are sent together; the unread rest of an answer waits in this process, not in the connection."""
 _SECONDS_TO_READ = 30.0
-"""How long, beyond its own time, a client may take to read what it asked for."""
+"""How long a client may take to read an answer, in addition to the time of the request itself."""
 
 Value = TypeVar("Value")
 
 
-async def while_there(request: Request, make: Callable[[], Awaitable[Value]], seconds: float | int) -> Value:
-    """Return what is made for a client whose body was read; the making ends when the client has gone.
+async def while_connected(request: Request, make: Callable[[], Awaitable[Value]], seconds: float | int) -> Value:
+    """Return the result of `make` for a request whose body was read; cancel it if the client disconnects.
 
     Raises:
-      ClientDisconnect: it has.
-      Refusal: 503 if it took longer than `seconds`.
+      ClientDisconnect: the client disconnected.
+      Refusal: 503 if `make` took longer than `seconds`.
     """
-    made: list[Value] = []
-    failed: list[Exception] = []
+    results: list[Value] = []
+    errors: list[Exception] = []
     with anyio.move_on_after(seconds) as deadline:
         async with anyio.create_task_group() as tasks:
 
@@ -39,36 +39,36 @@ async def while_there(request: Request, make: Callable[[], Awaitable[Value]], se
 
             tasks.start_soon(watch)
             try:
-                made.append(await make())
-            except Exception as error:  # raised below, where no group wraps it
-                failed.append(error)
+                results.append(await make())
+            except Exception as error:  # raised below, outside the task group, which would wrap it
+                errors.append(error)
             tasks.cancel_scope.cancel()
-    for failure in failed:
+    for failure in errors:
         raise failure
-    if made:
-        return made[0]
+    if results:
+        return results[0]
     if deadline.cancelled_caught:
-        told = f"the answer was not made within {seconds:g} seconds: ask for less, or try again when fewer others ask"
-        raise Refusal(503, told, {"Retry-After": "5"})
+        message = f"the answer took longer than {seconds:g} seconds: ask for less, or try again later"
+        raise Refusal(503, message, {"Retry-After": "5"})
     raise ClientDisconnect
 
 
 class Slots:
-    """So many of a kind may be under way at once."""
+    """A limit on the number of simultaneous requests of a kind."""
 
-    def __init__(self, limit: int, what: str):
-        self._limit, self._what, self._taken = limit, what, 0
+    def __init__(self, limit: int, kind: str):
+        self._limit, self._kind, self._taken = limit, kind, 0
 
     @contextlib.contextmanager
     def take(self) -> Iterator[None]:
-        """Count one for the time of the context.
+        """Take one slot within the context.
 
         Raises:
-          Refusal: 429 if there are too many.
+          Refusal: 429 if all slots are taken.
         """
         if self._taken >= self._limit:
-            told = f"{self._taken} {self._what} are under way, as many as this server takes: try again in a moment"
-            raise Refusal(429, told, {"Retry-After": "2"})
+            message = f"{self._taken} {self._kind} are running, the most that this server allows: try again in a moment"
+            raise Refusal(429, message, {"Retry-After": "2"})
         self._taken += 1
         try:
             yield
@@ -80,9 +80,9 @@ class Slots:
 
 
 def encode(value: Any, most: int) -> list[bytes]:
-    """Return a value as JSON in pieces. To be called in a thread.
+    """Return a value as JSON in pieces. Call it in a thread.
 
-    Nested lists and objects are encoded one by one, so that other threads get the interpreter in between.
+    Nested lists and objects are encoded one by one, so that other threads can run in between.
 
     Raises:
       Refusal: 422 if it has more than `most` bytes.
@@ -94,7 +94,7 @@ def encode(value: Any, most: int) -> list[bytes]:
         piece += data
         size += len(data)
         if size > most:
-            raise Refusal(422, f"the answer has more than {most:,} bytes, which is the most that is sent: ask for less")
+            raise Refusal(422, f"the answer has more than {most:,} bytes, the limit of this server: ask for less")
         if len(piece) >= _PIECE:
             pieces.append(bytes(piece))
             piece.clear()
@@ -102,7 +102,7 @@ def encode(value: Any, most: int) -> list[bytes]:
 
 
 def _parts(value: Any) -> Iterator[str]:
-    """Yield the JSON of a value, that of an innermost list or object in one."""
+    """Yield the JSON of a value in parts; an innermost list or object is one part."""
     if isinstance(value, dict) and any(isinstance(inner, dict | list) for inner in value.values()):
         yield "{"
         for i, (name, inner) in enumerate(value.items()):
@@ -120,10 +120,10 @@ def _parts(value: Any) -> Iterator[str]:
 
 
 class Outbox:
-    """The answers that clients are reading: so many bytes in all. Where they are more, the oldest is cut off.
+    """The answers that clients are reading, bounded in total size: if they exceed it, the oldest is aborted.
 
     Args:
-      most: bytes of all answers.
+      most: the maximal number of bytes of all answers together.
     """
 
     def __init__(self, most: int):
@@ -132,7 +132,7 @@ class Outbox:
 
     @contextlib.contextmanager
     def sending(self, size: int, seconds: float | int) -> Iterator[None]:
-        """Within the context, for so many seconds at most, an answer of `size` bytes is sent."""
+        """Register an answer of `size` bytes while it is sent within the context, for at most `seconds`."""
         with anyio.move_on_after(seconds) as scope:
             while self._sending and sum(self._sending.values()) + size > self._most:
                 oldest = next(iter(self._sending))
@@ -149,9 +149,9 @@ class Answer(Response):
     """JSON that is sent piece by piece.
 
     Args:
-      pieces: of `encode`.
-      outbox: has the room for it.
-      seconds: that the sending may take.
+      pieces: the result of `encode`.
+      outbox: bounds the total size of all answers.
+      seconds: how long sending may take.
     """
 
     media_type = "application/json"  # type: ignore[assignment]
@@ -163,7 +163,7 @@ class Answer(Response):
         self.init_headers({"content-length": f"{self._size}"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send the answer."""
         with self._outbox.sending(self._size, self._seconds):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             for piece in self._pieces:
@@ -172,13 +172,13 @@ class Answer(Response):
 
 
 class Stream(StreamingResponse):
-    """What is made as it is sent. When the client has it all, or has gone, the making ends and lets go what it held.
+    """A response that is generated while it is sent. Its resources are released when it ends or the client disconnects.
 
     Args:
-      content: makes the pieces.
-      media_type: of them.
-      held: closed at the end.
-      seconds: the making may take; a client that does not read is cut off some time after.
+      content: generates the pieces.
+      media_type: the media type of the content.
+      held: the resources, closed at the end.
+      seconds: how long generating may take; a client that does not read is disconnected some time later.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Stream(StreamingResponse):
         self._held, self._seconds = held, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it, until the end or until the client has gone."""
+        """Send the content until its end or until the client disconnects."""
         with self._held, anyio.move_on_after(self._seconds + _SECONDS_TO_READ):
             try:
                 await super().__call__(scope, receive, send)

@@ -1,4 +1,4 @@
-"""Bodies of requests: bounded, JSON, and every field what it should be before anything is done with it."""
+"""Read and validate bodies of requests: bounded size, JSON, and every field checked before it is used."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from bridge import ranges
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request, and all of them together, may ask of the machine."""
+    """Limits of one request, and of all requests together."""
 
     body_bytes: int = 2**20
     prompt_tokens: int = 1024
@@ -24,36 +24,36 @@ class Limits:
     features: int = 16
     """Features steered by one request."""
     seconds: float = 60.0
-    """Of a request that uses the model, its wait for its turn included. What a generation has not written by then is
-    left out, any other request is refused."""
+    """Time of a request that uses the model, including its wait for its turn. A generation ends when it is over, any
+    other request is refused."""
     generations: int = 4
-    """Under way at once, of all clients."""
+    """Simultaneous generations of all clients."""
     readings: int = 16
-    """Other requests that wait for the model, of all clients."""
+    """Simultaneous other requests of all clients that wait for the model."""
     numbers: int = 2**19
-    """Activations, and indices of features, in one answer."""
+    """Activations and indices of features in one answer."""
     answer_bytes: int = 2**24
-    """Of one answer."""
+    """Size of one answer."""
     notes_bytes: int = 2**22
-    """Of the notes of a run that the server reads and adds to."""
+    """Size of the notes of a run, which the server reads and appends to."""
     head_seconds: float = 10.0
-    """Within which the head of a request has come, from the beginning of the connection or its first byte."""
+    """Time for the head of a request, from the start of the connection or from the request's first byte."""
     body_seconds: float = 20.0
-    """Within which the body has come after its head."""
+    """Time for the body after the head."""
     idle_seconds: float = 5.0
-    """Between two requests of a connection."""
+    """Time between two requests of a connection."""
     read_seconds: float = 20.0
-    """Within which a client reads 64 KiB of an answer; and within which it ends a connection that is over."""
+    """Time for a client to read 64 KiB of an answer, and to close its side of a finished connection."""
     unread_bytes: int = 2**28
-    """What a client may still send when it was refused, so that it comes to read why."""
+    """What a refused client may still send before it reads the refusal."""
     client_connections: int = 96
-    """Of one address. Whoever is connected and does nothing makes room for the next."""
+    """Connections of one address. Idle connections are closed to make room for new ones."""
     connections: int = 160
-    """Of all clients. Some systems give a process 256 files."""
+    """Connections of all clients. Some systems allow a process 256 open files."""
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not an error of this program
-    """A request that is not done: its HTTP status, and what came, what was expected, what to do."""
+    """Refuses a request: HTTP status and a message with what was received, what was expected and what to do."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None):
         super().__init__(message)
@@ -62,7 +62,7 @@ class Refusal(Exception):  # noqa: N818 - an answer, not an error of this progra
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Within the context, a ValueError is the client's mistake."""
+    """Turn a ValueError within the context into a Refusal with status 400."""
     try:
         yield
     except ValueError as error:
@@ -70,11 +70,11 @@ def refusing() -> Iterator[None]:
 
 
 async def receive(request: Request, limits: Limits) -> bytes:
-    """Return the body of a request, which says that it is JSON.
+    """Return the body of a request whose content type is JSON.
 
     Raises:
-      Refusal: 415 for another content type (a form of a foreign page can send some, but not JSON), 413 for a body that
-        is too long, 408 for one that does not come.
+      Refusal: 415 for another content type (a form on a foreign page can send some types, but not JSON), 413 for a body
+        that is too long, 408 for one that does not arrive in time.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -87,16 +87,16 @@ async def receive(request: Request, limits: Limits) -> bytes:
                 data += chunk
                 _check_length(len(data), limits)
     except TimeoutError as error:
-        told = f"the body did not come within {limits.body_seconds:g} seconds: send it at once"
-        raise Refusal(408, told, _LAST) from error
+        message = f"the body did not arrive within {limits.body_seconds:g} seconds: send it at once"
+        raise Refusal(408, message, _LAST) from error
     return bytes(data)
 
 
-_MOST_BRACKETS = 100_000  # those in texts too; Python's garbage collector looks at every list again and again
-_SHORT = 60  # characters of a value that an error message shows
-_LONGEST_PLACE = 100  # characters of an error message that say where in a body something stands
+_MOST_BRACKETS = 100_000  # including those in strings; Python's garbage collector visits every list repeatedly
+_SHORT = 60  # characters of a value in an error message
+_LONGEST_PLACE = 100  # characters of a location in the body in an error message
 _LAST = {"connection": "close"}
-"""The header of an answer after which a connection ends, because the body was not read to its end."""
+"""The header of an answer that ends its connection, because the body was not read to its end."""
 
 
 def _check_length(length: int, limits: Limits) -> None:
@@ -105,11 +105,11 @@ def _check_length(length: int, limits: Limits) -> None:
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """Return the JSON object that a text is.
+    """Return the JSON object that `data` holds.
 
     Raises:
-      Refusal: 400 for what is no JSON object, and for what Python would let through: NaN, infinities (1e999 too), lone
-        surrogates, a name that an object has twice, and depth.
+      Refusal: 400 for anything else than a JSON object, and for what Python would accept: NaN, infinities (also 1e999),
+        lone surrogates, a name that appears twice in an object, and deep nesting.
     """
     if data.count(b"[") + data.count(b"{") > _MOST_BRACKETS:
         raise Refusal(400, f"the body has more than {_MOST_BRACKETS:,} brackets: send fewer lists and objects")
@@ -119,27 +119,27 @@ def parse(data: bytes) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise Refusal(400, f"{_odd(value)} holds half of a surrogate pair: send whole characters") from error
     except (ValueError, RecursionError) as error:
-        told = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        problem = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         if str(error).startswith("Out of range float"):
-            told = f"{_odd(value)} is not finite"
-        raise Refusal(400, f"the body is not JSON of finite numbers: {told}") from error
+            problem = f"{_odd(value)} is not finite"
+        raise Refusal(400, f"the body is not JSON of finite numbers: {problem}") from error
     if not isinstance(value, dict):
         raise Refusal(400, f"the body is {_kind(value)}: expected an object")
     return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON, in which every name stands once: which of two would count is anybody's guess."""
+    """Return a JSON object; raise ValueError if a name appears twice, as either value could be the intended one."""
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the name {_short(twice)} stands twice in an object")
+        raise ValueError(f"the name {_short(twice)} appears twice in an object")
     return value
 
 
 def _odd(value: Any) -> str:
-    """Return the place of the first number that is not finite, or of the first text that is not Unicode."""
+    """Return the location of the first number that is not finite, or of the first string that is not Unicode."""
     places = [(value, "")]
     while places:
         inner, where = places.pop()
@@ -163,9 +163,18 @@ _REQUIRED: Any = object()
 
 
 class Fields:
-    """The fields of a JSON object, read one by one; what does not fit is refused with its name.
+    """The fields of a JSON object, checked when they are read; a refusal names the field.
 
-    null is the same as nothing. Fields of other names than the known ones are refused, where those are given.
+    null is the same as a missing field. All methods that return a field take its name, and where they have a `default`,
+    return that for a missing field.
+
+    Args:
+      value: the JSON value, which must be an object.
+      where: its location in the body, for messages.
+      known: the names of allowed fields; None allows all.
+
+    Raises:
+      Refusal: 400 for a value, field or name that is not allowed.
     """
 
     def __init__(self, value: Any, where: str = "", known: Collection[str] | None = None):
@@ -173,29 +182,29 @@ class Fields:
             raise Refusal(400, f"{where.rstrip('.') or 'the body'} is {_kind(value)}: expected an object")
         unknown = sorted(set(value) - set(known)) if known is not None else []
         if unknown:
-            raise Refusal(400, f"no field is called {_short(where + unknown[0])}: there are {', '.join(known or ())}")
+            raise Refusal(400, f"{_short(where + unknown[0])} is not a field: the fields are {', '.join(known or ())}")
         self._value, self._where = value, where
 
     def has(self, name: str) -> bool:
-        """Whether the field is there."""
+        """Return whether the field is present."""
         return self._value.get(name) is not None
 
     def text(self, name: str, default: Any = _REQUIRED) -> Any:
-        """A text."""
+        """Return a string."""
         value = self._get(name, default)
         if value is not default and not isinstance(value, str):
             raise self._wrong(name, "a text")
         return value
 
     def flag(self, name: str, default: Any = _REQUIRED) -> Any:
-        """True or false."""
+        """Return true or false."""
         value = self._get(name, default)
         if value is not default and not isinstance(value, bool):
             raise self._wrong(name, "true or false")
         return value
 
     def choice(self, name: str, options: Collection[str], default: Any = _REQUIRED) -> Any:
-        """One of some texts."""
+        """Return one of the strings `options`."""
         value = self.text(name, default)
         if value is not default and value not in options:
             raise self._wrong(name, "one of " + ", ".join(options))
@@ -206,7 +215,7 @@ class Fields:
         return self.checked(name, lambda where, value: ranges.check_integer(where, value, low, high), default)
 
     def number(self, name: str, low: float | int, high: float | int, default: Any = _REQUIRED) -> Any:
-        """Return a number from low to high, as a float; one that float32 cannot tell from 0 is refused."""
+        """Return a number from low to high, as a float; a number that float32 rounds to 0 is refused."""
         value = self.checked(name, lambda where, value: ranges.check_number(where, value, low, high), default)
         return value if value is default else float(value)
 
@@ -224,7 +233,7 @@ class Fields:
         return value
 
     def index(self, name: str, below: int) -> int:
-        """A number below another one, which may come as a text of digits."""
+        """Return a whole number from 0 to `below` - 1; a string of digits is accepted too."""
         value = self._get(name, _REQUIRED)
         if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 9:
             value = int(value)
@@ -233,28 +242,28 @@ class Fields:
         return value
 
     def items(self, name: str, at_most: int, default: Any = _REQUIRED) -> Any:
-        """A list of anything, not too long."""
+        """Return a list of at most `at_most` values of any kind."""
         value = self._get(name, default)
         if value is not default and not (isinstance(value, list) and len(value) <= at_most):
             raise self._wrong(name, f"a list of at most {at_most}")
         return value
 
     def indices(self, name: str, below: int) -> list[int]:
-        """A list of whole numbers below another one; none where the field is not there."""
+        """Return a list of whole numbers from 0 to `below` - 1; [] if the field is missing."""
         values = self.items(name, below, [])
         if not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < below for v in values):
             raise self._wrong(name, f"whole numbers from 0 to {below - 1}")
         return values
 
     def texts(self, name: str, at_most: int, default: Any = _REQUIRED) -> list[str]:
-        """A list of texts."""
+        """Return a list of at most `at_most` strings."""
         values = self.items(name, at_most, default)
         if not all(isinstance(value, str) for value in values):
             raise self._wrong(name, "a list of texts")
         return values
 
     def numbers(self, name: str, length: int, largest: float | int) -> list[float]:
-        """A list of so many numbers."""
+        """Return a list of `length` numbers whose magnitude is at most `largest`."""
         values = self.items(name, length)
         fit = [isinstance(v, int | float) and not isinstance(v, bool) and -largest <= v <= largest for v in values]
         if len(values) != length or not all(fit):
@@ -262,7 +271,7 @@ class Fields:
         return [float(v) for v in values]
 
     def objects(self, name: str, at_most: int, known: Collection[str] | None = None) -> list["Fields"]:
-        """A list of objects; none where the field is not there."""
+        """Return a list of at most `at_most` objects; [] if the field is missing."""
         values = self.items(name, at_most, [])
         return [Fields(value, f"{self._where}{name}[{i}].", known) for i, value in enumerate(values)]
 
@@ -272,9 +281,9 @@ class Fields:
             raise Refusal(400, f"{self._where}{name} is missing")
         return default if value is None else value
 
-    def refusal(self, name: str, told: str) -> Refusal:
-        """Return the refusal of a field, of which `told` says what is wrong."""
-        return Refusal(400, f"{self._where}{name} {told}")
+    def refusal(self, name: str, problem: str) -> Refusal:
+        """Return the refusal of a field; `problem` completes a sentence that begins with its name."""
+        return Refusal(400, f"{self._where}{name} {problem}")
 
     def _wrong(self, name: str, expected: str) -> Refusal:
         return self.refusal(name, f"is {_short(self._value[name])}: expected {expected}")
@@ -286,7 +295,7 @@ def _kind(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """Return a value as an error message shows it, without writing all of a large one."""
+    """Return a value as an error message shows it; a large one is shortened."""
     if isinstance(value, list | dict) and len(value) > _SHORT:
         return f"{_kind(value)} of {len(value):,}"
     shown = json.dumps(value[:_SHORT] if isinstance(value, str) else value, ensure_ascii=False)

@@ -1,8 +1,8 @@
-"""Connections: what a client has to do in time, and how many it may hold. A layer over uvicorn's HTTP/1.1 protocol.
+"""Limit the time and number of connections. A layer over uvicorn's HTTP/1.1 protocol.
 
-uvicorn has a deadline between requests alone. Here one also runs while a client sends a head or a body and while it
-reads an answer, and it runs from the beginning: a byte now and then does not extend it. Where a client, or all of them,
-hold too many connections, the one that has waited longest for its client makes room; what the server works on stays.
+uvicorn has a deadline only between requests. Here clients also have a deadline for sending a head or a body and for
+reading an answer. It runs from the start of the phase: single bytes do not extend it. If one client, or all together,
+hold too many connections, the one that has waited longest for its client is dropped; requests in progress are kept.
 """
 
 import asyncio
@@ -17,17 +17,17 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from bridge.server.bodies import Limits
 
 _MARGIN = 5.0
-"""Seconds by which the deadline of a body is later here: where somebody reads the body, `bodies.receive` answers."""
+"""Seconds by which the deadline of a body is later here, so that `bodies.receive` can answer first if it reads it."""
 _TRUST = 1.0
-"""Seconds by which a connection that was answered has waited less than it has: a crowd of new ones comes before it."""
-_BUSY = b'{"error":"all connections that this server takes are in use: try again in a moment"}'
+"""Seconds subtracted from the wait of a connection that was answered before, so that new ones are dropped first."""
+_BUSY = b'{"error":"all connections of this server are in use: try again in a moment"}'
 
 
-class Crowd:
+class OpenConnections:
     """The open connections of a server.
 
     Args:
-      limits: `connections` and `client_connections` of them, and the seconds of the deadlines.
+      limits: the maxima `connections` and `client_connections`, and the deadlines.
     """
 
     def __init__(self, limits: Limits):
@@ -38,10 +38,10 @@ class Crowd:
         return len(self._open)
 
     def enter(self, connection: "Connection") -> bool:
-        """Add a connection; another one that waits for its client is dropped if there are too many.
+        """Add a connection; if there are too many, drop another one that waits for its client.
 
         Returns:
-          Whether there is room. If all others are being answered there is none.
+          Whether there is room. There is none if all others are being answered.
         """
         own = {other for other in self._open if other.address == connection.address}
         room = self._make_room(own, self.limits.client_connections)
@@ -54,7 +54,7 @@ class Crowd:
         self._open.discard(connection)
 
     def _make_room(self, others: Set["Connection"], most: int) -> bool:
-        """Return whether there are, or now are, fewer than `most` of some connections."""
+        """Drop one of `others` if there are `most` or more; return whether there is room."""
         if len(others) < most:
             return True
         waiting = [other for other in others if other.waits_for is not None]
@@ -64,15 +64,15 @@ class Crowd:
 
 
 class Connection(H11Protocol):
-    """One connection: uvicorn's, with deadlines, a place in a `Crowd`, and an end that lets the client read.
+    """uvicorn's connection with deadlines, registered in `OpenConnections`, and an end that lets the client read.
 
-    `waits_for` says what the client has to do next: "head", "body", "next request", "reading", "end"; None while the
-    server has to.
+    `waits_for` is the client's next action: "head", "body", "next request", "reading" or "end"; None if it is the
+    server's turn.
     """
 
-    def __init__(self, *args: Any, crowd: Crowd, **kwargs: Any):
+    def __init__(self, *args: Any, open_connections: OpenConnections, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        limits = crowd.limits
+        limits = open_connections.limits
         self._seconds = {
             "head": limits.head_seconds,
             "body": limits.body_seconds + _MARGIN,
@@ -80,12 +80,12 @@ class Connection(H11Protocol):
             "reading": limits.read_seconds,
             "end": limits.read_seconds,
         }
-        self._crowd = crowd
+        self._open_connections = open_connections
         self._socket: asyncio.Transport = None  # set when the connection is made
         self._timer: asyncio.TimerHandle | None = None
         self._began: tuple[str | None, Any] = (None, None)
         self._ending = False
-        self._unread = 0  # bytes that came after the end
+        self._unread = 0  # bytes received after the end
         self.address = ""
         self.waits_for: str | None = None
         self.waits_since = 0.0
@@ -93,38 +93,38 @@ class Connection(H11Protocol):
     # ---- what asyncio calls ----------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a place, or give the first request of the connection a 503."""
+        """Register the connection, or answer its first request with 503."""
         self._socket = transport
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         self.address = _address(self.client)
-        if not self._crowd.enter(self):
+        if not self._open_connections.enter(self):
             self.app = _busy
         self._update()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Give up the place and the deadline."""
+        """Unregister the connection and cancel its deadline."""
         self._ending = True
-        self._crowd.leave(self)
+        self._open_connections.leave(self)
         self._cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read what comes. At the end it is thrown away: a client that still sends must not be cut off by a reset."""
+        """Read data. After the end discard it: a client that still sends must not be disconnected by a reset."""
         if self._ending:
             self._unread += len(data)
-            if self._unread > self._crowd.limits.unread_bytes:
+            if self._unread > self._open_connections.limits.unread_bytes:
                 self._socket.abort()
             return
         super().data_received(data)
         self._update()
 
     def pause_writing(self) -> None:
-        """Begin to wait for a client that does not read."""
+        """Start the deadline of a client that does not read."""
         super().pause_writing()
         self._update()
 
     def resume_writing(self) -> None:
-        """Go on: the client has read."""
+        """Continue: the client has read."""
         super().resume_writing()
         self._update()
 
@@ -136,16 +136,16 @@ class Connection(H11Protocol):
         self._update()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP, or has more than 16 KiB of headers."""
+        """Refuse a request that is not HTTP, or has more than 16 KiB of headers."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # its body is lost
             self.cycle.message_event.set()
         self._refuse(
-            400, "this is no HTTP/1.1 request, or its headers have more than 16 KiB: send a valid, shorter one"
+            400, "this is not an HTTP/1.1 request, or its headers have more than 16 KiB: send a valid, shorter one"
         )
 
     def shutdown(self) -> None:
-        """End the connection when the server ends: at once if it was over anyway."""
+        """End the connection when the server stops, immediately if it was ending already."""
         if self._ending:
             self._socket.abort()
         else:
@@ -154,9 +154,9 @@ class Connection(H11Protocol):
     # ---- deadlines -------------------------------------------------------------------------------------------------
 
     def _update(self) -> None:
-        """Start the deadline of what the client has to do now, unless it is running."""
-        waits_for = self._whose_turn()
-        began = (waits_for, self.cycle)  # of every request anew
+        """Start the deadline of the client's next action, unless it is running."""
+        waits_for = self._next_action()
+        began = (waits_for, self.cycle)  # a new deadline for every request
         if began == self._began:
             return
         self._cancel()
@@ -165,7 +165,8 @@ class Connection(H11Protocol):
             self.waits_since = self.loop.time() + (_TRUST if waits_for == "next request" else 0.0)
             self._timer = self.loop.call_later(self._seconds[waits_for], self._late)
 
-    def _whose_turn(self) -> str | None:
+    def _next_action(self) -> str | None:
+        """Return the client's next action, as `waits_for` has it."""
         if self._ending:
             return "end"
         if self.flow.write_paused:
@@ -180,7 +181,7 @@ class Connection(H11Protocol):
         """End a connection whose client is late."""
         if self.waits_for == "head" and self.conn.trailing_data[0]:
             seconds = self._seconds["head"]
-            self._refuse(408, f"the head of the request did not come within {seconds:g} seconds: send it at once")
+            self._refuse(408, f"the head of the request did not arrive within {seconds:g} seconds: send it at once")
         elif self.waits_for in ("head", "next request"):
             self.close()
         else:
@@ -192,16 +193,16 @@ class Connection(H11Protocol):
             self._timer = None
 
     def drop(self) -> None:
-        """End the connection at once, for the sake of another."""
-        self._crowd.leave(self)
+        """End the connection immediately, to make room for another."""
+        self._open_connections.leave(self)
         self._socket.abort()
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End the connection: what was written is sent, and what the client still sends is read for a while.
+        """End the connection: send what was written, and read for a while what the client still sends.
 
-        A connection that is closed with unread data is reset, and a reset takes the answer with it.
+        A connection that is closed with unread data is reset, and a reset discards the answer.
         """
         if self._ending or self._socket.is_closing():
             return
@@ -214,11 +215,11 @@ class Connection(H11Protocol):
         self._update()
 
     def is_ending(self) -> bool:
-        """Return whether nothing more is to be read or written."""
+        """Return whether the connection is ending."""
         return self._ending or self._socket.is_closing()
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer a request that never came to the app, and end the connection."""
+        """Answer a request that did not reach the app, and end the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps({"error": message}).encode()
             headers = {"content-type": "application/json", "content-length": f"{len(body)}", "connection": "close"}
@@ -232,7 +233,7 @@ class Connection(H11Protocol):
 
 
 class _Transport:
-    """The transport that uvicorn sees: its `close` is that of the connection."""
+    """The transport for uvicorn; its `close` is that of the connection."""
 
     def __init__(self, transport: asyncio.Transport, connection: Connection):
         self._transport, self._connection = transport, connection
@@ -248,7 +249,7 @@ class _Transport:
 
 
 def _address(client: tuple[str, int] | None) -> str:
-    """Return the address of a client; of IPv6 the network of 2**64 addresses that a household has."""
+    """Return the address of a client; for IPv6 its /64 network, the usual share of one household."""
     if client is None:
         return ""
     try:
@@ -261,7 +262,7 @@ def _address(client: tuple[str, int] | None) -> str:
 
 
 async def _busy(scope: Any, receive: Any, send: Any) -> None:
-    """Answer a request on a connection that there was no room for."""
+    """Answer a request on a connection for which there was no room."""
     headers = {"content-type": "application/json", "retry-after": "2", "connection": "close"}
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     pairs.append((b"content-length", f"{len(_BUSY)}".encode()))

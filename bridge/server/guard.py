@@ -1,4 +1,4 @@
-"""Who may speak with the server: hosts, origins and tokens are checked on every request, before anything else."""
+"""Check hosts, origins and tokens of every request before anything else."""
 
 import hashlib
 import ipaddress
@@ -19,7 +19,7 @@ from bridge.server.bodies import Refusal
 log = logging.getLogger(__name__)
 
 WIRE = "/v1/"
-"""Where Neuronpedia speaks; it brings its secret in a header of its own."""
+"""The path of Neuronpedia's API; its clients send the secret in a header of its own."""
 
 _HEADERS: Mapping[str, str] = {
     "content-security-policy": (
@@ -36,7 +36,7 @@ _HEADERS: Mapping[str, str] = {
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server at the host."""
+    """Return whether only this machine can reach a server at the host."""
     if host.lower() == "localhost":
         return True
     try:
@@ -46,19 +46,19 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """The outermost layer: refuses foreigners, adds the headers that browsers obey, keeps errors from showing code.
+    """Outermost middleware: refuses foreign requests, adds security headers, and hides internals in errors.
 
     A page of another site can make a browser send requests here. They carry that site's name: in Origin, in
-    Sec-Fetch-Site, or, after its DNS entry was turned to this machine's address, in Host.
+    Sec-Fetch-Site, or, after DNS rebinding to this machine's address, in Host.
 
     Args:
-      app: what is guarded.
+      app: the app to guard.
       host: where the server listens. On loopback, requests must name this machine. Elsewhere they may also name any
-        address (an attacker's page comes with a name) or this machine's name, and must bring the token.
+        address (an attacker's page has a name) or this machine's name, and must carry the token.
       names: other names by which this machine is known, such as host.docker.internal.
-      token: what every request brings as `Authorization: Bearer T`, or as the cookie that `/?token=T` sets. None
-        asks for nothing.
-      secret: what requests below /v1/ may bring instead, as `X-Secret-Key`; given without a token, they must.
+      token: the token that every request must carry as `Authorization: Bearer T`, or as the cookie that `/?token=T`
+        sets; None requires none.
+      secret: the secret that requests below /v1/ may carry instead, as `X-Secret-Key`; without a token they must.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class Guard:
         own = () if self._local else (host, socket.gethostname())
         self._names = {name.lower() for name in ("localhost", *own, *names)}
         self._token, self._secret = token, secret
-        # Cookies are shared by all ports of a host: another server here has another token, and so another name.
+        # All ports of a host share cookies: a server with another token needs another cookie name.
         self._cookie = "jsae-" + hashlib.sha256((token or "").encode()).hexdigest()[:12]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request: passes it on, or refuses it."""
-        if scope["type"] != "http":  # the server's start and end; there are no web sockets
+        """Pass a request on to the app, or refuse it."""
+        if scope["type"] != "http":  # start and stop of the server; there are no web sockets
             await self.app(scope, receive, send)
             return
         started = False
@@ -107,26 +107,30 @@ class Guard:
             await answer(refusal)(scope, receive, sender)
         except Exception:
             log.exception("%s %r failed", scope["method"], scope["path"])
-            if started:  # the connection breaks off, so that nobody takes the half for the whole
+            if started:  # break the connection, so that no client takes a partial answer for the whole
                 raise
-            await answer(Refusal(500, "the server failed; its log says how"))(scope, receive, sender)
+            await answer(Refusal(500, "the server failed: see its log"))(scope, receive, sender)
 
     def _admit(self, scope: Scope) -> None:
-        """Raises Refusal for a request that may not come in."""
+        """Raise Refusal for a request that is not allowed."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if not self._is_mine(host):
-            raise Refusal(403, f"the host {host[:100]!r} is not this server: open the address printed at its start")
+            raise Refusal(403, f"the host {host[:100]!r} is not this server: open the address that it printed at start")
         origin = headers.get("origin")
         if origin is not None and not _same(origin, host):
-            raise Refusal(403, f"a page of {origin[:100]!r} asked: only this server's own may")
+            raise Refusal(
+                403, f"the request is from a page of {origin[:100]!r}: only this server's own page may send it"
+            )
         site = headers.get("sec-fetch-site", "none")
         if scope["path"] != "/" and site not in ("none", "same-origin"):
             raise Refusal(
-                403, f"a page of another site asked (Sec-Fetch-Site: {site[:20]}): only this server's own may"
+                403,
+                f"the request is from a page of another site (Sec-Fetch-Site: {site[:20]}): "
+                "only this server's own page may send it",
             )
         if not self._is_known(scope, headers):
-            raise Refusal(401, "this server asks for its token: open the address printed at its start")
+            raise Refusal(401, "the token is missing or wrong: open the address that the server printed at start")
 
     def _is_mine(self, host: str) -> bool:
         try:
@@ -144,15 +148,15 @@ class Guard:
         if self._token is None and not (on_wire and self._secret is not None):
             return True
         request = Request(scope)
-        brought = [request.cookies.get(self._cookie), headers.get("authorization", "").removeprefix("Bearer ")]
+        given = [request.cookies.get(self._cookie), headers.get("authorization", "").removeprefix("Bearer ")]
         if scope["path"] == "/":
-            brought.append(request.query_params.get("token"))
-        if _is_any(self._token, brought):
+            given.append(request.query_params.get("token"))
+        if _is_any(self._token, given):
             return True
         return on_wire and any(_is_any(known, [headers.get("x-secret-key")]) for known in (self._secret, self._token))
 
     def _new_cookie(self, scope: Scope) -> str | None:
-        """The cookie for a browser that opened `/?token=T`."""
+        """Return the cookie for a browser that opened `/?token=T`."""
         if self._token is None or scope["path"] != "/":
             return None
         if not _is_any(self._token, [Request(scope).query_params.get("token")]):
@@ -161,19 +165,19 @@ class Guard:
 
 
 def answer(refusal: Refusal) -> JSONResponse:
-    """A refusal as the client gets it."""
+    """Return the response for a refusal."""
     return JSONResponse({"error": refusal.message}, refusal.status, refusal.headers)
 
 
-def _is_any(known: str | None, brought: list[Any]) -> bool:
-    """Whether what was brought is what is known; takes as long whatever it is."""
-    if known is None:
+def _is_any(secret: str | None, given: list[Any]) -> bool:
+    """Return whether one of the texts `given` is `secret`, in a time that does not depend on their contents."""
+    if secret is None:
         return False
-    return any(secrets.compare_digest(known.encode(), text.encode()) for text in brought if text)
+    return any(secrets.compare_digest(secret.encode(), text.encode()) for text in given if text)
 
 
 def _same(origin: str, host: str) -> bool:
-    """Whether an Origin is that of the page that a Host serves."""
+    """Return whether an Origin is that of the pages that a Host serves."""
     try:
         parts = urlsplit(origin)
     except ValueError:

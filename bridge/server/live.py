@@ -1,4 +1,4 @@
-"""What the page asks the server for below /api: features of a text, steered continuations, notes."""
+"""Answer the page's requests below /api: features of a text, steered continuations, notes."""
 
 import contextlib
 import functools
@@ -25,9 +25,9 @@ from bridge.steering import MODES, POSITIONS
 log = logging.getLogger(__name__)
 
 MOST_FEATURES = 32
-"""Per token, of a text that is read."""
+"""Features per token of a text that is read."""
 STRONGEST = 1e6
-"""Largest strength, either way: far beyond what leaves a text, and far from what overflows."""
+"""Largest magnitude of a strength: far above useful values, and far below overflow."""
 _FEATURES_PER_TOKEN = 10  # of a continuation
 _MESSAGES = 64
 _NEUTRAL: Mapping[str, float | None] = {"additive": 0.0, "orthogonal": 1.0, "scale": 1.0}
@@ -35,14 +35,14 @@ _STEER_FIELDS = ("hook", "index", "mode", "strength", "positions")
 
 
 class Api:
-    """What the page asks for below /api, JSON both ways."""
+    """The endpoints below /api; requests and answers are JSON."""
 
     def __init__(self, session: Session, run: Path):
         self._session, self._run = session, run
         self._writing = threading.Lock()
 
     def routes(self) -> list[Route]:
-        """Where it is all found."""
+        """Return the routes of all endpoints."""
         return [
             Route("/api/info", self.info),
             Route("/api/activations", self.activations, methods=["POST"]),
@@ -53,7 +53,7 @@ class Api:
         ]
 
     async def info(self, request: Request) -> Response:
-        """What there is: the model, its SAEs, how it can be steered, and the limits."""
+        """Describe the model, its SAEs, the ways to steer, and the limits."""
         session, config = self._session, self._session.nano.config
         return JSONResponse(
             {
@@ -84,22 +84,22 @@ class Api:
         )
 
     async def activations(self, request: Request) -> Response:
-        """The features that fire most at each token of a text."""
+        """Return the features that fire most at each token of a text."""
         fields = await self._fields(request, "text", "hook", "top_k")
         hook, top_k = self._hook(fields), fields.whole("top_k", 1, MOST_FEATURES, 8)
         text, session = fields.text("text"), self._session
 
         async def make() -> dict[str, Any]:
             ids = await session.ids(text)
-            found = await session.run(session.strongest, ids, hook, top_k)
-            # What was put in front of the text is not shown: the model reads BOS, but nobody counts what fires there.
-            features = [[{"index": i, "value": value} for i, value in pairs] for pairs in found[1:]]
+            strongest = await session.run(session.strongest, ids, hook, top_k)
+            # BOS, which precedes the text, is not shown: SAEs are not trained on it.
+            features = [[{"index": i, "value": value} for i, value in pairs] for pairs in strongest[1:]]
             return {"tokens": self._tokens(ids[1:]), "features": features}
 
         return await session.answer(request, make)
 
     async def latent(self, request: Request) -> Response:
-        """What one latent does at each token of a text."""
+        """Return the activations of one latent at each token of a text."""
         fields = await self._fields(request, "text", "hook", "index")
         hook = self._hook(fields)
         index, text = self._index(fields, hook), fields.text("text")
@@ -113,10 +113,10 @@ class Api:
         return await session.answer(request, make)
 
     async def steer(self, request: Request) -> Response:
-        """A continuation as it is and as it is pushed, a line of JSON for each token, by turns."""
+        """Stream a continuation without and with steering, one line of JSON per token, alternating."""
         names = ["prompt", "messages", "steer", "strength_multiplier", "temperature", "max_tokens", "seed"]
         fields, limits = await self._fields(request, *names), self._session.limits
-        steers = [self._steer(each) for each in fields.objects("steer", limits.features, _STEER_FIELDS)]
+        steers = [self._steer(entry) for entry in fields.objects("steer", limits.features, _STEER_FIELDS)]
         sampling = {
             "max_tokens": fields.whole("max_tokens", 1, limits.max_tokens, min(64, limits.max_tokens)),
             "temperature": fields.temperature("temperature", 2, 0.5),
@@ -137,7 +137,7 @@ class Api:
             return Stream(lines, "application/x-ndjson", held.pop_all(), limits.seconds)
 
     async def notes(self, request: Request) -> Response:
-        """What people wrote."""
+        """Return the notes of people."""
 
         async def make() -> dict[str, Any]:
             self._check_notes()
@@ -149,7 +149,7 @@ class Api:
         return await self._session.answer(request, make)
 
     async def note(self, request: Request) -> Response:
-        """Keeps what a person calls a latent."""
+        """Save a person's label and note for a latent."""
         fields = await self._fields(request, "hook", "latent", "label", "note")
         hook = self._hook(fields)
         latent = self._index(fields, hook, "latent")
@@ -166,15 +166,16 @@ class Api:
             with refusing():
                 return JSONResponse(await to_thread.run_sync(write))
         except OSError as error:
-            raise Refusal(507, f"the note is not kept: {error.strerror or error}") from error
+            raise Refusal(507, f"the note was not saved: {error.strerror or error}") from error
 
     def _check_notes(self) -> None:
-        """Raise Refusal for notes that have become too many to be read again and again."""
+        """Raise Refusal if the notes are too large to be read for every request."""
         file, most = labels.notes_file(self._run), self._session.limits.notes_bytes
         size = file.stat().st_size if file.is_file() else 0
         if size > most:
-            told = f"{file.name} has {size:,} bytes: this server takes at most {most:,}; move it away and keep the rest"
-            raise Refusal(507, told)
+            raise Refusal(
+                507, f"{file.name} has {size:,} bytes: this server reads at most {most:,}; move the file elsewhere"
+            )
 
     async def _fields(self, request: Request, *known: str) -> Fields:
         return Fields(await self._session.body(request), known=known)
@@ -194,33 +195,35 @@ class Api:
         return Steer(hook, self._index(fields, hook), mode, strength, fields.choice("positions", POSITIONS, "all"))
 
     async def _prompt(self, fields: Fields) -> tuple[list[int], tuple[int, ...]]:
-        """What is continued, and what ends it."""
+        """Return the tokens to continue, and those that end the continuation."""
         if fields.has("prompt") == fields.has("messages"):
             raise Refusal(400, "give either a prompt or messages")
         if fields.has("prompt"):
             return await self._session.ids(fields.text("prompt")), (self._session.im.tokenizer.bos_token_id,)
         messages = fields.objects("messages", _MESSAGES, ("role", "content"))
-        told = [{"role": m.choice("role", ("user", "assistant")), "content": m.text("content")} for m in messages]
-        return await self._session.chat_ids(told)
+        chat = [{"role": m.choice("role", ("user", "assistant")), "content": m.text("content")} for m in messages]
+        return await self._session.chat_ids(chat)
 
     def _tokens(self, ids: list[int]) -> list[dict[str, Any]]:
         return [{"id": i, "text": text} for i, text in zip(ids, self._session.spell(ids), strict=True)]
 
     async def _lines(self, streams: Mapping[str, Iterator[Token]], max_tokens: int) -> AsyncGenerator[str, None]:
-        """Lines of JSON for what generations make; the last says that all is done, or what went wrong."""
+        """Yield lines of JSON for the tokens of generations; the last one says that all are done, or what failed."""
         try:
             async with contextlib.aclosing(self._session.interleave(streams, max_tokens)) as events:
-                async for which, made in events:
-                    yield _line({"which": which, "end": made} if isinstance(made, str) else _told(which, made))
+                async for which, event in events:
+                    yield _line(
+                        {"which": which, "end": event} if isinstance(event, str) else _token_event(which, event)
+                    )
             yield _line({"done": True})
         except Refusal as refusal:
             yield _line({"error": refusal.message})
-        except Exception:  # the status is out: this is the only way to tell
+        except Exception:  # the status was sent: this is the only way to report it
             log.exception("a generation failed")
-            yield _line({"error": "the generation failed; the server's log says how"})
+            yield _line({"error": "the generation failed: see the server's log"})
 
 
-def _told(which: str, token: Token) -> dict[str, Any]:
+def _token_event(which: str, token: Token) -> dict[str, Any]:
     features = {hook: [{"index": i, "value": v} for i, v in pairs] for hook, pairs in token.features.items()}
     return {"which": which, "id": token.id, "text": token.text, "features": features}
 

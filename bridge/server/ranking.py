@@ -1,4 +1,4 @@
-"""Which latents fire most on a text, found without ever holding all latents at all of its tokens."""
+"""Find the latents that fire most on a text, without holding all latents at all of its tokens in memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +10,13 @@ from bridge.torch_sae import TorchSAE
 
 
 class Strongest:
-    """The largest activation of every latent of an SAE on a text, and where; and its sum at some tokens.
+    """The largest activation of every latent of an SAE on a text, its position, and the sum over some tokens.
 
     Args:
       sae: the SAE.
       acts: activations of the text at its hook, (1, T, C).
-      sort: the tokens at which `sums` are taken, as often as they stand here.
-      ignore_bos: whether the first token counts as silent.
+      sort: the positions over which `sums` are taken; a repeated position counts repeatedly.
+      ignore_bos: whether activations at the first token count as 0.
     """
 
     def __init__(self, sae: TorchSAE, acts: Acts, sort: Sequence[int], ignore_bos: bool):
@@ -30,21 +30,21 @@ class Strongest:
             larger = maxima > self.maxima
             self.maxima = torch.where(larger, maxima, self.maxima)
             self.where = torch.where(larger, where + start, self.where)
-            here = [i - start for i in sort if start <= i < start + len(latents)]
-            self.sums += latents[here].sum(0)
+            positions = [i - start for i in sort if start <= i < start + len(latents)]
+            self.sums += latents[positions].sum(0)
 
     @property
     def keys(self) -> torch.Tensor:
-        """What latents are ranked by, (d_sae,)."""
+        """The values by which latents are ranked, (d_sae,)."""
         return self.sums if self._sorted else self.maxima
 
     def first(self, most: int) -> list[tuple[float, int]]:
-        """Return the largest keys and their latents: above 0 only, largest first, the lower index first."""
+        """Return the largest keys and their latents: only keys above 0, largest first, ties by lower index."""
         keys, order = torch.sort(self.keys, descending=True, stable=True)
         return [(key, i) for key, i in zip(keys[:most].tolist(), order[:most].tolist(), strict=True) if key > 0]
 
     def rows(self, source: str, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return what Neuronpedia shows of some latents, in their order; reads the text once more for their values."""
+        """Return Neuronpedia's rows of some latents, in the given order; the text is encoded again for their values."""
         values = torch.cat([latents[:, list(indices)] for _, latents in self._latents()]).T
         return [
             {
@@ -59,6 +59,7 @@ class Strongest:
         ]
 
     def _latents(self) -> Any:
+        """Yield the first position of each part of the text, and the latents there."""
         start = 0
         for part in parts(self._acts):
             latents = self._sae.encode(part)
@@ -68,14 +69,14 @@ class Strongest:
             start += len(part)
 
 
-def strongest(sources: Sequence[str], found: Sequence[Strongest], most: int) -> list[dict[str, Any]]:
-    """Return rows of the latents of several sources with the largest keys, largest first, the earlier source first."""
-    ranked = [(key, which, i) for which, each in enumerate(found) for key, i in each.first(most)]
+def strongest(sources: Sequence[str], rankings: Sequence[Strongest], most: int) -> list[dict[str, Any]]:
+    """Return rows of the latents of several sources with the largest keys, largest first, ties by earlier source."""
+    ranked = [(key, which, i) for which, ranking in enumerate(rankings) for key, i in ranking.first(most)]
     ranked.sort(key=lambda entry: -entry[0])
     ranked = ranked[:most]
     rows: dict[tuple[int, int], dict[str, Any]] = {}
-    for which, each in enumerate(found):
-        indices = [i for _, of, i in ranked if of == which]
+    for which, ranking in enumerate(rankings):
+        indices = [i for _, source, i in ranked if source == which]
         if indices:
-            rows |= {(which, row["index"]): row for row in each.rows(sources[which], indices)}
+            rows |= {(which, row["index"]): row for row in ranking.rows(sources[which], indices)}
     return [rows[which, i] for _, which, i in ranked]

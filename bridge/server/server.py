@@ -1,4 +1,4 @@
-"""The web app: the static page of a run, and live what it asks for. Starlette and uvicorn, extra [web]."""
+"""The web app: the static page of a run, and the endpoints for its requests. Starlette and uvicorn, extra [web]."""
 
 import contextlib
 import functools
@@ -27,7 +27,7 @@ from bridge.run import Run
 from bridge.runtime import InterpretableModel
 from bridge.server import wire
 from bridge.server.bodies import Limits, Refusal
-from bridge.server.connections import Connection, Crowd
+from bridge.server.connections import Connection, OpenConnections
 from bridge.server.guard import Guard, answer, is_loopback
 from bridge.server.live import Api
 from bridge.server.session import Session
@@ -41,9 +41,9 @@ _PAGE = {
     ".svg": "image/svg+xml",
     ".png": "image/png",
 }
-"""What a page is made of. Everything else in its folder stays unseen."""
+"""Types of files that a page consists of. Other files in its folder are not served."""
 _BACKLOG = 48
-"""Connections that are accepted together: fewer than one address may hold, so that none of them drops another."""
+"""Connections accepted at a time: fewer than one address may hold, so that none of them drops another."""
 
 
 def app(
@@ -59,22 +59,22 @@ def app(
     chat: bool | None = None,
     model_id: str | None = None,
 ) -> Starlette:
-    """The app of a run: its page, the live part below /api, Neuronpedia's inference wire below /v1.
+    """Return the app of a run: its page, the live endpoints below /api, Neuronpedia's inference API below /v1.
 
     Args:
-      run: the run's directory; its explorer/ holds the page, and people's notes.
-      im: the model with the run's SAEs; the app is the only one to run it from now on.
+      run: the run's directory; its explorer/ holds the page and people's notes.
+      im: the model with the run's SAEs; from now on only the app may run it.
       nano: the checkpoint.
-      host: where it will listen, see `Guard`.
+      host: where the server will listen, see `Guard`.
       names: other names of this machine, see `Guard`.
-      token: what clients must bring; needed unless the host is loopback.
-      secret: what Neuronpedia must bring, see `Guard`.
-      limits: what requests may ask.
-      chat: whether the model can chat; unless given, what its path says.
-      model_id: what Neuronpedia calls the model; None takes any name.
+      token: the token that clients must send; required unless the host is loopback.
+      secret: the secret that Neuronpedia must send, see `Guard`.
+      limits: the limits of requests.
+      chat: whether the model can chat; None decides by its path.
+      model_id: Neuronpedia's name for the model; None accepts any name.
 
     Raises:
-      ValueError: no token where others reach the host, or a model without a tokenizer.
+      ValueError: there is no token although others can reach the host, or the model has no tokenizer.
     """
     if token is None and not is_loopback(host):
         raise ValueError(f"others can reach a server at {host}: give it a token")
@@ -84,7 +84,7 @@ def app(
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, host=host, names=names, token=token, secret=secret)],
-        exception_handlers={HTTPException: _not_taken},  # type: ignore[dict-item]  # of this exception alone
+        exception_handlers={HTTPException: _refused_route},  # type: ignore[dict-item]  # for this exception only
     )
 
 
@@ -101,30 +101,30 @@ def serve(
     model_id: str | None = None,
     say: Callable[[str], Any] = log.info,
 ) -> None:
-    """Serves a run until it is interrupted (SIGINT, SIGTERM).
+    """Serve a run until interrupted (SIGINT, SIGTERM).
 
     Args:
       run: the run's directory.
-      load: makes the model with its SAEs; called when the port is ours.
-      host: where to listen. Anything but loopback makes a token, which the address said at the start holds.
-      port: where; 0 takes any that is free.
+      load: returns the model with its SAEs; called once the port is bound.
+      host: where to listen. Unless it is loopback, a token is made, which the printed address contains.
+      port: the port; 0 takes any free one.
       names: other names of this machine that requests may use.
-      secret: what Neuronpedia must bring in `X-Secret-Key`.
-      limits: what requests may ask.
-      chat: whether the model can chat; unless given, what its path says.
-      model_id: what Neuronpedia calls the model; None takes any name.
-      say: tells the person who started it the address to open.
+      secret: the secret that Neuronpedia must send in `X-Secret-Key`.
+      limits: the limits of requests.
+      chat: whether the model can chat; None decides by its path.
+      model_id: Neuronpedia's name for the model; None accepts any name.
+      say: called with the address to open.
 
     Raises:
-      FileNotFoundError: no such run.
-      OSError: the port is in use, or the host is none of this machine.
+      FileNotFoundError: the run does not exist.
+      OSError: the port is in use, or the host is not an address of this machine.
     """
     if not Path(run).is_dir():
-        raise FileNotFoundError(f"no run at {run}: give the directory of one")
+        raise FileNotFoundError(f"no run at {run}: give the directory of a run")
     token = None if is_loopback(host) else secrets.token_urlsafe(32)
     with contextlib.closing(listen(host, port)) as listener:
         im, nano = load()
-        served = app(
+        web_app = app(
             Path(run),
             im,
             nano,
@@ -136,26 +136,26 @@ def serve(
             chat=chat,
             model_id=model_id,
         )
-        gc.freeze()  # what is loaded stays: the garbage collector need not look through it while the clients wait
+        gc.freeze()  # loaded objects stay: the garbage collector need not traverse them while clients wait
         say(f"explorer at {address(host, listener.getsockname()[1], token)}")
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config(served, limits)).run(sockets=[listener])
+            uvicorn.Server(config(web_app, limits)).run(sockets=[listener])
 
 
-def config(served: Starlette, limits: Limits | None = None) -> uvicorn.Config:
-    """Return how uvicorn runs the app: plain HTTP/1.1 with deadlines (`Connection`), no log of requests.
+def config(web_app: Starlette, limits: Limits | None = None) -> uvicorn.Config:
+    """Return uvicorn's configuration for the app: plain HTTP/1.1 with deadlines (`Connection`), no log of requests.
 
-    A client that is late does not keep it from ending.
+    A client that is late does not delay the end of the server.
     """
     limits = limits or Limits()
     return uvicorn.Config(
-        served,
+        web_app,
         loop="asyncio",
-        http=functools.partial(Connection, crowd=Crowd(limits)),  # type: ignore[arg-type]
+        http=functools.partial(Connection, open_connections=OpenConnections(limits)),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level="error",  # its warnings are of what strangers send, a line for each
+        log_level="error",  # it would write a warning for every invalid request
         access_log=False,
         server_header=False,
         proxy_headers=False,
@@ -165,18 +165,18 @@ def config(served: Starlette, limits: Limits | None = None) -> uvicorn.Config:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """Return a listening socket.
 
     Raises:
-      OSError: the port is in use, or the host is none of this machine; says what to do.
+      OSError: the port is in use, or the host is not an address of this machine; says what to do.
     """
     if not 0 <= port < 2**16:
-        raise OSError(f"there is no port {port}: ports are 0 (any that is free) to 65535")
+        raise OSError(f"port {port} does not exist: give 1 to 65535, or 0 for any free port")
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise OSError(f"{host!r} is no address of this machine ({error}): give 127.0.0.1, or one it has") from error
+        raise OSError(f"{host!r} is not an address of this machine ({error}): give one, such as 127.0.0.1") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
@@ -188,7 +188,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address(host: str, port: int, token: str | None) -> str:
-    """What a person opens."""
+    """Return the address to open in a browser."""
     name = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
     name = f"[{name}]" if ":" in name else name
     return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
@@ -198,22 +198,22 @@ def address(host: str, port: int, token: str | None) -> str:
 
 
 async def page(folder: Path, request: Request) -> Response:
-    """Serve `index.html` or a file of the page's own folder; records, notes and what is outside are as if not there."""
+    """Serve `index.html` or a file of the page's folder; records, notes and files outside are answered with 404."""
     name = request.path_params["name"] or "index.html"
     file = folder / name
     try:
-        there = re.fullmatch(r"(page-[0-9a-f]{16}/)?[^./][^/]*", name) is not None and file.suffix in _PAGE
-        there = there and file.resolve() == folder.resolve() / name and file.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        there = False
-    if there:
+        served = re.fullmatch(r"(page-[0-9a-f]{16}/)?[^./][^/]*", name) is not None and file.suffix in _PAGE
+        served = served and file.resolve() == folder.resolve() / name and file.is_file()
+    except (OSError, ValueError):  # a name that is invalid for files
+        served = False
+    if served:
         return FileResponse(file, headers={"cache-control": "no-cache"}, media_type=_PAGE[file.suffix])
     if name == "index.html":
-        raise Refusal(404, f"{folder} has no index.html: `python -m experiments.explore --run_dir=…` makes the page")
+        raise Refusal(404, f"{folder} has no index.html: `python -m experiments.explore --run_dir=…` writes the page")
     raise Refusal(404, f"there is nothing at {request.url.path[:200]!r}")
 
 
-async def _not_taken(request: Request, error: HTTPException) -> Response:
-    """What the routes themselves refuse: a method that an address does not take."""
-    told = f"{request.method} {request.url.path[:200]} is not served: {error.detail}"
-    return answer(Refusal(error.status_code, told, error.headers))
+async def _refused_route(request: Request, error: HTTPException) -> Response:
+    """Answer what Starlette's routes refuse: a method that a path does not support."""
+    message = f"{request.method} {request.url.path[:200]} is not served: {error.detail}"
+    return answer(Refusal(error.status_code, message, error.headers))

@@ -1,4 +1,4 @@
-"""What Neuronpedia calls a run's model and SAEs, and what its requests have in common."""
+"""Translate Neuronpedia's names of a run's model and SAEs, and read the common fields of its requests."""
 
 import re
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ _LONGEST_ID = 128
 
 
 class Sources:
-    """Finds the SAE that a source id means: `2-res-1k` is the one of `blocks.2.hook_resid_post`.
+    """Finds the SAE of a source id: `2-res-1k` is the SAE of `blocks.2.hook_resid_post`.
 
-    The number is the layer. Where it has several SAEs, the source set says whose: a part of its name is res, att or
-    mlp, as in the ids that `experiments.export` gives. Any other set means the only SAE of the layer.
+    The number is the layer. If the layer has several SAEs, the source set distinguishes them: a part of its name is
+    res, att or mlp, as in the ids from `experiments.export`. Any other set means the only SAE of the layer.
 
     Args:
       session: the model and its SAEs.
-      model_id: what Neuronpedia calls the model; requests for another are refused. None takes any.
+      model_id: Neuronpedia's name for the model; requests for another are refused. None accepts any.
     """
 
     def __init__(self, session: Session, model_id: str | None = None):
@@ -31,61 +31,60 @@ class Sources:
         self._at = {parse(hook): hook for hook in session.im.hooks}
 
     async def fields(self, request: Request) -> Fields:
-        """The body of a request, its names as Neuronpedia writes them now; older clients write source_set.
+        """Return the body of a request with field names in camel case; older clients use snake case.
 
         Raises:
-          Refusal: no such body, or one for another model.
+          Refusal: the body is invalid, or for another model.
         """
         fields = Fields(camel(await self._session.body(request)))
         self.check_model(fields)
         return fields
 
     def check_model(self, fields: Fields) -> None:
-        """Raises Refusal for a request for another model."""
+        """Raise Refusal for a request for another model."""
         model = fields.text("model")
         if self.model_id is not None and model != self.model_id:
             raise Refusal(400, f"Unsupported model {model[:_LONGEST_ID]!r}: this server has {self.model_id}")
 
     def hook(self, source: str) -> str:
-        """The hook of a source.
+        """Return the hook of a source.
 
         Raises:
-          Refusal: no source id, or none of this run.
+          Refusal: the source id is invalid, or not of this run.
         """
         match = _SOURCE.fullmatch(source)
         if match is None:
-            raise Refusal(
-                400, f"the source {source[:_LONGEST_ID]!r} is none: expected LAYER-SET, as in {self._known()}"
-            )
+            raise Refusal(400, f"{source[:_LONGEST_ID]!r} is not a source: expected LAYER-SET, such as {self._known()}")
         hook = self._find(int(match[1]), match[2])
         if hook is None:
-            raise Refusal(400, f"there is no SAE of the source {source}: this run has {self._known()}")
+            raise Refusal(400, f"this run has no SAE of the source {source}: it has {self._known()}")
         return hook
 
-    def of_set(self, name: str) -> dict[str, str]:
-        """The sources of a set, and their hooks.
+    def sources_in_set(self, name: str) -> dict[str, str]:
+        """Return the hooks of the sources in a set, by source id.
 
         Raises:
-          Refusal: the run has none.
+          Refusal: the run has no source in the set.
         """
         layers = sorted({layer for layer, _ in self._at})
-        found = {f"{layer}-{name}": self._find(layer, name) for layer in layers}
-        if not any(found.values()):
+        hooks = {f"{layer}-{name}": self._find(layer, name) for layer in layers}
+        if not any(hooks.values()):
             raise Refusal(400, f"Invalid source set {name[:_LONGEST_ID]!r}: this run has {self._known()}")
-        return {source: hook for source, hook in found.items() if hook is not None}
+        return {source: hook for source, hook in hooks.items() if hook is not None}
 
     @property
     def sets(self) -> list[str]:
-        """Names of the sets there are; longer ones that begin with them mean the same."""
+        """The short names of the run's sets; longer names that begin with one mean the same set."""
         return sorted({_SITES[site] for _, site in self._at})
 
     def _find(self, layer: int, name: str) -> str | None:
+        """Return the hook of a layer and a source set; None if there is none, or several."""
         parts = name.lower().split("__")[0].split("-")
-        told = [site for site, short in _SITES.items() if short in parts]
-        here = [(at, hook) for at, hook in self._at.items() if at[0] == layer]
-        if told:
-            here = [(at, hook) for at, hook in here if at[1] in told]
-        return here[0][1] if len(here) == 1 else None
+        named_sites = [site for site, short in _SITES.items() if short in parts]
+        candidates = [(at, hook) for at, hook in self._at.items() if at[0] == layer]
+        if named_sites:
+            candidates = [(at, hook) for at, hook in candidates if at[1] in named_sites]
+        return candidates[0][1] if len(candidates) == 1 else None
 
     def _known(self) -> str:
         return ", ".join(f"{layer}-{_SITES[site]}" for layer, site in self._at)
@@ -95,7 +94,7 @@ def camel(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a body, and of the objects in its lists, in camel case.
 
     Raises:
-      Refusal: a field stands in both writings.
+      Refusal: a field appears in both camel and snake case.
     """
 
     def inner(value: Any) -> Any:
@@ -109,6 +108,6 @@ def _renamed(value: Mapping[str, Any]) -> dict[str, Any]:
     for name, field in value.items():
         camel_case = re.sub(r"_([a-z])", lambda m: m[1].upper(), name)
         if camel_case in renamed:
-            raise Refusal(400, f"the field {camel_case[:_LONGEST_ID]!r} stands twice, in camel and in snake case")
+            raise Refusal(400, f"the field {camel_case[:_LONGEST_ID]!r} appears twice, in camel and in snake case")
         renamed[camel_case] = field
     return renamed

@@ -1,7 +1,7 @@
-"""Neuronpedia's inference wire, so that a local Neuronpedia can drive a nanochat: what fires on a text, and tokens.
+"""Neuronpedia's inference API, so that a local Neuronpedia can use a nanochat: activations of a text, and tokens.
 
-Names and shapes are those of the inference server of github.com/hijohnnylin/neuronpedia (apps/inference/openapi.json);
-steering is in `wire_steer`. A Neuronpedia whose USE_LOCALHOST_INFERENCE is true asks at port 5002.
+Names and formats are those of the inference server of github.com/hijohnnylin/neuronpedia (apps/inference/openapi.json);
+steering is in `wire_steer`. A Neuronpedia whose USE_LOCALHOST_INFERENCE is true connects to port 5002.
 """
 
 import dataclasses
@@ -21,22 +21,22 @@ from bridge.server.source_ids import Sources
 from bridge.server.wire_steer import BOS, LARGEST, Steering
 
 MOST_RESULTS = 1000
-"""Features that /v1/activation/all gives at most."""
+"""The maximal number of features in an answer of /v1/activation/all."""
 MOST_PER_TOKEN = 100
-"""Features that /v1/activation/topk-by-token gives at most."""
-_PROMPTS = 32  # of a batch
+"""The maximal number of features per token in an answer of /v1/activation/topk-by-token."""
+_PROMPTS = 32  # in a batch
 
 
 def routes(session: Session, model_id: str | None = None) -> list[Route]:
-    """Where Neuronpedia asks.
+    """Return the routes of Neuronpedia's API.
 
     Args:
       session: the model.
-      model_id: its name there; requests for another are refused. None takes any.
+      model_id: Neuronpedia's name for the model; requests for another are refused. None accepts any.
     """
     sources = Sources(session, model_id)
     wire, steering = Wire(session, sources), Steering(session, sources)
-    asked: dict[str, Callable[[Request], Awaitable[Response]]] = {
+    posted: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "activation/single": wire.one(wire.single),
         "activation/single-batch": wire.batch(wire.single),
         "activation/all": wire.one(wire.all),
@@ -48,18 +48,18 @@ def routes(session: Session, model_id: str | None = None) -> list[Route]:
         "steer/completion": steering.completion,
         "steer/completion-chat": steering.completion_chat,
     }
-    told = {"v1/capabilities": wire.capabilities, "capabilities": wire.capabilities, "health": wire.health}
+    read_only = {"v1/capabilities": wire.capabilities, "capabilities": wire.capabilities, "health": wire.health}
     return [
-        *(Route(f"/v1/{path}", endpoint, methods=["POST"]) for path, endpoint in asked.items()),
-        *(Route(f"/{path}", endpoint) for path, endpoint in told.items()),
+        *(Route(f"/v1/{path}", endpoint, methods=["POST"]) for path, endpoint in posted.items()),
+        *(Route(f"/{path}", endpoint) for path, endpoint in read_only.items()),
     ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What is to be read on one prompt.
+    """A request to read features on one prompt.
 
-    `features` are given at each of its tokens, with so many `numbers` each; `make` gets them from the model.
+    The answer has `features` features at each token, with `numbers` numbers each; `make` computes it with the model.
     """
 
     features: int
@@ -68,11 +68,11 @@ class Reading:
 
 
 Read = Callable[[Fields, Sequence[int]], Reading]
-"""Checks the fields of a request for a prompt of tokens."""
+"""Checks the fields of a request and returns what to read on a prompt of token ids."""
 
 
 class Wire:
-    """The endpoints that read. A prompt gets a BOS; what the SAE makes of it is not shown, as Neuronpedia does."""
+    """The endpoints that read activations. A prompt gets a BOS, whose activations are left out, as in Neuronpedia."""
 
     def __init__(self, session: Session, sources: Sources):
         self._session, self._sources = session, sources
@@ -93,7 +93,7 @@ class Wire:
         return endpoint
 
     def batch(self, read: Read) -> Callable[[Request], Awaitable[Response]]:
-        """Return an endpoint for several prompts; its results are those of each."""
+        """Return an endpoint for several prompts; it answers with the result of each."""
 
         async def endpoint(request: Request) -> Response:
             fields = await self._sources.fields(request)
@@ -108,13 +108,13 @@ class Wire:
         return endpoint
 
     async def _readings(self, read: Read, fields: Fields, prompts: Sequence[str]) -> list[Reading]:
-        """Return what is to be read on prompts, of which all are checked before the model runs.
+        """Return what to read on prompts; all are checked before the model runs.
 
         Raises:
-          Refusal: a prompt or a field that does not fit, or an answer that may be too large.
+          Refusal: a prompt or a field is invalid, or the answer may be too large.
         """
         ids = [await self._session.ids(prompt.removeprefix(BOS)) for prompt in prompts]
-        readings = [read(fields, each) for each in ids]
+        readings = [read(fields, prompt_ids) for prompt_ids in ids]
         if readings:
             largest = max(readings, key=lambda reading: reading.features)
             self._session.check_size(largest.features, sum(map(len, ids)), largest.numbers)
@@ -125,38 +125,42 @@ class Wire:
         of_feature = fields.has("source") and fields.has("index")
         if of_feature == (fields.has("vector") and fields.has("hook")):
             raise Refusal(400, "give exactly one of source and index, or vector and hook")
-        values = self._of_feature(fields, ids) if of_feature else self._of_vector(fields, ids)
+        values = self._feature_activations(fields, ids) if of_feature else self._projections(fields, ids)
 
         def make() -> dict[str, Any]:
-            told = values()[1:]
+            activations = values()[1:]
             return {
-                "activation": {"values": told, "maxValue": max(told), "maxValueIndex": told.index(max(told))},
+                "activation": {
+                    "values": activations,
+                    "maxValue": max(activations),
+                    "maxValueIndex": activations.index(max(activations)),
+                },
                 "tokens": self._session.spell(ids)[1:],
-                "tokensIsSpecial": [False] * len(told),
+                "tokensIsSpecial": [False] * len(activations),
             }
 
         return Reading(1, make)
 
-    def _of_feature(self, fields: Fields, ids: Sequence[int]) -> Callable[[], list[float]]:
+    def _feature_activations(self, fields: Fields, ids: Sequence[int]) -> Callable[[], list[float]]:
         hook = self._sources.hook(fields.text("source"))
         index = fields.index("index", self._session.im.sae(hook).d_sae)
         return lambda: self._session.activation(ids, hook, index)
 
-    def _of_vector(self, fields: Fields, ids: Sequence[int]) -> Callable[[], list[float]]:
+    def _projections(self, fields: Fields, ids: Sequence[int]) -> Callable[[], list[float]]:
         hook, width = fields.text("hook"), self._session.nano.config.n_embd
         vector = torch.tensor(fields.numbers("vector", width, LARGEST))
         with refusing():
             find(self._session.im.model, hook)
 
-        def along() -> list[float]:
+        def project() -> list[float]:
             acts = self._session.acts(ids, [hook])[hook][0].float()
             return (acts @ vector.to(acts.device)).tolist()
 
-        return along
+        return project
 
     def all(self, fields: Fields, ids: Sequence[int]) -> Reading:
-        """Read the features that fire most, of all SAEs of a set or some of them. What is silent is left out."""
-        hooks = self._sources.of_set(fields.text("sourceSet"))
+        """Read the features that fire most, of all or some SAEs of a set; features that do not fire are left out."""
+        hooks = self._sources.sources_in_set(fields.text("sourceSet"))
         chosen = fields.texts("selectedSources", len(hooks), [])
         if chosen:
             hooks = {source: self._sources.hook(source) for source in chosen}
@@ -169,8 +173,8 @@ class Wire:
 
         def make() -> dict[str, Any]:
             acts = self._session.acts(ids, sorted(set(hooks.values())))
-            found = [Strongest(self._session.im.sae(hook), acts[hook], sort, ignore_bos) for hook in hooks.values()]
-            rows = strongest(list(hooks), found, most)
+            rankings = [Strongest(self._session.im.sae(hook), acts[hook], sort, ignore_bos) for hook in hooks.values()]
+            rows = strongest(list(hooks), rankings, most)
             return {"activations": rows, "tokens": self._session.spell(ids)}
 
         return Reading(most, make)
@@ -179,19 +183,19 @@ class Wire:
         return self._session.im.sae(hook).d_sae
 
     def topk_by_token(self, fields: Fields, ids: Sequence[int]) -> Reading:
-        """Read the features that fire most at each token. Positions count the BOS, also where it is left out."""
+        """Read the features that fire most at each token. Positions count the BOS even if it is left out."""
         hook = self._sources.hook(fields.text("source"))
         top_k = fields.whole("topK", 1, MOST_PER_TOKEN, 5)
         first = 1 if fields.flag("ignoreBos", True) else 0
 
         def make() -> dict[str, Any]:
-            found, tokens = self._session.strongest(ids, hook, top_k), self._session.spell(ids)
+            features, tokens = self._session.strongest(ids, hook, top_k), self._session.spell(ids)
             results = [
                 {
                     "tokenPosition": i,
                     "token": tokens[i],
                     "isSpecial": i == 0,
-                    "topFeatures": [{"featureIndex": f, "activationValue": value} for f, value in found[i]],
+                    "topFeatures": [{"featureIndex": index, "activationValue": value} for index, value in features[i]],
                 }
                 for i in range(first, len(ids))
             ]
@@ -200,7 +204,7 @@ class Wire:
         return Reading(min(top_k, self._latents(hook)), make, numbers=2)
 
     async def tokenize(self, request: Request) -> Response:
-        """The tokens of a text."""
+        """Return the tokens of a text."""
         fields = await self._sources.fields(request)
         text, bos = fields.text("text"), fields.flag("prependBos", True)
 
@@ -211,14 +215,14 @@ class Wire:
         return await self._session.answer(request, make)
 
     async def sae_vector(self, request: Request) -> Response:
-        """The decoder row of a feature, and its hook."""
+        """Return the decoder row of a feature, and its hook."""
         fields = await self._sources.fields(request)
         hook = self._sources.hook(fields.text("source"))
         sae = self._session.im.sae(hook)
         return JSONResponse({"vector": sae.W_dec[fields.index("index", sae.d_sae)].tolist(), "hookName": hook})
 
     async def capabilities(self, request: Request) -> Response:
-        """What this server can do; names in snake case, as Neuronpedia's has them here."""
+        """Describe this server; field names are in snake case, as in Neuronpedia's own server."""
         session, limits = self._session, self._session.limits
         endpoints = ("tokenize", "activation_single", "activation_all", "activation_topk_by_token", "steer_completion")
         others = ("activation_source", "activation_raw", "activation_attention", "dfa", "lens_logit", "lens_jacobian")
@@ -243,5 +247,5 @@ class Wire:
         )
 
     async def health(self, request: Request) -> Response:
-        """That it is there."""
+        """Report that the server is running."""
         return JSONResponse({"status": "healthy"})

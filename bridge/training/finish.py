@@ -88,7 +88,7 @@ def _measure(
         excluded_ids(config.exclude_tokens, nano.tokenizer),
         config.drop_sinks,
         config.tokens_per_forward,
-        beside=trainee.hooks[1:],
+        other_hooks=trainee.hooks[1:],
     )
     with Progress(f"measuring {trainee.label}", rows.size, "tokens") as progress, progress.tokens_of(nano.model):
         sums = survey(site, sae, site.batches(rows)).sums

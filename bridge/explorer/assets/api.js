@@ -1,27 +1,27 @@
-/* The server behind the page, where there is one: what it can do, and how it is asked. */
+/* Requests to the server of the page, if there is one. */
 "use strict";
 
 (() => {
-  /* Asks the server; what it refuses comes as an Error with its words. */
+  /* Send a request; a refusal throws an Error with the server's message. */
   async function ask(path, body, signal) {
-    const told = body === undefined ? { signal } : {
+    const options = body === undefined ? { signal } : {
       method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body), signal,
     };
     let answer;
     try {
-      answer = await fetch(`api/${path}`, told);
+      answer = await fetch(`api/${path}`, options);
     } catch (error) {
       if (error.name === "AbortError") throw error;
       throw new Error("the server does not answer: is it still running?");
     }
     if (!answer.ok) {
-      const refused = await answer.json().catch(() => ({}));
-      throw new Error(refused.error ?? `the server answers ${answer.status}`);
+      const refusal = await answer.json().catch(() => ({}));
+      throw new Error(refusal.error ?? `the server answers ${answer.status}`);
     }
     return answer;
   }
 
-  /* Lines of JSON as they come. */
+  /* Yield lines of JSON as they arrive. */
   async function* lines(answer) {
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
@@ -34,11 +34,11 @@
         if (done) return;
       }
     } finally {
-      reader.cancel().catch(() => {}); // a connection that broke has nothing left to cancel
+      reader.cancel().catch(() => {}); // a broken connection has nothing to cancel
     }
   }
 
-  /* Asks again and again, the last question only: `answer` sees no reply to an earlier one. */
+  /* Return a function that sends a request and aborts the previous one: `answer` sees only the reply to the latest. */
   function latest(path, answer, failed) {
     let running = null;
     return async (body) => {
@@ -54,7 +54,7 @@
     };
   }
 
-  /* Finds out whether a server stands behind the page. A page from the disk has none. */
+  /* Find out whether the page has a server. A page from disk has none. */
   jsae.connect = async () => {
     if (!location.protocol.startsWith("http")) return;
     try {
@@ -62,7 +62,7 @@
       if (info.live !== true) return;
       jsae.live = info;
     } catch {
-      return; // the same files on a server of plain files
+      return; // a server of static files
     }
     try {
       jsae.data.notes = (await (await ask("notes")).json()).notes;

@@ -1,4 +1,4 @@
-/* Puts the page together: what the address says, the keyboard, the theme, and whether a server is there. */
+/* Assemble the page: the address, the keyboard, the theme, and the connection to the server. */
 "use strict";
 
 (() => {
@@ -22,10 +22,10 @@
   }
 
   function read() {
-    const told = new URLSearchParams(location.hash.slice(1));
-    const hook = told.has("hook") ? hookNumber(told.get("hook")) : at.hook;
-    const latent = /^\d+$/.test(told.get("latent") ?? "") ? Number(told.get("latent")) : null;
-    return { hook, latent, view: told.get("view") ?? "", asked: told };
+    const asked = new URLSearchParams(location.hash.slice(1));
+    const hook = asked.has("hook") ? hookNumber(asked.get("hook")) : at.hook;
+    const latent = /^\d+$/.test(asked.get("latent") ?? "") ? Number(asked.get("latent")) : null;
+    return { hook, latent, view: asked.get("view") ?? "", asked };
   }
 
   async function route() {
@@ -55,8 +55,8 @@
 
   /* ---- keyboard ---- */
 
-  const KEYS = [["j or →", "next latent of the list"], ["k or ←", "previous latent"], ["/", "search"], ["Enter", "open the first that is found"],
-    ["Esc", "leave the search; back to the overview"], ["Tab, ← → ↑ ↓", "through the tokens of the texts"], ["f", "snippets or full texts"], ["r", "any latent that fires"], ["t", "light or dark"], ["?", "this help"]];
+  const KEYS = [["j or →", "next latent of the list"], ["k or ←", "previous latent"], ["/", "search"], ["Enter", "open the first result"],
+    ["Esc", "leave the search; back to the overview"], ["Tab, ← → ↑ ↓", "move through the tokens of the texts"], ["f", "snippets or full texts"], ["r", "a random latent that fires"], ["t", "light or dark"], ["?", "this help"]];
 
   const TYPED = "textarea, select, input:not([type=checkbox]):not([type=range])";
 
@@ -94,7 +94,7 @@
 
   /* ---- views ---- */
 
-  /* The links to the views. Where there is room, the list and the overview stand side by side and need none. */
+  /* Draw the links to the views. On a wide screen the list and the overview are side by side and need none. */
   function drawTabs() {
     const tabs = [["", "Latents", "#", !jsae.live], ["overview", "Overview", "#view=overview", true],
       ...(jsae.live ? [["text", "Your text", "#view=text"], ["steer", "Steer", "#view=steer"]] : [])];
@@ -120,7 +120,7 @@
     document.getElementById("theme").addEventListener("click", turnTheme);
     document.getElementById("help").addEventListener("click", help);
     document.querySelector(".skip").addEventListener("click", (event) => {
-      event.preventDefault(); // the address is the latent's
+      event.preventDefault(); // the address holds the latent
       main.focus();
     });
     window.addEventListener("hashchange", route);

@@ -1,4 +1,4 @@
-/* Histograms and bars, drawn as SVG by hand. */
+/* Draw histograms and bars as SVG. */
 "use strict";
 
 (() => {
@@ -6,7 +6,7 @@
   const WIDE = 320;
   const HIGH = 96;
 
-  /* A histogram with its range beneath. `tone(i)` gives the class and the strength of bar i. */
+  /* Return a histogram with its range below. `tone(i)` returns the class and the strength of bar i. */
   function histogram(counts, [from, to], { label, unit, tone, marks = [] }) {
     const most = Math.max(1, ...counts);
     const step = WIDE / counts.length;
@@ -32,7 +32,7 @@
       el("figcaption", {}, el("span", {}, number(from)), zero, el("span", {}, number(to))));
   }
 
-  /* A value as a bar within a cell; `share` from 0 to 1. */
+  /* Return a value as a bar within a cell; `share` is from 0 to 1. */
   const bar = (share, kind = "") => el("span", { class: `meter ${kind}`, vars: { "--w": `${Math.max(0, Math.min(1, share)) * 100}%` } });
 
   jsae.charts = { histogram, bar };

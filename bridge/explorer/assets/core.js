@@ -1,10 +1,10 @@
-/* What every part of the page uses: elements, numbers as people read them, and the scripts that bring data. */
+/* Shared functions of the page: elements, formatting of numbers, and loading of data. */
 "use strict";
 
 window.jsae = {};
 
 (() => {
-  /* Makes an element. Text always goes in as text: nothing on this page is ever parsed as markup. */
+  /* Return a new element. Text is always inserted as text: nothing on this page is parsed as markup. */
   function el(tag, props, ...children) {
     return fill(document.createElement(tag), props, children);
   }
@@ -55,12 +55,12 @@ window.jsae = {};
 
   const arrived = new Map();
   const asked = new Map();
-  const folder = document.currentScript.src; // the data lies beside this script
+  const folder = document.currentScript.src; // the data files are in the folder of this script
 
-  /* What the data files call. */
+  /* Called by the data files. */
   jsae.put = (name, data) => arrived.set(name, data);
 
-  /* The data of a file beside the page, brought by a script: a page from the disk may not fetch. */
+  /* Load a data file with a script element: a page from disk may not fetch. */
   function load(name) {
     if (!asked.has(name)) {
       asked.set(name, new Promise((resolve, reject) => {
@@ -69,12 +69,12 @@ window.jsae = {};
         script.onload = () => {
           script.remove();
           if (arrived.has(name)) resolve(arrived.get(name));
-          else reject(new Error(`${name}.js holds no data: write the page anew`));
+          else reject(new Error(`${name}.js holds no data: write the page again`));
           arrived.delete(name);
         };
         script.onerror = () => {
           asked.delete(name);
-          reject(new Error(`${name}.js is not there: load this page again, it was written anew meanwhile`));
+          reject(new Error(`${name}.js does not exist: reload this page, it was rewritten in the meantime`));
         };
         document.head.append(script);
       }));
@@ -82,11 +82,11 @@ window.jsae = {};
     return asked.get(name);
   }
 
-  /* ---- what hovers and what is said in passing ---- */
+  /* ---- tooltips and messages ---- */
 
   const tips = new WeakMap();
 
-  /* Shows what `tips` knows of the element under the pointer: an array of [name, value] or a function that gives one. */
+  /* Show the tooltip of the element under the pointer: an array of [name, value], or a function that returns one. */
   function watchTips() {
     const tip = document.getElementById("tip");
     const show = (event) => {
@@ -97,8 +97,8 @@ window.jsae = {};
         return;
       }
       if (event.type === "focusin") node.setAttribute("aria-describedby", "tip");
-      const told = tips.get(node);
-      tip.replaceChildren(...(typeof told === "function" ? told() : told).map(([name, value]) =>
+      const content = tips.get(node);
+      tip.replaceChildren(...(typeof content === "function" ? content() : content).map(([name, value]) =>
         el("div", {}, name && el("span", {}, name), el("b", {}, String(value)))));
       tip.hidden = false;
       place(tip, node.getClientRects()[0] ?? node.getBoundingClientRect(), event);
@@ -112,7 +112,7 @@ window.jsae = {};
 
   function place(tip, box, event) {
     const wide = tip.offsetWidth;
-    const broad = box.width > 300 && event.clientX; // then the pointer says where
+    const broad = box.width > 300 && event.clientX; // then place it at the pointer
     const middle = broad ? event.clientX : box.left + box.width / 2;
     const left = Math.min(Math.max(8, middle - wide / 2), document.documentElement.clientWidth - wide - 8);
     const above = (broad ? event.clientY - 4 : box.top) - tip.offsetHeight - 6;
@@ -144,19 +144,19 @@ window.jsae = {};
     toast(`${what} copied`);
   }
 
-  /* Runs `act` once things have been quiet for a while. */
+  /* Return a function that runs `act` after it has not been called for some time. */
   function later(act, milliseconds) {
     let timer = 0;
-    return (...told) => {
+    return (...args) => {
       clearTimeout(timer);
-      timer = setTimeout(() => act(...told), milliseconds);
+      timer = setTimeout(() => act(...args), milliseconds);
     };
   }
 
-  /* A small picture: lines in a square of 24. */
+  /* Return an icon of lines in a square of 24 units. */
   const icon = (path) => svg("svg", { viewBox: "0 0 24 24", width: 15, height: 15, "aria-hidden": "true", class: "lines" }, svg("path", { d: path }));
 
-  /* A choice of one out of few, as buttons. */
+  /* Return a choice of one of a few options, as buttons. */
   function segmented(name, options, chosen, act) {
     const group = el("div", { class: "segmented", role: "group", "aria-label": name });
     const choose = (value) => {
@@ -174,7 +174,7 @@ window.jsae = {};
       try { return localStorage.getItem(`jsae.${key}`); } catch { return null; }
     },
     set(key, value) {
-      try { localStorage.setItem(`jsae.${key}`, value); } catch { /* private windows keep nothing */ }
+      try { localStorage.setItem(`jsae.${key}`, value); } catch { /* private windows store nothing */ }
     },
   };
 

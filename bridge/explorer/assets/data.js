@@ -1,4 +1,4 @@
-/* The records as the page reads them: base64 columns to typed arrays, files brought when they are asked for. */
+/* Read the records: base64 columns become typed arrays, files are loaded on demand. */
 "use strict";
 
 (() => {
@@ -6,25 +6,25 @@
 
   function bytes(base64) {
     const text = atob(base64);
-    const found = new Uint8Array(text.length);
-    for (let i = 0; i < text.length; i++) found[i] = text.charCodeAt(i);
-    return found;
+    const decoded = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) decoded[i] = text.charCodeAt(i);
+    return decoded;
   }
 
   const column = (base64, Type) => new Type(bytes(base64).buffer);
 
-  /* Offsets of parts of these lengths. */
+  /* Return the offsets of parts of these lengths. */
   function offsets(lengths) {
-    const found = new Uint32Array(lengths.length + 1);
-    for (let i = 0; i < lengths.length; i++) found[i + 1] = found[i] + lengths[i];
-    return found;
+    const sums = new Uint32Array(lengths.length + 1);
+    for (let i = 0; i < lengths.length; i++) sums[i + 1] = sums[i] + lengths[i];
+    return sums;
   }
 
-  const data = { manifest: null, notes: [] }; // notes: those that a server knows, of people
+  const data = { manifest: null, notes: [] }; // notes: those of people, from the server
   const lists = new Map();
   const texts = new Map();
 
-  /* Reads what the run is and its vocabulary. */
+  /* Load the manifest and the vocabulary. */
   data.open = async () => {
     const [manifest, vocabulary] = await Promise.all([load("manifest"), load("vocabulary")]);
     jsae.tokens.use(bytes(vocabulary.bytes), offsets(column(vocabulary.lengths, Uint16Array)), manifest.special);
@@ -32,11 +32,11 @@
     return manifest;
   };
 
-  /* The latents of hook number `hook`, a line each. */
+  /* Load the list of latents of hook number `hook`. */
   data.list = (hook) => {
     if (!lists.has(hook)) {
-      lists.set(hook, load(`list-${hook}`).then((told) => {
-        const list = new Latents(hook, told);
+      lists.set(hook, load(`list-${hook}`).then((file) => {
+        const list = new Latents(hook, file);
         for (const note of data.notes) if (note.hook === list.info.hook) list.name(note);
         return list;
       }));
@@ -45,26 +45,26 @@
   };
 
   class Latents {
-    constructor(hook, told) {
+    constructor(hook, file) {
       this.hook = hook;
       this.info = data.manifest.hooks[hook];
       this.size = this.info.d_sae;
-      this.count = column(told.count, Float64Array);
-      this.max = column(told.max, Float32Array);
-      this.mean = column(told.mean, Float32Array);
-      this.f1 = column(told.f1, Float32Array);
-      this.labels = told.labels;
-      this.byPerson = new Set(told.by_person.map(([latent]) => latent));
-      this.automatic = new Map(told.by_person.map(([latent, label, f1]) => [latent, [label, f1 ?? NaN]]));
-      this.notes = new Map(told.notes);
-      this.fit = new Map(told.fit.map(([latent, precision, recall]) => [latent, { precision, recall }]));
-      this.logits = column(told.logits, Uint16Array);
+      this.count = column(file.count, Float64Array);
+      this.max = column(file.max, Float32Array);
+      this.mean = column(file.mean, Float32Array);
+      this.f1 = column(file.f1, Float32Array);
+      this.labels = file.labels;
+      this.byPerson = new Set(file.by_person.map(([latent]) => latent));
+      this.automatic = new Map(file.by_person.map(([latent, label, f1]) => [latent, [label, f1 ?? NaN]]));
+      this.notes = new Map(file.notes);
+      this.fit = new Map(file.fit.map(([latent, precision, recall]) => [latent, { precision, recall }]));
+      this.logits = column(file.logits, Uint16Array);
       this.perLatent = this.logits.length / this.size;
-      this.snippets = column(told.snippets, Uint16Array);
-      this.snippetOffsets = offsets(bytes(told.snippet_lengths));
-      this.snippetPeaks = bytes(told.snippet_peaks);
-      this.peaks = column(told.peaks, Uint16Array);
-      this.peakOffsets = offsets(bytes(told.peak_lengths));
+      this.snippets = column(file.snippets, Uint16Array);
+      this.snippetOffsets = offsets(bytes(file.snippet_lengths));
+      this.snippetPeaks = bytes(file.snippet_peaks);
+      this.peaks = column(file.peaks, Uint16Array);
+      this.peakOffsets = offsets(bytes(file.peak_lengths));
       this.haystacks = new Array(this.size);
     }
 
@@ -80,7 +80,7 @@
       return this.density(latent) > 0.1;
     }
 
-    /* The label, else what there is to say of a latent without one. */
+    /* Return the label, or a description of a latent without one. */
     title(latent) {
       return this.labels[latent] || (this.dead(latent) ? "never fires" : "no label");
     }
@@ -90,22 +90,22 @@
       return { ids: this.snippets.subarray(start, end), peak: this.snippetPeaks[latent] };
     }
 
-    /* The snippet as tokens with their texts. */
+    /* Return the snippet as tokens with their texts. */
     spelled(latent) {
       return jsae.tokens.spell(this.snippet(latent).ids, { before: true, after: true });
     }
 
-    /* The tokens that it raises, most first. */
+    /* Return the tokens that the latent raises, most first. */
     raised(latent) {
       return this.logits.subarray(latent * this.perLatent, (latent + 1) * this.perLatent);
     }
 
-    /* The tokens on which it is strongest in its strongest texts. */
+    /* Return the tokens on which the latent is strongest in its strongest texts. */
     strongest(latent) {
       return this.peaks.subarray(this.peakOffsets[latent], this.peakOffsets[latent + 1]);
     }
 
-    /* All that a latent can be found by, in small letters. */
+    /* Return all texts by which the search finds a latent, in lower case. */
     haystack(latent) {
       if (this.haystacks[latent] === undefined) {
         const words = (ids) => Array.from(ids, (id) => jsae.tokens.word(id)).join("\n");
@@ -117,7 +117,7 @@
       return this.haystacks[latent];
     }
 
-    /* Takes a name that a person gave; "" gives the automatic one back. */
+    /* Set a person's label and note; the label "" restores the automatic one. */
     name({ latent, label, note }) {
       if (latent >= this.size) return;
       if (!this.byPerson.has(latent)) this.automatic.set(latent, [this.labels[latent], this.f1[latent]]);
@@ -132,7 +132,7 @@
     }
   }
 
-  /* All about one latent, with the tokens of its examples. */
+  /* Load the details of one latent, with the tokens of its examples. */
   data.latent = async (hook, latent) => {
     const list = await data.list(hook);
     const size = data.manifest.shard;
@@ -164,9 +164,9 @@
 
   async function opened(name) {
     if (!shards.has(name)) {
-      const told = await load(name);
-      const columns = Object.entries(SHARD_COLUMNS).map(([key, Type]) => [key, column(told[key], Type)]);
-      const shard = { first: told.first, ...Object.fromEntries(columns) };
+      const file = await load(name);
+      const columns = Object.entries(SHARD_COLUMNS).map(([key, Type]) => [key, column(file[key], Type)]);
+      const shard = { first: file.first, ...Object.fromEntries(columns) };
       shards.set(name, { ...shard, size: shard.examples.length - 1 });
     }
     return shards.get(name);
@@ -180,7 +180,7 @@
     return { group: shard.group[e], row: shard.row[e], position: shard.position[e], value: shard.value[e], values };
   }
 
-  /* The tokens around a position of a row, as far as the page holds them. */
+  /* Load the tokens around a position of a row, as many as the page holds. */
   async function window_(row, position) {
     const { row_length: length, radius, texts: cuts } = data.manifest;
     const from = Math.max(position - radius, 0);
@@ -193,15 +193,15 @@
 
   function text(number) {
     if (!texts.has(number)) {
-      texts.set(number, load(`texts-${number}`).then((told) => ({
-        starts: column(told.starts, Uint32Array), offsets: offsets(column(told.lengths, Uint32Array)),
-        tokens: column(told.tokens, Uint16Array),
+      texts.set(number, load(`texts-${number}`).then((file) => ({
+        starts: column(file.starts, Uint32Array), offsets: offsets(column(file.lengths, Uint32Array)),
+        tokens: column(file.tokens, Uint16Array),
       })));
     }
     return texts.get(number);
   }
 
-  /* The index of the last of some rising numbers that is not above `value`. */
+  /* Return the index of the last of ascending numbers that is not above `value`. */
   function last(rising, value) {
     let [low, high] = [0, rising.length - 1];
     while (low < high) {

@@ -1,26 +1,26 @@
-/* The page of one latent: its numbers, its histograms, what it writes, whom it is like, and the texts it fires on. */
+/* The page of one latent: numbers, histograms, logits, similar latents, and the texts on which it fires. */
 "use strict";
 
 (() => {
   const { el, number, percent, whole, segmented } = jsae;
   const COPY = "M9 9h11v11H9zM15 9V4H4v11h5";
-  const FIRST = 10; // entries of a table before one asks for more
-  const GROUPS = 7; // the strongest, five fifths of [0, max], texts without
+  const FIRST = 10; // entries of a table before it is expanded
+  const GROUPS = 7; // the strongest, five fifths of [0, max], texts without activations
   const view = { size: "snippet", breaks: jsae.remembered.get("breaks") === "yes" };
 
   async function show(main, hook, latent, still) {
-    const found = await jsae.data.latent(hook, latent);
+    const details = await jsae.data.latent(hook, latent);
     if (!still()) return;
     const texts = jsae.tokens.walk(el("div", { class: "groups" }), "Texts");
     main.replaceChildren(el("article", { class: "page latent", "data-latent": latent },
-      head(found),
+      head(details),
       el("div", { class: "columns" },
-        el("div", { class: "texts" }, jsae.trace?.card(found), contexts(found, texts)),
-        el("aside", { class: "side", "aria-label": "Numbers" }, fires(found), writes(found), alike(found)))));
+        el("div", { class: "texts" }, jsae.trace?.card(details), contexts(details, texts)),
+        el("aside", { class: "side", "aria-label": "Numbers" }, fires(details), writes(details), alike(details)))));
     main.scrollTop = 0;
   }
 
-  /* ---- what it is ---- */
+  /* ---- the head ---- */
 
   function head({ list, latent }) {
     const label = list.labels[latent];
@@ -50,10 +50,10 @@
 
   function origin(list, latent) {
     if (list.byPerson.has(latent)) return "named by a person";
-    if (!list.labels[latent]) return list.dead(latent) ? "it fired on no token of the text that was read" : "no label was found";
+    if (!list.labels[latent]) return list.dead(latent) ? "it fired on no token of the text" : "no label was found";
     const fit = list.fit.get(latent);
-    const told = [jsae.list.badge(list, latent), " F1 of this automatic label on text that had no part in choosing it"];
-    return fit ? [...told, ` · precision ${number(fit.precision ?? NaN)} · recall ${number(fit.recall ?? NaN)}`] : ["automatic label"];
+    const score = [jsae.list.badge(list, latent), " F1 of this automatic label on text that was not used to choose it"];
+    return fit ? [...score, ` · precision ${number(fit.precision ?? NaN)} · recall ${number(fit.recall ?? NaN)}`] : ["automatic label"];
   }
 
   /* ---- the side: histograms, logits, other latents ---- */
@@ -64,7 +64,7 @@
     if (list.dead(latent)) return null;
     const [from, to] = histRange;
     const middle = (i) => (from + ((to - from) * (i + 0.5)) / hist.length) / list.max[latent];
-    return card("Activations", "tokens by strength, zeros left out", jsae.charts.histogram(hist, [from, to], {
+    return card("Activations", "tokens by strength, without zeros", jsae.charts.histogram(hist, [from, to], {
       label: `Histogram of ${whole(list.count[latent])} activations from ${number(from)} to ${number(to)}`, unit: "tokens",
       tone: (i) => ({ kind: "warm", share: middle(i) }), marks: [1, 2, 3, 4].map((k) => (list.max[latent] * k) / 5),
     }));
@@ -74,14 +74,14 @@
     const [from, to] = logitRange;
     const far = Math.max(Math.abs(from), Math.abs(to)) || 1;
     const middle = (i) => from + ((to - from) * (i + 0.5)) / logitHist.length;
-    const turned = list.info.direct_path;
-    return card("Logits", "what it writes, straight to the output",
+    const factor = list.info.direct_path;
+    return card("Logits", "direct effect on the output",
       jsae.charts.histogram(logitHist, [from, to], {
         label: `Histogram of the logits of all tokens from ${number(from)} to ${number(to)}`, unit: "tokens of the vocabulary",
         tone: (i) => ({ kind: middle(i) < 0 ? "cool" : "warm", share: 0.35 + (0.65 * Math.abs(middle(i))) / far }),
       }),
       el("div", { class: "logits" }, logits("Raised", top, far, "warm"), logits("Lowered", bottom, far, "cool")),
-      turned !== null && turned !== 1 && el("p", { class: "quiet small" }, `The model passes this layer's stream on to its output times ${number(turned)}; the values have that factor.`));
+      factor !== null && factor !== 1 && el("p", { class: "quiet small" }, `The model multiplies this layer's direct path to its output by ${number(factor)}; the values include this factor.`));
   }
 
   function logits(name, pairs, far, kind) {
@@ -91,28 +91,28 @@
     return el("div", {}, table(rows.slice(0, FIRST), el("caption", {}, name)), more(rows.slice(FIRST), (rest) => table(rest)));
   }
 
-  /* What does not fit the first look. */
-  const more = (rest, made) => rest.length > 0 && el("details", { class: "more" }, el("summary", {}, `${rest.length} more`), made(rest));
+  /* Return the rest of a table, folded. */
+  const more = (rest, draw) => rest.length > 0 && el("details", { class: "more" }, el("summary", {}, `${rest.length} more`), draw(rest));
 
   function alike({ list, neighbours, together }) {
-    const rows = (pairs, told) => pairs.map(({ id, value }) =>
-      el("li", {}, jsae.latentLink(list, id), el("span", { class: "number" }, jsae.charts.bar(value, "grey"), told(value))));
+    const rows = (pairs, format) => pairs.map(({ id, value }) =>
+      el("li", {}, jsae.latentLink(list, id), el("span", { class: "number" }, jsae.charts.bar(value, "grey"), format(value))));
     const table = (some) => el("ol", { class: "picks" }, some);
-    const others = (name, note, pairs, told) => {
-      const all = rows(pairs, told);
+    const others = (name, note, pairs, format) => {
+      const all = rows(pairs, format);
       return all.length > 0 && card(name, note, table(all.slice(0, FIRST)), more(all.slice(FIRST), table));
     };
     return [
-      others("Neighbours", "cosine of the directions they write", neighbours, (value) => value.toFixed(2)),
+      others("Neighbours", "cosine of decoder directions", neighbours, (value) => value.toFixed(2)),
       others("Fires together with", "share of this latent's tokens", together, percent),
     ];
   }
 
   /* ---- the texts ---- */
 
-  function contexts(found, groups) {
-    const { list, latent } = found;
-    const draw = () => groups.replaceChildren(...Array.from({ length: GROUPS }, (_, group) => texts(found, group)).filter(Boolean));
+  function contexts(details, groups) {
+    const { list, latent } = details;
+    const draw = () => groups.replaceChildren(...Array.from({ length: GROUPS }, (_, group) => texts(details, group)).filter(Boolean));
     const breaks = el("label", { class: "check" }, el("input", {
       type: "checkbox", id: "breaks", checked: view.breaks, on: { change: (event) => {
         view.breaks = event.target.checked;
@@ -121,7 +121,7 @@
       } },
     }), "Line breaks");
     draw();
-    if (!found.examples.length) groups.append(el("p", { class: "quiet pad" }, `#${latent} fired on none of the ${jsae.short(list.info.tokens)} tokens that were read.`));
+    if (!details.examples.length) groups.append(el("p", { class: "quiet pad" }, `#${latent} fired on none of the ${jsae.short(list.info.tokens)} tokens of the text.`));
     return el("section", { class: "contexts" }, el("div", { class: "bartop" }, el("h2", {}, "Texts"), el("span", { class: "grow" }),
       segmented("Size of the context", [["snippet", "Snippet"], ["full", "Full"]], view.size, (size) => {
         view.size = size;
@@ -129,10 +129,10 @@
       }), breaks), groups);
   }
 
-  function texts(found, group) {
-    const { list, latent, shares } = found;
+  function texts(details, group) {
+    const { list, latent, shares } = details;
     const max = list.max[latent];
-    const some = found.examples.filter((example) => example.group === group);
+    const some = details.examples.filter((example) => example.group === group);
     if (!some.length) return null;
     const edge = (k) => number((max * k) / 5);
     const [name, note] = group === 0 ? ["Strongest", `up to ${number(max)}`]
@@ -144,17 +144,17 @@
 
   function text(example, max) {
     let size = view.size;
-    let told = "";
+    let raw = "";
     const place = el("div", { class: "place" });
     const draw = () => {
-      const { node, text: raw } = jsae.tokens.context(example, max, { size, breaks: view.breaks });
+      const { node, text: content } = jsae.tokens.context(example, max, { size, breaks: view.breaks });
       place.replaceChildren(node);
-      told = raw;
+      raw = content;
       value.setAttribute("aria-expanded", String(size === "full"));
     };
     const value = el("button", {
-      type: "button", class: "value", title: "All of this text, or a line of it",
-      "aria-label": `Activation ${number(example.value)}: show all of this text, or a line of it`,
+      type: "button", class: "value", title: "Show the whole text, or one line",
+      "aria-label": `Activation ${number(example.value)}: show the whole text, or one line`,
       on: { click: () => {
         size = size === "full" ? "snippet" : "full";
         draw();
@@ -162,7 +162,7 @@
     }, example.value ? number(example.value) : "0");
     draw();
     return el("li", { class: "example" }, value, place,
-      el("button", { type: "button", class: "icon copy", "aria-label": "Copy this text", title: "Copy this text", on: { click: () => jsae.copy(told, "Text") } }, jsae.icon(COPY)));
+      el("button", { type: "button", class: "icon copy", "aria-label": "Copy this text", title: "Copy this text", on: { click: () => jsae.copy(raw, "Text") } }, jsae.icon(COPY)));
   }
 
   jsae.latent = { show };

@@ -1,13 +1,13 @@
-/* The list of latents: search, sort, filter, and as many rows as there are without drawing more than fit. */
+/* The list of latents: search, sort and filter; only visible rows are drawn. */
 "use strict";
 
 (() => {
   const { el, svg, number, percent, whole, later } = jsae;
   const ROW = 62; // pixels, as in explorer.css
-  const AROUND = 4; // rows that are drawn beyond either edge
+  const AROUND = 4; // extra rows drawn beyond either edge
 
   const SORTS = {
-    match: ["Best match", (list, i) => i, 1], // of a search; by number without one
+    match: ["Best match", (list, i) => i, 1], // for a search; without one by number
     index: ["Number", (list, i) => i, 1],
     density: ["Density", (list, i) => list.count[i], -1],
     max: ["Largest activation", (list, i) => list.max[i], -1],
@@ -23,16 +23,16 @@
     named: ["Named", (list, i) => list.byPerson.has(i) || list.notes.has(i), "named or noted by a person"],
   };
   const RANGES = {
-    density: { name: "Density", of: (list, i) => list.density(i), told: percent, ends: () => [1e-6, 1] },
-    max: { name: "Largest activation", of: (list, i) => list.max[i], told: number, ends: maxima },
+    density: { name: "Density", value: (list, i) => list.density(i), format: percent, bounds: () => [1e-6, 1] },
+    max: { name: "Largest activation", value: (list, i) => list.max[i], format: number, bounds: maxima },
   };
   const fresh = () => ({ query: "", sort: "match", turned: false, states: new Set(), logit: "", density: [0, 1], max: [0, 1] });
 
   const view = { list: null, order: [], matches: new Map(), chosen: -1, top: 0, state: fresh(), open: false };
-  const drawn = new Map(); // rows that are elements, by their place in the order
+  const drawn = new Map(); // elements of rows, by their index in the order
   let parts = {};
 
-  /* Draws the pane once; `show` fills it with the latents of a hook. */
+  /* Draw the pane once; `show` fills it with the latents of a hook. */
   function build() {
     parts = {
       search: el("input", {
@@ -42,7 +42,7 @@
       sort: el("select", { "aria-label": "Sort by", id: "sort", on: { change: () => set({ sort: parts.sort.value, turned: false }) } },
         Object.entries(SORTS).map(([key, [name]]) => el("option", { value: key, id: `sort-${key}` }, name))),
       turn: el("button", {
-        type: "button", class: "icon", id: "turn", "aria-label": "Turn the order round", title: "Turn the order round",
+        type: "button", class: "icon", id: "turn", "aria-label": "Reverse the order", title: "Reverse the order",
         on: { click: () => set({ turned: !view.state.turned }) },
       }, "⇅"),
       filters: el("button", { type: "button", class: "plain", id: "filters", "aria-expanded": "false", on: { click: unfold } }, "Filter"),
@@ -82,14 +82,14 @@
 
   const find = (list, state) => search(list, state).order;
 
-  /* The latents that the state lets through, in its order, and why the query matches each; with equal keys the lower
-     number stands first. */
+  /* Return the latents that pass the filters, in the chosen order, and their matches with the query; ties are ordered
+     by number. */
   function search(list, { query, sort, turned, states, logit, ...rest }) {
     const words = query.toLowerCase().trim();
     const token = logit.toLowerCase();
     const within = Object.keys(RANGES).map((key) => inside(list, key, rest[key]));
     const [, key, direction] = SORTS[sort];
-    const found = [];
+    const latents = [];
     const reasons = new Map();
     for (let i = 0; i < list.size; i++) {
       if ([...states].some((name) => !STATES[name][1](list, i))) continue;
@@ -100,39 +100,39 @@
         if (!match) continue;
         reasons.set(i, match);
       }
-      found.push(i);
+      latents.push(i);
     }
     if (sort === "match" && words) {
-      const order = found.sort(jsae.search.compare(list, reasons));
+      const order = latents.sort(jsae.search.compare(list, reasons));
       return { order: turned ? order.reverse() : order, matches: reasons };
     }
-    const keys = found.map((i) => key(list, i));
+    const keys = latents.map((i) => key(list, i));
     const sign = turned ? -direction : direction;
-    const compare = (a, b) => (keys[a] < keys[b] ? -sign : keys[a] > keys[b] ? sign : found[a] - found[b]);
-    return { order: found.map((_, i) => i).sort(compare).map((i) => found[i]), matches: reasons };
+    const compare = (a, b) => (keys[a] < keys[b] ? -sign : keys[a] > keys[b] ? sign : latents[a] - latents[b]);
+    return { order: latents.map((_, i) => i).sort(compare).map((i) => latents[i]), matches: reasons };
   }
 
-  /* A token is found by itself whole, or by a part of it that is longer than a letter. */
+  /* Return whether a token matches a word: the whole of it, or a part of more than one letter. */
   const matches = (word, token) => word === token || word.trim() === token.trim() || (token.trim().length > 1 && word.includes(token));
 
   /* ---- filters ---- */
 
-  /* The least and the largest of what latents that fire have as their largest activation. */
+  /* Return the smallest and the largest maximal activation among latents that fire. */
   function maxima(list) {
     let [least, most] = [Infinity, 0];
     for (const value of list.max) if (value > 0) [least, most] = [Math.min(least, value), Math.max(most, value)];
     return most > 0 ? [least, Math.max(most, least * 1.01)] : [0.1, 1];
   }
 
-  /* Where a value stands between the ends of a range, from 0 to 1 by powers of ten, and what stands there. */
+  /* Map a value to its logarithmic position between the bounds of a range, 0 to 1, and back. */
   const scale = (value, [low, high]) => (value > low ? Math.min(1, Math.log(value / low) / Math.log(high / low)) : 0);
   const unscale = (share, [low, high]) => low * (high / low) ** share;
 
-  /* Whether a latent lies in the chosen part of a range; an end that was not moved leaves all through. */
+  /* Return a test whether a latent is in the chosen part of a range; a handle that was not moved excludes nothing. */
   function inside(list, key, [low, high]) {
-    const { of, ends } = RANGES[key];
-    const [from, to] = [low, high].map((share) => unscale(share, ends(list)));
-    return (i) => !((low > 0 && of(list, i) < from) || (high < 1 && of(list, i) > to));
+    const { value, bounds } = RANGES[key];
+    const [from, to] = [low, high].map((share) => unscale(share, bounds(list)));
+    return (i) => !((low > 0 && value(list, i) < from) || (high < 1 && value(list, i) > to));
   }
 
   function unfold() {
@@ -171,32 +171,32 @@
     set({});
   }
 
-  /* Two handles on a number that every latent has, over a picture of it. */
+  /* Draw two handles that select a range of a number, below its histogram. */
   function range(key) {
     const { list, state } = view;
-    const { name, of, told, ends } = RANGES[key];
-    const bounds = ends(list);
+    const { name, value, format, bounds: boundsOf } = RANGES[key];
+    const bounds = boundsOf(list);
     const bins = new Array(48).fill(0);
-    for (let i = 0; i < list.size; i++) if (!list.dead(i)) bins[Math.min(47, Math.floor(scale(of(list, i), bounds) * 48))]++;
+    for (let i = 0; i < list.size; i++) if (!list.dead(i)) bins[Math.min(47, Math.floor(scale(value(list, i), bounds) * 48))]++;
     const most = Math.max(1, ...bins);
     const bars = bins.map((count, i) => svg("rect", { x: i, y: 20 - (count / most) * 20, width: 0.8, height: (count / most) * 20 }));
     const output = el("output", {});
-    const tell = () => {
+    const update = () => {
       const [low, high] = state[key];
-      output.textContent = `${low > 0 ? told(unscale(low, bounds)) : told(0)} – ${told(unscale(high, bounds))}`;
+      output.textContent = `${low > 0 ? format(unscale(low, bounds)) : format(0)} – ${format(unscale(high, bounds))}`;
       bars.forEach((bar, i) => { bar.classList.toggle("out", (i + 0.5) / 48 < low || (i + 0.5) / 48 > high); });
     };
     const handle = (end, which, sign) => el("input", {
       type: "range", min: 0, max: 1, step: 0.005, value: state[key][end], "aria-label": `${name}, ${which}`, id: `${key}-${end ? "high" : "low"}`,
       on: { input: (event) => {
         const other = state[key][1 - end];
-        state[key][end] = sign * Math.max(sign * Number(event.target.value), sign * other); // they do not pass each other
+        state[key][end] = sign * Math.max(sign * Number(event.target.value), sign * other); // the handles do not pass each other
         event.target.value = state[key][end];
-        tell();
+        update();
         set({});
       } },
     });
-    tell();
+    update();
     return el("div", { class: "range" }, el("div", { class: "field" }, el("span", {}, name), output),
       svg("svg", { viewBox: "0 0 48 20", preserveAspectRatio: "none", "aria-hidden": "true" }, bars),
       el("div", { class: "handles" }, handle(0, "at least", -1), handle(1, "at most", 1)));
@@ -204,8 +204,8 @@
 
   /* ---- rows ---- */
 
-  /* Draws the rows that are in view, or nearly. Those that were drawn stay the same elements, and one that has the
-     keyboard's focus stays wherever it is, with its neighbours: an element that is replaced loses the focus. */
+  /* Draw the rows in view and some beyond. Rows that were drawn keep their elements, and a row with the keyboard's
+     focus is kept with its neighbours even out of view: an element that is replaced loses the focus. */
   function draw() {
     if (!view.list) return;
     view.top = parts.rows.scrollTop;
@@ -228,21 +228,21 @@
     }
   }
 
-  /* Draws all rows anew, because their order or content has changed; the focus goes to the new row of its latent. */
+  /* Draw all rows again after a change of order or content; the focus moves to the new row of its latent. */
   function redraw() {
     if (!view.list) return;
     const focused = parts.inner.contains(document.activeElement) && document.activeElement.dataset.latent;
     drawn.clear();
-    parts.inner.replaceChildren(...(view.order.length ? [] : [el("p", { class: "quiet pad" }, "No latent is like that.")]));
+    parts.inner.replaceChildren(...(view.order.length ? [] : [el("p", { class: "quiet pad" }, "No latents match.")]));
     draw();
     if (focused) parts.inner.querySelector(`[data-latent="${focused}"]`)?.focus({ preventScroll: true });
   }
 
-  /* Draws what comes after the row that gets the focus, so that Tab goes on; from outside the list, Tab leads to the
-     latent that is open, or the first in view, and not to a row that is drawn beyond the edge. */
+  /* Draw the rows after the one that gets the focus, so that Tab continues. From outside of the list, Tab moves to the
+     open latent, or to the first row in view, but not to a row beyond the edge. */
   function follow(event) {
     const { target, relatedTarget } = event;
-    if (!relatedTarget) return; // a click, or a row that was drawn anew
+    if (!relatedTarget) return; // a click, or a row that was drawn again
     const seen = (at) => at * ROW >= view.top && (at + 1) * ROW <= view.top + parts.rows.clientHeight;
     if (!parts.inner.contains(relatedTarget) && !seen(view.order.indexOf(Number(target.dataset.latent)))) {
       parts.rows.scrollTop = view.top; // the browser has scrolled to the row already
@@ -277,7 +277,7 @@
     return el("div", { class: "slot", ...place }, link);
   }
 
-  /* How well an automatic label fits. */
+  /* Return a badge with the F1 of an automatic label. */
   function badge(list, latent) {
     const f1 = list.f1[latent];
     if (Number.isNaN(f1)) return null;
@@ -285,7 +285,7 @@
     return el("span", { class: `badge ${kind}`, title: `F1 of the label: ${f1.toFixed(2)}` }, f1.toFixed(2));
   }
 
-  /* Marks a latent as the one that is open, and brings its row into view. */
+  /* Mark a latent as open and scroll its row into view. */
   function choose(latent) {
     view.chosen = latent;
     const at = view.order.indexOf(latent);
@@ -298,14 +298,14 @@
     redraw();
   }
 
-  /* The latent that stands so many rows further, in the order of the list. */
+  /* Return the latent that is `by` rows further down the list. */
   function step(latent, by) {
     const at = view.order.indexOf(latent);
     if (at < 0) return view.order[0];
     return view.order[Math.max(0, Math.min(view.order.length - 1, at + by))];
   }
 
-  /* Any latent of the list that fires, else any at all. */
+  /* Return a random latent of the list, one that fires if there is one. */
   function any() {
     const alive = view.order.filter((i) => !view.list.dead(i));
     const some = alive.length ? alive : view.order.length ? view.order : [0];

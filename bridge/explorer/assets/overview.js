@@ -1,4 +1,4 @@
-/* What is shown before a latent is chosen: what the dictionary is like as a whole. */
+/* The overview of all latents, shown before one is chosen. */
 "use strict";
 
 (() => {
@@ -24,29 +24,29 @@
           tile(whole(all.filter((i) => list.dense(i)).length), "dense", "fire on more than a tenth of the tokens"),
           tile(whole(labelled), "labelled", fitting ? `${whole(fitting)} with F1 of 0.5 or more` : "by people and by the evaluation")),
         el("section", { class: "card" }, el("h2", {}, "Map"),
-          el("p", { class: "quiet" }, "How often a latent fires, and how strongly at most; brighter where its label fits. Click one."), map(list, alive)),
+          el("p", { class: "quiet" }, "How often a latent fires, and its largest activation; brighter if its label fits well. Click on a latent to open it."), map(list, alive)),
         el("div", { class: "three" },
           picks(list, "Best explained", all.filter((i) => !Number.isNaN(list.f1[i])), (i) => list.f1[i], (i) => `F1 ${list.f1[i].toFixed(2)}`),
           picks(list, "Strongest", alive, (i) => list.max[i], (i) => number(list.max[i])),
           picks(list, "Most frequent", alive, (i) => list.count[i], (i) => percent(list.density(i)))),
-        el("p", { class: "quiet small" }, `SAE ${info.sae.slice(0, 12)} · checkpoint ${manifest.fingerprint.slice(0, 12)} · ${whole(manifest.rows)} texts of ${whole(manifest.row_length)} tokens. Tokens are the text's own; nothing on this page comes from a network.`)));
+        el("p", { class: "quiet small" }, `SAE ${info.sae.slice(0, 12)} · checkpoint ${manifest.fingerprint.slice(0, 12)} · ${whole(manifest.rows)} texts of ${whole(manifest.row_length)} tokens. Nothing on this page is loaded from a network.`)));
   }
 
   const tile = (value, name, note) => el("div", { class: "tile" }, el("b", {}, value), el("span", {}, name), el("small", {}, note));
 
-  function picks(list, title, from, key, told) {
+  function picks(list, title, from, key, format) {
     const best = from.map((i) => [key(i), i]).sort((a, b) => b[0] - a[0] || a[1] - b[1]).slice(0, 8);
     return el("section", { class: "card" }, el("h2", {}, title),
-      best.length ? el("ol", { class: "picks" }, best.map(([, i]) => el("li", {}, jsae.latentLink(list, i), el("span", { class: "number" }, told(i)))))
+      best.length ? el("ol", { class: "picks" }, best.map(([, i]) => el("li", {}, jsae.latentLink(list, i), el("span", { class: "number" }, format(i)))))
         : el("p", { class: "quiet" }, "None."));
   }
 
-  /* Every latent as a dot: density across, largest activation upwards, both by powers of ten. */
+  /* Draw every latent as a dot: density to the right, largest activation upwards, both on a logarithmic scale. */
   function map(list, alive) {
-    const canvas = el("canvas", { role: "img", "aria-label": "Latents by density and largest activation", tip: () => told() });
+    const canvas = el("canvas", { role: "img", "aria-label": "Latents by density and largest activation", tip: () => content() });
     const dots = [];
     let near = null;
-    const told = () => (near === null ? [["", "latents, a dot each"]] : [["", `#${near} ${jsae.tokens.shown(list.title(near))}`],
+    const content = () => (near === null ? [["", "one dot per latent"]] : [["", `#${near} ${jsae.tokens.shown(list.title(near))}`],
       ["density", percent(list.density(near))], ["max", number(list.max[near])]]);
     const draw = () => paint(canvas, list, alive, dots);
     canvas.addEventListener("pointermove", (event) => {
@@ -86,7 +86,7 @@
     });
   }
 
-  /* Where a logarithm falls between two pixels, and the powers of ten (or halves of them) on the way. */
+  /* Return the map from logarithms to pixels, and the marks of the axis. */
   function axis(logs, start, end) {
     let [low, high] = [Infinity, -Infinity];
     for (const value of logs) [low, high] = [Math.min(low, value), Math.max(high, value)];
@@ -121,12 +121,12 @@
   }
 
   function nearest(dots, x, y) {
-    let [found, least] = [null, 144];
+    let [latent, least] = [null, 144];
     for (const dot of dots) {
       const away = (dot.x - x) ** 2 + (dot.y - y) ** 2;
-      if (away < least) [found, least] = [dot.latent, away];
+      if (away < least) [latent, least] = [dot.latent, away];
     }
-    return found;
+    return latent;
   }
 
   jsae.overview = { show };

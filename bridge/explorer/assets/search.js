@@ -1,14 +1,14 @@
-/* Search: which latents a query finds, how well each one fits, and why. */
+/* Search: the latents that match a query, their rank, and the reason. */
 "use strict";
 
 (() => {
-  /* What a latent is found by, from the best match to the weakest. A match is a rank, lower is better, and a reason:
-     a word, and the token it is about where there is one. */
+  /* The kinds of matches, from the best to the weakest. A match has a rank, lower is better, and a reason: a word, and
+     a token if the match is about one. */
   const RANKS = ["number", "label as a word", "strongest token", "part of the label", "note", "start of the number",
     "part of a strongest token", "raised token", "part of a raised token", "text"];
   const rank = (name) => RANKS.indexOf(name);
 
-  /* Why a latent matches a query in lower case, or null. */
+  /* Return the match of a latent with a query in lower case, or null. */
   function match(list, latent, query) {
     return ofNumber(latent, query) ?? (list.haystack(latent).includes(query) ? ofText(list, latent, query) : null);
   }
@@ -24,35 +24,35 @@
     const label = list.labels[latent].toLowerCase();
     const strongest = ofTokens(list.strongest(latent), query);
     const raised = ofTokens(list.raised(latent), query);
-    const found = [
+    const matches = [
       label.includes(query) && { rank: rank(isWord(label, query) ? "label as a word" : "part of the label"), why: "label" },
       strongest && { rank: rank(strongest.whole ? "strongest token" : "part of a strongest token"), why: "fires on", token: strongest.id },
       (list.notes.get(latent) ?? "").toLowerCase().includes(query) && { rank: rank("note"), why: "note" },
       raised && { rank: rank(raised.whole ? "raised token" : "part of a raised token"), why: "raises", token: raised.id },
     ].filter(Boolean);
-    return found.reduce((best, one) => (one.rank < best.rank ? one : best), { rank: rank("text"), why: "text" });
+    return matches.reduce((best, one) => (one.rank < best.rank ? one : best), { rank: rank("text"), why: "text" });
   }
 
-  /* The token that the query is, blanks aside, else the first that has it as a part. */
+  /* Return the token that equals the query, apart from blanks, else the first that contains it. */
   function ofTokens(ids, query) {
     const some = Array.from(ids, (id) => ({ id, word: jsae.tokens.word(id).toLowerCase() })).filter(({ word }) => word.includes(query));
     const whole = some.find(({ word }) => word.trim() === query.trim());
     return whole ? { id: whole.id, whole: true } : some.length ? { id: some[0].id, whole: false } : null;
   }
 
-  /* Whether no letter or digit stands on either side of the query in a text. */
+  /* Return whether the query is a whole word of a text: no letter or digit on either side. */
   function isWord(text, query) {
     const at = text.indexOf(query);
     return !/[\p{L}\p{N}_]/u.test((text[at - 1] ?? "") + (text[at + query.length] ?? ""));
   }
 
-  /* Orders latents by their matches: the better match first, then the better label, then the lower number. */
+  /* Return a comparison of latents: the better match first, then the better label, then the lower number. */
   function compare(list, matches) {
     const fit = (latent) => (Number.isNaN(list.f1[latent]) ? 0 : list.f1[latent]);
     return (a, b) => matches.get(a).rank - matches.get(b).rank || fit(b) - fit(a) || a - b;
   }
 
-  /* A match as a reader sees it beside the label. */
+  /* Return a match for display next to the label. */
   function reason({ why, token }) {
     return jsae.el("span", { class: "why", title: "why the search found it" }, why, token !== undefined && [" ", jsae.tokens.chip(token)]);
   }

@@ -1,18 +1,18 @@
-/* Steering: features that are pushed, and what the model writes with and without them, side by side. */
+/* Steering: the features to push, and the model's continuations with and without them, side by side. */
 "use strict";
 
 (() => {
   const { el, number, segmented } = jsae;
   const SIDES = [["default", "Default"], ["steered", "Steered"]];
-  const ENDS = { length: "as long as asked for", stop: "came to its end", time: "ran out of time" };
+  const ENDS = { length: "reached the token limit", stop: "ended", time: "ran out of time" };
   const MODES = {
-    additive: "adds strength times the direction", orthogonal: "multiplies what lies along the direction",
-    projection_cap: "caps what lies along the direction", clamp: "sets the activation", scale: "multiplies the activation", ablate: "takes the feature out",
+    additive: "adds strength times the direction", orthogonal: "multiplies the component along the direction",
+    projection_cap: "caps the component along the direction", clamp: "sets the activation", scale: "multiplies the activation", ablate: "removes the feature",
   };
   const GENTLE = 2; // times the mean activation
-  const LONGEST_PART = 8; // tokens of a part that is repeated
-  const REPEATS = 4; // times in a row that a part stands at the end of a text that repeats itself
-  const FEWEST_REPEATED = 8; // tokens of all repeats together
+  const LONGEST_PART = 8; // tokens of a repeated part
+  const REPEATS = 4; // consecutive repetitions at the end of a text that count as repeating
+  const FEWEST_REPEATED = 8; // tokens of all repetitions together
   const state = {
     pushed: [], prompt: "", chat: false, talk: [], follow: "steered",
     settings: { temperature: 0.5, max_tokens: 64, seed: 16, strength_multiplier: 1 },
@@ -20,12 +20,12 @@
   let running = null;
   let parts = {};
 
-  /* ---- what is asked for ---- */
+  /* ---- the request ---- */
 
   const mode = (name) => jsae.live.modes.find((one) => one.name === name);
   const factor = (name) => mode(name).neutral === 1;
 
-  /* Adds a latent to those that are pushed, gently, and shows them. */
+  /* Add a latent to the pushed features, with a gentle strength, and show them. */
   function add(list, latent) {
     const most = jsae.live.limits.features;
     if (state.pushed.length >= most) {
@@ -38,8 +38,8 @@
     else location.hash = "#view=steer";
   }
 
-  /* The strength to begin with: a multiple of the activation that the latent usually has where it fires. At its largest
-     activation most latents make the model repeat itself. */
+  /* Return the initial strength: a multiple of the latent's mean activation. At their largest activation most latents
+     make the model repeat itself. */
   function usual(list, latent, name) {
     if (factor(name)) return 2;
     return Number((Math.min(GENTLE * list.mean[latent], list.max[latent]) || 1).toPrecision(3));
@@ -74,8 +74,8 @@
       stop: el("button", { type: "button", class: "plain", id: "stop", disabled: running === null, on: { click: stop } }, "Stop"),
     };
     main.replaceChildren(el("div", { class: "page steer" },
-      el("header", { class: "title" }, el("h1", {}, "Push features, read what it writes"),
-        el("p", { class: "quiet" }, `${jsae.data.manifest.model} continues the same text with the same seed, as it is and with features pushed.`)),
+      el("header", { class: "title" }, el("h1", {}, "Push features, read the continuation"),
+        el("p", { class: "quiet" }, `${jsae.data.manifest.model} continues the same text with the same seed, with and without the pushed features.`)),
       el("div", { class: "desk" }, el("div", { class: "controls" },
         el("section", { class: "card" }, el("h2", {}, "Features"), parts.pushed, finder(list)),
         el("section", { class: "card settings" }, el("h2", {}, "Sampling"),
@@ -93,9 +93,9 @@
     else talkAnew();
   }
 
-  /* What one is asked for. */
+  /* Set the texts of the prompt's controls. */
   function said(chat) {
-    parts.prompt.placeholder = chat ? "Say something" : "Text to continue";
+    parts.prompt.placeholder = chat ? "Your message" : "Text to continue";
     parts.go.textContent = chat ? "Send" : "Write";
     parts.base.hidden = !chat || jsae.live.model.trained_to_chat;
   }
@@ -115,7 +115,7 @@
     parts.pushed.replaceChildren(...(state.pushed.length ? state.pushed.map(push) : [none]));
   }
 
-  /* One pushed feature: what, how, how strongly, where. */
+  /* Draw one pushed feature: latent, mode, strength and positions. */
   function push(one) {
     const { needs_strength: strong } = mode(one.mode);
     const [low, high] = [-reach(one), reach(one)];
@@ -132,7 +132,7 @@
     const choice = (name, options, chosen, act) => el("select", { "aria-label": `${name} of #${one.latent}`, on: { change: (event) => act(event.target.value) } },
       options.map((option) => el("option", { value: option, selected: option === chosen, title: MODES[option] ?? "" }, option.replace("_", " "))));
     return el("div", { class: "push", "data-latent": one.latent }, el("div", { class: "line" }, jsae.latentLink(one.list, one.latent),
-      el("button", { type: "button", class: "icon", "aria-label": `Take #${one.latent} away`, title: "Take it away", on: { click: () => {
+      el("button", { type: "button", class: "icon", "aria-label": `Remove #${one.latent}`, title: "Remove it", on: { click: () => {
         state.pushed.splice(state.pushed.indexOf(one), 1);
         drawPushed();
       } } }, "×")),
@@ -146,38 +146,38 @@
     el("p", { class: "quiet small" }, MODES[one.mode] ?? "", jsae.data.manifest.hooks.length > 1 && ` · ${one.list.info.hook}`));
   }
 
-  /* A box that finds latents to push by their names and tokens. */
+  /* Return a search box for latents to push. */
   function finder(list) {
-    const found = el("ul", { class: "found", "aria-label": "Latents found", hidden: true });
+    const results = el("ul", { class: "found", "aria-label": "Latents found", hidden: true });
     const choose = (latent) => {
       box.value = "";
-      found.hidden = true;
+      results.hidden = true;
       add(list, latent);
     };
     const look = () => {
       const query = box.value.trim();
       const order = query ? jsae.list.find(list, { ...jsae.list.fresh(), query }) : [];
-      found.replaceChildren(...order.slice(0, 6).map((latent) => el("li", {},
+      results.replaceChildren(...order.slice(0, 6).map((latent) => el("li", {},
         el("button", { type: "button", on: { click: () => choose(latent) } }, el("span", { class: "id" }, `#${latent}`), " ", jsae.tokens.shown(list.title(latent))))));
-      found.hidden = !found.children.length;
+      results.hidden = !results.children.length;
     };
     const box = el("input", {
       type: "search", id: "find", placeholder: "Add a feature: label, token, number", "aria-label": "Find a feature to push", autocomplete: "off",
       on: { input: jsae.later(look, 80), keydown: (event) => {
         if (event.key !== "Enter") return;
         look();
-        found.querySelector("button")?.click();
+        results.querySelector("button")?.click();
       } },
     });
-    return el("div", { class: "finder" }, box, found);
+    return el("div", { class: "finder" }, box, results);
   }
 
-  /* ---- what is written ---- */
+  /* ---- the continuations ---- */
 
   function talkAnew() {
     state.talk = [];
     said(state.chat);
-    const rest = el("p", { class: "quiet rest" }, state.chat ? "Both answers appear here; the conversation goes on from the one you choose." : "Both continuations appear here, token by token.");
+    const rest = el("p", { class: "quiet rest" }, state.chat ? "Both answers appear here; the conversation continues from the one you choose." : "Both continuations appear here, token by token.");
     parts.answers.replaceChildren(rest);
   }
 
@@ -185,7 +185,7 @@
     running?.abort();
   }
 
-  /* Asks for both continuations and shows them as they come. */
+  /* Request both continuations and show them as they arrive. */
   async function go() {
     if (!state.prompt.trim()) {
       parts.prompt.focus();
@@ -194,18 +194,18 @@
     stop();
     const mine = new AbortController();
     running = mine;
-    const told = state.prompt;
-    const messages = state.chat ? [...history(), { role: "user", content: told }] : null;
+    const prompt = state.prompt;
+    const messages = state.chat ? [...history(), { role: "user", content: prompt }] : null;
     const pages = state.pushed.length ? SIDES : SIDES.slice(0, 1);
-    const sheets = Object.fromEntries(pages.map(([which, name]) => [which, sheet(name, state.chat ? "" : told)]));
-    const turn = el("div", { class: "turn" }, state.chat && el("p", { class: "said" }, jsae.tokens.shown(told)),
+    const sheets = Object.fromEntries(pages.map(([which, name]) => [which, sheet(name, state.chat ? "" : prompt)]));
+    const turn = el("div", { class: "turn" }, state.chat && el("p", { class: "said" }, jsae.tokens.shown(prompt)),
       el("div", { class: "sheets" }, Object.values(sheets).map(({ node }) => node)));
     if (state.chat && state.talk.length) parts.answers.append(turn);
     else parts.answers.replaceChildren(turn);
     parts.stop.disabled = false;
     try {
       for await (const line of jsae.api.lines(await jsae.api.steer(request(messages), mine.signal))) take(sheets, line);
-      if (messages) remember(told, sheets, turn);
+      if (messages) remember(prompt, sheets, turn);
     } catch (error) {
       const stopped = error.name === "AbortError";
       for (const one of Object.values(sheets)) one.finish(stopped ? "stopped" : error.message, !stopped);
@@ -224,19 +224,19 @@
     else if (line.which) one?.write(line);
   }
 
-  /* A continuation on its sheet; the brighter a token, the more the pushed features fire on it. */
+  /* Return the sheet of a continuation; the more the pushed features fire on a token, the brighter it is. */
   function sheet(name, before) {
     const text = jsae.tokens.walk(el("div", { class: "text" }, before && el("span", { class: "before" }, jsae.tokens.shown(before))), `${name} continuation`);
     const end = el("small", { class: "writing" }, "writing …");
     const warning = el("p", { class: "repeats small", role: "status", hidden: true });
     const ids = [];
     const pushed = [...state.pushed];
-    const told = { name, text: "" };
+    const output = { name, text: "" };
     return {
-      told,
+      output,
       node: el("section", { class: "card sheet", "data-which": name.toLowerCase() }, el("h2", {}, name, end), warning, text),
       write(line) {
-        told.text += line.text;
+        output.text += line.text;
         const features = line.features ?? {};
         const share = Math.max(0, ...pushed.map(({ list, latent }) => {
           const value = features[list.info.hook]?.find((one) => one.index === latent)?.value ?? 0;
@@ -249,25 +249,25 @@
         warn(warning, ids, name === "Steered");
       },
       finish(why, bad = false) {
-        if (end.className !== "writing") return; // it came to its own end before
+        if (end.className !== "writing") return; // it has ended already
         end.className = bad ? "bad" : "";
         end.textContent = why;
       },
     };
   }
 
-  /* Warns when the end of a continuation repeats itself, and says what helps. */
+  /* Warn when the end of a continuation repeats itself, and advise. */
   function warn(box, ids, steered) {
     if (!box.hidden) return;
     const length = period(ids);
     if (!length) return;
     const part = ids.slice(-length).map((id) => jsae.tokens.word(id)).join("");
     box.replaceChildren("It repeats itself: ", el("code", { class: "chip" }, jsae.tokens.line(part)),
-      steered ? " – try a smaller strength." : " – also without a push: try another prompt or a higher temperature.");
+      steered ? " – try a smaller strength." : " – even without steering: try another prompt or a higher temperature.");
     box.hidden = false;
   }
 
-  /* How many tokens the part has that the text ends in again and again; 0 if it does not. */
+  /* Return the length in tokens of the part that the end of a text repeats; 0 if there is none. */
   function period(ids) {
     for (let length = 1; length <= LONGEST_PART; length++) {
       const tail = ids.slice(-Math.max(REPEATS * length, FEWEST_REPEATED));
@@ -286,18 +286,18 @@
 
   /* ---- conversations ---- */
 
-  /* The conversation so far, as the chosen side led it. */
+  /* Return the conversation so far, with the answers of the chosen side. */
   const history = () => state.talk.flatMap(({ said, answers }) =>
     [{ role: "user", content: said }, { role: "assistant", content: answers[state.follow] ?? answers.default }]);
 
   function remember(said, sheets, turn) {
-    state.talk.push({ said, answers: Object.fromEntries(Object.entries(sheets).map(([which, { told }]) => [which, told.text])) });
+    state.talk.push({ said, answers: Object.fromEntries(Object.entries(sheets).map(([which, { output }]) => [which, output.text])) });
     state.prompt = "";
     parts.prompt.value = "";
     parts.answers.querySelector(".follow")?.remove();
-    turn.append(el("div", { class: "line follow" }, el("span", { class: "quiet small" }, "Go on from"),
-      segmented("Whose conversation goes on", SIDES, state.follow, (side) => { state.follow = side; }),
-      el("button", { type: "button", class: "plain", on: { click: talkAnew } }, "Start anew")));
+    turn.append(el("div", { class: "line follow" }, el("span", { class: "quiet small" }, "Continue from"),
+      segmented("Conversation to continue", SIDES, state.follow, (side) => { state.follow = side; }),
+      el("button", { type: "button", class: "plain", on: { click: talkAnew } }, "Start over")));
   }
 
   jsae.steer = { show, add, stop, period };

@@ -1,4 +1,4 @@
-/* Tokens as text: characters that are split over tokens joined, what could mislead made visible, heat and hover. */
+/* Tokens as text: split characters are joined, invisible characters made visible, with heat and tooltips. */
 "use strict";
 
 (() => {
@@ -6,37 +6,37 @@
   let vocabulary = new Uint8Array();
   let starts = new Uint32Array(1);
   let special = new Set();
-  let words = []; // of tokens by themselves, as they are asked for
+  let words = []; // texts of single tokens, computed on demand
 
   const raw = (id) => vocabulary.subarray(starts[id], starts[id + 1]);
   const decoder = () => new TextDecoder("utf-8", { ignoreBOM: true });
 
-  /* Tokens that follow each other, [{id, text, special}]; their texts together are the text.
+  /* Return consecutive tokens as [{id, text, special}]; the texts concatenate to the whole text.
 
-     A character split over tokens stands with the token that completes it, and the others have "". Where the tokens
-     are cut out of a text, half a character at either end is left out. */
+     A character split over tokens belongs to the last of them, and the others have "". If the tokens are cut out of a
+     text, a partial character at either end is left out. */
   function spell(ids, { before = false, after = false } = {}) {
     let stream = decoder();
     let inside = before;
-    const told = [];
+    const tokens = [];
     for (const id of ids) {
       if (special.has(id)) {
-        if (told.length) told[told.length - 1].text += stream.decode();
+        if (tokens.length) tokens[tokens.length - 1].text += stream.decode();
         stream = decoder();
-        told.push({ id, text: decoder().decode(raw(id)), special: true });
+        tokens.push({ id, text: decoder().decode(raw(id)), special: true });
         inside = false;
         continue;
       }
       let data = raw(id);
       while (inside && data.length && (data[0] & 0xc0) === 0x80) data = data.subarray(1);
       if (data.length) inside = false;
-      told.push({ id, text: stream.decode(data, { stream: true }), special: false });
+      tokens.push({ id, text: stream.decode(data, { stream: true }), special: false });
     }
-    if (told.length && !after) told[told.length - 1].text += stream.decode();
-    return told;
+    if (tokens.length && !after) tokens[tokens.length - 1].text += stream.decode();
+    return tokens;
   }
 
-  /* A token by itself; bytes that are no character are written out. */
+  /* Return the text of a single token; bytes that are not a character are escaped. */
   function word(id) {
     words[id] ??= strictly(raw(id));
     return words[id];
@@ -52,7 +52,7 @@
     }
   }
 
-  /* What a reader could not see, or would be misled by: control characters, and those that turn the writing round. */
+  /* Characters that are invisible or misleading: control characters, and those that change the direction of writing. */
   const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/gu;
 
   function shown(text) {
@@ -63,16 +63,16 @@
     });
   }
 
-  /* A text in one line, its line ends and tabs marked. */
+  /* Return a text in one line, with visible line breaks and tabs. */
   const line = (text) => shown(text).replaceAll("\n", "↵").replaceAll("\t", "⇥");
 
-  /* A text with its line ends marked, beside the text, and broken there or not. */
+  /* Return a text with marked line ends, broken there if `breaks`. */
   function lines(text, breaks) {
     const parts = shown(text).split("\n");
     return parts.flatMap((part, i) => (i ? [el("i", { class: "end" }), breaks && "\n", part] : [part]));
   }
 
-  /* A token by itself, in a frame that shows its blanks. */
+  /* Return a single token in a frame that shows its blanks. */
   function chip(id) {
     const text = word(id);
     return el("code", { class: special.has(id) ? "chip special" : "chip" }, text === "" ? "∅" : line(text));
@@ -80,7 +80,7 @@
 
   const quoted = (text) => (text === "" ? "a part of a character, or nothing" : `“${line(text)}”`);
 
-  /* A token in a text. `heat` is its share of the strongest activation. */
+  /* Return a token of a text. `heat` is its share of the strongest activation. */
   function span(token, { heat = 0, peak = false, breaks = false, tip, on } = {}) {
     const classes = ["tok", heat > 0 && "hot", peak && "peak", token.special && "special", token.text === "" ? "part" : token.text.trim() === "" && "blank"];
     return el("span", {
@@ -88,7 +88,7 @@
     }, lines(token.text, breaks));
   }
 
-  /* An example of a latent: in one line around its strongest token, or as running text. */
+  /* Return an example of a latent: one line around its strongest token, or running text. */
   function context(example, max, { size, breaks }) {
     const tokens = spell(example.ids, example.cut);
     const peak = example.position - example.from;
@@ -109,14 +109,14 @@
       el("div", { class: "right" }, spans.slice(middle))), text };
   }
 
-  /* Lets the keyboard walk through the tokens of a box: ← and → along a text, ↑ and ↓ from one to the next, Esc out.
+  /* Enable keyboard navigation through the tokens of a box: ← and → within a text, ↑ and ↓ between texts, Esc to leave.
 
-     The box takes one stop of the Tab key, its tokens none: there are thousands. */
+     Tab stops at the box once, but not at its tokens: there are thousands. */
   function walk(box, name) {
-    let pointed = false; // a click into the texts leaves the arrows to the list
+    let pointed = false; // after a click into the texts the arrows move through the list
     box.tabIndex = 0;
     box.setAttribute("role", "group");
-    box.setAttribute("aria-label", `${name}: arrows go from token to token`);
+    box.setAttribute("aria-label", `${name}: arrows move from token to token`);
     box.addEventListener("pointerdown", () => { pointed = true; });
     box.addEventListener("focusout", () => { pointed = false; });
     box.addEventListener("keydown", (event) => {
@@ -134,7 +134,7 @@
 
   const LINES = ".kwic, .text";
 
-  /* Where a key leads from a token, or from the box as such; nothing for keys that lead nowhere. */
+  /* Return the target of a key at a token, or at the box itself; null or undefined for other keys. */
   function reached(box, here, key) {
     const lines = box.matches(LINES) ? [box] : [...box.querySelectorAll(LINES)];
     if (!here) return key === "ArrowRight" || key === "ArrowDown" ? entrance(lines[0]) : null;
@@ -149,7 +149,7 @@
   const beside = (all, one, by) => all[Math.max(0, Math.min(all.length - 1, all.indexOf(one) + by))];
   const entrance = (line) => line && (line.querySelector(".peak") ?? seen(line)[0]);
 
-  /* The tokens of a line that are not cut off at its ends. */
+  /* Return the tokens of a line that are at least partly visible. */
   function seen(line) {
     const { left, right } = line.getBoundingClientRect();
     return [...line.querySelectorAll(".tok")].filter((token) => {
@@ -166,7 +166,7 @@
     node.focus({ preventScroll: true });
   }
 
-  /* Tokens of half a character are told by their bytes. */
+  /* Return the text of a token, or the bytes of a part of a character. */
   const tokenText = (tokens, i) => tokens[i].text || word(tokens[i].id);
 
   jsae.tokens = {

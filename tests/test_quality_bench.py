@@ -136,7 +136,7 @@ def test_a_peer_that_ends_says_why(tmp_path):
 
 def test_an_environment_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="could not be made"):
+    with pytest.raises(OSError, match="could not be created"):
         peers.environment(tmp_path / "file" / "env", [("install", "nothing")], "pass")
 
 

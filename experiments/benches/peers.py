@@ -75,7 +75,7 @@ def process(
 ) -> Iterator[tuple[dict[str, str], Ask]]:
     """Run `script folder`; yield the versions that it reports first and a function that sends it a job.
 
-    The script answers every line of JSON with one line. What it printed to stderr is part of the error if it ends early.
+    The script answers every line of JSON with one line. If it ends early, the error shows what it printed to stderr.
 
     Args:
       python: the interpreter.

@@ -105,7 +105,7 @@ def test_the_best_rate_is_trained_with_every_seed_and_one_that_diverges_is_not_i
 
 
 def test_an_export_that_computes_something_else_than_its_library_is_refused(contest):
-    with pytest.raises(ValueError, match="reconstructs something else"):
+    with pytest.raises(ValueError, match="does not reconstruct as its library does"):
         contest(trainers=("dictionary_learning",)).rows("topk")
 
 

@@ -134,7 +134,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(copy, tmp_path)
     copy.table_file("eval").unlink()
     with pytest.raises(FileNotFoundError, match=r"experiments\.evaluate"):
         copy.evaluation  # noqa: B018
-    with pytest.raises(ConfigError, match=r"is no run: it has no config\.json"):
+    with pytest.raises(ConfigError, match=r"is not a run: it has no config\.json"):
         Run(tmp_path / "nowhere").model()
     with pytest.raises(FileNotFoundError, match=r"experiments\.train"):
         Run(tmp_path / "nowhere").sae()

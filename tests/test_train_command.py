@@ -240,7 +240,7 @@ def test_a_run_asked_to_stop_saves_says_how_to_resume_and_does(number, whole, te
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 75, err
-    assert "stopped and saved; go on with: python -m experiments.train" in out
+    assert "stopped and saved; continue with: python -m experiments.train" in out
     assert "Traceback" not in err
     if number == signal.SIGTERM:
         assert run_to_the_end(run, text, resume=True).returncode == 0

@@ -155,7 +155,7 @@ def read(run: Path) -> dict[str, Any]:
       ConfigError: it is not there or broken.
     """
     path = Layout(run).config_file
-    require(path.is_file(), f"{run} is no run: it has no config.json")
+    require(path.is_file(), f"{run} is not a run: it has no config.json")
     try:
         found = jsons.read(path)
     except ValueError as error:

@@ -39,7 +39,7 @@ class Run(Layout):
         """The contents of config.json: "flags", "facts" and "versions".
 
         Raises:
-          ConfigError: the directory is no run, or the file is broken.
+          ConfigError: the directory is not a run, or the file is broken.
         """
         return directory.read(self.path)
 
@@ -64,7 +64,7 @@ class Run(Layout):
         """Return where the run's model lies, or the one that is given; see `ModelPath.of`.
 
         Raises:
-          ConfigError: no checkpoint is given, and the directory is no run.
+          ConfigError: no checkpoint is given, and the directory is not a run.
         """
         given = {"checkpoint": checkpoint, "step": step, "tokenizer": tokenizer}
         return ModelPath.of(given, self.flags if checkpoint is None else {})
@@ -86,7 +86,7 @@ class Run(Layout):
           tokenizer: another directory of the tokenizer.
 
         Raises:
-          ConfigError: no checkpoint is given and the directory is no run; or the checkpoint has no tokenizer.
+          ConfigError: no checkpoint is given and the directory is not a run; or the checkpoint has no tokenizer.
           FileNotFoundError: no such checkpoint.
           ValueError: it is broken, or no nanochat.
         """

@@ -112,7 +112,7 @@ def _recorded(choice: Choice, place: Path) -> dict[str, Any]:
     first = place if choice.own_runs_first or choice.run is None else choice.run
     require(
         choice.checkpoint is not None,
-        f"{first} is no run and lies in none (a run has a config.json): say with --checkpoint which "
+        f"{first} is not a run and lies in none (a run has a config.json): say with --checkpoint which "
         "nanochat is read, or with --run_dir a run on the same one",
     )
     return {}

@@ -139,7 +139,7 @@ def _pretrain(config: PretrainConfig) -> int:
     loss = sum(losses) / len(losses) if losses else 0.0
     if trainer.step == config.steps and loss > 1.1 * guess:
         raise DivergedError(
-            f"the model in {out} is of no use: its loss over {len(losses)} steps is {loss:.2f} nats per token, "
+            f"the model in {out} is of no use: its loss in the last {len(losses)} steps is {loss:.2f} nats per token, "
             f"and guessing is {guess:.2f}. It is kept for inspection; lower the learning rates"
         )
     return 0

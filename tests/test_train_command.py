@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before_t
     told = next(line for line in done.stdout.splitlines() if "damaged" in line)
     assert told.startswith("WARNING the checkpoint of step 48 is damaged")
     assert str(file) in told
-    assert "going on from the checkpoint of step 40" in done.stdout
+    assert "continuing from the checkpoint of step 40" in done.stdout
     for name, expected in weights(whole[0]).items():
         np.testing.assert_array_equal(weights(run)[name], expected, err_msg=name)
     assert lines(run) == lines(whole[0])

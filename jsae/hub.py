@@ -1,6 +1,6 @@
-"""Files of repositories on the Hugging Face hub: `hf://owner/name@revision/folder`, fetched or from the local cache.
+"""Files of repositories on the Hugging Face hub, `hf://owner/name@revision/folder`, downloaded or from the local cache.
 
-Only files that a caller chooses are fetched, and nothing of a repository is executed. Needs the extra [hub].
+Only files that a caller chooses are downloaded, and no code of a repository is executed. Needs the extra [hub].
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Address:
 
 
 def is_address(path: object) -> bool:
-    """Return whether a path is meant as an address on the hub."""
+    """Return whether a path is an address on the hub."""
     return isinstance(path, (str, Path)) and str(path).startswith((SCHEME, "hf:/"))  # Path("hf://x") is hf:/x
 
 
@@ -49,12 +49,12 @@ def parse(path: str | Path) -> Address:
     """Return the parts of an hf:// id.
 
     Raises:
-      ValueError: it is none; says the form.
+      ValueError: it is not an hf:// id; states the form.
     """
     text = re.sub(r"^hf:/+", "", str(path)).rstrip("/")
     match = _ID.fullmatch(text)
     if match is None or text.startswith(("datasets/", "spaces/")):
-        raise ValueError(f"{str(path)[:200]!r} is no model on the Hugging Face hub: give {FORM}")
+        raise ValueError(f"{str(path)[:200]!r} is not the id of a model on the Hugging Face hub: give {FORM}")
     folder = PurePosixPath(match[3] or "")
     if ".." in folder.parts:
         raise ValueError(f"{str(path)[:200]!r} leaves its repository: give {FORM}")
@@ -65,7 +65,7 @@ class Listing:
     """The files of a repository.
 
     Args:
-      sizes: bytes by path; None where the size is not known. Paths that leave the repository are left out.
+      sizes: bytes by path; None if the size is unknown. Paths that leave the repository are left out.
     """
 
     def __init__(self, sizes: Mapping[str, int | None]):
@@ -90,28 +90,28 @@ class Listing:
         return list(self._folders.get(folder, {}))
 
     def holding(self, *names: str) -> list[PurePosixPath]:
-        """Return the folders that hold files of all these names."""
+        """Return the folders that contain files of all these names."""
         return sorted(folder for folder, files in self._files.items() if set(names) <= set(files))
 
     def size(self, path: PurePosixPath) -> int | None:
-        """Return the size of a file in bytes; None where it is not known."""
+        """Return the size of a file in bytes; None if it is unknown."""
         return self._sizes.get(path)
 
 
 Chosen = TypeVar("Chosen")
 Choose = Callable[[Listing], tuple[Chosen, Sequence[PurePosixPath]]]
-"""What a caller wants of a repository, and the files to fetch for it."""
+"""Function from the listing of a repository to any value and the files to download."""
 
 
 def fetch(address: Address, choose: Choose[Chosen]) -> tuple[Path, Chosen]:
-    """Return the folder of a repository's files, having fetched those that are chosen, and the choice.
+    """Download the files that `choose` selects; return the folder of the repository's files, and the value of `choose`.
 
-    Where the hub is switched off (HF_HUB_OFFLINE=1) or out of reach, the local cache is taken.
+    If the hub is switched off (HF_HUB_OFFLINE=1) or out of reach, the local cache is used.
 
     Raises:
       ImportError: huggingface_hub is not installed.
       FileNotFoundError: there is no such repository or revision, or it is not in the cache; or what `choose` raises.
-      OSError: the hub refuses.
+      OSError: the hub refuses the request.
     """
     try:
         from huggingface_hub import constants
@@ -124,7 +124,7 @@ def fetch(address: Address, choose: Choose[Chosen]) -> tuple[Path, Chosen]:
     except _UnreachableError as error:
         reason = f"the hub is out of reach ({error})"
     root, chosen = _cached(address, choose, reason)
-    warnings.warn(f"{reason}: took {address} as the local cache holds it, {root}", stacklevel=3)
+    warnings.warn(f"{reason}: using {address} from the local cache, {root}", stacklevel=3)
     return root, chosen
 
 
@@ -133,7 +133,7 @@ class _UnreachableError(OSError):
 
 
 def _download(address: Address, choose: Choose[Chosen]) -> tuple[Path, Chosen]:
-    """List the repository and fetch the chosen files."""
+    """List the repository and download the chosen files."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -157,7 +157,7 @@ def _download(address: Address, choose: Choose[Chosen]) -> tuple[Path, Chosen]:
 
 
 def _cached(address: Address, choose: Choose[Chosen], reason: str) -> tuple[Path, Chosen]:
-    """Choose among the files that were fetched earlier."""
+    """Choose among the files that were downloaded earlier."""
     root = _snapshot(address, reason)
     files = sorted(path for path in root.rglob("*") if path.is_file())[:_MAX_FILES]
     sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in files}
@@ -174,7 +174,7 @@ def _snapshot(address: Address, reason: str) -> Path:
     try:
         return Path(snapshot_download(address.repo, revision=address.revision, local_files_only=True))
     except OSError as error:
-        # A snapshot without the files that nobody asked for is complete enough.
+        # A snapshot may lack files that were never requested.
         root = Path(getattr(error, "snapshot_path", ""))
         if root.name:
             return root
@@ -185,7 +185,7 @@ def _snapshot(address: Address, reason: str) -> Path:
 
 
 def _explained(address: Address, error: Exception) -> OSError:
-    """Return an error of the hub in words that name the repository, the revision and what to do."""
+    """Return an error of the hub with a message that names the repository, the revision and what to do."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     revision = address.revision or "main"

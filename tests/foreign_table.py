@@ -1,4 +1,4 @@
-"""Loads checkpoints of other formats and compares: `python -m tests.foreign_table` prints the table."""
+"""Load checkpoints of other formats and compare them with goldens: `python -m tests.foreign_table` prints a table."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ FOREIGN = Path("../shared/nanochat/foreign")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of one address of a case."""
+    """The outcome of one address of a case."""
 
     opened: str
     loaded: bool
@@ -29,7 +29,7 @@ class Outcome:
     gap: float | None
     """The largest difference of the logits from the golden's."""
     faults: list[str]
-    """Everything that is not as the case says it must be; empty: right."""
+    """Deviations from what the case expects; empty if there are none."""
 
 
 def cases(folder: Path) -> list[Path]:
@@ -38,7 +38,7 @@ def cases(folder: Path) -> list[Path]:
 
 
 def outcomes(case: Path) -> list[Outcome]:
-    """Open everything that a case names; in a process of its own where it sets environment variables."""
+    """Open everything that a case names; in a separate process if it sets environment variables."""
     told = json.loads((case / "case.json").read_text())
     if "env" in told and not os.environ.get("JSAE_FOREIGN_CASE"):
         env = os.environ | told["env"] | {"JSAE_FOREIGN_CASE": "1"}
@@ -83,7 +83,7 @@ def _outcome(case: Path, told: dict[str, Any], path: str) -> Outcome:
 
 
 def _differences(nano: nanochat.Nanochat, told: dict[str, Any]) -> list[str]:
-    """Return what the loaded model has differently from what the case expects."""
+    """Return the differences between the loaded model and what the case expects."""
     expected = dict(told.get("expect", {}))
     faults = []
     for name, value in (expected.pop("config", {}) | expected).items():

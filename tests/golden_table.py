@@ -1,4 +1,4 @@
-"""How far bridge.nanochat is from upstream's own outputs: `python -m tests.golden_table` prints the table."""
+"""Differences between bridge.nanochat and upstream's own outputs: `python -m tests.golden_table` prints the table."""
 
 import json
 import sys
@@ -31,12 +31,12 @@ TOLERANCES = {
 
 
 def cases(goldens: Path) -> list[Path]:
-    """The cases of nanochat's master, by date."""
+    """Return the cases of nanochat's master, by date."""
     return sorted(p.parent for p in goldens.glob("20*/case.json"))
 
 
 def capture(model: nn.Module, run) -> tuple[Tensor, dict[str, Tensor]]:
-    """What run() returns, and what every layer gave out meanwhile, by ordinary forward hooks."""
+    """Return the result of run(), and the outputs of every layer, captured by ordinary forward hooks."""
     seen: dict[str, list[Tensor]] = {"resid_post": [], "attn_out": [], "mlp_out": [], "final_norm": []}
     handles = [model.lm_head.register_forward_pre_hook(lambda _, args: seen["final_norm"].append(args[0]))]
     for block in model.transformer.h:
@@ -51,7 +51,7 @@ def capture(model: nn.Module, run) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def differences(case: Path) -> dict[str, float]:
-    """The largest absolute difference per golden; for greedy, the number of tokens that differ."""
+    """Return the largest absolute difference per golden; for greedy, the number of tokens that differ."""
     told = json.loads((case / "case.json").read_text())
     golden = load_file(case / "golden.safetensors")
     model = nanochat.load(case).model
@@ -71,7 +71,7 @@ def differences(case: Path) -> dict[str, float]:
 
 
 def _decode_differences(model: nn.Module, golden: dict[str, Tensor], quirks: list[str]) -> dict[str, float]:
-    """Through a cache: against upstream's steps where those agree with its full forward, else against the latter."""
+    """Compare decoding through a cache with upstream's steps, or with its full forward where the two disagree."""
     tokens = golden["tokens"]
     cache = model.new_cache(len(tokens), tokens.size(1))
     prefill = model(tokens[:, :PREFILL], cache=cache)[:, -1]
@@ -92,14 +92,14 @@ def _decode_differences(model: nn.Module, golden: dict[str, Tensor], quirks: lis
 
 
 def gap(ours: Tensor, theirs: Tensor) -> float:
-    """The largest absolute difference. Raises ValueError for other shapes."""
+    """Return the largest absolute difference. Raises ValueError for unequal shapes."""
     if ours.shape != theirs.shape:
         raise ValueError(f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)} differ")
     return (ours - theirs).abs().max().item()
 
 
 def main() -> None:
-    """Prints a line per case."""
+    """Print a line per case."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "../shared/nanochat/goldens")
     print("| case | generation | " + " | ".join(TOLERANCES) + " |")
     print("|---|---|" + "---|" * len(TOLERANCES))

@@ -1,4 +1,4 @@
-"""What hostile files cost their reader: `python -m tests.hostile_table` prints time and peak memory of each."""
+"""Cost of reading hostile files: `python -m tests.hostile_table` prints time and peak memory of each."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ for path in sys.argv[1:]:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What came of one file, and what it cost."""
+    """The outcome and the cost of one file."""
 
     error: str | None
     message: str
@@ -44,11 +44,11 @@ class Cost:
     before: float
     """Megabytes of the process with its imports."""
     peak: float
-    """Megabytes of the process at most."""
+    """Peak megabytes of the process."""
 
 
 def costs(opener: str, paths: list[Path]) -> list[Cost]:
-    """Open files one after the other in a process of its own. Raises RuntimeError if one breaks it down."""
+    """Open files one after the other in a separate process. Raises RuntimeError if a file crashes it."""
     command = [sys.executable, "-c", _CHILD.format(opener=OPENERS[opener]), *map(str, paths)]
     limit = MAX_SECONDS * (1 + len(paths))
     run = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, timeout=limit, check=False)

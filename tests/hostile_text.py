@@ -1,4 +1,4 @@
-"""Text files that are made to fill a machine: `python -m tests.hostile_text` prints what reading each of them takes.
+"""Text files made to exhaust a machine: `python -m tests.hostile_text` prints the cost of reading each of them.
 
 `CASES` says how each is written, `read` is how a user's command reads it, and `measure` does so in a process of its
 own.
@@ -27,7 +27,7 @@ GIB = 2**30
 
 
 class Case(NamedTuple):
-    """A file, and what the refusal must say."""
+    """A file, and the expected text of its refusal."""
 
     name: str
     write: Callable[[Path], None]
@@ -35,18 +35,18 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What reading took."""
+    """The cost of reading a file."""
 
     told: str
     seconds: float
     cpu: float
-    """Seconds of processors, which other programs do not lengthen."""
+    """CPU seconds, which do not depend on other programs."""
     peak: int
-    """Bytes of the whole process, libraries included."""
+    """Bytes of the whole process, including libraries."""
 
 
 def read(path: Path) -> None:
-    """Read a corpus as training does: all that is looked at before, then some rows."""
+    """Read a corpus as training does: all checks, then some rows."""
     corpus = Corpus(str(path), Tokenizer({bytes([i]): i for i in range(256)}), split="train", row_len=257)
     corpus.next_rows(64)
 
@@ -55,7 +55,7 @@ def read(path: Path) -> None:
 
 
 def _gzip(path: Path, before: bytes, block: bytes, times: int) -> None:
-    """A gzip file of many blocks, each deflated only once. The sum at its end is wrong; nobody gets there."""
+    """Return a gzip file of many copies of a block, deflated once. Its checksum is wrong, but never reached."""
     with path.open("wb") as file:
         file.write(b"\x1f\x8b\x08\0\0\0\0\0\0\xff")
         start = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -269,7 +269,7 @@ CASES = {
 
 
 def write(case: Case, folder: Path) -> Path:
-    """Write the file of a case, in a process of its own, so that what it takes is not measured."""
+    """Write the file of a case in a separate process, so that its cost is not measured."""
     path = folder / case.name
     pid = os.fork()
     if pid == 0:
@@ -285,7 +285,7 @@ def write(case: Case, folder: Path) -> Path:
 
 
 def measure(case: Case, path: Path) -> Outcome:
-    """Read the file of a case in a process of its own."""
+    """Read the file of a case in a separate process."""
     ours, theirs = os.pipe()
     started = time.perf_counter()
     idle = _peak()
@@ -322,7 +322,7 @@ def _peak() -> int:
 
 
 def outcomes(cases: Iterable[Case]) -> Iterator[tuple[Case, int, Outcome]]:
-    """Write, read and remove one file after the other; yields the size of each too."""
+    """Write, read and remove one file after the other; yield the cost and size of each."""
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
             path = write(case, Path(folder))
@@ -333,7 +333,7 @@ def outcomes(cases: Iterable[Case]) -> Iterator[tuple[Case, int, Outcome]]:
 
 
 def main() -> None:
-    """Print a line per case, of all or of those that are named; with --json as JSON."""
+    """Print a line per case, of all cases or the named ones; with --json as JSON."""
     wanted = [word for word in sys.argv[1:] if word != "--json"] or CASES
     found = outcomes(CASES[name] for name in wanted)
     if "--json" in sys.argv:

@@ -83,10 +83,10 @@ def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
     choice = Choice(directories, run, own_runs_first=bool(config.compare), **flags.shared(Choice, config))
     results = evaluate(choice, Extent(**flags.shared(Extent, config)), show_progress=True)
 
-    evaluate_view.show([(f"{subject.place}\n{subject.hook}", result["eval"]) for subject, result in results])
+    evaluate_view.show([(f"{subject.path}\n{subject.hook}", result["eval"]) for subject, result in results])
     for subject, result in results:
         if problem := result["eval"].get("problem"):
-            print(f"warning: {subject.place}, {subject.hook}: this SAE is of no use: {problem}", file=sys.stderr)
+            print(f"warning: {subject.path}, {subject.hook}: this SAE is of no use: {problem}", file=sys.stderr)
     if output is not None:
         by_hook = {subject.hook: result for subject, result in results}
         Run(output).write_evaluation(by_hook)

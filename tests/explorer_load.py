@@ -115,7 +115,7 @@ def health(server: Server) -> Iterator[list[tuple[float, int]]]:
         thread.join()
 
 
-def told(name: str, server: Server, answers: list[tuple[float, int]], what: str) -> None:
+def report(name: str, server: Server, answers: list[tuple[float, int]], what: str) -> None:
     """Print a line about an attack."""
     statuses = {status: sum(s == status for _, s in answers) for status in {s for _, s in answers}}
     slowest = max(seconds for seconds, _ in answers)
@@ -132,7 +132,7 @@ def measured(name: str, server: Server) -> Iterator[list[str]]:
     what: list[str] = []
     with health(server) as answers:
         yield what
-    told(name, server, answers, ", ".join(what))
+    report(name, server, answers, ", ".join(what))
 
 
 def batches(server: Server) -> None:

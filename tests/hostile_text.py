@@ -31,13 +31,13 @@ class Case(NamedTuple):
 
     name: str
     write: Callable[[Path], None]
-    told: str
+    message: str
 
 
 class Outcome(NamedTuple):
     """The cost of reading a file."""
 
-    told: str
+    message: str
     seconds: float
     cpu: float
     """CPU seconds, which do not depend on other programs."""
@@ -292,27 +292,27 @@ def measure(case: Case, path: Path) -> Outcome:
     pid = os.fork()
     if pid == 0:
         begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # what is shared with the parent counts in part
-        told = "read to the end"
+        message = "read to the end"
         try:
             read(path)
         except (ValueError, OSError) as error:
-            told = str(error)
+            message = str(error)
         except BaseException as error:
-            told = f"a traceback of {type(error).__name__}"
+            message = f"a traceback of {type(error).__name__}"
         finally:
-            os.write(theirs, f"{begun} {told}".encode()[:4000])
+            os.write(theirs, f"{begun} {message}".encode()[:4000])
             os._exit(0)
     os.close(theirs)
-    told = b""
+    message = b""
     while part := os.read(ours, 4096):
-        told += part
+        message += part
     os.close(ours)
     _, status, used = os.wait4(pid, 0)
     seconds = time.perf_counter() - started
-    begun, _, said = told.decode().partition(" ")
+    begun, _, message = message.decode().partition(" ")
     grown = used.ru_maxrss - int(begun or 0)
     peak = (idle + max(grown, 0)) * 1024
-    return Outcome(said or f"died with status {status}", seconds, used.ru_utime + used.ru_stime, peak)
+    return Outcome(message or f"died with status {status}", seconds, used.ru_utime + used.ru_stime, peak)
 
 
 def _peak() -> int:
@@ -329,24 +329,24 @@ def outcomes(cases: Iterable[Case]) -> Iterator[tuple[Case, int, Outcome]]:
             size = path.stat().st_size
             outcome = measure(case, path)
             path.unlink()
-            yield case, size, outcome._replace(told=outcome.told.replace(f"{folder}/", ""))
+            yield case, size, outcome._replace(message=outcome.message.replace(f"{folder}/", ""))
 
 
 def main() -> None:
     """Print a line per case, of all cases or the named ones; with --json as JSON."""
     wanted = [word for word in sys.argv[1:] if word != "--json"] or CASES
-    found = outcomes(CASES[name] for name in wanted)
+    results = outcomes(CASES[name] for name in wanted)
     if "--json" in sys.argv:
-        for case, _, outcome in found:
+        for case, _, outcome in results:
             print(json.dumps([case.name, *outcome]), flush=True)
         return
     idle = _peak() * 1024 / 1e6
     print(f"peak memory is of the whole process, which has {idle:.0f} MB before it reads\n")
     print("| file | bytes | seconds | of processors | peak, MB | what is said |\n|---|---|---|---|---|---|")
-    for case, size, outcome in found:
-        told = outcome.told.replace("|", "\\|")
+    for case, size, outcome in results:
+        message = outcome.message.replace("|", "\\|")
         figures = f"{outcome.seconds:.1f} | {outcome.cpu:.1f} | {outcome.peak / 1e6:.0f}"
-        print(f"| {case.name} | {size:,} | {figures} | {told} |", flush=True)
+        print(f"| {case.name} | {size:,} | {figures} | {message} |", flush=True)
 
 
 if __name__ == "__main__":

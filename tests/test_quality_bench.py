@@ -1,4 +1,4 @@
-"""The measurement of quality: this project's side on real activations, beside a stand-in for the other trainers."""
+"""The measurement of quality: jsae's side on real activations, with a stand-in for the other trainers."""
 
 import dataclasses
 import math
@@ -65,7 +65,7 @@ def config():
 
 @pytest.fixture
 def contest(config, subject, folder, tmp_path):
-    """A contest's maker, with the stand-in as its peer."""
+    """Yield a function that creates contests, with the stand-in as their peer."""
     script = tmp_path / "stand_in.py"
     script.write_text(PEER)
     with peers.process(sys.executable, script, folder) as (versions, ask):

@@ -45,14 +45,15 @@ def saelens(
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    kind, selection = {
+    forms: dict[str, tuple[str, dict[str, Any]]] = {
         "topk": ("TopK", {"k": shape.k}),
         "batchtopk": ("BatchTopK", {"k": float(shape.k)}),
         "matryoshka": ("MatryoshkaBatchTopK", {"k": float(shape.k), "matryoshka_widths": list(shape.widths)}),
         "relu": ("Standard", {}),
         "gated": ("Gated", {}),
         "jumprelu": ("JumpReLU", {}),
-    }[shape.architecture]
+    }
+    kind, selection = forms[shape.architecture]
     widths = {"d_in": shape.d_in, "d_sae": shape.d_sae, "device": shape.device}
     config = getattr(sae_lens, f"{kind}TrainingSAEConfig")(**widths, **selection, **(sae or {}))
     trainer_config = SAETrainerConfig(
@@ -77,7 +78,7 @@ def dictionary_learning(shape: Shape, num_steps: int, variant: str = "") -> tupl
 
     fractions = [(end - start) / shape.d_sae for start, end in itertools.pairwise([0, *shape.widths])]
     standard_trainer = standard.StandardTrainerAprilUpdate if variant == "april" else standard.StandardTrainer
-    trainer, selection = {
+    trainers: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "topk": (top_k.TopKTrainer, {"k": shape.k}),
         "batchtopk": (batch_top_k.BatchTopKTrainer, {"k": shape.k}),
         "matryoshka": (
@@ -87,7 +88,8 @@ def dictionary_learning(shape: Shape, num_steps: int, variant: str = "") -> tupl
         "relu": (standard_trainer, {}),
         "gated": (gdm.GatedSAETrainer, {}),
         "jumprelu": (jumprelu.JumpReluTrainer, {}),
-    }[shape.architecture]
+    }
+    trainer, selection = trainers[shape.architecture]
     return trainer, {
         "steps": num_steps,
         "activation_dim": shape.d_in,

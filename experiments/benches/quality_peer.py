@@ -124,7 +124,7 @@ def _saelens_penalty(job: dict[str, Any]) -> dict[str, Any]:
         return {"l1_coefficient": job["coefficient"], "l1_warm_up_steps": warm_up_steps}
     if architecture != "jumprelu":
         return {}
-    settings = {"l0_coefficient": job["coefficient"], "l0_warm_up_steps": warm_up_steps}
+    settings: dict[str, Any] = {"l0_coefficient": job["coefficient"], "l0_warm_up_steps": warm_up_steps}
     if variant == "tanh":
         settings |= {
             "jumprelu_sparsity_loss_mode": "tanh",

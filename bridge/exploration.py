@@ -67,7 +67,7 @@ def explore(
       FileNotFoundError: the run, an export, the checkpoint or the text does not exist.
       OSError: a file cannot be written; earlier files stay.
     """
-    run = Run(choice.places[0])
+    run = Run(choice.paths[0])
     with run.held():
         chosen = subjects.find(choice)
         nano, saes = chosen[0].nano, {subject.hook: subject.sae for subject in chosen}
@@ -95,11 +95,11 @@ def _plan(choice: Choice, extent: Extent, chosen: list[Subject]) -> Plan:
     counted = {(subject.excluded, subject.drop_sinks) for subject in chosen}
     require(
         len(counted) == 1,
-        f"the SAEs of {choice.places[0]} were trained on different tokens: say with --exclude_tokens and --drop_sinks "
+        f"the SAEs of {choice.paths[0]} were trained on different tokens: say with --exclude_tokens and --drop_sinks "
         "which count",
     )
     excluded, drop_sinks = counted.pop()
-    data = subjects.reading(choice, choice.places[0]).data
+    data = subjects.reading(choice, choice.paths[0]).data
     return Plan(
         data=data,
         split=extent.split,

@@ -1,4 +1,4 @@
-"""The commands: flags to frozen configs, then wiring."""
+"""The commands: each turns flags into a frozen config and calls bridge."""
 
 import signal
 import sys

@@ -1,6 +1,6 @@
-"""Measures what this project promises: python -m experiments.bench NAME, and NAME --help for its flags.
+"""Measure speed, memory and quality: python -m experiments.bench NAME, and NAME --help for its flags.
 
-Every measurement takes --name=value flags, or --flagfile=FILE, and writes its figures to experiments/results/.
+Every measurement takes --name=value flags, or --flagfile=FILE, and writes its results to experiments/results/.
 """
 
 import importlib
@@ -24,7 +24,7 @@ BENCHES: Mapping[str, str] = {
 
 
 def main(argv: Sequence[str]) -> NoReturn:
-    """Runs the measurement that is named first."""
+    """Run the measurement that the first argument names."""
     name = argv[1] if len(argv) > 1 else ""
     if name in BENCHES:
         bench = importlib.import_module(BENCHES[name])
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> NoReturn:
         print(f"  {known:9} {importlib.import_module(module).__doc__.splitlines()[0]}")
     if name in ("--help", "-h"):
         sys.exit(0)
-    print(f"FATAL no measurement {name!r}: choose one of {', '.join(BENCHES)}", file=sys.stderr)
+    print(f"FATAL {name!r} is not a measurement: choose one of {', '.join(BENCHES)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -1,11 +1,11 @@
-"""Measures exported SAEs on held-out text: what of the model they keep, what their latents know, what to call them.
+"""Evaluate exported SAEs on held-out text: reconstruction, effect on the model, probing, and labels of latents.
 
     python -m experiments.evaluate --run_dir=runs/demo
     python -m experiments.evaluate --run_dir=runs/demo --sae=downloads/other_sae
     python -m experiments.evaluate --compare runs/demo runs/wider
 
-Writes eval.json, latents.json, labels.json and plots/ into the run directory, or into that of --sae. --compare measures
-two runs or exports on the same text, prints them side by side and writes nothing.
+Writes eval.json, latents.json, labels.json and plots/ into the run directory, or into that of --sae. --compare
+evaluates two runs or exports on the same text, prints them side by side and writes nothing.
 """
 
 from __future__ import annotations
@@ -25,51 +25,49 @@ from bridge.settings import CONTEXT, STEP, ExcludeTokens, flag, settle
 from experiments import flags
 from jsae.settings import TOKENS, require
 
-_LARGEST_TABLE = 2**30
-
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """SAEs, text and metrics of an evaluation."""
 
-    run_dir: FilePath | None = flag(None, "A run: all of its SAEs, on its model and the held-out part of its text.")
-    sae: FilePath | None = flag(None, "Any SAELens directory for a hook of the run, measured instead of the run's own.")
-    compare: tuple[FilePath, ...] = flag((), "Two runs or SAELens directories, A B: prints both side by side.")
-    hook: str | None = flag(None, "Only the SAE of this hook; of a --sae that does not say it: which hook it is for.")
-    checkpoint: Checkpoint | None = flag(None, "The nanochat, as of training; none is the one the run was trained on.")
+    run_dir: FilePath | None = flag(None, "The run: all of its SAEs, on its model and the held-out part of its text.")
+    sae: FilePath | None = flag(None, "A SAELens directory for a hook of the run, evaluated instead of its own SAEs.")
+    compare: tuple[FilePath, ...] = flag((), "Two runs or SAELens directories, A B, to print side by side.")
+    hook: str | None = flag(None, "Only the SAE of this hook; with a --sae that does not name its hook: that hook.")
+    checkpoint: Checkpoint | None = flag(None, "The nanochat, as for training; none is the run's.")
     step: int | None = flag(None, "Step of --checkpoint; none is the last.", STEP)
     tokenizer: FilePath | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
     data: Data | None = flag(None, "Text, as for training; none is the run's.")
-    split: Literal["heldout", "train", "all"] = flag("heldout", "Which part of it; 'all' for text of its own.")
+    split: Literal["heldout", "train", "all"] = flag("heldout", "Part of the text; 'all' for separate evaluation text.")
     context_size: int | None = flag(
         None, "Tokens per row of text; none is the run's, or the model's sequence_len.", CONTEXT
     )
     heldout_tokens: int = flag(200_000, "Tokens for the metrics, and as many for labels and token classes.", TOKENS)
     probe_tokens: int = flag(
-        400_000, "Tokens of the passages by which packages of the standard library are told.", TOKENS
+        400_000, "Tokens of the passages from which probes tell packages of the standard library apart.", TOKENS
     )
     exclude_tokens: ExcludeTokens | None = flag(None, "Special tokens to leave out; none is as the SAE was trained.")
-    drop_sinks: bool | None = flag(None, "Leave tokens of extreme norm as they are; none is as in the run.")
+    drop_sinks: bool | None = flag(None, "Do not reconstruct tokens of extreme norm; none is as in the run.")
     probes: bool = flag(True, "Sparse probing and TPP (extra [eval]).")
-    labels: bool = flag(True, "Name every latent by the simple predicate that fits it best.")
+    labels: bool = flag(True, "Label every latent with the simple predicate that fits it best.")
     plots: bool = flag(True, "Plot densities and training curves (extra [eval]).")
-    output_dir: FilePath | None = flag(None, "Where to write; none is the run's directory, or that of --sae.")
-    device: str = flag("cpu", "Where the model runs.")
+    output_dir: FilePath | None = flag(None, "Directory to write to; none is the run's, or that of --sae.")
+    device: str = flag("cpu", "Device of the model.")
 
     def __post_init__(self) -> None:
         settle(self)
         check_name(self.device)
         require(
-            bool(self.run_dir or self.sae or self.compare), "nothing to measure: give --run_dir, --sae or --compare"
+            bool(self.run_dir or self.sae or self.compare), "nothing to evaluate: give --run_dir, --sae or --compare"
         )
         require(len(self.compare) in (0, 2), f"--compare takes two runs or SAEs, A B, not {len(self.compare)}")
         require(not (self.compare and self.sae), "--compare names the SAEs itself: leave out --sae")
 
 
 def main(config: EvaluateConfig) -> int:
-    """Measure every SAE, write the results, show them."""
+    """Evaluate every SAE, show the results and write them."""
     output = None if config.compare else Path(config.output_dir or config.sae or config.run_dir)
-    _need(config, output)
+    _check_requirements(config, output)
     require_torch(config.device)
     with contextlib.nullcontext() if output is None else Run(output).writing():
         return _evaluate(config, output)
@@ -80,15 +78,15 @@ def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
     from bridge.run.subjects import Choice
     from experiments import evaluate_view
 
-    places = tuple(Path(place) for place in config.compare or (config.sae or config.run_dir,))
+    directories = tuple(Path(directory) for directory in config.compare or (config.sae or config.run_dir,))
     run = Path(config.run_dir) if config.run_dir else None
-    choice = Choice(places, run, own_runs_first=bool(config.compare), **flags.shared(Choice, config))
+    choice = Choice(directories, run, own_runs_first=bool(config.compare), **flags.shared(Choice, config))
     results = evaluate(choice, Extent(**flags.shared(Extent, config)), show_progress=True)
 
-    evaluate_view.show([(f"{subject.place}\n{subject.hook}", result["eval"]) for subject, result in results])
+    evaluate_view.show([(f"{subject.path}\n{subject.hook}", result["eval"]) for subject, result in results])
     for subject, result in results:
         if problem := result["eval"].get("problem"):
-            print(f"warning: {subject.place}, {subject.hook}: this SAE is of no use: {problem}", file=sys.stderr)
+            print(f"warning: {subject.path}, {subject.hook}: this SAE is of no use: {problem}", file=sys.stderr)
     if output is not None:
         by_hook = {subject.hook: result for subject, result in results}
         Run(output).write_evaluation(by_hook)
@@ -96,29 +94,29 @@ def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
             from experiments.plots import draw
 
             draw(Run(output), {hook: result["eval"] for hook, result in by_hook.items()})
-        evaluate_view.told(output, by_hook, config.plots)
+        evaluate_view.show_written(output, by_hook, config.plots)
     return 0
 
 
-def _need(config: EvaluateConfig, output: Path | None) -> None:
-    """Check that packages and the output directory are there, before anything takes long."""
+def _check_requirements(config: EvaluateConfig, output: Path | None) -> None:
+    """Check that the packages and the output directory exist, before anything takes long."""
     plots = config.plots and output is not None
-    for wanted, module, instead in ((config.probes, "sklearn", "noprobes"), (plots, "matplotlib", "noplots")):
-        if wanted and importlib.util.find_spec(module) is None:
-            raise ImportError(f"{module} is not installed: pip install 'jsae[eval]', or do without by --{instead}")
+    for needed, module, flag_without in ((config.probes, "sklearn", "noprobes"), (plots, "matplotlib", "noplots")):
+        if needed and importlib.util.find_spec(module) is None:
+            raise ImportError(f"{module} is not installed: pip install 'jsae[eval]', or skip it with --{flag_without}")
     if output is None:
         return
     if config.output_dir:
         output.mkdir(parents=True, exist_ok=True)
     if not output.is_dir():
         nearest = next(p for p in output.absolute().parents if p.is_dir())
-        there = ", ".join(sorted(p.name for p in nearest.iterdir() if p.is_dir())[:12]) or "no directories"
-        raise FileNotFoundError(f"{output} is no directory: give a run or an exported SAE; {nearest} holds {there}")
+        names = ", ".join(sorted(p.name for p in nearest.iterdir() if p.is_dir())[:12]) or "no directories"
+        raise FileNotFoundError(f"{output} is not a directory: give a run or an exported SAE; {nearest} has {names}")
     require(os.access(output, os.W_OK), f"{output} cannot be written to: give another --output_dir")
 
 
 def next_commands(config: EvaluateConfig) -> list[str]:
-    """Return what to do with the run that was measured; of two that were compared with the first."""
+    """Return what to do next with the run that was evaluated, or with the first of two."""
     run = Run(config.run_dir or (config.compare or (config.sae,))[0])
     return commands.after_evaluation(run.path) if run.config_file.is_file() else []
 

@@ -1,4 +1,4 @@
-"""How an evaluation is shown: a table with a column per SAE, and a word on what was written."""
+"""Output of an evaluation: a table with a column per SAE, and the list of written files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def _knowledge(kind: str) -> tuple[tuple[str, str, str], ...]:
     )
 
 
-# Section, then the rows in it: what a row says, where the value stands, its format.
+# Section, then its rows: heading, path of the value in eval.json, format.
 _ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "the model with the SAE in it": (
         ("CE loss score", "model_performance_preservation.ce_loss_score", ".4f"),
@@ -65,31 +65,42 @@ _ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
 
 
 def show(columns: Sequence[Column]) -> None:
-    """Prints the metrics; rows for what was not measured of any are left out."""
+    """Print the metrics of SAEs; rows without any value are left out.
+
+    Args:
+      columns: heading and entry of eval.json of every SAE.
+    """
     tokens = {entry["tokens"] for _, entry in columns}
     table = Table(title=" and ".join(f"{n:,.0f}" for n in sorted(tokens)) + " held-out tokens")
     table.add_column("")
     for heading, _ in columns:
         table.add_column(Text(heading), justify="right", overflow="fold")
     for section, rows in _ROWS.items():
-        told = [(name, [_at(entry, path) for _, entry in columns], form) for name, path, form in rows]
-        told = [row for row in told if any(value is not None for value in row[1])]
-        if told:
+        filled = [(name, [_at(entry, path) for _, entry in columns], spec) for name, path, spec in rows]
+        filled = [row for row in filled if any(value is not None for value in row[1])]
+        if filled:
             table.add_section()
             table.add_row(Text(section, style="bold"))
-        for name, values, form in told:
-            table.add_row(name, *("–" if value is None else format(value, form) for value in values))
+        for name, values, spec in filled:
+            table.add_row(name, *("–" if value is None else format(value, spec) for value in values))
     console = Console()
-    if not console.is_terminal:  # a pipe has no width of its own: the table takes what it needs
+    if not console.is_terminal:  # a pipe has no width: the table takes as much as it needs
         console = Console(width=36 + 30 * len(columns))
     console.print(table)
 
 
-def told(output: Path, results: dict[str, dict[str, Any]], plots: bool, most: int = 5) -> None:
-    """Prints the best labels of every hook, and where everything lies."""
+def show_written(output: Path, results: dict[str, dict[str, Any]], plots: bool, max_labels: int = 5) -> None:
+    """Print the best labels of every hook, and the files that were written.
+
+    Args:
+      output: directory of the files.
+      results: the tables of every hook: "eval", "latents", "labels".
+      plots: whether plots were written too.
+      max_labels: labels to print per hook.
+    """
     console = Console()
-    for hook, found in results.items():
-        best = sorted(found.get("labels", {}).items(), key=lambda item: -(item[1]["f1"] or 0))[:most]
+    for hook, result in results.items():
+        best = sorted(result.get("labels", {}).items(), key=lambda item: -(item[1]["f1"] or 0))[:max_labels]
         for latent, label in best:
             line = f"{hook} {latent:>6}  F1 {label['f1'] or 0:.2f}  {label['label']}"
             console.print(Text(line), soft_wrap=True)
@@ -98,7 +109,7 @@ def told(output: Path, results: dict[str, dict[str, Any]], plots: bool, most: in
 
 
 def _at(entry: dict[str, Any], path: str) -> Any:
-    """What stands at a path of keys; None if there is nothing."""
+    """Return the value at a path of keys, such as "latents.dead"; None if there is none."""
     value: Any = entry
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None

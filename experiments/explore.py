@@ -1,12 +1,12 @@
-"""Shows what every latent of a run means: gathers what it fires on, writes a page of it, and serves the page live.
+"""Show what every latent of a run fires on: gather records, write a page, and serve the page live.
 
     python -m experiments.explore --run_dir=runs/demo
     python -m experiments.explore --run_dir=runs/demo --serve
     python -m experiments.explore --run_dir=runs/demo --serve --port=5002 --secret=localhost-secret
 
-Writes explorer/index.html, which opens without a server and a network, and explorer/records/ into the run directory.
-Records that fit are not gathered again. With --serve (extra [web]) a person can also type text, steer and take notes,
-and a local Neuronpedia can drive the model: the last line is for one with USE_LOCALHOST_INFERENCE=true.
+Writes explorer/index.html, which opens without a server or a network, and explorer/records/ into the run directory.
+Records that fit the flags are kept. With --serve (extra [web]) a person can also type text, steer and take notes, and
+a local Neuronpedia with USE_LOCALHOST_INFERENCE=true can use the model (last line).
 """
 
 from __future__ import annotations
@@ -34,56 +34,54 @@ class ExploreConfig:
     num_tokens: int = flag(1_000_000, "Tokens of text to read.", TOKENS)
     context_length: int = flag(128, "Tokens of a row of text, BOS first.", CONTEXT)
     data: Data | None = flag(None, "Text, as for training; none is the run's.")
-    split: Literal["all", "train", "heldout"] = flag("all", "Which part of it.")
-    seed: int = flag(0, "Of the random samples of texts.", LONG_SEED)
-    keep_activations: bool = flag(
-        True, "Keep every activation, 6 bytes each: --format=delphi of the export is of them."
-    )
-    force: bool = flag(False, "Gather again though the records fit.")
-    checkpoint: Checkpoint | None = flag(None, "The nanochat, as of training; none is the one the run was trained on.")
+    split: Literal["all", "train", "heldout"] = flag("all", "Part of the text.")
+    seed: int = flag(0, "Seed of the random samples of texts.", LONG_SEED)
+    keep_activations: bool = flag(True, "Keep every activation, 6 bytes each; the export --format=delphi needs them.")
+    force: bool = flag(False, "Gather again even if the records fit.")
+    checkpoint: Checkpoint | None = flag(None, "The nanochat, as for training; none is the run's.")
     step: int | None = flag(None, "Step of --checkpoint; none is the last.", STEP)
     tokenizer: FilePath | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
     exclude_tokens: ExcludeTokens | None = flag(None, "Special tokens not to count; none is as the SAEs were trained.")
     drop_sinks: bool | None = flag(None, "Do not count tokens of extreme norm; none is as in the run.")
-    device: str = flag("cpu", "Where the model runs.")
-    serve: bool = flag(False, "Serve the page, with text and steering live (extra [web]).")
-    host: str = flag("127.0.0.1", "Where --serve listens. Anything but loopback asks for a token that it prints.")
+    device: str = flag("cpu", "Device of the model.")
+    serve: bool = flag(False, "Serve the page, with live text and steering (extra [web]).")
+    host: str = flag(
+        "127.0.0.1", "Address on which --serve listens. Any but loopback requires a token, which is printed."
+    )
     port: int = flag(
-        8000, "Where --serve listens; 0 is any that is free.", Range(0, 2**16 - 1, f"be from 0 to {2**16 - 1}")
+        8000, "Port on which --serve listens; 0 is any free port.", Range(0, 2**16 - 1, f"be from 0 to {2**16 - 1}")
     )
-    names: tuple[str, ...] = flag(
-        (), "Other names by which browsers may call --host, host.docker.internal for example."
-    )
-    chat: bool | None = flag(None, "Whether the page offers to chat; none asks where the checkpoint lies.")
-    secret: str | None = flag(None, "What a Neuronpedia that asks the server brings as its INFERENCE_SERVER_SECRET.")
-    model_id: str | None = flag(None, "What that Neuronpedia calls the model; none takes any name.")
+    names: tuple[str, ...] = flag((), "Other names of --host in browsers, such as host.docker.internal.")
+    chat: bool | None = flag(None, "Offer to chat on the page; none decides by the checkpoint's directory.")
+    secret: str | None = flag(None, "INFERENCE_SERVER_SECRET of the Neuronpedia that uses the server.")
+    model_id: str | None = flag(None, "That Neuronpedia's name for the model; none accepts any name.")
 
     def __post_init__(self) -> None:
         settle(self)
         check_name(self.device)
         require(bool(self.run_dir), "nothing to explore: give --run_dir")
         for name in ("names", "chat", "secret", "model_id"):
-            require(self.serve or getattr(self, name) in (None, ()), f"--{name} is of --serve, which is not given")
+            require(self.serve or getattr(self, name) in (None, ()), f"--{name} needs --serve, which is not given")
 
 
 def main(config: ExploreConfig) -> int:
-    """Gather records unless those that are there fit, write the page, serve it."""
+    """Gather records unless the existing ones fit, write the page, serve it."""
     run = Run(config.run_dir)
     require_torch(config.device)
     with run.held():  # before torch is loaded, so that a run in use is refused at once
         if config.serve:
-            _can_serve(config)
+            _check_serving(config)
         explored = _explore(run, config)
     if config.chat:
         flags.warn_of_base(explored.nano)
-    if config.serve:  # without the lock: all that the server writes is people's notes
+    if config.serve:  # without the lock: the server writes only users' notes
         from bridge.runtime import InterpretableModel
         from bridge.server.server import serve
 
-        address = functools.partial(print, flush=True)  # at once, also into a pipe
+        say = functools.partial(print, flush=True)  # at once, also into a pipe
         loaded = InterpretableModel.from_nanochat(explored.nano, explored.saes), explored.nano
         settings = {name: getattr(config, name) for name in ("host", "port", "names", "chat", "secret", "model_id")}
-        serve(run.path, lambda: loaded, **settings, say=address)
+        serve(run.path, lambda: loaded, **settings, say=say)
     return 0
 
 
@@ -96,7 +94,7 @@ def _explore(run: Run, config: ExploreConfig) -> Explored:
     return explore(choice, extent, force=config.force, keep_page=config.serve, show_progress=True)
 
 
-def _can_serve(config: ExploreConfig) -> None:
+def _check_serving(config: ExploreConfig) -> None:
     """Raise ImportError without the extra [web] and OSError for a port in use, before anything takes long."""
     from bridge.server.server import listen
 
@@ -104,7 +102,7 @@ def _can_serve(config: ExploreConfig) -> None:
 
 
 def next_commands(config: ExploreConfig) -> list[str]:
-    """Return what to do with the records."""
+    """Return what to do next with the records."""
     return commands.after_exploring(Run(config.run_dir).path, config.serve)
 
 

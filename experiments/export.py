@@ -1,9 +1,9 @@
-"""Writes what a run found in the field's formats: SAELens, Neuronpedia, SAEDashboard, delphi, circuit-tracer.
+"""Write the results of a run in the formats of SAELens, Neuronpedia, SAEDashboard, delphi and circuit-tracer.
 
     python -m experiments.export --run_dir=runs/demo --format=neuronpedia,saedashboard
     python -m experiments.export --run_dir=runs/demo --format=sae_lens --hub_repo=owner/name --license=mit
 
-All but sae_lens need records (`python -m experiments.explore`). The same run gives the same bytes on any day.
+All formats but sae_lens need records (`python -m experiments.explore`). The same run always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -28,37 +28,41 @@ if TYPE_CHECKING:
 class ExportConfig:
     """Formats, output folder and names of an export."""
 
-    run_dir: FilePath = flag(None, "The run.")
+    run_dir: FilePath = flag(None, "The run to export.")
     format: tuple[Format, ...] = flag(
-        ("neuronpedia",), "Any of sae_lens,neuronpedia,saedashboard,delphi,circuit_tracer."
+        ("neuronpedia",), "Formats to write: any of sae_lens,neuronpedia,saedashboard,delphi,circuit_tracer."
     )
     hook: str | None = flag(None, "Only the SAE of this hook.")
-    out: FilePath | None = flag(None, "Where to write, a folder per format; none is neuronpedia/ in the run.")
+    out: FilePath | None = flag(None, "Folder to write to, a folder per format; none is neuronpedia/ in the run.")
     model_id: str | None = flag(None, "Neuronpedia's id of the model; none is nanochat-dDEPTH-HASH.")
-    source_set: str | None = flag(None, "Its source set; none is SITE-WIDTH-HASH, res-16k-1a2b3c for example.")
-    release: str | None = flag(None, "Its release; none is the model's id and the hash of the run's SAEs.")
+    source_set: str | None = flag(None, "Neuronpedia's source set; none is SITE-WIDTH-HASH, such as res-16k-1a2b3c.")
+    release: str | None = flag(None, "Neuronpedia's release; none is the model's id and the hash of the run's SAEs.")
     title: str | None = flag(None, "Title of the release.")
-    creator: str = flag("jsae", "Who is named as its creator.")
-    url: str | None = flag(None, "Of the release.")
-    created_at: str = flag("2026-01-01T00:00:00Z", "When the export says it was made; a fixed time, not the clock's.")
-    layers: int | None = flag(None, "Layers of the model; none asks its checkpoint.", at_least(1, 2**12))
-    vectors: bool = flag(False, "Put the decoder rows into neuronpedia and saedashboard, to steer without the SAE.")
+    creator: str = flag("jsae", "Creator of the release.")
+    url: str | None = flag(None, "URL of the release.")
+    created_at: str = flag("2026-01-01T00:00:00Z", "Time of creation that the export states; not the current time.")
+    layers: int | None = flag(None, "Layers of the model; none reads them from its checkpoint.", at_least(1, 2**12))
+    vectors: bool = flag(False, "Add the decoder rows to neuronpedia and saedashboard, to steer without the SAE.")
     hub_repo: str | None = flag(None, "Also push the SAEs to this repository of the Hugging Face hub (extra [hub]).")
-    license: str | None = flag(None, "Licence of --hub_repo, mit or apache-2.0 for example.")
-    private: bool = flag(False, "Make --hub_repo a private one.")
-    dry_run: bool = flag(False, "Say what --hub_repo would get, and send nothing.")
+    license: str | None = flag(None, "Licence of --hub_repo, such as mit or apache-2.0.")
+    private: bool = flag(False, "Create --hub_repo as a private repository.")
+    dry_run: bool = flag(False, "Print what would be pushed to --hub_repo, and send nothing.")
 
     def __post_init__(self) -> None:
         settle(self)
         require(bool(self.run_dir), "nothing to export: give --run_dir")
         require(bool(self.format or self.hub_repo), "nothing to write: give --format or --hub_repo")
-        require(not (self.hub_repo and not self.license), "--hub_repo publishes: say under which --license")
+        require(not (self.hub_repo and not self.license), "--hub_repo publishes the SAEs: give their --license")
         for name in ("private", "dry_run"):
-            require(bool(self.hub_repo) or not getattr(self, name), f"--{name} is of --hub_repo, which is not given")
+            require(bool(self.hub_repo) or not getattr(self, name), f"--{name} needs --hub_repo, which is not given")
         self.wanted()
 
     def wanted(self) -> Wanted:
-        """Return the names that the flags give; raise ConfigError for those that Neuronpedia would refuse."""
+        """Return the names that the flags give.
+
+        Raises:
+          ConfigError: a name that Neuronpedia would refuse.
+        """
         from bridge.neuronpedia.sources import Wanted
 
         return Wanted(**flags.shared(Wanted, self))
@@ -67,7 +71,7 @@ class ExportConfig:
 def main(config: ExportConfig) -> int:
     """Check everything, then write every format for every SAE."""
     run = Run(config.run_dir)
-    # Held also when all goes elsewhere, as far as that is possible: what is read must not change meanwhile.
+    # The lock is taken also when --out is elsewhere, if the run is writable: its files must not change meanwhile.
     with run.held():
         return _export(run, config)
 
@@ -79,7 +83,7 @@ def _export(run: Run, config: ExportConfig) -> int:
     from jsae.progress import Progress
 
     if not run.path.is_dir():
-        raise FileNotFoundError(f"{run.path} is no run: there is no such directory")
+        raise FileNotFoundError(f"{run.path} is not a run: there is no such directory")
     chosen = sources.of_run(run.path, config.wanted(), config.hook)
     hooks = [source.ids.hook for source in chosen]
     warn_of_marked(source.sae_dir for source in chosen)
@@ -99,13 +103,13 @@ def _export(run: Run, config: ExportConfig) -> int:
             "dry_run": config.dry_run,
         }
         sent = hub.push(run.path, config.hub_repo, **shared)
-        place = "would go to" if config.dry_run else "are at"
-        print(f"{'hub':<15} {len(sent)} files {place} https://huggingface.co/{config.hub_repo}")
+        state = "would go to" if config.dry_run else "are at"
+        print(f"{'hub':<15} {len(sent)} files {state} https://huggingface.co/{config.hub_repo}")
     return 0
 
 
 def next_commands(config: ExportConfig) -> list[str]:
-    """Return what reads the files that were written, or pushed."""
+    """Return commands and code that read the written or pushed files."""
     run = Run(config.run_dir)
     out = Path(config.out) if config.out else run.neuronpedia_folder
     lines = commands.after_export(run.path, out, config.format, config.hook)

@@ -22,11 +22,11 @@ if typing.TYPE_CHECKING:
 
 Config = TypeVar("Config")
 
-# What a user can bring about and put right: told in one line, without a traceback. Anything else is our mistake.
+# Errors that a user can cause and correct: printed in one line, without a traceback. Anything else is a bug.
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
-EXIT_CODES = f"""Exit codes: 0 done, 1 failed, 2 wrong flags, {signals.STOPPED} stopped and saved (--resume goes on), \
-130 interrupted, 143 terminated."""
+EXIT_CODES = f"""Exit codes: 0 done, 1 failed, 2 wrong flags, {signals.STOPPED} stopped and saved (--resume continues),\
+ 130 interrupted, 143 terminated."""
 
 
 _LONGEST_MESSAGE = 2000  # characters
@@ -40,7 +40,7 @@ def define(
     help: Mapping[str, str] | None = None,
     flag_values: flags.FlagValues = flags.FLAGS,
 ) -> None:
-    """Defines one flag per field of a dataclass.
+    """Define one flag per field of a dataclass.
 
     Fields may be bool, int, float, str, a Literal of strings, a tuple of one of these (given as `a,b,c`), or any of
     these or None (given as `none`). A field without a default is a required flag.
@@ -64,7 +64,9 @@ def define(
         text = f"{text} ({'required' if required else f'default: {_shown(default)}'})".strip()
         name = (renames or {}).get(field.name, field.name)
         parser, serializer = _parser(hints[field.name], field.name)
-        if isinstance(parser, flags.BooleanParser):  # may be written --flag and --noflag, which no parser can do
+        if isinstance(
+            parser, flags.BooleanParser
+        ):  # DEFINE_boolean also accepts --flag and --noflag, which no parser can
             flags.DEFINE_boolean(name, value, text, flag_values, required=required)
         else:
             flags.DEFINE_flag(flags.Flag(parser, serializer, name, value, text), flag_values, required=required)
@@ -73,7 +75,7 @@ def define(
 def parse(
     config_class: type[Config], *, renames: Mapping[str, str] | None = None, flag_values: flags.FlagValues = flags.FLAGS
 ) -> Config:
-    """Return the config that the parsed flags say, settled.
+    """Return the config that the parsed flags give, after `settle`.
 
     Raises:
       ValueError: values that the dataclass or `settle` refuses.
@@ -85,11 +87,11 @@ def parse(
 
 
 def shared(target: type, config: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that a config has under the same name and in the same meaning.
+    """Return the values of the fields that a dataclass and a command's config share.
 
     Args:
-      target: the dataclass, as a function of bridge takes it; `target(**shared(target, config))` makes one.
-      config: of a command.
+      target: the dataclass, an argument of bridge; `target(**shared(target, config))` creates one.
+      config: of a command; fields of the same name have the same meaning.
     """
     names = [field.name for field in dataclasses.fields(target)]
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
@@ -105,17 +107,16 @@ def run(
     argv: Sequence[str] | None = None,
     after: Callable[[Config], Sequence[str]] | None = None,
 ) -> typing.NoReturn:
-    """Runs a command: flags to a frozen config, then main(config); ends the process.
+    """Run a command: parse the flags into a frozen config, call main(config), and end the process.
 
-    When main succeeds, what `after` returns for the config is printed at the end: command lines to try next.
+    When main succeeds, the command lines that `after` returns for the config are printed at the end.
 
     `--help` prints the flags of this command and nothing else. `--flagfile=FILE` reads flags from a file (see
-    `experiments.flagfile`); what comes later on the line wins. `--debug` shows the traceback of an error that is
-    otherwise told in one line.
+    `experiments.flagfile`); later flags on the line win. `--debug` shows the traceback of an error that is otherwise
+    printed in one line.
 
-    Exit codes: 0 (or what main returns) after success and `--help`, 1 when main fails, 2 for flags that are wrong, 75
-    (what main returns) for a run that was stopped and saved, 130 after Ctrl-C and 143 after SIGTERM where there is
-    nothing to go on with.
+    Exit codes: 0 (or what main returns) after success and `--help`, 1 when main fails, 2 for wrong flags, 75 (what main
+    returns) for a run that was stopped and saved, 130 after Ctrl-C and 143 after SIGTERM if nothing was saved.
     """
     argv = list(sys.argv if argv is None else argv)
     values = flags.FlagValues()
@@ -146,11 +147,11 @@ def run(
 
 
 def warn_of_base(nano: Nanochat) -> None:
-    """Warn of a checkpoint that is to chat though nothing says that it was trained to."""
+    """Warn if a checkpoint does not appear to be trained to chat."""
     if not nano.is_chat:
         print(
             f"warning: {nano.path} seems to be a base checkpoint, which continues text and was not trained to chat: "
-            "its answers may make no sense. Chat checkpoints lie in chatsft_checkpoints, chatrl_checkpoints or "
+            "its answers may make no sense. Chat checkpoints are in chatsft_checkpoints, chatrl_checkpoints or "
             "mid_checkpoints",
             file=sys.stderr,
             flush=True,
@@ -158,16 +159,16 @@ def warn_of_base(nano: Nanochat) -> None:
 
 
 def show_next(lines: Sequence[str]) -> None:
-    """Print what to try next, nothing if there is nothing."""
+    """Print command lines to try next, if there are any."""
     if lines:
         print("\nnext:", *lines, sep="\n  ", flush=True)
 
 
 def _end(error: BaseException, debug: bool) -> typing.NoReturn:
-    """End the process after an exception; raise one that is our mistake again."""
+    """End the process after an exception; raise an unexpected one again."""
     number = signals.request()
     if number is not None and not debug:
-        signals.end_at_once(number)  # what jax still computes would crash or hang a process that clears up
+        signals.end_at_once(number)  # a running jax computation would crash or hang an orderly exit
     if isinstance(error, KeyboardInterrupt) and not debug:
         _fail(130, "interrupted")
     if debug or not isinstance(error, EXPECTED_ERRORS):
@@ -176,7 +177,7 @@ def _end(error: BaseException, debug: bool) -> typing.NoReturn:
 
 
 def _joined(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
-    """The line with `--list A B` written as `--list=A,B`, of which absl would read A alone."""
+    """Return the arguments with `--list A B` written as `--list=A,B`; absl would read only A."""
     lists = {f"--{name}" for name in values if isinstance(values[name].parser, _TupleParser)}
     words: list[str] = []
     reading = False
@@ -223,7 +224,7 @@ class _IntegerParser(flags.IntegerParser):
         try:
             return super().convert(argument)
         except (TypeError, ValueError):
-            raise ValueError("it must be a whole number, such as 1000000") from None
+            raise ValueError("it must be a whole number, such as 1000000") from None  # absl puts the flag's name before
 
 
 _SCALARS = {int: _IntegerParser, float: flags.FloatParser, str: flags.ArgumentParser, bool: flags.BooleanParser}
@@ -252,11 +253,11 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-# ---- what the user sees -------------------------------------------------------------------------------------------
+# ---- output -------------------------------------------------------------------------------------------------------
 
 
 def _show_help(main: Callable, values: flags.FlagValues) -> None:
-    """Prints the command's module docstring and its flags with their defaults."""
+    """Print the command's module docstring and its flags with their defaults."""
     lines = [inspect.getdoc(sys.modules[main.__module__]) or "", "", "Flags:"]
     names = [name for name in values if name not in ("help", "debug")]
     for name in (*names, "help", "debug"):
@@ -265,25 +266,25 @@ def _show_help(main: Callable, values: flags.FlagValues) -> None:
         choices = "|".join(getattr(flag.parser, "enum_values", ())) or flag.flag_type()
         lines.append(f"  --{no}{name}" + ("" if flag.boolean else f"=<{choices}>"))
         lines += textwrap.wrap(flag.help, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    lines += ["  --flagfile=<file>", "      Read flags from a file, one a line; what comes later on the line wins."]
+    lines += ["  --flagfile=<file>", "      Read flags from a file, one per line; later flags win."]
     lines += ["", EXIT_CODES]
     try:
         print("\n".join(lines), flush=True)
-    except BrokenPipeError:  # the reader, such as head, has seen enough; nothing may be written at exit either
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe; discard what is flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _shown(default: Any) -> str:
-    """A default as one would write it."""
+    """Return a default as a user would write it."""
     if default is None or isinstance(default, bool):
         return str(default).lower()
     return ",".join(map(str, default)) if isinstance(default, tuple) else repr(default)
 
 
 def _fail(code: int, error: object, hint: str | None = None) -> typing.NoReturn:
-    """End the process with one line that says what is wrong, and a hint below it."""
+    """End the process with a one-line error, and a hint below it."""
     text = " ".join(str(error).split()) or type(error).__name__
-    text = "".join(c if c.isprintable() else "?" for c in text)  # others' files have a say in it: no control characters
+    text = "".join(c if c.isprintable() else "?" for c in text)  # it may quote foreign files: no control characters
     if len(text) > _LONGEST_MESSAGE:
         text = f"{text[: _LONGEST_MESSAGE // 2]} … {text[-_LONGEST_MESSAGE // 2 :]}"
     print(f"FATAL {text}" + (f"\n{hint}" if hint else ""), file=sys.stderr)

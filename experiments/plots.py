@@ -1,4 +1,4 @@
-"""Plots of an evaluation, as PNG files: how dense latents are, how L0 and loss went in training. Needs no display."""
+"""Plots of an evaluation, as PNG files: density of the latents, L0 and loss during training. Need no display."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,15 +44,15 @@ def _save(figure: "Figure", path: Path) -> None:
 
 
 def _density(axes: Any, hook: str, entry: dict[str, Any]) -> None:
-    found = entry["density_histogram"]
-    edges = found["log10_edges"]
-    axes.stairs(found["counts"], edges, fill=True)
-    for place, share in ((-2, "1 %"), (-1, "10 %")):
-        axes.axvline(place, linestyle="--", color="grey", linewidth=1)
-        axes.annotate(share, (place, 1), (3, -12), xycoords=("data", "axes fraction"), textcoords="offset points")
+    histogram = entry["density_histogram"]
+    edges = histogram["log10_edges"]
+    axes.stairs(histogram["counts"], edges, fill=True)
+    for x, fraction in ((-2, "1 %"), (-1, "10 %")):
+        axes.axvline(x, linestyle="--", color="grey", linewidth=1)
+        axes.annotate(fraction, (x, 1), (3, -12), xycoords=("data", "axes fraction"), textcoords="offset points")
     axes.set(
-        title=f"{hook}: {sum(found['counts']):,} latents that fire, {found['never']:,} that never do",
-        xlabel=f"log10 of the share of {entry['tokens']:,.0f} tokens on which a latent fires",
+        title=f"{hook}: {sum(histogram['counts']):,} latents that fire, {histogram['never']:,} that never do",
+        xlabel=f"log10 of the fraction of {entry['tokens']:,.0f} tokens on which a latent fires",
         ylabel="latents",
         xlim=(edges[0], edges[-1]),
     )

@@ -1,9 +1,9 @@
-"""Trains a small nanochat of the newest generation from scratch, tokenizer included, and saves it as nanochat does.
+"""Train a small nanochat of the newest generation from scratch, tokenizer included, and save it as nanochat does.
 
     python -m experiments.pretrain --flagfile=experiments/configs/pretrain_demo.flags
 
-A run that was stopped or killed goes on from its last save with --resume. One that was asked to stop (Ctrl-C, SIGTERM)
-saves and exits with code 75.
+A run that was stopped or killed continues from its last save with --resume. A run that is asked to stop (Ctrl-C,
+SIGTERM) saves and exits with code 75.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ _LAST_LOSSES = 10
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """What one run of pretraining is."""
+    """Model, text and optimiser of one run of pretraining."""
 
     out: FilePath = flag("runs/nanochat", "Directory to write: model_*.pt, meta_*.json, tokenizer/.")
     data: Data = flag(
-        "stdlib", "What to learn: stdlib, parquet shards, .jsonl, .json or text files, globs; comma-separated."
+        "stdlib", "Text to learn: stdlib, parquet shards, .jsonl, .json or text files, globs; comma-separated."
     )
-    tokenizer: FilePath = flag("", "Directory of a tokenizer to use; empty: train one on the data.")
-    vocab_size: int = flag(4096, "Tokens of a tokenizer that is trained here.", at_least(1, 2**22))
+    tokenizer: FilePath = flag("", "Directory of a tokenizer; empty trains one on the data.")
+    vocab_size: int = flag(4096, "Tokens of a newly trained tokenizer.", at_least(1, 2**22))
     n_layer: int = flag(6, "Layers.", at_least(1, 2**10))
     n_embd: int = flag(128, "Channels.", at_least(1, 2**16))
     n_head: int = flag(4, "Query heads.", at_least(1, 2**12))
     n_kv_head: int = flag(4, "Key and value heads.", at_least(1, 2**12))
-    sequence_len: int = flag(512, "Tokens the model sees at once.", at_least(1, 2**17))
+    sequence_len: int = flag(512, "Tokens of the model's context.", at_least(1, 2**17))
     window_pattern: str = flag("SSSL", "Attention windows of the layers: S short, L long; the last is always L.")
     steps: int = flag(2000, "Optimiser steps.", COUNT)
     batch_rows: int = flag(16, "Rows of sequence_len tokens per step.", at_least(1, 2**20))
-    micro_rows: int = flag(2, "Rows per forward: memory and speed.", at_least(1, 2**20))
+    micro_rows: int = flag(2, "Rows per forward pass; affects memory and speed only.", at_least(1, 2**20))
     matrix_lr: float = flag(0.02, "Muon's rate for the matrices of the blocks.", RATE)
     embedding_lr: float = flag(0.1, "AdamW's rate for the embeddings.", RATE)
     head_lr: float = flag(0.01, "AdamW's rate for the head.", RATE)
@@ -61,18 +61,20 @@ class PretrainConfig:
         0.05, "Weight decay of the matrices of the blocks.", Range(0, 100, "lie between 0 and 100")
     )
     warmup_steps: int = flag(40, "Steps over which the rates rise.", at_least(0))
-    warmdown: float = flag(0.5, "Part of the steps, at the end, over which the rates fall to zero.", FRACTION)
+    warmdown: float = flag(0.5, "Fraction of the steps, at the end, over which the rates fall to zero.", FRACTION)
     grad_clip: float = flag(1.0, "Largest norm of a gradient.", Range(1e-12, 1e30, "be positive, from 1e-12 to 1e30"))
     bf16: bool = flag(True, "Compute in bfloat16 where that is safe; weights stay float32.")
-    save_bf16: bool = flag(True, "Save matrices rounded to bfloat16: half the size.")
+    save_bf16: bool = flag(True, "Save matrices rounded to bfloat16, in half the size.")
     eval_every: int = flag(200, "Steps between measurements of held-out bits per byte, and saves.", COUNT)
     eval_rows: int = flag(64, "Held-out rows per measurement during training; at the end, four times as many.", COUNT)
     log_every: int = flag(20, "Steps between lines of progress.", COUNT)
-    heldout_fraction: float = flag(0.05, "Part of the documents held out.", FRACTION)
-    seed: int = flag(0, "Of the weights and of the order of the data.", LONG_SEED)
-    workers: int = flag(2, "Forwards at a time on a CPU, one thread each; changes no number.", at_least(1, 2**10))
-    device: str = flag("cpu", "Where to train.")
-    resume: bool = flag(False, "Go on from the last save in out.")
+    heldout_fraction: float = flag(0.05, "Fraction of the documents that are held out.", FRACTION)
+    seed: int = flag(0, "Seed of the weights and of the order of the data.", LONG_SEED)
+    workers: int = flag(
+        2, "Parallel forward passes on a CPU, one thread each; does not change results.", at_least(1, 2**10)
+    )
+    device: str = flag("cpu", "Device to train on.")
+    resume: bool = flag(False, "Continue from the last save in --out.")
 
     def __post_init__(self):
         require(self.workers >= 1, f"workers must be at least 1, got {self.workers}")
@@ -87,10 +89,10 @@ class PretrainConfig:
 
 
 def main(config: PretrainConfig) -> int:
-    """Train until the last step, or until told to stop; both save.
+    """Train until the last step or until a request to stop, and save; return the exit code.
 
     Raises:
-      FloatingPointError: the loss is not finite, or has become worse than guessing. The last good save stays.
+      FloatingPointError: the loss is not finite, or has become worse than guessing. The last good save is kept.
     """
     require_torch(config.device)
     with files.Lock(Path(config.out)):
@@ -104,12 +106,12 @@ def _pretrain(config: PretrainConfig) -> int:
     from jsae.progress import Progress
 
     if config.device == "cpu":
-        torch.set_num_threads(1)  # each worker is one
+        torch.set_num_threads(1)  # per worker
     out = Path(config.out)
     state = last_state(out) if config.resume else None
     if state is None and any(out.glob("model_*.pt")):
-        told = "there is no optim_*_rank0.pt to resume from" if config.resume else "give --resume to go on with it"
-        raise ValueError(f"{out} already holds a model: {told}, or give another --out")
+        advice = "there is no optim_*_rank0.pt to resume from" if config.resume else "give --resume to continue it"
+        raise ValueError(f"{out} already holds a model: {advice}, or give another --out")
     with Progress("reading text and preparing the tokenizer", None):
         trainer, heldout, token_bytes = _build(config, out)
     if state is not None:
@@ -132,19 +134,19 @@ def _pretrain(config: PretrainConfig) -> int:
             if stopped or last or (trainer.step % config.eval_every == 0 and not watch.all_suspect):
                 _save(config, out, trainer, heldout, token_bytes)
             if stopped and trainer.step < config.steps:
-                print("stopped and saved; --resume goes on from here", flush=True)
+                print("stopped and saved; --resume continues from here", flush=True)
                 return STOPPED
     loss = sum(losses) / len(losses) if losses else 0.0
     if trainer.step == config.steps and loss > 1.1 * guess:
         raise DivergedError(
-            f"the model in {out} is of no use: its loss over the last {len(losses)} steps is {loss:.2f} nats a token, "
-            f"and guessing is {guess:.2f}. It is kept to look at; lower the learning rates"
+            f"the model in {out} is of no use: its loss in the last {len(losses)} steps is {loss:.2f} nats per token, "
+            f"and guessing is {guess:.2f}. It is kept for inspection; lower the learning rates"
         )
     return 0
 
 
 def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus, object]:
-    """The trainer at step 0, the held-out corpus, and the bytes of each token."""
+    """Return the trainer at step 0, the held-out corpus, and the number of bytes of each token."""
     import torch
 
     from bridge.nanochat import tokenizer as tokenizers
@@ -160,15 +162,15 @@ def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus, object]:
         "seed": config.seed,
         "heldout_fraction": config.heldout_fraction,
     }
-    made = out / "tokenizer"
-    if config.tokenizer or (config.resume and (made / "tokenizer.pkl").is_file()):
-        tokenizer = tokenizers.load(config.tokenizer or made)
+    folder = out / "tokenizer"
+    if config.tokenizer or (config.resume and (folder / "tokenizer.pkl").is_file()):
+        tokenizer = tokenizers.load(config.tokenizer or folder)
         if tokenizer.vocab_size != config.vocab_size:
-            print(f"note: the tokenizer has {tokenizer.vocab_size} tokens; --vocab_size is of one that is trained here")
+            print(f"note: the tokenizer has {tokenizer.vocab_size} tokens; --vocab_size is for a newly trained one")
     else:
         bytes_only = tokenizers.Tokenizer({bytes([i]): i for i in range(256)})
         tokenizer = tokenizers.train(Corpus(config.data, bytes_only, **data).documents(), config.vocab_size)
-    tokenizers.save(tokenizer, made)
+    tokenizers.save(tokenizer, folder)
     model = GPT(GPTConfig.of_generation("G7", vocab_size=tokenizer.vocab_size, **sizes))
     model.init_weights(torch.Generator().manual_seed(config.seed))
     corpus = Corpus(config.data, tokenizer, split="train", **data)
@@ -177,7 +179,7 @@ def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus, object]:
 
 
 def _save(config: PretrainConfig, out: Path, trainer: Trainer, heldout: Corpus, token_bytes) -> None:
-    """Measures held-out bits per byte, as trained and as saved, and writes the checkpoint."""
+    """Measure held-out bits per byte, as trained and as saved, and write the checkpoint."""
     import copy
 
     from bridge.nanochat import pretraining
@@ -188,34 +190,34 @@ def _save(config: PretrainConfig, out: Path, trainer: Trainer, heldout: Corpus, 
     if config.save_bf16:
         weights, saved = pretraining.rounded(weights), copy.deepcopy(trainer.model)
         saved.load_state_dict(weights)
-    measured = {"val_bpb": pretraining.heldout_bits_per_byte(saved, heldout, token_bytes, rows, config.micro_rows)}
+    metrics = {"val_bpb": pretraining.heldout_bits_per_byte(saved, heldout, token_bytes, rows, config.micro_rows)}
     if done and config.save_bf16:
         exact = pretraining.heldout_bits_per_byte(trainer.model, heldout, token_bytes, rows, config.micro_rows)
-        measured["val_bpb_float32"] = exact
-    if not all(map(math.isfinite, measured.values())):
+        metrics["val_bpb_float32"] = exact
+    if not all(map(math.isfinite, metrics.values())):
         raise FloatingPointError(
-            f"at step {trainer.step} the held-out bits per byte are {measured['val_bpb']}: the weights are not finite. "
-            "Nothing was saved over the last good save; lower the learning rates"
+            f"at step {trainer.step} the held-out bits per byte are {metrics['val_bpb']}: the weights are not finite. "
+            "The last good save is kept; lower the learning rates"
         )
-    told = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
-    print(f"step {trainer.step} held out: {told} ({trainer.seconds:.0f} s)", flush=True)
+    values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    print(f"step {trainer.step} held out: {values} ({trainer.seconds:.0f} s)", flush=True)
     tokens = trainer.step * config.batch_rows * config.sequence_len
     sizes = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
     meta = {
         "step": trainer.step,
-        "val_bpb": measured["val_bpb"],
+        "val_bpb": metrics["val_bpb"],
         "model_config": {name: getattr(trainer.model.config, name) for name in sizes},
         "user_config": dataclasses.asdict(config),
         "device_batch_size": config.micro_rows,
         "max_seq_len": config.sequence_len,
         "total_batch_size": config.batch_rows * config.sequence_len,
-        "loop_state": {**measured, "tokens": tokens, "total_training_time": trainer.seconds},
+        "loop_state": {**metrics, "tokens": tokens, "total_training_time": trainer.seconds},
     }
     pretraining.save(out, weights, meta, trainer.state_dict())
 
 
 def next_commands(config: PretrainConfig) -> list[str]:
-    """Return what to do with the model."""
+    """Return what to do next with the model."""
     return commands.after_pretraining(Path(config.out), config.data)
 
 

@@ -1,4 +1,4 @@
-"""Steering by hand: prompts are continued with and without steering, and commands change what is steered."""
+"""Interactive steering: continue prompts with and without steering, and change the steered features by commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Number = TypeVar("_Number", int, float)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How prompts are continued, and the defaults of /steer."""
+    """Settings of the continuations, and the defaults of /steer."""
 
     strength: tuple[float, ...]
     """The first is the default of /steer."""
@@ -35,12 +35,22 @@ class Settings:
     top_k: int | None
     seed: int
     chat: bool
-    """Whether a prompt is what a user says to a chat checkpoint."""
+    """Whether a prompt is a user's message to a chat checkpoint."""
     device: str
 
 
 class Session:
-    """The features that are steered and the last prompt. `prompt` and the commands print their results."""
+    """The steered features and the last prompt. `prompt` and the commands print their results.
+
+    Args:
+      im: the model with its SAEs.
+      hook: the SAE whose features are steered.
+      settings: of the continuations.
+      steers: the features to steer at first.
+
+    Raises:
+      ValueError: features that cannot be steered.
+    """
 
     def __init__(self, im: InterpretableModel, hook: str, settings: Settings, steers: list[Steer]):
         self.im, self.hook, self.settings, self.steers = im, hook, settings, steers
@@ -53,44 +63,44 @@ class Session:
         """Continue a text, without steering and, if features are steered, with it, side by side."""
         ids, stop_tokens = self._render(text)
         columns = [self._continue(ids, stop_tokens, steers) for steers in ([], self.steers)[: 1 + bool(self.steers)]]
-        told: list[list[Token]] = [[] for _ in columns]
+        texts: list[list[Token]] = [[] for _ in columns]
         with self._live() as show:
             for row in itertools.zip_longest(*columns):
-                for tokens, token in zip(told, row, strict=True):
+                for tokens, token in zip(texts, row, strict=True):
                     tokens.extend([] if token is None else [token])
-                show(view.side_by_side(told, self.steers))
+                show(view.side_by_side(texts, self.steers))
         if not self.console.is_terminal:
-            self.console.print(view.side_by_side(told, self.steers))
-        self._ids, self._default = ids, told[0]
+            self.console.print(view.side_by_side(texts, self.steers))
+        self._ids, self._default = ids, texts[0]
         if self.steers:
-            self.console.print(view.summary(self.steers, self._relative(ids), *told))
+            self.console.print(view.summary(self.steers, self._relative(ids), *texts))
         else:
             self.top()
 
-    def top(self, told: str = "") -> None:
+    def top(self, argument: str = "") -> None:
         """Print the features that fired most on the last prompt and its default continuation."""
-        self._need_prompt()
-        count = _number(told or "10", int)
+        self._require_prompt()
+        count = _number(argument or "10", int)
         if count < 1:
             raise ValueError(f"/top {count}: give how many features to show, at least 1")
         self.console.print(view.top(self._default, self.hook, count))
 
-    def why(self, told: str = "") -> None:
-        """Print which features speak for a token after the last prompt, by default the likeliest."""
-        self._need_prompt()
+    def why(self, argument: str = "") -> None:
+        """Print which features raise the logit of a token after the last prompt, by default of the likeliest token."""
+        self._require_prompt()
         tokenizer, tokens = self.im.tokenizer, torch.tensor([self._ids], device=self.settings.device)
-        if told:
-            target = tokenizer.encode(told)[0]
+        if argument:
+            target = tokenizer.encode(argument)[0]
         else:
             with torch.no_grad():
                 target = int(self.im(tokens)[0, -1].argmax())
-        found = self.im.attribution(tokens, self.hook, (-1, target))
+        attributions = self.im.attribution(tokens, self.hook, (-1, target))
         texts = [tokenizer.token_text(token) for token in self._ids]
-        self.console.print(view.why(found, texts, tokenizer.token_text(target)))
+        self.console.print(view.why(attributions, texts, tokenizer.token_text(target)))
 
-    def steer(self, told: str = "") -> None:
+    def steer(self, argument: str = "") -> None:
         """Steer one more feature, if one is named, and print which are steered."""
-        words = told.split()
+        words = argument.split()
         if len(words) > 3:
             raise ValueError(f"/steer takes FEATURE [STRENGTH [MODE]], not {len(words)} words")
         if words:
@@ -104,20 +114,20 @@ class Session:
         if not self.steers:
             self.console.print("nothing is pushed")
 
-    def clear(self, told: str = "") -> None:
-        """Steer nothing any more."""
+    def clear(self, argument: str = "") -> None:
+        """Stop steering."""
         self.steers = []
 
-    def help(self, told: str = "") -> None:
+    def help(self, argument: str = "") -> None:
         """Print the commands."""
         self.console.print(_HELP, markup=False)
 
     def _check(self, steers: list[Steer]) -> None:
-        """Raise ValueError for what the model would refuse when it runs."""
+        """Raise ValueError for steering that the model would refuse when it runs."""
         with self.im.steering_enabled(steers, strength_multiplier=self.settings.strength_multiplier, prompt_length=0):
             pass
 
-    def _need_prompt(self) -> None:
+    def _require_prompt(self) -> None:
         if not self._ids:
             raise ValueError("there is no prompt yet: type a text to continue")
 
@@ -147,7 +157,7 @@ class Session:
 
     @contextlib.contextmanager
     def _live(self) -> Iterator[Callable[[object], None]]:
-        """Yield a function that shows a table as it changes; it does nothing where the output is no terminal."""
+        """Yield a function that displays a table as it changes; without a terminal it does nothing."""
         if not self.console.is_terminal:
             yield lambda table: None
             return
@@ -156,14 +166,14 @@ class Session:
 
 
 _HELP = """\
-/steer FEATURE [STRENGTH [MODE]]   push a feature besides the others
-/steer                             what is pushed
-/clear                             push nothing any more
-/top [N]                           what fired most on the last prompt and its default continuation
-/why [TOKEN]                       which features speak for TOKEN, or the likeliest, after the last prompt
-/help                              this
-/quit                              end, as the end of the input does
-Any other line is continued; \\n in it is a line break."""
+/steer FEATURE [STRENGTH [MODE]]   push one more feature
+/steer                             show the pushed features
+/clear                             stop pushing features
+/top [N]                           show what fired most on the last prompt and its default continuation
+/why [TOKEN]                       show which features raise TOKEN, or the likeliest token, after the last prompt
+/help                              show this help
+/quit                              quit, as the end of the input does
+Any other line is a prompt to continue; \\n in it is a line break."""
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "steer": Session.steer,
@@ -175,10 +185,10 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 
 
 def ask(session: Session) -> None:
-    """Read lines until /quit or the end of the input; print errors and go on."""
+    """Read lines until /quit or the end of the input; print errors and continue."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - editing and history for input()
-    session.console.print("A line is continued; /help tells the commands, /quit ends.")
+    session.console.print("Type a prompt to continue; /help lists the commands, /quit ends.")
     while True:
         try:
             line = input("> ")
@@ -187,7 +197,7 @@ def ask(session: Session) -> None:
         if line.strip() == "/quit":
             return
         try:
-            _obey(session, line)
+            _execute(session, line)
         except KeyboardInterrupt:
             signals.answered()
             session.console.print("stopped")
@@ -195,16 +205,16 @@ def ask(session: Session) -> None:
             session.console.print(f"{error}", style="red", markup=False)
 
 
-def _obey(session: Session, line: str) -> None:
+def _execute(session: Session, line: str) -> None:
     if not line.startswith("/"):
         if line:
             session.prompt(line.replace("\\n", "\n"))
         return
     # Only the first space separates: in "/why  self" the token is " self".
-    name, _, told = line[1:].partition(" ")
+    name, _, argument = line[1:].partition(" ")
     if name not in COMMANDS:
         raise ValueError(f"no command /{name}: there are {', '.join('/' + known for known in COMMANDS)} and /quit")
-    COMMANDS[name](session, told)
+    COMMANDS[name](session, argument)
 
 
 def _number(text: str, kind: Callable[[str], _Number]) -> _Number:
@@ -212,5 +222,5 @@ def _number(text: str, kind: Callable[[str], _Number]) -> _Number:
         return kind(text)
     except ValueError:
         raise ValueError(
-            f"{text!r} is no {'whole number' if kind is int else 'number'}; /help tells the commands"
+            f"{text!r} is not a {'whole number' if kind is int else 'number'}; /help lists the commands"
         ) from None

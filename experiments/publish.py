@@ -1,11 +1,12 @@
-"""Uploads the features of a run to Neuronpedia, or imports an export into a local Neuronpedia's database.
+"""Upload the features of a run to Neuronpedia, or import an export into a local Neuronpedia's database.
 
     python -m experiments.publish --run_dir=runs/demo --dry_run
     python -m experiments.publish --run_dir=runs/demo
     python -m experiments.publish --import_to=postgresql://postgres@localhost/postgres --folder=runs/demo/neuronpedia/v1
 
-An upload says what it will send and asks; NEURONPEDIA_API_KEY is the key of neuronpedia.org/account. Interrupted, it
-goes on by the same command and sends nothing twice. An import wants the files of `experiments.export`.
+An upload prints what it will send and asks for confirmation; NEURONPEDIA_API_KEY holds the key of your account page on
+neuronpedia.org. After an interruption the same command continues and sends nothing twice. An import reads files of
+`experiments.export`.
 """
 
 from __future__ import annotations
@@ -38,33 +39,35 @@ class PublishConfig:
     """Run, names, site and limits of an upload; or the database of an import."""
 
     run_dir: FilePath | None = flag(
-        None, "The run whose features are uploaded; needs records, as experiments.explore makes."
+        None, "The run whose features are uploaded; it needs the records of experiments.explore."
     )
     hook: str | None = flag(None, "Only the SAE of this hook.")
     model_id: str | None = flag(None, "Neuronpedia's id of the model; none is nanochat-dDEPTH-HASH.")
-    source_set: str | None = flag(None, "Its source set; none is SITE-WIDTH-HASH, res-16k-1a2b3c for example.")
-    url: str | None = flag(None, "Where model and SAE are told of: a paper, a repository.")
-    layers: int | None = flag(None, "Layers of the model; none asks its checkpoint.", at_least(1, 2**12))
-    base_url: str = flag(SITE, "The site, or a local one, http://localhost:3000.")
+    source_set: str | None = flag(None, "Neuronpedia's source set; none is SITE-WIDTH-HASH, such as res-16k-1a2b3c.")
+    url: str | None = flag(None, "URL that describes model and SAE: a paper, a repository.")
+    layers: int | None = flag(None, "Layers of the model; none reads them from its checkpoint.", at_least(1, 2**12))
+    base_url: str = flag(SITE, "The site, or a local one such as http://localhost:3000.")
     dry_run: bool = flag(False, "Check everything and write the requests' bodies; send nothing.")
     out: FilePath | None = flag(None, "Folder for the bodies; none is neuronpedia/upload in the run.")
     yes: bool = flag(False, "Do not ask before sending.")
-    keep_uploaded: bool = flag(False, "Leave features that were uploaded with other content as they are there.")
-    batch_features: int = flag(128, "Features per request at most.", Range(1, 128, "fit: the site takes 1 to 128"))
+    keep_uploaded: bool = flag(False, "Do not replace features that were uploaded with other content.")
+    batch_features: int = flag(128, "Most features per request.", Range(1, 128, "fit: the site takes 1 to 128"))
     batch_bytes: int = flag(
         3_500_000,
-        "Bytes per request at most; the site's host takes 4.5 MB.",
+        "Most bytes per request; the site's host takes 4.5 MB.",
         Range(1000, 2**31 - 1, "be at least 1000: no feature is smaller"),
     )
     patience: float = flag(
-        7200.0, "Seconds to wait in all for a site that is busy, or has had enough requests.", SECONDS
+        7200.0, "Total seconds to wait for a site that is busy or limits the rate of requests.", SECONDS
     )
-    settle: float = flag(20.0, "Seconds after an unclear failure before the site is asked what has arrived.", SECONDS)
+    settle: float = flag(
+        20.0, "Seconds to wait after an unclear failure before asking the site what has arrived.", SECONDS
+    )
     explanations: tuple[int, ...] = flag(
-        (), "Send nothing: show what the site's people say of these features.", at_least(0)
+        (), "Send nothing: show the site's explanations of these features.", at_least(0)
     )
     import_to: str | None = flag(None, "Database of a local Neuronpedia; the password may come from PGPASSWORD.")
-    folder: FilePath | None = flag(None, "What is imported: a source of a v1 export, or a folder of several.")
+    folder: FilePath | None = flag(None, "Folder to import: a source of a v1 export, or a folder of several.")
 
     def __post_init__(self) -> None:
         settle(self)
@@ -74,14 +77,14 @@ class PublishConfig:
 
 
 def main(config: PublishConfig) -> int:
-    """Check everything, print what will be sent, send it; or import an export; or show explanations."""
+    """Upload features after checks and confirmation; or import an export; or show explanations."""
     if config.import_to:
         return _import(config)
     run = Run(config.run_dir or "")
     if not run.path.is_dir():
-        raise FileNotFoundError(f"{run.path} is no run: there is no such directory")
+        raise FileNotFoundError(f"{run.path} is not a run: there is no such directory")
     if config.explanations:
-        return _read(_sources(run, config), config)
+        return _show_explanations(_sources(run, config), config)
     with run.writing():
         return _publish(run, config)
 
@@ -92,19 +95,19 @@ def _publish(run: Run, config: PublishConfig) -> int:
     sources = _sources(run, config)
     marked = warn_of_marked(source.sae_dir for source in sources)
     require(not marked or config.dry_run, "SAEs marked as of no use are not uploaded: choose others with --hook")
-    most = {"max_features": config.batch_features, "max_bytes": config.batch_bytes}
+    limits = {"max_features": config.batch_features, "max_bytes": config.batch_bytes}
     out = Path(config.out) if config.out else None
     with contextlib.nullcontext() if config.dry_run else _client(config, _key()) as client:
-        publications = [_prepare(run, source, config.base_url, out=out, **most) for source in sources]
-        left = [_show(publication, config) for publication in publications]
-        if client is None or (any(left) and not _agreed(config)):
+        publications = [_prepare(run, source, config.base_url, out=out, **limits) for source in sources]
+        missing = [_show(publication, config) for publication in publications]
+        if client is None or (any(missing) and not _confirmed(config)):
             print("Nothing was sent.")
             return 0 if config.dry_run else 1
         try:
             for publication in publications:
                 _upload(publication, client, config)
         except KeyboardInterrupt:
-            print("What arrived is kept in mind: the same command goes on.", file=sys.stderr)
+            print("What arrived is recorded: the same command continues the upload.", file=sys.stderr)
             raise
     return 0
 
@@ -144,7 +147,7 @@ def _client(config: PublishConfig, key: str | None) -> Client:
 
 
 def _show(publication: Publication, config: PublishConfig) -> int:
-    """Print what will be sent; return how many features that is."""
+    """Print what will be sent; return the number of features to send."""
     plan, missing = publication.plan, publication.missing(config.keep_uploaded)
     sent = plan.features - missing.features
     known = f", {sent} were uploaded before" if sent else ""
@@ -158,15 +161,15 @@ def _show(publication: Publication, config: PublishConfig) -> int:
     return missing.features
 
 
-def _agreed(config: PublishConfig) -> bool:
+def _confirmed(config: PublishConfig) -> bool:
     print(
-        "Model, source set and features become readable for all who know their address. "
+        "Model, source set and features become readable for everyone who knows their address. "
         "The site's public API can neither change nor delete them.",
         flush=True,
     )
     if config.yes:
         return True
-    require(sys.stdin.isatty(), "nobody is there to be asked: give --yes to send it")
+    require(sys.stdin.isatty(), "the input is not a terminal, so nobody can confirm: give --yes to send")
     return input("Send it? [y/N] ").strip().lower() in ("y", "yes")
 
 
@@ -183,17 +186,17 @@ def _upload(publication: Publication, client: Client, config: PublishConfig) -> 
     )
 
 
-# ---- reading and importing ----------------------------------------------------------------------------------------
+# ---- explanations and imports -------------------------------------------------------------------------------------
 
 
-def _read(sources: list[Source], config: PublishConfig) -> int:
+def _show_explanations(sources: list[Source], config: PublishConfig) -> int:
     with _client(config, os.environ.get("NEURONPEDIA_API_KEY")) as client:
         for source, index in itertools.product(sources, config.explanations):
-            for found in client.explanations(source.ids.model, source.ids.source, index):
-                by = ", ".join(part for part in (found.method, found.model) if part)
-                scores = "".join(f"   {kind} {value:.2f}" for kind, value in found.scores)
-                told = f"{source.ids.link}/{index}   {found.text}" + (f"   ({by})" if by else "") + scores
-                print("".join(c if c.isprintable() else " " for c in told))  # others' text: no codes for the terminal
+            for explanation in client.explanations(source.ids.model, source.ids.source, index):
+                author = ", ".join(part for part in (explanation.method, explanation.model) if part)
+                scores = "".join(f"   {kind} {value:.2f}" for kind, value in explanation.scores)
+                line = f"{source.ids.link}/{index}   {explanation.text}" + (f"   ({author})" if author else "") + scores
+                print("".join(c if c.isprintable() else " " for c in line))  # foreign text: no terminal codes
     return 0
 
 
@@ -211,7 +214,7 @@ def _import(config: PublishConfig) -> int:
 
 
 def next_commands(config: PublishConfig) -> list[str]:
-    """Return what to do with features that were uploaded, or would be."""
+    """Return what to do next with features that were uploaded, or would be."""
     if config.run_dir is None or config.explanations:
         return []
     return commands.after_publishing(Path(config.run_dir), config.hook, config.dry_run)

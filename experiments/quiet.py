@@ -1,4 +1,4 @@
-"""What libraries print beside an error that a command tells in one line."""
+"""Suppression of what libraries print beside an error that a command reports in one line."""
 
 import atexit
 import contextlib
@@ -15,8 +15,8 @@ _LIBRARIES = ("/orbax/", "/tensorstore/", "/asyncio/")
 def libraries(debug: bool) -> Iterator[None]:
     """Keep Orbax and TensorStore from printing tracebacks of an error that they also raise, unless debugging.
 
-    After a failed write or read they leave unfinished coroutines, futures and late callbacks behind, whose exceptions
-    Python would print one by one, some of them only when the process ends. Those of anything else are printed as ever.
+    After a failed write or read they leave unfinished coroutines, futures and late callbacks, whose exceptions Python
+    would print one by one, some of them only when the process ends. Exceptions of other code are still printed.
     """
     if debug:
         yield
@@ -32,8 +32,8 @@ def libraries(debug: bool) -> Iterator[None]:
 
 
 def _drop() -> Callable[[], None]:
-    """Drop the errors of the libraries from now on; return what ends that."""
-    import absl.logging  # noqa: F401 - makes the logger of that name
+    """Drop the errors of the libraries from now on; return a function that undoes this."""
+    import absl.logging  # noqa: F401 - creates the logger of that name
 
     loggers = [logging.getLogger("absl"), logging.getLogger("asyncio")]
     for logger in loggers:
@@ -56,14 +56,14 @@ def _is_no_error(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR
 
 
-def _without_libraries(otherwise: Any) -> Any:
-    """Return a hook for exceptions that Python ignores: drops those that were raised in the libraries."""
+def _without_libraries(default: Any) -> Any:
+    """Return a hook for exceptions that Python ignores: it drops those of the libraries, passes others to `default`."""
 
     def hook(unraisable: Any) -> None:
         trace, last = unraisable.exc_traceback, ""
         while trace is not None:
             trace, last = trace.tb_next, trace.tb_frame.f_code.co_filename
         if not any(library in last for library in _LIBRARIES):
-            otherwise(unraisable)
+            default(unraisable)
 
     return hook

@@ -1,4 +1,4 @@
-"""Requests to stop, SIGINT (Ctrl-C) and SIGTERM: none is lost, none ends in a traceback, a second ends at once."""
+"""Requests to stop, SIGINT (Ctrl-C) and SIGTERM: none is lost or prints a traceback; a second SIGINT ends at once."""
 
 import contextlib
 import os
@@ -10,46 +10,46 @@ from types import FrameType
 from typing import Any, NoReturn
 
 STOPPED = 75
-"""Exit code of a run that was stopped and saved, and goes on with --resume: EX_TEMPFAIL of sysexits.h."""
+"""Exit code of a run that was stopped and saved, and continues with --resume: EX_TEMPFAIL of sysexits.h."""
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
-_CALLBACKS = "/jax/_src/callback.py"  # XLA makes a RuntimeError of what is raised there, and jax logs it
-_AGAIN = 0.02  # seconds until a request that could not be raised is raised again
-_raised: list[int] = []  # requests that became an exception and were not answered
+_CALLBACKS = "/jax/_src/callback.py"  # XLA turns an exception there into a RuntimeError, and jax logs it
+_RETRY = 0.02  # seconds until a request that could not be raised is raised again
+_raised: list[int] = []  # requests that were raised as an exception and not yet answered
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: to be treated as Ctrl-C, but for the exit code."""
+    """SIGTERM; handled like Ctrl-C except for the exit code."""
 
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Raise SIGINT as KeyboardInterrupt and SIGTERM as Terminated, so that whatever is open is closed.
+    """Raise SIGINT as KeyboardInterrupt and SIGTERM as Terminated, so that open resources are closed.
 
     While a module is being imported the process ends at once: nothing is open, and a half imported module turns the
     exception into another one. An exception that Python must ignore (in a destructor, in a callback from C++) is raised
-    again, and one within a callback of XLA waits until that has returned. A second SIGINT ends the process at once. A
-    SIGINT that is ignored when this begins stays ignored.
+    again, and one within a callback of XLA is deferred until the callback has returned. A second SIGINT ends the
+    process at once. A SIGINT that was ignored before stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _raised.clear()
     numbers = [number for number in _NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
-    kept = {number: signal.signal(number, _raise) for number in (*numbers, signal.SIGALRM)}
+    previous = {number: signal.signal(number, _raise) for number in (*numbers, signal.SIGALRM)}
     hook, sys.unraisablehook = sys.unraisablehook, _unraisable(sys.unraisablehook)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = hook
-        for number, handler in kept.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Yield a list that stays empty until SIGINT or SIGTERM comes; what is at hand is finished meanwhile.
+    """Yield a list to which SIGINT and SIGTERM are appended, so that the caller can finish its current work.
 
     A second SIGINT ends the process at once.
     """
@@ -60,31 +60,31 @@ def stop_requests() -> Iterator[list[int]]:
             end_at_once(number)
         received.append(number)
 
-    kept = {number: signal.signal(number, receive) for number in _NUMBERS}
+    previous = {number: signal.signal(number, receive) for number in _NUMBERS}
     try:
         yield received
     finally:
-        for number, handler in kept.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def request() -> int | None:
-    """Return the signal that became an exception, which may have become another one on its way; else None."""
+    """Return the last signal that was raised as an exception and not answered; None if there is none."""
     return _raised[-1] if _raised else None
 
 
 def answered() -> None:
-    """Forget a request that was obeyed by a command that goes on."""
+    """Forget a request that the command has handled and after which it continues."""
     _raised.clear()
 
 
 def exit_code(number: int) -> int:
-    """Return the exit code of a process that a signal ended, as shells count."""
+    """Return the exit code of a process that a signal ended, as shells report it: 128 + number."""
     return 128 + number
 
 
 def end_at_once(number: int) -> NoReturn:
-    """End the process without any clearing up: what is written is safe, because it could be killed just as well."""
+    """End the process without cleaning up: files are safe, since all writes survive a kill."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
@@ -95,24 +95,24 @@ def end_at_once(number: int) -> NoReturn:
 
 
 def name(number: int) -> str:
-    """Return what happened to a process that got a signal."""
+    """Return a word for the signal: "interrupted" or "terminated"."""
     return "interrupted" if number == signal.SIGINT else "terminated"
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    if number == signal.SIGALRM:  # a request that was ignored
+    if number == signal.SIGALRM:  # a request that Python ignored
         number = _raised.pop() if _raised else signal.SIGINT
     if (number == signal.SIGINT and number in _raised) or _is_in(frame, "<frozen importlib"):
         end_at_once(number)
     _raised.append(number)
     if _is_in(frame, _CALLBACKS):
-        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+        signal.setitimer(signal.ITIMER_REAL, _RETRY)
         return
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
 def _is_in(frame: FrameType | None, file: str) -> bool:
-    """Return whether a frame or one of its callers is of a file whose name has this part."""
+    """Return whether a frame or one of its callers is in a file whose name contains `file`."""
     while frame is not None:
         if file in frame.f_code.co_filename:
             return True
@@ -120,13 +120,13 @@ def _is_in(frame: FrameType | None, file: str) -> bool:
     return False
 
 
-def _unraisable(otherwise: Any) -> Any:
-    """Return a hook for exceptions that Python ignores: a request is raised again as soon as that is possible."""
+def _unraisable(default: Any) -> Any:
+    """Return a hook for exceptions that Python ignores: it raises a request again, and passes others to `default`."""
 
     def hook(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+            signal.setitimer(signal.ITIMER_REAL, _RETRY)
         else:
-            otherwise(unraisable)
+            default(unraisable)
 
     return hook

@@ -1,8 +1,8 @@
-"""Continues a prompt with and without features of a trained SAE being pushed, side by side.
+"""Continue a prompt with and without pushing features of a trained SAE, side by side.
 
     python -m experiments.steer --run_dir=runs/demo --prompt="def " --feature=123 --strength=8 --mode=clamp
 
-Without --feature it shows what fires on the prompt. --interactive asks for prompts and knows /help.
+Without --feature it shows what fires on the prompt. --interactive reads prompts and commands; try /help.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ class SteerConfig:
     """The prompt, its continuation, and the features that are steered."""
 
     run_dir: FilePath = dataclasses.field(metadata={"help": "A run directory, or with --checkpoint any exported SAE."})
-    prompt: str = flag("", "Text to continue; with --chat what the user says.")
+    prompt: str = flag("", "Text to continue; with --chat the user's message.")
     feature: tuple[int, ...] = flag((), "Features to push, in this order.")
-    strength: tuple[float, ...] = flag((8.0,), "One for each feature, or one for all.", STRENGTH)
+    strength: tuple[float, ...] = flag((8.0,), "Strength of each feature, or one for all.", STRENGTH)
     mode: Literal["additive", "orthogonal", "projection_cap", "clamp", "scale", "ablate"] = flag(
-        "additive", "How: see bridge.steering.Steer for the formulas."
+        "additive", "Kind of steering; bridge.steering.Steer has the formulas."
     )
-    positions: Literal["all", "prompt", "generated", "not_special"] = flag("all", "At which tokens.")
+    positions: Literal["all", "prompt", "generated", "not_special"] = flag("all", "Tokens at which to steer.")
     strength_multiplier: float = flag(1.0, "Factor on strengths of additive, orthogonal and projection_cap.", STRENGTH)
-    hook: str | None = flag(None, "Whose features, where a run has several SAEs.")
-    max_tokens: int = flag(64, "Tokens to generate at most.", at_least(1, 2**24))
-    temperature: float = flag(0.5, "Of the sampling; 0 takes the likeliest token.", TEMPERATURE)
-    top_k: int | None = flag(None, "Sample among so many likeliest tokens; none: all.", COUNT)
-    seed: int = flag(16, "Of the sampling, the same for both continuations.", LONG_SEED)
-    chat: bool = flag(False, "The prompt is what a user says to a chat checkpoint.")
-    interactive: bool = flag(False, "Ask for prompts, and for commands such as /steer, /top, /why.")
-    checkpoint: Checkpoint | None = flag(None, "The nanochat, as of training; none is the one the run was trained on.")
+    hook: str | None = flag(None, "Hook of the SAE, for a run with several SAEs.")
+    max_tokens: int = flag(64, "Most tokens to generate.", at_least(1, 2**24))
+    temperature: float = flag(0.5, "Temperature of the sampling; 0 takes the likeliest token.", TEMPERATURE)
+    top_k: int | None = flag(None, "Sample among this many likeliest tokens; none is all.", COUNT)
+    seed: int = flag(16, "Seed of the sampling, the same for both continuations.", LONG_SEED)
+    chat: bool = flag(False, "The prompt is a user's message to a chat checkpoint.")
+    interactive: bool = flag(False, "Read prompts, and commands such as /steer, /top, /why.")
+    checkpoint: Checkpoint | None = flag(None, "The nanochat, as for training; none is the run's.")
     step: int | None = flag(None, "Step of --checkpoint; none is the last.", STEP)
     tokenizer: FilePath | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
-    device: str = flag("cpu", "Where the model runs.")
+    device: str = flag("cpu", "Device of the model.")
 
     def __post_init__(self) -> None:
         require(all(map(math.isfinite, self.strength)), f"--strength is {self.strength}: give finite numbers")
         settle(self)
         check_name(self.device)
-        given, wanted = len(self.strength), len(self.feature)
+        strengths, features = len(self.strength), len(self.feature)
         require(
-            given == 1 or given == wanted,
-            f"--strength has {given} values for {wanted} features: give one for each, or one for all",
+            strengths == 1 or strengths == features,
+            f"--strength has {strengths} values for {features} features: give one for each, or one for all",
         )
         require(self.interactive or bool(self.prompt), "the prompt is empty: give --prompt=TEXT, or --interactive")
         self._check_ranges()
@@ -87,7 +87,7 @@ class SteerConfig:
 
 
 def main(config: SteerConfig) -> int:
-    """Load the model and its SAEs, then continue the prompt, or ask for prompts."""
+    """Load the model and its SAEs, then continue the prompt, or read prompts."""
     require_torch(config.device)
     im = _load(config)
     hook = _hook(config, im)
@@ -102,7 +102,7 @@ def main(config: SteerConfig) -> int:
 
 
 def _load(config: SteerConfig) -> InterpretableModel:
-    """Return the checkpoint that the run says, with the run's SAEs."""
+    """Return the run's model, or the one of the flags, with the run's SAEs."""
     from bridge.run.exports import warn_of_marked
     from bridge.runtime import InterpretableModel
 
@@ -133,7 +133,7 @@ def _requests(config: SteerConfig, hook: str) -> list[Steer]:
 
 
 def next_commands(config: SteerConfig) -> list[str]:
-    """Return what else to steer, and where to see more."""
+    """Return commands to steer further and to explore."""
     model = {name: getattr(config, name) for name in ("checkpoint", "step", "tokenizer")}
     return commands.after_steering(Path(config.run_dir), config.hook, bool(config.feature), **model)
 

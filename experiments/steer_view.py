@@ -1,4 +1,4 @@
-"""What steering looks like in a terminal: two continuations side by side, tokens coloured by what fires on them."""
+"""Terminal output of steering: two continuations side by side, tokens coloured by the features that fire on them."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from rich.text import Text
 from bridge.runtime import Features, Steer, Token
 
 _DARK, _BRIGHT = (56, 44, 20), (255, 150, 0)
-# What a terminal would obey is shown as its symbol: a model may say anything.
+# Control characters are shown as symbols: a model may generate any text.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 _VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
-def side_by_side(told: Sequence[Sequence[Token]], steers: Sequence[Steer]) -> Table:
-    """The continuations in panels; the brighter a token, the more the pushed features fire on it."""
-    strongest = {s: max((_activation(t, s) for tokens in told for t in tokens), default=0.0) for s in steers}
+def side_by_side(texts: Sequence[Sequence[Token]], steers: Sequence[Steer]) -> Table:
+    """Return the continuations in panels; the brighter a token, the more the pushed features fire on it."""
+    strongest = {s: max((_activation(t, s) for tokens in texts for t in tokens), default=0.0) for s in steers}
     table = Table.grid(expand=True)
     panels = []
-    for title, tokens in zip(("default", "steered"), told, strict=False):
+    for title, tokens in zip(("default", "steered"), texts, strict=False):
         text = Text()
         for token in tokens:
             share = max((_activation(token, s) / strongest[s] for s in steers if strongest[s]), default=0.0)
@@ -36,7 +36,7 @@ def side_by_side(told: Sequence[Sequence[Token]], steers: Sequence[Steer]) -> Ta
 def summary(
     steers: Sequence[Steer], relative: Sequence[float | None], default: Sequence[Token], steered: Sequence[Token]
 ) -> Table:
-    """A line per pushed feature: its strength next to the activations it is added to, and how often it fired."""
+    """Return a row per pushed feature: its strength relative to the activations, and how often it fired."""
     table = Table("feature", "mode", "strength", "c‖d‖ / mean‖h‖", "fires by default", "fires when steered")
     for steer, ratio in zip(steers, relative, strict=True):
         table.add_row(
@@ -51,23 +51,23 @@ def summary(
 
 
 def top(tokens: Sequence[Token], hook: str, count: int) -> Group:
-    """The features with the largest activations on a text."""
-    found: dict[int, list[tuple[float, Token]]] = defaultdict(list)
+    """Return the features with the largest activations on a text."""
+    activations: dict[int, list[tuple[float, Token]]] = defaultdict(list)
     for token in tokens:
         for index, value in token.features[hook]:
-            found[index].append((value, token))
-    peaks = {index: max(fired, key=lambda pair: pair[0]) for index, fired in found.items()}
+            activations[index].append((value, token))
+    peaks = {index: max(fired, key=lambda pair: pair[0]) for index, fired in activations.items()}
     table = Table("feature", "largest", "on", "tokens")
     for index in sorted(peaks, key=lambda i: -peaks[i][0])[: max(count, 1)]:
         value, token = peaks[index]
-        table.add_row(f"{index}", f"{value:.3f}", _quoted(token.text), f"{len(found[index])}")
+        table.add_row(f"{index}", f"{value:.3f}", _quoted(token.text), f"{len(activations[index])}")
     return Group(Text(f"what fires at {hook}"), table)
 
 
-def why(found: Features, texts: Sequence[str], target: str, count: int = 10) -> Group:
-    """The features and positions that speak most for a token, or against it."""
-    values, indices = (x[0].flatten().tolist() for x in found)
-    per_position = found.values.shape[-1]
+def why(attributions: Features, texts: Sequence[str], target: str, count: int = 10) -> Group:
+    """Return the features and positions that most raise or lower the logit of a token."""
+    values, indices = (x[0].flatten().tolist() for x in attributions)
+    per_position = attributions.values.shape[-1]
     order = sorted(range(len(values)), key=lambda i: -abs(values[i]))[:count]
     table = Table("feature", "on", "position", "contribution")
     for i in order:
@@ -77,12 +77,12 @@ def why(found: Features, texts: Sequence[str], target: str, count: int = 10) -> 
 
 
 def request(steer: Steer) -> str:
-    """A push in words."""
+    """Return the description of a steered feature."""
     return f"feature {steer.feature} of {steer.hook}: {steer.mode} {steer.strength:g}, positions {steer.positions}"
 
 
 def shown(text: str) -> str:
-    """A text that a terminal can do no more with than show it."""
+    """Return a text with its control characters replaced by visible symbols."""
     return text.translate(_VISIBLE)
 
 

@@ -2,8 +2,8 @@
 
     python -m experiments.train --flagfile=experiments/configs/demo.flags
 
-A run that was stopped or killed goes on, to the same numbers, with the same flags and --resume. One that was asked to
-stop (Ctrl-C, SIGTERM) saves and exits with code 75, so that nothing that needs its result follows.
+A run that was stopped or killed continues with the same flags and --resume, and gives the same numbers. A run that is
+asked to stop (Ctrl-C, SIGTERM) saves and exits with code 75, so that scripts do not continue without its result.
 """
 
 import shlex
@@ -20,13 +20,13 @@ def main(config: RunConfig) -> int:
         train(config, stop_requests=signals.stop_requests)
     except Stopped:
         command = shlex.join(word for word in sys.argv[1:] if word not in ("--resume", "--resume=true"))
-        print(f"stopped and saved; go on with: python -m experiments.train {command} --resume", flush=True)
+        print(f"stopped and saved; continue with: python -m experiments.train {command} --resume", flush=True)
         return signals.STOPPED
     return 0
 
 
 def next_commands(config: RunConfig) -> list[str]:
-    """Return what to do with the run; of a sweep with its first."""
+    """Return what to do next with the run, or with the first run of a sweep."""
     first = config.variant_name(next(config.variants()))
     return commands.after_training(Run(config.output_dir).path / first)
 

@@ -1,4 +1,4 @@
-"""Sources of activations from a user's own arrays: in memory, mapped from a file, or one after the other."""
+"""Sources of activations from a user's own arrays: in memory, memory-mapped, or from an iterator."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -11,8 +11,8 @@ from jsae.data import Block, Filling, Source
 from jsae.settings import require
 
 Activations = Any
-"""What `source_of` reads: an array (rows, width), a list of arrays of the same tokens, an iterator, an iterable or a
-generator function of such, or a `jsae.data.Source`."""
+"""Activations that `source_of` reads: an array (rows, width), a list of arrays of the same tokens, an iterator, an
+iterable or a generator function of these, or a `jsae.data.Source`."""
 
 PIECE = 256
 """Rows that stay together when an array is read in random order."""
@@ -31,13 +31,13 @@ class Rows(Protocol):
 
 
 class ArraySource:
-    """A source that reads arrays of the same tokens again and again, (rows, width) each.
+    """A source that reads arrays of the same tokens repeatedly, (rows, width) each.
 
     A block is read piece by piece, so that a memory map may be larger than the memory.
 
     Args:
       arrays: one array; a transcoder's input and target; or the layers of a crosscoder.
-      seed: of the order in which pieces of `PIECE` rows are read, another one each time; None reads from top to bottom.
+      seed: of the order in which pieces of `PIECE` rows are read, a new one in each pass; None reads in order.
 
     Raises:
       ConfigError: no array, an array that is not two-dimensional, empty or not of floats, or unequal lengths.
@@ -55,29 +55,29 @@ class ArraySource:
     def fill(self, rows: int) -> Filling:
         """Return the next `rows` activations."""
         host = [None if isinstance(a, jax.Array) else np.empty((rows, a.shape[1]), _dtype(a)) for a in self._arrays]
-        taken, places = 0, []
+        taken, indices = 0, []
         while taken < rows:
             start, stop = self._next(rows - taken)
             for array, block in zip(self._arrays, host, strict=True):
                 if block is not None:
-                    with np.errstate(over="ignore"):  # what float32 cannot hold is found where numbers are checked
+                    with np.errstate(over="ignore"):  # overflow to infinity is reported where numbers are checked
                         block[taken : taken + stop - start] = array[start:stop]
-            places.append(np.arange(start, stop))
+            indices.append(np.arange(start, stop))
             taken += stop - start
             yield taken / rows
-        where = np.concatenate(places)
-        return _block([a[where] if b is None else b for a, b in zip(self._arrays, host, strict=True)])
+        index = np.concatenate(indices)
+        return _block([a[index] if b is None else b for a, b in zip(self._arrays, host, strict=True)])
 
     def position(self) -> dict[str, Any]:
         """Return the number of rows that were read."""
         return {"row": self._row}
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Go to where so many rows were read."""
+        """Move to a position that `position` returned."""
         self._row = int(position["row"])
 
-    def _next(self, most: int) -> tuple[int, int]:
-        """Move on to the end of a piece, at most by `most` rows; return the first row and the one after the last."""
+    def _next(self, max_rows: int) -> tuple[int, int]:
+        """Advance to the end of a piece, by at most `max_rows`; return the first row and the one after the last."""
         number, row = divmod(self._row, self._rows)
         if self._pass is None or self._pass[0] != number:
             self._pass = (number, *self._order(number))
@@ -85,12 +85,12 @@ class ArraySource:
         piece = int(np.searchsorted(ends, row, side="right"))
         last = min(int(starts[piece]) + PIECE, self._rows)
         first = last - (int(ends[piece]) - row)
-        stop = min(last, first + most)
+        stop = min(last, first + max_rows)
         self._row += stop - first
         return first, stop
 
     def _order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return where each piece of a pass starts in the array, and how many rows are read when it ends."""
+        """Return the first row of each piece of a pass, and the number of rows read at its end."""
         starts = np.arange(0, self._rows, PIECE)
         if self._seed is not None:
             starts = np.random.default_rng((self._seed, number)).permutation(starts)
@@ -98,23 +98,22 @@ class ArraySource:
 
 
 class StreamSource:
-    """A source of arrays that come one after the other, of any number of rows.
+    """A source of arrays with any number of rows, from an iterator or an iterable.
 
-    Where the arrays end they begin again, if they can. A run is resumed by reading to where it was, so that its numbers
+    At the end of the arrays an iterable starts again. A run is resumed by reading up to its position, so its numbers
     are the same only if the arrays are.
 
     Args:
       chunks: an iterator, which is read once; or an iterable, such as a DataLoader, or a function that returns an
-        iterator, such as a generator function. It gives arrays (rows, width), or tuples of arrays of the same tokens.
-      total: rows after which nothing more is read; what is missing in the last block are its first rows once more. None
-        reads whole blocks.
+        iterator, such as a generator function. It yields arrays (rows, width), or tuples of arrays of the same tokens.
+      total: number of rows to read; the last block is filled up with its first rows. None reads whole blocks.
 
     Raises:
-      ConfigError: it gives nothing, or something else than arrays of activations.
+      ConfigError: it yields nothing, or objects that are not arrays of activations.
     """
 
     def __init__(self, chunks: Iterable[Any] | Callable[[], Iterable[Any]], total: int | None = None):
-        self._again = chunks if callable(chunks) else (None if _is_iterator(chunks) else lambda: chunks)
+        self._restart = chunks if callable(chunks) else (None if _is_iterator(chunks) else lambda: chunks)
         self._chunks: Iterator[Any] = iter(chunks() if callable(chunks) else chunks)
         self._taken, self._read, self._total = 0, 0, total
         self.widths: list[int] = []
@@ -122,18 +121,18 @@ class StreamSource:
         self.d_in = self.widths[0]
 
     def fill(self, rows: int) -> Filling:
-        """Return the next `rows` activations; beyond the total the first of them once more.
+        """Return the next `rows` activations; after the total, the first ones of the block again.
 
         Raises:
           ConfigError: the arrays end before.
         """
         pieces: list[list[Any]] = [[] for _ in self.widths]
-        taken, wanted = 0, rows if self._total is None else min(rows, max(self._total - self._taken, 1))
-        while taken < wanted:
-            for piece, array in zip(pieces, self._take(wanted - taken), strict=True):
+        taken, target = 0, rows if self._total is None else min(rows, max(self._total - self._taken, 1))
+        while taken < target:
+            for piece, array in zip(pieces, self._take(target - taken), strict=True):
                 piece.append(array)
             taken += len(pieces[0][-1])
-            yield taken / wanted
+            yield taken / target
         return _block([_filled(_joined(piece), rows) for piece in pieces])
 
     def position(self) -> dict[str, Any]:
@@ -141,48 +140,46 @@ class StreamSource:
         return {"row": self._taken}
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Go to where so many rows were read, by reading them.
+        """Move to a position that `position` returned, by reading up to it.
 
         Raises:
-          ConfigError: an iterator is to go back, which it cannot.
+          ConfigError: an iterator would have to go back.
         """
         row = int(position["row"])
-        if row < self._taken or self._again is not None:
+        if row < self._taken or self._restart is not None:
             require(
-                self._again is not None,
-                "an iterator of arrays cannot begin again, so that this run cannot be resumed from it: give an array, "
-                "a memory map, or a generator function",
+                self._restart is not None,
+                "an iterator of arrays cannot start again, so this run cannot be resumed from it: give an array, a "
+                "memory map, or a generator function",
             )
-            self._chunks, self._rest, self._taken, self._read = iter(self._again()), [], 0, 0
+            self._chunks, self._rest, self._taken, self._read = iter(self._restart()), [], 0, 0
         while self._taken < row:
             self._take(row - self._taken)
 
-    def _take(self, most: int) -> list[Any]:
-        """Return the next rows of every array, at most `most`."""
+    def _take(self, max_rows: int) -> list[Any]:
+        """Return the next rows of every array, at most `max_rows`."""
         if not self._rest or len(self._rest[0]) == 0:
             self._rest = self._next_chunk()
-        taken = [array[:most] for array in self._rest]
-        self._rest = [array[most:] for array in self._rest]
+        taken = [array[:max_rows] for array in self._rest]
+        self._rest = [array[max_rows:] for array in self._rest]
         self._taken += len(taken[0])
         return taken
 
     def _next_chunk(self) -> list[Any]:
         chunk = next(self._chunks, None)
-        if chunk is None and self._read and self._again is not None:
-            self._chunks, self._read = iter(self._again()), 0
+        if chunk is None and self._read and self._restart is not None:
+            self._chunks, self._read = iter(self._restart()), 0
             chunk = next(self._chunks, None)
         require(
             chunk is not None,
             f"the activations ended after {self._taken:,} rows"
-            + (f", and {self._total:,} are to be trained on" if self._total else "")
+            + (f", and {self._total:,} are needed" if self._total else "")
             + ": give more, lower num_activations, or give an array or a generator function, which are read again",
         )
         arrays = list(chunk) if isinstance(chunk, tuple | list) else [chunk]
         check(arrays)
         widths = [int(array.shape[1]) for array in arrays]
-        require(
-            self.widths in ([], widths), f"the first activations have the widths {self.widths}, later ones {widths}"
-        )
+        require(self.widths in ([], widths), f"the first activations have widths {self.widths}, later ones {widths}")
         self.widths, self._read = widths, self._read + 1
         return arrays
 
@@ -191,13 +188,13 @@ def source_of(acts: Activations, seed: int | None = None, total: int | None = No
     """Return a source that reads a user's activations.
 
     Args:
-      acts: an array (rows, width) of numpy or jax, a memory map, or whatever has rows (h5py, zarr); a list of such of
-        the same tokens; an iterator, iterable or generator function of arrays; or a source, which is returned.
+      acts: an array (rows, width) of numpy or jax, a memory map, or another object with rows (h5py, zarr); a list of
+        these of the same tokens; an iterator, iterable or generator function of arrays; or a source, which is returned.
       seed: of the order in which an array is read; see `ArraySource`.
-      total: rows that are read of an iterator; see `StreamSource`.
+      total: number of rows to read from an iterator; see `StreamSource`.
 
     Raises:
-      ConfigError: nothing that can be read as activations.
+      ConfigError: an object that cannot be read as activations.
     """
     if isinstance(acts, Source):
         return acts
@@ -218,13 +215,13 @@ def check(arrays: Sequence[Any]) -> None:
     """Check that arrays are activations of the same tokens.
 
     Raises:
-      ConfigError: they are not; says what they are and what to do.
+      ConfigError: they are not; says what was given and what to do.
     """
     for array in arrays:
         require(
             not _is_torch(array),
-            "torch tensors are handed over to jax first: jsae.train(bridge.to_jax(acts), …), and of several or of a "
-            "DataLoader each by itself, (bridge.to_jax(x) for x in loader)",
+            "torch tensors must be converted to jax first: jsae.train(bridge.to_jax(acts), …), or for several tensors "
+            "or a DataLoader each one, (bridge.to_jax(x) for x in loader)",
         )
         require(isinstance(array, Rows), f"activations are arrays of numpy or jax, (rows, width), not {_kind(array)}")
         shape = tuple(array.shape)
@@ -239,7 +236,7 @@ def check(arrays: Sequence[Any]) -> None:
 
 
 def _is_torch(array: Any) -> bool:
-    """Return whether something is a torch tensor, without importing torch."""
+    """Return whether an object is a torch tensor, without importing torch."""
     return any(kind.__module__.split(".")[0] == "torch" and kind.__name__ == "Tensor" for kind in type(array).__mro__)
 
 
@@ -252,7 +249,7 @@ def _kind(value: Any) -> str:
 
 
 def _dtype(array: Any) -> np.dtype:
-    """Return the type in which an array is handed to the device: its own up to 32 bits, in the machine's order."""
+    """Return the type in which an array is copied to the device: its own up to 32 bits, in native byte order."""
     dtype = np.dtype(array.dtype)
     return np.dtype(np.float32) if dtype.itemsize > 4 else dtype.newbyteorder("=")
 
@@ -265,12 +262,12 @@ def _joined(pieces: list[Any]) -> Any:
 
 
 def _filled(array: Any, rows: int) -> Any:
-    """Return an array of so many rows: those that are missing are its first ones once more."""
+    """Return an array of `rows` rows, extended by repeating it from its first row."""
     missing = np.arange(rows) % len(array)
     return array if len(array) == rows else array[missing]
 
 
 def _block(arrays: list[Any]) -> Block:
-    """Return arrays on the device, in at most 32 bits; one by itself, several in a tuple."""
+    """Return arrays on the device, in at most 32 bits: a single array, or a tuple of several."""
     on_device = tuple(jnp.asarray(array, None if array.dtype.itemsize <= 4 else jnp.float32) for array in arrays)
     return on_device if len(on_device) > 1 else on_device[0]

@@ -1,6 +1,6 @@
-"""The letters of axes, the axes of every array, and how a mesh cuts them.
+"""The letters of axes, the axes of every array, and their sharding over a mesh.
 
-n: tokens of a batch.  d: width of the input, `d_in`.  o: width of the target, `d_in` too unless it is a transcoder.
+n: tokens of a batch.  d: width of the input, `d_in`.  o: width of the target, also `d_in` except in a transcoder.
 f: latents, `d_sae`.  k: active latents of a token.
 """
 
@@ -11,7 +11,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Both weight matrices keep one row per latent: a latent's encoder and decoder direction are contiguous, and gradients
-# of sparse codes are sums of rows. Exported files hold W_enc the field's way round, (d, f).
+# of sparse codes are sums of rows. Exported files contain W_enc in the usual layout, (d, f).
 AXES: Mapping[str, tuple[str, ...]] = {
     "W_enc": ("f", "d"),
     "W_dec": ("f", "o"),
@@ -34,34 +34,34 @@ def spec(axes: tuple[str, ...]) -> PartitionSpec:
     """Return the partition of an array with these axes.
 
     Raises:
-      KeyError: an axis outside the alphabet.
-      ValueError: two axes that would lie on the same mesh axis.
+      KeyError: an axis that is not in `RULES`.
+      ValueError: two axes that would be sharded over the same mesh axis.
     """
-    cut = tuple(RULES[a] for a in axes)
-    used = [c for c in cut if c is not None]
+    mesh_axes = tuple(RULES[axis] for axis in axes)
+    used = [mesh_axis for mesh_axis in mesh_axes if mesh_axis is not None]
     if len(set(used)) != len(used):
-        raise ValueError(f"axes {axes} would be cut as {cut}: a mesh axis can cut an array only once")
-    return PartitionSpec(*cut)
+        raise ValueError(f"axes {axes} would be sharded as {mesh_axes}: a mesh axis can shard an array only once")
+    return PartitionSpec(*mesh_axes)
 
 
 def make_mesh(latent: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
     """Return a mesh (data, latent) over all devices of all processes, `latent` of them sharing one copy of the SAE.
 
     Raises:
-      ValueError: the devices cannot be divided so.
+      ValueError: the number of devices is not a multiple of `latent`.
     """
     devices = jax.devices() if devices is None else devices
     if latent < 1 or len(devices) % latent:
         raise ValueError(f"{len(devices)} devices cannot be divided into groups of {latent} along 'latent'")
     shape = (len(devices) // latent, latent)
-    # Auto: the compiler places what lies between the arrays of the table.
+    # Auto: the compiler chooses the sharding of intermediate arrays.
     return jax.make_mesh(shape, ("data", "latent"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def shardings(tree: Any, mesh: Mesh, latent_arrays: Iterable[str] = ()) -> Any:
-    """Return the sharding of every array of `tree`, found by the array's name in `AXES`; unnamed ones are replicated.
+    """Return the sharding of every array of `tree`, by the array's name in `AXES`; other arrays are replicated.
 
-    The moments of an optimiser carry the names of the weights that they belong to, so they are cut alike.
+    The moments of an optimiser have the names of their weights, so they are sharded alike.
 
     Args:
       tree: arrays by name.
@@ -70,11 +70,11 @@ def shardings(tree: Any, mesh: Mesh, latent_arrays: Iterable[str] = ()) -> Any:
     """
     table: dict[str, tuple[str, ...]] = {**dict.fromkeys(latent_arrays, ("f",)), **AXES}
 
-    def place(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
+    def sharding(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
         names = [str(getattr(p, "name", getattr(p, "key", ""))) for p in path]
         axes = next((table[n] for n in reversed(names) if n in table), None)
         if axes is None or jax.numpy.ndim(leaf) != len(axes):
             return NamedSharding(mesh, PartitionSpec())
         return NamedSharding(mesh, spec(axes))
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)

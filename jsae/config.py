@@ -1,4 +1,4 @@
-"""How a run is trained: a frozen dataclass, checked when made. Imports nothing heavy."""
+"""Settings of training: a frozen dataclass, checked on creation. Imports nothing heavy."""
 
 import dataclasses
 import math
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Json):
-    """How an SAE is trained. Lengths are in activations (tokens), never in steps, so that batch size is free."""
+    """Settings of training. Lengths are in activations (tokens), not in steps, so they do not depend on batch size.
+
+    Raises:
+      ConfigError: values out of range or that contradict each other.
+    """
 
     num_activations: int = dataclasses.field(metadata={"range": TOKENS})
     batch_size: int = number(2048, at_least(1, 2**24))
@@ -36,21 +40,21 @@ class TrainConfig(Json):
     decay_fraction: float = number(0.2, FRACTION)
     clip_norm: float = number(1.0, Range(1e-12, 1e30, "be positive, from 1e-12 to 1e30 or inf", also=(math.inf,)))
     sparsity_warmup_fraction: float = number(0.05, FRACTION)
-    """The part of the run over which penalties on sparsity rise from zero."""
+    """Fraction of the run over which sparsity penalties rise from zero."""
     k_start: int | None = number(None, at_least(1, 2**28))
-    """TopK family: codes per token at the very start, lowered linearly to k over `k_anneal_fraction`; None is k."""
+    """TopK family: active latents per token at the start, lowered linearly to k over `k_anneal_fraction`; None is k."""
     k_anneal_fraction: float = number(0.1, FRACTION)
     average_fraction: float | None = number(None, AVERAGED)
-    """Keeps an exponential mean of the weights over this part of the run and exports it; None exports the weights."""
+    """Export an exponential mean of the weights over this fraction of the run; None exports the weights."""
     beta1: float = number(0.9, BETA)
     beta2: float = number(0.999, BETA)
     dead_after: int = number(10_000_000, DEAD_AFTER)
     """A latent is dead after this many activations without a value above zero."""
     resample_every: int | None = number(None, TOKENS)
-    """Give dead latents new weights and fresh Adam moments every so many activations; None is never."""
+    """Activations between resamplings, which give dead latents new weights and zero Adam moments; None is never."""
     seed: int = number(0, SEED)
     matmul_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What matrices are rounded to before they are multiplied; sums, weights and moments are float32 in any case."""
+    """Type to which matrices are rounded before they are multiplied; sums, weights and moments are always float32."""
 
     def __post_init__(self) -> None:
         require(
@@ -69,7 +73,7 @@ class TrainConfig(Json):
         )
         require(
             self.warmup_fraction + self.decay_fraction <= 1,
-            f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} together exceed the run",
+            f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} exceed 1 together",
         )
         require(
             self.resample_every is None or self.resample_every >= self.batch_size,
@@ -77,7 +81,7 @@ class TrainConfig(Json):
         )
         require(
             self.resample_every is None or self.resample_every <= self.num_activations,
-            f"resample_every={self.resample_every} lies beyond the run of num_activations={self.num_activations}: "
+            f"resample_every={self.resample_every} is longer than the run of num_activations={self.num_activations}: "
             "nothing would be resampled",
         )
 
@@ -88,14 +92,14 @@ class TrainConfig(Json):
 
     @property
     def anneal_steps(self) -> int:
-        """Steps over which k comes down."""
+        """Steps over which k is lowered; 0 without `k_start`."""
         return 0 if self.k_start is None else max(round(self.k_anneal_fraction * self.num_steps), 1)
 
     def anneals(self, sae: "SAEConfig") -> bool:
-        """Whether k starts above that of the SAE.
+        """Return whether training starts with a larger k than that of the SAE.
 
         Raises:
-          ConfigError: it would, but the architecture has no k.
+          ConfigError: `k_start` is set, but the architecture has no k, or it is not between k and d_sae.
         """
         if self.k_start is None:
             return False
@@ -112,5 +116,5 @@ class TrainConfig(Json):
         return None if self.resample_every is None else max(self.resample_every // self.batch_size, 1)
 
     def peak_rate(self, d_sae: int) -> float:
-        """The learning rate after warm-up for an SAE of `d_sae` latents."""
+        """Return the learning rate after warm-up for an SAE of `d_sae` latents."""
         return self.learning_rate if self.learning_rate is not None else 2e-4 / math.sqrt(d_sae / 2**14)

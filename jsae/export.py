@@ -1,4 +1,4 @@
-"""The exported SAE: a SAELens directory, with input scale and decoder norms folded into the weights."""
+"""Export of an SAE: a SAELens directory, with input scale and decoder norms folded into the weights."""
 
 import json
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ from jsae.saelens.settings import CFG, ENCODERS, RANKED, TRANSCODERS, WEIGHTS
 from jsae.settings import require
 
 SAELENS_VERSION = "6.54.12"
-"""The version of the file format; SAELens reads a file without one as a much older form."""
+"""The version of the file format; SAELens reads a file without a version as a much older form."""
 
 Arrays = Mapping[str, np.ndarray]
 Scale = float | np.ndarray
 
-_ROUNDING = 1e-6  # relative, of the norm of a row in float32
+_ROUNDING = 1e-6  # relative error of the norm of a float32 row
 
 
 def architecture(config: SAEConfig) -> str:
-    """SAELens's name for what an SAE of this configuration leaves as.
+    """Return SAELens's name for the exported form of an SAE.
 
     Raises:
-      ConfigError: SAELens has no form of it.
+      ConfigError: there is no exported form of this transcoder.
     """
     form = config.sae.form
     if not config.is_transcoder:
@@ -40,17 +40,21 @@ def architecture(config: SAEConfig) -> str:
 
 
 def fold(weights: Arrays, scale: Scale, scale_out: Scale, ranked: bool = False) -> dict[str, np.ndarray]:
-    """The same SAE for activations as the model has them, with unit decoder rows, W_enc turned to (d_in, d_sae).
+    """Return the weights for unscaled activations, with unit decoder rows and W_enc transposed to (d_in, d_sae).
 
-    Trained on `scale * x`. With W_enc' = scale W_enc, W_dec' = W_dec / scale and b_dec' = b_dec / scale the latents
-    stay as they are; then row norms n of W_dec' move into the latents: W_enc'' = n W_enc', biases of latents times n.
+    The SAE was trained on `scale * x`. With W_enc' = scale W_enc, W_dec' = W_dec / scale and b_dec' = b_dec / scale the
+    latents are unchanged; then the norms n of the rows of W_dec' move into the latents: W_enc'' = n W_enc', and biases
+    of latents are multiplied by n.
 
     Args:
       weights: by name, in the trainer's layout (`jsae.axes.AXES`).
-      scale: the factor on what is read in training, one number or one per dimension.
-      scale_out: the factor on what is made, which is the same unless it is a transcoder's.
-      ranked: whether the SAE chooses among its latents by their size. Then n is the same for all where norms differ,
-        their mean, or it would choose others. They differ in a crosscoder and where weights were averaged.
+      scale: the factor on the input in training, one number or one per dimension.
+      scale_out: the factor on the target, which differs from `scale` only in a transcoder.
+      ranked: whether the SAE selects latents by their size. If norms differ, n is then their mean for all latents:
+        other factors would change the selection. Norms differ in a crosscoder and where weights were averaged.
+
+    Returns:
+      float32 arrays by name.
 
     Raises:
       ConfigError: a weight that is not finite, or a decoder row of norm 0.
@@ -66,7 +70,7 @@ def fold(weights: Arrays, scale: Scale, scale_out: Scale, ranked: bool = False) 
         exact["W_skip"] = exact["W_skip"] * scale / np.reshape(scale_out, (-1, 1))
     norms = np.linalg.norm(exact["W_dec"], axis=1)
     require(bool((norms > 0).all()), f"{int((norms == 0).sum())} decoder rows have norm 0: they cannot be normalised")
-    if ranked and not _alike(norms):
+    if ranked and not _are_equal(norms):
         norms = np.full_like(norms, norms.mean())
     exact["W_dec"] = exact["W_dec"] / norms[:, None]
     exact["W_enc"] = (exact["W_enc"] * scale * norms[:, None]).T
@@ -75,23 +79,23 @@ def fold(weights: Arrays, scale: Scale, scale_out: Scale, ranked: bool = False) 
     return {name: np.ascontiguousarray(w, np.float32) for name, w in exact.items()}
 
 
-def _alike(norms: Float[np.ndarray, " f"]) -> bool:
-    """Return whether norms of decoder rows are the same but for rounding: they then do not change a ranking."""
+def _are_equal(norms: Float[np.ndarray, " f"]) -> bool:
+    """Return whether norms of decoder rows are equal up to rounding, so that they do not change a ranking."""
     return bool(np.abs(norms / norms.mean() - 1).max() < _ROUNDING)
 
 
 def plain(config: SAEConfig, weights: Arrays, scale: Scale, scale_out: Scale) -> Plain:
-    """Return the SAE in plain form, for activations as the model has them, with input scale and decoder norms folded.
+    """Return the SAE in plain form, for unscaled activations, with input scale and decoder norms folded.
 
     Args:
-      config: the SAE's.
+      config: of the SAE.
       weights: in the trainer's layout.
       scale: the factor on the input in training.
       scale_out: the factor on the target in training.
 
     Raises:
-      ConfigError: weights that cannot be folded, other arrays of latents than the SAE's form has, or an architecture
-        without an exported form.
+      ConfigError: weights that cannot be folded, arrays of latents that the SAE's form does not have, or an
+        architecture without an exported form.
     """
     cfg: dict[str, Any] = {
         "architecture": architecture(config),
@@ -108,7 +112,7 @@ def plain(config: SAEConfig, weights: Arrays, scale: Scale, scale_out: Scale) ->
     expected = ENCODERS[config.sae.form]
     require(
         latents == set(expected),
-        f"{config.architecture} leaves as a {config.sae.form} SAE, which has the arrays of latents "
+        f"{config.architecture} is exported as a {config.sae.form} SAE, which has the arrays of latents "
         f"{', '.join(expected)}, but its inference_arrays are {', '.join(sorted(latents)) or 'none'}",
     )
     if config.is_transcoder:
@@ -127,19 +131,19 @@ def write(
     scale_out: Scale,
     metadata: Mapping[str, Any],
 ) -> None:
-    """Write the SAE of a training state as a SAELens directory; `plain` and then `write_plain`.
+    """Write the SAE of a training state as a SAELens directory: `plain`, then `write_plain`.
 
     Args:
-      folder: made new; an export that is there is replaced.
-      config: the SAE's.
+      folder: to create; an existing export is replaced.
+      config: of the SAE.
       weights: in the trainer's layout.
       scale: the factor on the input in training.
       scale_out: the factor on the target in training.
-      metadata: what SAELens keeps about an SAE: model_name, hook_name, context_size, prepend_bos and more.
+      metadata: SAELens's metadata: model_name, hook_name, context_size, prepend_bos and more.
 
     Raises:
       ConfigError: weights that cannot be folded, or an architecture without an exported form.
-      OSError: the folder cannot be written, for example because the disk is full; an earlier export stays.
+      OSError: the folder cannot be written, for example because the disk is full; an earlier export is kept.
     """
     write_plain(folder, plain(config, weights, scale, scale_out), metadata)
 
@@ -147,20 +151,20 @@ def write(
 def write_plain(folder: Path, sae: Plain, metadata: Mapping[str, Any]) -> None:
     """Write `cfg.json` and `sae_weights.safetensors` into `folder`, whole or not at all.
 
-    A crosscoder's directory has the same files in a layout of its own: architecture `crosscoder` with the encoder's
-    form under `activation`, `W_enc` (layers, d, d_sae), `W_dec` (d_sae, layers, d), `b_dec` (layers, d), and `d_in` the
-    width of one layer; a decoder row has norm 1 over all its layers (of `RANKED` forms about that, see `fold`).
+    A crosscoder's directory has the same files in its own layout: architecture `crosscoder` with the encoder's form
+    under `activation`, `W_enc` (layers, d, d_sae), `W_dec` (d_sae, layers, d), `b_dec` (layers, d), and `d_in` the
+    width of one layer; a decoder row has norm 1 over all its layers (approximately for `RANKED` forms, see `fold`).
 
-    A TopK or AbsTopK SAE with unit decoder rows says `rescale_acts_by_decoder_norm`, as SAELens's own do: it changes
-    nothing, and SAELens folds decoder norms only where it is set.
+    A TopK or AbsTopK SAE with unit decoder rows sets `rescale_acts_by_decoder_norm`, as SAELens's own do: this does not
+    change the latents, and SAELens folds decoder norms only if it is set.
 
     Args:
-      folder: made new; an export that is there is replaced.
+      folder: to create; an existing export is replaced.
       sae: the SAE.
-      metadata: is added to the SAE's own.
+      metadata: added to the SAE's own.
 
     Raises:
-      OSError: the folder cannot be written, for example because the disk is full; an earlier export stays.
+      OSError: the folder cannot be written, for example because the disk is full; an earlier export is kept.
     """
     cfg, weights, layers = dict(sae.cfg), dict(sae.weights), sae.layers
     cfg["metadata"] = cfg["metadata"] | metadata
@@ -179,7 +183,7 @@ def write_plain(folder: Path, sae: Plain, metadata: Mapping[str, Any]) -> None:
 
 
 def mark(folder: Path, problem: str) -> None:
-    """Write into the metadata of an export why it is of no use, as `problem`; readers of SAELens keep it.
+    """Write `problem`, the reason why an SAE is of no use, into the metadata of its export; SAELens keeps it.
 
     Raises:
       OSError: the file cannot be written.
@@ -191,9 +195,9 @@ def mark(folder: Path, problem: str) -> None:
 
 
 def write_sparsity(folder: Path, density: Float[np.ndarray, " f"]) -> None:
-    """Write `sparsity.safetensors`: log10 of the share of tokens on which each latent fires, plus 1e-10.
+    """Write `sparsity.safetensors`: log10 of the fraction of tokens on which each latent fires, plus 1e-10.
 
     Raises:
-      OSError: the file cannot be written; an earlier one stays.
+      OSError: the file cannot be written; an earlier one is kept.
     """
     files.write(folder / "sparsity.safetensors", save({"sparsity": np.log10(density + 1e-10).astype(np.float32)}))

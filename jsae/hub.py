@@ -1,6 +1,6 @@
-"""Files of repositories on the Hugging Face hub: `hf://owner/name@revision/folder`, fetched or from the local cache.
+"""Files of repositories on the Hugging Face hub, `hf://owner/name@revision/folder`, downloaded or from the local cache.
 
-Only files that a caller chooses are fetched, and nothing of a repository is executed. Needs the extra [hub].
+Only files that a caller chooses are downloaded, and no code of a repository is executed. Needs the extra [hub].
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class Listing:
     """The files of a repository.
 
     Args:
-      sizes: bytes by path; None where the size is not known. Paths that leave the repository are left out.
+      sizes: bytes by path; None if the size is unknown. Paths that leave the repository are left out.
     """
 
     def __init__(self, sizes: Mapping[str, int | None]):
@@ -90,11 +90,11 @@ class Listing:
         return list(self._folders.get(folder, {}))
 
     def holding(self, *names: str) -> list[PurePosixPath]:
-        """Return the folders that hold files of all these names."""
+        """Return the folders that contain files of all these names."""
         return sorted(folder for folder, files in self._files.items() if set(names) <= set(files))
 
     def size(self, path: PurePosixPath) -> int | None:
-        """Return the size of a file in bytes; None where it is not known."""
+        """Return the size of a file in bytes; None if it is unknown."""
         return self._sizes.get(path)
 
 
@@ -133,7 +133,7 @@ class _UnreachableError(OSError):
 
 
 def _download(address: Address, choose: Choose[Chosen]) -> tuple[Path, Chosen]:
-    """List the repository and fetch the chosen files."""
+    """List the repository and download the chosen files."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -157,7 +157,7 @@ def _download(address: Address, choose: Choose[Chosen]) -> tuple[Path, Chosen]:
 
 
 def _cached(address: Address, choose: Choose[Chosen], reason: str) -> tuple[Path, Chosen]:
-    """Choose among the files that were fetched earlier."""
+    """Choose among the files that were downloaded earlier."""
     root = _snapshot(address, reason)
     files = sorted(path for path in root.rglob("*") if path.is_file())[:_MAX_FILES]
     sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in files}

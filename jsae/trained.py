@@ -1,4 +1,4 @@
-"""A finished SAE in the units of the activations: what `jsae.train` returns, and `jsae.load` reads."""
+"""A finished SAE in the units of the activations, as `jsae.train` and `jsae.load` return it."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -21,16 +21,16 @@ Weights = Mapping[str, Array]
 class TrainedSAE:
     """A finished SAE: `f = act((x - b_dec) W_enc + b)`, `y_hat = f W_dec + b_dec`.
 
-    It computes what the exported SAE computes, in float32, on activations as the model has them. A transcoder does not
-    subtract `b_dec`, and may add `x W_skip^T`. A crosscoder takes and gives the activations of its layers side by side.
-    Its weights do not change.
+    It computes the same as the exported SAE, in float32, on unscaled activations. A transcoder does not subtract
+    `b_dec`, and may add `x W_skip^T`. A crosscoder reads and returns the activations of its layers side by side. The
+    weights do not change.
 
     Attributes:
-      cfg: the settings, in SAELens's names.
+      cfg: the settings, by SAELens's names.
       layers: layers of a crosscoder, else 1.
       weights: `W_enc` (d_in, d_sae), `W_dec` (d_sae, d_out), `b_dec` (d_out,), arrays of latents (d_sae,), `W_skip`
         (d_out, d_in) of a transcoder with a skip path.
-      metrics: of its training; empty where it was loaded.
+      metrics: of its training; empty if it was loaded.
     """
 
     def __init__(self, plain: saelens.Plain, metrics: Mapping[str, float] | None = None):
@@ -51,12 +51,12 @@ class TrainedSAE:
 
     @property
     def architecture(self) -> str:
-        """SAELens's name of the architecture; of a crosscoder the name of its encoder's form."""
+        """SAELens's name of the architecture; for a crosscoder the name of its encoder's form."""
         return self.cfg["architecture"]
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether the target is another activation than the input."""
+        """Whether the target is a different activation from the input."""
         return self.architecture in TRANSCODERS
 
     @property
@@ -76,7 +76,7 @@ class TrainedSAE:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What SAELens keeps about an SAE, such as `model_name` and `hook_name`."""
+        """SAELens's metadata of an SAE, such as `model_name` and `hook_name`."""
         return self.cfg["metadata"]
 
     @property
@@ -112,14 +112,14 @@ class TrainedSAE:
     def save(self, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
         """Write a SAELens directory, whole or not at all; return its path.
 
-        SAELens and `bridge.load_sae` read it too. An export that is there is replaced.
+        SAELens and `bridge.load_sae` also read it. An existing export is replaced.
 
         Args:
           folder: the directory.
-          metadata: what SAELens keeps about an SAE, such as `model_name` and `hook_name`; added to what it has.
+          metadata: SAELens's metadata, such as `model_name` and `hook_name`; added to the SAE's own.
 
         Raises:
-          OSError: the folder cannot be written; an earlier export stays.
+          OSError: the folder cannot be written; an earlier export is kept.
         """
         weights = {name: np.asarray(weight) for name, weight in self.weights.items()}
         added = dict(metadata or {}) | {"sae_lens_version": export.SAELENS_VERSION}
@@ -137,15 +137,15 @@ class TrainedSAE:
 
 
 def load(path: str | Path) -> TrainedSAE:
-    """Load a SAELens directory, of this project or of others and of any version of SAELens.
+    """Load a SAELens directory, written by jsae or by any version of SAELens.
 
     Args:
       path: the directory, or `hf://owner/name[@revision]/folder` on the Hugging Face hub (extra [hub]). Nothing in it
         is executed.
 
     Raises:
-      FileNotFoundError: no such directory, or a file of it is missing.
-      ValueError: a broken file, a setting that is unknown or not supported, an array that is missing, too many or of
+      FileNotFoundError: no such directory, or a file in it is missing.
+      ValueError: a broken file, a setting that is unknown or not supported, an array that is missing, unexpected or of
         another shape or type, or numbers that are not finite; names file and setting.
       ImportError: an address on the hub, and huggingface_hub is not installed.
     """

@@ -25,8 +25,8 @@ from jsae.settings import require
 from jsae.trained import TrainedSAE
 
 BLOCK = 65_536
-"""Activations that are shuffled together, unless the caller says otherwise."""
-_TAIL = 0.1  # of the run, which the last metrics are of
+"""Default number of activations that are shuffled together."""
+_TAIL = 0.1  # fraction of the run that the last metrics cover
 
 
 class Progress(NamedTuple):
@@ -35,14 +35,14 @@ class Progress(NamedTuple):
     step: int
     num_steps: int
     metrics: dict[str, float]
-    """As `jsae.metrics.summarize` names them, of the steps since the last report; `dead_fraction` is the share of
-    latents without a value for `dead_after` activations. Also `learning_rate` and `activations_per_second`. The last
-    report is of the last tenth of the run, from its last checkpoint on."""
+    """Metrics of the steps since the last report, by the names of `jsae.metrics.summarize`, and `learning_rate` and
+    `activations_per_second`. `dead_fraction` is the fraction of latents that did not fire for `dead_after` activations.
+    The last report covers the last tenth of the run, or the part of it since the last checkpoint."""
     state: state.TrainState
-    """The state after `step`. The next step donates it: copy what is to be kept."""
+    """The state after `step`. The next step donates it: copy arrays that you keep."""
 
     def trained(self) -> TrainedSAE:
-        """Return the SAE as it is now, in the units of the activations."""
+        """Return the SAE after this step, in the units of the activations."""
         return TrainedSAE.from_state(self.state, self.metrics)
 
     def __str__(self) -> str:
@@ -65,28 +65,28 @@ def fit(
 ) -> Iterator[Progress]:
     """Train an SAE on activations; return an iterator of reports, one every `report_every` steps and after the last.
 
-    Activations are trained on in random order. Arrays are read again and again, another order each time, until
+    Activations are trained on in random order. Arrays are read repeatedly, in a new order each time, until
     `num_activations` are trained on; an iterator is read once.
 
     Args:
       acts: an array (rows, d_in) of numpy or jax, or a memory map, which may be larger than the memory; a list of
         arrays of the same tokens, for a transcoder (input, target) or a crosscoder (layers); an iterator, iterable or
-        generator function of such; or a `jsae.data.Source`. A torch tensor goes through `bridge.to_jax`.
-      sae: sizes and settings, for example `jsae.TopK.Config(d_in=768, d_sae=6144, k=32)`.
+        generator function of these; or a `jsae.data.Source`. Convert torch tensors with `bridge.to_jax`.
+      sae: sizes and settings, such as `jsae.TopK.Config(d_in=768, d_sae=6144, k=32)`.
       config: length of the run, batch size, learning rate and so on.
-      optimizer: any optax transformation, with its own learning rate, in the place of Adam. Decoder rows keep norm 1.
-      ops: the implementation of operations; None chooses it for the device.
-      block_size: activations that are shuffled together, rounded down to whole batches. Two blocks are held at a time.
-      data_seed: of the order of the activations.
+      optimizer: any optax transformation, with its own learning rate, instead of Adam. Decoder rows keep norm 1.
+      ops: the implementation of operations; None chooses it by the device.
+      block_size: activations that are shuffled together, rounded down to whole batches. Two blocks are kept in memory.
+      data_seed: seed of the order of the activations.
       report_every: steps between reports.
-      checkpoints: folder of checkpoints. If there is one in it, the run goes on from there, to the same numbers; `acts`
-        must then give what they gave. None saves none.
+      checkpoints: folder of checkpoints. If it contains one, the run continues from there with the same numbers,
+        provided that `acts` gives the same activations. None saves no checkpoints.
       checkpoint_every: activations between checkpoints.
 
     Raises:
       ConfigError: settings that cannot work, activations of another width, or checkpoints of another run.
       ActivationsError, DegenerateError: activations that nothing can be learned from.
-      NotFiniteError, DivergedError: a run that is lost. The last checkpoint is from before.
+      NotFiniteError, DivergedError: the run failed. The last checkpoint is from before.
       OSError: a checkpoint cannot be read or written, or another process writes to the folder.
     """
     require(report_every >= 1, f"report_every is {report_every}: it must be at least 1")
@@ -94,12 +94,12 @@ def fit(
         block_size >= config.batch_size,
         f"block_size={block_size} is less than one batch of {config.batch_size}: raise block_size",
     )
-    config.anneals(sae)  # raises where k_start means nothing
+    config.anneals(sae)  # raises ConfigError if the architecture has no k
     source = source_of(acts, data_seed, config.num_steps * config.batch_size)
     widths = getattr(source, "widths", None)
     require(
         widths in (None, state.widths(sae)),
-        f"this SAE is for activations of the widths {state.widths(sae)}, but these have {widths}",
+        f"this SAE is for activations of widths {state.widths(sae)}, but these have {widths}",
     )
     shuffle: dict[str, Any] = {
         "batch_size": config.batch_size,
@@ -125,7 +125,7 @@ def train(
 
     Args:
       acts: as `fit` takes them.
-      sae: sizes and settings, for example `jsae.TopK.Config(d_in=768, d_sae=6144, k=32)`.
+      sae: sizes and settings, such as `jsae.TopK.Config(d_in=768, d_sae=6144, k=32)`.
       config: length of the run, batch size, learning rate and so on.
       progress: True shows a bar in a terminal or a notebook, and a plain line every ten seconds elsewhere, on stderr. A
         function is called with every report.
@@ -134,7 +134,7 @@ def train(
     Raises:
       ConfigError: settings that cannot work, activations of another width, or checkpoints of another run.
       ActivationsError, DegenerateError: activations that nothing can be learned from.
-      NotFiniteError, DivergedError: a run that is lost. The last checkpoint is from before.
+      NotFiniteError, DivergedError: the run failed. The last checkpoint is from before.
       OSError: a checkpoint cannot be read or written, or another process writes to the folder.
     """
     every = options.pop("report_every", max(config.num_steps // 50, 1))
@@ -145,9 +145,9 @@ def train(
     return _last(reports, progress or (lambda report: None))
 
 
-def _last(reports: Iterator[Progress], see: Callable[[Progress], None]) -> TrainedSAE:
+def _last(reports: Iterator[Progress], observe: Callable[[Progress], None]) -> TrainedSAE:
     for report in reports:
-        see(report)
+        observe(report)
         if report.step == report.num_steps:
             return report.trained()
     raise AssertionError("a run has a last step")
@@ -160,7 +160,7 @@ def _saved(run: "_Run", folder: Path, save_every: int) -> Iterator[Progress]:
 
 
 class _Run(NamedTuple):
-    """What is trained on what."""
+    """An SAE, its activations, and how they are read and reported."""
 
     member: loop.Member
     ops: Ops | None
@@ -170,14 +170,14 @@ class _Run(NamedTuple):
 
     def steps(self, checkpoints: Checkpoints | None, save_every: int) -> Iterator[Progress]:
         """Yield the reports of the run, from its start or its last checkpoint."""
-        batches, begun, finished = self._begin(checkpoints)
+        batches, initial, last_metrics = self._begin(checkpoints)
         num_steps, members, watch = self.member.train.num_steps, [self.member], Watch(advice=_ADVICE)
-        if finished is not None:
-            yield Progress(num_steps, num_steps, finished, begun[0])
+        if last_metrics is not None:
+            yield Progress(num_steps, num_steps, last_metrics, initial[0])
             return
-        window, tail, since, started = None, None, int(begun[0].step), time.perf_counter()
+        window, tail, since, started = None, None, int(initial[0].step), time.perf_counter()
         add, programs = jax.jit(metrics.add), _programs(self.member, self.ops)
-        for number, states, (sums,) in loop.fit(members, begun, ((acts,) for acts in batches), programs):
+        for number, states, (sums,) in loop.fit(members, initial, ((acts,) for acts in batches), programs):
             window = sums if window is None else add(window, sums)
             if number > (1 - _TAIL) * num_steps:
                 tail = sums if tail is None else add(tail, sums)
@@ -199,37 +199,37 @@ class _Run(NamedTuple):
             window, since, started = None, number, time.perf_counter()
 
     def _begin(self, checkpoints: Checkpoints | None) -> tuple[Shuffled | None, loop.States, dict[str, float] | None]:
-        """Return the batches and the states they belong to; of a finished run its states and last metrics."""
+        """Return the batches, the states, and None; or of a finished run None, its states and its last metrics."""
         if checkpoints is None or checkpoints.latest() is None:
             batches = Shuffled(self.source, **self.shuffle)
             return batches, loop.init([self.member], (batches.peek(),), self.ops), None
-        found = checkpoints.restore(loop.abstract_states([self.member], self.ops))
-        for damage in found.damaged:
+        restored = checkpoints.restore(loop.abstract_states([self.member], self.ops))
+        for damage in restored.damaged:
             warnings.warn(
                 f"the checkpoint of step {damage.step} is damaged, and is now {damage.moved_to}: {damage.reason}",
                 stacklevel=2,
             )
-        self._check_same(found.notes)
-        if found.step == self.member.train.num_steps:
-            values = {name: math.nan if value is None else value for name, value in found.notes["metrics"].items()}
-            return None, found.states, values
-        return Shuffled(self.source, cursor=Cursor(**found.notes["cursor"]), **self.shuffle), found.states, None
+        self._check_same(restored.notes)
+        if restored.step == self.member.train.num_steps:
+            values = {name: math.nan if value is None else value for name, value in restored.notes["metrics"].items()}
+            return None, restored.states, values
+        return Shuffled(self.source, cursor=Cursor(**restored.notes["cursor"]), **self.shuffle), restored.states, None
 
     def _notes(self, batches: Shuffled, values: dict[str, float]) -> dict[str, Any]:
-        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        return {"cursor": batches.cursor().to_json(), "run": self._settings(), "metrics": known}
+        json_metrics = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return {"cursor": batches.cursor().to_json(), "run": self._settings(), "metrics": json_metrics}
 
     def _settings(self) -> dict[str, Any]:
-        """Return all that a run's numbers depend on, but for the activations and an optimiser that was given."""
+        """Return all settings that a run's numbers depend on, except the activations and a given optimiser."""
         settings = {"sae": self.member.sae.to_json(), "train": self.member.train.to_json(), "shuffle": self.shuffle}
         flat = {f"{part}.{name}": value for part, values in settings.items() for name, value in values.items()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
     def _check_same(self, notes: dict[str, Any]) -> None:
-        """Check that a checkpoint is of this run.
+        """Check that a checkpoint belongs to this run.
 
         Raises:
-          ConfigError: it is of another; names the first setting that differs.
+          ConfigError: it belongs to another run; names the first setting that differs.
         """
         before, settings = notes.get("run"), self._settings()
         require(isinstance(before, dict), "these checkpoints are not of jsae.fit: give another folder")
@@ -237,13 +237,13 @@ class _Run(NamedTuple):
             require(
                 before.get(name) == settings.get(name),
                 f"these checkpoints are of a run with {name}={before.get(name)!r}, and this one has "
-                f"{settings.get(name)!r}: give the same settings to go on with it, or another folder",
+                f"{settings.get(name)!r}: give the same settings to continue it, or another folder",
             )
 
 
 @functools.lru_cache(maxsize=4)
 def _programs(member: loop.Member, ops: Ops | None) -> loop.Programs:
-    """Return the compiled steps of an SAE; the last few are kept for when the same is trained again."""
+    """Return the compiled steps of an SAE; the last few are cached for training the same SAE again."""
     return loop.Programs([member], ops)
 
 

@@ -1,4 +1,4 @@
-"""One SAE through the training loop: a run of one member, without the tuples."""
+"""Training of a single SAE: the training loop with one member, without tuples."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from jsae.state import Acts, TrainState
 def begin(
     config: SAEConfig, how: TrainConfig, sample: Acts, inner: optax.GradientTransformation | None = None
 ) -> TrainState:
-    """The state before the first step."""
+    """Return the state before the first step."""
     return loop.init([loop.Member(config, how, inner=inner)], (sample,))[0]
 
 
@@ -25,14 +25,14 @@ def fit(
     batches: Iterable[Acts],
     inner: optax.GradientTransformation | None = None,
 ) -> Iterator[tuple[int, TrainState, metrics.Sums]]:
-    """Every step to the end of the run."""
+    """Train to the end of the run; yield number, state and sums of every step."""
     members = [loop.Member(config, how, inner=inner)]
     for number, states, sums in loop.fit(members, (state,), ((batch,) for batch in batches)):
         yield number, states[0], sums[0]
 
 
 def stepping(config: SAEConfig, how: TrainConfig) -> Callable[[TrainState, Any], tuple[TrainState, metrics.Sums]]:
-    """The program of the steps in which k has come down: (state, acts) -> (state, sums); the state is donated."""
+    """Return the compiled step after k has been lowered: (state, acts) -> (state, sums); it donates the state."""
     program = loop.Programs([loop.Member(config, how)]).at(how.num_steps)
 
     def step(state: TrainState, acts: Acts) -> tuple[TrainState, metrics.Sums]:

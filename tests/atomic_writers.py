@@ -1,9 +1,9 @@
-"""Every writer of files: killed before each of its operations on the disk, and on a disk that is full. Run as a script.
+"""Every writer of files: killed before each of its disk operations, and on a full disk. Run as a script.
 
-    python tests/atomic_writers.py FOLDER [NAME...]     prints what came of it as JSON
+    python tests/atomic_writers.py FOLDER [NAME...]     prints the outcomes as JSON
 
-A writer makes version 1, then version 2 over it in a child process that kills itself, or that has a limit on the size
-of files, which is a full disk as a process sees it. What stands under final names must then be version 1 or 2, whole.
+A writer writes version 1, then version 2 over it in a child process that kills itself, or that has a limit on the size
+of files, which acts like a full disk. Files under final names must then be version 1 or 2, complete.
 """
 
 import functools
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds what lies beside it, not this tree
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's path contains its folder, not the repository
 
 from explorer_toy import HOOK, write_store
 
@@ -30,25 +30,25 @@ Content = Mapping[str, Any]
 
 
 class Writer(NamedTuple):
-    """How something is written, where it then lies in the run, and how it is read."""
+    """A function that writes a version, the path of the result in the run, and a function that reads it."""
 
     write: Callable[[Path, int], object]
     place: str
     read: Callable[[Path], Content]
 
 
-def tree(place: Path) -> Content:
-    """All files at a place, by their names in it; what is unfinished is none."""
-    found = [path for path in (place, *place.rglob("*")) if path.is_file()]
+def tree(root: Path) -> Content:
+    """Return the bytes of all finished files at a path, by relative name."""
+    paths = [path for path in (root, *root.rglob("*")) if path.is_file()]
     return {
-        str(path.relative_to(place.parent)): path.read_bytes()
-        for path in found
-        if not any(files.is_remains(part) for part in (path, *path.relative_to(place.parent).parents))
+        str(path.relative_to(root.parent)): path.read_bytes()
+        for path in paths
+        if not any(files.is_remains(part) for part in (path, *path.relative_to(root.parent).parents))
     }
 
 
 def _page(explorer: Path) -> Content:
-    """The files that index.html shows."""
+    """Return the files that index.html uses."""
     index = explorer / "index.html"
     if not index.is_file():
         return {}
@@ -57,13 +57,13 @@ def _page(explorer: Path) -> Content:
 
 
 def _checkpoint(folder: Path) -> Content:
-    """The files of the last model."""
+    """Return the files of the last model."""
     last = max((path.stem.removeprefix("model_") for path in folder.glob("model_*.pt")), default="none")
     return {path.name: path.read_bytes() for path in folder.glob(f"*_{last}*") if not files.is_remains(path)}
 
 
 def _lines(file: Path) -> Content:
-    """The lines of a file but for their times; of those that were written twice one."""
+    """Return the distinct lines of a file, without their times."""
     lines = file.read_text().splitlines() if file.is_file() else []
     return dict.fromkeys(str({key: x for key, x in json.loads(line).items() if key != "time"}) for line in lines)
 
@@ -261,7 +261,7 @@ _MOST_KILLS = 16
 
 
 class _Counter:
-    """Counts operations on the disk as Python's audit events name them; kills the process before number `last`."""
+    """Counts disk operations by Python's audit events; kills the process before operation number `last`."""
 
     def __init__(self, last: int | None):
         self.count, self._last = 0, last
@@ -275,21 +275,21 @@ class _Counter:
 
 
 def _child(act: Callable[[], str]) -> tuple[int, str]:
-    """Run something in a process of its own: the signal that ended it, and what it said."""
+    """Run a function in a child process; return the exit code, negative for a signal, and its text or error."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
         os.close(reading)
         try:
-            told = act()
+            text = act()
         except BaseException as error:
-            told = f"{type(error).__name__}: {error}"
-        os.write(writing, told.encode()[:60_000])
+            text = f"{type(error).__name__}: {error}"
+        os.write(writing, text.encode()[:60_000])
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        told = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), told
+        text = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), text
 
 
 def _counted(write: Callable[[], object], last: int | None) -> str:
@@ -306,28 +306,29 @@ def _limited(write: Callable[[], object], size: int) -> str:
 
 
 def campaign(name: str, start: Path, folder: Path) -> dict[str, Any]:
-    """Kill a writer at every operation, or at some spread over them and the last ten; then fill its disk.
+    """Kill a writer at every operation, or at a sample of them and the last ten; then fill its disk.
 
     Returns:
-      `kills`: of every kill what stood there then, "old" or "new", and "again" where the next writer wrote it anew.
-      `full`: of every file that did not fit what the writer said, and whether nothing else changed.
+      `kills`: for every kill the version that was left, "old" or "new", and "again" if the next writer succeeded.
+      `full`: for every file that did not fit the writer's message, whether nothing changed, and whether the message
+        names the run.
     """
     writer = WRITERS[name]
 
     def fresh(case: str) -> Path:
         run = Path(shutil.copytree(start, folder / name / case / "run"))
-        status, told = _child(lambda: str(writer.write(run, 1)))
-        assert (status, "Error" in told) == (0, False), told
+        status, text = _child(lambda: str(writer.write(run, 1)))
+        assert (status, "Error" in text) == (0, False), text
         return run
 
-    def found(run: Path) -> Content:
+    def content(run: Path) -> Content:
         return writer.read(run / writer.place)
 
     whole = fresh("whole")
-    old = found(whole)
+    old = content(whole)
     _, operations = _child(functools.partial(_counted, functools.partial(writer.write, whole, 2), None))
     assert operations.isdecimal(), operations
-    new = found(whole)
+    new = content(whole)
     assert old != new
     assert not _remains(whole)
     kills = range(int(operations))
@@ -337,24 +338,24 @@ def campaign(name: str, start: Path, folder: Path) -> dict[str, Any]:
     for last in kills:
         run = fresh(f"killed {last}")
         write = functools.partial(writer.write, run, 2)
-        status, told = _child(functools.partial(_counted, write, last))
-        assert status == -signal.SIGKILL, told
-        outcome = {str(old): "old", str(new): "new"}.get(str(found(run)), f"a mixture: {sorted(found(run))}")
-        status, told = _child(functools.partial(_counted, write, None))
-        again = str(found(run)) == str(new) and told.isdecimal() and not _remains(run)
-        outcomes.append((outcome, "again" if again else f"{told}, {_remains(run)} left"))
+        status, text = _child(functools.partial(_counted, write, last))
+        assert status == -signal.SIGKILL, text
+        outcome = {str(old): "old", str(new): "new"}.get(str(content(run)), f"a mixture: {sorted(content(run))}")
+        status, text = _child(functools.partial(_counted, write, None))
+        again = str(content(run)) == str(new) and text.isdecimal() and not _remains(run)
+        outcomes.append((outcome, "again" if again else f"{text}, {_remains(run)} left"))
         shutil.rmtree(run.parent)
     full = fresh("full")
     sizes = {len(value) for value in new.values() if isinstance(value, bytes)}
     if (full / writer.place).is_file():
-        sizes |= {(full / writer.place).stat().st_size + 4}  # of what is appended only a part fits
+        sizes |= {(full / writer.place).stat().st_size + 4}  # only a part of an appended line fits
     refused = []
     for size in sorted(sizes)[:: max(len(sizes) // 6, 1)]:
         before = tree(full)
-        _, told = _child(functools.partial(_limited, functools.partial(writer.write, full, 2), size - 1))
-        if told == "written":  # files as large as this one are written later, or not at all
+        _, text = _child(functools.partial(_limited, functools.partial(writer.write, full, 2), size - 1))
+        if text == "written":  # no file of this size is written
             break
-        refused.append((told, tree(full) == before and not _remains(full), str(full) in told))
+        refused.append((text, tree(full) == before and not _remains(full), str(full) in text))
     return {"kills": outcomes, "full": refused}
 
 

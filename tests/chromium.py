@@ -1,4 +1,4 @@
-"""A real Chromium for tests: the system's own, driven by Playwright, and what is looked for on the explorer's page."""
+"""The system's Chromium, driven by Playwright, and helpers for tests of the explorer's page."""
 
 import importlib.util
 import json
@@ -26,15 +26,15 @@ Visit = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """One Chromium for all; without one the test is skipped, or fails where JSAE_REQUIRE_BROWSER says so."""
+    """Start one Chromium for a module; without one, skip the test, or fail under JSAE_REQUIRE_BROWSER=1."""
     missing = [] if PROGRAM else ["no chromium is installed (Debian: apt-get install chromium)"]
     if importlib.util.find_spec("playwright") is None:
         missing.append("no playwright is installed (pip install playwright)")
     if missing:
-        told = "; ".join(missing)
+        reason = "; ".join(missing)
         if os.environ.get("JSAE_REQUIRE_BROWSER") == "1":
-            pytest.fail(told)
-        pytest.skip(told)
+            pytest.fail(reason)
+        pytest.skip(reason)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -45,7 +45,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser) -> Iterator[Visit]:
-    """Opens pages; none may say anything on the console, ask for anything elsewhere, or open a dialog."""
+    """Return a function that opens pages; they must not write to the console, send outside requests or open dialogs."""
     problems: list[str] = []
     contexts = []
 
@@ -56,17 +56,17 @@ def visit(browser) -> Iterator[Visit]:
         tab.set_default_timeout(15_000)
         home = url.partition("#")[0].rpartition("/")[0]
 
-        def said(message: Any) -> None:
+        def on_console(message: Any) -> None:
             if not (expected and expected in message.text):
                 problems.append(f"console: {message.text}")
 
-        def asked(request: Any) -> None:
+        def on_request(request: Any) -> None:
             if not request.url.startswith((home, "data:")):
-                problems.append(f"asked for {request.url}")
+                problems.append(f"requested {request.url}")
 
-        tab.on("console", said)
+        tab.on("console", on_console)
         tab.on("pageerror", lambda error: problems.append(f"error: {error}"))
-        tab.on("request", asked)
+        tab.on("request", on_request)
         tab.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         tab.goto(url)
         tab.wait_for_selector(".row, [role=alert]", state="attached")
@@ -79,12 +79,12 @@ def visit(browser) -> Iterator[Visit]:
 
 
 def shown(tab: Any) -> list[int]:
-    """The latents of the list, in its order."""
+    """Return the latents of the list, in its order."""
     return [int(row.get_attribute("data-latent")) for row in tab.query_selector_all(".row")]
 
 
 def wait_for(tab: Any, latents: list[int]) -> None:
-    """Waits until the list shows just these."""
+    """Wait until the list shows exactly these latents."""
     tab.wait_for_function(
         "wanted => JSON.stringify([...document.querySelectorAll('.row')].map(r => +r.dataset.latent)) == wanted",
         arg=json.dumps(latents, separators=(",", ":")),
@@ -96,16 +96,16 @@ def open_latent(tab: Any, latent: int) -> None:
 
 
 def assert_fits(tab: Any, *places: str) -> None:
-    """Nothing of these elements has to be scrolled sideways on a phone."""
-    for place in ("html", *places):
-        wide, room = tab.evaluate(
-            "place => [document.querySelector(place).scrollWidth, document.querySelector(place).clientWidth]", place
+    """Assert that these elements need no horizontal scrolling on a phone."""
+    for selector in ("html", *places):
+        needed, visible = tab.evaluate(
+            "s => [document.querySelector(s).scrollWidth, document.querySelector(s).clientWidth]", selector
         )
-        assert wide <= room <= PHONE["width"], place
+        assert needed <= visible <= PHONE["width"], selector
 
 
 ENOUGH = 4.5
-"""The contrast that reading needs: WCAG 2.2, 1.4.3."""
+"""The minimum contrast of text: WCAG 2.2, 1.4.3."""
 
 _CONTRASTS = """() => {
   const numbers = color => color.match(/[\\d.]+/g).map(Number);
@@ -129,5 +129,5 @@ _CONTRASTS = """() => {
 
 
 def contrasts(tab: Any) -> list[tuple[float, str, str]]:
-    """How every text that is to be seen stands out from what is behind it: contrast, class, text."""
+    """Return contrast, class and text of every visible text against its background."""
     return tab.evaluate(_CONTRASTS)

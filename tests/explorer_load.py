@@ -1,4 +1,4 @@
-"""Load on a real explorer server, on this machine only: its memory, and how long others wait meanwhile.
+"""Load on a real explorer server, on this machine only: its memory, and the latency of other requests.
 
     python tests/explorer_load.py
 
@@ -59,26 +59,26 @@ class Server:
         self._process.communicate()
 
     def client(self, timeout: float = 120.0) -> httpx.Client:
-        """A client of this server."""
+        """Return a client of this server."""
         return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=timeout, trust_env=False)
 
     def memory(self, which: str = "VmHWM") -> int:
-        """Bytes of memory: VmHWM is the peak since the start or `forget_peak`, VmRSS what it is now."""
+        """Return bytes of memory: VmHWM is the peak since the start or `forget_peak`, VmRSS the current value."""
         status = Path(f"/proc/{self._process.pid}/status").read_text()
         return int(re.search(rf"{which}:\s+(\d+)", status)[1]) * 1024
 
     def forget_peak(self) -> None:
-        """Lets the peak of memory begin anew."""
+        """Reset the peak of memory."""
         Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
 
     def descriptors(self) -> int:
-        """The number of files and sockets that the process has open."""
+        """Return the number of open files and sockets of the process."""
         return len(list(Path(f"/proc/{self._process.pid}/fd").iterdir()))
 
 
 @contextlib.contextmanager
 def idle(port: int, count: int, head: bytes = b"GET / HTTP/1.1\r\nHost: ") -> Iterator[list[socket.socket]]:
-    """So many connections that send the beginning of a request and then nothing."""
+    """Open connections that send the beginning of a request and then nothing."""
     with contextlib.ExitStack() as stack:
         opened = []
         for _ in range(count):
@@ -91,7 +91,7 @@ def idle(port: int, count: int, head: bytes = b"GET / HTTP/1.1\r\nHost: ") -> It
 
 @contextlib.contextmanager
 def health(server: Server) -> Iterator[list[tuple[float, int]]]:
-    """Asks /health again and again while the context lasts: seconds and status of every answer, 0 for none."""
+    """Request /health repeatedly within the context; yield seconds and status of every answer, 0 for none."""
     answers: list[tuple[float, int]] = []
     done = threading.Event()
 
@@ -115,8 +115,8 @@ def health(server: Server) -> Iterator[list[tuple[float, int]]]:
         thread.join()
 
 
-def told(name: str, server: Server, answers: list[tuple[float, int]], what: str) -> None:
-    """Prints a line about an attack."""
+def report(name: str, server: Server, answers: list[tuple[float, int]], what: str) -> None:
+    """Print a line about an attack."""
     statuses = {status: sum(s == status for _, s in answers) for status in {s for _, s in answers}}
     slowest = max(seconds for seconds, _ in answers)
     print(
@@ -127,16 +127,16 @@ def told(name: str, server: Server, answers: list[tuple[float, int]], what: str)
 
 @contextlib.contextmanager
 def measured(name: str, server: Server) -> Iterator[list[str]]:
-    """Prints a line about what happens within the context, and what the context appends to the list."""
+    """Print a line about the server within the context, and what the context appends to the list."""
     server.forget_peak()
     what: list[str] = []
     with health(server) as answers:
         yield what
-    told(name, server, answers, ", ".join(what))
+    report(name, server, answers, ", ".join(what))
 
 
 def batches(server: Server) -> None:
-    """A batch of the largest prompts, with too many results and with as many as one answer has."""
+    """Send a batch of the largest prompts, with too many results and with as many as one answer has."""
     code = "".join(path.read_text() for path in sorted((ROOT / "bridge").rglob("*.py")))
     prompts = [code[2200 * i : 2200 * (i + 1)] for i in range(32)]
     for results in (1000, 16):
@@ -155,7 +155,7 @@ def batches(server: Server) -> None:
 
 
 def connections(server: Server) -> None:
-    """Connections that begin a request, or its body, and do not go on."""
+    """Open connections that start a request, or its body, and do not continue."""
     head = b"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     for count, begun in (
         (140, b"GET / HTTP/1.1\r\n"),
@@ -169,7 +169,7 @@ def connections(server: Server) -> None:
 
 
 def bodies(server: Server) -> None:
-    """The largest bodies, of as many small lists as there can be, all at once."""
+    """Send the largest bodies, of as many small lists as possible, all at once."""
     body = b'{"text":[' + b",".join([b"[]"] * 99_990).ljust(2**20 - 20) + b"]}"
     statuses: list[int] = []
 
@@ -188,7 +188,7 @@ def bodies(server: Server) -> None:
 
 
 def attack(server: Server) -> None:
-    """Every attack, one after the other."""
+    """Run every attack, one after the other."""
     print(f"at rest: {server.memory('VmRSS') / 2**20:.0f} MiB")
     batches(server)
     connections(server)
@@ -196,7 +196,7 @@ def attack(server: Server) -> None:
 
 
 def main() -> None:
-    """Attacks a server of its own."""
+    """Start a server and attack it."""
     sys.path.insert(0, str(ROOT / "tests"))
     from live_explorer import RESID, C
     from toy_saes import export, toy_sae

@@ -1,6 +1,6 @@
 """A run with records that fit on a page: eight latents of eight kinds on hostile text, always the same.
 
-Written as plainly as can be, so that what gathers records in earnest can be held against it (`columns`).
+`columns` is a plain reference implementation, with which the real gathering of records is compared.
 """
 
 import json
@@ -25,8 +25,8 @@ from jsae.records.store import (
 
 HOOK = "blocks.2.hook_resid_post"
 ORDINARY, DEAD, DENSE, HOSTILE, BLANKS, SPLIT, EMPTY, ONCE = range(8)
-"""What each latent fires on: ` cat`; nothing; every token; a script tag and its like; newline, tab and NUL; both halves
-of é; the token without bytes; a single token of the text."""
+"""Latents by what they fire on: ` cat`; nothing; every token; a script tag and similar tokens; newline, tab and NUL;
+both halves of é; the token without bytes; a single token of the text."""
 
 WORDS = [" the", " cat", " sat", " on", " mat", "\n", "\t", "\0", "<script>alert(1)</script>", "&amp;", '"', "'", " 語"]
 VOCABULARY = [
@@ -34,7 +34,7 @@ VOCABULARY = [
     "é".encode()[:1],
     "é".encode()[1:],
     b"",
-    b"\xed\xa0\x80",  # a surrogate, which is no UTF-8
+    b"\xed\xa0\x80",  # a surrogate, which is not valid UTF-8
     b" once",
     b"<|bos|>",
     b"<|user_start|>",
@@ -53,7 +53,7 @@ LOGITS, BINS, NEAREST, EACH = 6, 50, 4, 3
 
 
 def tokens() -> np.ndarray:
-    """The text, (ROWS, LENGTH) uint16: BOS first, once again in the middle of row 3, ` once` in row 7 alone."""
+    """Return the text, (ROWS, LENGTH) uint16: BOS first in every row and inside row 3, ` once` only in row 7."""
     rng = np.random.default_rng(0)
     chance = np.ones(17)
     chance[:5] = 5
@@ -69,7 +69,7 @@ def tokens() -> np.ndarray:
 
 
 def activations(text: np.ndarray) -> np.ndarray:
-    """(ROWS, LENGTH, D_SAE) float32, 0 where BOS stands; every second value has its equal somewhere."""
+    """Return activations, (ROWS, LENGTH, D_SAE) float32, 0 at BOS; many values are equal."""
     rng = np.random.default_rng(1)
     on = {
         ORDINARY: [" cat"],
@@ -89,24 +89,24 @@ def activations(text: np.ndarray) -> np.ndarray:
 
 
 def write_store(folder: Path, hook: str = HOOK, everything: bool = True, seed: int = 0) -> Path:
-    """Writes a run of one hook: config.json, labels.json, sae/HOOK, explorer/records. Gives the path of its store.
+    """Write a run of one hook: config.json, labels.json, sae/HOOK, explorer/records; return the path of its store.
 
     May be called again for another hook of the same run.
 
     Args:
       folder: the run directory.
-      hook: the SAE's.
-      everything: whether all activations are kept, beside those of the examples.
+      hook: of the SAE.
+      everything: whether to keep all activations, besides those of the examples.
       seed: of the SAE's weights.
     """
-    place = folder / "sae" / hook
+    sae_folder = folder / "sae" / hook
     weights = _weights(seed)
     metadata = {"hook_name": hook, "model_name": "nanochat-toy", "model_fingerprint": "ab" * 32, "context_size": LENGTH}
-    export.write(place, sae_config("topk", D_IN, D_SAE, k=2), weights, 1.0, 1.0, metadata)
+    export.write(sae_folder, sae_config("topk", D_IN, D_SAE, k=2), weights, 1.0, 1.0, metadata)
     text = tokens()
     acts = activations(text)
     records = folder / "explorer" / "records"
-    header = TextsHeader(
+    texts_header = TextsHeader(
         version=VERSION,
         rows=ROWS,
         row_length=LENGTH,
@@ -119,42 +119,43 @@ def write_store(folder: Path, hook: str = HOOK, everything: bool = True, seed: i
         fingerprint="ab" * 32,
         seed=0,
     )
-    Texts.write(records / "texts", header, text, VOCABULARY)
-    found = Header(
+    Texts.write(records / "texts", texts_header, text, VOCABULARY)
+    header = Header(
         version=VERSION,
         hook=hook,
         layer=int(hook.split(".")[1]),
         d_in=D_IN,
         d_sae=D_SAE,
         architecture="topk",
-        sae_sha256=digest(place),
+        sae_sha256=digest(sae_folder),
         tokens=int((text != ID["<|bos|>"]).sum()),
         direct_path=0.5,
         duplicate_rows=0,
         settings={"num_tokens": text.size, "context_length": LENGTH, "data": "toy", "split": "all", "seed": 0},
     )
-    Store.write(records / hook, found, columns(text, acts) | _of_weights(weights["W_dec"]))
+    Store.write(records / hook, header, columns(text, acts) | _weight_columns(weights["W_dec"]))
     if everything:
-        _write_all(records / hook / "all", acts, found.sae_sha256)
+        _write_all(records / hook / "all", acts, header.sae_sha256)
     _write_labels(folder, hook)
     return records / hook
 
 
 def columns(text: np.ndarray, acts: np.ndarray) -> dict[str, np.ndarray]:
-    """What is counted, one latent after the other; the first that fit are the sample of a group."""
+    """Return the columns of counts and examples, one latent at a time; the first rows are the sample of a group."""
     counted = text != ID["<|bos|>"]
-    found: dict[str, list] = {name: [] for name in ("count", "max", "mean", "hist_range", "hist", "group_share")}
+    statistics: dict[str, list] = {name: [] for name in ("count", "max", "mean", "hist_range", "hist", "group_share")}
     examples: list[list[tuple]] = []
     for latent in range(D_SAE):
         values = acts[..., latent][acts[..., latent] > 0].astype(float)
         top = values.max(initial=0)
-        found["count"].append(len(values))
-        found["max"].append(top)
-        found["mean"].append(values.mean() if len(values) else 0)
-        found["hist_range"].append([values.min(), top] if len(values) else [0, 0])
-        found["hist"].append(np.histogram(values, BINS, found["hist_range"][-1])[0] if len(values) else [0] * BINS)
+        statistics["count"].append(len(values))
+        statistics["max"].append(top)
+        statistics["mean"].append(values.mean() if len(values) else 0)
+        statistics["hist_range"].append([values.min(), top] if len(values) else [0, 0])
+        histogram = np.histogram(values, BINS, statistics["hist_range"][-1])[0] if len(values) else [0] * BINS
+        statistics["hist"].append(histogram)
         interval = np.array([_interval(v, top) for v in values], int)
-        found["group_share"].append(
+        statistics["group_share"].append(
             [np.sum(interval == k) / counted.sum() if k else len(values) / counted.sum() for k in range(6)]
         )
         examples.append(_examples(acts[..., latent], counted))
@@ -164,14 +165,14 @@ def columns(text: np.ndarray, acts: np.ndarray) -> dict[str, np.ndarray]:
     np.fill_diagonal(shares, 0)
     more = shares - fires.mean(0)
     order = np.argsort(-more, axis=1, kind="stable")[:, :NEAREST]
-    there = np.take_along_axis(more, order, 1) > 0
-    together = np.where(there, order, np.arange(D_SAE)[:, None])
-    share = np.where(there, np.take_along_axis(shares, order, 1), np.nan)
+    exists = np.take_along_axis(more, order, 1) > 0
+    together = np.where(exists, order, np.arange(D_SAE)[:, None])
+    share = np.where(exists, np.take_along_axis(shares, order, 1), np.nan)
     flat = [example for group in examples for example in group]
     fired = [np.flatnonzero(acts[row, :, i]) for i, group in enumerate(examples) for _, row, _, _ in group]
     strong = [acts[row, :, i][acts[row, :, i] > 0] for i, group in enumerate(examples) for _, row, _, _ in group]
     return {
-        **{name: np.array(values) for name, values in found.items()},
+        **{name: np.array(values) for name, values in statistics.items()},
         "example_offsets": np.cumsum([0, *map(len, examples)]),
         **{
             f"example_{name}": np.array([example[i] for example in flat])
@@ -186,12 +187,12 @@ def columns(text: np.ndarray, acts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _interval(value: float, top: float) -> int:
-    """1 for the uppermost fifth of [0, top], 5 for the lowest."""
+    """Return 1 for the uppermost fifth of [0, top], 5 for the lowest."""
     return int(6 - np.clip(np.searchsorted(np.linspace(0, top, 6), value, side="right"), 1, 5))
 
 
 def _examples(values: np.ndarray, counted: np.ndarray) -> list[tuple[int, int, int, float]]:
-    """(group, row, position, value) of one latent: three strongest rows, then up to three in each interval."""
+    """Return (group, row, position, value) of one latent: three strongest rows, then up to three per interval."""
     strongest = values.max(1)
     top = strongest.max()
     if top == 0:
@@ -200,9 +201,9 @@ def _examples(values: np.ndarray, counted: np.ndarray) -> list[tuple[int, int, i
     chosen = [(TOP, row) for row in order[:EACH]]
     for k in range(1, 6):
         chosen += [(k, row) for row in order[EACH:] if _interval(strongest[row], top) == k][:EACH]
-    found = [(group, row, int(values[row].argmax()), float(strongest[row])) for group, row in chosen]
+    examples = [(group, row, int(values[row].argmax()), float(strongest[row])) for group, row in chosen]
     quiet = np.flatnonzero(strongest == 0)[:EACH]
-    return found + [(NON_ACTIVATING, int(row), int(np.flatnonzero(counted[row])[0]), 0.0) for row in quiet]
+    return examples + [(NON_ACTIVATING, int(row), int(np.flatnonzero(counted[row])[0]), 0.0) for row in quiet]
 
 
 def _weights(seed: int) -> dict[str, np.ndarray]:
@@ -213,8 +214,8 @@ def _weights(seed: int) -> dict[str, np.ndarray]:
     return {"W_enc": W_dec.copy(), "W_dec": W_dec} | zeros
 
 
-def _of_weights(W_dec: np.ndarray) -> dict[str, np.ndarray]:
-    """What is read off the decoder, with an unembedding of its own."""
+def _weight_columns(W_dec: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the columns that depend on the decoder, with a random unembedding."""
     logits = 0.5 * W_dec @ np.random.default_rng(2).standard_normal((D_IN, len(VOCABULARY)))
     down = np.argsort(-logits, axis=1)
     cosines = W_dec @ W_dec.T
@@ -249,7 +250,7 @@ def _write_all(folder: Path, acts: np.ndarray, sae_sha256: str) -> None:
 
 
 def _write_labels(folder: Path, hook: str) -> None:
-    """labels.json as the evaluation writes it, and the config.json of a run."""
+    """Write labels.json as the evaluation does, and the config.json of a run."""
     names = ["token ' cat'", None, "any token", "token '<script>alert(1)</script>'", None, None, None, "token ' once'"]
     numbers = {"f1": 0.5, "precision": 0.5, "recall": 0.5, "n": 10, "threshold": 0.25}
     table = {

@@ -1,4 +1,4 @@
-"""Damages checkpoints at random: `python -m tests.fuzz_nanochat 300` says what came of it, and fails at a traceback."""
+"""Damage checkpoints at random: `python -m tests.fuzz_nanochat 300` prints the outcomes, and fails at a traceback."""
 
 import collections
 import shutil
@@ -16,7 +16,7 @@ Change = Callable[[bytes, np.random.Generator], bytes]
 
 
 def flip(data: bytes, rng: np.random.Generator) -> bytes:
-    """Flip one to four bits, near the beginning or the end as often as anywhere: there the structure is."""
+    """Flip one to four bits, often near the beginning or the end, where the structure is."""
     changed = bytearray(data)
     for _ in range(rng.integers(1, 5)):
         low, high = [(0, len(data)), (0, min(len(data), 4096)), (max(0, len(data) - 4096), len(data))][rng.integers(3)]
@@ -25,18 +25,18 @@ def flip(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def cut(data: bytes, rng: np.random.Generator) -> bytes:
-    """Cut the file at any place."""
+    """Truncate the file at a random position."""
     return data[: rng.integers(len(data))]
 
 
 def repeat(data: bytes, rng: np.random.Generator) -> bytes:
-    """Put a piece of the file into it once more."""
+    """Insert a copy of a piece of the file."""
     start, place = rng.integers(len(data)), rng.integers(len(data))
     return data[:place] + data[start : start + rng.integers(1, 200)] + data[place:]
 
 
 def swap(data: bytes, rng: np.random.Generator) -> bytes:
-    """Overwrite a few bytes with numbers that readers trip over."""
+    """Overwrite a few bytes with numbers that often break readers."""
     changed = bytearray(data)
     place = rng.integers(min(len(data), 8192))
     value = [b"\xff" * 8, b"\x00" * 8, b"\x80\x00\x00\x00", b"}", b"[", b"1e999", b"-1"][rng.integers(7)]
@@ -58,7 +58,7 @@ def damage(source: Path, target: Path, seed: int) -> Path:
 
 
 def outcome(path: Path) -> str:
-    """Load a checkpoint: "loaded", or its error's one line. Any other exception is not caught."""
+    """Load a checkpoint; return "loaded" or the line of its error. Unexpected exceptions are not caught."""
     with warnings.catch_warnings(action="ignore"):
         try:
             nanochat.load(path)

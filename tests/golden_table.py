@@ -1,4 +1,4 @@
-"""How far bridge.nanochat is from upstream's own outputs: `python -m tests.golden_table` prints the table."""
+"""Differences between bridge.nanochat and upstream's own outputs: `python -m tests.golden_table` prints the table."""
 
 import json
 import sys
@@ -31,12 +31,12 @@ TOLERANCES = {
 
 
 def cases(goldens: Path) -> list[Path]:
-    """The cases of nanochat's master, by date."""
+    """Return the cases of nanochat's master, by date."""
     return sorted(p.parent for p in goldens.glob("20*/case.json"))
 
 
 def capture(model: nn.Module, run) -> tuple[Tensor, dict[str, Tensor]]:
-    """What run() returns, and what every layer gave out meanwhile, by ordinary forward hooks."""
+    """Return the result of run(), and the outputs of every layer, captured by ordinary forward hooks."""
     seen: dict[str, list[Tensor]] = {"resid_post": [], "attn_out": [], "mlp_out": [], "final_norm": []}
     handles = [model.lm_head.register_forward_pre_hook(lambda _, args: seen["final_norm"].append(args[0]))]
     for block in model.transformer.h:
@@ -51,35 +51,35 @@ def capture(model: nn.Module, run) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def differences(case: Path) -> dict[str, float]:
-    """The largest absolute difference per golden; for greedy, the number of tokens that differ."""
-    told = json.loads((case / "case.json").read_text())
+    """Return the largest absolute difference per golden; for greedy, the number of tokens that differ."""
+    settings = json.loads((case / "case.json").read_text())
     golden = load_file(case / "golden.safetensors")
     model = nanochat.load(case).model
     tokens = golden["tokens"]
     logits, acts = capture(model, lambda: model(tokens))
     batch = (tokens, golden["targets"])
-    found = {"logits": gap(logits, golden["logits"])}
-    found |= {name: gap(acts[name], golden[name]) for name in ("resid_post", "attn_out", "mlp_out")}
-    found["final_norm"] = gap(acts["final_norm"][0], golden["final_norm"])
-    found["loss"] = gap(cross_entropy(model, *batch), golden["loss"])
-    found["bpb"] = abs(bits_per_byte(model, [batch], golden["token_bytes"]) - told["bpb"])
-    found |= _decode_differences(model, golden, told["decode_quirks"])
-    if "bigram_reserved" not in told["decode_quirks"]:
+    gaps = {"logits": gap(logits, golden["logits"])}
+    gaps |= {name: gap(acts[name], golden[name]) for name in ("resid_post", "attn_out", "mlp_out")}
+    gaps["final_norm"] = gap(acts["final_norm"][0], golden["final_norm"])
+    gaps["loss"] = gap(cross_entropy(model, *batch), golden["loss"])
+    gaps["bpb"] = abs(bits_per_byte(model, [batch], golden["token_bytes"]) - settings["bpb"])
+    gaps |= _decode_differences(model, golden, settings["decode_quirks"])
+    if "bigram_reserved" not in settings["decode_quirks"]:
         columns = list(generate(model, golden["engine_prompt"].tolist(), max_tokens=16, temperature=0, num_samples=2))
-        found["greedy"] = (golden["engine_greedy"] != torch.tensor(columns).T).sum().item()
-    return found
+        gaps["greedy"] = (golden["engine_greedy"] != torch.tensor(columns).T).sum().item()
+    return gaps
 
 
 def _decode_differences(model: nn.Module, golden: dict[str, Tensor], quirks: list[str]) -> dict[str, float]:
-    """Through a cache: against upstream's steps where those agree with its full forward, else against the latter."""
+    """Compare decoding through a cache with upstream's steps, or with its full forward where the two disagree."""
     tokens = golden["tokens"]
     cache = model.new_cache(len(tokens), tokens.size(1))
     prefill = model(tokens[:, :PREFILL], cache=cache)[:, -1]
     steps = [capture(model, lambda t=t: model(tokens[:, t : t + 1], cache=cache)) for t in range(PREFILL, 200)]
-    found = {"prefill": gap(prefill, golden["prefill_last_logits"])}
+    gaps = {"prefill": gap(prefill, golden["prefill_last_logits"])}
     expected = golden["logits"][:, PREFILL:] if quirks else golden["decode_logits"]
-    found["decode"] = gap(torch.cat([logits for logits, _ in steps], dim=1), expected)
-    found["decode_acts"] = max(
+    gaps["decode"] = gap(torch.cat([logits for logits, _ in steps], dim=1), expected)
+    gaps["decode_acts"] = max(
         gap(
             torch.cat([acts[name] for _, acts in steps], dim=2),
             golden[name][:, :, PREFILL:] if quirks else golden[f"decode_{name}"],
@@ -87,25 +87,25 @@ def _decode_differences(model: nn.Module, golden: dict[str, Tensor], quirks: lis
         for name in ("resid_post", "attn_out", "mlp_out")
     )
     cache = model.new_cache(len(tokens), tokens.size(1))
-    found["chunks"] = gap(torch.cat([model(t, cache=cache) for t in tokens.split(CHUNKS, dim=1)], 1), golden["logits"])
-    return found
+    gaps["chunks"] = gap(torch.cat([model(t, cache=cache) for t in tokens.split(CHUNKS, dim=1)], 1), golden["logits"])
+    return gaps
 
 
 def gap(ours: Tensor, theirs: Tensor) -> float:
-    """The largest absolute difference. Raises ValueError for other shapes."""
+    """Return the largest absolute difference. Raises ValueError for unequal shapes."""
     if ours.shape != theirs.shape:
         raise ValueError(f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)} differ")
     return (ours - theirs).abs().max().item()
 
 
 def main() -> None:
-    """Prints a line per case."""
+    """Print a line per case."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "../shared/nanochat/goldens")
     print("| case | generation | " + " | ".join(TOLERANCES) + " |")
     print("|---|---|" + "---|" * len(TOLERANCES))
     for case in cases(folder):
-        found = differences(case)
-        cells = [f"{found[name]:.2g}" if name in found else "-" for name in TOLERANCES]
+        gaps = differences(case)
+        cells = [f"{gaps[name]:.2g}" if name in gaps else "-" for name in TOLERANCES]
         generation = json.loads((case / "case.json").read_text())["generation"]
         print(f"| {case.name} | {generation} | " + " | ".join(cells) + " |")
 

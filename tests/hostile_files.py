@@ -1,4 +1,4 @@
-"""Files that attack their reader: small ones that ask for gigabytes, for minutes, or for a call of code."""
+"""Files that attack their reader: small files that demand gigabytes, minutes, or the execution of code."""
 
 import io
 import json
@@ -17,7 +17,7 @@ Maker = Callable[[Path], Path]
 
 
 def weights(data: bytes, **members: bytes) -> Maker:
-    """Return what writes a model_*.pt with this pickle and these further members."""
+    """Return a function that writes a model_*.pt with this pickle and these further members."""
 
     def make(folder: Path) -> Path:
         with zipfile.ZipFile(folder / "model_000000.pt", "w") as archive:
@@ -30,7 +30,7 @@ def weights(data: bytes, **members: bytes) -> Maker:
 
 
 def saved(content: object) -> Maker:
-    """Return what writes a model_*.pt with torch.save."""
+    """Return a function that writes a model_*.pt with torch.save."""
 
     def make(folder: Path) -> Path:
         torch.save(content(), folder / "model_000000.pt")
@@ -40,7 +40,7 @@ def saved(content: object) -> Maker:
 
 
 def file(name: str, content: Callable[[], bytes]) -> Maker:
-    """Return what writes one file."""
+    """Return a function that writes one file."""
 
     def make(folder: Path) -> Path:
         (folder / name).write_bytes(content())
@@ -50,7 +50,7 @@ def file(name: str, content: Callable[[], bytes]) -> Maker:
 
 
 def beside_a_model(name: str, content: Callable[[], bytes]) -> Maker:
-    """Return what writes a file into the folder of an honest checkpoint."""
+    """Return a function that writes a file into the folder of a valid checkpoint."""
 
     def make(folder: Path) -> Path:
         return file(name, content)(write(folder, tiny("G7"), "G7"))
@@ -59,7 +59,7 @@ def beside_a_model(name: str, content: Callable[[], bytes]) -> Maker:
 
 
 def tokenizer(pattern: str) -> Maker:
-    """Return what writes an honest tokenizer.pkl but for the split pattern."""
+    """Return a function that writes a tokenizer.pkl that is valid except for the split pattern."""
 
     def make(folder: Path) -> Path:
         ranks = b"".join(b"C\x01" + bytes([i]) + (b"K" + bytes([i])) for i in range(256))
@@ -162,17 +162,17 @@ def overlapping(folder: Path) -> Path:
 
 
 def safetensors(header: bytes, data: bytes = b"", length: int | None = None) -> Callable[[], bytes]:
-    """Return what makes a safetensors file of a header as it is."""
+    """Return a function that writes a safetensors file with a raw header."""
     return lambda: struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
 def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict:
-    """Return what a safetensors header says of one tensor."""
+    """Return the entry of one tensor in a safetensors header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
 def one(dtype: str, shape: list[int], begin: int, end: int, data: bytes) -> Callable[[], bytes]:
-    """Return what makes a safetensors file with one tensor."""
+    """Return a function that writes a safetensors file with one tensor."""
     return safetensors(json.dumps({"transformer.wte.weight": entry(dtype, shape, begin, end)}).encode(), data)
 
 

@@ -1,4 +1,4 @@
-"""What hostile files cost their reader: `python -m tests.hostile_table` prints time and peak memory of each."""
+"""Cost of reading hostile files: `python -m tests.hostile_table` prints time and peak memory of each."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ for path in sys.argv[1:]:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What came of one file, and what it cost."""
+    """The outcome and the cost of one file."""
 
     error: str | None
     message: str
@@ -44,18 +44,18 @@ class Cost:
     before: float
     """Megabytes of the process with its imports."""
     peak: float
-    """Megabytes of the process at most."""
+    """Peak megabytes of the process."""
 
 
 def costs(opener: str, paths: list[Path]) -> list[Cost]:
-    """Open files one after the other in a process of its own. Raises RuntimeError if one breaks it down."""
+    """Open files one after the other in a separate process. Raises RuntimeError if a file crashes it."""
     command = [sys.executable, "-c", _CHILD.format(opener=OPENERS[opener]), *map(str, paths)]
     limit = MAX_SECONDS * (1 + len(paths))
     run = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, timeout=limit, check=False)
-    found = [Cost(*json.loads(line)) for line in run.stdout.splitlines()]
+    costs_by_file = [Cost(*json.loads(line)) for line in run.stdout.splitlines()]
     if run.returncode or run.stderr:
-        raise RuntimeError(f"after {len(found)} files exit code {run.returncode}: {run.stderr[-2000:]}")
-    return found
+        raise RuntimeError(f"after {len(costs_by_file)} files exit code {run.returncode}: {run.stderr[-2000:]}")
+    return costs_by_file
 
 
 def main() -> None:
@@ -71,10 +71,10 @@ def main() -> None:
             for i, (_, make) in enumerate(cases):
                 (Path(folder) / str(i)).mkdir()
                 paths.append(make(Path(folder) / str(i)))
-            for (name, _), path, found in zip(cases, paths, costs(opener, paths), strict=True):
+            for (name, _), path, cost in zip(cases, paths, costs(opener, paths), strict=True):
                 size = max(p.stat().st_size for p in path.iterdir())
-                answer = f"{found.error or 'READ'}: {found.message.replace(f'{path}/', '').replace('|', '/')[:200]}"
-                figures = f"{found.seconds:.2f} | {found.peak:.0f} | {found.peak - found.before:.0f}"
+                answer = f"{cost.error or 'READ'}: {cost.message.replace(f'{path}/', '').replace('|', '/')[:200]}"
+                figures = f"{cost.seconds:.2f} | {cost.peak:.0f} | {cost.peak - cost.before:.0f}"
                 print(f"| {opener}: {name} | {size} | {figures} | {answer} |", flush=True)
 
 

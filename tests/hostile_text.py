@@ -1,4 +1,4 @@
-"""Text files that are made to fill a machine: `python -m tests.hostile_text` prints what reading each of them takes.
+"""Text files made to exhaust a machine: `python -m tests.hostile_text` prints the cost of reading each of them.
 
 `CASES` says how each is written, `read` is how a user's command reads it, and `measure` does so in a process of its
 own.
@@ -27,26 +27,26 @@ GIB = 2**30
 
 
 class Case(NamedTuple):
-    """A file, and what the refusal must say."""
+    """A file, and the expected text of its refusal."""
 
     name: str
     write: Callable[[Path], None]
-    told: str
+    message: str
 
 
 class Outcome(NamedTuple):
-    """What reading took."""
+    """The cost of reading a file."""
 
-    told: str
+    message: str
     seconds: float
     cpu: float
-    """Seconds of processors, which other programs do not lengthen."""
+    """CPU seconds, which do not depend on other programs."""
     peak: int
-    """Bytes of the whole process, libraries included."""
+    """Bytes of the whole process, including libraries."""
 
 
 def read(path: Path) -> None:
-    """Read a corpus as training does: all that is looked at before, then some rows."""
+    """Read a corpus as training does: all checks, then some rows."""
     corpus = Corpus(str(path), Tokenizer({bytes([i]): i for i in range(256)}), split="train", row_len=257)
     corpus.next_rows(64)
 
@@ -55,7 +55,7 @@ def read(path: Path) -> None:
 
 
 def _gzip(path: Path, before: bytes, block: bytes, times: int) -> None:
-    """A gzip file of many blocks, each deflated only once. The sum at its end is wrong; nobody gets there."""
+    """Return a gzip file of many copies of a block, deflated once. Its checksum is wrong, but never reached."""
     with path.open("wb") as file:
         file.write(b"\x1f\x8b\x08\0\0\0\0\0\0\xff")
         start = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -269,7 +269,7 @@ CASES = {
 
 
 def write(case: Case, folder: Path) -> Path:
-    """Write the file of a case, in a process of its own, so that what it takes is not measured."""
+    """Write the file of a case in a separate process, so that its cost is not measured."""
     path = folder / case.name
     pid = os.fork()
     if pid == 0:
@@ -285,34 +285,34 @@ def write(case: Case, folder: Path) -> Path:
 
 
 def measure(case: Case, path: Path) -> Outcome:
-    """Read the file of a case in a process of its own."""
+    """Read the file of a case in a separate process."""
     ours, theirs = os.pipe()
     started = time.perf_counter()
     idle = _peak()
     pid = os.fork()
     if pid == 0:
         begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # what is shared with the parent counts in part
-        told = "read to the end"
+        message = "read to the end"
         try:
             read(path)
         except (ValueError, OSError) as error:
-            told = str(error)
+            message = str(error)
         except BaseException as error:
-            told = f"a traceback of {type(error).__name__}"
+            message = f"a traceback of {type(error).__name__}"
         finally:
-            os.write(theirs, f"{begun} {told}".encode()[:4000])
+            os.write(theirs, f"{begun} {message}".encode()[:4000])
             os._exit(0)
     os.close(theirs)
-    told = b""
+    message = b""
     while part := os.read(ours, 4096):
-        told += part
+        message += part
     os.close(ours)
     _, status, used = os.wait4(pid, 0)
     seconds = time.perf_counter() - started
-    begun, _, said = told.decode().partition(" ")
+    begun, _, message = message.decode().partition(" ")
     grown = used.ru_maxrss - int(begun or 0)
     peak = (idle + max(grown, 0)) * 1024
-    return Outcome(said or f"died with status {status}", seconds, used.ru_utime + used.ru_stime, peak)
+    return Outcome(message or f"died with status {status}", seconds, used.ru_utime + used.ru_stime, peak)
 
 
 def _peak() -> int:
@@ -322,31 +322,31 @@ def _peak() -> int:
 
 
 def outcomes(cases: Iterable[Case]) -> Iterator[tuple[Case, int, Outcome]]:
-    """Write, read and remove one file after the other; yields the size of each too."""
+    """Write, read and remove one file after the other; yield the cost and size of each."""
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
             path = write(case, Path(folder))
             size = path.stat().st_size
             outcome = measure(case, path)
             path.unlink()
-            yield case, size, outcome._replace(told=outcome.told.replace(f"{folder}/", ""))
+            yield case, size, outcome._replace(message=outcome.message.replace(f"{folder}/", ""))
 
 
 def main() -> None:
-    """Print a line per case, of all or of those that are named; with --json as JSON."""
+    """Print a line per case, of all cases or the named ones; with --json as JSON."""
     wanted = [word for word in sys.argv[1:] if word != "--json"] or CASES
-    found = outcomes(CASES[name] for name in wanted)
+    results = outcomes(CASES[name] for name in wanted)
     if "--json" in sys.argv:
-        for case, _, outcome in found:
+        for case, _, outcome in results:
             print(json.dumps([case.name, *outcome]), flush=True)
         return
     idle = _peak() * 1024 / 1e6
     print(f"peak memory is of the whole process, which has {idle:.0f} MB before it reads\n")
     print("| file | bytes | seconds | of processors | peak, MB | what is said |\n|---|---|---|---|---|---|")
-    for case, size, outcome in found:
-        told = outcome.told.replace("|", "\\|")
+    for case, size, outcome in results:
+        message = outcome.message.replace("|", "\\|")
         figures = f"{outcome.seconds:.1f} | {outcome.cpu:.1f} | {outcome.peak / 1e6:.0f}"
-        print(f"| {case.name} | {size:,} | {figures} | {told} |", flush=True)
+        print(f"| {case.name} | {size:,} | {figures} | {message} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The explorer's server as people run it: the demo nanochat with two random SAEs, uvicorn, a port of its own."""
+"""The explorer's server as users run it: the demo nanochat with two random SAEs, under uvicorn, on a free port."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ C = 128
 
 
 def write_run(run: Path) -> Path:
-    """A run with SAEs at two hooks, and something of everything that lies beside a page."""
+    """Write a run with SAEs at two hooks, and an example of every file beside a page."""
     export(toy_sae("topk", C, 256, hook_name=RESID), run / "sae" / RESID)
     export(toy_sae("jumprelu", C, 192, hook_name=MLP), run / "sae" / MLP)
     page = run / "explorer"
@@ -40,14 +40,14 @@ def write_run(run: Path) -> Path:
 
 
 def load(run: Path) -> tuple[InterpretableModel, Nanochat]:
-    """The demo with a run's SAEs."""
+    """Return the demo nanochat with a run's SAEs."""
     nano = bridge.nanochat.load("demo")
     return InterpretableModel.from_nanochat(nano, load_saes(run)), nano
 
 
 @contextlib.contextmanager
 def served(run: Path, im: InterpretableModel, nano: Nanochat, **settings: Any) -> Iterator[httpx.Client]:
-    """A client of a server that runs as long as the context."""
+    """Yield a client of a server that runs within the context."""
     with (
         listening(server.app(run, im, nano, **settings), settings.get("limits")) as port,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client,
@@ -57,7 +57,7 @@ def served(run: Path, im: InterpretableModel, nano: Nanochat, **settings: Any) -
 
 @contextlib.contextmanager
 def listening(app: Any, limits: Limits | None = None) -> Iterator[int]:
-    """The port at which an app is served."""
+    """Serve an app within the context; yield its port."""
     with contextlib.closing(server.listen("127.0.0.1", 0)) as listener:
         running = uvicorn.Server(server.config(app, limits))
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
@@ -70,14 +70,14 @@ def listening(app: Any, limits: Limits | None = None) -> Iterator[int]:
 
 
 def lines(client: httpx.Client, **body: Any) -> list[dict[str, Any]]:
-    """All that a steered continuation streams."""
+    """Return everything that a steered continuation streams."""
     with client.stream("POST", "/api/steer", json=body) as response:
         assert response.status_code == 200, response.read()
         return [json.loads(line) for line in response.iter_lines()]
 
 
 def raw(client: httpx.Client, request: str) -> str:
-    """The answer to a request that no client would send."""
+    """Return the answer to a raw request that no client would send."""
     with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as connection:
         connection.sendall(request.encode("latin-1"))
         answer = b""

@@ -1,4 +1,4 @@
-"""A hub of models on this machine: as much of the Hugging Face hub's API as a download needs, and what was asked."""
+"""A local hub of models: the part of the Hugging Face hub's API that downloads need, and a log of requests."""
 
 import contextlib
 import hashlib
@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the folders root/OWNER/NAME, all at one commit, under the revisions it is told."""
+    """Serves the folders root/OWNER/NAME, all at one commit, under given revisions."""
 
     daemon_threads = True
 
@@ -109,7 +109,7 @@ class Hub(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def running(root: Path) -> Iterator[Hub]:
-    """A hub that runs meanwhile."""
+    """Run a hub within the context."""
     hub = Hub(root)
     thread = threading.Thread(target=hub.serve_forever)
     thread.start()

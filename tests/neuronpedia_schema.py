@@ -1,4 +1,4 @@
-"""What Neuronpedia and SAEDashboard take, as JSON Schemas: stricter than they are, as every key must be there."""
+"""Formats of Neuronpedia and SAEDashboard as JSON Schemas, stricter than theirs: every key is required."""
 
 import gzip
 import json
@@ -249,11 +249,11 @@ SHARED = {
     "dashboard": "saedashboard_batch",
     "skipped": "skipped_indexes",
 }
-"""Where the same is said in the reference that lies beside a clone."""
+"""The names of the same schemas in the reference beside a clone."""
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl or .jsonl.gz."""
+    """Return the lines of a .jsonl or .jsonl.gz."""
     data = file.read_bytes()
     data = gzip.decompress(data) if file.suffix == ".gz" else data
     assert data.endswith(b"\n")
@@ -261,7 +261,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def hold(folder: Path, every: int = 1) -> None:
-    """Asserts that a v1 folder keeps the contract; of schemas, which are slow, one line in `every`."""
+    """Assert that a v1 folder keeps the contract; check schemas, which are slow, on one line in `every`."""
     for name in ("release", "model", "sourceset", "source"):
         (row,) = read(folder / f"{name}.jsonl")
         jsonschema.validate(row, SCHEMAS[name])

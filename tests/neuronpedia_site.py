@@ -1,4 +1,4 @@
-"""A site with Neuronpedia's public API, as it is documented, in a thread; it can be told to behave badly."""
+"""A site with Neuronpedia's documented public API, in a thread; faults can be injected."""
 
 import contextlib
 import json
@@ -22,12 +22,12 @@ LIMITED = {
 
 Answer = tuple[int, Any]
 Fault = Callable[["Site", dict], Answer | None]
-"""What happens to one upload instead of what should: an answer, or None for a connection that is dropped."""
+"""A fault of one upload: an answer, or None for a dropped connection."""
 
 
 @dataclass
 class Site:
-    """What the site holds, and what it was asked."""
+    """The contents of the site, and its log of requests."""
 
     models: dict[str, int] = field(default_factory=dict)
     source_sets: dict[tuple[str, str], list[str]] = field(default_factory=dict)
@@ -37,14 +37,14 @@ class Site:
     stored: dict[tuple[str, str, int], dict] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     faults: list[Fault | None] = field(default_factory=list)
-    """Of the uploads to come, in their order; None for a good one."""
+    """Faults of the coming uploads, in order; None for a correct one."""
     null_for_missing: bool = False
-    """As older versions answer, instead of 404."""
+    """Answer like older versions, instead of 404."""
     url: str = ""
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def uploads(self) -> int:
-        """How many uploads were tried."""
+        """Return the number of attempted uploads."""
         return self.requests.count(("POST", "/api/feature/upload-batch"))
 
     # ---- what it answers ------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ class Site:
         return 404, "<html>no such page</html>"
 
     def store(self, body: dict, first: int | None = None) -> Answer:
-        """Takes a batch, or only its first features."""
+        """Accept a batch, or only its first features."""
         if wrong := _wrong(body):
             return 400, {"error": wrong, "path": "features"}
         model, source = body["modelId"], body["source"]
@@ -98,7 +98,7 @@ class Site:
 
 
 def _wrong(body: dict) -> str:
-    """What the site's rules find wrong with an upload."""
+    """Return the violations of the site's rules by an upload."""
     features = body["features"]
     if not 1 <= len(features) <= 128:
         return "features must have 1 to 128 items"
@@ -123,32 +123,32 @@ def _wrong(body: dict) -> str:
 
 
 def drop_before(site: Site, body: dict) -> None:
-    """Hangs up without having done anything."""
+    """Drop the connection without doing anything."""
 
 
 def drop_after(site: Site, body: dict) -> None:
-    """Takes everything and hangs up."""
+    """Accept everything and drop the connection."""
     site.store(body)
 
 
 def half(site: Site, body: dict) -> None:
-    """Takes the first half of the features and hangs up."""
+    """Accept the first half of the features and drop the connection."""
     site.store(body, len(body["features"]) // 2)
 
 
 def fail_before(site: Site, body: dict) -> Answer:
-    """500, as of a transaction that was rolled back."""
+    """Answer 500, as after a transaction that was rolled back."""
     return 500, {"error": "Failed to create features. Please try again."}
 
 
 def fail_after(site: Site, body: dict) -> Answer:
-    """504 of a gateway that lost patience with a request that went well."""
+    """Answer 504, as a gateway whose timeout expired although the request succeeded."""
     site.store(body)
     return 504, "<html>An error occurred with your deployment</html>"
 
 
 def limited(site: Site, body: dict) -> Answer:
-    """429, nothing done."""
+    """Answer 429 without doing anything."""
     return 429, LIMITED
 
 
@@ -190,12 +190,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
 
     def log_message(self, *arguments: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 @contextlib.contextmanager
 def serving() -> Iterator[Site]:
-    """A site at `site.url`, empty."""
+    """Run an empty site at `site.url` within the context."""
     site = Site()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"site": site}))
     server.daemon_threads = True

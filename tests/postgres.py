@@ -1,4 +1,4 @@
-"""A PostgreSQL of the tests' own, with the tables that Neuronpedia's importer writes to."""
+"""A temporary PostgreSQL server with the tables that Neuronpedia's importer writes to."""
 
 import contextlib
 import os
@@ -96,7 +96,7 @@ CREATE TABLE "Explanation" (
 
 
 def _unavailable(reason: str) -> None:
-    """Skips, or fails where the tests must not be skipped."""
+    """Skip the test, or fail if tests must not be skipped."""
     if os.environ.get("JSAE_REQUIRE_POSTGRES") == "1":
         pytest.fail(f"JSAE_REQUIRE_POSTGRES=1, but {reason}", pytrace=False)
     pytest.skip(reason)
@@ -110,7 +110,7 @@ def _programs() -> Path:
 
 
 def _as_somebody(folder: Path) -> list[str]:
-    """What goes before a command that root may not run: Debian's package brings the user postgres."""
+    """Return the prefix of commands that root may not run: Debian's package creates the user postgres."""
     if os.geteuid() != 0:
         return []
     try:
@@ -124,7 +124,7 @@ def _as_somebody(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def cluster() -> Iterator[str]:
-    """A server on a socket of its own, gone afterwards; the conninfo of its first database."""
+    """Run a server on its own socket within the context; yield the conninfo of its first database."""
     programs = _programs()
     with tempfile.TemporaryDirectory(prefix="jsae-pg-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)  # not pytest's: other users may not enter that, and a socket's path must be short

@@ -241,7 +241,7 @@ def test_an_unfinished_run_of_the_same_flags_says_how_it_goes_on(tmp_path):
     with directory.claimed(run, config):
         directory.record(run, config, {})
     with (
-        pytest.raises(ValueError, match="already holds this run, unfinished: go on with it by --resume"),
+        pytest.raises(ValueError, match="already holds this run, unfinished: continue it with --resume"),
         directory.claimed(run, config),
     ):
         pass

@@ -1,4 +1,4 @@
-"""The measurement of dashboards: this project's side on given activations, and what is said when the peer ends."""
+"""The measurement of dashboards: jsae's side on given activations, and the error when the peer ends."""
 
 import sys
 

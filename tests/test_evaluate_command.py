@@ -188,7 +188,7 @@ def test_saes_that_do_not_fit_are_refused_by_what_exists(run, text, tmp_path):
 def test_places_that_are_not_there_are_refused_by_what_is(run, text, tmp_path):
     assert "two" in refused(run_dir=str(run.parent / "missing"))
     (tmp_path / "empty").mkdir()
-    assert "is no run" in refused(run_dir=str(tmp_path / "empty"))
+    assert "is not a run" in refused(run_dir=str(tmp_path / "empty"))
     unfinished = shutil.copytree(run, tmp_path / "unfinished", ignore=shutil.ignore_patterns("sae"))
     assert "config.json" in refused(run_dir=str(unfinished))
     lonely = str(export(toy_sae("topk", 128, 16, hook_name=HOOKS[1]), tmp_path / "lonely"))
@@ -223,7 +223,7 @@ def test_missing_extras_are_reported_before_any_work(run, monkeypatch):
 def test_an_error_is_one_line(tmp_path):
     done = command(run_dir=tmp_path / "missing")
     assert done.returncode == 1
-    assert "is no directory" in done.stderr
+    assert "is not a directory" in done.stderr
     assert "Traceback" not in done.stderr
 
 

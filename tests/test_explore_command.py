@@ -262,7 +262,7 @@ def refused(**flags: object) -> str:
 
 
 def test_runs_that_cannot_be_explored_are_refused_before_long_work(run, text, tmp_path):
-    assert "is no run" in refused(run_dir=str(tmp_path / "missing"))
+    assert "is not a run" in refused(run_dir=str(tmp_path / "missing"))
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     shutil.copy(run / "config.json", unfinished)
@@ -299,8 +299,8 @@ def test_flags_that_make_no_sense_are_refused():
         ({"run_dir": "a", "num_tokens": 0}, "num_tokens is 0"),
         ({"run_dir": "a", "seed": -1}, "seed is -1"),
         ({"run_dir": "a", "port": 65_536}, "port is 65536"),
-        ({"run_dir": "a", "secret": "s"}, "--secret is of --serve"),
-        ({"run_dir": "a", "chat": False}, "--chat is of --serve"),
+        ({"run_dir": "a", "secret": "s"}, "--secret needs --serve"),
+        ({"run_dir": "a", "chat": False}, "--chat needs --serve"),
     ):
         with pytest.raises(ConfigError, match=complaint):
             ExploreConfig(**flags)

@@ -91,7 +91,7 @@ def test_a_run_without_an_export_is_told_what_to_run(run):
     shutil.rmtree(run / "sae")
     with pytest.raises(FileNotFoundError, match=r"no exported SAE: `python -m experiments.train"):
         export.main(ExportConfig(run_dir=str(run)))
-    with pytest.raises(FileNotFoundError, match="is no run"):
+    with pytest.raises(FileNotFoundError, match="is not a run"):
         export.main(ExportConfig(run_dir=str(run / "nowhere")))
 
 

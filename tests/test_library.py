@@ -271,14 +271,14 @@ def test_checkpoints_of_another_run_are_refused_by_the_setting(acts, tmp_path):
 def test_an_iterator_that_was_read_cannot_resume_a_run():
     source = StreamSource(iter([np.ones((10, 3), np.float32)] * 4))
     source.seek({"row": 25})
-    with pytest.raises(ConfigError, match="an iterator of arrays cannot begin again"):
+    with pytest.raises(ConfigError, match="an iterator of arrays cannot start again"):
         source.seek({"row": 5})
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "a torch tensor": (torch.ones(4, D), r"handed over to jax first: jsae.train\(bridge.to_jax\(acts\), …\)"),
+    "a torch tensor": (torch.ones(4, D), r"converted to jax first: jsae.train\(bridge.to_jax\(acts\), …\)"),
     "torch tensors one after the other": (iter([torch.ones(4, D)]), r"\(bridge.to_jax\(x\) for x in loader\)"),
     "a list of torch tensors": ([torch.ones(4, D)], r"bridge.to_jax"),
     "a path": ("acts.npy", r"a memory map \(np.load\(path, mmap_mode='r'\)\).*, not str"),
@@ -289,15 +289,15 @@ REFUSED = {
     "no rows": (np.ones((0, D), np.float32), r"not empty.*\(0, 32\)"),
     "unequal lengths": ([np.ones((4, D), np.float32), np.ones((5, D), np.float32)], r"but these have \[4, 5\]"),
     "lists of numbers": ([[1.0, 2.0]], "arrays of numpy or jax, .*, not list"),
-    "another width": (np.ones((4, D + 1), np.float32), r"of the widths \[32\], but these have \[33\]"),
-    "two arrays for one": ([np.ones((4, D), np.float32)] * 2, r"of the widths \[32\], but these have \[32, 32\]"),
+    "another width": (np.ones((4, D + 1), np.float32), r"of widths \[32\], but these have \[33\]"),
+    "two arrays for one": ([np.ones((4, D), np.float32)] * 2, r"of widths \[32\], but these have \[32, 32\]"),
     "an iterator of nothing": (iter([]), "ended after 0 rows"),
     "batches that are named": (iter([{"x": np.ones((4, D))}]), "not dict"),
     "widths that change": (
         iter([np.ones((4, D), np.float32), np.ones((4, 3), np.float32)]),
-        r"the widths \[32\], later ones \[3\]",
+        r"widths \[32\], later ones \[3\]",
     ),
-    "an iterator that ends": (iter([acts_of(300)]), "ended after 300 rows, and 20,000 are to be trained on"),
+    "an iterator that ends": (iter([acts_of(300)]), "ended after 300 rows, and 20,000 are needed"),
 }
 
 

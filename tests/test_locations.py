@@ -170,16 +170,16 @@ def refusals(folder: Path) -> dict[str, tuple[str, str]]:
     (folder / "bare").write_text("--flagfile\n--k=3\n")
     os.mkfifo(folder / "pipe")
     names = {
-        "binary": "is no text in UTF-8",
-        "zeros": "holds zero bytes",
+        "binary": "is not text in UTF-8",
+        "zeros": "contains zero bytes",
         "large": "is larger than",
-        "half": "is no text in UTF-16",
+        "half": "is not text in UTF-16",
         "self": "includes itself",
         "one": "includes itself by way of",
         "sub": "is a directory",
         "many": "at most 1000",
         "nowhere": "cannot be read: No such file",
-        "pipe": "is no plain file",
+        "pipe": "is not a plain file",
         "bare": "needs the name of a file",
         "~nosuchuser": "names the home of ~nosuchuser",
         "x" * 5000: "cannot be read",

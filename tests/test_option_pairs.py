@@ -183,7 +183,7 @@ def test_an_option_that_an_architecture_does_not_read_is_refused_by_name(activat
 
 
 def test_k_anneals_only_from_a_start():
-    with pytest.raises(ConfigError, match="--k_anneal_fraction is the time in which k is lowered from --k_start"):
+    with pytest.raises(ConfigError, match="--k_anneal_fraction needs --k_start, which is not given"):
         RunConfig(k_anneal_fraction=0.7)
 
 

@@ -222,7 +222,7 @@ def test_a_run_that_is_told_to_stop_saves_and_resumes_to_the_same_weights(traine
                 break
         rest = process.stdout.read()
     assert process.returncode == 75, rest
-    assert "--resume goes on from here" in rest
+    assert "--resume continues from here" in rest
     stopped = pretraining.last_state(tmp_path / "tiny")["step"]
     assert 2 <= stopped < 12
     resumed = dataclasses.replace(config, out=str(tmp_path / "tiny"), resume=True)

@@ -555,7 +555,7 @@ def test_ctrl_c_says_how_to_go_on_and_ends_with_130(site, run):
     _, err = process.communicate(timeout=60)
     go.set()
     assert process.returncode == 130
-    assert "the same command goes on" in err
+    assert "the same command continues" in err
     assert "Traceback" not in err
 
 
@@ -579,7 +579,7 @@ def test_a_dry_run_writes_the_bodies_and_sends_nothing(site, run):
         (("--run_dir=x", "--import_to=y"), 2, "give one of them"),
         (("--import_to=y",), 2, "belong together"),
         (("--run_dir=x", "--batch_features=200"), 2, "the site takes 1 to 128"),
-        (("--run_dir=nowhere",), 1, "nowhere is no run"),
+        (("--run_dir=nowhere",), 1, "nowhere is not a run"),
         (("--import_to=y", "--folder=nowhere"), 1, "no v1 export in"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The measurement of quality: this project's side on real activations, beside a stand-in for the other trainers."""
+"""The measurement of quality: jsae's side on real activations, with a stand-in for the other trainers."""
 
 import dataclasses
 import math
@@ -65,7 +65,7 @@ def config():
 
 @pytest.fixture
 def contest(config, subject, folder, tmp_path):
-    """A contest's maker, with the stand-in as its peer."""
+    """Yield a function that creates contests, with the stand-in as their peer."""
     script = tmp_path / "stand_in.py"
     script.write_text(PEER)
     with peers.process(sys.executable, script, folder) as (versions, ask):
@@ -105,7 +105,7 @@ def test_the_best_rate_is_trained_with_every_seed_and_one_that_diverges_is_not_i
 
 
 def test_an_export_that_computes_something_else_than_its_library_is_refused(contest):
-    with pytest.raises(ValueError, match="reconstructs something else"):
+    with pytest.raises(ValueError, match="does not reconstruct as its library does"):
         contest(trainers=("dictionary_learning",)).rows("topk")
 
 
@@ -136,7 +136,7 @@ def test_a_peer_that_ends_says_why(tmp_path):
 
 def test_an_environment_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="could not be made"):
+    with pytest.raises(OSError, match="could not be created"):
         peers.environment(tmp_path / "file" / "env", [("install", "nothing")], "pass")
 
 

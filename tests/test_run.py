@@ -134,7 +134,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(copy, tmp_path)
     copy.table_file("eval").unlink()
     with pytest.raises(FileNotFoundError, match=r"experiments\.evaluate"):
         copy.evaluation  # noqa: B018
-    with pytest.raises(ConfigError, match=r"is no run: it has no config\.json"):
+    with pytest.raises(ConfigError, match=r"is not a run: it has no config\.json"):
         Run(tmp_path / "nowhere").model()
     with pytest.raises(FileNotFoundError, match=r"experiments\.train"):
         Run(tmp_path / "nowhere").sae()
@@ -159,11 +159,11 @@ def test_variants_of_a_sweep_are_runs_of_their_own(run, tmp_path):
 
 def test_the_run_around_a_folder_is_found_also_through_links(copy, tmp_path):
     export = copy.sae_folder(HOOK)
-    assert directory.around(copy.path) == copy.path
-    assert directory.around(export) == copy.path
+    assert directory.enclosing(copy.path) == copy.path
+    assert directory.enclosing(export) == copy.path
     (tmp_path / "link").symlink_to(export)
-    assert directory.around(tmp_path / "link") == copy.path
-    assert directory.around(tmp_path) is None
+    assert directory.enclosing(tmp_path / "link") == copy.path
+    assert directory.enclosing(tmp_path) is None
 
 
 def test_who_holds_a_run_and_who_cannot(copy, monkeypatch):
@@ -183,8 +183,8 @@ def test_a_run_is_a_path_for_whoever_takes_one(run):
 
 def test_a_checkpoint_that_is_given_leaves_out_what_belongs_to_another():
     recorded = {"checkpoint": "old", "step": 5, "tokenizer": "old/tokenizer"}
-    assert ModelPath.of({}, recorded) == ModelPath("old", 5, "old/tokenizer")
-    assert ModelPath.of({"step": 7}, recorded) == ModelPath("old", 7, "old/tokenizer")
-    assert ModelPath.of({"checkpoint": "new", "step": None}, recorded) == ModelPath("new")
+    assert ModelPath.resolve({}, recorded) == ModelPath("old", 5, "old/tokenizer")
+    assert ModelPath.resolve({"step": 7}, recorded) == ModelPath("old", 7, "old/tokenizer")
+    assert ModelPath.resolve({"checkpoint": "new", "step": None}, recorded) == ModelPath("new")
     with pytest.raises(ConfigError, match="--checkpoint"):
-        ModelPath.of({}, {})
+        ModelPath.resolve({}, {})

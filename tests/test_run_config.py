@@ -139,8 +139,8 @@ BAD_FLAGS = {
         {"activation": "gated", "l0_coefficient": (1.0, 2.0)},
         "--l0_coefficient means nothing to gated",
     ),
-    "a skip path of no transcoder": ({"skip": True}, "--skip is of a transcoder: give --target_hook"),
-    "a transcoder to what it reads": ({"target_hook": "resid_post"}, "--target_hook=resid_post is what is read"),
+    "a skip path of no transcoder": ({"skip": True}, "--skip is for a transcoder: give --target_hook"),
+    "a transcoder to what it reads": ({"target_hook": "resid_post"}, "--target_hook=resid_post equals --hook_type"),
     "a crosscoder of one layer": ({"crosscoder": True, "layer": ("2",)}, "--crosscoder reads several layers"),
     "a crosscoder of no layer": ({"crosscoder": True}, "--crosscoder reads several layers"),
     "a crosscoder that is a transcoder": (

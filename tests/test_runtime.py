@@ -564,9 +564,7 @@ def test_of_a_sweep_the_variants_are_named(tmp_path):
     for variant in ("k8", "k16"):
         export(toy_sae("topk", C, 64, hook_name=HOOK), tmp_path / "sweep" / variant / "sae" / HOOK)
     (tmp_path / "sweep" / "checkpoints").mkdir()
-    with pytest.raises(
-        FileNotFoundError, match=r"is a sweep.* give one of them, .*k16 for example; there are k16, k8$"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"is a sweep.* give one of them, such as .*k16; there are k16, k8$"):
         load_saes(tmp_path / "sweep")
     assert list(load_saes(tmp_path / "sweep" / "k8")) == [HOOK]
 

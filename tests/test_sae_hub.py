@@ -103,7 +103,7 @@ def test_afterwards_the_local_cache_serves(answers):
 @pytest.mark.parametrize(
     ("address", "kind", "words"),
     [
-        ("hf://toy/saes", "FileNotFoundError", f"is no exported SAE.*it has {HOOK}, deep/er: name one, hf://owner"),
+        ("hf://toy/saes", "FileNotFoundError", f"is not an exported SAE.*it has {HOOK}, deep/er: name one, hf://owner"),
         ("hf://toy/saes/other", "FileNotFoundError", f"it has {HOOK}, deep/er: name one"),
         ("hf://toy/none", "FileNotFoundError", "the repository has none"),
         ("hf://toy/missing/x", "FileNotFoundError", "does not exist on the hub, or is private"),

@@ -312,7 +312,7 @@ def test_a_stop_while_the_result_is_measured_is_a_stopped_run_that_goes_on(text,
     with pytest.raises(SystemExit) as end:
         flags.run(RunConfig, train.main, argv=line)
     assert end.value.code == 75
-    assert "stopped and saved; go on with: python -m experiments.train" in capsys.readouterr().out
+    assert "stopped and saved; continue with: python -m experiments.train" in capsys.readouterr().out
     assert not (tmp_path / "run" / "eval.json").exists()
     monkeypatch.setattr(finish, "survey", measure)
     with pytest.raises(SystemExit) as end:

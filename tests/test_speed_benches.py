@@ -41,7 +41,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path):
-    """Has all other trainers answered for by a script that says how long they took."""
+    """Replace all other trainers by a script that reports fixed times."""
     script = tmp_path / "stand_in.py"
     script.write_text(PEER)
     monkeypatch.setattr(contest, "SCRIPT", script)
@@ -50,7 +50,7 @@ def stand_in(monkeypatch, tmp_path):
 
 @pytest.fixture
 def their_side(monkeypatch):
-    """The module of the other trainers' side, found as a script finds what is beside it."""
+    """Import the script of the other trainers, which imports modules from its own folder."""
     monkeypatch.syspath_prepend(Path(contest.__file__).parent)
     from experiments.benches import contest_peer
 
@@ -59,7 +59,7 @@ def their_side(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
-    """Measurements set threads and environment for a whole process."""
+    """Restore threads and environment, which measurements set for the whole process."""
     for name in ("JAX_PLATFORMS", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "passive"}[name])
     threads = torch.get_num_threads()

@@ -234,7 +234,7 @@ def test_an_export_by_itself_needs_only_its_checkpoint(run, checkpoint, capsys):
     folder = run / "sae" / HOOK
     code, _, err = here(command(folder, prompt="def "), capsys)
     assert code == 1
-    assert "is no run: it has no config.json" in err
+    assert "is not a run: it has no config.json" in err
     code, out, _ = here(command(folder, prompt="def ", checkpoint=checkpoint), capsys)
     assert code == 0
     assert "what fires" in out
@@ -253,7 +253,7 @@ BAD = {
     "an unknown mode": ({"mode": "push"}, 2, "additive|orthogonal|projection_cap|clamp|scale|ablate"),
     "a prompt beyond the context": ({"prompt": "x" * 4000}, 1, "exceed the model's 4000 positions"),
     "a hook without SAE": ({"hook": OTHER}, 1, f"no SAE at '{OTHER}': choose one of {HOOK}"),
-    "no such run": ({"run_dir": "nowhere"}, 1, "nowhere is no run"),
+    "no such run": ({"run_dir": "nowhere"}, 1, "nowhere is not a run"),
     "no such checkpoint": ({"checkpoint": "nowhere/d20"}, 1, "no checkpoint at nowhere/d20"),
     "an unknown flag": ({"layer": 3}, 2, "Unknown command line flag 'layer'"),
 }
@@ -309,7 +309,7 @@ def test_the_runtime_bench_measures_every_case(tmp_path):
 def test_the_bench_knows_what_it_can_measure():
     done = process(["bench", "nothing"])
     assert done.returncode == 2
-    assert "no measurement 'nothing': choose one of dashboard, " in done.stderr
+    assert "'nothing' is not a measurement: choose one of dashboard, " in done.stderr
 
 
 def test_a_chat_with_a_base_checkpoint_warns(checkpoint, run, tmp_path, capsys):

@@ -73,7 +73,7 @@ def test_a_shard_rewritten_with_other_text_of_the_same_size_is_named_and_the_run
     assert train(tmp_path / "run", tmp_path, resume=True).returncode == 0
     assert write("shard_00001.parquet", prose.swapcase()) == before[1]
     line = refusal(train(tmp_path / "run", tmp_path, resume=True))
-    assert "its data is not what it was: shard_00001.parquet has changed" in line
+    assert "its data has changed: shard_00001.parquet has changed" in line
     (tmp_path / "shard_00001.parquet").unlink()
     assert "shard_00001.parquet is missing" in refusal(train(tmp_path / "run", tmp_path, resume=True))
 
@@ -85,4 +85,4 @@ def test_a_run_of_a_version_without_digests_is_refused_in_a_clear_line(tmp_path,
     record = json.loads((run / "config.json").read_text())
     del record["facts"]["data_files"], record["flags"]["exclude_tokens"]
     (run / "config.json").write_text(json.dumps(record))
-    assert "did not record what its data held" in refusal(train(run, tmp_path / "input.txt", resume=True))
+    assert "did not record its data" in refusal(train(run, tmp_path / "input.txt", resume=True))

@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before_t
     told = next(line for line in done.stdout.splitlines() if "damaged" in line)
     assert told.startswith("WARNING the checkpoint of step 48 is damaged")
     assert str(file) in told
-    assert "going on from the checkpoint of step 40" in done.stdout
+    assert "continuing from the checkpoint of step 40" in done.stdout
     for name, expected in weights(whole[0]).items():
         np.testing.assert_array_equal(weights(run)[name], expected, err_msg=name)
     assert lines(run) == lines(whole[0])
@@ -240,7 +240,7 @@ def test_a_run_asked_to_stop_saves_says_how_to_resume_and_does(number, whole, te
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 75, err
-    assert "stopped and saved; go on with: python -m experiments.train" in out
+    assert "stopped and saved; continue with: python -m experiments.train" in out
     assert "Traceback" not in err
     if number == signal.SIGTERM:
         assert run_to_the_end(run, text, resume=True).returncode == 0

@@ -77,7 +77,7 @@ def test_keyword_arguments_train_the_same_sae_as_a_config_and_a_run_is_resumed_b
 
 def test_a_run_that_is_asked_to_stop_is_saved_and_goes_on_to_the_same_numbers(trained, text, tmp_path):
     settings = {"data": text, "k": 8, "output_dir": tmp_path / "run", **SMALL}
-    with pytest.raises(Stopped, match=r"run was asked to stop and is saved: resume=True goes on with it$") as stopped:
+    with pytest.raises(Stopped, match=r"run was asked to stop and is saved: resume=True continues it$") as stopped:
         train(**settings, stop_requests=lambda: contextlib.nullcontext(["now"]))
     assert stopped.value.run.path == tmp_path / "run"
     assert not stopped.value.run.exports

@@ -10,7 +10,7 @@ import torch
 from bridge.nanochat.model import GPT, GPTConfig
 
 SIZES = {"sequence_len": 400, "vocab_size": 50, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
-# Each width-32 file needs what tells it from the others: the settings of the training script of its time.
+# Files of width 32 need the settings of the training script of their generation to be distinguishable.
 USER_CONFIG = {
     "G4": {"depth": 4, "eval_tokens": 10485760},
     "G5": {"depth": 4, "eval_tokens": 41943040, "fp8": False},

@@ -13,7 +13,7 @@ FORMS = ("topk", "standard", "jumprelu", "gated", "abstopk")
 
 
 def toy_sae(architecture: str, d_in: int, d_sae: int, seed: int = 0, k: int = 4, **metadata) -> TorchSAE:
-    """An SAE whose encoder looks along its decoder rows, so that latents fire on what they write."""
+    """Return an SAE with encoder directions equal to its decoder rows, so that latents fire on what they write."""
     random = np.random.default_rng(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def toy_sae(architecture: str, d_in: int, d_sae: int, seed: int = 0, k: int = 4,
 
 
 def export(sae: TorchSAE, folder: Path) -> Path:
-    """Writes the SAE as a SAELens directory."""
+    """Write the SAE as a SAELens directory; return the folder."""
     folder.mkdir(parents=True)
     cfg = sae.cfg | {"apply_b_dec_to_input": True, "normalize_activations": "none"}
     (folder / "cfg.json").write_text(json.dumps(cfg))

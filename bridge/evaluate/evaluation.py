@@ -51,7 +51,7 @@ def evaluate(choice: Choice, extent: Extent, *, show_progress: bool = False) -> 
       FileNotFoundError: no such run, export, checkpoint or text.
     """
     chosen = subjects.find(choice)
-    data = subjects.reading(choice, choice.places[0]).data
+    data = subjects.reading(choice, choice.paths[0]).data
     texts = {id(subject.nano): _text(choice, extent, subject.nano) for subject in chosen}
     results, console = [], Console(stderr=True, quiet=not show_progress)
     for subject in chosen:
@@ -68,7 +68,7 @@ def _text(choice: Choice, extent: Extent, nano: Nanochat) -> Text:
       ConfigError: rows are longer than the model accepts.
       ValueError: there is not enough text for one row.
     """
-    reading = subjects.reading(choice, choice.places[0])
+    reading = subjects.reading(choice, choice.paths[0])
     row_len = reading.context_size or nano.config.sequence_len
     longest = nano.config.max_positions
     require(2 <= row_len <= longest, f"context_size is {row_len}: this model takes 2 to {longest} tokens")
@@ -85,7 +85,7 @@ def _measure(extent: Extent, subject: Subject, rows: Text, data: str, progress: 
     if problem := unusable(summary):
         summary["problem"] = problem
     summary["setting"] = {
-        "sae": str(subject.place),
+        "sae": str(subject.path),
         "model": nano.fingerprint,
         "checkpoint": str(nano.path),
         "split": extent.split,

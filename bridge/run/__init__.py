@@ -1,4 +1,4 @@
-"""The directory of a run: its layout, its settings, its model, its SAEs and what was made of them."""
+"""The directory of a run: its layout, settings, model, SAEs and results."""
 
 from bridge.run.run import Run
 

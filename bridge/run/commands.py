@@ -1,4 +1,4 @@
-"""Command lines to try next, with the paths of the run at hand: what a command prints when it is done."""
+"""Command lines to try next, which a command prints when it is done, with the paths of its run."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ from bridge.run.tables import LARGEST_TABLE
 from jsae import jsons
 
 PROMPT = "def "
-"""What the packaged nanochat can continue."""
+"""A prompt that the packaged nanochat can continue."""
 
 
 def line(name: str, extra: str = "", **flags: object) -> str:
@@ -24,19 +24,19 @@ def line(name: str, extra: str = "", **flags: object) -> str:
       extra: the optional dependencies that it needs; a comment says how to install those that are missing.
       flags: their values; True is a flag without a value, None leaves the flag out.
     """
-    given = {name: value for name, value in flags.items() if value is not None}
-    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+    values = {name: value for name, value in flags.items() if value is not None}
+    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()]
     text = shlex.join([python(), "-m", f"experiments.{name}", *words])
     return text + (f"  # first: {install(extra)}" if extra and not is_installed(extra) else "")
 
 
-_NEEDED = {"eval": ("sklearn", "matplotlib"), "web": ("starlette", "uvicorn", "h11"), "hub": ("huggingface_hub",)}
-_NEEDED |= {"neuronpedia": ("httpx", "psycopg")}
+_MODULES = {"eval": ("sklearn", "matplotlib"), "web": ("starlette", "uvicorn", "h11"), "hub": ("huggingface_hub",)}
+_MODULES |= {"neuronpedia": ("httpx", "psycopg")}
 
 
 def is_installed(extra: str) -> bool:
-    """Return whether the modules of an extra are there."""
-    return all(importlib.util.find_spec(module) for module in _NEEDED[extra])
+    """Return whether the modules of an extra are installed."""
+    return all(importlib.util.find_spec(module) for module in _MODULES[extra])
 
 
 def install(extra: str) -> str:
@@ -45,15 +45,15 @@ def install(extra: str) -> str:
 
 
 def python() -> str:
-    """Return what starts this interpreter in the shell: `python`, else its path, relative where that is shorter."""
-    known = shutil.which("python")
-    if known and Path(known).absolute() == Path(sys.executable):
+    """Return the shell command of this interpreter: `python`, else its path, relative if that is shorter."""
+    on_path = shutil.which("python")
+    if on_path and Path(on_path).absolute() == Path(sys.executable):
         return "python"
     return min(sys.executable, os.path.relpath(sys.executable), key=len)
 
 
 def after_training(run: Path) -> list[str]:
-    """Return what to do with a trained run, or the first run of a sweep."""
+    """Return commands for a trained run, or the first run of a sweep."""
     return [
         line("evaluate", "eval", run_dir=run),
         line("explore", "web", run_dir=run, serve=True),
@@ -62,12 +62,12 @@ def after_training(run: Path) -> list[str]:
 
 
 def after_evaluation(run: Path) -> list[str]:
-    """Return what to do with a run that was evaluated."""
+    """Return commands for a run that was evaluated."""
     return [line("explore", "web", run_dir=run, serve=True), line("steer", run_dir=run, prompt=PROMPT, hook=_hook(run))]
 
 
 def after_exploring(run: Path, served: bool) -> list[str]:
-    """Return what to do with a run whose records were gathered; `served` is whether its page was served."""
+    """Return commands for a run whose records were gathered; `served` is whether its page was served."""
     return [
         *([] if served else [line("explore", "web", run_dir=run, serve=True)]),
         *([] if _is_evaluated(run) else [line("evaluate", "eval", run_dir=run)]),
@@ -77,13 +77,13 @@ def after_exploring(run: Path, served: bool) -> list[str]:
 
 
 def after_steering(run: Path, hook: str | None, pushed: bool, **model: Any) -> list[str]:
-    """Return what to do after a prompt was continued.
+    """Return commands to use after a prompt was continued.
 
     Args:
       run: the run, or an exported SAE.
-      hook: the flag that chose the SAE.
+      hook: value of --hook.
       pushed: whether features were pushed.
-      model: the flags that say which model it was.
+      model: the flags of the model.
     """
     more: dict[str, Any] = (
         {"interactive": True} if pushed else {"feature": _best(run, hook), "strength": 8, "mode": "clamp"}
@@ -93,37 +93,37 @@ def after_steering(run: Path, hook: str | None, pushed: bool, **model: Any) -> l
 
 
 def after_export(run: Path, out: Path, formats: tuple[str, ...], hook: str | None) -> list[str]:
-    """Return what reads an export of these formats in the folder `out`."""
-    reads = {
+    """Return commands and code that read an export of these formats in the folder `out`."""
+    readers = {
         "sae_lens": f'sae_lens.SAE.load_from_disk("{_first(out / "sae_lens", "cfg.json")}")',
         "neuronpedia": line("publish", "neuronpedia", run_dir=run, hook=hook, dry_run=True),
         "saedashboard": f"SAEDashboard's files: {out / 'saedashboard'}",
         "delphi": f'delphi.latents.LatentDataset("{_first(out / "delphi", "latents", True)}", …)',
         "circuit_tracer": f"circuit-tracer's server: data_dir={out / 'circuit_tracer'}",
     }
-    return [reads[name] for name in formats]
+    return [readers[name] for name in formats]
 
 
 def after_publishing(run: Path, hook: str | None, dry_run: bool) -> list[str]:
-    """Return what to do with features that were uploaded, or would be."""
+    """Return commands for features that were uploaded, or would be."""
     if dry_run:
         return ["NEURONPEDIA_API_KEY=… " + line("publish", "neuronpedia", run_dir=run, hook=hook)]
     return [line("publish", "neuronpedia", run_dir=run, hook=hook, explanations=0)]
 
 
 def after_pretraining(out: Path, data: str) -> list[str]:
-    """Return what to do with a nanochat that was trained."""
+    """Return commands for a nanochat that was trained."""
     return [line("train", checkpoint=out, data=data, output_dir=out.with_name(out.name + "-sae"))]
 
 
 def _hook(run: Path) -> str | None:
-    """The hook to name where a run has several SAEs."""
+    """Return the first hook of a run with several SAEs; None if --hook is not needed."""
     hooks = sorted(path.parent.name for path in Layout(run).saes_folder.glob("*/cfg.json"))
     return hooks[0] if len(hooks) > 1 else None
 
 
 def _best(run: Path, hook: str | None) -> int:
-    """The latent whose label fits best; 0 where none has one."""
+    """Return the latent whose label has the highest F1; 0 if none has a label."""
     try:
         tables = jsons.read(Layout(run).table_file("labels"), LARGEST_TABLE)
         table = tables[hook if hook is not None else next(iter(tables))]
@@ -133,17 +133,17 @@ def _best(run: Path, hook: str | None) -> int:
 
 
 def _is_evaluated(run: Path) -> bool:
-    """Whether `experiments.evaluate` measured the run, and not only the end of its training."""
+    """Return whether `experiments.evaluate` wrote eval.json, and not only the end of the training."""
     try:
-        measured = jsons.read(Layout(run).table_file("eval"), LARGEST_TABLE)
-        return any("setting" in metrics for metrics in measured.values())
+        evaluation = jsons.read(Layout(run).table_file("eval"), LARGEST_TABLE)
+        return any("setting" in metrics for metrics in evaluation.values())
     except (OSError, ValueError, AttributeError, TypeError):
         return False
 
 
 def _first(folder: Path, name: str, itself: bool = False) -> Path:
-    """The first folder below that holds a file of this name, or such a folder itself; `folder` if there is none."""
-    found = sorted(folder.rglob(name))
-    if not found:
+    """Return the parent of the first path of this name in a folder, or the path itself; `folder` if there is none."""
+    paths = sorted(folder.rglob(name))
+    if not paths:
         return folder
-    return found[0] if itself else found[0].parent
+    return paths[0] if itself else paths[0].parent

@@ -16,7 +16,7 @@ from bridge.run.layout import WRITTEN, Layout
 from jsae import files, jsons
 from jsae.settings import ConfigError, Json, require
 
-# What may differ between a run and its continuation without changing a number.
+# Flags that may differ between a run and its continuation without changing a number.
 _FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fraction", "heldout_tokens"} | {
     "prepare_neuronpedia",
     "model_id",
@@ -27,22 +27,22 @@ _VERSIONS = ("jsae", "jax", "flax", "optax", "orbax-checkpoint", "torch", "numpy
 
 @contextlib.contextmanager
 def claimed(run: Path, config: Json, variants: Iterable[str] = ()) -> Iterator[contextlib.ExitStack]:
-    """Hold the directory of a run that is trained: create it, or check that the run in it is the one to resume.
+    """Lock the directory of a run for training: create it, or check that the run in it is the one to resume.
 
-    What a process left that was killed before it wrote config.json is removed: nothing of a run was there yet.
+    Remains of a process that was killed before it wrote config.json are removed: no run had begun.
 
     Args:
       run: the directory.
       config: the run's flags.
-      variants: names of the folders in it that are runs of their own, of a sweep; those that exist are held too.
+      variants: names of the variants of a sweep, folders in the directory; those that exist are locked too.
 
     Yields:
-      What releases them; it takes the locks of variants that are made later.
+      An exit stack that holds the locks; the locks of variants that are created later are added to it.
 
     Raises:
-      ConfigError: it holds another run, or anything else, or with `resume` no run at all.
+      ConfigError: the directory holds another run, or anything else, or with `resume` no run at all.
       LockedError: another process writes to it; names the process.
-      OSError: it cannot be made or written to.
+      OSError: it cannot be created or written to.
     """
     resume: bool = config.resume  # type: ignore[attr-defined]
     config_file = Layout(run).config_file
@@ -62,27 +62,27 @@ def claimed(run: Path, config: Json, variants: Iterable[str] = ()) -> Iterator[c
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Hold the run that a folder belongs to, so that no other process writes to it meanwhile.
+    """Lock the run that a folder belongs to, so that no other process writes to it meanwhile.
 
-    The run is the folder itself, or one of the two above it that has a config.json, as that of an exported SAE. A
-    folder that is no part of a run is held by itself; one that does not exist is not.
+    The run is the folder itself, or one of the two above it that has a config.json, as for an exported SAE. A folder
+    outside a run is locked itself; one that does not exist is not locked.
 
     Raises:
       LockedError: another process writes to it; names the process.
       OSError: it cannot be written to.
     """
-    run = around(folder) or folder
+    run = enclosing(folder) or folder
     with files.Lock(run) if run.is_dir() else contextlib.nullcontext():
         yield
 
 
-def around(folder: Path) -> Path | None:
-    """Return the run that a folder is or belongs to, as an exported SAE does; None if there is none.
+def enclosing(folder: Path) -> Path | None:
+    """Return the run that a folder is, or that contains it, as for an exported SAE; None if there is none.
 
-    Looked for are the folder and the two above it, first as its path is written, then with symbolic links followed.
+    Candidates are the folder and the two above it, first as its path is written, then with symbolic links resolved.
     """
-    places = (folder, *folder.absolute().parents[:2], *folder.resolve().parents[:2])
-    return next((place for place in places if Layout(place).config_file.is_file()), None)
+    candidates = (folder, *folder.absolute().parents[:2], *folder.resolve().parents[:2])
+    return next((candidate for candidate in candidates if Layout(candidate).config_file.is_file()), None)
 
 
 def is_writable(run: Path) -> bool:
@@ -92,38 +92,38 @@ def is_writable(run: Path) -> bool:
 
 def _check_new(run: Path, config: Json) -> None:
     """Refuse a directory that holds anything but the lock and remains of killed processes."""
-    nothing = {files.LOCK, *(name + files.PARTIAL for name in WRITTEN)}
-    if all(path.name in nothing for path in run.iterdir()):
+    ignored = {files.LOCK, *(name + files.PARTIAL for name in WRITTEN)}
+    if all(path.name in ignored for path in run.iterdir()):
         return
     other = "choose another --output_dir"
     if not Layout(run).config_file.is_file():
         require(False, f"{run} already holds something else: {other}")
     if _differing(run, config):
         require(
-            False, f"{run} already holds another run: {other}, or go on with that run by its own flags and --resume"
+            False, f"{run} already holds another run: {other}, or continue that run with its own flags and --resume"
         )
     folders = (run, *sorted(path for path in run.iterdir() if path.is_dir()))
     finished = next((folder for folder in folders if Layout(folder).table_file("eval").is_file()), None)
     if finished is None:
-        require(False, f"{run} already holds this run, unfinished: go on with it by --resume, or {other}")
+        require(False, f"{run} already holds this run, unfinished: continue it with --resume, or {other}")
     lines = "; ".join(commands.after_training(finished))
     require(False, f"{run} already holds this run, finished. Next: {lines}. To train it again, {other}")
 
 
 def _differing(run: Path, config: Json) -> str:
-    """The flags of the run that are not those of `config` and change its numbers, as a text; "" if there are none."""
+    """Return the flags that differ between the run and `config` and change its numbers, as a text; "" if none do."""
     before, now = read(run)["flags"], json.loads(json.dumps(config.to_json()))
     defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}  # type: ignore[arg-type]
-    before = json.loads(json.dumps(defaults)) | before  # of flags that the run's version did not have
-    same = [absolute_fields(type(config), values, resolve=True) for values in (before, now)]
-    differing = [name for name in sorted(set(now) | set(before)) if same[0].get(name) != same[1].get(name)]
+    before = json.loads(json.dumps(defaults)) | before  # defaults of flags that the run's version did not have
+    resolved = [absolute_fields(type(config), values, resolve=True) for values in (before, now)]
+    differing = [name for name in sorted(set(now) | set(before)) if resolved[0].get(name) != resolved[1].get(name)]
     return ", ".join(
-        f"--{n}={_written(before.get(n))} (now {_written(now.get(n))})" for n in differing if n not in _FREE
+        f"--{n}={_flag_text(before.get(n))} (now {_flag_text(now.get(n))})" for n in differing if n not in _FREE
     )
 
 
 def _check_resumed(run: Path, config: Json) -> None:
-    """Refuse to go on with a run of other flags."""
+    """Refuse to continue a run with other flags."""
     flags = _differing(run, config)
     require(not flags, f"the run in {run} was started with {flags}: resume it with its own flags")
 
@@ -132,7 +132,7 @@ def record(run: Path, config: Json, facts: dict[str, Any]) -> None:
     """Write `config.json` (flags, facts such as hashes of model and data, versions), or check that of a resumed run.
 
     Raises:
-      ConfigError: the run's facts were others, so its numbers would change.
+      ConfigError: the facts have changed, so the run's numbers would change.
     """
     path = Layout(run).config_file
     if path.is_file():
@@ -140,34 +140,34 @@ def record(run: Path, config: Json, facts: dict[str, Any]) -> None:
         changed = [
             f"{name} was {before.get(name)}, is {value}" for name, value in facts.items() if before.get(name) != value
         ]
-        require(not changed, f"{run} cannot go on to the same numbers: {'; '.join(changed)}")
+        require(not changed, f"{run} cannot continue with the same numbers: {'; '.join(changed)}")
         return
     versions = {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS}
-    flags = absolute_fields(type(config), config.to_json())  # whoever reads them may be in another directory
+    flags = absolute_fields(type(config), config.to_json())  # a reader may have another working directory
     text = json.dumps({"flags": flags, "facts": facts, "versions": versions}, indent=2)
     files.write(path, text + "\n")
 
 
 def read(run: Path) -> dict[str, Any]:
-    """Return what `record` wrote.
+    """Return the contents of `config.json`, as `record` writes it.
 
     Raises:
-      ConfigError: it is not there or broken.
+      ConfigError: the file is missing or broken.
     """
     path = Layout(run).config_file
-    require(path.is_file(), f"{run} is no run: it has no config.json")
+    require(path.is_file(), f"{run} is not a run: it has no config.json")
     try:
-        found = jsons.read(path)
+        record = jsons.read(path)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    tables = isinstance(found, dict) and all(isinstance(found.get(name), dict) for name in ("flags", "facts"))
+    tables = isinstance(record, dict) and all(isinstance(record.get(name), dict) for name in ("flags", "facts"))
     require(tables, f"{path} is not what a run writes")
     for name, kinds in _KINDS.items():
-        value = found["flags"].get(name)
-        known = name not in found["flags"] or type(value) in kinds
+        value = record["flags"].get(name)
+        valid = name not in record["flags"] or type(value) in kinds
         expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-        require(known, f"{path} is not what a run writes: {name} is {value!r:.80}, expected {expected}")
-    return found
+        require(valid, f"{path} is not what a run writes: {name} is {value!r:.80}, expected {expected}")
+    return record
 
 
 _KINDS: Mapping[str, tuple[type, ...]] = {
@@ -178,10 +178,10 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "context_size": (int, type(None)),
     "drop_sinks": (bool,),
 }
-"""The flags of a run that other commands take over, and what they may be."""
+"""The flags of a run that other commands use, and their types."""
 
 
-def _written(value: Any) -> str:
+def _flag_text(value: Any) -> str:
     """Return a flag's value as a user writes it."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 

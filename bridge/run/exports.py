@@ -1,4 +1,4 @@
-"""Which exported SAEs and records a run has. No torch."""
+"""The exported SAEs and records of a run. No torch."""
 
 import sys
 from collections.abc import Collection, Iterable
@@ -9,9 +9,9 @@ from jsae import files, jsons
 
 
 def within(folder: Path) -> list[Path]:
-    """Return the finished exports that are folders of this one, in order of their names."""
-    found = sorted(file.parent for file in folder.glob("*/cfg.json"))
-    return [export for export in found if not files.is_remains(export)]
+    """Return the finished exports in a folder, in order of their names."""
+    exports = sorted(file.parent for file in folder.glob("*/cfg.json"))
+    return [export for export in exports if not files.is_remains(export)]
 
 
 def variants(run: Path) -> list[Path]:
@@ -29,8 +29,8 @@ def finished(run: Path) -> list[Path]:
     """
     if names := [folder.name for folder in variants(run)]:
         raise FileNotFoundError(
-            f"{run} is a sweep, whose variants are runs of their own: give one of them, {run / names[0]} for "
-            f"example; there are {', '.join(names)}"
+            f"{run} is a sweep, whose variants are runs of their own: give one of them, such as {run / names[0]}; "
+            f"there are {', '.join(names)}"
         )
     return within(Layout(run).saes_folder)
 
@@ -38,20 +38,26 @@ def finished(run: Path) -> list[Path]:
 _WRITES = {"exported SAE": "train --output_dir={}", "records": "explore --run_dir={}"}
 
 
-def choose(run: Path, there: Collection[str], name: str | None, what: str = "exported SAE") -> str:
-    """Return a name that is there: the one that is given, or the only one.
+def choose(run: Path, names: Collection[str], name: str | None, kind: str = "exported SAE") -> str:
+    """Return one of the names: the one that is given, or the only one.
+
+    Args:
+      run: for the message.
+      names: that exist.
+      name: the chosen one; None for the only one.
+      kind: "exported SAE" or "records".
 
     Raises:
-      FileNotFoundError: it is not there, or none is given and there is not exactly one; says what there is.
+      FileNotFoundError: the name does not exist, or none is given and there is not exactly one; lists the names.
     """
-    if name is None and len(there) == 1:
-        return next(iter(there))
-    if name in there:
+    if name is None and len(names) == 1:
+        return next(iter(names))
+    if name in names:
         return name
-    if not there:
-        raise FileNotFoundError(f"{run} has no {what}: `python -m experiments.{_WRITES[what].format(run)}` writes it")
-    missing = "holds several, and none is chosen" if name is None else f"has no {what} of {name}"
-    raise FileNotFoundError(f"{run} {missing}: there are {', '.join(there)}")
+    if not names:
+        raise FileNotFoundError(f"{run} has no {kind}: `python -m experiments.{_WRITES[kind].format(run)}` writes it")
+    problem = "holds several, and none is chosen" if name is None else f"has no {kind} of {name}"
+    raise FileNotFoundError(f"{run} {problem}: there are {', '.join(names)}")
 
 
 def recorded(records: Path) -> list[str]:
@@ -60,11 +66,11 @@ def recorded(records: Path) -> list[str]:
 
 
 def known_digest(export: Path) -> str | None:
-    """Return the digest of an exported SAE, by which its records are known; None where it has no weights."""
+    """Return the digest of an exported SAE, which its records state; None if there is no complete export."""
     from jsae.records.store import digest
 
-    is_there = all((export / name).is_file() for name in ("sae_weights.safetensors", "cfg.json"))
-    return digest(export) if is_there else None
+    complete = all((export / name).is_file() for name in ("sae_weights.safetensors", "cfg.json"))
+    return digest(export) if complete else None
 
 
 def warn_of_marked(exports: Iterable[Path]) -> list[Path]:
@@ -74,7 +80,7 @@ def warn_of_marked(exports: Iterable[Path]) -> list[Path]:
         try:
             metadata = jsons.read(folder / "cfg.json").get("metadata")
             problem = metadata.get("problem") if isinstance(metadata, dict) else None
-        except (OSError, ValueError, AttributeError):  # whoever loads it says what is wrong
+        except (OSError, ValueError, AttributeError):  # loading the SAE reports what is wrong
             continue
         if problem:
             text = "".join(c if c.isprintable() else "?" for c in str(problem)[:200])

@@ -1,4 +1,4 @@
-"""Labels of latents: automatic ones of the evaluation, and those that people wrote, which come first."""
+"""Labels of latents: automatic ones of the evaluation, and those that people wrote, which take precedence."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from bridge.run.layout import Layout
 from jsae import files, jsons
 
 LONGEST_LABEL = 512
-"""Characters of a label: Neuronpedia takes no longer explanation."""
+"""Most characters of a label: Neuronpedia takes no longer explanation."""
 LONGEST_NOTE = 10_000
 _LARGEST_FILE = 2**26
 _LONGEST_LINE = 2**18
@@ -55,12 +55,12 @@ class Names:
 
     @classmethod
     def read(cls, run: str | Path, hook: str) -> "Names":
-        """Return the names of a run's latents at a hook: from labels.json, and over them those from notes.jsonl.
+        """Return the names of a run's latents at a hook: from labels.json, overridden by those from notes.jsonl.
 
         Both files may be absent.
 
         Raises:
-          ValueError: labels.json is broken, or notes.jsonl is no notes at all (too large, not UTF-8).
+          ValueError: labels.json is broken, or notes.jsonl cannot be read as notes (too large, not UTF-8).
         """
         return cls(_automatic(Layout(run).table_file("labels"), hook), _last(notes(run), hook))
 
@@ -75,7 +75,7 @@ class Names:
         return len(self._names)
 
     def automatic(self, latent: int) -> Name:
-        """Return the automatic name of a latent, whether people gave another or not."""
+        """Return the automatic name of a latent, even if people gave another."""
         return self._automatic.get(latent, Name(""))
 
     def label(self, latent: int) -> str:
@@ -84,7 +84,7 @@ class Names:
 
 
 def automatic_hooks(run: str | Path) -> dict[str, int]:
-    """Return the hooks whose latents have automatic labels in `labels.json`, and how many of them have one.
+    """Return the hooks with automatic labels in `labels.json`, and the number of labelled latents of each.
 
     Raises:
       ValueError: the file is broken.
@@ -98,12 +98,12 @@ def automatic_hooks(run: str | Path) -> dict[str, int]:
 
 
 def notes_file(run: str | Path) -> Path:
-    """Return the file of people's labels and notes: a JSON object per line, the last of a latent counts."""
+    """Return the file of people's labels and notes: one JSON object per line; the last one of a latent counts."""
     return Layout(run).notes_file
 
 
 def notes(run: str | Path) -> list[dict[str, Any]]:
-    """Return all lines that people wrote, in their order. Lines that are no notes are left out with a warning.
+    """Return all lines that people wrote, in their order. Invalid lines are left out with a warning.
 
     Raises:
       ValueError: the file has more than 64 MiB or 262,144 lines, or is not UTF-8.
@@ -113,23 +113,23 @@ def notes(run: str | Path) -> list[dict[str, Any]]:
         return []
     if file.stat().st_size > _LARGEST_FILE:
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes: too many for notes, move it away")
-    found, odd = [], 0
+    lines, invalid = [], 0
     for number, text in enumerate(_lines(file), 1):
         if not text.strip():
             continue
         try:
-            found.append(_note(text))
+            lines.append(_note(text))
         except ValueError as error:
-            odd += 1
-            if odd <= _MOST_WARNINGS:
+            invalid += 1
+            if invalid <= _MOST_WARNINGS:
                 warnings.warn(f"{file}, line {number} is left out: {error}", stacklevel=2)
-    if odd > _MOST_WARNINGS:
-        warnings.warn(f"{file}: {odd - _MOST_WARNINGS:,} more lines are left out", stacklevel=2)
-    return found
+    if invalid > _MOST_WARNINGS:
+        warnings.warn(f"{file}: {invalid - _MOST_WARNINGS:,} more lines are left out", stacklevel=2)
+    return lines
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines of a file of notes, one after the other; those that are too long in parts, which are no notes."""
+    """Yield the lines of a file of notes; lines that are too long come in parts, which are invalid notes."""
     with file.open(encoding="utf-8", newline="\n") as lines:
         try:
             for number in itertools.count(1):
@@ -144,7 +144,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _note(text: str) -> dict[str, Any]:
-    """The note that a line is. Raises ValueError if it is none."""
+    """Return the note in a line. Raises ValueError if the line is invalid."""
     if len(text) >= _LONGEST_LINE:
         raise ValueError(f"it has {_LONGEST_LINE:,} characters or more")
     line = jsons.loads(text)
@@ -154,32 +154,32 @@ def _note(text: str) -> dict[str, Any]:
 
 
 def append(run: str | Path, hook: str, latent: int, label: str, note: str = "") -> dict[str, Any]:
-    """Append a person's label and note of a latent; the line is on the disk when this returns, whole or not at all.
+    """Append a person's label and note of a latent; the line is on disk when this returns, whole or not at all.
 
     Args:
       run: the run's directory.
-      hook: whose latent.
+      hook: of the SAE.
       latent: its number.
       label: its name; "" removes the one that a person gave.
-      note: anything else.
+      note: any text.
 
     Returns:
       The line as it was written: hook, latent, label, note, time (ISO 8601, UTC).
 
     Raises:
-      ValueError: a text that is too long, has control characters or lone surrogates; a latent that is no number.
-      OSError: it cannot be written, for example because the disk is full. The file is as it was before.
+      ValueError: a text that is too long, has control characters or lone surrogates; a latent that is not a number.
+      OSError: the line cannot be written, for example because the disk is full. The file is unchanged.
     """
     line = _checked(hook, latent, label, note, datetime.now(UTC).isoformat(timespec="seconds"))
     file = notes_file(run)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with files.Lines(file, torn="keep") as lines:  # a cut off line stays alone: people edit this file too
+    with files.Lines(file, torn="keep") as lines:  # keep an unfinished line: people also edit this file
         lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False))
     return line
 
 
 def _checked(hook: Any, latent: Any, label: Any, note: Any, time: Any) -> dict[str, Any]:
-    """Return a valid line of the file; raise ValueError for what is not allowed in one."""
+    """Return a valid line of the file; raise ValueError for values that are not allowed."""
     if isinstance(latent, bool) or not isinstance(latent, int) or not 0 <= latent < _LARGEST_LATENT:
         raise ValueError(f"latent is {_short(latent)}: expected a number from 0")
     texts = {"hook": (hook, 200), "label": (label, LONGEST_LABEL), "note": (note, LONGEST_NOTE), "time": (time, 64)}
@@ -188,15 +188,15 @@ def _checked(hook: Any, latent: Any, label: Any, note: Any, time: Any) -> dict[s
             raise ValueError(f"{name} is {_short(text)}: expected a text")
         if len(text) > longest:
             raise ValueError(f"{name} has {len(text):,} characters: at most {longest:,} are kept")
-        odd = next(
+        refused = next(
             (c for c in text if unicodedata.category(c) in ("Cc", "Cs") and (c not in "\n\t" or name != "note")), ""
         )
-        if odd:
+        if refused:
             raise ValueError(
-                f"{name} has the character U+{ord(odd):04X}: control characters and surrogates are refused"
+                f"{name} has the character U+{ord(refused):04X}: control characters and surrogates are refused"
             )
     if not hook:
-        raise ValueError("hook is empty: expected the name of one, as in blocks.2.hook_resid_post")
+        raise ValueError("hook is empty: expected a name such as blocks.2.hook_resid_post")
     return {"hook": hook, "latent": latent, "label": label.strip(), "note": note.strip(), "time": time}
 
 
@@ -210,7 +210,7 @@ def _automatic(file: Path, hook: str) -> dict[int, Name]:
         return {}
     with _broken(file):
         table = _table(file).get(hook, {})
-        return {int(latent): _of_table(line) for latent, line in table.items() if line["label"]}
+        return {int(latent): _name(line) for latent, line in table.items() if line["label"]}
 
 
 def _table(file: Path) -> dict[str, Any]:
@@ -232,17 +232,17 @@ def _table(file: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _broken(file: Path) -> Iterator[None]:
-    """Raise ValueError with the name of the file for whatever is wrong with its content."""
+    """Turn errors about a file's content into a ValueError that names the file."""
     try:
         yield
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         if str(file) in str(error):
             raise
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} is broken ({what}): `python -m experiments.evaluate` writes it anew") from error
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} is broken ({problem}): `python -m experiments.evaluate` writes it anew") from error
 
 
-def _of_table(line: Mapping[str, Any]) -> Name:
+def _name(line: Mapping[str, Any]) -> Name:
     label = line["label"]
     if not isinstance(label, str):
         raise TypeError(f"a label is {_short(label)}")

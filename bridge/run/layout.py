@@ -1,4 +1,4 @@
-"""Where everything lies in the directory of a run. These names are spelt here and nowhere else.
+"""Layout of a run directory. These names are spelt here and nowhere else.
 
     config.json                 flags, facts (hashes of model and data) and versions
     metrics.jsonl               a line of metrics per report and SAE
@@ -9,12 +9,12 @@
     latents.json, labels.json   columns and automatic labels of all latents, by hook
     plots/                      pictures of an evaluation
     explorer/index.html         the explorer's page, with its data in page-DIGEST/
-    explorer/records/HOOK/      records of an SAE (`jsae.records.store`); their texts lie in records/texts/
+    explorer/records/HOOK/      records of an SAE (`jsae.records.store`); their texts are in records/texts/
     explorer/notes.jsonl        labels and notes that people wrote
-    neuronpedia/FOLDER/         files in a format of others, a folder for each format
+    neuronpedia/FOLDER/         files in the format of another tool, a folder per format
     neuronpedia/upload/         bodies of requests to Neuronpedia
     neuronpedia/uploads.jsonl   what was sent to Neuronpedia
-    VARIANT/                    of a sweep: a run of its own, whose checkpoints and events lie in the sweep's directory
+    VARIANT/                    of a sweep: a run of its own, whose checkpoints and events are in the sweep's directory
 
 No torch, and nothing is read.
 """
@@ -27,7 +27,7 @@ Table = Literal["eval", "latents", "labels"]
 """A file that an evaluation writes, a JSON object by hook."""
 
 WRITTEN = ("config.json", "config", "metrics.jsonl", "eval.json", "eval", "latents.json", "labels.json")
-"""What is, or was by earlier versions, written directly into a run: where a killed process may have left remains."""
+"""Files that this or an earlier version writes directly into a run: a killed process may have left remains of them."""
 
 
 class Layout:
@@ -110,7 +110,7 @@ class Layout:
 
     @property
     def neuronpedia_folder(self) -> Path:
-        """Files in formats of others, a folder for each format."""
+        """Files in formats of other tools, a folder per format."""
         return self.path / "neuronpedia"
 
     @property

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelPath:
-    """Where a nanochat lies, as flags say it."""
+    """The location of a nanochat, as flags give it."""
 
     checkpoint: str
     """A checkpoint, `hf://…` or `demo`."""
@@ -26,13 +26,13 @@ class ModelPath:
     """Directory of the tokenizer; None looks beside and above the checkpoint."""
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], recorded: Mapping[str, Any]) -> ModelPath:
-        """Return what a user gives, completed by what a run recorded.
+    def resolve(cls, given: Mapping[str, Any], recorded: Mapping[str, Any]) -> ModelPath:
+        """Return the location that a user gives, completed by the flags of a run.
 
-        Where a checkpoint is given, the recorded step and tokenizer are those of another one and do not count.
+        If a checkpoint is given, the recorded step and tokenizer are ignored: they belong to another one.
 
         Args:
-          given: "checkpoint", "step" and "tokenizer"; None where the user says nothing.
+          given: "checkpoint", "step" and "tokenizer"; None for what the user does not give.
           recorded: flags of a run.
 
         Raises:
@@ -42,7 +42,7 @@ class ModelPath:
             recorded = {}
         names = ("checkpoint", "step", "tokenizer")
         values = {name: recorded.get(name) if given.get(name) is None else given[name] for name in names}
-        require(isinstance(values["checkpoint"], str), "no checkpoint is recorded: say with --checkpoint which it is")
+        require(isinstance(values["checkpoint"], str), "no checkpoint is recorded: give it with --checkpoint")
         return cls(**values)
 
     def load(self, device: str | torch.device = "cpu") -> Nanochat:
@@ -51,7 +51,7 @@ class ModelPath:
         Raises:
           FileNotFoundError: no such checkpoint.
           ConfigError: it has no tokenizer.
-          ValueError: it is broken, or no nanochat.
+          ValueError: it is broken, or not a nanochat.
         """
         import bridge.nanochat
         from bridge import finite
@@ -60,12 +60,12 @@ class ModelPath:
         finite.warn_of_broken_weights(nano.model)
         require(
             nano.tokenizer is not None,
-            f"no tokenizer lies beside {self.checkpoint}: give its directory with --tokenizer",
+            f"there is no tokenizer beside {self.checkpoint}: give its directory with --tokenizer",
         )
         return nano
 
     def layers(self) -> int:
-        """Return the number of layers; a missing tokenizer is no matter here."""
+        """Return the number of layers; the tokenizer may be missing."""
         import bridge.nanochat
 
         return bridge.nanochat.load(self.checkpoint, self.step, tokenizer=self.tokenizer).config.n_layer

@@ -1,4 +1,4 @@
-"""A run: the directory that a training writes, and what is made of its SAEs there."""
+"""A run: the directory that a training writes, with its SAEs and their results."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Run(Layout):
         run = Run("runs/demo")
         nano, sae, store = run.model(), run.sae(), run.records("blocks.2.hook_resid_post")
 
-    Nothing is read before it is asked for, and nothing is kept: every access reads the files as they are then. Paths
-    are those of `Layout`. A variant of a sweep is a run of its own; of the sweep itself, `variants` lists them.
+    Files are read on every access, and nothing is cached. Paths are those of `Layout`. A variant of a sweep is a run of
+    its own; `variants` of the sweep lists them.
     """
 
     # ---- what the training wrote -----------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ class Run(Layout):
         """The contents of config.json: "flags", "facts" and "versions".
 
         Raises:
-          ConfigError: the directory is no run, or the file is broken.
+          ConfigError: the directory is not a run, or the file is broken.
         """
         return directory.read(self.path)
 
@@ -61,13 +61,13 @@ class Run(Layout):
     def model_path(
         self, *, checkpoint: str | None = None, step: int | None = None, tokenizer: str | None = None
     ) -> ModelPath:
-        """Return where the run's model lies, or the one that is given; see `ModelPath.of`.
+        """Return the location of the run's model, or of the one that is given; see `ModelPath.resolve`.
 
         Raises:
-          ConfigError: no checkpoint is given, and the directory is no run.
+          ConfigError: no checkpoint is given, and the directory is not a run.
         """
         given = {"checkpoint": checkpoint, "step": step, "tokenizer": tokenizer}
-        return ModelPath.of(given, self.flags if checkpoint is None else {})
+        return ModelPath.resolve(given, self.flags if checkpoint is None else {})
 
     def model(
         self,
@@ -80,15 +80,15 @@ class Run(Layout):
         """Load the nanochat that the run was trained on, with its tokenizer.
 
         Args:
-          device: where it shall be.
-          checkpoint: another nanochat; the run's step and tokenizer do not count then.
+          device: of the model.
+          checkpoint: another nanochat; the run's step and tokenizer are then ignored.
           step: another step of the checkpoint.
           tokenizer: another directory of the tokenizer.
 
         Raises:
-          ConfigError: no checkpoint is given and the directory is no run; or the checkpoint has no tokenizer.
+          ConfigError: no checkpoint is given and the directory is not a run; or the checkpoint has no tokenizer.
           FileNotFoundError: no such checkpoint.
-          ValueError: it is broken, or no nanochat.
+          ValueError: it is broken, or not a nanochat.
         """
         return self.model_path(checkpoint=checkpoint, step=step, tokenizer=tokenizer).load(device)
 
@@ -96,7 +96,7 @@ class Run(Layout):
 
     @property
     def exports(self) -> dict[str, Path]:
-        """The folders of the finished exports by name, which is the hook; {} where there are none.
+        """The folders of the finished exports by name, which is the hook; {} if there are none.
 
         Raises:
           FileNotFoundError: the run is a sweep; names its variants.
@@ -105,7 +105,7 @@ class Run(Layout):
 
     @property
     def variants(self) -> list[Run]:
-        """The runs of a sweep that have exports; [] of a run that is none."""
+        """The runs of a sweep that have exports; [] for a run that is not a sweep."""
         return [Run(folder) for folder in exports.variants(self.path)]
 
     def saes(self, device: str | torch.device = "cpu") -> dict[str, TorchSAE]:
@@ -119,10 +119,10 @@ class Run(Layout):
 
         Args:
           name: the export's; None is the only one.
-          device: where it shall be.
+          device: of the SAE.
 
         Raises:
-          FileNotFoundError: there is none, none of that name, or several and no name; says what there is.
+          FileNotFoundError: there is none, none of that name, or several and no name; lists what exists.
           ValueError: it is broken.
         """
         from bridge import torch_sae
@@ -141,7 +141,7 @@ class Run(Layout):
         """Print a warning for every SAE of these hooks that its training marked as of no use; return their folders."""
         return exports.warn_of_marked(map(self.sae_folder, hooks))
 
-    # ---- what was found out about the SAEs -------------------------------------------------------------------------
+    # ---- results ---------------------------------------------------------------------------------------------------
 
     @property
     def recorded_hooks(self) -> list[str]:
@@ -149,10 +149,10 @@ class Run(Layout):
         return exports.recorded(self.records_folder)
 
     def records(self, hook: str | None = None) -> Store:
-        """Open the records of an SAE, checked against its export where there is one.
+        """Open the records of an SAE, checked against its export if there is one.
 
         Args:
-          hook: whose; None is the only one.
+          hook: of the SAE; None is the only one with records.
 
         Raises:
           FileNotFoundError: there are none.
@@ -165,9 +165,9 @@ class Run(Layout):
 
     @property
     def labels(self) -> Mapping[str, Names]:
-        """The names of latents by hook: labels of the evaluation, and over them those that people gave.
+        """The names of latents by hook: labels of the evaluation, overridden by those that people gave.
 
-        A hook without SAE, records, labels and notes is a KeyError, which names the others.
+        A hook without SAE, records, labels and notes raises KeyError, which names the others.
 
         Raises:
           ValueError: labels or notes are broken.
@@ -184,13 +184,13 @@ class Run(Layout):
         """The metrics of the exported SAEs by hook, from eval.json.
 
         Raises:
-          FileNotFoundError: nothing was evaluated yet.
+          FileNotFoundError: the run was not evaluated.
           ValueError: the file is broken.
         """
         return tables.read(self.table_file("eval"))
 
     def write_evaluation(self, results: tables.Results) -> None:
-        """Write what an evaluation found; see `bridge.run.tables.write`."""
+        """Write the results of an evaluation; see `bridge.run.tables.write`."""
         tables.write(self.path, results)
 
     # ---- writing ---------------------------------------------------------------------------------------------------
@@ -201,23 +201,23 @@ class Run(Layout):
         return directory.is_writable(self.path)
 
     def writing(self) -> AbstractContextManager[None]:
-        """Hold the run, so that no other process writes to it meanwhile; see `bridge.run.directory.writing`."""
+        """Lock the run, so that no other process writes to it meanwhile; see `bridge.run.directory.writing`."""
         return directory.writing(self.path)
 
     def held(self) -> AbstractContextManager[None]:
-        """Hold the run where that is possible; one that can only be read needs no lock."""
+        """Lock the run if it is writable; a run that can only be read needs no lock."""
         return self.writing() if self.is_writable else contextlib.nullcontext()
 
 
 class _Labels(Mapping[str, Names]):
-    """Names of latents by hook, read when they are asked for."""
+    """Names of latents by hook, read on access."""
 
     def __init__(self, run: Run):
         self._run = run
-        labelled = run.table_file("labels")
-        known = tables.read(labelled) if labelled.is_file() else {}
+        file = run.table_file("labels")
+        labels = tables.read(file) if file.is_file() else {}
         noted = {line["hook"] for line in run.notes}
-        self._hooks = sorted({*run.exports, *run.recorded_hooks, *known, *noted})
+        self._hooks = sorted({*run.exports, *run.recorded_hooks, *labels, *noted})
 
     def __getitem__(self, hook: str) -> Names:
         if hook not in self._hooks:

@@ -1,4 +1,4 @@
-"""What a command reads: the SAEs that a user chooses, the nanochat each belongs to, the tokens that count."""
+"""Subjects of a command: the SAEs that a user chooses, the nanochat of each, and the tokens that count."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which SAEs are read, on which model and text. What is None is as the run recorded it."""
+    """The SAEs, model and text that a user chooses. A setting that is None is as the run recorded it."""
 
-    places: tuple[Path, ...]
+    paths: tuple[Path, ...]
     """Runs, exported SAEs, or folders of exported SAEs."""
     run: Path | None = None
-    """The run whose model and text are read; None is the one at or around each place."""
+    """The run whose model and text are read; None is the run that each path is or belongs to."""
     own_runs_first: bool = False
-    """Whether the run at or around a place comes before `run`."""
+    """Whether the run that a path is or belongs to takes precedence over `run`."""
     hook: str | None = None
     """Only the SAE of this hook."""
     checkpoint: str | None = None
@@ -43,7 +43,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read at one place: the model, the text, and whether tokens of extreme norm are left out."""
+    """Model and text of one path, and whether tokens of extreme norm are left out."""
 
     model: ModelPath
     data: str
@@ -56,7 +56,7 @@ class Reading:
 class Subject:
     """One SAE with its model."""
 
-    place: Path
+    path: Path
     """The run or export that was chosen."""
     hook: str
     sae: TorchSAE
@@ -78,56 +78,56 @@ def find(choice: Choice) -> list[Subject]:
 
     models: dict[ModelPath, Nanochat] = {}
     subjects = []
-    for place in choice.places:
-        wanted = reading(choice, place)
-        saes = _saes(choice, place)
-        if wanted.model not in models:
-            models[wanted.model] = wanted.model.load(choice.device)
-        nano = models[wanted.model]
+    for path in choice.paths:
+        inputs = reading(choice, path)
+        saes = _saes(choice, path)
+        if inputs.model not in models:
+            models[inputs.model] = inputs.model.load(choice.device)
+        nano = models[inputs.model]
         compatibility.check(nano.model, saes, compatibility.known_fingerprint(nano, saes))
         for hook, sae in saes.items():
-            excluded, drop_sinks = _excluded(choice, place, sae, nano), _drop_sinks(choice, sae, wanted)
-            subjects.append(Subject(place, hook, sae, nano, excluded, drop_sinks))
+            excluded, drop_sinks = _excluded(choice, path, sae, nano), _drop_sinks(choice, sae, inputs)
+            subjects.append(Subject(path, hook, sae, nano, excluded, drop_sinks))
     return subjects
 
 
-def reading(choice: Choice, place: Path) -> Reading:
-    """Return what is read at a place: what the user chose, and where that says nothing, what the run recorded.
+def reading(choice: Choice, path: Path) -> Reading:
+    """Return model and text of a path: as the user chose, else as the run recorded.
 
     Raises:
-      ConfigError: nothing says which model.
+      ConfigError: neither names a model.
     """
-    recorded = _recorded(choice, place)
+    recorded = _recorded(choice, path)
     data = recorded.get("data", "stdlib") if choice.data is None else choice.data
     context_size = recorded.get("context_size") if choice.context_size is None else choice.context_size
     drop_sinks = recorded.get("drop_sinks", True) if choice.drop_sinks is None else choice.drop_sinks
-    return Reading(ModelPath.of(vars(choice), recorded), data, context_size, drop_sinks)
+    return Reading(ModelPath.resolve(vars(choice), recorded), data, context_size, drop_sinks)
 
 
-def _recorded(choice: Choice, place: Path) -> dict[str, Any]:
-    """Return the flags of the run that says what is read at a place; {} if there is none and a checkpoint is given."""
-    run = next(_runs(choice, place), None)
+def _recorded(choice: Choice, path: Path) -> dict[str, Any]:
+    """Return the flags of the run that a path is read with; {} if there is none and a checkpoint is given."""
+    run = next(_runs(choice, path), None)
     if run is not None:
         return directory.read(run)["flags"]
-    first = place if choice.own_runs_first or choice.run is None else choice.run
+    first = path if choice.own_runs_first or choice.run is None else choice.run
     require(
         choice.checkpoint is not None,
-        f"{first} is no run and lies in none (a run has a config.json): say with --checkpoint which "
-        "nanochat is read, or with --run_dir a run on the same one",
+        f"{first} is not a run and not in one (a run has a config.json): give the nanochat with --checkpoint, or a "
+        "run on the same nanochat with --run_dir",
     )
     return {}
 
 
-def _runs(choice: Choice, place: Path) -> Iterator[Path]:
-    """Yield the runs that may say what is read at a place, the first choice first."""
-    if (choice.own_runs_first or choice.run is None) and (run := directory.around(place)) is not None:
+def _runs(choice: Choice, path: Path) -> Iterator[Path]:
+    """Yield the runs that a path may be read with, in order of precedence."""
+    if (choice.own_runs_first or choice.run is None) and (run := directory.enclosing(path)) is not None:
         yield run
     if choice.run is not None and Layout(choice.run).config_file.is_file():
         yield choice.run
 
 
-def _excluded(choice: Choice, place: Path, sae: TorchSAE, nano: Nanochat) -> tuple[int, ...]:
-    """Return the ids that are left out: those that the user chose, or those that were left out in training."""
+def _excluded(choice: Choice, path: Path, sae: TorchSAE, nano: Nanochat) -> tuple[int, ...]:
+    """Return the ids of tokens to leave out: as the user chose, else as in training."""
     from bridge.selection import excluded_ids, recorded_ids
 
     if choice.exclude_tokens is not None:
@@ -135,35 +135,35 @@ def _excluded(choice: Choice, place: Path, sae: TorchSAE, nano: Nanochat) -> tup
     try:
         return recorded_ids(sae.metadata, nano.tokenizer)
     except ValueError as error:
-        raise ValueError(f"{place}: cfg.json: {error}") from error
+        raise ValueError(f"{path}: cfg.json: {error}") from error
 
 
-def _drop_sinks(choice: Choice, sae: TorchSAE, wanted: Reading) -> bool:
-    """Return whether sinks are left out: as the user chose, as the export's metadata says, or as the run's flags do."""
+def _drop_sinks(choice: Choice, sae: TorchSAE, inputs: Reading) -> bool:
+    """Return whether sinks are left out: as the user chose, else as the export's metadata or the run's flags say."""
     recorded = sae.metadata.get("drop_sinks") if isinstance(sae.metadata, dict) else None
-    return recorded if choice.drop_sinks is None and isinstance(recorded, bool) else wanted.drop_sinks
+    return recorded if choice.drop_sinks is None and isinstance(recorded, bool) else inputs.drop_sinks
 
 
-def _saes(choice: Choice, place: Path) -> dict[str, TorchSAE]:
-    """Return the SAEs of a place by hook; `choice.hook` takes one, or says what a lone export does not."""
+def _saes(choice: Choice, path: Path) -> dict[str, TorchSAE]:
+    """Return the SAEs of a path by hook; `choice.hook` selects one, or names the hook of a lone export."""
     from bridge import torch_sae
     from bridge.run.saes import is_export, load_saes
 
-    if choice.hook is not None and is_export(place):
-        sae = torch_sae.load(place, choice.device)
+    if choice.hook is not None and is_export(path):
+        sae = torch_sae.load(path, choice.device)
         recorded = (isinstance(sae.metadata, dict) and sae.metadata.get("hook_name")) or choice.hook
-        require(recorded == choice.hook, f"{place} is an SAE of {recorded}, not of --hook={choice.hook}")
+        require(recorded == choice.hook, f"{path} is an SAE of {recorded}, not of --hook={choice.hook}")
         saes = {choice.hook: sae}
     else:
-        saes = load_saes(place, choice.device)
+        saes = load_saes(path, choice.device)
     if choice.hook is not None:
-        require(choice.hook in saes, f"{place} has no SAE of {choice.hook}: there are {', '.join(saes)}")
+        require(choice.hook in saes, f"{path} has no SAE of {choice.hook}: there are {', '.join(saes)}")
         saes = {choice.hook: saes[choice.hook]}
-    if choice.run is not None and not choice.own_runs_first and place != choice.run:
+    if choice.run is not None and not choice.own_runs_first and path != choice.run:
         hooks = [export.name for export in within(Layout(choice.run).saes_folder)]
         for hook in saes:
             require(
                 not hooks or hook in hooks,
-                f"{place} is an SAE of {hook}; those of {choice.run} are of {', '.join(hooks)}",
+                f"{path} is an SAE of {hook}; those of {choice.run} are of {', '.join(hooks)}",
             )
     return saes

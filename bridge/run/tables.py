@@ -13,11 +13,11 @@ LARGEST_TABLE = 2**30
 """Bytes of a table."""
 
 Results = Mapping[str, Mapping[str, Any]]
-"""By hook, what was measured of its SAE: "eval", "latents" and "labels", the last only where latents were labelled."""
+"""Tables of every hook: "eval", "latents" and, if latents were labelled, "labels"."""
 
 
 def write(run: Path, results: Results) -> None:
-    """Write the results into the tables of a run, whole or not at all; rows of other hooks stay.
+    """Write the results into the tables of a run, whole or not at all; rows of other hooks are kept.
 
     Raises:
       OSError: a table cannot be read or written.
@@ -30,7 +30,7 @@ def write(run: Path, results: Results) -> None:
 
 
 def kept(path: Path) -> dict[str, Any]:
-    """Return the table that is there, {} without one; say on stderr if it is broken and so is going to be replaced."""
+    """Return the existing table, or {}; print to stderr if it is broken and will be replaced."""
     if not path.is_file():
         return {}
     try:
@@ -47,7 +47,7 @@ def read(path: Path) -> dict[str, Any]:
     """Return a JSON object from a file.
 
     Raises:
-      FileNotFoundError: there is none; says what writes it.
+      FileNotFoundError: it does not exist; names the command that writes it.
       ValueError: it is broken, or not an object.
     """
     if not path.is_file():

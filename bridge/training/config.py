@@ -67,16 +67,16 @@ class RunConfig(Json):
     tokenizer: FilePath | None = flag(None, "Directory of the tokenizer; none looks beside and above the checkpoint.")
     data: Data = flag("stdlib", "Text: stdlib, parquet shards, .jsonl, .json or text files, globs; comma-separated.")
     layer: tuple[str, ...] = flag((), "Layers to read, counted from 0, an SAE each; or 'all'; none is the middle one.")
-    hook_type: HookType = flag("resid_post", "Which activation of a layer to read.")
+    hook_type: HookType = flag("resid_post", "Activation of a layer to read.")
     target_hook: HookType | None = flag(
-        None, "Train a transcoder, which predicts this activation of the same layer: mlp from mlp_in."
+        None, "Train a transcoder that predicts this activation of the same layer: mlp from mlp_in."
     )
     skip: bool = flag(False, "Give a transcoder a linear skip connection.")
-    crosscoder: bool = flag(False, "Train one crosscoder, which reads and reconstructs all of --layer.")
+    crosscoder: bool = flag(False, "Train one crosscoder that reads and reconstructs all of --layer.")
     activation: str = flag(
         "topk",
         "Architecture of the SAE: topk, batchtopk, matryoshka, abstopk, relu, gated, jumprelu, or your own class, "
-        "written module:Class, with its default settings beside those that flags have.",
+        "written module:Class; its settings without a flag keep their defaults.",
     )
     expansion_factor: int = flag(8, "Latents per dimension of the model.", at_least(1, 2**28))
     k: tuple[int, ...] = flag(
@@ -95,18 +95,20 @@ class RunConfig(Json):
     num_activations: int = flag(10_000_000, "Activations to train on.", TOKENS)
     batch_size: int = flag(2048, "Activations per step.", at_least(1, 2**24))
     learning_rate: tuple[float, ...] = flag((), "Peak rate; none is 2e-4 / sqrt(d_sae / 16384).", RATE)
-    warmup_fraction: float = flag(0.02, "Part of the run over which the learning rate rises.", FRACTION)
-    decay_fraction: float = flag(0.2, "Part of the run over which it falls to zero, at the end.", FRACTION)
-    sparsity_warmup_fraction: float = flag(0.05, "Part of the run over which sparsity penalties rise.", FRACTION)
+    warmup_fraction: float = flag(0.02, "Fraction of the run over which the learning rate rises.", FRACTION)
+    decay_fraction: float = flag(0.2, "Fraction of the run, at the end, over which it falls to zero.", FRACTION)
+    sparsity_warmup_fraction: float = flag(0.05, "Fraction of the run over which sparsity penalties rise.", FRACTION)
     k_start: int | None = flag(None, "Active latents at the start, lowered to k.", COUNT)
-    k_anneal_fraction: float = flag(0.1, "Part of the run over which k is lowered.", FRACTION)
+    k_anneal_fraction: float = flag(0.1, "Fraction of the run over which k is lowered.", FRACTION)
     average_fraction: float | None = flag(
-        None, "Export a running mean of the weights over this part of the run.", AVERAGED
+        None, "Export a running mean of the weights over this fraction of the run.", AVERAGED
     )
     dead_after: int | None = flag(
-        None, "Activations without firing that make a latent dead; none: a tenth of the run.", DEAD_AFTER
+        None, "Activations without firing after which a latent is dead; none is a tenth of the run.", DEAD_AFTER
     )
-    matmul_dtype: Literal["float32", "bfloat16"] = flag("float32", "Factors of matrix products; bfloat16 is for GPUs.")
+    matmul_dtype: Literal["float32", "bfloat16"] = flag(
+        "float32", "Type of the factors of matrix products; bfloat16 is for GPUs."
+    )
     resample_every: int | None = flag(None, "Activations between resamplings of dead latents; none is never.", TOKENS)
     seed: tuple[int, ...] = flag((0,), "Seed of the initial weights.", SEED)
     data_seed: int = flag(0, "Seed of the order of the text and of the shuffle.", LONG_SEED)
@@ -114,21 +116,21 @@ class RunConfig(Json):
     tokens_per_forward: int = flag(
         2048, "Tokens in one forward pass of the model; a GPU wants 16 times as many.", COUNT
     )
-    block_size: int = flag(65536, "Activations that are held and shuffled together.", COUNT)
+    block_size: int = flag(65536, "Activations that are kept in memory and shuffled together.", COUNT)
     exclude_tokens: ExcludeTokens = flag("bos", "Special tokens to leave out: bos, all nine (special), or nothing.")
     drop_sinks: bool = flag(True, "Leave out tokens whose norm exceeds 10 times the median.")
     heldout_tokens: int = flag(200_000, "Held-out tokens for the final metrics.", TOKENS)
     checkpoint_every: int = flag(1_000_000, "Activations between checkpoints.", TOKENS)
     log_every: int = flag(50, "Steps between reports.", COUNT)
-    device: str = flag("cpu", "Where both torch and jax run: cpu, cuda or cuda:N.")
-    jax_memory_fraction: float = flag(0.4, "Part of a GPU's memory for jax; torch has the rest.")
+    device: str = flag("cpu", "Device of torch and jax: cpu, cuda or cuda:N.")
+    jax_memory_fraction: float = flag(0.4, "Fraction of a GPU's memory for jax; torch has the rest.")
     output_dir: FilePath = flag("runs/sae", "Directory of the run.")
-    resume: bool = flag(False, "Go on from the last checkpoint in output_dir.")
+    resume: bool = flag(False, "Continue from the last checkpoint in --output_dir.")
     wandb_project: str | None = flag(None, "Also log to this Weights & Biases project (extra [wandb]).")
     prepare_neuronpedia: bool = flag(False, "At the end, also gather records and write Neuronpedia's bulk export.")
     model_id: str | None = flag(None, "Model id for --prepare_neuronpedia; none is nanochat-dDEPTH-HASH.")
     source_set: str | None = flag(
-        None, "Source set for --prepare_neuronpedia; none is SITE-WIDTH-HASH, for example res-16k-1a2b3c."
+        None, "Source set for --prepare_neuronpedia; none is SITE-WIDTH-HASH, such as res-16k-1a2b3c."
     )
 
     def __post_init__(self) -> None:
@@ -159,10 +161,13 @@ class RunConfig(Json):
 
     def _check_kind(self) -> None:
         """Check the settings of transcoders and crosscoders."""
-        require(not self.skip or self.target_hook is not None, "--skip is of a transcoder: give --target_hook")
-        require(self.target_hook != self.hook_type, f"--target_hook={self.target_hook} is what is read: no transcoder")
+        require(not self.skip or self.target_hook is not None, "--skip is for a transcoder: give --target_hook")
+        require(
+            self.target_hook != self.hook_type,
+            f"--target_hook={self.target_hook} equals --hook_type: a transcoder needs two different activations",
+        )
         if self.crosscoder:
-            require(self.target_hook is None, "--crosscoder makes what it reads: leave out --target_hook")
+            require(self.target_hook is None, "--crosscoder reconstructs its input: leave out --target_hook")
             require(
                 len(self.layer) > 1 or self.layer == ("all",),
                 "--crosscoder reads several layers: give them with --layer=1,2,3 or --layer=all",
@@ -190,7 +195,7 @@ class RunConfig(Json):
             )
         require(
             self.k_start is not None or self.k_anneal_fraction == defaults["k_anneal_fraction"],
-            "--k_anneal_fraction is the time in which k is lowered from --k_start, which is not given",
+            "--k_anneal_fraction needs --k_start, which is not given: over it, k is lowered from k_start",
         )
 
     def _check_neuronpedia(self) -> None:
@@ -205,7 +210,7 @@ class RunConfig(Json):
         for name, check in checks.items():
             value = getattr(self, name)
             if value is not None:
-                require(self.prepare_neuronpedia, f"--{name} is of --prepare_neuronpedia, which is not given")
+                require(self.prepare_neuronpedia, f"--{name} needs --prepare_neuronpedia, which is not given")
                 check(value)
 
     def variants(self) -> Iterator["RunConfig"]:
@@ -216,7 +221,7 @@ class RunConfig(Json):
             yield self if all(getattr(self, n) == v for n, v in one.items()) else dataclasses.replace(self, **one)
 
     def variant_name(self, variant: "RunConfig") -> str:
-        """Return the folder of a variant in the run: the values that tell it from others, as k32-seed1, or ""."""
+        """Return the folder of a variant in the run: the values that differ, such as k32-seed1, or ""."""
         several = [name for name in SWEPT if len(getattr(self, name)) > 1]
         return "-".join(SWEPT[name] + _shortest(getattr(variant, name)[0]) for name in several)
 
@@ -242,7 +247,7 @@ class RunConfig(Json):
         return find(self.activation)
 
     def check_sae(self) -> None:
-        """Check the settings of a variant's SAE as far as that is possible without the width of the model.
+        """Check the settings of a variant's SAE that do not depend on the width of the model.
 
         Raises:
           ConfigError: a setting that no model's SAE can have.
@@ -263,7 +268,7 @@ class RunConfig(Json):
         return {field.name for field in dataclasses.fields(self.architecture.Config)}
 
     def _sae_config(self, width: int, d_sae: int, layers: int, **replaced: Any) -> "SAEConfig":
-        given: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "k": self.k[0],
             "nested_widths": self.nested_widths or self._default_widths(d_sae),
             "l1_coefficient": self.l1_coefficient[0],
@@ -272,7 +277,7 @@ class RunConfig(Json):
             "bandwidth": self.bandwidth,
             "target_l0": self.target_l0[0] if self.target_l0 else None,
         } | replaced
-        own = {name: value for name, value in given.items() if name in self._own_settings()}
+        own = {name: value for name, value in settings.items() if name in self._own_settings()}
         d_out = None if self.target_hook is None else width
         return self.architecture.Config(width * layers, d_sae, d_out=d_out, skip=self.skip, layers=layers, **own)
 
@@ -281,7 +286,7 @@ class RunConfig(Json):
         return tuple(sorted({max(d_sae // part, 1) for part in (16, 8, 4, 2)} - {d_sae}))
 
     def train_config(self) -> TrainConfig:
-        """Return how a variant is trained.
+        """Return the settings of a variant's training.
 
         Raises:
           ConfigError: settings that cannot work.
@@ -314,5 +319,5 @@ def _is_number(word: str) -> bool:
 
 
 def _shortest(value: int | float) -> str:
-    """Return a number in as few characters as tell it from others."""
+    """Return the shortest text from which the number can be read back."""
     return short if float(short := f"{value:g}") == value else repr(value)

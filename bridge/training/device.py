@@ -1,4 +1,4 @@
-"""How torch and jax share one device, settled before either of them starts it."""
+"""One device for torch and jax, configured before either of them starts it."""
 
 import os
 import sys
@@ -8,15 +8,14 @@ from jsae.settings import require
 
 
 def share(device: str, jax_memory_fraction: float) -> str:
-    """Let torch and jax use one device together; return torch's name for it.
+    """Configure torch and jax to use one device together; return torch's name for it, cpu or cuda.
 
-    On a CPU each may use all cores, but torch's threads sleep while they have nothing to do: by default they wait in a
-    loop, on the cores that jax needs. The model's forward is the larger part of a run's work. Torch reads this setting
-    when it is imported, and jax reads its share of a GPU's memory when it first uses the GPU.
+    On a CPU each may use all cores, but torch's idle threads sleep: by default they spin on cores that jax needs. Torch
+    reads this setting when it is imported; jax reads its share of a GPU's memory when it first uses the GPU.
 
     Args:
       device: cpu, cuda or cuda:N.
-      jax_memory_fraction: jax's part of a GPU's memory; torch has the rest.
+      jax_memory_fraction: jax's fraction of a GPU's memory; torch has the rest.
 
     Raises:
       ConfigError: torch or jax has no such device, or jax already computes on another one.
@@ -27,7 +26,7 @@ def share(device: str, jax_memory_fraction: float) -> str:
         _restrict_jax(kind)
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         return kind
-    if number:  # the only one that torch and jax see from here on
+    if number:  # the only GPU that torch and jax will see
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(device, int(number))
     accelerators.require_torch(kind, called=device)
     import torch
@@ -39,12 +38,14 @@ def share(device: str, jax_memory_fraction: float) -> str:
 
 
 def _visible(device: str, number: int) -> str:
-    """Return the value of CUDA_VISIBLE_DEVICES for one GPU, of those that the variable leaves to this process."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is None:
+    """Return the value of CUDA_VISIBLE_DEVICES for one of the GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
         return str(number)
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    require(number < len(names), f"--device={device}: CUDA_VISIBLE_DEVICES={given} leaves {len(names)} to this process")
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    require(
+        number < len(names), f"--device={device}: CUDA_VISIBLE_DEVICES={visible} leaves {len(names)} to this process"
+    )
     return names[number]
 
 
@@ -64,10 +65,10 @@ def jax_alone(device: str) -> None:
 
 
 def _restrict_jax(platforms: str) -> None:
-    """Restrict jax to some platforms, also where it is imported already, as long as it has started no device.
+    """Restrict jax to some platforms, even if it is imported already, as long as it has started no other device.
 
     Raises:
-      ConfigError: it has started another one.
+      ConfigError: jax has started another device.
     """
     os.environ["JAX_PLATFORMS"] = platforms
     if "jax" in sys.modules:

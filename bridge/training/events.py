@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written synchronously, so that a full disk is an error of the call and not of a thread."""
+"""TensorBoard's event files, written synchronously, so that a full disk raises an error in the call, not a thread."""
 
 import io
 import os
@@ -18,7 +18,7 @@ class Events:
     """A new event file of scalars.
 
     Args:
-      folder: its folder, which may hold the files of earlier sessions; created if it does not exist.
+      folder: its folder, which may contain files of earlier sessions; created if it does not exist.
       first_step: TensorBoard drops events of earlier sessions from this step on, which are written again.
 
     Raises:
@@ -38,7 +38,7 @@ class Events:
         """Append the values of a step, by name: all of them or none.
 
         Raises:
-          OSError: they cannot be written; the file stays as it was.
+          OSError: they cannot be written; the file is unchanged.
         """
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary

@@ -51,8 +51,8 @@ def finish(
       data_fingerprint: of the training text, for the metadata.
 
     Raises:
-      UnusableError: some SAEs are of no use; names them. They are exported and measured all the same, and `eval.json`
-        and the metadata in `cfg.json` say so under `problem`.
+      UnusableError: some SAEs are of no use; names them. They are exported and measured nevertheless, with `problem` in
+        `eval.json` and in the metadata of `cfg.json`.
     """
     results: dict[Path, dict[str, dict[str, Any]]] = {}
     problems: list[str] = []
@@ -72,8 +72,8 @@ def finish(
     _print_results(config, trainees, results)
     if problems:
         raise UnusableError(
-            f"{len(problems)} of {len(trainees)} exported SAEs are of no use: {'; '.join(problems)}. They are kept to "
-            "look at, and marked. Lower --learning_rate, or the penalty if L0 is 0, or train longer"
+            f"{len(problems)} of {len(trainees)} exported SAEs are of no use: {'; '.join(problems)}. They are kept for "
+            "inspection, and marked. Lower --learning_rate, or the penalty if L0 is 0, or train longer"
         )
 
 
@@ -102,7 +102,7 @@ def _measure(
 def _metadata(
     config: "RunConfig", trainee: "Trainee", nano: "Nanochat", row_len: int, data_fingerprint: str
 ) -> dict[str, Any]:
-    """Return the metadata that SAELens keeps of an SAE, and what it takes to read the same activations again."""
+    """Return the metadata that SAELens keeps of an SAE, and all that is needed to read the same activations again."""
     train = trainee.member.train
     metadata = {
         "sae_lens_training_version": "jsae",
@@ -134,14 +134,14 @@ def _metadata(
 
 
 def _cell(value: int | float) -> str:
-    """Return a number in the width of a column, also a very large one."""
+    """Return a number, however large, in the width of a column."""
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
 def _print_results(
     config: "RunConfig", trainees: Sequence["Trainee"], results: dict[Path, dict[str, dict[str, Any]]]
 ) -> None:
-    """Print a table of metrics, and where everything lies."""
+    """Print a table of metrics, and the paths of all results."""
     tokens = next(iter(next(iter(results.values())).values()))["tokens"]
     table = Table(title=f"on {tokens:,.0f} held-out tokens")
     table.add_column("SAE", no_wrap=True)

@@ -1,4 +1,4 @@
-"""The loop of a training run: the steps of all SAEs, with reports, checkpoints and stop requests in between."""
+"""The loop of a training run: steps of all SAEs, with reports, checkpoints and stop requests."""
 
 import contextlib
 import sys
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bridge.training.plan import Trainee
 
 StopRequests = Callable[[], contextlib.AbstractContextManager[Collection[object]]]
-"""Gives a context manager; what it yields is empty until the run is to be saved and stopped."""
+"""Returns a context manager; the collection it yields is empty until the run should be saved and stopped."""
 
 _REPORTED = ("loss", "fvu", "l0", "mse", "cosine", "dead_fraction", "learning_rate")
 
@@ -42,14 +42,14 @@ def train(
       config: its settings.
       trainees: its SAEs.
       source: the activations of their sites.
-      stop_requests: is entered while steps are taken; None never stops the run.
+      stop_requests: entered while steps are taken; None never stops the run.
 
     Returns:
       The states after the last step, in the order of the trainees; None for a run that was saved and stopped.
 
     Raises:
-      NotFiniteError: activations or a loss that are not finite; says what was kept and what to do.
-      DivergedError: all SAEs got worse than any start, and stayed so. The last checkpoint is from before.
+      NotFiniteError: activations or a loss that are not finite; says which checkpoint is left and what to do.
+      DivergedError: all SAEs became worse than untrained ones and did not recover. The last checkpoint is from before.
     """
     members = [trainee.member for trainee in trainees]
     num_steps = members[0].train.num_steps
@@ -87,7 +87,7 @@ def train(
 
 @contextlib.contextmanager
 def _advice(run: Path, checkpoints: Checkpoints) -> Iterator[None]:
-    """Add to an error about numbers which checkpoint is left, and what to do."""
+    """Add to a FloatingPointError which checkpoint is left, and what to do."""
     try:
         yield
     except FloatingPointError as error:
@@ -104,18 +104,18 @@ def _advice(run: Path, checkpoints: Checkpoints) -> Iterator[None]:
 def _watch(
     watch: Watch, trainees: Sequence["Trainee"], step: int, values: Sequence[dict[str, Any]], batch_size: int
 ) -> None:
-    """Give the reported metrics of every SAE to the watch, and warn of one that diverged while others did not."""
+    """Pass the reported metrics of every SAE to the watch; warn of an SAE that diverged while others did not."""
     for trainee, value in zip(trainees, values, strict=True):
         steps = round(value["activations"] / batch_size)
         problem = watch.observe(trainee.label if len(trainees) > 1 else "", step - steps + 1, step, value["fvu"])
         if problem is not None:
-            print(f"warning: {problem}. The other SAEs go on", file=sys.stderr, flush=True)
+            print(f"warning: {problem}. The other SAEs continue", file=sys.stderr, flush=True)
 
 
 def _begin(
     config: "RunConfig", members: Sequence[Member], source: "ActivationStream", checkpoints: Checkpoints
 ) -> tuple[Shuffled, States]:
-    """Return batches and states: new ones, or those of the last intact checkpoint of a resumed run."""
+    """Return batches and states: new ones, or those of the last intact checkpoint if the run is resumed."""
     shuffle: dict[str, Any] = {
         "batch_size": config.batch_size,
         "batches_per_block": config.block_size // config.batch_size,
@@ -126,15 +126,15 @@ def _begin(
         restored = checkpoints.restore(loop.abstract_states(members))
         for step, reason, moved_to in restored.damaged:
             print(f"WARNING the checkpoint of step {step} is damaged, and is now {moved_to}: {reason}")
-        print(f"going on from the checkpoint of step {restored.step}", flush=True)
+        print(f"continuing from the checkpoint of step {restored.step}", flush=True)
         return Shuffled(source, cursor=Cursor(**restored.notes["cursor"]), **shuffle), restored.states
     if config.resume:
-        print("there is no checkpoint yet: beginning with the first step", flush=True)
+        print("there is no checkpoint yet: starting with the first step", flush=True)
     batches = Shuffled(source, **shuffle)
     return batches, loop.init(members, batches.peek())  # type: ignore[arg-type]
 
 
 def _values(members: Sequence[Member], step: int, states: States, window: AllSums) -> list[dict[str, Any]]:
-    """Return what is reported of every SAE for the steps since the last report, which `window` sums."""
+    """Return the reported metrics of every SAE, from `window`, the sums since the last report."""
     summaries = loop.summaries(members, step, states, window)
     return [{name: summary[name] for name in _REPORTED} | {"activations": summary["tokens"]} for summary in summaries]

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the run is saved
-    """A run was asked to stop; its training is saved. Train it again with `resume=True` to go on.
+    """A run was asked to stop; its training is saved. Train it again with `resume=True` to continue.
 
     Args:
       run: the run.
     """
 
     def __init__(self, run: Run):
-        super().__init__(f"the run in {run.path} was asked to stop and is saved: resume=True goes on with it")
+        super().__init__(f"the run in {run.path} was asked to stop and is saved: resume=True continues it")
         self.run = run
 
 
@@ -37,17 +37,17 @@ def train(config: RunConfig | None = None, *, stop_requests: "StopRequests | Non
         run = bridge.train(checkpoint="demo", k=16, num_activations=2_000_000, output_dir="runs/mine")
         print(run.evaluation, run.sae())
 
-    Ctrl-C during training ends it as any exception does: the last checkpoint stays, and `resume=True` goes on from it.
+    Ctrl-C during training ends it as any exception does: the last checkpoint is kept, and `resume=True` continues.
 
     Args:
       config: all settings of the run.
-      stop_requests: a context manager that is entered while steps are taken; what it yields becomes true when the run
-        is to be saved and stopped. None never stops it.
-      settings: fields of `RunConfig` instead of a config, as `bridge.settings.from_keywords` takes them: where a field
-        takes several values, one value will do (`k=16`).
+      stop_requests: returns a context manager that is entered while steps are taken; what it yields becomes true when
+        the run should be saved and stopped. None never stops it.
+      settings: fields of `RunConfig` instead of a config, as `bridge.settings.from_keywords` takes them: a field of
+        several values also takes a single one (`k=16`).
 
     Returns:
-      The run, with its exported SAEs and their metrics. Of a sweep, `Run.variants` lists the runs within it.
+      The run, with its exported SAEs and their metrics. For a sweep, `Run.variants` lists the runs within it.
 
     Raises:
       ConfigError: settings that cannot work, data of another run, or a directory that holds another run.
@@ -70,7 +70,7 @@ def train(config: RunConfig | None = None, *, stop_requests: "StopRequests | Non
 
 
 def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_requests: "StopRequests | None") -> None:
-    """Train into a directory that this process holds; `locks` takes those of the variants."""
+    """Train into a directory that this process has locked; `locks` receives the locks of the variants."""
     started = time.perf_counter()
     torch_device = device.share(config.device, config.jax_memory_fraction)
 
@@ -78,7 +78,7 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
     from bridge.training import loop, plan, text
     from bridge.training.finish import finish
 
-    # The model, the SAEs and the text, each checked before hours are spent on them.
+    # The model, the SAEs and the text, each checked before the long training.
     nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
     trainees = plan.trainees(run.path, config, nano)
     plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config))
@@ -90,7 +90,7 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
     text.check_data(run.path, corpus)
     _record(run, config, trainees, nano, corpus, locks)
 
-    # Training, and what follows it.
+    # Training, export and evaluation.
     states = loop.train(run.path, config, trainees, text.stream(config, nano, corpus, sites), stop_requests)
     if states is None:
         raise Stopped(run)
@@ -112,7 +112,7 @@ def _record(
     corpus: "Corpus",
     locks: contextlib.ExitStack,
 ) -> None:
-    """Write config.json of the run and of its variants, or check those of a resumed run; hold the variants."""
+    """Write config.json of the run and of its variants, or check those of a resumed run; lock the variants."""
     facts = {"model": nano.fingerprint, "data": corpus.fingerprint, "data_files": corpus.files}
     sites = dict.fromkeys(trainee.hooks for trainee in trainees)
     directory.record(run.path, config, facts | {"hook_names": [list(hooks) for hooks in sites]})
@@ -123,12 +123,12 @@ def _record(
 
 
 def _announce(config: RunConfig, nano: "Nanochat", trainees: list["Trainee"]) -> None:
-    """Print what will be trained, and which setting has no effect."""
+    """Print what will be trained, and settings without effect."""
     import jax
 
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     if config.device == "cpu" and config.jax_memory_fraction != defaults["jax_memory_fraction"]:
-        print("note: --jax_memory_fraction is of a GPU's memory and changes nothing with --device=cpu", flush=True)
+        print("note: --jax_memory_fraction is for GPUs and has no effect with --device=cpu", flush=True)
     latents = trainees[0].member.sae.d_sae
     one = f"an {config.activation}" if config.activation[0] in "aeiou" else f"a {config.activation}"
     saes = f"{one} SAE" if len(trainees) == 1 else f"{len(trainees)} {config.activation} SAEs"
@@ -142,7 +142,7 @@ def _announce(config: RunConfig, nano: "Nanochat", trainees: list["Trainee"]) ->
 
 
 def _prepare_neuronpedia(run: Run, config: RunConfig, torch_device: str) -> None:
-    """Gather records of a run and write its export for Neuronpedia, with the defaults of the commands that do so."""
+    """Gather records of a run and write its export for Neuronpedia, with the defaults of `explore` and `export`."""
     from bridge import formats
     from bridge.exploration import Extent, explore, of_run
     from bridge.neuronpedia import sources

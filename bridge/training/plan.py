@@ -1,4 +1,4 @@
-"""The SAEs of a run: every variant at every site of the model, each with its folder and its hooks; their memory."""
+"""The SAEs of a run, one per variant and site of the model, with folder and hooks; the memory that they need."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Trainee:
 
     @property
     def name(self) -> str:
-        """Name of its export: the hook it reads; of a crosscoder the first hook with the numbers of all layers."""
+        """Name of its export: the hook it reads; for a crosscoder the first hook with the numbers of all layers."""
         if self.member.sae.layers == 1:
             return self.hooks[0]
         blocks, _, hook = self.hooks[0].split(".", 2)
@@ -40,7 +40,7 @@ class Trainee:
 
     @property
     def label(self) -> str:
-        """Variant and name, which tell it from the other SAEs of its run."""
+        """Variant and name, unique within the run."""
         variant = self.folder.name if self.several_variants else ""
         return " ".join(part for part in (variant, self.name) if part)
 
@@ -74,7 +74,7 @@ def sites(trainees: list[Trainee]) -> list[tuple[str, ...]]:
 
 
 def _hooks_of_sites(config: RunConfig, n_layer: int) -> list[tuple[str, ...]]:
-    """Return the hooks of every site, which every variant has an SAE for."""
+    """Return the hooks of every site; every variant has one SAE per site."""
     from bridge.hooks import hook_name
 
     layers = config.layers(n_layer)
@@ -91,10 +91,10 @@ def check_memory(config: RunConfig, trainees: list[Trainee], width: int, availab
       config: the run.
       trainees: its SAEs.
       width: of the model's residual stream.
-      available: bytes of memory; None if that is not known, and then nothing is checked.
+      available: bytes of memory; None if unknown, which skips the check.
 
     Raises:
-      ConfigError: they do not fit; says how much is needed for what, and how much there is.
+      ConfigError: they do not fit; says how much is needed and how much there is.
     """
     if available is None:
         return
@@ -113,7 +113,7 @@ def check_memory(config: RunConfig, trainees: list[Trainee], width: int, availab
 
 
 def available_memory(config: RunConfig) -> int | None:
-    """Return the bytes that jax may use on the run's device; None if that is not known."""
+    """Return the bytes that jax may use on the run's device; None if unknown."""
     if config.device == "cpu":
         try:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

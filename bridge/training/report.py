@@ -1,4 +1,4 @@
-"""What a run reports while it trains: progress, a JSON line per report, TensorBoard events."""
+"""Reports of a training run: progress, a JSON line per report, TensorBoard events."""
 
 import json
 import time
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Reporter:
     """Show and write the metrics of a run; a context manager.
 
-    Every SAE gets a line per report in the `metrics.jsonl` of its folder. Lines beyond `start`, which a killed run
-    left, are dropped: they are written again.
+    Every SAE gets a line per report in the `metrics.jsonl` of its folder. Lines after step `start`, left by a killed
+    run, are dropped: they are written again.
 
     Args:
       run: the directory of the run.
@@ -75,7 +75,7 @@ class Reporter:
 
         Args:
           step: steps taken.
-          values: the metrics of every SAE since the last report, and the `activations` that they are of.
+          values: the metrics of every SAE since the last report, and `activations`, the number since then.
           tokens: tokens that the model read since the last report.
         """
         now = time.perf_counter()
@@ -97,7 +97,7 @@ class Reporter:
 
 
 def _note(values: Sequence[dict[str, Any]], rate: float) -> str:
-    """Return the metrics that are shown with the progress; of several SAEs their range."""
+    """Return the metrics to show with the progress; for several SAEs their range."""
 
     def bounds(name: str, form: str) -> str:
         metric = [value[name] for value in values]
@@ -110,7 +110,7 @@ def _note(values: Sequence[dict[str, Any]], rate: float) -> str:
 
 
 def _keep_until(lines: Path, step: int) -> None:
-    """Drop the lines beyond a step, and one that is cut off."""
+    """Drop the lines after a step, and an incomplete line."""
     if lines.is_file():
         kept = [line for line, values in jsons.objects(lines) if _step_of(values) <= step]
         files.write(lines, b"".join(line + b"\n" for line in kept))
@@ -118,7 +118,7 @@ def _keep_until(lines: Path, step: int) -> None:
 
 def _step_of(values: dict[str, Any] | None) -> int | float:
     step = (values or {}).get("step")
-    return step if isinstance(step, int | float) else float("inf")  # the process was killed while it wrote
+    return step if isinstance(step, int | float) else float("inf")  # an incomplete line of a killed process
 
 
 def _wandb(project: str, run: Path) -> Any:

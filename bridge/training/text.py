@@ -15,19 +15,19 @@ from bridge.stream import ActivationStream
 from bridge.training.config import RunConfig
 from jsae.settings import require
 
-_MOST_TOKENS = 2**16  # in a forward pass over held-out text
+_MAX_TOKENS = 2**16  # in a forward pass over held-out text
 
 
 def texts(config: RunConfig, nano: Nanochat) -> tuple[Corpus, Corpus]:
     """Return training and held-out text, in rows as long as the model's context.
 
     Raises:
-      ConfigError: a model without a tokenizer, rows that it does not take, or too little held-out text.
+      ConfigError: a model without a tokenizer, rows longer than its context, or too little held-out text.
       FileNotFoundError, ValueError: data that cannot be read.
     """
     require(
         nano.tokenizer is not None,
-        f"no tokenizer lies beside or above {config.checkpoint}: give its directory with --tokenizer",
+        f"there is no tokenizer beside or above {config.checkpoint}: give its directory with --tokenizer",
     )
     longest = nano.config.max_positions
     row_len = config.context_size or nano.config.sequence_len
@@ -52,32 +52,32 @@ def heldout_rows(config: RunConfig, heldout: Corpus) -> Int[np.ndarray, "R T"]:
 
 
 def check_data(run: Path, corpus: Corpus) -> None:
-    """Refuse to go on with a run on other data than it began with.
+    """Refuse to continue a run on other data than it started with.
 
     Raises:
-      ConfigError: the data changed; names the files.
+      ConfigError: the data has changed; names the files.
     """
     if not Run(run).config_file.is_file():
         return
     files = Run(run).facts.get("data_files")
     require(
         isinstance(files, list),
-        f"the run in {run} is of a version that did not record what its data held, and cannot go on: start a new one",
+        f"the run in {run} is from a version that did not record its data, and cannot continue: start a new one",
     )
     difference = changed(files, corpus.files)
-    require(not difference, f"{run} cannot go on to the same numbers, its data is not what it was: {difference}")
+    require(not difference, f"{run} cannot continue with the same numbers, its data has changed: {difference}")
 
 
 def check_activations(
     config: RunConfig, nano: Nanochat, sites: Sequence[tuple[str, ...]], rows: Int[np.ndarray, "R T"]
 ) -> None:
-    """Warn of weights that are not finite, and check that all activations on held-out text can be measured.
+    """Warn of weights that are not finite, and check the activations on held-out text.
 
     Raises:
-      ActivationsError, DegenerateError: they cannot; names hook, token and position.
+      ActivationsError, DegenerateError: activations that nothing can be learned from; names hook, token and position.
     """
     finite.warn_of_broken_weights(nano.model)
-    step = max(min(config.tokens_per_forward, _MOST_TOKENS) // rows.shape[1], 1)
+    step = max(min(config.tokens_per_forward, _MAX_TOKENS) // rows.shape[1], 1)
     finite.check_text(
         nano.model,
         list(dict.fromkeys(hook for site in sites for hook in site)),

@@ -1,13 +1,13 @@
-"""The same training step by jsae and by SAELens, dictionary_learning and sparsify, by turns.
+"""Time of one training step: jsae, SAELens, dictionary_learning and sparsify in turn.
 
 Every trainer has its own defaults, the same widths, k and batch, and takes the steps that its own loop takes: forward,
-backward, clipping, optimiser, unit norms, dead counters. What an SAE's penalty is does not matter to the time of a
-dense step, nor does its L0. The product of a batch with the encoder is timed in jax and in torch: on some processors
-one multiplies much faster than the other, which no trainer can help. sparsify runs with Adam, as all the others do,
-and with its own default, signum; on a GPU it always computes under autocast. A trainer has a process to itself, which
-sleeps while another one computes. Ratios are of the same round.
+backward, clipping, optimiser, unit norms, dead counters. Neither the penalty nor L0 changes the time of a dense step.
+The product of a batch with the encoder is timed in jax and in torch: on some processors one multiplies much faster
+than the other, whatever the trainer does. sparsify runs with Adam, as all the others do, and with its own default,
+signum; on a GPU it always computes under autocast. Each trainer has its own process, which sleeps while another one
+computes. Ratios compare times of the same round.
 
-The trainers live in an environment of their own, --peer_env, which is made when it is not there (pip, about 2 GB).
+The trainers have their own environment, --peer_env, which is created if it does not exist (pip, about 2 GB).
 """
 
 from __future__ import annotations
@@ -36,26 +36,28 @@ TRAINERS: Mapping[str, tuple[str, ...]] = {
     "sparsify signum": ("topk",),
 }
 SCRIPT = Path(__file__).with_name("contest_peer.py")
-_ASLEEP = {"OMP_WAIT_POLICY": "passive"}  # threads that wait for work in a loop take the cores of the one that computes
+_ASLEEP = {
+    "OMP_WAIT_POLICY": "passive"
+}  # threads that spin while they wait would take cores from the process that computes
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured, and how often."""
+    """Sizes, trainers and rounds of the measurement."""
 
     sizes: tuple[str, ...] = flag((shapes.SIZE, shapes.LARGE), shapes.SIZES_HELP)
     architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures at the first size.")
-    later_architectures: tuple[str, ...] = flag(("topk", "batchtopk"), "Those of them at the other sizes too.")
-    trainers: tuple[str, ...] = flag(tuple(TRAINERS), "Trainers beside jsae, each where it has the architecture.")
-    warmup_steps: int = flag(5, "Steps of everyone before the first that counts.")
-    rounds: int = flag(10, "Rounds that count, at least 2.")
-    threads: int | None = flag(None, "Threads of torch; none: as many as it takes by itself. jax has all cores.")
+    later_architectures: tuple[str, ...] = flag(("topk", "batchtopk"), "Architectures at the other sizes.")
+    trainers: tuple[str, ...] = flag(tuple(TRAINERS), "Trainers beside jsae, each for the architectures that it has.")
+    warmup_steps: int = flag(5, "Untimed steps of every trainer before the first round.")
+    rounds: int = flag(10, "Timed rounds, at least 2.")
+    threads: int | None = flag(None, "Threads of torch; none is torch's default. jax uses all cores.")
     matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
-    device: Literal["cpu", "cuda"] = flag("cpu", "Where all run.")
-    autocast: bool = flag(False, "On a GPU: let the others multiply in bfloat16.")
+    device: Literal["cpu", "cuda"] = flag("cpu", "Device of all trainers.")
+    autocast: bool = flag(False, "On a GPU: let the other trainers multiply in bfloat16.")
     markdown: bool = flag(False, "Print the table as Markdown.")
     peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
-    out: FilePath = flag("experiments/results/peers_{device}.json", "Where the figures go.")
+    out: FilePath = flag("experiments/results/peers_{device}.json", "File for the results.")
 
     def __post_init__(self) -> None:
         shapes.check(self.sizes, self.architectures, ARCHITECTURES)
@@ -70,37 +72,42 @@ class Config:
 
 
 def check(trainers: Sequence[str], autocast: bool, where: str) -> None:
-    """Refuses what the other trainers cannot do.
+    """Check names of trainers and the use of autocast.
 
     Raises:
-      ValueError: a trainer that is not known, or autocast on a CPU.
+      ValueError: an unknown trainer, or autocast on a CPU.
     """
     if not set(trainers) <= set(TRAINERS):
         raise ValueError(f"trainers must be some of {', '.join(TRAINERS)}, got {', '.join(trainers)}")
     if autocast and where == "cpu":
-        raise ValueError("autocast is for --device=cuda: on a CPU all compute in float32")
+        raise ValueError("autocast is for --device=cuda: on a CPU all trainers compute in float32")
 
 
 def main(config: Config) -> int:
-    """Measures all, prints a table, writes the figures."""
+    """Measure all trainers, print a table, write the results."""
     if config.device != "cpu":
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the others need memory of the card, too
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the others need GPU memory too
     device.jax_alone(config.device)
-    python, found = peers.trainers(config.peer_env), []
+    python, results = peers.trainers(config.peer_env), []
     versions: dict[str, str] = {}
     for i, size in enumerate(map(Size.parse, config.sizes)):
         for architecture in config.architectures:
             if i == 0 or architecture in config.later_architectures:
-                told, row = _measure(config, python, size, architecture)
-                versions |= told
-                found.append(row)
+                trainer_versions, row = _measure(config, python, size, architecture)
+                versions |= trainer_versions
+                results.append(row)
     machine = timing.machine("cpu") | shapes.device_name(config.device) | versions
-    tables.show("one training step", _COLUMNS, _rows(found), machine, config.markdown)
+    tables.show("one training step", _COLUMNS, _rows(results), machine, config.markdown)
     work = " ".join(__doc__.split("\n\n")[1].split())
     out = config.out.format(device=config.device)
     timing.write(
         out,
-        {"machine": machine, "settings": timing.settings(config, "peer_env", "device"), "work": work, "results": found},
+        {
+            "machine": machine,
+            "settings": timing.settings(config, "peer_env", "device"),
+            "work": work,
+            "results": results,
+        },
     )
     print(f"figures: {out}")
     return 0
@@ -109,7 +116,7 @@ def main(config: Config) -> int:
 def _measure(
     config: Config, python: Path | str, size: Size, architecture: str
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """What the others' processes say of themselves; seconds of all in every round, and their ratios."""
+    """Return the versions of the other trainers, and one result: seconds of all trainers and their ratios."""
     names = [name for name in config.trainers if architecture in TRAINERS[name]]
     settings = {"threads": config.threads, "autocast": config.autocast, "warmup_steps": config.warmup_steps}
     with sides(python, names, size, architecture, config.device, settings) as (versions, asks):
@@ -143,9 +150,9 @@ def sides(
     *,
     matmul: bool = True,
 ) -> Iterator[tuple[dict[str, str], dict[str, peers.Ask]]]:
-    """The processes of other trainers, ready to step: versions, and how each is asked. They end with the context.
+    """Start the processes of other trainers, ready to step; yield their versions and a function for each to send jobs.
 
-    With `matmul` the first of them can be asked for the encoder's product.
+    With `matmul` the first of them also times the encoder's product. The processes end with the context.
     """
     import numpy as np
 
@@ -162,9 +169,9 @@ def sides(
         versions: dict[str, str] = {}
         asks = {}
         for name in names:
-            told, asks[name] = running.enter_context(peers.process(python, SCRIPT, Path(folder), _ASLEEP))
+            trainer_versions, asks[name] = running.enter_context(peers.process(python, SCRIPT, Path(folder), _ASLEEP))
             asks[name]({**job, "trainer": name, "matmul": matmul and name == names[0]})
-            versions |= told
+            versions |= trainer_versions
         yield versions, asks
 
 
@@ -177,31 +184,31 @@ def _timed(case: Callable[[], None]) -> Callable[[], float]:
     return run
 
 
-def _asking(ask: peers.Ask, what: str) -> Callable[[], float]:
-    return lambda: ask({"do": what})["seconds"]
+def _asking(ask: peers.Ask, work: str) -> Callable[[], float]:
+    return lambda: ask({"do": work})["seconds"]
 
 
 def _by_turns(cases: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """As `timing.by_turns`, of cases that tell their own seconds: the way to another process does not count."""
+    """Return `timing.by_turns` of cases that measure their own seconds: talking to another process does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
 
-    def telling(name: str) -> Callable[[], None]:
+    def recording(name: str) -> Callable[[], None]:
         return lambda: seconds[name].append(cases[name]())
 
-    timing.by_turns({name: telling(name) for name in cases}, rounds)
+    timing.by_turns({name: recording(name) for name in cases}, rounds)
     return {name: own[1:] for name, own in seconds.items()}
 
 
 _COLUMNS = ("size", "architecture", "trainer", "ms", f"over {MATMUL}", f"over {THEIR_MATMUL}", "jsae is faster by")
 
 
-def _rows(found: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+def _rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = []
-    for row in found:
-        about = (str(Size(**row["size"])), row["architecture"])
-        for name, seconds in row["seconds"].items():
-            ratios = (row[what].get(name) for what in ("over_matmul", "over_their_matmul", "times_faster"))
+    for result in results:
+        heading = (str(Size(**result["size"])), result["architecture"])
+        for name, seconds in result["seconds"].items():
+            ratios = (result[kind].get(name) for kind in ("over_matmul", "over_their_matmul", "times_faster"))
             cells = ("" if ratio is None else tables.ratio(ratio) for ratio in ratios)
-            rows.append((*about, name, tables.ms(seconds), *cells))
-            about = ("", "")
+            rows.append((*heading, name, tables.ms(seconds), *cells))
+            heading = ("", "")
     return rows

@@ -1,12 +1,12 @@
-"""What it costs to gather the records of a latent: against SAEDashboard 0.8.0, on the same activations of one SAE.
+"""Time to compute the records of a latent, compared with SAEDashboard 0.8.0 on the same activations of one SAE.
 
-SAEDashboard cannot run a nanochat, so the model is a GPT-2 of random weights, run once through TransformerLens; both
-sides start from its activations on disk and have the same SAE, tokens and unembedding. Each encodes them, gathers for
-every latent counts, histograms, the strongest and some of each fifth's texts, logit tables, correlations with channels
-and latents, and writes what it found; jsae also draws texts without the latent, drops texts that repeat and ranks
-neighbours. `records` ends there; `files` also has the batch-N.json of Neuronpedia, which both write.
+SAEDashboard cannot run a nanochat, so the model is a GPT-2 with random weights, run once through TransformerLens; both
+sides start from its activations on disk and have the same SAE, tokens and unembedding. Each encodes them, computes for
+every latent counts, histograms, the strongest texts and some of each quintile, logit tables, correlations with channels
+and latents, and writes the results; jsae also samples texts without the latent, drops texts that repeat and ranks
+neighbours. `records` ends there; `files` includes the batch-N.json of Neuronpedia, which both write.
 
-SAEDashboard lives in an environment of its own, --peer_env, which is made when it is not there (pip, about 2 GB).
+SAEDashboard has its own environment, --peer_env, which is created if it does not exist (pip, about 2 GB).
 """
 
 from __future__ import annotations
@@ -30,8 +30,14 @@ if TYPE_CHECKING:
 PEER, OURS = "SAEDashboard", "jsae"
 BOS = 0
 _INSTALL = (
-    ("install", "-q", "sae-dashboard==0.8.0", "torch>=2.9,<2.14", "pyarrow<21"),  # later pyarrow wants a later numpy
-    # Which come along, and fail to load beside a torch without CUDA.
+    (
+        "install",
+        "-q",
+        "sae-dashboard==0.8.0",
+        "torch>=2.9,<2.14",
+        "pyarrow<21",
+    ),  # later versions of pyarrow need a later numpy
+    # These are installed with the others, and fail to load beside a torch without CUDA.
     ("uninstall", "-q", "-y", "torchvision", "torchaudio"),
 )
 _PROOF = "import sae_dashboard.sae_vis_runner"
@@ -39,19 +45,19 @@ _PROOF = "import sae_dashboard.sae_vis_runner"
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured, and how often."""
+    """Sizes and rounds of the measurement."""
 
     prompts: int = flag(512, "Rows of text.")
-    length: int = flag(128, "Tokens of a row, BOS among them.")
+    length: int = flag(128, "Tokens per row, including BOS.")
     d_model: int = flag(128, "Width of the model.")
-    layers: int = flag(2, "Its layers; the SAE is at the middle one.")
-    vocab_size: int = flag(4096, "Its tokens.")
+    layers: int = flag(2, "Layers of the model; the SAE is at the middle one.")
+    vocab_size: int = flag(4096, "Tokens of the model's vocabulary.")
     d_sae: int = flag(256, "Latents.")
     k: int = flag(8, "Active latents per token.")
-    rounds: int = flag(2, "Rounds that count, at least 2.")
-    threads: int | None = flag(None, "Threads of torch on either side; none: as many as it takes by itself.")
+    rounds: int = flag(2, "Timed rounds, at least 2.")
+    threads: int | None = flag(None, "Threads of torch on both sides; none is torch's default.")
     peer_env: FilePath = flag("~/.cache/jsae/saedashboard-0.8.0", "The virtual environment of SAEDashboard.")
-    out: FilePath = flag("experiments/results/dashboard_cpu.json", "Where the figures go.")
+    out: FilePath = flag("experiments/results/dashboard_cpu.json", "File for the results.")
 
     def __post_init__(self) -> None:
         for name in ("prompts", "length", "layers", "k"):
@@ -62,18 +68,18 @@ class Config:
         if self.d_model < 4 or self.d_model % 4:
             raise ValueError(f"d_model must be a multiple of 4 for 4 heads, got {self.d_model}")
         if not self.k <= self.d_sae:
-            raise ValueError(f"k={self.k} of d_sae={self.d_sae} latents: give at most that many")
+            raise ValueError(f"k={self.k} is larger than d_sae={self.d_sae}: give a smaller k")
         if not 2 <= self.vocab_size <= 2**16:
             raise ValueError(f"vocab_size must be 2 to 65536, got {self.vocab_size}")
 
     @property
     def hook(self) -> str:
-        """Where the SAE is."""
+        """Hook of the SAE."""
         return f"blocks.{self.layers // 2}.hook_resid_post"
 
 
 def main(config: Config) -> int:
-    """Measures both by turns, prints a table, writes the figures."""
+    """Measure both sides in turn, print a table, write the results."""
     import torch
     from rich.console import Console
 
@@ -90,27 +96,27 @@ def main(config: Config) -> int:
                 OURS: lambda: records[OURS].append(_ours(config, folder)),
             }
             files = timing.by_turns(cases, config.rounds)
-        found = _figures(config, {name: own[1:] for name, own in records.items()}, files)
-        found["agreement"] = _agreement(config, folder)
-    Console().print(_table(found))
+        figures = _figures(config, {name: seconds[1:] for name, seconds in records.items()}, files)
+        figures["agreement"] = _agreement(config, folder)
+    Console().print(_table(figures))
     settings = timing.settings(config, "peer_env")
     work = " ".join(__doc__.split("\n\n")[1].split())
-    told = {"machine": timing.machine("cpu"), "peer": versions, "settings": settings, "work": work, **found}
-    timing.write(config.out, told)
+    document = {"machine": timing.machine("cpu"), "peer": versions, "settings": settings, "work": work, **figures}
+    timing.write(config.out, document)
     Console().print(f"figures: {config.out}", soft_wrap=True)
     return 0
 
 
 def _peer(python: Path | str, folder: Path) -> contextlib.AbstractContextManager[tuple[dict[str, str], peers.Ask]]:
-    """SAEDashboard's process when it is ready: its versions, and what has it do the work once."""
-    return peers.process(python, Path(__file__).with_name("dashboard_peer.py"), folder, called="SAEDashboard's process")
+    """Start SAEDashboard's process; yield its versions and a function that has it do the work once."""
+    return peers.process(python, Path(__file__).with_name("dashboard_peer.py"), folder, name="SAEDashboard's process")
 
 
 # ---- this project -------------------------------------------------------------------------------------------------
 
 
 def _lay_out(config: Config, folder: Path) -> None:
-    """What both sides read: the job, the tokens, the SAE."""
+    """Write what both sides read: the job, the tokens, the SAE."""
     import numpy as np
 
     from jsae import export
@@ -131,7 +137,7 @@ def _lay_out(config: Config, folder: Path) -> None:
 
 
 def _subjects(config: Config, folder: Path) -> tuple[Any, Any, np.ndarray]:
-    """A nanochat with the peer's unembedding, of which nothing else is asked here; the SAE; the tokens."""
+    """Return a nanochat with the peer's unembedding, the only part of it that is used; the SAE; the tokens."""
     import numpy as np
     import torch
 
@@ -151,7 +157,7 @@ def _subjects(config: Config, folder: Path) -> tuple[Any, Any, np.ndarray]:
 
 
 def _ours(config: Config, folder: Path) -> float:
-    """Gathers all latents, writes records and batch-N.json. Seconds until the records are written."""
+    """Compute all latents, write records and batch-N.json; return the seconds until the records are written."""
     import torch
 
     from bridge.explorer import gather, weights
@@ -185,7 +191,7 @@ def _in_order(folder: Path) -> list[Path]:
 
 
 def _write(config: Config, folder: Path, tokens: np.ndarray, columns: dict[str, np.ndarray], counted: int) -> Any:
-    """Writes the records, and opens them."""
+    """Write the records, and open them."""
     from jsae.records.store import VERSION, Header, Store, Texts, TextsHeader, digest
 
     names: dict[str, Any] = {"dataset": "toy", "split": "all", "model": "toy", "fingerprint": "", "seed": 0}
@@ -211,29 +217,30 @@ def _write(config: Config, folder: Path, tokens: np.ndarray, columns: dict[str, 
     return Store(folder / "records" / config.hook)
 
 
-# ---- what is told -------------------------------------------------------------------------------------------------
+# ---- results ------------------------------------------------------------------------------------------------------
 
 
 def _figures(config: Config, records: dict[str, list[float]], files: dict[str, list[float]]) -> dict[str, Any]:
-    """Times and ratios of what every round gave."""
+    """Return times and ratios of the seconds of every round."""
     cells = config.d_sae * config.prompts * config.length
     seconds = {"records": records, "files": files}
+
+    def spreads(factor: float) -> dict[str, dict[str, dict[str, float]]]:
+        return {
+            part: {name: timing.spread([factor * t for t in times]) for name, times in sides.items()}
+            for part, sides in seconds.items()
+        }
+
     return {
-        "seconds": {what: {name: timing.spread(s) for name, s in own.items()} for what, own in seconds.items()},
-        "ms_per_latent": {
-            what: {name: timing.spread([1e3 * t / config.d_sae for t in s]) for name, s in own.items()}
-            for what, own in seconds.items()
-        },
-        "ns_per_latent_and_token": {
-            what: {name: timing.spread([1e9 * t / cells for t in s]) for name, s in own.items()}
-            for what, own in seconds.items()
-        },
-        "times_faster": {what: timing.ratios(own, OURS)[PEER] for what, own in seconds.items()},
+        "seconds": spreads(1),
+        "ms_per_latent": spreads(1e3 / config.d_sae),
+        "ns_per_latent_and_token": spreads(1e9 / cells),
+        "times_faster": {part: timing.ratios(sides, OURS)[PEER] for part, sides in seconds.items()},
     }
 
 
 def _agreement(config: Config, folder: Path) -> dict[str, float]:
-    """The share of latents for which both sides found the same, as far as SAEDashboard's rounding tells."""
+    """Return the fraction of latents on which both sides agree, within the precision of SAEDashboard's output."""
     import numpy as np
 
     from jsae.records.store import Store
@@ -249,14 +256,15 @@ def _agreement(config: Config, folder: Path) -> dict[str, float]:
         top = max((a["bin_max"] for a in feature["activations"]), default=0.0)
         same["max"].append(abs(top - float(store["max"][latent])) < 2e-3)
         same["strongest tokens"].append([words[i] for i in store["top_logits"][latent][:10]] == feature["pos_str"])
-    return {what: float(np.mean(own)) for what, own in same.items()}
+    return {name: float(np.mean(agrees)) for name, agrees in same.items()}
 
 
-def _table(found: dict[str, Any]) -> Any:
+def _table(figures: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table("", *(f"{what}, ms per latent" for what in ("records", "files")), title="dashboards of latents")
+    parts = ("records", "files")
+    table = Table("", *(f"{part}, ms per latent" for part in parts), title="dashboards of latents")
     for name in (PEER, OURS):
-        table.add_row(name, *(f"{found['ms_per_latent'][what][name]['median']:.2f}" for what in ("records", "files")))
-    table.add_row("times faster", *(f"{found['times_faster'][what]['median']:.1f}" for what in ("records", "files")))
+        table.add_row(name, *(f"{figures['ms_per_latent'][part][name]['median']:.2f}" for part in parts))
+    table.add_row("times faster", *(f"{figures['times_faster'][part]['median']:.1f}" for part in parts))
     return table

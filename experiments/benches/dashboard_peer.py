@@ -1,35 +1,33 @@
 """SAEDashboard's side of the `dashboard` measurement. Run by path in an environment of its own, which has no jsae.
 
-Makes a GPT-2 of random weights and its activations, then gathers dashboards once for every line on stdin, as
-SAEDashboard's own NeuronpediaRunner does; answers each with a line of JSON.
+Builds a GPT-2 with random weights and its activations, then computes the dashboards once for every line on stdin, as
+SAEDashboard's own NeuronpediaRunner does, and answers each with a line of JSON.
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+import peer_protocol  # beside this file
+
+_PACKAGES = ("sae-dashboard", "sae-lens", "transformer-lens", "torch", "numpy")
 
 
 def main(folder: Path) -> None:
-    """Serves the job that `job.json` in `folder` describes."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print goes where errors go
+    """Do the job that `job.json` in `folder` describes, once for every line on stdin."""
+    answers = peer_protocol.open_answers()
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     model, sae, tokens = _subjects(folder, job)
     _activations(folder, job, model, sae, tokens)
-    _tell(answers, {"versions": _versions()})
-    for _ in sys.stdin:
-        _tell(answers, _round(folder, job, model, sae, tokens))
-
-
-def _tell(answers: TextIO, told: dict[str, Any]) -> None:
-    print(json.dumps(told), file=answers, flush=True)
+    peer_protocol.answer(answers, {"versions": peer_protocol.versions(*_PACKAGES)})
+    for _ in peer_protocol.jobs():
+        peer_protocol.answer(answers, _round(folder, job, model, sae, tokens))
 
 
 def _subjects(folder: Path, job: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """The model, whose unembedding is written for the other side, the SAE and the tokens."""
+    """Return the model, the SAE and the tokens; write the unembedding for the other side."""
     import numpy as np
     import torch
     from sae_lens import SAE, HookedSAETransformer
@@ -53,12 +51,12 @@ def _subjects(folder: Path, job: dict[str, Any]) -> tuple[Any, Any, Any]:
     model = HookedSAETransformer(config).eval()
     np.save(folder / "unembed.npy", model.W_U.detach().numpy().T)
     sae = SAE.load_from_disk(folder / "sae" / job["hook"], device="cpu")
-    sae.cfg.rescale_acts_by_decoder_norm = True  # changes nothing: the rows are of norm 1; its runner asks for it
+    sae.cfg.rescale_acts_by_decoder_norm = True  # required by its runner; no effect on rows of norm 1
     return model, sae, torch.from_numpy(np.load(folder / "tokens.npy"))
 
 
 def _config(folder: Path, job: dict[str, Any], features: list[int]) -> Any:
-    """What NeuronpediaRunner gives to SaeVisRunner for a batch of features, with its defaults."""
+    """Return the config that NeuronpediaRunner gives to SaeVisRunner for a batch of features, with its defaults."""
     from sae_dashboard.components_config import (
         ActsHistogramConfig,
         Column,
@@ -100,7 +98,7 @@ def _config(folder: Path, job: dict[str, Any], features: list[int]) -> Any:
 
 
 def _activations(folder: Path, job: dict[str, Any], model: Any, sae: Any, tokens: Any) -> None:
-    """Runs the model once over all tokens; SAEDashboard keeps the activations in files, which both sides read."""
+    """Run the model once over all tokens; SAEDashboard keeps the activations in files, which both sides read."""
     import torch
     from sae_dashboard.sae_vis_runner import FeatureDataGeneratorFactory
 
@@ -113,30 +111,24 @@ def _activations(folder: Path, job: dict[str, Any], model: Any, sae: Any, tokens
 
 
 def _round(folder: Path, job: dict[str, Any], model: Any, sae: Any, tokens: Any) -> dict[str, Any]:
-    """Gathers all features, batch after batch, and writes their JSON. Seconds for the one and for both."""
+    """Compute all features, batch after batch, and write their JSON; return the seconds without and with the JSON."""
     from sae_dashboard.neuronpedia.neuronpedia_converter import NeuronpediaConverter
     from sae_dashboard.neuronpedia.neuronpedia_runner_config import NeuronpediaRunnerConfig
     from sae_dashboard.sae_vis_runner import SaeVisRunner
 
     words = {i: f" t{i}" for i in range(job["vocab_size"])}
-    named = NeuronpediaRunnerConfig(sae_set="toy", sae_path="", outputs_dir="", n_prompts_total=len(tokens))
-    named.model_id, named.layer = "toy", job["layers"] // 2
+    names = NeuronpediaRunnerConfig(sae_set="toy", sae_path="", outputs_dir="", n_prompts_total=len(tokens))
+    names.model_id, names.layer = "toy", job["layers"] // 2
     seconds = {"records": 0.0, "files": 0.0}
     for number, first in enumerate(range(0, job["d_sae"], 128)):
         start = time.perf_counter()
         features = list(range(first, min(first + 128, job["d_sae"])))
-        found = SaeVisRunner(_config(folder, job, features)).run(encoder=sae, model=model, tokens=tokens)
+        dashboards = SaeVisRunner(_config(folder, job, features)).run(encoder=sae, model=model, tokens=tokens)
         seconds["records"] += time.perf_counter() - start
-        text = NeuronpediaConverter.convert_to_np_json(model, found, named, words)
+        text = NeuronpediaConverter.convert_to_np_json(model, dashboards, names, words)
         (folder / f"batch-{number}.json").write_text(text, encoding="utf-8")
         seconds["files"] += time.perf_counter() - start
     return seconds
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("sae-dashboard", "sae-lens", "transformer-lens", "torch", "numpy")}
 
 
 if __name__ == "__main__":

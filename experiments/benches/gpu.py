@@ -1,10 +1,10 @@
 """All measurements of speed on a GPU, one after the other: step, peers, memory, stream; products in bfloat16.
 
-The step is measured in float32 too, and on the other ways that there are through it.
+The step is also measured in float32, and with the other implementations of its operations.
 
-Each runs in a process of its own, which has the card to itself, and writes its JSON to --folder. One that fails is
-told of at the end, after all others. The other trainers' environment needs a torch with CUDA: where pip cannot make
-it, give one with --peer_env.
+Each measurement runs in its own process, which has the GPU to itself, and writes its JSON to --folder. Failures are
+reported at the end, after all other measurements. The other trainers' environment needs a torch with CUDA: where pip
+cannot create it, give one with --peer_env.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ from experiments.benches import contest, memory, peers, shapes, step, stream
 from experiments.flags import EXPECTED_ERRORS
 
 OTHERS = {"plain": "plain", "dense": "xla-dense"}
-"""Implementations that the step is also measured with, by the names of their files."""
+"""Further implementations that the step is measured with, by the names of their result files."""
 MEASUREMENTS = ("step", *(f"step_{name}" for name in OTHERS), "step_float32", "peers", "memory", "stream")
-_MANY = 16 * 2048  # tokens in a forward pass
+_TOKENS_PER_FORWARD = 16 * 2048
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured."""
+    """Measurements, sizes and models."""
 
-    measurements: tuple[str, ...] = flag(MEASUREMENTS, "Which.")
+    measurements: tuple[str, ...] = flag(MEASUREMENTS, "Measurements to run.")
     sizes: tuple[str, ...] = flag(("1280:20480:64:16384",), shapes.SIZES_HELP)
-    models: tuple[str, ...] = flag(("d20",), "nanochats that are streamed: demo, or dN for random weights.")
-    rounds: int = flag(20, "Rounds that count, at least 2.")
-    trace_dir: FilePath | None = flag(None, "Also write a profile of a few steps there.")
+    models: tuple[str, ...] = flag(("d20",), "nanochats to stream: demo, or dN for random weights.")
+    rounds: int = flag(20, "Timed rounds, at least 2.")
+    trace_dir: FilePath | None = flag(None, "Folder for a profile of a few steps; none writes no profile.")
     markdown: bool = flag(False, "Print tables as Markdown.")
     peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
-    folder: FilePath = flag("experiments/results", "Where the figures go.")
+    folder: FilePath = flag("experiments/results", "Folder for the results.")
 
     def __post_init__(self) -> None:
         if not self.measurements or not set(self.measurements) <= set(MEASUREMENTS):
             given = ", ".join(self.measurements) or "none"
             raise ValueError(f"measurements must be some of {', '.join(MEASUREMENTS)}, got {given}")
-        suite(self)  # whose configs check themselves
+        suite(self)  # its configs check themselves
 
 
 def main(config: Config) -> int:
-    """Runs the suite; 1 where a measurement failed.
+    """Run the suite; return 1 if a measurement failed.
 
     Raises:
-      ConfigError: torch or jax sees no GPU here.
+      ConfigError: torch or jax finds no GPU.
     """
     _alone(device.share, "cuda", 0.2)
     failed = {}
-    for name, (run, own) in suite(config).items():
+    for name, (run, measurement) in suite(config).items():
         print(f"---- {name}", flush=True)
         try:
-            _alone(run, own)
+            _alone(run, measurement)
         except (*EXPECTED_ERRORS, RuntimeError) as error:
             failed[name] = str(error)
     for name, reason in failed.items():
@@ -68,7 +68,7 @@ def main(config: Config) -> int:
 
 
 def suite(config: Config) -> Mapping[str, tuple[Callable[[Any], int], Any]]:
-    """The measurements by the names of their files: what runs each, and its config."""
+    """Return the measurements by the names of their result files: the function that runs each, and its config."""
     common: dict[str, Any] = {"device": "cuda", "markdown": config.markdown}
     sized = common | {"sizes": config.sizes}
     against = sized | {"peer_env": config.peer_env, "autocast": True}
@@ -99,15 +99,15 @@ def suite(config: Config) -> Mapping[str, tuple[Callable[[Any], int], Any]]:
                 expansion_factor=16,
                 batch_size=16384,
                 block_size=2**18,
-                tokens_per_forward=_MANY,
+                tokens_per_forward=_TOKENS_PER_FORWARD,
             ),
         ),
     }
-    return {name: own for name, own in every.items() if name in config.measurements}
+    return {name: measurement for name, measurement in every.items() if name in config.measurements}
 
 
 def _alone(work: Callable[..., object], *args: Any) -> None:
-    """Calls it in a fresh process, which ends afterwards and gives the card back; its exceptions are raised here."""
+    """Call a function in a fresh process, which then ends and frees the GPU; raise the function's exceptions."""
     fresh = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh) as pool:
         pool.submit(work, *args).result()

@@ -1,12 +1,12 @@
-"""How much memory a training step needs beyond weights, moments and the batch, here and in the other trainers.
+"""Memory of a training step beyond weights, moments and the batch, in jsae and in the other trainers.
 
-`planned` is what XLA sets aside for temporary arrays of the compiled step. `needed` is measured: the most that was
-resident in a process of its own during some steps, less what was resident before them with everything that stays in
-place (on a GPU: of what the allocator handed out; jax's peak counts since the process began, its compiler's trials
-included). Torch makes its moments in the first step, so the others take one on a few activations before. Both are also
-told in arrays of (batch, d_sae) float32, which is what the pre-activations are. Linux.
+`planned` is what XLA reserves for temporary arrays of the compiled step. `needed` is measured: the peak of resident
+memory of a separate process during some steps, less what was resident before them with all permanent arrays in place
+(on a GPU: memory from the allocator; jax's peak counts from the start of the process and includes its compiler's
+trials). Torch allocates its moments in the first step, so the others first take one on a few activations. Both are
+also given in arrays of (batch, d_sae) float32, the size of the pre-activations. Linux only.
 
-The trainers live in an environment of their own, --peer_env, which is made when it is not there (pip, about 2 GB).
+The trainers have their own environment, --peer_env, which is created if it does not exist (pip, about 2 GB).
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured."""
+    """Sizes and trainers of the measurement."""
 
     sizes: tuple[str, ...] = flag((shapes.SIZE,), shapes.SIZES_HELP)
     architectures: tuple[str, ...] = flag((), "Architectures; none is all.")
-    trainers: tuple[str, ...] = flag(tuple(TRAINERS), "Trainers beside jsae, each where it has the architecture.")
-    steps: int = flag(3, "Steps during which memory is watched.")
+    trainers: tuple[str, ...] = flag(tuple(TRAINERS), "Trainers beside jsae, each for the architectures that it has.")
+    steps: int = flag(3, "Steps during which the peak of memory is measured.")
     matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
-    device: Literal["cpu", "cuda"] = flag("cpu", "Where all run.")
-    autocast: bool = flag(False, "On a GPU: let the others multiply in bfloat16.")
+    device: Literal["cpu", "cuda"] = flag("cpu", "Device of all trainers.")
+    autocast: bool = flag(False, "On a GPU: let the other trainers multiply in bfloat16.")
     markdown: bool = flag(False, "Print the table as Markdown.")
     peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
-    out: FilePath = flag("experiments/results/memory_{device}.json", "Where the figures go.")
+    out: FilePath = flag("experiments/results/memory_{device}.json", "File for the results.")
 
     def __post_init__(self) -> None:
         known = shapes.known_architectures()
@@ -57,7 +57,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures all, prints a table, writes the figures."""
+    """Measure all trainers, print a table, write the results."""
     python = peers.trainers(config.peer_env) if config.trainers else None
     cases = [
         (size, architecture, name)
@@ -65,17 +65,18 @@ def main(config: Config) -> int:
         for architecture in config.architectures
         for name in (OURS, *(trainer for trainer in config.trainers if architecture in TRAINERS[trainer]))
     ]
-    found = []
+    results = []
     with Progress("measuring memory", len(cases), "steps") as progress:
         for size, architecture, name in cases:
             ours = name == OURS
             needed = _ours(config, size, architecture) if ours else _theirs(config, python, size, architecture, name)
-            found.append(_row(size, architecture, name, needed))
+            results.append(_row(size, architecture, name, needed))
             progress.advance()
     machine = timing.machine(config.device)
-    tables.show("memory of one training step", _COLUMNS, _cells(found), machine, config.markdown)
+    tables.show("memory of one training step", _COLUMNS, _cells(results), machine, config.markdown)
     out = config.out.format(device=config.device)
-    timing.write(out, {"machine": machine, "settings": timing.settings(config, "peer_env", "device"), "results": found})
+    settings = timing.settings(config, "peer_env", "device")
+    timing.write(out, {"machine": machine, "settings": settings, "results": results})
     print(f"figures: {out}")
     return 0
 
@@ -96,27 +97,27 @@ def _theirs(config: Config, python: Path | str, size: Size, architecture: str, n
         return asks[name]({"do": "peak", "steps": config.steps})
 
 
-def _row(size: Size, architecture: str, trainer: str, told: dict[str, int]) -> dict[str, Any]:
-    """Bytes, and how many arrays of (batch, d_sae) float32 they are."""
+def _row(size: Size, architecture: str, trainer: str, memory: dict[str, int]) -> dict[str, Any]:
+    """Return one result: the memory in bytes, and in arrays of (batch, d_sae) float32."""
     array = 4 * size.batch * size.d_sae
-    found = {"needed": told["peak"] - told["before"]}
-    if "planned" in told:
-        found["planned"] = told["planned"]
+    counts = {"needed": memory["peak"] - memory["before"]}
+    if "planned" in memory:
+        counts["planned"] = memory["planned"]
     return {
         "size": size._asdict(),
         "architecture": architecture,
         "trainer": trainer,
-        "bytes": found | {"before": told["before"]},
-        "arrays": {name: count / array for name, count in found.items()},
+        "bytes": counts | {"before": memory["before"]},
+        "arrays": {name: count / array for name, count in counts.items()},
     }
 
 
 _COLUMNS = ("size", "architecture", "trainer", "needed, arrays", "needed, MB", "planned, arrays", "planned, MB")
 
 
-def _cells(found: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+def _cells(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = []
-    for row in found:
+    for row in results:
         figures = []
         for name in ("needed", "planned"):
             known = name in row["arrays"]

@@ -1,6 +1,6 @@
-"""One training step of jsae in a process of its own: what XLA plans for it, and what the process needed.
+"""One training step of jsae in its own process: the memory that XLA plans for it, and what the process needed.
 
-Run by path with the project on PYTHONPATH. The job stands in `job.json`; the answer is one line of JSON.
+Run by path with the project on PYTHONPATH. Reads the job from `job.json` and answers every line with a line of JSON.
 """
 
 import json
@@ -14,7 +14,7 @@ from experiments.benches.shapes import Size
 
 
 def main(folder: Path) -> None:
-    """Answers the job in `folder`."""
+    """Do the job in `folder`, once for every line on stdin."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     device.jax_alone(job["device"])  # before jax is imported
     print(json.dumps({"versions": {}}), flush=True)
@@ -23,7 +23,7 @@ def main(folder: Path) -> None:
 
 
 def _needed(job: dict[str, Any]) -> dict[str, int]:
-    """Bytes: of temporary arrays that are planned, before the first step, and the most during some steps."""
+    """Return bytes: planned for temporary arrays, in use before the first step, and the peak during some steps."""
     import jax
 
     size = Size(*job["size"])
@@ -31,13 +31,13 @@ def _needed(job: dict[str, Any]) -> dict[str, int]:
     states = shapes.begin(member, x)
     program = shapes.program(member).lower(states, (x,)).compile()
     states = jax.block_until_ready(states)
-    card = None if job["device"] == "cpu" else jax.devices()[0]
-    before = resident.forget_peak() if card is None else card.memory_stats()["bytes_in_use"]
+    gpu = None if job["device"] == "cpu" else jax.devices()[0]
+    before = resident.forget_peak() if gpu is None else gpu.memory_stats()["bytes_in_use"]
     for _ in range(job["steps"]):
         states, _sums = program(states, (x,))
         jax.block_until_ready(states)
-    most = resident.peak() if card is None else card.memory_stats()["peak_bytes_in_use"]
-    return {"planned": program.memory_analysis().temp_size_in_bytes, "before": before, "peak": most}
+    peak = resident.peak() if gpu is None else gpu.memory_stats()["peak_bytes_in_use"]
+    return {"planned": program.memory_analysis().temp_size_in_bytes, "before": before, "peak": peak}
 
 
 if __name__ == "__main__":

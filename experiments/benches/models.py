@@ -1,4 +1,4 @@
-"""nanochats to measure with: the demo, and random weights in the shapes of deeper ones."""
+"""nanochats with random weights, in the shapes of deep ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _HEAD_DIM = 128
 
 
 def random_nanochat(depth: int, vocab_size: int, device: str) -> GPT:
-    """A nanochat of the newest generation with random weights, in the precision that `bridge.nanochat.load` takes."""
+    """Return a nanochat of the newest generation with random weights, in the precision of `bridge.nanochat.load`."""
     import torch
 
     from bridge.nanochat.model import GPT, GPTConfig

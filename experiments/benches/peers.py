@@ -1,4 +1,4 @@
-"""Libraries that are measured against: an environment of their own, and a process there that is asked line by line."""
+"""Libraries that jsae is compared with: their virtual environments, and processes in them that answer JSON lines."""
 
 import contextlib
 import json
@@ -11,50 +11,56 @@ from pathlib import Path
 from typing import Any
 
 Ask = Callable[[dict[str, Any]], dict[str, Any]]
-"""Sends a job to a peer's process and waits for its answer."""
+"""Send a job to a peer's process and wait for its answer."""
 
 TRAINERS_HOME = "~/.cache/jsae/quality-peers-1"
 """Where SAELens, dictionary_learning and sparsify are installed, unless a flag says otherwise."""
 
 _TRAINERS = (
     ["install", "-q", "torch>=2.9,<2.14", "sae-lens==6.54.12", "nnsight<0.4", "natsort", "schedulefree", "zstandard"],
-    ["install", "-q", "--no-deps", "dictionary-learning==0.1.0", "eai-sparsify==1.3.3"],  # the rest is of other work
-    # These come along, and fail to load beside a torch without CUDA.
+    [
+        "install",
+        "-q",
+        "--no-deps",
+        "dictionary-learning==0.1.0",
+        "eai-sparsify==1.3.3",
+    ],  # nothing else it requires is used
+    # These are installed with the others, and fail to load beside a torch without CUDA.
     ["uninstall", "-q", "-y", "torchvision", "torchaudio"],
 )
 _TRAINERS_PROOF = "import sae_lens, sparsify, dictionary_learning.training"
 
 
 def trainers(folder: str) -> Path:
-    """The interpreter of an environment with the other trainers of SAEs.
+    """Return the interpreter of an environment with the other trainers of SAEs; create the environment if needed.
 
     Raises:
-      OSError: it could not be made.
+      OSError: the environment could not be created.
     """
     return environment(Path(folder).expanduser(), _TRAINERS, _TRAINERS_PROOF)
 
 
 def environment(folder: Path, steps: Sequence[Sequence[str]], proof: str) -> Path:
-    """The interpreter of a virtual environment, made where it is not there whole.
+    """Return the interpreter of a virtual environment; create the environment unless it is complete.
 
     Args:
       folder: of the environment.
-      steps: arguments of pip, call by call.
-      proof: a statement that runs in it when all is there.
+      steps: arguments of pip, one sequence per call.
+      proof: a statement that runs without an error in a complete environment.
 
     Raises:
       OSError: a step failed.
     """
-    python, whole = folder / "bin" / "python", folder / "whole"
-    if whole.is_file():
+    python, complete = folder / "bin" / "python", folder / "whole"
+    if complete.is_file():
         return python
-    print(f"making {folder}", file=sys.stderr)
+    print(f"creating {folder}", file=sys.stderr)
     calls = [[sys.executable, "-m", "venv", "--clear", str(folder)]]
     calls += [[str(python), "-m", "pip", *step] for step in steps]
     for call in [*calls, [str(python), "-c", proof]]:
         if subprocess.run(call, check=False).returncode:
-            raise OSError(f"{folder} could not be made: `{' '.join(call)}` failed")
-    whole.touch()
+            raise OSError(f"{folder} could not be created: `{' '.join(call)}` failed")
+    complete.touch()
     return python
 
 
@@ -65,15 +71,21 @@ def process(
     folder: Path,
     variables: Mapping[str, str] | None = None,
     *,
-    called: str | None = None,
+    name: str | None = None,
 ) -> Iterator[tuple[dict[str, str], Ask]]:
-    """Runs `script folder` until the end: what it says first, `versions`, and how to ask it.
+    """Run `script folder`; yield the versions that it reports first and a function that sends it a job.
 
-    It answers every line of JSON with one; what it prints to stderr is shown when it ends before its time. Its
-    environment is this process's, with `variables` set; `called` is its name when it ends, else the script's.
+    The script answers every line of JSON with one line. If it ends early, the error shows what it printed to stderr.
+
+    Args:
+      python: the interpreter.
+      script: a file.
+      folder: its argument.
+      variables: environment variables, beside those of this process.
+      name: what the error calls the process; None uses the script's name.
 
     Raises:
-      OSError: it ended.
+      OSError: the process ended.
     """
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
@@ -91,7 +103,7 @@ def process(
             line = peer.stdout.readline()
             if not line:
                 errors.seek(0)
-                raise OSError(f"{called or f'the process of {script.stem}'} ended:\n{errors.read()[-2000:]}")
+                raise OSError(f"{name or f'the process of {script.stem}'} ended:\n{errors.read()[-2000:]}")
             return json.loads(line)
 
         def ask(job: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +111,7 @@ def process(
                 peer.stdin.write(json.dumps(job) + "\n")
                 peer.stdin.flush()
             except BrokenPipeError:
-                pass  # it ended, and `answer` says why
+                pass  # the process ended; `answer` raises the reason
             return answer()
 
         try:

@@ -1,4 +1,4 @@
-"""What the `quality` measurement compares: trainers, the recipes of each, and how much of everything is trained."""
+"""Trainers, recipes and sizes of the `quality` measurement."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Recipe:
 
     trainer: str
     name: str
-    """The architecture, and what tells it from the trainer's other ways."""
+    """The architecture, and the variant if the trainer has several."""
     coefficient: float | None = None
-    """Where the search for the strength of a peer's penalty starts; None where a number says what L0 is."""
+    """Start of the search for the strength of a peer's penalty; None where a number sets L0 directly."""
 
     @property
     def is_penalised(self) -> bool:
-        """Whether L0 comes of a penalty, and not of k."""
+        """Whether a penalty, not k, determines L0."""
         return self.name.split()[0] in ("relu", "gated", "jumprelu")
 
 
@@ -71,29 +71,29 @@ TRAINERS = tuple(dict.fromkeys(recipe.trainer for recipes in RECIPES.values() fo
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained, and how often."""
+    """Model, SAEs, trainers and search of the measurement."""
 
     checkpoint: Checkpoint = flag("demo", "nanochat checkpoint whose activations are learned.")
-    data: Data = flag("stdlib", "Its text.")
+    data: Data = flag("stdlib", "Text for the checkpoint.")
     layer: int = flag(2, "Layer whose residual stream is read.")
-    architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures.")
-    trainers: tuple[str, ...] = flag(("SAELens", "dictionary_learning", "sparsify", OURS), "Trainers.")
+    architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures to compare.")
+    trainers: tuple[str, ...] = flag(("SAELens", "dictionary_learning", "sparsify", OURS), "Trainers to compare.")
     d_sae: int = flag(1024, "Latents.")
-    k: int = flag(32, "Active latents per token; of all architectures the L0 that is aimed at.")
+    k: int = flag(32, "Active latents per token; the target L0 of all architectures.")
     nested_widths: tuple[int, ...] = flag((64, 256), "Matryoshka's inner widths.")
     num_activations: int = flag(2**18, "Activations that every SAE is trained on.")
     batch_size: int = flag(512, "Activations per step.")
     rates: tuple[float, ...] = flag((3e-3, 6e-3, 1.2e-2, 2.4e-2), "Learning rates to try beside a trainer's own.")
-    seeds: int = flag(3, "Seeds of weights.")
-    tries: int = flag(4, "Runs at most to find the strength of a penalty that gives the wanted L0.")
-    tolerance: float = flag(0.04, "How far L0 may be from the wanted one, as a part of it.")
+    seeds: int = flag(3, "Number of seeds for the weights.")
+    tries: int = flag(4, "Largest number of runs to find the strength of a penalty that gives the target L0.")
+    tolerance: float = flag(0.04, "Largest deviation of L0 from the target, as a fraction of the target.")
     heldout_activations: int = flag(65536, "Held-out activations to score on.")
     loss_tokens: int = flag(16384, "Held-out tokens to measure the model's loss on.")
-    threads: int | None = flag(None, "Threads of torch on either side; none: as many as it takes by itself.")
-    quick: bool = flag(False, "Few activations, one rate, one seed: only to see that all runs.")
+    threads: int | None = flag(None, "Threads of torch on both sides; none is torch's default.")
+    quick: bool = flag(False, "Few activations, one rate, one seed: only to check that everything runs.")
     markdown: bool = flag(False, "Print the table as Markdown.")
     peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
-    out: FilePath = flag("experiments/results/quality_cpu.json", "Where the figures go.")
+    out: FilePath = flag("experiments/results/quality_cpu.json", "File for the results.")
 
     def __post_init__(self) -> None:
         for name, known in (("architectures", ARCHITECTURES), ("trainers", TRAINERS)):
@@ -106,7 +106,7 @@ class Config:
         if self.num_activations < 100 * self.batch_size:
             raise ValueError(
                 f"num_activations={self.num_activations} is less than 100 batches of batch_size={self.batch_size}: "
-                "warm-up and decay are parts of the run that must be whole steps"
+                "warm-up and decay are fractions of the run that must be whole steps"
             )
         if not 1 <= self.k <= self.d_sae:
-            raise ValueError(f"k={self.k} of d_sae={self.d_sae} latents: give at most that many")
+            raise ValueError(f"k={self.k} is larger than d_sae={self.d_sae}, or below 1: give a k from 1 to d_sae")

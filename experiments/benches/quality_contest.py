@@ -1,4 +1,4 @@
-"""Who is compared with whom in the `quality` measurement, and how each gets its learning rate and its L0."""
+"""The comparison of the `quality` measurement: search for each trainer's learning rate and L0, then its figures."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     from experiments.benches.peers import Ask
     from experiments.benches.quality_sides import Subject
 
-_LONGEST_STEP = math.log(8)  # in the search for a strength: L0 may hardly depend on it, where a rate is far too low
+_LONGEST_STEP = math.log(8)  # of the search for a strength: L0 hardly depends on it where the rate is far too low
 _PARTS = {"warmup": 0.02, "decay": 0.2, "sparsity_warmup": 0.05, "dead": 0.1}
-"""Parts of a run: the learning rate rises, falls; penalties rise; a latent that is silent for so long is dead."""
+"""Fractions of a run: warm-up and decay of the learning rate, warm-up of penalties, silence of a dead latent."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One SAE, and how good it is."""
+    """A trained SAE and its scores."""
 
     recipe: Recipe
     rate: float | None
-    """None is the rate that the trainer takes by itself."""
+    """None is the trainer's default."""
     seed: int
     coefficient: float | None
-    """Weight of the penalty; of jsae the L0 that was asked for."""
+    """Weight of the penalty; for jsae the target L0."""
     folder: Path
     seconds: float = math.nan
     fvu: float = math.inf
-    """Infinite where training diverged."""
+    """Infinite if training diverged."""
     l0: float = math.nan
     dead_fraction: float = math.nan
 
@@ -45,77 +45,77 @@ class Contest:
     """Trains the recipes of one architecture after another.
 
     Args:
-      config: how much and how often.
-      subject: what is scored on.
-      folder: where the activations lie; SAEs go into one of their own in it.
-      ask: a peer's process.
-      tell: is given a line for every SAE that is trained.
+      config: sizes and search.
+      subject: model and held-out text for the scores.
+      folder: of the activations; SAEs are written to a new folder in it.
+      ask: sends a job to the peers' process.
+      report: called with a line for every SAE that is trained.
     """
 
-    def __init__(self, config: Config, subject: Subject, folder: Path, ask: Ask, tell: Callable[[str], None]):
-        self._config, self._subject, self._folder, self._ask, self._tell = config, subject, folder, ask, tell
+    def __init__(self, config: Config, subject: Subject, folder: Path, ask: Ask, report: Callable[[str], None]):
+        self._config, self._subject, self._folder, self._ask, self._report = config, subject, folder, ask, report
         self._saes, self._count = Path(tempfile.mkdtemp(dir=folder)), 0
 
     def rows(self, architecture: str) -> list[dict[str, Any]]:
-        """The figures of every trainer that has the architecture, the peers' first."""
+        """Return the figures of every trainer that has the architecture, the peers' first."""
         rows: list[dict[str, Any]] = []
         trainers = [t for t in TRAINERS if t in self._config.trainers and t != OURS]
         for trainer in (*trainers, *({OURS} & set(self._config.trainers))):
             recipes = [recipe for recipe in RECIPES[architecture] if recipe.trainer == trainer]
             if recipes:
-                rows.append({"architecture": architecture} | self._figures(recipes, self._wanted(recipes, rows)))
+                rows.append({"architecture": architecture} | self._figures(recipes, self._target(recipes, rows)))
         return rows
 
-    def _wanted(self, recipes: Sequence[Recipe], peers: Sequence[dict[str, Any]]) -> float | None:
-        """The L0 to aim at: k, or of jsae that of the best peer; None for architectures that have a k."""
+    def _target(self, recipes: Sequence[Recipe], peers: Sequence[dict[str, Any]]) -> float | None:
+        """Return the target L0: k, or for jsae that of the best peer; None for architectures that have a k."""
         if not recipes[0].is_penalised:
             return None
         if recipes[0].trainer != OURS or not peers:
             return float(self._config.k)
         return min(peers, key=lambda row: row["fvu"]["mean"])["l0"]["mean"]
 
-    def _figures(self, recipes: Sequence[Recipe], wanted: float | None) -> dict[str, Any]:
-        """Of a trainer's recipes and rates the best with seed 0, with every seed."""
-        tried = [trained for recipe in recipes for trained in self._rates(recipe, wanted)]
-        close = [t for t in tried if wanted is None or self._is_close(t.l0, wanted)] or tried
+    def _figures(self, recipes: Sequence[Recipe], target: float | None) -> dict[str, Any]:
+        """Choose a trainer's best recipe and rate with seed 0, train it with every seed; return the figures."""
+        tried = [trained for recipe in recipes for trained in self._rates(recipe, target)]
+        close = [t for t in tried if target is None or self._is_close(t.l0, target)] or tried
         best = min(close, key=lambda t: t.fvu)
         again = [self._train(best.recipe, best.rate, s, best.coefficient) for s in range(1, self._config.seeds)]
         return _summary(best, [best, *again], tried, [self._loss(t) for t in (best, *again)])
 
-    def _rates(self, recipe: Recipe, wanted: float | None) -> Iterable[Trained]:
-        """One SAE per rate, each with an L0 as wanted; a search starts where the last one ended well."""
+    def _rates(self, recipe: Recipe, target: float | None) -> Iterable[Trained]:
+        """Yield one SAE per rate, with L0 close to the target; a search starts from the last successful strength."""
         coefficient = recipe.coefficient
         for rate in (None, *self._config.rates):
             if coefficient is None:
-                yield self._asked(recipe, rate, wanted)
+                yield self._direct(recipe, rate, target)
             else:
-                found = self._search(recipe, rate, coefficient, wanted)
-                coefficient = found.coefficient if self._is_close(found.l0, wanted) else recipe.coefficient
-                yield found
+                trained = self._search(recipe, rate, coefficient, target)
+                coefficient = trained.coefficient if self._is_close(trained.l0, target) else recipe.coefficient
+                yield trained
 
-    def _asked(self, recipe: Recipe, rate: float | None, wanted: float | None) -> Trained:
-        """The SAE that was asked for k or an L0; once more where held-out text has another L0 than was asked for."""
-        found = self._train(recipe, rate, 0, wanted)
-        if wanted is None or self._is_close(found.l0, wanted) or not math.isfinite(found.l0):
-            return found
-        again = self._train(recipe, rate, 0, wanted * wanted / found.l0)
-        return min(found, again, key=lambda t: _off(t, wanted))
+    def _direct(self, recipe: Recipe, rate: float | None, target: float | None) -> Trained:
+        """Return an SAE trained with k or a target L0; train again if L0 on held-out text misses the target."""
+        trained = self._train(recipe, rate, 0, target)
+        if target is None or self._is_close(trained.l0, target) or not math.isfinite(trained.l0):
+            return trained
+        again = self._train(recipe, rate, 0, target * target / trained.l0)
+        return min(trained, again, key=lambda t: _distance(t, target))
 
-    def _search(self, recipe: Recipe, rate: float | None, coefficient: float, wanted: float) -> Trained:
-        """The SAE whose L0 came closest, by secants through the logarithms of strength and L0."""
+    def _search(self, recipe: Recipe, rate: float | None, coefficient: float, target: float) -> Trained:
+        """Return the SAE whose L0 is closest, by the secant method on the logarithms of strength and L0."""
         seen: list[Trained] = []
         for _ in range(self._config.tries):
             seen.append(self._train(recipe, rate, 0, coefficient))
-            if self._is_close(seen[-1].l0, wanted):
+            if self._is_close(seen[-1].l0, target):
                 break
-            coefficient = _next(seen, wanted)
-        return min(seen, key=lambda t: _off(t, wanted))
+            coefficient = _next(seen, target)
+        return min(seen, key=lambda t: _distance(t, target))
 
-    def _is_close(self, l0: float, wanted: float) -> bool:
-        return abs(l0 / wanted - 1) <= self._config.tolerance
+    def _is_close(self, l0: float, target: float) -> bool:
+        return abs(l0 / target - 1) <= self._config.tolerance
 
     def _train(self, recipe: Recipe, rate: float | None, seed: int, coefficient: float | None) -> Trained:
-        """One SAE, trained and scored."""
+        """Return one SAE, trained and scored."""
         self._count += 1
         config, folder = self._config, self._saes / str(self._count)
         job = {
@@ -139,7 +139,7 @@ class Contest:
         if answer["finite"]:
             trained = dataclasses.replace(trained, **quality_sides.score(folder, self._folder, self._subject))
         strength = "" if coefficient is None else f"strength {coefficient:.3g}"
-        self._tell(
+        self._report(
             f"{recipe.trainer:20}{recipe.name:14} rate {rate or 'own':<6} seed {seed} {strength:14}"
             f"FVU {trained.fvu:.4f} L0 {trained.l0:.1f} dead {trained.dead_fraction:.1%} {trained.seconds:.1f} s"
         )
@@ -149,17 +149,17 @@ class Contest:
         return quality_sides.loss_recovered(trained.folder, self._subject)
 
 
-def _off(trained: Trained, wanted: float) -> float:
-    """How far L0 is from the wanted one, as a difference of logarithms; infinite where training diverged."""
-    return abs(math.log(max(trained.l0, 0.1) / wanted)) if math.isfinite(trained.l0) else math.inf
+def _distance(trained: Trained, target: float) -> float:
+    """Return |log(L0 / target)|; infinite if training diverged."""
+    return abs(math.log(max(trained.l0, 0.1) / target)) if math.isfinite(trained.l0) else math.inf
 
 
-def _next(seen: Sequence[Trained], wanted: float) -> float:
-    """The strength to try next: on the line through the two closest so far, or of slope -1 through the only one."""
-    points = sorted((t for t in seen if math.isfinite(t.l0)), key=lambda t: _off(t, wanted))
+def _next(seen: Sequence[Trained], target: float) -> float:
+    """Return the strength to try next: on the line through the two closest points, or of slope -1 through one."""
+    points = sorted((t for t in seen if math.isfinite(t.l0)), key=lambda t: _distance(t, target))
     if not points:
         return seen[-1].coefficient / 2
-    x, y = zip(*((math.log(t.coefficient), math.log(max(t.l0, 0.1) / wanted)) for t in points), strict=True)
+    x, y = zip(*((math.log(t.coefficient), math.log(max(t.l0, 0.1) / target)) for t in points), strict=True)
     slope = (y[1] - y[0]) / (x[1] - x[0]) if len(points) > 1 and x[0] != x[1] else -1.0
     step = -y[0] / min(max(slope, -3.0), -0.3)
     return math.exp(x[0] + min(max(step, -_LONGEST_STEP), _LONGEST_STEP))
@@ -168,7 +168,7 @@ def _next(seen: Sequence[Trained], wanted: float) -> float:
 def _summary(
     best: Trained, seeds: Sequence[Trained], tried: Sequence[Trained], loss: Sequence[float]
 ) -> dict[str, Any]:
-    """The figures of one trainer."""
+    """Return the figures of one trainer."""
     values = {name: [getattr(t, name) for t in seeds] for name in ("fvu", "l0", "dead_fraction", "seconds")}
     values["loss_recovered"] = list(loss)
     return {

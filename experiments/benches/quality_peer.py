@@ -1,113 +1,105 @@
 """The other trainers' side of the `quality` measurement. Run by path in an environment of its own, which has no jsae.
 
-Reads a job a line from stdin, trains with the library's own trainer on the rows of `train.npy`, first to last, writes
-what was learned as a SAELens directory, and answers with a line of JSON. Lengths that a library counts in steps of its
-much longer runs (warm-up, decay, when a latent is dead) are the same parts of the run for all.
+Reads one JSON job per line from stdin, trains with the library's own trainer on the rows of `train.npy`, first to last,
+writes the SAE as a SAELens directory, and answers with a line of JSON. Lengths that a library counts in steps of its
+much longer runs (warm-up, decay, when a latent is dead) are the same fractions of the run for all.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+import peer_protocol  # beside this file
 
 CHECKED = 256
 """Rows of `train.npy` whose reconstruction by the library itself is written beside the weights."""
 
 
 def main(folder: Path) -> None:
-    """Serves the jobs on stdin, on the activations in `folder`."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print goes where errors go
+    """Answer the jobs on stdin, on the activations in `folder`."""
+    answers = peer_protocol.open_answers()
     import numpy as np
+    import peer_trainers
     import torch
 
     acts = torch.from_numpy(np.load(folder / "train.npy"))
-    _tell(answers, {"versions": _versions()})
-    for line in sys.stdin:
-        job = json.loads(line)
+    peer_protocol.answer(answers, {"versions": peer_protocol.versions(*peer_trainers.PACKAGES)})
+    for job in peer_protocol.jobs():
         if job["threads"] is not None:
             torch.set_num_threads(job["threads"])
         torch.manual_seed(job["seed"])
-        start, worked = time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), time.process_time()
         cfg, weights, reconstruct = LIBRARIES[job["library"]](job, acts)
-        seconds, worked = time.perf_counter() - start, time.process_time() - worked
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         finite = all(bool(w.isfinite().all()) for w in weights.values())
         if finite:
             with torch.no_grad():
                 _write(Path(job["folder"]), job, cfg, weights, reconstruct(acts[:CHECKED]).numpy())
-        _tell(answers, {"seconds": seconds, "cpu_seconds": worked, "finite": finite})
+        peer_protocol.answer(answers, {"seconds": seconds, "cpu_seconds": cpu_seconds, "finite": finite})
 
 
-def _tell(answers: TextIO, told: dict[str, Any]) -> None:
-    print(json.dumps(told), file=answers, flush=True)
+def _shape(job: dict[str, Any]) -> Any:
+    from peer_trainers import Shape
+
+    architecture = job["recipe"].partition(" ")[0]
+    return Shape(architecture, job["d_in"], job["d_sae"], job["k"], tuple(job["widths"]), job["batch_size"])
 
 
-def _steps(job: dict[str, Any], part: float) -> int:
-    return round(part * job["steps"])
+def _steps(job: dict[str, Any], fraction: float) -> int:
+    return round(fraction * job["steps"])
 
 
 def _batches(job: dict[str, Any], acts: Any) -> Iterator[Any]:
-    """The batches of a run: views of the rows in their order."""
+    """Yield the batches of a run: copies of the rows in their order."""
     for number in range(job["steps"]):
         yield acts[number * job["batch_size"] : (number + 1) * job["batch_size"]].clone()
 
 
-def _write(folder: Path, job: dict[str, Any], cfg: dict[str, Any], weights: dict[str, Any], made: Any) -> None:
-    """A SAELens directory, and what the library itself makes of the first rows."""
+def _write(
+    folder: Path, job: dict[str, Any], cfg: dict[str, Any], weights: dict[str, Any], reconstruction: Any
+) -> None:
+    """Write a SAELens directory, and the library's own reconstruction of the first rows."""
     import numpy as np
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    same = {"d_in": job["d_in"], "d_sae": job["d_sae"], "dtype": "float32", "device": "cpu"}
-    (folder / "cfg.json").write_text(json.dumps({**same, **cfg}), encoding="utf-8")
+    common = {"d_in": job["d_in"], "d_sae": job["d_sae"], "dtype": "float32", "device": "cpu"}
+    (folder / "cfg.json").write_text(json.dumps({**common, **cfg}), encoding="utf-8")
     exact = {name: w.detach().float().contiguous().clone() for name, w in weights.items()}
     save_file(exact, folder / "sae_weights.safetensors")
-    np.save(folder / "made.npy", made)
+    np.save(folder / "made.npy", reconstruction)
 
 
 Trained = tuple[dict[str, Any], dict[str, Any], Callable[[Any], Any]]
-"""cfg.json beside widths, weights by SAELens's names, and the library's own reconstruction."""
+"""cfg.json without the widths, weights by SAELens's names, and the library's own reconstruction."""
 
 
 # ---- SAELens ------------------------------------------------------------------------------------------------------
 
 
 def _saelens(job: dict[str, Any], acts: Any) -> Trained:
-    """SAETrainer with activations scaled as the documentation advises; learning rate to zero over the last fifth."""
+    """Train with SAETrainer: activations scaled as its documentation advises, rate to zero over the last fifth."""
     import itertools
 
-    import sae_lens
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
+    import peer_trainers
 
-    kind, own = _SAELENS[job["recipe"]]
-    settings = own(job)
-    config = getattr(sae_lens, f"{kind}TrainingSAEConfig")(
-        d_in=job["d_in"],
-        d_sae=job["d_sae"],
-        normalize_activations="expected_average_only_in",
-        **settings,
-    )
-    sae = getattr(sae_lens, f"{kind}TrainingSAE")(config)
-    scaled_on = min(job["steps"], 16)
-    trainer = SAETrainer(
-        SAETrainerConfig(
-            total_training_samples=job["steps"] * job["batch_size"],
-            train_batch_size_samples=job["batch_size"],
-            lr_warm_up_steps=_steps(job, job["warmup"]),
-            lr_decay_steps=_steps(job, job["decay"]),
-            dead_feature_window=_steps(job, job["dead"]),
-            n_batches_for_norm_estimate=scaled_on,
-            lr_end=1e-5,  # must be there; a constant rate does not use it
-            **({} if job["rate"] is None else {"lr": job["rate"]}),
-        ),
-        sae,
-        itertools.chain(itertools.islice(_batches(job, acts), scaled_on), _batches(job, acts)),
+    norm_batches = min(job["steps"], 16)
+    trainer = peer_trainers.saelens(
+        _shape(job),
+        job["steps"],
+        itertools.chain(itertools.islice(_batches(job, acts), norm_batches), _batches(job, acts)),
+        {"normalize_activations": "expected_average_only_in", **_saelens_penalty(job)},
+        lr_warm_up_steps=_steps(job, job["warmup"]),
+        lr_decay_steps=_steps(job, job["decay"]),
+        dead_feature_window=_steps(job, job["dead"]),
+        n_batches_for_norm_estimate=norm_batches,
+        **({} if job["rate"] is None else {"lr": job["rate"]}),
     )
     trainer.fit()
+    sae = trainer.sae
     weights = sae.state_dict()
     sae.process_state_dict_for_saving_inference(weights)
     cfg = {**sae.cfg.get_inference_sae_cfg_dict(), "metadata": {}}
@@ -115,7 +107,7 @@ def _saelens(job: dict[str, Any], acts: Any) -> Trained:
 
 
 def _saelens_reconstruction(cfg: dict[str, Any], weights: dict[str, Any]) -> Callable[[Any], Any]:
-    """The inference form, as SAELens itself computes it."""
+    """Return the inference form, as SAELens itself computes it."""
     from sae_lens.registry import get_sae_class
 
     kind, config = get_sae_class(cfg["architecture"])
@@ -124,109 +116,80 @@ def _saelens_reconstruction(cfg: dict[str, Any], weights: dict[str, Any]) -> Cal
     return sae
 
 
-_SAELENS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
-    "topk": ("TopK", lambda job: {"k": job["k"]}),
-    "batchtopk": ("BatchTopK", lambda job: {"k": float(job["k"])}),
-    "matryoshka": ("MatryoshkaBatchTopK", lambda job: {"k": float(job["k"]), "matryoshka_widths": job["widths"]}),
-    "relu": ("Standard", lambda job: _l1(job)),
-    "gated": ("Gated", lambda job: _l1(job)),
-    "jumprelu step": ("JumpReLU", lambda job: _l0(job)),
-    "jumprelu tanh": (
-        "JumpReLU",
-        lambda job: (
-            _l0(job)
-            | {
-                "jumprelu_sparsity_loss_mode": "tanh",
-                "jumprelu_bandwidth": 2.0,
-                "jumprelu_init_threshold": 0.1,
-                "jumprelu_ste_to_input": True,
-                "pre_act_loss_coefficient": 3e-6,
-                "l0_warm_up_steps": job["steps"],
-            }
-        ),
-    ),
-}
-
-
-def _l1(job: dict[str, Any]) -> dict[str, Any]:
-    return {"l1_coefficient": job["coefficient"], "l1_warm_up_steps": _steps(job, job["sparsity_warmup"])}
-
-
-def _l0(job: dict[str, Any]) -> dict[str, Any]:
-    return {"l0_coefficient": job["coefficient"], "l0_warm_up_steps": _steps(job, job["sparsity_warmup"])}
+def _saelens_penalty(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the penalty of L0 or L1, if the recipe has one."""
+    architecture, _, variant = job["recipe"].partition(" ")
+    warm_up_steps = _steps(job, job["sparsity_warmup"])
+    if architecture in ("relu", "gated"):
+        return {"l1_coefficient": job["coefficient"], "l1_warm_up_steps": warm_up_steps}
+    if architecture != "jumprelu":
+        return {}
+    settings: dict[str, Any] = {"l0_coefficient": job["coefficient"], "l0_warm_up_steps": warm_up_steps}
+    if variant == "tanh":
+        settings |= {
+            "jumprelu_sparsity_loss_mode": "tanh",
+            "jumprelu_bandwidth": 2.0,
+            "jumprelu_init_threshold": 0.1,
+            "jumprelu_ste_to_input": True,
+            "pre_act_loss_coefficient": 3e-6,
+            "l0_warm_up_steps": job["steps"],
+        }
+    return settings
 
 
 # ---- dictionary_learning ------------------------------------------------------------------------------------------
 
 
-class _Again:
-    """Batches that start anew for every loop over them: the norm is estimated on the first ones."""
+class _Restarting:
+    """Batches that start again for every loop over them: the norm is estimated on the first ones."""
 
     def __init__(self, job: dict[str, Any], acts: Any):
-        self._of = job, acts
+        self._job, self._acts = job, acts
 
     def __iter__(self) -> Iterator[Any]:
-        return _batches(*self._of)
+        return _batches(self._job, self._acts)
 
 
 def _dictionary_learning(job: dict[str, Any], acts: Any) -> Trained:
-    """TrainSAE with activations scaled, as its demo does."""
+    """Train with trainSAE and scaled activations, as its demo does."""
     import tempfile
 
+    import peer_trainers
     from dictionary_learning import training
-    from dictionary_learning.trainers import batch_top_k, gdm, jumprelu, matryoshka_batch_top_k, standard, top_k
 
-    schedule = {"warmup_steps": _steps(job, job["warmup"]), "decay_start": job["steps"] - _steps(job, job["decay"])}
+    architecture, _, variant = job["recipe"].partition(" ")
+    make, settings = peer_trainers.dictionary_learning(_shape(job), job["steps"], variant)
     penalty = {"sparsity_warmup_steps": _steps(job, job["sparsity_warmup"])}
-    # The threshold's running mean has a memory of a fiftieth of the run, and starts when it is a half over.
-    threshold = {"threshold_start_step": job["steps"] // 2, "threshold_beta": 1 - 50 / max(job["steps"], 100)}
-    fractions = [(b - a) / job["d_sae"] for a, b in zip([0, *job["widths"][:-1]], job["widths"], strict=True)]
-    trainer, settings = {
-        "topk": (top_k.TopKTrainer, {"k": job["k"], **threshold}),
-        "batchtopk": (batch_top_k.BatchTopKTrainer, {"k": job["k"], **threshold}),
-        "matryoshka": (
-            matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer,
-            {"k": job["k"], "group_fractions": fractions, **threshold},
-        ),
-        "relu": (standard.StandardTrainer, {"l1_penalty": job["coefficient"], **penalty}),
-        "relu april": (
-            standard.StandardTrainerAprilUpdate,
-            {"l1_penalty": job["coefficient"], **penalty},
-        ),
-        "gated": (gdm.GatedSAETrainer, {"l1_penalty": job["coefficient"], **penalty}),
-        "jumprelu": (
-            jumprelu.JumpReluTrainer,
-            {"sparsity_penalty": job["coefficient"], "target_l0": float(job["k"]), **penalty},
-        ),
-    }[job["recipe"]]
+    if architecture in ("relu", "gated"):
+        settings |= {"l1_penalty": job["coefficient"], **penalty}
+    elif architecture == "jumprelu":
+        settings |= {"sparsity_penalty": job["coefficient"], "target_l0": float(job["k"]), **penalty}
+    else:
+        # The running mean of the threshold spans a fiftieth of the run and starts halfway through it.
+        settings |= {"threshold_start_step": job["steps"] // 2, "threshold_beta": 1 - 50 / max(job["steps"], 100)}
 
-    def make(**config: Any) -> Any:
-        made = trainer(**config)
-        made.dead_feature_threshold = _steps(job, job["dead"]) * job["batch_size"]
-        return made
+    def make_trainer(**config: Any) -> Any:
+        trainer = make(**config)
+        trainer.dead_feature_threshold = _steps(job, job["dead"]) * job["batch_size"]
+        return trainer
 
     config = {
-        "trainer": make,
-        "steps": job["steps"],
-        "activation_dim": job["d_in"],
-        "dict_size": job["d_sae"],
-        "layer": 0,
-        "lm_name": "nanochat",
+        "trainer": make_trainer,
         "seed": job["seed"],
-        "device": "cpu",
-        **schedule,
+        "warmup_steps": _steps(job, job["warmup"]),
+        "decay_start": job["steps"] - _steps(job, job["decay"]),
         **settings,
         **({} if job["rate"] is None else {"lr": job["rate"]}),
     }
     with tempfile.TemporaryDirectory() as scratch:
         training.trainSAE(
-            _Again(job, acts), [config], job["steps"], save_dir=scratch, normalize_activations=True, device="cpu"
+            _Restarting(job, acts), [config], job["steps"], save_dir=scratch, normalize_activations=True, device="cpu"
         )
         return _loaded(job, Path(scratch) / "trainer_0")
 
 
 def _loaded(job: dict[str, Any], folder: Path) -> Trained:
-    """What dictionary_learning saved, with its scale in it, by SAELens's names."""
+    """Load what dictionary_learning saved, its scale folded in, by SAELens's names."""
     import torch
     from dictionary_learning.utils import load_dictionary
 
@@ -257,30 +220,29 @@ def _loaded(job: dict[str, Any], folder: Path) -> Trained:
 
 
 def _sparsify(job: dict[str, Any], acts: Any) -> Trained:
-    """Its Trainer, with a model that looks the activations up."""
+    """Train with its Trainer, on a model that looks the activations up."""
     import tempfile
 
+    import peer_trainers
     import torch
-    from replay import Replay  # beside this file
-    from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer
+    from sparsify import SparseCoder
 
+    rows = torch.arange(job["steps"] * job["batch_size"]).split(job["batch_size"])
     with tempfile.TemporaryDirectory() as scratch:
-        config = TrainConfig(
-            SparseCoderConfig(num_latents=job["d_sae"], k=job["k"]),
-            batch_size=1,
+        trainer = peer_trainers.sparsify(
+            _shape(job),
+            job["steps"],
+            [{"input_ids": row} for row in rows],
+            lambda input_ids: acts[input_ids],
             optimizer=job["recipe"].removeprefix("topk "),
+            seed=job["seed"],
             lr=job["rate"],
             lr_warmup_steps=_steps(job, job["warmup"]),
             dead_feature_threshold=_steps(job, job["dead"]) * job["batch_size"],
-            hookpoints=["site"],
-            init_seeds=[job["seed"]],
-            log_to_wandb=False,
-            save_every=job["steps"] + 2,
             save_dir=scratch,
             run_name="run",
         )
-        rows = torch.arange(job["steps"] * job["batch_size"]).split(job["batch_size"])
-        Trainer(config, [{"input_ids": row} for row in rows], Replay(lambda rows: acts[rows])).fit()
+        trainer.fit()
         coder = SparseCoder.load_from_disk(Path(scratch) / "run" / "site")
     cfg = {"architecture": "topk", "k": job["k"], "rescale_acts_by_decoder_norm": False, "apply_b_dec_to_input": True}
     weights = {"W_enc": coder.encoder.weight.T, "b_enc": coder.encoder.bias, "W_dec": coder.W_dec, "b_dec": coder.b_dec}
@@ -292,12 +254,6 @@ LIBRARIES: dict[str, Callable[[dict[str, Any], Any], Trained]] = {
     "dictionary_learning": _dictionary_learning,
     "sparsify": _sparsify,
 }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("sae-lens", "dictionary-learning", "eai-sparsify", "torch", "numpy")}
 
 
 if __name__ == "__main__":

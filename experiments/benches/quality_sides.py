@@ -1,4 +1,4 @@
-"""What the `quality` measurement works on, how an SAE is trained on this project's side, and how any SAE is scored."""
+"""Activations of the `quality` measurement, training on jsae's side, and the scores of any SAE."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from bridge.evaluate import Site
     from bridge.torch_sae import TorchSAE
 
-_CHUNK = 8192  # held-out activations that are scored at once
-_SAME = 1e-4  # of the norm, on the mean: a latent at its threshold may fall on either side
+_CHUNK = 8192  # held-out activations per batch of the scoring
+_TOLERANCE = 1e-4  # mean error over the norm: a latent at its threshold may be active on one side only
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is left of the text and the model once the activations are on the disk."""
+    """The model and the held-out text on which SAEs are scored."""
 
     site: Site
     rows: np.ndarray
-    """Held-out tokens on which the loss is measured, (R, T)."""
+    """Held-out tokens for the loss, (R, T)."""
     token_bytes: np.ndarray
     heldout: np.ndarray
     """Held-out activations, (n, d)."""
@@ -36,16 +36,19 @@ class Subject:
 
 
 def lay_out(folder: Path, *, checkpoint: str, data: str, layer: int, train: int, heldout: int, loss: int) -> Subject:
-    """Writes `train.npy`: activations of a nanochat, shuffled once, which every trainer reads from first to last.
+    """Write `train.npy`, shuffled activations of a nanochat, which every trainer reads from first to last.
 
     Args:
-      folder: where it goes.
+      folder: to write to.
       checkpoint: of the nanochat.
-      data: its text.
-      layer: whose residual stream is read.
-      train: activations to train on.
-      heldout: activations of held-out text to score on, as far as there is text.
-      loss: held-out tokens to measure the loss on.
+      data: text for the checkpoint.
+      layer: the layer whose residual stream is read.
+      train: number of activations to train on.
+      heldout: number of held-out activations to score on, or fewer if the text is short.
+      loss: number of held-out tokens to measure the loss on.
+
+    Returns:
+      the model and the held-out text.
     """
     import numpy as np
 
@@ -57,11 +60,11 @@ def lay_out(folder: Path, *, checkpoint: str, data: str, layer: int, train: int,
     nano = bridge.nanochat.load(checkpoint)
     excluded, row_len = (nano.tokenizer.bos_token_id,), nano.config.sequence_len
     site = Site(nano.model, hook_name(layer, "resid_post"), excluded)
-    corpus, kept_out = (Corpus(data, nano.tokenizer, split=s, row_len=row_len) for s in ("train", "heldout"))
+    corpus, heldout_corpus = (Corpus(data, nano.tokenizer, split=s, row_len=row_len) for s in ("train", "heldout"))
     endless = (corpus.next_rows(max(site.tokens_per_forward // row_len, 1)) for _ in iter(int, 1))
     acts = _gathered(site, endless, train)
     np.save(folder / "train.npy", acts[np.random.default_rng(0).permutation(len(acts))])
-    rows = np.stack(list(kept_out.one_pass(-(-heldout // row_len))))
+    rows = np.stack(list(heldout_corpus.one_pass(-(-heldout // row_len))))
     return Subject(
         site,
         rows[: max(loss // row_len, 1)],
@@ -70,25 +73,29 @@ def lay_out(folder: Path, *, checkpoint: str, data: str, layer: int, train: int,
     )
 
 
-def _gathered(site: Site, batches: Any, wanted: int) -> np.ndarray:
-    """The first activations that count, (at most wanted, d)."""
+def _gathered(site: Site, batches: Any, limit: int) -> np.ndarray:
+    """Return the first activations of tokens that count, (at most limit, d)."""
     import numpy as np
 
     parts: list[np.ndarray] = []
-    have = 0
+    count = 0
     for batch in site.read(batches):
         parts.append(batch.acts[batch.mask].float().numpy())
-        have += len(parts[-1])
-        if have >= wanted:
+        count += len(parts[-1])
+        if count >= limit:
             break
-    return np.concatenate(parts)[:wanted]
+    return np.concatenate(parts)[:limit]
 
 
 def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Trains with this project and exports; the peers' `quality_peer.py` does the same job with theirs.
+    """Train with jsae and export; `quality_peer.py` does the same job with the other trainers.
+
+    Args:
+      job: recipe, sizes and schedule, as `quality_peer.py` receives it.
+      folder: of `train.npy`.
 
     Returns:
-      `seconds` of training without the first step, which compiles; and whether all stayed `finite`.
+      `seconds` of training without the first step, which compiles; and whether all values stayed `finite`.
     """
     import jax
     import jax.numpy as jnp
@@ -99,12 +106,12 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     from jsae.config import TrainConfig
 
     acts = np.load(folder / "train.npy", mmap_mode="r")
-    name, _, recipe = job["recipe"].partition(" ")
-    own = {"k": job["k"]} if job["coefficient"] is None else {"target_l0": job["coefficient"]}
-    own |= {"jump_recipe": recipe} if recipe else {}
+    name, _, variant = job["recipe"].partition(" ")
+    settings = {"k": job["k"]} if job["coefficient"] is None else {"target_l0": job["coefficient"]}
+    settings |= {"jump_recipe": variant} if variant else {}
     nested = any(field.name == "nested_widths" for field in dataclasses.fields(find(name).Config))
-    own |= {"nested_widths": tuple(job["widths"])} if nested else {}
-    sae = sae_config(name, job["d_in"], job["d_sae"], **own)
+    settings |= {"nested_widths": tuple(job["widths"])} if nested else {}
+    sae = sae_config(name, job["d_in"], job["d_sae"], **settings)
     config = TrainConfig(
         num_activations=job["steps"] * job["batch_size"],
         batch_size=job["batch_size"],
@@ -113,18 +120,18 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         seed=job["seed"],
     )
     members = [loop.Member(sae, config)]
-    begun = loop.init(members, (jnp.asarray(acts[: 16 * job["batch_size"]]),))
-    first = 0.0
-    for step, (state,), _ in loop.fit(members, begun, ((batch,) for batch in _batches(job, acts))):
+    initial = loop.init(members, (jnp.asarray(acts[: 16 * job["batch_size"]]),))
+    start = 0.0
+    for step, (state,), _ in loop.fit(members, initial, ((batch,) for batch in _batches(job, acts))):
         if step == 1:
             jax.block_until_ready(state.step)
-            first = time.perf_counter()
+            start = time.perf_counter()
     finite = bool(jax.block_until_ready(state.bad_step) < 0)
     end = time.perf_counter()
     if finite:
         weights = state.exported.arrays()
         export.write(Path(job["folder"]), sae, weights, np.asarray(state.scale), np.asarray(state.scale_out), {})
-    return {"seconds": end - first, "finite": finite}
+    return {"seconds": end - start, "finite": finite}
 
 
 def _batches(job: dict[str, Any], acts: np.ndarray) -> Iterator[Any]:
@@ -135,10 +142,15 @@ def _batches(job: dict[str, Any], acts: np.ndarray) -> Iterator[Any]:
 
 
 def score(folder: Path, activations: Path, subject: Subject) -> dict[str, float]:
-    """FVU, L0 and dead fraction of an exported SAE on the held-out activations, whoever trained it.
+    """Return FVU, L0 and dead fraction of an exported SAE on the held-out activations.
+
+    Args:
+      folder: of the SAE, from any trainer.
+      activations: folder of `train.npy`.
+      subject: with the held-out activations.
 
     Raises:
-      ValueError: a library makes something else of activations than the export of what it learned.
+      ValueError: the export reconstructs differently from the library that trained it.
     """
     import torch
 
@@ -157,31 +169,36 @@ def score(folder: Path, activations: Path, subject: Subject) -> dict[str, float]
                 exact, error, latents.numpy(), (latents != 0).sum(0).numpy(), loss=0.0, nonfinite=0
             )
             total = sums if total is None else metrics.add(total, sums)
-    found = metrics.summarize(total)
-    return {name: found[name] for name in ("fvu", "l0", "dead_fraction")}
+    summary = metrics.summarize(total)
+    return {name: summary[name] for name in ("fvu", "l0", "dead_fraction")}
 
 
 def loss_recovered(folder: Path, subject: Subject) -> float:
-    """The share of the loss that zero ablation costs the model and the SAE in its place does not."""
+    """Return (ablated - spliced) / (ablated - original), of the model's cross-entropy.
+
+    The activations are replaced by zeros in the ablated model, by their reconstruction in the spliced one.
+    """
     from bridge import torch_sae
     from bridge.evaluate.splice import effects
 
     batches = subject.site.batches(subject.rows, len(subject.token_bytes))
-    found = effects(subject.site, torch_sae.load(folder), batches, subject.heldout.mean(0), subject.token_bytes)
-    ablated = found["with_ablation"].cross_entropy
-    return (ablated - found["with_sae"].cross_entropy) / (ablated - found["without_sae"].cross_entropy)
+    losses = effects(subject.site, torch_sae.load(folder), batches, subject.heldout.mean(0), subject.token_bytes)
+    ablated = losses["with_ablation"].cross_entropy
+    return (ablated - losses["with_sae"].cross_entropy) / (ablated - losses["without_sae"].cross_entropy)
 
 
 def _check(sae: TorchSAE, folder: Path, activations: Path) -> None:
-    """Holds an export against `made.npy`, what its library itself made of the first activations."""
+    """Compare an export with `made.npy`, the library's own reconstruction of the first activations."""
     import numpy as np
     import torch
 
     if not (folder / "made.npy").is_file():
         return
-    made = np.load(folder / "made.npy")
-    x = np.load(activations / "train.npy", mmap_mode="r")[: len(made)].copy()
+    expected = np.load(folder / "made.npy")
+    x = np.load(activations / "train.npy", mmap_mode="r")[: len(expected)].copy()
     with torch.no_grad():
-        distance = np.linalg.norm(sae(torch.from_numpy(x)).numpy() - made, axis=1) / np.linalg.norm(x, axis=1)
-    if not np.mean(distance) < _SAME:
-        raise ValueError(f"{folder}: the export reconstructs something else, {np.mean(distance):.2g} of |x| away")
+        distance = np.linalg.norm(sae(torch.from_numpy(x)).numpy() - expected, axis=1) / np.linalg.norm(x, axis=1)
+    if not np.mean(distance) < _TOLERANCE:
+        raise ValueError(
+            f"{folder}: the export does not reconstruct as its library does: they differ by {np.mean(distance):.2g} |x|"
+        )

@@ -1,8 +1,8 @@
-"""What it costs to look on while a nanochat decodes, and to steer it: against bare decoding, and against SAELens.
+"""Cost of tracking features while a nanochat decodes, and of steering: compared with bare decoding and SAELens.
 
 Random weights in the shapes of nanochat's d12 and d20, a TopK SAE of 8 times the width at the middle layer, cached
-decoding. Every case decodes the same tokens from the same position; `tracked` reads the features of all of them at
-the end, `tracked, read every token` after every token, `SAELens` encodes in a forward hook of its user's.
+decoding. Every case decodes the same tokens from the same position; `tracked` reads the features of all tokens at the
+end, `tracked, read every token` after every token, `SAELens` encodes in a forward hook that its user writes.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ BARE, TRACKED, EVERY, STEERED, SAELENS = "bare", "tracked", "tracked, read every
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured, and how often."""
+    """Models, batches and rounds of the measurement."""
 
-    depths: tuple[int, ...] = flag((12, 20), "Layers; width is 64 times that.")
+    depths: tuple[int, ...] = flag((12, 20), "Layers; the width is 64 times that.")
     batches: tuple[int, ...] = flag((1, 8), "Rows decoded together.")
     expansion_factor: int = flag(8, "Latents per channel.")
     k: int = flag(32, "Active latents per token.")
     vocab_size: int = flag(32768, "Tokens of the vocabulary.")
-    prompt: int = flag(64, "Tokens in the cache before.")
+    prompt: int = flag(64, "Tokens in the cache before decoding.")
     tokens: int = flag(16, "Tokens decoded per round.")
-    rounds: int = flag(15, "Rounds that count, at least 2.")
-    threads: int | None = flag(None, "Threads of torch on a CPU; none: as many as it takes by itself.")
-    device: str = flag("auto", "auto is cuda where there is one, else cpu.")
-    saelens: bool = flag(True, "Measure SAELens too (extra [test]).")
-    out: FilePath = flag("experiments/results/runtime_{device}.json", "Where the figures go.")
+    rounds: int = flag(15, "Timed rounds, at least 2.")
+    threads: int | None = flag(None, "Threads of torch on a CPU; none is torch's default.")
+    device: str = flag("auto", "Device; auto is cuda if there is one, else cpu.")
+    saelens: bool = flag(True, "Also measure SAELens (extra [test]).")
+    out: FilePath = flag("experiments/results/runtime_{device}.json", "File for the results.")
 
     def __post_init__(self) -> None:
         if self.device != "auto":
@@ -54,7 +54,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures every shape, prints a table, writes the figures."""
+    """Measure every shape, print a table, write the results."""
     import torch
     from rich.console import Console
 
@@ -62,26 +62,26 @@ def main(config: Config) -> int:
         torch.set_num_threads(config.threads)
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     require_torch(device)
-    found = []
+    results = []
     for depth in config.depths:
         with tempfile.TemporaryDirectory() as folder:
             model = models.random_nanochat(depth, config.vocab_size, device)
             im = _interpretable(config, model, Path(folder), device)
             theirs = _saelens(Path(folder), device) if config.saelens else None
             for batch in config.batches:
-                found.append({"depth": depth, "batch": batch, **_measure(config, im, theirs, batch)})
-                Console().print(_table(found[-1]))
-    shape = {
+                results.append({"depth": depth, "batch": batch, **_measure(config, im, theirs, batch)})
+                Console().print(_table(results[-1]))
+    settings = {
         name: value for name, value in dataclasses.asdict(config).items() if name not in ("device", "out", "threads")
     }
     out = config.out.format(device=device.partition(":")[0])
-    timing.write(out, {"machine": timing.machine(device), "settings": shape, "results": found})
+    timing.write(out, {"machine": timing.machine(device), "settings": settings, "results": results})
     Console().print(f"figures: {out}", soft_wrap=True)
     return 0
 
 
 def _interpretable(config: Config, model: GPT, folder: Path, device: str) -> InterpretableModel:
-    """The model with a random SAE, which went through files as a trained one does."""
+    """Return the model with a random SAE, written to files and read back as a trained one is."""
     import numpy as np
 
     from bridge.hooks import hook_name
@@ -104,24 +104,24 @@ def _interpretable(config: Config, model: GPT, folder: Path, device: str) -> Int
 
 
 def _saelens(folder: Path, device: str) -> Any:
-    """The same files, read by SAELens."""
+    """Return the SAE in the same files, read by SAELens."""
     from sae_lens import SAE
 
     return SAE.load_from_disk(next(folder.iterdir()), device=device)
 
 
 def _measure(config: Config, im: InterpretableModel, theirs: Any, batch: int) -> dict[str, Any]:
-    """Milliseconds per step of decoding of every case, and their ratios to bare decoding."""
+    """Return milliseconds per decoding step of every case, and their ratios to bare decoding."""
     seconds = timing.by_turns(_cases(config, im, theirs, batch), config.rounds)
-    steps = {name: [1e3 * s / config.tokens for s in own] for name, own in seconds.items()}
+    steps = {name: [1e3 * s / config.tokens for s in times] for name, times in seconds.items()}
     return {
-        "ms_per_step": {name: timing.spread(own) for name, own in steps.items()},
+        "ms_per_step": {name: timing.spread(times) for name, times in steps.items()},
         "ratio_to_bare": timing.ratios(seconds, BARE),
     }
 
 
 def _cases(config: Config, im: InterpretableModel, theirs: Any, batch: int) -> dict[str, Callable[[], None]]:
-    """What runs by turns: each decodes all tokens once and has at the end what it promises."""
+    """Return the cases to time: each decodes all tokens once."""
     import torch
 
     from bridge.hooks import find
@@ -150,8 +150,8 @@ def _cases(config: Config, im: InterpretableModel, theirs: Any, batch: int) -> d
             decode()
 
     def saelens() -> None:
-        kept = []
-        handle = find(im.model, hook).register_forward_hook(lambda m, i, output: kept.append(theirs.encode(output)))
+        codes = []
+        handle = find(im.model, hook).register_forward_hook(lambda m, i, output: codes.append(theirs.encode(output)))
         try:
             decode()
         finally:
@@ -161,7 +161,7 @@ def _cases(config: Config, im: InterpretableModel, theirs: Any, batch: int) -> d
     if theirs is None:
         del cases[SAELENS]
 
-    def waiting(case: Callable[[], None]) -> Callable[[], None]:
+    def synchronized(case: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
             with torch.no_grad():
                 case()
@@ -170,11 +170,11 @@ def _cases(config: Config, im: InterpretableModel, theirs: Any, batch: int) -> d
 
         return run
 
-    return {name: waiting(case) for name, case in cases.items()}
+    return {name: synchronized(case) for name, case in cases.items()}
 
 
 def _text(config: Config, model: GPT, batch: int) -> tuple[Callable[[], Any], Any]:
-    """A function that gives a cache right after the prompt, and the tokens that follow."""
+    """Return a function that resets the cache to the end of the prompt, and the tokens that follow."""
     import torch
 
     device = model.lm_head.weight.device
@@ -193,13 +193,13 @@ def _text(config: Config, model: GPT, batch: int) -> tuple[Callable[[], Any], An
     return rewind, ids[:, config.prompt :]
 
 
-def _table(found: dict[str, Any]) -> Any:
+def _table(result: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    title = f"d{found['depth']}, batch {found['batch']}"
+    title = f"d{result['depth']}, batch {result['batch']}"
     table = Table("", "ms per step", "over bare decoding", "quartiles", title=title, title_justify="left")
-    for name, step in found["ms_per_step"].items():
-        ratio = found["ratio_to_bare"][name]
+    for name, step in result["ms_per_step"].items():
+        ratio = result["ratio_to_bare"][name]
         over, low, high = (f"{100 * (ratio[key] - 1):+.2f} %" for key in ("median", "q1", "q3"))
         table.add_row(name, f"{step['median']:.3f}", over, f"{low} to {high}")
     return table

@@ -1,7 +1,7 @@
-"""What training steps are measured on: sizes, activations, settings, and a step as a case that goes on and on.
+"""Sizes, activations and settings of the training steps that are measured, and a step as a case for timing.
 
-A size is written `d_in:d_sae:k:batch`. Activations are normal numbers from a fixed key: all latents fire alike, so none
-dies and a sparse step touches all rows of the weights.
+A size is written `d_in:d_sae:k:batch`. Activations are normal numbers from a fixed key: all latents fire equally often,
+so none dies and a sparse step touches all rows of the weights.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from jsae.ops import Ops
 
 Dtype = Literal["float32", "bfloat16"]
-DTYPE_HELP = "What is multiplied: bfloat16 is for GPUs."
+DTYPE_HELP = "Type of the factors of matrix products; bfloat16 is for GPUs."
 SIZE = "768:6144:32:2048"
 LARGE = "768:24576:32:2048"
-SIZES_HELP = "What is measured: d_in:d_sae:k:batch of each."
+SIZES_HELP = "Sizes to measure, each written d_in:d_sae:k:batch."
 
 _BATCHES = 4
 _FAINT = 1e-3
-_STEPS = 1_000_000  # of the run that the measured steps belong to: schedules stand still meanwhile
+_STEPS = 1_000_000  # length of the run that the measured steps belong to: schedules hardly move during a measurement
 
 
 class Size(NamedTuple):
@@ -41,17 +41,17 @@ class Size(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Size:
-        """`d_in:d_sae:k:batch`.
+        """Return the size that `d_in:d_sae:k:batch` says.
 
         Raises:
-          ValueError: it is not four positive numbers, or k is above d_sae.
+          ValueError: the text is not four positive numbers, or k is larger than d_sae.
         """
         parts = text.split(":")
         if len(parts) != 4 or not all(p.isascii() and p.isdigit() and int(p) for p in parts):
             raise ValueError(f"sizes are d_in:d_sae:k:batch, four positive numbers such as {SIZE}, got {text!r}")
         size = cls(*map(int, parts))
         if size.k > size.d_sae:
-            raise ValueError(f"sizes: k={size.k} of d_sae={size.d_sae} latents in {text!r}: give at most that many")
+            raise ValueError(f"sizes: k={size.k} is larger than d_sae={size.d_sae} in {text!r}: give a smaller k")
         return size
 
     def __str__(self) -> str:
@@ -71,10 +71,10 @@ def known_architectures() -> tuple[str, ...]:
 
 
 def check(sizes: Sequence[str], architectures: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse what cannot be measured.
+    """Check the sizes and architectures of a measurement.
 
     Raises:
-      ValueError: a size or an architecture that is none, or no size or no architecture.
+      ValueError: an invalid size, an unknown architecture, or none at all.
     """
     if not sizes:
         raise ValueError(f"sizes must name at least one, such as {SIZE}")
@@ -85,7 +85,7 @@ def check(sizes: Sequence[str], architectures: Sequence[str], known: Sequence[st
 
 
 def sae_config(architecture: str, size: Size) -> SAEConfig:
-    """Return an SAE of that size, with the defaults of training; L0 does not matter to the time of dense steps."""
+    """Return the config of an SAE of that size, with the defaults of training."""
     from jsae.architectures import find
 
     config = find(architecture).Config
@@ -95,38 +95,38 @@ def sae_config(architecture: str, size: Size) -> SAEConfig:
 
 
 def train_config(size: Size, matmul_dtype: Dtype = "float32") -> TrainConfig:
-    """A run that is far longer than what is measured of it, in which no latent dies by itself."""
+    """Return the config of a run that is far longer than the measurement, and in which no latent dies."""
     return TrainConfig(size.batch * _STEPS, size.batch, dead_after=2**30, matmul_dtype=matmul_dtype)
 
 
 def activations(size: Size, seed: int = 0) -> jax.Array:
-    """A batch, (batch, d_in) float32."""
+    """Return a batch, (batch, d_in) float32."""
     import jax
 
     return jax.random.normal(jax.random.key(seed), (size.batch, size.d_in))
 
 
 def batches(size: Size) -> list[jax.Array]:
-    """What steps are fed by turns."""
+    """Return the batches that steps take in turn, (batch, d_in) float32 each."""
     return [activations(size, seed) for seed in range(_BATCHES)]
 
 
 def member(architecture: str, size: Size, matmul_dtype: Dtype = "float32") -> Member:
-    """Return the only SAE of a run."""
+    """Return a run's only member."""
     from jsae.loop import Member
 
     return Member(sae_config(architecture, size), train_config(size, matmul_dtype))
 
 
 def begin(member: Member, sample: jax.Array, dead: float = 0.0, ops: Ops | None = None) -> States:
-    """Return the state before the first step; of sparse architectures with that part of the latents dead for good."""
+    """Return the state before the first step; for sparse architectures with that fraction of latents dead for good."""
     from jsae import loop
 
     (state,) = loop.init([member], (sample,), ops)
     count = round(dead * member.sae.d_sae)
     if not count or not state.sae.sparse:
         return (state,)
-    # Latents that read next to nothing lose to all others, and AuxK raises them but slowly.
+    # Latents with tiny encoder rows are never selected, and AuxK revives them only slowly.
     state.sae.W_enc[...] = state.sae.W_enc.at[:count].multiply(_FAINT)
     return (state._replace(since_fired=state.since_fired.at[:count].set(member.train.dead_after)),)
 
@@ -149,12 +149,12 @@ def stepping(
     """Return a case that takes one training step and waits for it, after some warm-up."""
     import jax
 
-    only, fed = member(architecture, size, matmul_dtype), batches(size)
-    turn, kept, step = itertools.cycle(fed), [begin(only, fed[0], dead, ops)], program(only, ops)
+    only, inputs = member(architecture, size, matmul_dtype), batches(size)
+    endless, current, step = itertools.cycle(inputs), [begin(only, inputs[0], dead, ops)], program(only, ops)
 
     def run() -> None:
-        states, _ = step(kept[0], (next(turn),))
-        kept[0] = jax.block_until_ready(states)
+        states, _ = step(current[0], (next(endless),))
+        current[0] = jax.block_until_ready(states)
 
     for _ in range(warmup_steps):
         run()
@@ -162,7 +162,7 @@ def stepping(
 
 
 def encoder_matmul(size: Size, matmul_dtype: Dtype = "float32") -> Callable[[], None]:
-    """A case that multiplies a batch with the encoder and waits: what every step is compared with."""
+    """Return a case that multiplies a batch with the encoder and waits: every step is compared with it."""
     import jax
     import jax.numpy as jnp
 
@@ -181,7 +181,7 @@ def encoder_matmul(size: Size, matmul_dtype: Dtype = "float32") -> Callable[[], 
 
 
 def device_name(device: str) -> dict[str, str]:
-    """What jax calls its GPU, for `timing.machine`, which asks torch; nothing of a CPU."""
+    """Return jax's name of its GPU under "device", as in `timing.machine`, which asks torch; {} on a CPU."""
     import jax
 
     return {} if device == "cpu" else {"device": jax.devices()[0].device_kind}

@@ -1,10 +1,10 @@
-"""A whole streaming run, text to trained SAE, against the bare nanochat forward to the same hook.
+"""Time of a whole streaming run, text to trained SAE, compared with the bare nanochat forward to the same hook.
 
 `stream` is what `experiments.train` does between two blocks: the forward of the next block, the shuffle, a TopK step
-for every batch of this one. `forward` runs the model on the same number of the same rows, as many in one pass, up to
-the hook, and does nothing else: with all cores, and with the threads that the stream leaves to torch. `steps` trains on
-activations that are there. Hidden is the part of the shorter of forward and steps that the stream does not take longer
-for: (forward + steps - stream) / min(forward, steps), with the forward of the stream's threads.
+for every batch of this one. `forward` only runs the model up to the hook, on the same rows and as many in one pass:
+with all cores, and with the threads that the stream leaves to torch. `steps` trains on activations in memory. Hidden is
+the fraction of the shorter of forward and steps that overlaps with the other:
+(forward + steps - stream) / min(forward, steps), with the forward on the stream's threads.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ FORWARD, ITS_FORWARD, STEPS, STREAM = "forward", "forward, the stream's threads"
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured, and how often."""
+    """Models, SAE and rounds of the measurement."""
 
     models: tuple[str, ...] = flag(("demo", "d12"), "demo, or dN for random weights in the shape of N layers.")
     layer: int | None = flag(None, "Layer whose residual stream is read; none is the middle one.")
     expansion_factor: int = flag(8, "Latents per channel.")
     k: int = flag(32, "Active latents per token.")
     batch_size: int = flag(2048, "Activations per step.")
-    block_size: int = flag(8192, "Activations per block; a round is one block.")
+    block_size: int = flag(8192, "Activations per block; a round takes one block.")
     tokens_per_forward: int = flag(2048, "Tokens in one forward pass; a GPU wants 16 times as many.")
     vocab_size: int = flag(32768, "Tokens of the random models' vocabulary.")
-    rounds: int = flag(5, "Rounds that count, at least 2.")
-    threads: int | None = flag(None, "Threads of torch in the stream; none is what training takes, all cores.")
+    rounds: int = flag(5, "Timed rounds, at least 2.")
+    threads: int | None = flag(None, "Threads of torch in the stream; none is as in training, all cores.")
     matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
-    device: str = flag("cpu", "Where torch and jax run: cpu, cuda or cuda:N.")
-    jax_memory_fraction: float = flag(0.4, "Part of the GPU's memory for jax; torch has the rest.")
+    device: str = flag("cpu", "Device of torch and jax: cpu, cuda or cuda:N.")
+    jax_memory_fraction: float = flag(0.4, "Fraction of the GPU's memory for jax; torch has the rest.")
     markdown: bool = flag(False, "Print the table as Markdown.")
-    out: FilePath = flag("experiments/results/stream_{device}.json", "Where the figures go.")
+    out: FilePath = flag("experiments/results/stream_{device}.json", "File for the results.")
 
     def __post_init__(self) -> None:
         for name in self.models:
@@ -66,25 +66,24 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures every model, prints a table, writes the figures."""
-    where = device.share(config.device, config.jax_memory_fraction)
-    found = [_measure(config, name, where) for name in config.models]
-    machine = {key: value for key, value in timing.machine(where).items() if key != "threads"}
-    tables.show("a streaming run", _COLUMNS, _rows(found), machine, config.markdown)
-    out = config.out.format(device=where)
-    timing.write(out, {"machine": machine, "settings": timing.settings(config, "device"), "results": found})
+    """Measure every model, print a table, write the results."""
+    kind = device.share(config.device, config.jax_memory_fraction)
+    results = [_measure(config, name, kind) for name in config.models]
+    machine = {key: value for key, value in timing.machine(kind).items() if key != "threads"}
+    tables.show("a streaming run", _COLUMNS, _rows(results), machine, config.markdown)
+    out = config.out.format(device=kind)
+    timing.write(out, {"machine": machine, "settings": timing.settings(config, "device"), "results": results})
     print(f"figures: {out}")
     return 0
 
 
-def _measure(config: Config, name: str, where: str) -> dict[str, Any]:
-    """Seconds per block of all cases of a model, their ratios, and what is hidden."""
-    run = _Run(config, name, where)
+def _measure(config: Config, name: str, device_kind: str) -> dict[str, Any]:
+    """Return seconds per block of all cases of a model, their ratios, and the hidden fraction."""
+    run = _Run(config, name, device_kind)
     seconds = timing.by_turns(run.cases(), config.rounds)
-    own = seconds[ITS_FORWARD]
     hidden = [
-        (f + steps - stream) / min(f, steps)
-        for f, steps, stream in zip(own, seconds[STEPS], seconds[STREAM], strict=True)
+        (forward + steps - stream) / min(forward, steps)
+        for forward, steps, stream in zip(seconds[ITS_FORWARD], seconds[STEPS], seconds[STREAM], strict=True)
     ]
     return {
         "model": name,
@@ -102,7 +101,7 @@ def _measure(config: Config, name: str, where: str) -> dict[str, Any]:
 class _Run:
     """A model, its text, and the SAE that learns from it."""
 
-    def __init__(self, config: Config, name: str, where: str):
+    def __init__(self, config: Config, name: str, device_kind: str):
         import torch
 
         import bridge.nanochat
@@ -112,8 +111,10 @@ class _Run:
         from jsae.config import TrainConfig
         from jsae.loop import Member
 
-        demo = bridge.nanochat.load("demo", device=where)
-        self.model = demo.model if name == "demo" else models.random_nanochat(int(name[1:]), config.vocab_size, where)
+        demo = bridge.nanochat.load("demo", device=device_kind)
+        self.model = (
+            demo.model if name == "demo" else models.random_nanochat(int(name[1:]), config.vocab_size, device_kind)
+        )
         shape = self.model.config
         if shape.vocab_size < demo.config.vocab_size:
             raise ValueError(f"vocab_size={shape.vocab_size}: the text has up to {demo.config.vocab_size} tokens")
@@ -122,23 +123,23 @@ class _Run:
         self.corpus = Corpus("stdlib", demo.tokenizer, split="train", row_len=shape.sequence_len)
         self.bos = demo.tokenizer.bos_token_id
         self.rows_per_forward = max(config.tokens_per_forward // self.corpus.row_len, 1)
-        # A run that is longer than what is measured of it.
+        # The run is longer than the measurement.
         self.member: Member = Member(
             sae_config("topk", shape.n_embd, shape.n_embd * config.expansion_factor, k=config.k),
             TrainConfig(config.block_size * (config.rounds + 2), config.batch_size, matmul_dtype=config.matmul_dtype),
         )
         self.threads = {FORWARD: device.cores(), STREAM: config.threads or torch.get_num_threads()}
-        self._config, self._where = config, where
+        self._config, self._device = config, device_kind
 
     def cases(self) -> dict[str, Callable[[], None]]:
-        """What runs by turns: each does its part of the work of one block."""
+        """Return the cases to time: each does its part of the work of one block."""
         import torch
 
         def case(work: Callable[[], None], threads: int) -> Callable[[], None]:
             def run() -> None:
                 torch.set_num_threads(threads)
                 work()
-                if self._where != "cpu":
+                if self._device != "cpu":
                     torch.cuda.synchronize()
 
             return run
@@ -147,21 +148,21 @@ class _Run:
         tokens = self.corpus.next_rows(-(-self._config.block_size // self.corpus.row_len))
         self.corpus.seek(start)
         forward, (stream, steps) = self._forward(tokens), self._training()
-        few = self.threads[STREAM]
+        stream_threads = self.threads[STREAM]
         return {
             FORWARD: case(forward, self.threads[FORWARD]),
-            ITS_FORWARD: case(forward, few),
-            STEPS: case(steps, few),
-            STREAM: case(stream, few),
+            ITS_FORWARD: case(forward, stream_threads),
+            STEPS: case(steps, stream_threads),
+            STREAM: case(stream, stream_threads),
         }
 
     def _forward(self, rows: np.ndarray) -> Callable[[], None]:
-        """The bare model on the rows of a block, up to the hook."""
+        """Return a case that runs the bare model on the rows of a block, up to the hook."""
         import torch
 
         from bridge.hooks import capture
 
-        ids: torch.Tensor = torch.from_numpy(rows.astype("int64")).to(self._where)
+        ids: torch.Tensor = torch.from_numpy(rows.astype("int64")).to(self._device)
 
         @torch.no_grad()
         def run() -> None:
@@ -172,7 +173,7 @@ class _Run:
         return run
 
     def _training(self) -> tuple[Callable[[], None], Callable[[], None]]:
-        """A block of a run that streams, and the steps of a block of activations that are there."""
+        """Return two cases: a block of a streaming run, and the steps of a block of activations in memory."""
         import jax
 
         from bridge.stream import ActivationStream
@@ -185,19 +186,19 @@ class _Run:
         size, count = self._config.batch_size, self._config.block_size // self._config.batch_size
         batches = Shuffled(source, batch_size=size, batches_per_block=count, seed=0)
         sample, members = batches.peek(), [self.member]
-        given = [jax.tree.map(lambda acts, i=i: acts[i * size : (i + 1) * size], sample) for i in range(count)]
+        in_memory = [jax.tree.map(lambda acts, i=i: acts[i * size : (i + 1) * size], sample) for i in range(count)]
         programs = loop.Programs(members)
-        fitting = loop.fit(members, loop.init(members, sample), batches, programs)
-        kept = [loop.init(members, sample)]
+        run = loop.fit(members, loop.init(members, sample), batches, programs)
+        current = [loop.init(members, sample)]
 
         def stream() -> None:
-            *_, (_, states, _) = (next(fitting) for _ in range(count))
+            *_, (_, states, _) = (next(run) for _ in range(count))
             jax.block_until_ready(states)
 
         def steps() -> None:
-            for batch in given:
-                kept[0], _ = programs.at(1)(kept[0], batch)
-            jax.block_until_ready(kept[0])
+            for batch in in_memory:
+                current[0], _ = programs.at(1)(current[0], batch)
+            jax.block_until_ready(current[0])
 
         return stream, steps
 
@@ -205,14 +206,14 @@ class _Run:
 _COLUMNS = ("model", "d_sae", "", "ms per block", "activations per second", "stream over forward", "hidden")
 
 
-def _rows(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+def _rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for entry in found:
-        about = (entry["model"], str(entry["d_sae"]))
+    for entry in results:
+        heading = (entry["model"], str(entry["d_sae"]))
         for case, seconds in entry["seconds_per_block"].items():
             last = ("", "")
             if case == STREAM:
                 last = tables.ratio(entry["stream_over_forward"]), tables.ratio(entry["hidden"])
-            rows.append((*about, case, tables.ms(seconds), f"{entry['activations_per_second'][case]:,.0f}", *last))
-            about = ("", "")
+            rows.append((*heading, case, tables.ms(seconds), f"{entry['activations_per_second'][case]:,.0f}", *last))
+            heading = ("", "")
     return rows

@@ -1,8 +1,8 @@
-"""What it saves to train many SAEs in one pass over the model, against one run for each.
+"""Time saved by training many SAEs in one pass over the model, compared with one run for each.
 
-The demo nanochat, or random weights in the shape of a deeper one; TopK SAEs that differ in k and seed. `one pass` is
-the whole streaming run with N SAEs over N times the run with one. Beside it, of the step alone on one batch: SAEs of
-one shape stepped one after the other in one program (what training does), stacked with `vmap`, and stacked with `map`.
+The demo nanochat; TopK SAEs that differ in k and seed. `one pass` is the whole streaming run with N SAEs over N times
+the run with one. Beside it, the step alone on one batch: SAEs of one shape stepped one after the other in one program
+(as in training), stacked with `vmap`, and stacked with `map`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ ALONE, TURN, STACKED, MAPPED = "alone", "one program", "vmap", "map"
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured, and how often."""
+    """SAEs and rounds of the measurement."""
 
     counts: tuple[int, ...] = flag((2, 4, 8), "SAEs in one pass.")
-    hook: str = flag("blocks.2.hook_resid_post", "What they read of the demo nanochat.")
+    hook: str = flag("blocks.2.hook_resid_post", "Hook of the demo nanochat that they read.")
     expansion_factor: int = flag(8, "Latents per channel.")
     k: int = flag(32, "Active latents per token.")
     batch_size: int = flag(1024, "Activations per step.")
     block_size: int = flag(16384, "Activations per block; a round trains on two.")
-    rounds: int = flag(5, "Rounds that count, at least 2.")
-    threads: int = flag(1, "Threads of torch; jax has all cores.")
-    out: FilePath = flag("experiments/results/sweep_cpu.json", "Where the figures go.")
+    rounds: int = flag(5, "Timed rounds, at least 2.")
+    threads: int = flag(1, "Threads of torch; jax uses all cores.")
+    out: FilePath = flag("experiments/results/sweep_cpu.json", "File for the results.")
 
     def __post_init__(self) -> None:
         for name in ("expansion_factor", "k", "batch_size", "threads"):
@@ -50,7 +50,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Measures, prints a table, writes the figures."""
+    """Measure all counts, print a table, write the results."""
     import torch
     from rich.console import Console
 
@@ -58,7 +58,7 @@ def main(config: Config) -> int:
     passes = timing.by_turns(_passes(config), config.rounds)
     ratios = timing.ratios(passes, ALONE)
     steps = timing.by_turns(_steps(config), config.rounds)
-    found = [
+    results = [
         {
             "count": n,
             "one_pass_over_runs": {name: value / n for name, value in ratios[str(n)].items()},
@@ -70,14 +70,14 @@ def main(config: Config) -> int:
         for n in config.counts
     ]
     settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in ("out", "threads")}
-    timing.write(config.out, {"machine": timing.machine("cpu"), "settings": settings, "results": found})
-    Console().print(_table(found))
+    timing.write(config.out, {"machine": timing.machine("cpu"), "settings": settings, "results": results})
+    Console().print(_table(results))
     Console().print(f"figures: {config.out}", soft_wrap=True)
     return 0
 
 
 def _members(config: Config, n: int, d_in: int, num_activations: int, same: bool) -> list[Member]:
-    """N SAEs; `same` shape throughout, or every other with half the k."""
+    """Return N members: all of the `same` shape, or every other one with half the k."""
     from jsae.architectures import sae_config
     from jsae.config import TrainConfig
     from jsae.loop import Member
@@ -91,7 +91,7 @@ def _members(config: Config, n: int, d_in: int, num_activations: int, same: bool
 
 
 def _passes(config: Config) -> dict[str, Callable[[], None]]:
-    """Streaming runs over two blocks, compiled before, of one SAE and of many."""
+    """Return cases that stream two blocks, compiled before, for one SAE and for many."""
     import itertools
 
     import jax
@@ -108,9 +108,9 @@ def _passes(config: Config) -> dict[str, Callable[[], None]]:
     steps = 2 * config.block_size // config.batch_size
 
     def case(n: int) -> Callable[[], None]:
-        # The runs are longer than what is measured of them, so that every round goes on with the same program.
+        # The runs are longer than the measurement, so that every round continues with the same program.
         members = _members(config, n, nano.config.n_embd, config.batch_size * steps * (config.rounds + 2), same=False)
-        kept: list[Any] = []
+        run_state: list[Any] = []  # states of the SAEs, then the compiled programs
 
         def run() -> None:
             corpus.seek(start)
@@ -123,11 +123,11 @@ def _passes(config: Config) -> dict[str, Callable[[], None]]:
                 seed=0,
                 num_batches=steps,
             )
-            if not kept:
-                kept.append(loop.init(members, batches.peek()))
-                kept.append(loop.Programs(members))
-            *_, (_, last, _) = itertools.islice(loop.fit(members, kept[0], batches, kept[1]), steps)
-            kept[0] = jax.block_until_ready(last)
+            if not run_state:
+                run_state.append(loop.init(members, batches.peek()))
+                run_state.append(loop.Programs(members))
+            *_, (_, last, _) = itertools.islice(loop.fit(members, run_state[0], batches, run_state[1]), steps)
+            run_state[0] = jax.block_until_ready(last)
 
         return run
 
@@ -135,7 +135,7 @@ def _passes(config: Config) -> dict[str, Callable[[], None]]:
 
 
 def _steps(config: Config) -> dict[str, Callable[[], None]]:
-    """One step of SAEs of one shape on one batch, in the three ways."""
+    """Return cases that step SAEs of one shape on one batch, in the three ways."""
     import jax
     import jax.numpy as jnp
 
@@ -147,12 +147,12 @@ def _steps(config: Config) -> dict[str, Callable[[], None]]:
     def cases(n: int) -> dict[str, Callable[[], None]]:
         members = _members(config, n, d_in, 2**30, same=True)
         states = loop.init(members, (x,))
-        how, ops = members[0].train, members[0].ops
+        train_config, ops = members[0].train, members[0].ops
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         together = loop.Programs(members).at(1)
 
         def one(state: TrainState, x: jax.Array) -> TrainState:
-            return step.update(how, ops, state, x)[0]
+            return step.update(train_config, ops, state, x)[0]
 
         ways = {
             TURN: (lambda s, x: together(s, (x,))[0], states),
@@ -160,11 +160,11 @@ def _steps(config: Config) -> dict[str, Callable[[], None]]:
             MAPPED: (jax.jit(lambda s, x: jax.lax.map(lambda each: one(each, x), s), donate_argnums=0), stacked),
         }
 
-        def case(program: Callable[[Any, jax.Array], Any], begin: Any) -> Callable[[], None]:
-            kept = [jax.tree.map(jnp.copy, begin)]
+        def case(program: Callable[[Any, jax.Array], Any], initial: Any) -> Callable[[], None]:
+            current = [jax.tree.map(jnp.copy, initial)]
 
             def run() -> None:
-                kept[0] = jax.block_until_ready(program(kept[0], x))
+                current[0] = jax.block_until_ready(program(current[0], x))
 
             return run
 
@@ -173,12 +173,12 @@ def _steps(config: Config) -> dict[str, Callable[[], None]]:
     return {name: run for n in config.counts for name, run in cases(n).items()}
 
 
-def _table(found: list[dict[str, Any]]) -> Any:
+def _table(results: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    columns = ("SAEs", "one pass over so many runs", "quartiles", "vmap over one program", "map over one program")
+    columns = ("SAEs", "one pass over as many runs", "quartiles", "vmap over one program", "map over one program")
     table = Table(*columns, title="many SAEs in one pass", title_justify="left")
-    for entry in found:
+    for entry in results:
         whole, step = entry["one_pass_over_runs"], entry["step_over_one_program"]
         table.add_row(
             str(entry["count"]),

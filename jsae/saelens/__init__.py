@@ -1,4 +1,4 @@
-"""SAELens directories: their settings, checked, and their weights in one plain form. numpy only, no jax, no torch."""
+"""SAELens directories: checked settings, and weights in one plain form. numpy only, no jax, no torch."""
 
 from jsae.saelens.reading import Plain, read
 

@@ -1,4 +1,4 @@
-"""Settings of SAELens that say how an SAE was trained or stored, and change nothing of what it computes. Names only."""
+"""Names of SAELens settings that describe how an SAE was trained or stored, and do not change what it computes."""
 
 _TRAINING = """
 adam_beta1 adam_beta2 aux_loss_coefficient b_dec_init_method decoder_heuristic_init decoder_heuristic_init_norm
@@ -32,4 +32,4 @@ save_final_checkpoint unique_id verbose wandb_entity wandb_id wandb_log_frequenc
 """
 
 BOOKKEEPING = frozenset(" ".join((_TRAINING, _DEAD_LATENTS, _DATA, _MODEL, _RUNNER)).split())
-"""Every setting outside `metadata` that may stand in a `cfg.json` and is not read."""
+"""Every setting outside `metadata` that may occur in a `cfg.json` and is ignored."""

@@ -42,8 +42,8 @@ def read(folder: str | Path) -> Settings:
     """Read and check the `cfg.json` of a SAELens directory. Weights are not opened.
 
     Configurations of SAELens before version 6 are read as SAELens 6 reads them. Every setting that changes the
-    computation is applied by `jsae.saelens.read` or refused here by name; a setting that is neither known to
-    change it nor to leave it as it is (`BOOKKEEPING`) is refused too.
+    computation is applied by `jsae.saelens.read` or refused here by name. Settings that are not known, neither as
+    changing the computation nor as `BOOKKEEPING`, are refused too.
 
     Raises:
       FileNotFoundError: there is no `cfg.json`.
@@ -96,7 +96,7 @@ def read(folder: str | Path) -> Settings:
 
 
 def _parsed(file: Path) -> dict[str, Any]:
-    """The object of a JSON file of bounded size and depth whose names are unique."""
+    """Return the object in a JSON file; check its size, its depth, and that its names are unique."""
     size = file.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"{file} has {size:,} bytes: at most {MAX_BYTES:,} are read as the settings of an SAE")
@@ -119,16 +119,16 @@ def _parsed(file: Path) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    settings = dict(pairs)
+    if len(settings) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{shown_key(twice)!r} is set twice")
-    return found
+    return settings
 
 
 def _is_legacy(file: Path, cfg: dict[str, Any]) -> bool:
-    """Whether SAELens 6 takes the file for one of a version before it: it says so, or names no version."""
+    """Return whether SAELens 6 reads the file as one of an earlier version: by its version, or without one."""
     metadata = cfg.get("metadata")
     version = cfg.get("sae_lens_version") or (isinstance(metadata, dict) and metadata.get("sae_lens_version")) or None
     if version is None:
@@ -140,7 +140,7 @@ def _is_legacy(file: Path, cfg: dict[str, Any]) -> bool:
 
 
 def _renamed(file: Path, written: dict[str, Any]) -> dict[str, Any]:
-    """The settings under the names that SAELens 6 gives them."""
+    """Return the settings under the names of SAELens 6."""
     cfg = {name: value for name, value in written.items() if name not in _LEGACY_NAMES}
     for old, name in _LEGACY_NAMES.items():
         if old in written:
@@ -154,7 +154,7 @@ def _renamed(file: Path, written: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metadata(file: Path, cfg: dict[str, Any], legacy: bool) -> dict[str, Any]:
-    """What describes the SAE. In files before version 6 it stands between the settings."""
+    """Return the metadata of the SAE. In files before version 6 it is mixed with the settings."""
     metadata = {} if cfg.get("metadata") is None else cfg["metadata"]
     if not isinstance(metadata, dict):
         _refuse(file, "metadata", metadata, "must be an object")
@@ -182,11 +182,11 @@ _LEGACY_METADATA = (
 
 
 def _architecture(file: Path, cfg: dict[str, Any], legacy: bool) -> tuple[str, Any]:
-    """The architecture, and what the file says of k. Before version 6 the activation function makes an SAE TopK."""
+    """Return the architecture and the file's k. Before version 6 the activation function makes an SAE TopK."""
     known = (*ENCODERS, *TRANSCODERS, *CHECKPOINTS)
     architecture = cfg.get("architecture", "standard" if legacy else None)
     if not isinstance(architecture, str) or architecture not in known:
-        raise ValueError(f"{file}: architecture {shown(architecture)} is not known: {', '.join(known)} are")
+        raise ValueError(f"{file}: architecture {shown(architecture)} is unknown: expected one of {', '.join(known)}")
     activation = cfg.get("activation_fn")
     kwargs = {} if cfg.get("activation_fn_kwargs") is None else cfg["activation_fn_kwargs"]
     if activation not in (None, "relu", "topk") or isinstance(activation, dict | list):
@@ -211,22 +211,22 @@ def _widths(file: Path, cfg: dict[str, Any], architecture: str) -> tuple[int, in
         widths = ", ".join(f"{name}={shown(w)}" for name, w in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_out)))
         raise ValueError(f"{file}: d_in, d_sae and d_out must be positive integers, not {widths}")
     if architecture not in TRANSCODERS and d_out != d_in:
-        _refuse(file, "d_out", d_out, f"a {architecture} SAE makes what it reads: W_dec has width d_in={d_in}")
+        _refuse(file, "d_out", d_out, f"a {architecture} SAE reconstructs its input: W_dec has width d_in={d_in}")
     return d_in, d_sae, d_out
 
 
 def _crosscoder(
     folder: Path, file: Path, written: dict[str, Any], cfg: dict[str, Any], metadata: dict[str, Any]
 ) -> Settings:
-    """A crosscoder as `jsae.export.write` documents it."""
+    """Return the settings of a crosscoder, in the layout of `jsae.export.write_plain`."""
     sizes = {name: cfg.get(name) for name in ("layers", "d_in", "d_sae")}
     if not all(_is_size(size) for size in sizes.values()):
-        found = ", ".join(f"{name!r}: {shown(size)}" for name, size in sizes.items())
-        raise ValueError(f"{file}: layers, d_in and d_sae of a crosscoder must be positive integers, not {{{found}}}")
+        text = ", ".join(f"{name!r}: {shown(size)}" for name, size in sizes.items())
+        raise ValueError(f"{file}: layers, d_in and d_sae of a crosscoder must be positive integers, not {{{text}}}")
     activation = cfg.get("activation")
     if not isinstance(activation, str) or activation not in ENCODERS:
         known = ", ".join(ENCODERS)
-        raise ValueError(f"{file}: a crosscoder's activation {shown(activation)} is not known: {known} are")
+        raise ValueError(f"{file}: a crosscoder's activation {shown(activation)} is unknown: expected one of {known}")
     if not _switch(file, cfg, "apply_b_dec_to_input", True):
         raise ValueError(f"{file}: apply_b_dec_to_input must be true for a crosscoder")
     for name, only in (
@@ -286,7 +286,7 @@ def _rescales(file: Path, cfg: dict[str, Any], architecture: str) -> bool:
 
 
 def _normalization(file: Path, cfg: dict[str, Any], legacy: bool, transcoder: bool) -> str:
-    """How inputs are scaled before they are encoded: "none", or by statistics that lie beside the weights."""
+    """Return how inputs are scaled before encoding: "none", or by statistics stored beside the weights."""
     _reshaping(file, cfg)
     name = "normalize_activations"
     value = cfg.get(name, "none")
@@ -299,11 +299,11 @@ def _normalization(file: Path, cfg: dict[str, Any], legacy: bool, transcoder: bo
             file,
             name,
             value,
-            "scales every token by its own statistics, so that no weights without it compute the same, and a decoder "
-            "row has no fixed length: this reader takes 'none' only",
+            "scales every token by its own statistics, which cannot be folded into the weights: this reader takes "
+            "'none' only",
         )
     if value in _ESTIMATED and transcoder:
-        _refuse(file, name, value, "is not defined for what a transcoder makes: this reader takes 'none' only")
+        _refuse(file, name, value, "is not defined for a transcoder's output: this reader takes 'none' only")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Exact rewrites of an SAE's settings into its weights, so that one plain form computes what every file means."""
+"""Exact folding of an SAE's settings into its weights, so that one plain form computes the same as every file."""
 
 import numpy as np
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from jsae.files import is_system_error
 from jsae.saelens.settings import CHECKPOINTS, FACTORS, Settings, shown
 
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
-_COLUMNS = 8192  # of W_enc that are read in float64 at once
+_COLUMNS = 8192  # columns of W_enc that are converted to float64 at a time
 
 Weights = dict[str, np.ndarray]
 
@@ -17,17 +17,17 @@ Weights = dict[str, np.ndarray]
 def fold(settings: Settings, weights: Weights) -> Weights:
     """Return the weights of the same SAE in plain form: `f = act((x - b_dec) W_enc + b)`, `y = f W_dec + b_dec`.
 
-    In this order: statistics of the input that a training checkpoint keeps beside the weights, decoder norms by which
-    latents are rescaled, the threshold of a BatchTopK checkpoint, factors that finetuning learned, and the bias that is
-    not subtracted from the input. Latents come out as SAELens gives them. A transcoder subtracts no bias in any form.
+    Folded in this order: input statistics that a training checkpoint stores beside the weights, decoder norms that
+    rescale latents, the threshold of a BatchTopK checkpoint, factors learned in finetuning, and the bias if it is not
+    subtracted from the input. Latents are equal to SAELens's. A transcoder subtracts no bias in any form.
 
     Args:
       settings: of the file.
       weights: float32, by name, with the shapes of `Settings.checked`.
 
     Raises:
-      ValueError: statistics that are missing or broken, decoder rows of norm 0 that are divided by, or factors that
-        contradict the settings.
+      ValueError: statistics that are missing or broken, decoder rows of norm 0 where norms are divided by, or factors
+        that contradict the settings.
     """
     weights = dict(weights)
     if "log_threshold" in weights:
@@ -54,13 +54,13 @@ def fold(settings: Settings, weights: Weights) -> Weights:
 
 
 def _side_by_side(settings: Settings, weights: Weights) -> Weights:
-    """A crosscoder's arrays as those of one SAE of its layers side by side."""
+    """Return a crosscoder's arrays, reshaped to one SAE of its layers side by side."""
     flat = {"W_enc": (-1, settings.d_sae), "W_dec": (settings.d_sae, -1), "b_dec": (-1,)}
     return weights | {name: weights[name].reshape(shape) for name, shape in flat.items()}
 
 
 def _norms(settings: Settings, weights: Weights) -> Weights:
-    """Latents in units of unit decoder rows: `W_enc` and biases times the norms, `W_dec` over them."""
+    """Rescale latents to unit decoder rows: multiply `W_enc` and biases by the norms, divide `W_dec` by them."""
     squares = np.einsum("fo,fo->f", weights["W_dec"], weights["W_dec"], dtype=np.float64)
     norms = np.sqrt(squares).astype(np.float32)
     zeros = int((norms == 0).sum())
@@ -73,7 +73,7 @@ def _norms(settings: Settings, weights: Weights) -> Weights:
 
 
 def _factors(settings: Settings, weights: Weights) -> Float[np.ndarray, " f"] | None:
-    """The factors on latents before they are decoded, taken out of the weights; None where they change nothing."""
+    """Remove the factors on latents before decoding from the weights; return them, or None if they are 1."""
     names = [name for name in FACTORS if name in weights]
     if len(names) > 1:
         raise ValueError(f"{settings.folder}: the weights hold both {' and '.join(names)}: expected one of them")
@@ -81,10 +81,10 @@ def _factors(settings: Settings, weights: Weights) -> Float[np.ndarray, " f"] | 
     if names and np.allclose(factors, 1):
         return None
     if settings.finetuned != bool(names):
-        holds = f"the weights hold {names[0]}" if names else f"the weights hold no {FACTORS[0]}"
+        contents = f"the weights hold {names[0]}" if names else f"the weights hold no {FACTORS[0]}"
         raise ValueError(
-            f"{settings.folder}: finetuning_scaling_factor is {str(settings.finetuned).lower()}, but {holds}: one of "
-            "them is of another SAE"
+            f"{settings.folder}: finetuning_scaling_factor is {str(settings.finetuned).lower()}, but {contents}: one "
+            "of them belongs to another SAE"
         )
     if names and settings.rescales:
         raise ValueError(
@@ -94,7 +94,7 @@ def _factors(settings: Settings, weights: Weights) -> Float[np.ndarray, " f"] | 
 
 
 def _scale(settings: Settings, weights: Weights) -> Weights:
-    """Trained on `s x`: `W_enc` times s; `W_dec`, `b_dec`, and a threshold in units of decoder norms over s."""
+    """Fold the input scale s: multiply `W_enc` by s; divide `W_dec`, `b_dec` and a rescaled threshold by s."""
     scale = _scaler(settings).get("scaling_factor")
     if not jsons.is_finite(scale) or scale <= 0:
         raise ValueError(f"{settings.folder / SCALER}: scaling_factor is {shown(scale)}: expected a number above 0")
@@ -105,13 +105,13 @@ def _scale(settings: Settings, weights: Weights) -> Weights:
 
 
 def _whitening(settings: Settings, weights: Weights) -> Weights:
-    """Trained on `(x - mean) M`: see `sae_lens`'s `fold_activation_whitening`, which computes the same."""
+    """Fold the whitening `(x - mean) M` of the input, as `fold_activation_whitening` of SAELens does."""
     if _scaler(settings).get("has_whitening") is False:
         raise ValueError(f"{settings.folder / SCALER}: has_whitening is false, but normalize_activations asks for it")
     file, d = settings.folder / WHITENING, settings.d_in
     expected = {"mean": (d,), "matrix": (d, d), "inverse_matrix": (d, d)}
     try:
-        file.open("rb").close()  # safetensors calls every file missing that it cannot open
+        file.open("rb").close()  # safetensors reports every file that it cannot open as missing
         with safe_open(file, framework="numpy") as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
             if shapes != expected:
@@ -127,12 +127,12 @@ def _whitening(settings: Settings, weights: Weights) -> Weights:
         "b_dec": _float32(weights["b_dec"].astype(np.float64) @ inverse + mean),
     }
     weights = weights | folded
-    # Where b_dec is subtracted, the folded one subtracts the mean too.
+    # If b_dec is subtracted from the input, the folded b_dec subtracts the mean too.
     return weights if settings.subtracts_b_dec else _shifted(weights, -mean)
 
 
 def _shifted(weights: Weights, by: Float[np.ndarray, " d"]) -> Weights:
-    """Return weights with the same pre-activations of an input less `by`: biases gain `by W_enc`."""
+    """Return weights whose pre-activations of `x - by` equal those of `x` before: biases gain `by W_enc`."""
     W_enc, by = weights["W_enc"], by.astype(np.float64)
     parts = (W_enc[:, start : start + _COLUMNS] for start in range(0, W_enc.shape[1], _COLUMNS))
     gain = np.concatenate([by @ part.astype(np.float64) for part in parts])
@@ -143,13 +143,13 @@ def _shifted(weights: Weights, by: Float[np.ndarray, " d"]) -> Weights:
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
-    """Return an array in float32; what that cannot hold becomes infinite."""
+    """Return an array in float32; numbers out of its range become infinite."""
     with np.errstate(over="ignore"):
         return array.astype(np.float32)
 
 
 def _scaler(settings: Settings) -> dict:
-    """The statistics that SAELens's trainer keeps beside the weights of a checkpoint."""
+    """Return the statistics that SAELens's trainer stores beside the weights of a checkpoint."""
     file = settings.folder / SCALER
     if not file.is_file():
         raise ValueError(
@@ -159,9 +159,9 @@ def _scaler(settings: Settings) -> dict:
     try:
         if file.stat().st_size > 2**16:
             raise ValueError("it is too large")
-        found = jsons.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"expected an object, not {type(found).__name__}")
+        statistics = jsons.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(statistics, dict):
+            raise ValueError(f"expected an object, not {type(statistics).__name__}")
     except ValueError as error:
         raise ValueError(f"{file} is broken: {error}") from error
-    return found
+    return statistics

@@ -1,4 +1,4 @@
-"""Read the weights of a SAELens directory, folded to the one plain form that jsae and bridge compute with."""
+"""Read the weights of a SAELens directory, folded to the plain form that jsae and bridge compute with."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class Plain(NamedTuple):
     """
 
     cfg: dict[str, Any]
-    """Settings in SAELens's names, as an export of this project has them; `d_in` is the width of all layers."""
+    """Settings by SAELens's names, as in an export of jsae; `d_in` is the width of all layers."""
     weights: dict[str, np.ndarray]
     """float32: `W_enc` (d_in, d_sae), `W_dec` (d_sae, d_out), `b_dec` (d_out,), arrays of latents (d_sae,), and
     `W_skip` (d_out, d_in) of a transcoder with a skip path."""
@@ -32,22 +32,22 @@ class Plain(NamedTuple):
 def read(path: str | Path) -> Plain:
     """Read a SAELens directory, `cfg.json` and `sae_weights.safetensors`, of any version of SAELens.
 
-    Weights are rounded to the file's `dtype`, as SAELens does. Settings with an exact rewrite are folded into the
-    weights (`jsae.saelens.folding`), and `cfg` says so.
+    Weights are rounded to the file's `dtype`, as SAELens does. Settings that can be folded exactly are folded into the
+    weights (`jsae.saelens.folding`), and `cfg` has the folded values.
 
     Args:
       path: the directory, or `hf://owner/name[@revision]/folder` on the Hugging Face hub.
 
     Raises:
-      FileNotFoundError: no such directory, or a file of it is missing.
-      ValueError: a broken file, a setting that is unknown or not supported, an array that is missing, too many or of
+      FileNotFoundError: no such directory, or a file in it is missing.
+      ValueError: a broken file, a setting that is unknown or not supported, an array that is missing, unexpected or of
         another shape or type, or numbers that are not finite; names file and setting.
       ImportError: an address on the hub, and huggingface_hub is not installed.
     """
     settings = config.read(local_folder(path) if is_address(path) else path)
     file = settings.folder / WEIGHTS
     try:
-        file.open("rb").close()  # safetensors calls every file missing that it cannot open
+        file.open("rb").close()  # safetensors reports every file that it cannot open as missing
         weights = {name: rounded(array, settings.dtype) for name, array in _arrays(file, settings).items()}
     except (SafetensorError, OSError) as error:
         if isinstance(error, FileNotFoundError) or is_system_error(error):
@@ -61,19 +61,19 @@ def read(path: str | Path) -> Plain:
 
 def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
     """Return an array in float32, rounded to a type first: float64, float32, float16 or bfloat16."""
-    with np.errstate(over="ignore"):  # infinite where the type cannot hold a number
+    with np.errstate(over="ignore"):  # numbers out of the type's range become infinite
         array = array.astype(np.float32)
         if dtype == "float16":
             return array.astype(np.float16).astype(np.float32)
     if dtype != "bfloat16":
         return array
-    bits = array.view(np.uint32)  # to the nearest, of two as near to the even one
+    bits = array.view(np.uint32)  # round half to even
     nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
     return np.where(np.isfinite(array), nearest.view(np.float32), array)
 
 
 def _arrays(file: Path, settings: Settings) -> dict[str, np.ndarray]:
-    """Return the arrays of a file, whose header is checked before."""
+    """Return the arrays of a file, after a check of its header."""
     names = settings.checked()
     with safe_open(file, framework="numpy") as opened:
         kinds = {name: opened.get_slice(name).get_dtype() for name in names}
@@ -82,7 +82,7 @@ def _arrays(file: Path, settings: Settings) -> dict[str, np.ndarray]:
 
 
 def _bfloat16(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Return arrays that are stored in bfloat16, which numpy has not, in float32. safetensors has checked the file."""
+    """Return bfloat16 arrays, which numpy lacks, in float32. safetensors has already checked the file."""
     with file.open("rb") as opened:
         start = 8 + int.from_bytes(opened.read(8), "little")
         header = jsons.loads(opened.read(start - 8)) if shapes else {}
@@ -102,7 +102,7 @@ def _require_finite(file: Path, weights: dict[str, np.ndarray], where: str) -> N
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    """Return the settings of what `fold` gives: those of an export of this project."""
+    """Return the settings that belong to the folded weights, as in an export of jsae."""
     layers = settings.layers or 1
     cfg: dict[str, Any] = {
         "architecture": "jumprelu" if settings.architecture in CHECKPOINTS else settings.architecture,

@@ -18,14 +18,14 @@ _SHOWN = 12  # names in a message
 
 
 def local_folder(path: str | Path) -> Path:
-    """Return the folder of an SAE on the hub, having fetched its settings first and then what they ask for.
+    """Download an SAE from the hub, its settings first, then the files that they need; return its local folder.
 
-    Weights larger than the settings say are not fetched.
+    Weights larger than the settings imply are not downloaded.
 
     Raises:
       ImportError: huggingface_hub is not installed.
       FileNotFoundError: there is no such repository, revision or SAE, or it is not in the local cache.
-      ValueError: the address is none, or a file is too large.
+      ValueError: an invalid address, or a file that is too large.
     """
     address = hub.parse(path)
 
@@ -51,11 +51,11 @@ def _sae_folder(address: hub.Address, listing: hub.Listing) -> PurePosixPath:
         return address.folder
     names = [str(folder) for folder in saes if folder.parts]
     others = f"it has {_few(names)}: name one, {hub.FORM}" if names else "the repository has none"
-    raise FileNotFoundError(f"{address} is no exported SAE, which has {CFG} and {WEIGHTS}; {others}")
+    raise FileNotFoundError(f"{address} is not an exported SAE, which has {CFG} and {WEIGHTS}; {others}")
 
 
 def _within(address: hub.Address, listing: hub.Listing, limits: dict[PurePosixPath, int]) -> list[PurePosixPath]:
-    """Return those of the files that the repository has.
+    """Return the files that exist in the repository.
 
     Raises:
       ValueError: one of them is larger than its limit.
@@ -72,7 +72,7 @@ def _within(address: hub.Address, listing: hub.Listing, limits: dict[PurePosixPa
 
 
 def _limits(settings: Settings) -> dict[str, int]:
-    """Return the files that are read of an SAE, and the bytes that each may have."""
+    """Return the files of an SAE that are read, and the maximum size of each in bytes."""
     numbers = sum(math.prod(shape) for shape in settings.shapes().values()) + settings.d_sae
     return {
         CFG: config.MAX_BYTES,
@@ -83,6 +83,6 @@ def _limits(settings: Settings) -> dict[str, int]:
 
 
 def _few(names: Sequence[str]) -> str:
-    """Return the first names of a list that may be long."""
+    """Return the first names of a long list as a text."""
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""What an exported SAE is: architectures by SAELens's names, checked settings, the arrays they ask for."""
+"""Settings of an exported SAE: architectures by SAELens's names, checked settings, and their arrays."""
 
 import dataclasses
 import reprlib
@@ -18,7 +18,7 @@ ENCODERS: Mapping[str, tuple[str, ...]] = {
     "jumprelu": ("b_enc", "threshold"),
     "gated": ("b_gate", "r_mag", "b_mag"),
 }
-"""The forms of an encoder, by SAELens's names, and the arrays that each has per latent."""
+"""The forms of an encoder, by SAELens's names, and the arrays of latents of each."""
 TRANSCODERS: Mapping[str, str] = {
     "transcoder": "standard",
     "skip_transcoder": "standard",
@@ -26,7 +26,7 @@ TRANSCODERS: Mapping[str, str] = {
     "jumprelu_skip_transcoder": "jumprelu",
 }
 CHECKPOINTS = ("batchtopk", "matryoshka_batchtopk")
-"""Forms that SAELens writes into training checkpoints only; its inference form of them is jumprelu."""
+"""Forms that occur only in SAELens's training checkpoints; their inference form is jumprelu."""
 RANKED = ("topk", "abstopk")
 """Architectures that keep the k largest latents: `cfg["k"]`."""
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -38,17 +38,17 @@ _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 80
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the `cfg.json` of a SAELens directory says that changes the computation, checked.
+    """The checked settings of a SAELens directory's `cfg.json` that change the computation.
 
-    `architecture` is SAELens's name; of a crosscoder, whose layout is this project's, the name of its encoder's form.
+    `architecture` is SAELens's name; for a crosscoder, whose layout is jsae's own, the name of its encoder's form.
     `d_in` and `d_out` are widths of one layer.
     """
 
     folder: Path
     written: dict[str, Any]
-    """The file as it is."""
+    """The contents of the file."""
     legacy: bool
-    """Whether SAELens reads the file as one of a version before 6."""
+    """Whether SAELens reads the file as one from before version 6."""
     architecture: str
     d_in: int
     d_sae: int
@@ -62,18 +62,18 @@ class Settings:
     rescales: bool
     """Whether latents are ranked and scaled by the norms of their decoder rows."""
     normalization: str
-    """"none", or what is folded by the statistics of a training checkpoint."""
+    """"none", or the kind of input scaling whose statistics a training checkpoint stores."""
     finetuned: bool
-    """Whether latents are multiplied by a factor each before they are decoded."""
+    """Whether each latent is multiplied by a factor before decoding."""
     metadata: dict[str, Any]
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether it makes another activation than it reads."""
+        """Whether the target is a different activation from the input."""
         return self.architecture in TRANSCODERS
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every array that the weights must hold, by name."""
+        """Return the shape of every array that the weights must contain, by name."""
         d: tuple[int, ...] = (self.d_in,)
         o: tuple[int, ...] = (self.d_out,)
         f = (self.d_sae,)
@@ -90,44 +90,44 @@ class Settings:
     def checked(self) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of the arrays of `sae_weights.safetensors`, from its header alone.
 
-        Beside `shapes` a file may hold `scaling_factor` or `finetuning_scaling_factor` (d_sae,), and `log_threshold`
-        in the place of `threshold`, as earlier versions of SAELens wrote them.
+        Besides `shapes` a file may contain `scaling_factor` or `finetuning_scaling_factor` (d_sae,), and
+        `log_threshold` instead of `threshold`, as earlier versions of SAELens wrote them.
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: a broken file, arrays missing or too many, another shape, or numbers of another type than
-            float32, float64, float16 and bfloat16.
+          ValueError: a broken file, missing or unexpected arrays, another shape, or a type other than float32, float64,
+            float16 and bfloat16.
         """
         file = self.folder / WEIGHTS
         require_file(file)
         try:
-            file.open("rb").close()  # safetensors calls every file missing that it cannot open
+            file.open("rb").close()  # safetensors reports every file that it cannot open as missing
             with safe_open(file, framework="numpy") as opened:
                 slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-                found = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
                 types = {name: part.get_dtype() for name, part in slices.items()}
         except (SafetensorError, OSError, ValueError) as error:
             if is_system_error(error):
                 raise
             raise ValueError(f"{self.folder} holds a broken export: {WEIGHTS} is broken: {error}") from error
         expected = self.shapes()
-        if "threshold" in expected and "threshold" not in found and "log_threshold" in found:
+        if "threshold" in expected and "threshold" not in shapes and "log_threshold" in shapes:
             expected = {"log_threshold" if name == "threshold" else name: s for name, s in expected.items()}
-        expected |= {name: (self.d_sae,) for name in FACTORS if name in found}
-        if found != expected:
-            there = {name: found.get(name) for name in expected} | found
+        expected |= {name: (self.d_sae,) for name in FACTORS if name in shapes}
+        if shapes != expected:
+            actual = {name: shapes.get(name) for name in expected} | shapes
             kind = f"a {self.architecture} SAE of d_in {self.d_in}, d_sae {self.d_sae} and d_out {self.d_out} has"
             if self.layers is not None:
                 kind = f"a crosscoder of {self.layers} layers of width {self.d_in} has"
             has = " has" * (self.layers is None)
-            raise ValueError(f"{self.folder}: {kind} {expected}, but the file{has} {_few(there)} ({WEIGHTS})")
+            raise ValueError(f"{self.folder}: {kind} {expected}, but the file{has} {_few(actual)} ({WEIGHTS})")
         for name, kind in types.items():
             if kind not in _STORED:
                 raise ValueError(
-                    f"{file}: {name} is stored as {kind}, expected float32, float64, float16 or bfloat16: bring "
+                    f"{file}: {name} is stored as {kind}, expected float32, float64, float16 or bfloat16: give "
                     "weights that are not quantised"
                 )
-        return found
+        return shapes
 
 
 FACTORS = ("scaling_factor", "finetuning_scaling_factor")
@@ -137,21 +137,21 @@ FACTORS = ("scaling_factor", "finetuning_scaling_factor")
 def require_file(file: Path) -> None:
     """Raise FileNotFoundError where a file of an export is missing."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} is no exported SAE: it has no {file.name}")
+        raise FileNotFoundError(f"{file.parent} is not an exported SAE: it has no {file.name}")
 
 
 def shown(value: Any) -> str:
-    """Return a value as Python writes it, cut to what fits a line."""
+    """Return the repr of a value, shortened to fit a line."""
     return _BRIEF.repr(value)
 
 
 def shown_key(name: str) -> str:
-    """Return a name of a file, cut to what fits a line."""
+    """Return a name from a file, shortened to fit a line."""
     return name if len(name) <= 80 else name[:80] + "…"
 
 
-def _few(found: dict[str, Any]) -> str:
-    """Some of what a file holds: a hostile one has millions of names."""
-    more = len(found) - 12
-    first = ", ".join(f"{shown_key(name)!r}: {shape}" for name, shape in list(found.items())[:12])
+def _few(shapes: dict[str, Any]) -> str:
+    """Return the first shapes of a file as a text: a hostile file has millions of names."""
+    more = len(shapes) - 12
+    first = ", ".join(f"{shown_key(name)!r}: {shape}" for name, shape in list(shapes.items())[:12])
     return f"{{{first}{f' and {more} more' if more > 0 else ''}}}"

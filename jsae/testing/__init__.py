@@ -1,4 +1,4 @@
-"""The contract that every architecture keeps, for test files: `TestMine = jsae.testing.contract(MySAE)`."""
+"""The contract tests of an architecture, for test files: `TestMine = jsae.testing.contract(MySAE)`."""
 
 from jsae.testing.contract import Contract, contract
 

@@ -1,4 +1,4 @@
-"""What every architecture is tested for, as a class of tests that pytest runs.
+"""The contract of an architecture, as a class of tests that pytest runs.
 
     from my_package import MySAE
     import jsae
@@ -6,7 +6,7 @@
     TestMine = jsae.testing.contract(MySAE, l1_coefficient=2.0)
 
 The SAE is trained once on a toy world with a known dictionary, which takes seconds. On one device the sharded step is
-the whole one; `jax.config.update("jax_num_cpu_devices", 4)` in a conftest.py makes it a real one.
+not divided; `jax.config.update("jax_num_cpu_devices", 4)` in a conftest.py divides it over four devices.
 """
 
 import functools
@@ -29,9 +29,9 @@ from jsae.state import Acts, TrainState, input_and_target, shard
 from jsae.testing import toy
 
 D_SAE = 64
-"""Latents of an architecture that is given as a class: more than the 48 directions of the toy world."""
+"""Default number of latents: more than the 48 directions of the toy world."""
 N = 500
-"""Tokens of a batch."""
+"""Tokens per batch."""
 RUN = TrainConfig(num_activations=300_000, batch_size=N, learning_rate=4e-3, dead_after=20_000)
 _ROWS, _BLOCK = 20_000, 10_000
 
@@ -39,14 +39,14 @@ _ROWS, _BLOCK = 20_000, 10_000
 def contract(
     sae: type[SAE] | SAEConfig, *, no_gradient: Sequence[str] = (), sharded: bool = True, **settings: Any
 ) -> type["Contract"]:
-    """Return the tests of an architecture, a class for pytest to collect under a name that begins with `Test`.
+    """Return the tests of an architecture, a class that pytest collects under a name beginning with `Test`.
 
     Args:
-      sae: the class of the architecture; or its settings, with `d_in` the width of the toy world (32 per layer) and
-        `d_out`, of a transcoder, 24.
-      no_gradient: arrays of weights that may have no gradient in the first step, where gradients reach them only
-        through a window, for example.
-      sharded: whether a step on several devices is compared with that on one.
+      sae: the class of the architecture; or its settings, with the toy world's width `d_in` (32 per layer) and, for a
+        transcoder, `d_out` 24.
+      no_gradient: arrays of weights that may have no gradient in the first step, for example because gradients reach
+        them only through a window.
+      sharded: whether to compare a step on several devices with that on one.
       settings: of the architecture, such that about 1 to 8 of 64 latents are active on 2 true directions per token.
 
     Raises:
@@ -59,7 +59,7 @@ def contract(
 
 
 class Contract:
-    """The tests of an architecture. `contract` makes the class that is run."""
+    """The tests of an architecture; `contract` returns a subclass to run."""
 
     config: ClassVar[SAEConfig]
     no_gradient: ClassVar[tuple[str, ...]] = ()
@@ -76,8 +76,8 @@ class Contract:
         if self.config.skip:
             truth = world.beside(weights["W_skip"] * np.asarray(state.scale / state.scale_out))
         signed = self.config.sae.form != "abstopk"
-        found = toy.recovery(weights["W_dec"], truth, signed)
-        assert found > 0.9, f"the true directions are found with a mean cosine of {found:.3f} only"
+        cosine = toy.recovery(weights["W_dec"], truth, signed)
+        assert cosine > 0.9, f"the true directions are found with a mean cosine of only {cosine:.3f}"
         assert summary["fvu"] < 0.15, f"the fraction of variance unexplained is {summary['fvu']:.3f}"
 
     def test_it_keeps_its_promise_of_l0_and_kills_few_latents(self) -> None:
@@ -88,8 +88,8 @@ class Contract:
         if self.config.target_l0 is not None:
             np.testing.assert_allclose(summary["l0"], self.config.target_l0, rtol=0.05)
         assert 1 <= summary["l0"] <= 8, f"L0 is {summary['l0']:.2f}"
-        share = float((state.since_fired >= RUN.dead_after).mean())
-        assert share < 0.3, f"{share:.0%} of the latents are dead"
+        dead_fraction = float((state.since_fired >= RUN.dead_after).mean())
+        assert dead_fraction < 0.3, f"{dead_fraction:.0%} of the latents are dead"
 
     def test_decoder_rows_stay_unit(self) -> None:
         """Measure decoder rows after training."""
@@ -106,19 +106,19 @@ class Contract:
         np.testing.assert_allclose(compiled, eager, rtol=1e-4, atol=1e-5)
 
     def test_gradients_are_finite_and_reach_every_parameter(self) -> None:
-        """Differentiate the loss of the first batch, with half of the latents declared dead."""
-        start = begun(self.config)
+        """Differentiate the loss of the first batch, with half of the latents marked as dead."""
+        start = initial_state(self.config)
         context = Context(_OPS, training=True, dead=jnp.arange(self.config.d_sae) % 2 == 0)
         x, y = scaled(self.config, start)
         gradients = jax.jit(jax.grad(lambda sae: step.loss_of(sae, x, y, context)[0]))(start.sae)
-        still = {*self.no_gradient, *self.config.sae.initial_statistics(self.config)}
+        constant = {*self.no_gradient, *self.config.sae.initial_statistics(self.config)}
         for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
             names = {str(getattr(part, "key", getattr(part, "name", ""))) for part in path}
             assert np.isfinite(gradient).all(), f"the gradient of {path} is not finite"
-            assert np.asarray(gradient).any() or names & still, f"no gradient reaches {path}"
+            assert np.asarray(gradient).any() or names & constant, f"no gradient reaches {path}"
 
     def test_the_sparse_form_decodes_as_the_dense_one(self) -> None:
-        """Compare what is decoded with the product of all latents and the decoder."""
+        """Compare the decoded activations with the product of all latents and the decoder."""
         state, _ = trained_on(self.config)
         x, _ = scaled(self.config, state)
         latents = activate(state.sae, x)
@@ -129,7 +129,7 @@ class Contract:
         np.testing.assert_allclose(decode(state.sae, latents, x), expected, rtol=1e-4, atol=1e-4)
 
     def test_latents_that_fired_are_counted_by_value(self) -> None:
-        """Count the tokens on which each latent is not zero."""
+        """Compare the counts of firing with the tokens on which each latent is not zero."""
         state, _ = trained_on(self.config)
         latents = activate(state.sae, scaled(self.config, state)[0])
         expected = (dense(self.config, latents) != 0).sum(0)
@@ -142,10 +142,10 @@ class Contract:
         with Checkpoints(tmp_path / "checkpoints") as checkpoints:
             checkpoints.save(600, (state,), notes, fvu=0.1)
             checkpoints.wait()
-            found = checkpoints.restore(jax.eval_shape(lambda: (begun(self.config),)))
-        assert (found.step, found.notes) == (600, notes)
-        assert repr(jax.tree.structure(found.states)) == repr(jax.tree.structure((state,)))
-        for ours, theirs in zip(jax.tree.leaves(found.states), jax.tree.leaves(state), strict=True):
+            restored = checkpoints.restore(jax.eval_shape(lambda: (initial_state(self.config),)))
+        assert (restored.step, restored.notes) == (600, notes)
+        assert repr(jax.tree.structure(restored.states)) == repr(jax.tree.structure((state,)))
+        for ours, theirs in zip(jax.tree.leaves(restored.states), jax.tree.leaves(state), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
     def test_what_is_saved_computes_what_was_trained(self, tmp_path: Path) -> None:
@@ -166,37 +166,37 @@ class Contract:
         sae, is_dead = state.sae, jnp.arange(self.config.d_sae) % 5 == 0
         x, y = scaled(self.config, state)
         renewed, moments = dead.resample(sae, state.opt, is_dead, x, y, jax.random.key(3), _OPS)
-        gone = np.asarray(is_dead)
+        mask = np.asarray(is_dead)
         start = sae.initial_latents(self.config)
         for name in ("W_enc", "W_dec", *start):
             before, after = np.asarray(getattr(sae, name)), np.asarray(getattr(renewed, name))
-            np.testing.assert_array_equal(after[~gone], before[~gone])
+            np.testing.assert_array_equal(after[~mask], before[~mask])
             if name in start:
-                np.testing.assert_allclose(after[gone], start[name], rtol=1e-6)
+                np.testing.assert_allclose(after[mask], start[name], rtol=1e-6)
         np.testing.assert_array_equal(renewed.b_dec, sae.b_dec)
-        directions = np.asarray(renewed.W_dec)[gone]
+        directions = np.asarray(renewed.W_dec)[mask]
         np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1, atol=1e-5)
-        assert len(np.unique(directions.round(5), axis=0)) == gone.sum(), "the same token was drawn twice"
+        assert len(np.unique(directions.round(5), axis=0)) == mask.sum(), "the same token was drawn twice"
         for name in ("W_dec", *start):
             moment = np.asarray(getattr(moments.mu, name))
-            assert not moment[gone].any(), f"the moments of {name} are not renewed"
-            assert moment[~gone].any(), f"the moments of {name} are all renewed"
+            assert not moment[mask].any(), f"the moments of {name} are not renewed"
+            assert moment[~mask].any(), f"the moments of {name} are all renewed"
 
 
 class ShardedContract(Contract):
-    """The tests of an architecture, a step on several devices among them."""
+    """The tests of an architecture, including a step on several devices."""
 
     def test_sharded_equals_whole(self) -> None:
         """Take five steps on a mesh of at most 2 x 2 devices, and compare the state with that of one device."""
         devices = jax.devices()[: 2 ** min(len(jax.devices()).bit_length() - 1, 2)]
         mesh = axes.make_mesh(latent=min(len(devices), 2), devices=devices)
-        whole, sharded = begun(self.config), shard(begun(self.config), mesh)
-        cut = jax.NamedSharding(mesh, axes.spec(("n", "d")))
+        whole, sharded = initial_state(self.config), shard(initial_state(self.config), mesh)
+        sharding = jax.NamedSharding(mesh, axes.spec(("n", "d")))
         program = loop.Programs([loop.Member(self.config, RUN)]).at(RUN.num_steps)
         for i in range(5):
             batch = rows(self.config, N * i, N * (i + 1))
             (whole,), (sums,) = program((whole,), (batch,))
-            (sharded,), (sharded_sums,) = program((sharded,), (jax.device_put(batch, cut),))
+            (sharded,), (sharded_sums,) = program((sharded,), (jax.device_put(batch, sharding),))
         for ours, theirs in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
         expected, values = metrics.summarize(sums), metrics.summarize(sharded_sums)
@@ -204,7 +204,7 @@ class ShardedContract(Contract):
         assert sharded.sae.W_dec[...].sharding.is_fully_replicated == (len(devices) == 1)
 
 
-# ---- the trained SAE, and what it is trained on ---------------------------------------------------------------------
+# ---- the trained SAE and its activations ----------------------------------------------------------------------------
 
 
 @functools.cache
@@ -213,15 +213,15 @@ def trained_on(config: SAEConfig) -> tuple[TrainState, dict[str, float]]:
     source = ArraySource(*world_of(config).acts)
     stream = Shuffled(source, batch_size=N, batches_per_block=_BLOCK // N, seed=0, num_batches=RUN.num_steps)
     members, tail = [loop.Member(config, RUN)], None
-    fitting = loop.fit(members, loop.init(members, (stream.peek(),)), ((acts,) for acts in stream))
-    for number, states, (sums,) in fitting:  # noqa: B007 - the last states are wanted
+    run = loop.fit(members, loop.init(members, (stream.peek(),)), ((acts,) for acts in stream))
+    for number, states, (sums,) in run:  # noqa: B007 - the last states are returned
         if number > 0.9 * RUN.num_steps:
             tail = sums if tail is None else metrics.add(tail, sums)
     loop.check_finite(states[0], tail)
     return states[0], metrics.summarize(tail)
 
 
-def begun(config: SAEConfig) -> TrainState:
+def initial_state(config: SAEConfig) -> TrainState:
     """Return the state before the first step."""
     return loop.init([loop.Member(config, RUN)], (rows(config, 0, _BLOCK),))[0]
 
@@ -237,7 +237,7 @@ def _world(d_out: int | None, layers: int) -> toy.World:
 
 
 def rows(config: SAEConfig, start: int, stop: int) -> Acts:
-    """Return some activations, as a training step gets them."""
+    """Return rows `start` to `stop` of the activations, in the form that a training step takes."""
     acts = tuple(jnp.asarray(a[start:stop]) for a in world_of(config).acts)
     return acts if len(acts) > 1 else acts[0]
 

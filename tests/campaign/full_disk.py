@@ -1,11 +1,11 @@
-"""Runs out of disk space at many places, and goes on when there is space again.
+"""Run out of disk space at many points, and continue with enough space.
 
     python -m tests.campaign.full_disk --out=tests/campaign/full_disk.json
 
-A run is trained, finished, evaluated and exported within ever larger limits: of the size of a file (RLIMIT_FSIZE),
-and, as root, of a file system of its own (tmpfs). Each command must end with exit code 1 and one FATAL line that names
-a path of the run, or succeed; checkpoints from before must still be whole; and without the limit the same commands must
-lead to the results of a run that had space from the start, bit for bit. Exit code 1 if anything is otherwise.
+A run is trained, finished, evaluated and exported within increasing limits: on the size of a file (RLIMIT_FSIZE), and,
+as root, on a separate file system (tmpfs). Each command must succeed, or end with exit code 1 and one FATAL line that
+names a path of the run; earlier checkpoints must remain intact; and without the limit the same commands must give the
+results of a run that always had space, bit for bit. Exit code 1 if anything differs.
 """
 
 import argparse
@@ -28,13 +28,13 @@ FILE_SIZES = (300, 2_000, 8_000, 20_000, 60_000, 150_000, 300_000, 600_000)
 """Bytes that no file may exceed."""
 
 FREE = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Parts of what a whole run occupies."""
+"""Sizes of the file system, as fractions of the size of a complete run."""
 
 
 def main() -> int:
-    """Run the campaign and print what failed where."""
+    """Run the campaign and print where commands failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=None, help="where the runs lie; default: a temporary directory")
+    parser.add_argument("--work", type=Path, default=None, help="folder for the runs; default: a temporary directory")
     parser.add_argument("--out", type=Path, default=None, help="file for the result, JSON")
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="jsae-full-", dir=arguments.work))
@@ -49,11 +49,11 @@ def main() -> int:
         failures: collections.Counter[str] = collections.Counter()
         for name, limit in _limits(work, size):
             shutil.rmtree(_run(work), ignore_errors=True)
-            told, found = _starved(work, text, limit)
-            problems += [f"{name}: {problem}" for problem in found]
+            failed, wrong = _starved(work, text, limit)
+            problems += [f"{name}: {problem}" for problem in wrong]
             problems += [f"{name}: {problem}" for problem in _chain(work, text, expected)]
-            failures.update(told)
-            print(f"{name}: {len(told)} failures, {len(found)} of them wrong", flush=True)
+            failures.update(failed)
+            print(f"{name}: {len(failed)} failures, {len(wrong)} of them wrong", flush=True)
     finally:
         shutil.rmtree(work)
     for problem in problems:
@@ -76,23 +76,23 @@ def _run(work: Path) -> Path:
 
 
 def _limits(work: Path, size: int) -> Iterator[tuple[str, Callable[[], contextlib.AbstractContextManager[Any]]]]:
-    """Yield every limit by name: a function that returns the context in which it holds."""
-    for most in FILE_SIZES:
-        yield f"files of at most {most:,} bytes", lambda most=most: _largest_file(most)
+    """Yield the name of every limit, and a function that returns the context in which it applies."""
+    for limit in FILE_SIZES:
+        yield f"files of at most {limit:,} bytes", lambda limit=limit: _largest_file(limit)
     if os.geteuid() == 0:
         for part in FREE:
             yield f"a disk of {part:.0%} of the run", lambda part=part: _small_disk(work / "disk", int(size * part))
 
 
 @contextlib.contextmanager
-def _largest_file(most: int) -> Iterator[Callable[[], None]]:
-    """Yield what a process must call first, so that none of its files may grow beyond a size."""
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+def _largest_file(limit: int) -> Iterator[Callable[[], None]]:
+    """Yield a function that limits the size of files of the process that calls it."""
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 @contextlib.contextmanager
 def _small_disk(folder: Path, size: int) -> Iterator[Callable[[], None]]:
-    """Have a file system of a size at a folder; what is in it afterwards stays there."""
+    """Mount a file system of a given size at a folder; keep its contents afterwards."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={max(size, 4096)}", "tmpfs", str(folder)]
     subprocess.run(mount, check=True)
     try:
@@ -109,8 +109,8 @@ def _small_disk(folder: Path, size: int) -> Iterator[Callable[[], None]]:
 def _starved(
     work: Path, text: Path, limit: Callable[[], contextlib.AbstractContextManager[Any]]
 ) -> tuple[list[str], list[str]]:
-    """Give the commands of the chain within a limit; return where they failed, and what was wrong with how."""
-    told, problems = [], []
+    """Run the commands of the chain within a limit; return their failures, and what is wrong with them."""
+    failures, problems = [], []
     with limit() as prepare:
         for command in small_run.CHAIN:
             words = small_run.line(command, _run(work), text)
@@ -121,16 +121,16 @@ def _starved(
             if code == 0:
                 continue
             fatal = [text for text in output.splitlines() if "FATAL" in text]
-            told.append(f"{command}: {_shortened(fatal[-1] if fatal else output[-300:], work)}")
+            failures.append(f"{command}: {_shortened(fatal[-1] if fatal else output[-300:], work)}")
             if code != 1 or len(fatal) != 1 or "Traceback" in output or "Exception ignored" in output:
-                problems.append(f"{command} ended with code {code} and told {output[-1500:]!r}")
+                problems.append(f"{command} ended with code {code} and printed {output[-1500:]!r}")
             elif str(work) not in fatal[0]:
                 problems.append(f"{command} names no path: {fatal[0]}")
             if not checkpoints <= _checkpoints(work):
                 problems.append(f"{command} lost checkpoints: {checkpoints - _checkpoints(work)}")
             if command == "train":
                 break  # the others need its result
-    return told, problems
+    return failures, problems
 
 
 def _checkpoints(work: Path) -> set[str]:
@@ -143,7 +143,7 @@ def _shortened(fatal: str, work: Path) -> str:
 
 
 def _chain(work: Path, text: Path, expected: dict[str, Any] | None) -> list[str]:
-    """Give all commands with space; return what is wrong in the end."""
+    """Run all commands with enough space; return what is wrong in the end."""
     for command in small_run.CHAIN:
         process = small_run.start(small_run.line(command, _run(work), text), work / "log")
         if process.wait(600):

@@ -1,13 +1,13 @@
-"""Kills a run at random moments until it is done, again and again, and compares it with one that was left in peace.
+"""Kill runs at random moments until they are done, and compare them with an undisturbed run.
 
     python -m tests.campaign.kill --kills=100 --out=tests/campaign/kill.json
 
 Every round takes a run from nothing to its exports: train (with export and evaluation at its end), train --resume
 --prepare_neuronpedia on the trained run (with records and Neuronpedia's files), evaluate, explore, export. Its commands
-get SIGKILL at moments drawn by the seed: half of them at a moment of the command's time, from its start on, half just
-after a change of what the run directory holds. After a kill the same command is given again, training with --resume. In
-the end everything must be as in the reference, bit for bit: weights, metrics, TensorBoard, evaluation, checkpoints
-kept, records, exports; and nothing unfinished may lie around.
+get SIGKILL at random moments from the seed: half of them at a time since the start of the command, half just after a
+change in the run directory. After a kill the same command is run again, training with --resume. In the end everything
+must equal the reference, bit for bit: weights, metrics, TensorBoard, evaluation, checkpoints, records, exports; and no
+unfinished files may remain.
 
 Takes about ten minutes per hundred kills on two idle cores. Exit code 1 if anything differs.
 """
@@ -32,14 +32,14 @@ from rich.table import Table
 from tests.campaign import small_run
 
 KILLS = {"train": 10, "finish": 3, "evaluate": 3, "explore": 3, "export": 3}
-"""How often the commands of a round are killed."""
+"""Number of kills of each command in a round."""
 
 _LIMIT = 600  # seconds for a command
 
 
 @dataclass
 class Campaign:
-    """Where it takes place, what is known of a command, and what happened."""
+    """The folder of a campaign, durations and changes of its commands, and the results."""
 
     work: Path
     random: random.Random
@@ -50,7 +50,7 @@ class Campaign:
 
     @property
     def run(self) -> Path:
-        """Always the same path, because some results hold it."""
+        """The run directory; always the same path, because some results contain it."""
         return self.work / "run"
 
     @property
@@ -63,7 +63,7 @@ class Campaign:
 
 
 def main() -> int:
-    """Run the campaign, print where the kills landed and what differed."""
+    """Run the campaign; print where the kills occurred and what differed."""
     arguments = _arguments()
     work = Path(tempfile.mkdtemp(prefix="jsae-kill-", dir=arguments.work))
     campaign = Campaign(work, random.Random(arguments.seed))
@@ -71,7 +71,7 @@ def main() -> int:
     try:
         small_run.make_text(campaign.text)
         first, expected = _whole(campaign), _whole(campaign)  # the first also fills the cache of compiled programs
-        rounds = [small_run.differences(first, expected)]  # whether a run left in peace repeats itself
+        rounds = [small_run.differences(first, expected)]  # an undisturbed run must be reproducible
         while campaign.landed.total() < arguments.kills and not (campaign.problems or rounds[-1]):
             rounds.append(_round(campaign, expected, arguments.kills - campaign.landed.total()))
             print(
@@ -80,8 +80,8 @@ def main() -> int:
     finally:
         if not arguments.keep:
             shutil.rmtree(work)
-    problems = campaign.problems + [problem for found in rounds for problem in found]
-    _tell(campaign, problems)
+    problems = campaign.problems + [problem for differences in rounds for problem in differences]
+    _show(campaign, problems)
     if arguments.out is not None:
         _write(arguments, campaign, len(rounds) - 1, problems, time.monotonic() - began)
     return 1 if problems else 0
@@ -89,16 +89,16 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="how many in all (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--work", type=Path, default=None, help="where the runs lie; default: a temporary directory")
+    parser.add_argument("--kills", type=int, default=100, help="total number of kills (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    parser.add_argument("--work", type=Path, default=None, help="folder for the runs; default: a temporary directory")
     parser.add_argument("--out", type=Path, default=None, help="file for the result, JSON")
-    parser.add_argument("--keep", action="store_true", help="leave the last run where it is")
+    parser.add_argument("--keep", action="store_true", help="do not remove the last run")
     return parser.parse_args()
 
 
 def _whole(campaign: Campaign) -> dict[str, Any]:
-    """The results of a run that is left in peace; on the way, how long its commands take and what they change."""
+    """Return the results of an undisturbed run; record the durations and changes of its commands."""
     shutil.rmtree(campaign.run, ignore_errors=True)
     for command in small_run.CHAIN:
         began = time.monotonic()
@@ -106,16 +106,16 @@ def _whole(campaign: Campaign) -> dict[str, Any]:
         campaign.changes[command] = _watch(campaign, process, until=float("inf"), changes=None)
         campaign.seconds[command] = time.monotonic() - began
         if process.returncode:
-            raise SystemExit(f"{command} failed though nothing was done to it:\n{campaign.log.read_text()[-4000:]}")
+            raise SystemExit(f"{command} failed without a kill:\n{campaign.log.read_text()[-4000:]}")
     return small_run.results(campaign.run)
 
 
-def _round(campaign: Campaign, expected: dict[str, Any], most: int) -> list[str]:
-    """Kill a run through all its commands; return how it differs in the end."""
+def _round(campaign: Campaign, expected: dict[str, Any], max_kills: int) -> list[str]:
+    """Kill a run in all its commands; return the differences in the end."""
     shutil.rmtree(campaign.run, ignore_errors=True)
     for command, kills in KILLS.items():
-        while kills and most and _killed(campaign, command):
-            kills, most = kills - 1, most - 1
+        while kills and max_kills and _killed(campaign, command):
+            kills, max_kills = kills - 1, max_kills - 1
         process = small_run.start(small_run.line(command, campaign.run, campaign.text), campaign.log)
         if process.wait(_LIMIT):
             campaign.problems.append(f"{command} after kills: exit code {process.returncode}: {_last(campaign)}")
@@ -124,7 +124,7 @@ def _round(campaign: Campaign, expected: dict[str, Any], most: int) -> list[str]
 
 
 def _killed(campaign: Campaign, command: str) -> bool:
-    """Start a command and kill it at a random moment; return whether it was still there then."""
+    """Start a command and kill it at a random moment; return whether it was still running."""
     before = small_run.paths(campaign.run)
     until, changes = campaign.random.uniform(0, campaign.seconds[command]), None
     if campaign.random.random() < 0.5:
@@ -145,7 +145,7 @@ def _killed(campaign: Campaign, command: str) -> bool:
 
 
 def _watch(campaign: Campaign, process: subprocess.Popen[bytes], until: float, changes: int | None) -> int:
-    """Wait for so many seconds, changes of the run directory, or the end; return how many changes there were."""
+    """Wait for a time, a number of changes in the run directory, or the end; return the number of changes."""
     began, seen, count = time.monotonic(), small_run.paths(campaign.run), 0
     while process.poll() is None and time.monotonic() - began < min(until, _LIMIT) and count != changes:
         now = small_run.paths(campaign.run)
@@ -155,7 +155,7 @@ def _watch(campaign: Campaign, process: subprocess.Popen[bytes], until: float, c
 
 
 def _place(campaign: Campaign, command: str, before: set[str]) -> str:
-    """Return where in a command a kill landed, by what is new in the run directory and what was printed."""
+    """Return the phase of a command in which it was killed, by new files in the run directory and its output."""
     new = small_run.paths(campaign.run) - before
     unfinished = sorted(name for name in new if name.endswith((".partial", ".unfinished", ".outdated")))
     if any("orbax-checkpoint-tmp" in name for name in new):
@@ -177,7 +177,7 @@ def _last(campaign: Campaign) -> str:
     return " ".join(campaign.log.read_text(errors="replace").split())[-600:]
 
 
-def _tell(campaign: Campaign, problems: list[str]) -> None:
+def _show(campaign: Campaign, problems: list[str]) -> None:
     table = Table(title=f"{campaign.landed.total()} kills")
     table.add_column("where they landed", no_wrap=True)
     table.add_column("kills", justify="right")

@@ -1,4 +1,4 @@
-"""A small run and what it leaves, for campaigns: the commands of its chain, and what two runs must have in common."""
+"""A small run for campaigns: the commands of its chain, and the results that two runs must have in common."""
 
 import hashlib
 import json
@@ -39,15 +39,15 @@ CHAIN: dict[str, Callable[[Path, Path], list[str]]] = {
     "explore": lambda run, text: [f"--run_dir={run}", "--force"],
     "export": lambda run, text: [f"--run_dir={run}", f"--format={FORMATS}"],
 }
-"""Command to its flags, in the order in which a user gives them. `finish` is a trained run that is resumed."""
+"""Commands and their flags, in the order of use. `finish` resumes a trained run."""
 
-# What a run may leave beside its results.
+# Files of a run that are not compared.
 _NOT_RESULTS = {".lock", "config.json", "metrics.jsonl"}
 _REMAINS = (".partial", ".outdated", ".unfinished", ".damaged")
 
 
 def make_text(folder: Path) -> Path:
-    """Some files of Python, enough for a held-out part."""
+    """Copy some Python files, enough for a held-out part; return the folder."""
     folder.mkdir(parents=True)
     for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:48:4]:
         shutil.copy(path, folder)
@@ -55,7 +55,7 @@ def make_text(folder: Path) -> Path:
 
 
 def line(command: str, run: Path, text: Path) -> list[str]:
-    """The words of a command; a training run that has begun goes on."""
+    """Return the command line; a training run that has started is resumed."""
     flags, module = CHAIN[command](run, text), command
     if command in ("train", "finish"):
         module, flags = "train", flags + ["--resume"] * (run / "config.json").is_file()
@@ -63,7 +63,7 @@ def line(command: str, run: Path, text: Path) -> list[str]:
 
 
 def start(words: list[str], log: Path, **more: Any) -> subprocess.Popen[bytes]:
-    """Starts a command in the repository with compiled programs kept beside the log; its output goes to the log."""
+    """Start a command in the repository, with compiled programs cached beside the log; write its output to the log."""
     compiled = {
         "JAX_COMPILATION_CACHE_DIR": str(log.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -76,16 +76,16 @@ def start(words: list[str], log: Path, **more: Any) -> subprocess.Popen[bytes]:
 
 
 def paths(run: Path) -> set[str]:
-    """Everything that a run directory holds now, however fast it changes."""
-    found: set[str] = set()
+    """Return all paths in a run directory, even while it changes."""
+    relative: set[str] = set()
     for folder, folders, names in os.walk(run):
-        found |= {os.path.relpath(os.path.join(folder, name), run) for name in (*folders, *names)}  # noqa: PTH118
-    return found
+        relative |= {os.path.relpath(os.path.join(folder, name), run) for name in (*folders, *names)}  # noqa: PTH118
+    return relative
 
 
 def results(run: Path) -> dict[str, Any]:
-    """What must be the same, bit for bit, whatever happened on the way: by name, files as digests."""
-    found: dict[str, Any] = {
+    """Return by name what must be equal, bit for bit, after any interruptions; files as digests."""
+    contents: dict[str, Any] = {
         "metrics.jsonl": [
             {name: value for name, value in json.loads(text).items() if not name.endswith("per_second")}
             for text in (run / "metrics.jsonl").read_text().splitlines()
@@ -97,18 +97,18 @@ def results(run: Path) -> dict[str, Any]:
     for name in sorted(paths(run)):
         path = run / name
         if path.is_file() and name.split("/")[0] not in {"checkpoints", "tb"} and path.name not in _NOT_RESULTS:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+            contents[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return contents
 
 
-def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """The names under which two runs differ, with what they hold where that is short."""
-    names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    return [f"{name}: {str(found.get(name))[:200]} is not {str(expected.get(name))[:200]}" for name in names]
+def differences(actual: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Return the names under which two runs differ, with the start of their contents."""
+    names = sorted(name for name in actual.keys() | expected.keys() if actual.get(name) != expected.get(name))
+    return [f"{name}: {str(actual.get(name))[:200]} is not {str(expected.get(name))[:200]}" for name in names]
 
 
 def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a run went on is no news
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every resumed run
     events = EventAccumulator(str(folder)).Reload()
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]

@@ -639,7 +639,7 @@ def test_an_sae_of_another_checkpoint_is_refused(model):
         (lambda im: im.generate([1] * 4000, max_tokens=1), "exceed the model's 4000 positions"),
         (lambda im: im.generate([1], max_tokens=0), "max_tokens"),
         (lambda im: im.generate([1], [Steer(HOOK, 500)], max_tokens=1), "features 0 to 127"),
-        (lambda im: list(im.generate([1], max_tokens=1, features=0)), "k=0"),
+        (lambda im: list(im.generate([1], max_tokens=1, features=0)), "k is 0"),
         (lambda im: im.steer(torch.zeros(1, 4001).long(), (HOOK, 1), 1.0), "at most 4000 .* have positions"),
     ],
 )

@@ -2,23 +2,14 @@
 
 import ast
 import dataclasses
-import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = {
-    "train": "RunConfig",
-    "pretrain": "PretrainConfig",
-    "steer": "SteerConfig",
-    "evaluate": "EvaluateConfig",
-    "explore": "ExploreConfig",
-    "export": "ExportConfig",
-    "publish": "PublishConfig",
-}
 EVERYWHERE = {"help", "debug", "flagfile", "name"}  # --name=value says how flags are written
 DATA = (
     *(f"bridge.nanochat.{name}" for name in ("contents", "corpus", "documents", "library", "lines", "pages", "shards")),
@@ -31,8 +22,7 @@ _FILES = [path for room in ("bridge", "experiments", "jsae") for path in sorted(
 
 
 def flags_of(command: str) -> set[str]:
-    config = getattr(importlib.import_module(f"experiments.{command}"), COMMANDS[command])
-    return {field.name for field in dataclasses.fields(config)} | EVERYWHERE
+    return {field.name for field in dataclasses.fields(CONFIGS[command])} | EVERYWHERE
 
 
 def module(path: Path) -> str:
@@ -70,18 +60,18 @@ def reached(name: str) -> set[str]:
         current = waiting.pop()
         if current not in seen:
             seen.add(current)
-            waiting += [other for other in imports(current) if other.removeprefix("experiments.") not in COMMANDS]
+            waiting += [other for other in imports(current) if other.removeprefix("experiments.") not in CONFIGS]
     return seen
 
 
-REACHED = {command: reached(f"experiments.{command}") | {f"experiments.{command}"} for command in COMMANDS}
+REACHED = {command: reached(f"experiments.{command}") | {f"experiments.{command}"} for command in CONFIGS}
 
 
 # Benches have flags of their own, and run commands of other trainers.
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("experiments.bench")])
 def test_every_flag_that_a_message_names_exists(name):
-    users = [command for command in COMMANDS if name in REACHED[command]]
-    allowed = set().union(*map(flags_of, users or COMMANDS))
+    users = [command for command in CONFIGS if name in REACHED[command]]
+    allowed = set().union(*map(flags_of, users or CONFIGS))
     for message in messages(MODULES[name]):
         named = set(_FLAG.findall(message))
         for other in re.findall(r"experiments\.(\w+)", message):  # python -m experiments.train --output_dir=...
@@ -92,7 +82,7 @@ def test_every_flag_that_a_message_names_exists(name):
 
 @pytest.mark.parametrize("name", DATA)
 def test_messages_about_data_name_flags_of_all_commands_that_read_it(name):
-    users = [command for command in COMMANDS if name in REACHED[command]]
+    users = [command for command in CONFIGS if name in REACHED[command]]
     assert users
     for message in messages(MODULES[name]):
         for command in users:
@@ -100,6 +90,6 @@ def test_messages_about_data_name_flags_of_all_commands_that_read_it(name):
 
 
 def test_every_command_that_reads_text_has_a_flag_for_it():
-    readers = [command for command in COMMANDS if "bridge.nanochat.units" in REACHED[command]]
+    readers = [command for command in CONFIGS if "bridge.nanochat.units" in REACHED[command]]
     assert {"train", "pretrain", "evaluate", "explore"} <= set(readers)
     assert all("data" in flags_of(command) for command in ("train", "pretrain", "evaluate", "explore"))

@@ -2,11 +2,11 @@
 
 import codecs
 import dataclasses
-import importlib
 import os
 from pathlib import Path
 
 import pytest
+from commands import CONFIGS
 
 from bridge import locations
 from bridge.run import directory as rundir
@@ -14,18 +14,6 @@ from bridge.training.config import RunConfig
 from experiments import flagfile, flags
 from jsae.settings import ConfigError
 
-COMMANDS = {
-    name: next(v for k, v in vars(importlib.import_module(f"experiments.{name}")).items() if k == config)
-    for name, config in {
-        "train": "RunConfig",
-        "pretrain": "PretrainConfig",
-        "steer": "SteerConfig",
-        "evaluate": "EvaluateConfig",
-        "explore": "ExploreConfig",
-        "export": "ExportConfig",
-        "publish": "PublishConfig",
-    }.items()
-}
 NEEDED = {
     "steer": {"run_dir": "runs/x", "prompt": "def"},
     "evaluate": {"run_dir": "runs/x"},
@@ -35,7 +23,7 @@ NEEDED = {
 }
 PATHS = [
     (command, name)
-    for command, config_class in COMMANDS.items()
+    for command, config_class in CONFIGS.items()
     for name in locations._locations(config_class)
     if (command, name) not in {("publish", "folder"), ("evaluate", "compare"), ("evaluate", "sae")}
 ]
@@ -52,7 +40,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 def test_every_flag_that_names_a_place_is_marked_as_one():
     words = ("dir", "checkpoint", "tokenizer", "data", "out", "folder", "path", "file", "sae", "compare")
-    for command, config_class in COMMANDS.items():
+    for command, config_class in CONFIGS.items():
         for field in dataclasses.fields(config_class):
             if field.type in ("str", "str | None", "tuple[str, ...]", str) and field.name.split("_")[-1] in words:
                 assert field.name in locations._locations(config_class), (command, field.name)
@@ -60,7 +48,7 @@ def test_every_flag_that_names_a_place_is_marked_as_one():
 
 @pytest.mark.parametrize(("command", "name"), PATHS)
 def test_home_and_variables_mean_the_same_in_every_flag(command, name, home):
-    config_class = COMMANDS[command]
+    config_class = CONFIGS[command]
 
     def given(path: str) -> str:
         return getattr(config_class(**(NEEDED.get(command, {}) | {name: path})), name)
@@ -84,8 +72,8 @@ def test_home_and_variables_mean_the_same_in_every_flag(command, name, home):
 
 def test_lists_of_places_are_expanded_one_by_one(home):
     assert RunConfig(data="~/a/*.txt, $WHERE/b,stdlib").data == f"{home}/a/*.txt,some/where/b,stdlib"
-    assert COMMANDS["evaluate"](compare=("~/a", "$WHERE")).compare == (f"{home}/a", "some/where")
-    both = COMMANDS["publish"](import_to="postgresql://localhost/$db", folder="~/v1")
+    assert CONFIGS["evaluate"](compare=("~/a", "$WHERE")).compare == (f"{home}/a", "some/where")
+    both = CONFIGS["publish"](import_to="postgresql://localhost/$db", folder="~/v1")
     assert (both.import_to, both.folder) == ("postgresql://localhost/$db", f"{home}/v1")
 
 

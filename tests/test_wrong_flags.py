@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from commands import CONFIGS
 
 from bridge import accelerators
 from bridge.training import device
@@ -25,17 +26,7 @@ from jsae.config import TrainConfig
 from jsae.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = {
-    "train": "RunConfig",
-    "pretrain": "PretrainConfig",
-    "steer": "SteerConfig",
-    "evaluate": "EvaluateConfig",
-    "explore": "ExploreConfig",
-    "export": "ExportConfig",
-    "publish": "PublishConfig",
-}
-COMMANDS = {name: getattr(importlib.import_module(f"experiments.{name}"), config) for name, config in NAMES.items()}
-COMMANDS |= {f"bench {name}": importlib.import_module(module).Config for name, module in bench.BENCHES.items()}
+COMMANDS = CONFIGS | {f"bench {name}": importlib.import_module(module).Config for name, module in bench.BENCHES.items()}
 ON_A_RUN = ("--run_dir=runs/x",)
 NEEDED = {"steer": ("--prompt=x", *ON_A_RUN)} | dict.fromkeys(("evaluate", "explore", "export", "publish"), ON_A_RUN)
 NUMBERS = ("-1", "0", "1", "2147483648", str(2**63), "1e-320", "1e30", "nan", "inf", "-inf", "", "x", "9" * 5000)

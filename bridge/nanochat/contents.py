@@ -79,6 +79,32 @@ class Content:
         return before, digest
 
 
+def read_again(path: Path, start: int, length: int, digest: bytes) -> bytes:
+    """Return a part of a file, which must hold what it held.
+
+    Args:
+      path: the file.
+      start: offset of the part in bytes.
+      length: its length in bytes.
+      digest: sha256 of the part when the corpus was made.
+
+    Raises:
+      DataChangedError: the file has disappeared, is shorter, or holds something else there.
+      OSError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            stream.seek(start)
+            data = stream.read(length)
+    except FileNotFoundError as error:
+        raise DataChangedError(path, "has disappeared") from error
+    if len(data) < length:
+        raise DataChangedError(path, "has become shorter")
+    if hashlib.sha256(data).digest() != digest:
+        raise DataChangedError(path, "has changed")
+    return data
+
+
 def signature_of(status: os.stat_result) -> Signature:
     """Return (size, modification time, inode), which change when a file is written to or replaced."""
     return status.st_size, status.st_mtime_ns, status.st_ino

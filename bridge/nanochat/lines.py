@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge.nanochat.contents import DataChangedError
+from bridge.nanochat.contents import read_again
 from bridge.nanochat.documents import MAX_DOCUMENT, Document, Unit, document_from_record
 from jsae.files import is_system_error
 
@@ -132,24 +132,9 @@ def _chunks(records: Iterable[bytes], file: Path, word: str, spool: Spool | None
 
 
 def _chunk(file: Path, data: bytes, start: int, first: int, spool: Spool | None) -> _Chunk:
-    digest = hashlib.sha256(data).hexdigest()
-    fetch = spool.keep(data) if spool else functools.partial(_read_checked, file, start, len(data), digest)
-    return _Chunk(first, digest, fetch)
-
-
-def _read_checked(file: Path, start: int, length: int, expected: str) -> bytes:
-    """Read the bytes of a unit again. Raises `DataChangedError` if their digest is not the expected one."""
-    try:
-        with file.open("rb") as stream:
-            stream.seek(start)
-            data = stream.read(length)
-    except FileNotFoundError as error:
-        raise DataChangedError(file, "has disappeared") from error
-    if len(data) < length:
-        raise DataChangedError(file, "has become shorter")
-    if hashlib.sha256(data).hexdigest() != expected:
-        raise DataChangedError(file, "has changed")
-    return data
+    digest = hashlib.sha256(data)
+    fetch = spool.keep(data) if spool else functools.partial(read_again, file, start, len(data), digest.digest())
+    return _Chunk(first, digest.hexdigest(), fetch)
 
 
 def _documents(file: Path, word: str, chunk: _Chunk) -> Iterator[Document]:

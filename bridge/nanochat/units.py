@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bridge.nanochat import library, lines, shards
-from bridge.nanochat.contents import DataChangedError
+from bridge.nanochat.contents import read_again
 from bridge.nanochat.documents import (
     PIECE,
     Document,
@@ -294,18 +294,8 @@ def _decoded(file: Path, start: int, data: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _read_piece(file: Path, start: int, length: int, expected: bytes) -> list[Document]:
-    try:
-        with file.open("rb") as stream:
-            stream.seek(start)
-            data = stream.read(length)
-    except FileNotFoundError as error:
-        raise DataChangedError(file, "has disappeared") from error
-    if len(data) < length:
-        raise DataChangedError(file, "has become shorter")
-    if hashlib.sha256(data).digest() != expected:
-        raise DataChangedError(file, "has changed")
-    text = _decoded(file, start, data)
+def _read_piece(file: Path, start: int, length: int, digest: bytes) -> list[Document]:
+    text = _decoded(file, start, read_again(file, start, length, digest))
     return [text] if text else []
 
 

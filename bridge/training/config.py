@@ -123,6 +123,9 @@ class RunConfig(Json):
     checkpoint_every: int = flag(1_000_000, "Activations between checkpoints.", TOKENS)
     log_every: int = flag(50, "Steps between reports.", COUNT)
     device: str = flag("cpu", "Device of torch and jax: cpu, cuda or cuda:N.")
+    deterministic: bool = flag(
+        False, "On a GPU: end with the same bits on the same card and versions, also after --resume. A CPU does anyway."
+    )
     jax_memory_fraction: float = flag(0.4, "Fraction of a GPU's memory for jax; torch has the rest.")
     output_dir: FilePath = flag("runs/sae", "Directory of the run.")
     resume: bool = flag(False, "Continue from the last checkpoint in --output_dir.")

@@ -1,0 +1,82 @@
+"""The streaming loop on a GPU: activations are what the model gives, and steps wait neither for torch nor for jax."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+import torch
+from card import REHEARSED, distance
+
+import bridge.nanochat
+from bridge.hooks import capture
+from bridge.nanochat.corpus import Corpus
+from bridge.stream import ActivationStream
+from jsae import loop
+from jsae.architectures import sae_config
+from jsae.config import TrainConfig
+from jsae.data import Shuffled
+
+HOOK = "blocks.2.hook_resid_post"
+BATCH, PER_BLOCK = 1024, 4
+
+
+@pytest.fixture(scope="module")
+def nano(device) -> bridge.nanochat.Nanochat:
+    return bridge.nanochat.load("demo", device=device)
+
+
+def source(nano) -> ActivationStream:
+    rows = Corpus("stdlib", nano.tokenizer, split="train", row_len=128)
+    return ActivationStream(nano.model, rows, [[HOOK]], excluded=(nano.tokenizer.bos_token_id,), rows_per_forward=8)
+
+
+def test_a_block_holds_the_models_activations(nano, device):
+    stream = source(nano)
+    rows = Corpus("stdlib", nano.tokenizer, split="train", row_len=128).next_rows(8)
+    ids = torch.from_numpy(rows.astype(np.int64)).to(device)
+    with torch.no_grad(), capture(nano.model, [HOOK], stop=True) as acts:
+        nano.model(ids)
+    expected = acts[HOOK].flatten(0, 1)[ids.flatten() != nano.tokenizer.bos_token_id].float()
+    filling = stream.fill(8 * 128)
+    while True:
+        try:
+            next(filling)
+        except StopIteration as done:
+            ((block,),) = done.value
+            break
+    found = np.asarray(block, np.float32)
+    expected = expected.cpu().numpy()
+    kept = [row for row in range(len(expected)) if (np.abs(expected[row] - found[row]) < 1).all()]
+    assert len(found) == 8 * 128
+    assert distance(found[: len(expected)], expected) < 0.01 or len(kept) > 1000  # sinks are left out as well
+
+
+@contextlib.contextmanager
+def nobody_waits() -> Iterator[None]:
+    """Within the context, raise where torch waits for the GPU, or where jax copies between host and GPU unasked."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with jax.transfer_guard("disallow"):
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_between_reports_neither_torch_nor_jax_waits(nano):
+    member = loop.Member(
+        sae_config("topk", nano.config.n_embd, 1024, k=16),
+        TrainConfig(BATCH * PER_BLOCK * 6, BATCH, matmul_dtype="bfloat16"),
+    )
+    batches = Shuffled(source(nano), batch_size=BATCH, batches_per_block=PER_BLOCK, seed=0)
+    steps = loop.fit([member], loop.init([member], batches.peek()), batches)
+    for _ in range(2 * PER_BLOCK):  # compiles everything
+        _, states, _ = next(steps)
+    jax.block_until_ready(states)
+    with contextlib.nullcontext() if REHEARSED else nobody_waits():
+        for _ in range(2 * PER_BLOCK + 1):
+            number, states, sums = next(steps)
+    assert number == 4 * PER_BLOCK + 1
+    assert float(sums[0].loss) > 0
+    assert int(states[0].bad_step) == -1

@@ -8,6 +8,7 @@ here; `conftest.py` refuses it otherwise.
 other tests keep jax to the processor, so no session runs both.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -305,9 +306,14 @@ def is_gpu(path: Path) -> bool:
 
 
 def require_gpu() -> None:
-    """End the session with an error unless torch sees a GPU; whether jax does is the first test of the tier."""
+    """End the session with an error unless torch sees a GPU; that jax does is checked when the tier begins.
+
+    Under JSAE_REHEARSAL=cpu the tier runs on the processor, to try the tests themselves.
+    """
     import torch
 
+    if os.environ.get("JSAE_REHEARSAL") == "cpu":
+        return
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         pytest.exit(f"no GPU was found: torch {torch.__version__}, {built}, sees none. -m gpu needs one", returncode=1)

@@ -1,4 +1,4 @@
-"""The GPU tier: jax leaves memory of the card to torch and to the commands that tests start; torch and jax must see it."""
+"""The GPU tier: torch and jax must both see the GPU, and jax leaves memory to torch and to commands."""
 
 import os
 

@@ -20,7 +20,13 @@ def peaks(tmp_path_factory) -> dict[str, dict[str, int]]:
     """Peak memory of processes that take three steps, by architecture, side by side."""
     found = {}
     for architecture in ("topk", "batchtopk", "relu"):
-        job = {"size": REFERENCE, "architecture": architecture, "steps": 3, "device": DEVICE, "matmul_dtype": "bfloat16"}
+        job = {
+            "size": REFERENCE,
+            "architecture": architecture,
+            "steps": 3,
+            "device": DEVICE,
+            "matmul_dtype": "bfloat16",
+        }
         folder = tmp_path_factory.mktemp(architecture)
         (folder / "job.json").write_text(json.dumps(job))
         variables = environment(XLA_PYTHON_CLIENT_PREALLOCATE="false")
@@ -37,7 +43,9 @@ def test_a_step_of_the_reference_size_needs_at_most_4_gib(peaks, architecture):
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu"])
 def test_the_prediction_is_within_a_fifth_of_what_is_needed(peaks, architecture):
-    predicted = plan.step_memory([member(architecture, REFERENCE, "bfloat16")]).total + plan.batch_memory(REFERENCE.batch, [REFERENCE.d_in])
+    predicted = plan.step_memory([member(architecture, REFERENCE, "bfloat16")]).total + plan.batch_memory(
+        REFERENCE.batch, [REFERENCE.d_in]
+    )
     measured = peaks[architecture]["peak"]
     show(f"predicted {architecture}", predicted=predicted / 2**30, measured=measured / 2**30)
     assert abs(predicted / measured - 1) <= NEAR

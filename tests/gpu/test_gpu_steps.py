@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from card import distance, show
+from card import REHEARSED, distance, show
 
 from jsae import loop
 from jsae.architectures import SAEConfig, sae_config
@@ -12,14 +12,14 @@ from jsae.config import TrainConfig
 from jsae.ops import Ops, Reference, choose
 from jsae.state import TrainState
 
-D, F, K, N = 1280, 20480, 64, 1024
+D, F, K, N = (160, 2560, 16, 256) if REHEARSED else (1280, 20480, 64, 1024)
 ODD_D, ODD_F, ODD_N = 200, 1000, 300
 CONFIGS = {
     "topk": sae_config("topk", D, F, k=K),
     "batchtopk": sae_config("batchtopk", D, F, k=K),
     "matryoshka": sae_config("matryoshka", D, F, k=K, nested_widths=(F // 16, F // 4)),
     "abstopk": sae_config("abstopk", D, F, k=K),
-    "transcoder": sae_config("topk", D, F, k=K, d_out=768),
+    "transcoder": sae_config("topk", D, F, k=K, d_out=D // 2),
     "crosscoder": sae_config("batchtopk", 2 * D, F // 4, k=K, layers=2),
     "relu": sae_config("relu", D, F),
     "gated": sae_config("gated", D, F),

@@ -1,7 +1,8 @@
 """The streaming loop on a GPU: activations are what the model gives, and steps wait neither for torch nor for jax."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,16 +37,22 @@ def source(nano, drop_sinks: bool = True) -> ActivationStream:
     return ActivationStream(nano.model, text(nano), [[HOOK]], **settings)
 
 
+def returned(generator: Generator[Any, None, Any]) -> Any:
+    """Return what a generator returns at its end."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as done:
+            return done.value
+
+
 def test_a_block_holds_the_models_activations(nano, device):
     ids = torch.from_numpy(text(nano).next_rows(8).astype(np.int64)).to(device)
     with torch.no_grad(), capture(nano.model, [HOOK], stop=True) as acts:
         nano.model(ids)
     expected = acts[HOOK].flatten(0, 1)[ids.flatten() != nano.tokenizer.bos_token_id].float().cpu().numpy()
     filling = source(nano, drop_sinks=False).fill(ids.numel())
-    with pytest.raises(StopIteration) as done:
-        while True:
-            next(filling)
-    ((block,),) = done.value.value
+    ((block,),) = returned(filling)
     assert len(block) == ids.numel() > len(expected)
     assert distance(block[: len(expected)], expected) < 0.01
 

@@ -308,7 +308,8 @@ def test_a_part_that_fails_or_is_late_does_not_stop_the_others(tmp_path, capfd):
         return gpu.Part(("-c", code), seconds)
 
     sleeper = tmp_path / "sleeper"
-    late = f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({str(sleeper)!r}, 'w').write(str(p.pid)); p.wait()"
+    late = "import subprocess; p = subprocess.Popen(['sleep', '60']); "
+    late += f"open({str(sleeper)!r}, 'w').write(str(p.pid)); p.wait()"
     parts = {"wrong": python("raise SystemExit(3)"), "late": python(late, 2), "right": python("print('it ran')")}
     assert gpu.follow(parts, 60) == 1
     told = capfd.readouterr()
@@ -330,7 +331,7 @@ def test_what_has_not_begun_when_the_time_is_over_is_left_out(capfd):
 
 
 def test_whole_steps_are_timed_evenly_and_skewed(tmp_path):
-    size = "16:256:4:128"
+    size = "16:256:4:512"
     few = {"architectures": ("topk", "relu"), "wide": "", "rounds": 2, "steps": 2, "warmup_steps": 1}
     config = gpu_steps.Config(size=size, device="cpu", matmul_dtype="float32", out=f"{tmp_path}/step.json", **few)
     assert gpu_steps.main(config) == 0
@@ -339,10 +340,9 @@ def test_whole_steps_are_timed_evenly_and_skewed(tmp_path):
     found = {(row["architecture"], row["firing"]): row for row in told["results"]}
     assert set(found) == {("topk", "even"), ("relu", "even"), ("topk", "skewed")}
     for row in found.values():
-        assert row["activations_per_second"] == pytest.approx(128 / row["seconds"]["median"])
+        assert row["activations_per_second"] == pytest.approx(512 / row["seconds"]["median"])
         assert row["operations"] == "cpu"
-    assert 0.2 < found["topk", "skewed"]["most_frequent"] < 0.5
-    assert found["topk", "even"]["most_frequent"] < 0.2
+    assert found["topk", "skewed"]["most_frequent"] > 2 * found["topk", "even"]["most_frequent"]
 
 
 def test_shares_of_uneven_latents_add_up_to_k_and_reach_a_third():
@@ -398,9 +398,9 @@ def test_wheels_are_unpacked_beside_stand_ins_for_what_a_step_does_not_use(tmp_p
     with zipfile.ZipFile(wheels / "trainer-1-py3-none-any.whl", "w") as archive:
         archive.writestr(
             "trainer.py",
-            "import babe, nnsight.tracing\nfrom umap import UMAP\nfrom plotly.graph_objects import Figure\n"
+            "import nnsight.tracing\nfrom umap import UMAP\nfrom circuitsvis.graph_objects import Figure\n"
             "class Own(Figure): pass\n@nnsight.tracing.traced(deep=True)\ndef step(): return 1\n"
-            "settings = babe.settings.of(3)[...] if False else babe.settings.of(3)\n",
+            "settings = nnsight.settings.of(3)\n",
         )
     variables = peers.from_wheels(str(wheels), site)
     code = "import trainer, json; trainer.Own(1); print(trainer.UMAP.__name__, json.__name__)"

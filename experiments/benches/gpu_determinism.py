@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bridge.accelerators import require_torch
 from bridge.locations import FilePath
 from bridge.settings import flag
 from bridge.training import determinism, device
@@ -72,6 +73,7 @@ def main(config: Config) -> int:
     if config.job is not None:
         print(json.dumps(_job(config)), flush=True)
         return 0
+    require_torch(config.device)
     out, failed = config.out.format(device=config.device), {}
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bridge.accelerators import require_torch
 from bridge.locations import FilePath
 from bridge.settings import flag
 from experiments.benches import contest, peers, shapes, tables, timing
@@ -58,6 +59,7 @@ class Config:
 
 def main(config: Config) -> int:
     """Measure all trainers, print a table, write the results."""
+    require_torch(config.device)
     python = peers.trainers(config.peer_env) if config.trainers else None
     cases = [
         (size, architecture, name)

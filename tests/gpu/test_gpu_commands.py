@@ -12,6 +12,8 @@ from toy_saes import export, toy_sae
 
 import bridge.nanochat
 
+pytestmark = pytest.mark.xdist_group("commands")
+
 HOOKS = ("blocks.1.hook_mlp_out", "blocks.2.hook_resid_post")
 
 

@@ -9,6 +9,8 @@ from card import DEVICE, REHEARSED
 
 from bridge.handover import to_jax, to_torch
 
+pytestmark = pytest.mark.xdist_group("handover")
+
 SIZE = 64 if REHEARSED else 4096
 
 

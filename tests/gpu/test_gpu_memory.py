@@ -10,6 +10,8 @@ from bridge.training import plan
 from experiments.benches import memory, peers
 from experiments.benches.shapes import Size, member
 
+pytestmark = pytest.mark.xdist_group("memory")
+
 REFERENCE = Size(96, 1536, 8, 1024) if REHEARSED else Size(1280, 20480, 64, 16384)
 MOST = 4 * 2**30
 NEAR = 0.2

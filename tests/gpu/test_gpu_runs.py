@@ -10,6 +10,8 @@ import pytest
 from card import REHEARSED, finish, start, warnings_in
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.xdist_group("runs")
+
 HOOK = "blocks.2.hook_resid_post"
 FLAGS = {
     "num_activations": 200_000 if REHEARSED else 2_000_000,

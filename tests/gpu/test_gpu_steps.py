@@ -55,8 +55,11 @@ def steps(config: SAEConfig, ops: Ops, count: int, dead_after: int = 10**9) -> t
     return states[0], losses
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", CONFIGS)
+STEPS = [(name, dtype) for name in CONFIGS for dtype in ("float32", "bfloat16")]
+STEPS = [(name, dtype) for name, dtype in STEPS if dtype == "bfloat16" or name == "topk" or name.startswith("odd")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), STEPS)
 def test_gradients_and_loss_of_a_step_are_the_references(name, dtype):
     config = CONFIGS[name]
     with jax.default_matmul_precision("highest"):

@@ -19,6 +19,8 @@ from jsae.architectures import sae_config
 from jsae.config import TrainConfig
 from jsae.data import Shuffled
 
+pytestmark = pytest.mark.xdist_group("stream")
+
 HOOK = "blocks.2.hook_resid_post"
 BATCH, PER_BLOCK = 1024, 4
 

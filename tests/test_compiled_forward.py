@@ -51,7 +51,8 @@ def test_compiled_parts_give_the_outputs_of_an_eager_pass(generation, use_flex, 
     run = programs(compiler, use_flex=use_flex)
     with torch.no_grad():
         torch.testing.assert_close(model(ids, run=run), model(ids), atol=1e-5, rtol=1e-5)
-    assert compiler.count and run.failure is None
+    assert compiler.count
+    assert run.failure is None
 
 
 def test_layers_of_one_kind_share_a_program_and_further_passes_compile_nothing(compiler):

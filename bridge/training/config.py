@@ -116,6 +116,9 @@ class RunConfig(Json):
     tokens_per_forward: int = flag(
         2048, "Tokens in one forward pass of the model; a GPU wants 16 times as many.", COUNT
     )
+    compile_model: Literal["auto", "on", "off"] = flag(
+        "auto", "Compile the model's forward passes on a GPU; auto does where a run is long enough to gain from it."
+    )
     block_size: int = flag(65536, "Activations that are kept in memory and shuffled together.", COUNT)
     exclude_tokens: ExcludeTokens = flag("bos", "Special tokens to leave out: bos, all nine (special), or nothing.")
     drop_sinks: bool = flag(True, "Leave out tokens whose norm exceeds 10 times the median.")

@@ -88,10 +88,11 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
     rows = text.heldout_rows(config, heldout)
     text.check_activations(config, nano, sites, rows)
     text.check_data(run.path, corpus)
-    _record(run, config, trainees, nano, corpus, locks)
+    programs = text.programs(config, nano, corpus, sites)
+    _record(run, config, trainees, nano, corpus, locks, "blocks" if programs is not None else None)
 
     # Training, export and evaluation.
-    states = loop.train(run.path, config, trainees, text.stream(config, nano, corpus, sites), stop_requests)
+    states = loop.train(run.path, config, trainees, text.stream(config, nano, corpus, sites, programs), stop_requests)
     if states is None:
         raise Stopped(run)
     try:
@@ -111,9 +112,13 @@ def _record(
     nano: "Nanochat",
     corpus: "Corpus",
     locks: contextlib.ExitStack,
+    compiled: str | None,
 ) -> None:
-    """Write config.json of the run and of its variants, or check those of a resumed run; lock the variants."""
-    facts = {"model": nano.fingerprint, "data": corpus.fingerprint, "data_files": corpus.files}
+    """Write config.json of the run and of its variants, or check those of a resumed run; lock the variants.
+
+    `compiled` says which parts of the model are compiled, None if it runs eagerly.
+    """
+    facts = {"model": nano.fingerprint, "data": corpus.fingerprint, "data_files": corpus.files, "compiled": compiled}
     sites = dict.fromkeys(trainee.hooks for trainee in trainees)
     directory.record(run.path, config, facts | {"hook_names": [list(hooks) for hooks in sites]})
     for trainee in trainees:

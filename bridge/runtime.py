@@ -234,7 +234,7 @@ class InterpretableModel:
         ids = self._ids(prompt)
         pass_input = PassInput()
         edits = self._edits(steer, strength_multiplier, len(ids), pass_input)
-        traces = {name: Trace(sae, pass_input) for name, sae in self.saes.items()}
+        traces = {name: Trace(sae, pass_input, features, encodes=True) for name, sae in self.saes.items()}
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             with watch(self.model, pass_input), edit(self.model, edits), edit(self.model, _keeping(traces)):
@@ -250,6 +250,7 @@ class InterpretableModel:
             stop_tokens=stop_tokens,
             forward=forward,
             read_last=True,
+            is_static=True,
         )
         return stream_tokens(ids, columns, traces, self.tokenizer, features, echo)
 

@@ -44,7 +44,8 @@ def train(
       trainees: its SAEs.
       source: the activations of their sites.
       stop_requests: entered while steps are taken; None never stops the run.
-      guard: entered for every step after the first, which compiles, and left before a report (`bridge.stream.forbid_waiting`).
+      guard: entered for every step after the first, which compiles, and left before reports, for example
+        `bridge.stream.forbid_waiting`.
 
     Returns:
       The states after the last step, in the order of the trainees; None for a run that was saved and stopped.

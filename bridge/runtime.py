@@ -208,6 +208,7 @@ class InterpretableModel:
         stop_tokens: Collection[int] = (),
         features: int | None = None,
         echo: bool = False,
+        graphs: bool | None = None,
     ) -> Iterator[Token]:
         """Continue a prompt with steering; yield each token with the features that are active on it.
 
@@ -226,6 +227,7 @@ class InterpretableModel:
           stop_tokens: ids that end the text; they are not yielded.
           features: largest number of features per hook and token; None: all active ones.
           echo: whether to yield the tokens of the prompt too.
+          graphs: see `engine.generate`: steps are recorded with steering and tracking in them.
 
         Raises:
           ValueError: before any computation: the prompt is empty or too long, it is text and there is no tokenizer, or
@@ -251,6 +253,7 @@ class InterpretableModel:
             forward=forward,
             read_last=True,
             is_static=True,
+            graphs=graphs,
         )
         return stream_tokens(ids, columns, traces, self.tokenizer, features, echo)
 

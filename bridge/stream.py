@@ -50,8 +50,8 @@ class ActivationStream:
       rows_per_forward: rows in one forward pass.
       drop_sinks: whether to leave out tokens of extreme norm.
       decode: returns the text of token ids, for errors.
-      run: calls the parts of the forward passes (`bridge.nanochat.compiled`), which then all have one shape; None: eager
-        passes, of which the last of a block may have fewer rows.
+      run: calls the parts of the forward passes (`bridge.nanochat.compiled`), which then all have one shape; None:
+        eager passes, of which the last of a block may have fewer rows.
 
     Raises:
       ValueError: the model does not have a hook, or a site has none.

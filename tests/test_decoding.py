@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 from toy_saes import toy_sae
 
 from bridge.hooks import capture, edit, hook_name
-from bridge.nanochat import decoding, engine, load
+from bridge.nanochat import decoding, load
 from bridge.nanochat.config import GENERATIONS
 from bridge.nanochat.decoding import Decoder
 from bridge.nanochat.engine import generate
@@ -124,14 +124,6 @@ def test_a_generation_that_is_nearly_over_is_not_recorded(recorded):
     assert not recorded
 
 
-def both_ways(monkeypatch, make):
-    """Return what `make` gives without and with static decoding."""
-    plain = make()
-    original = engine.generate
-    monkeypatch.setattr(engine, "generate", lambda *args, **kwargs: original(*args, graphs=True, **kwargs))
-    return plain, make()
-
-
 def assert_equal_tokens(plain, static):
     assert [t.id for t in static] == [t.id for t in plain]
     for ours, theirs in zip(static, plain, strict=True):
@@ -147,11 +139,12 @@ def assert_equal_tokens(plain, static):
 
 
 @pytest.mark.parametrize(("form", "top_k"), [("topk", None), ("topk", 3), ("jumprelu", None), ("jumprelu", 3)])
-def test_features_of_recorded_steps_are_those_of_plain_ones(form, top_k, recorded, monkeypatch):
+def test_features_of_recorded_steps_are_those_of_plain_ones(form, top_k, recorded):
     im = InterpretableModel(tiny("G7"), {HOOK: toy_sae(form, C, 4 * C), LATE: toy_sae("abstopk", C, 2 * C)})
     ids = tokens(5)[0].tolist()
-    plain, static = both_ways(
-        monkeypatch, lambda: list(im.generate(ids, max_tokens=40, temperature=0, features=top_k, echo=True))
+    plain, static = (
+        list(im.generate(ids, max_tokens=40, temperature=0, features=top_k, echo=True, graphs=graphs))
+        for graphs in (False, True)
     )
     assert_equal_tokens(plain, static)
     assert recorded
@@ -167,11 +160,13 @@ class Specials:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_steering_is_recorded_with_the_step(mode, positions, recorded, monkeypatch):
+def test_steering_is_recorded_with_the_step(mode, positions, recorded):
     im = InterpretableModel(tiny("G7"), {HOOK: toy_sae("topk", C, 4 * C)}, Specials())
     steer = [Steer(HOOK, 7, mode, 3.0, positions)]
     ids = tokens(5)[0].tolist()
-    plain, static = both_ways(monkeypatch, lambda: list(im.generate(ids, steer, max_tokens=30, temperature=0)))
+    plain, static = (
+        list(im.generate(ids, steer, max_tokens=30, temperature=0, graphs=graphs)) for graphs in (False, True)
+    )
     assert_equal_tokens(plain, static)
     assert recorded
 

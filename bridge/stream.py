@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,29 +10,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from bridge import activations, finite, handover
+from bridge.ahead import ReadAhead, Rows
 from bridge.hooks import find
 from bridge.nanochat.model import Runner
 from bridge.passes import unwrapped
 from jsae.data import Filling
 from jsae.health import ActivationsError
 from jsae.settings import require
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """A source of token rows, for example `bridge.nanochat.corpus.Corpus`."""
-
-    row_len: int
-    """Tokens in a row."""
-
-    def next_rows(self, n: int) -> np.ndarray:
-        """Return the next n rows, (n, row_len) int32."""
-
-    def position(self) -> dict[str, Any]:
-        """Return the position of the next row, as JSON values."""
-
-    def seek(self, position: dict[str, Any]) -> None:
-        """Continue from a position."""
 
 
 class ActivationStream:
@@ -44,7 +28,7 @@ class ActivationStream:
 
     Args:
       model: a nanochat, on its device, in its compute dtype.
-      rows: the source of token rows.
+      rows: the source of token rows; on a GPU a thread reads them ahead, and nothing else may use it.
       sites: for every SAE the hooks that it reads on the same tokens: one, a transcoder's two, or a crosscoder's.
       excluded: ids of tokens to leave out (`bridge.selection.excluded_ids`); () keeps every token.
       rows_per_forward: rows in one forward pass.
@@ -77,9 +61,10 @@ class ActivationStream:
         require(rows_per_forward >= 1, f"rows_per_forward is {rows_per_forward}: it must be at least 1")
         self.d_in = unwrapped(model).config.n_embd
         self.tokens_seen = 0
-        self._model, self._rows = model, rows
+        self._model = model
         self._excluded, self._rows_per_forward, self._drop_sinks = excluded, rows_per_forward, drop_sinks
         self._device, self._decode, self._run = next(model.parameters()).device, decode, run
+        self._rows: Rows = ReadAhead(rows) if self._device.type == "cuda" else rows
 
     def fill(self, rows: int) -> Filling:
         """Return the next block: for every site a tuple of (rows, d_in) in the model's dtype.

@@ -10,6 +10,7 @@ import torch
 from tiny_nanochat import tiny
 
 from bridge import selection
+from bridge.ahead import ReadAhead
 from bridge.hooks import capture, hook_name
 from bridge.nanochat.model import GPT
 from bridge.stream import ActivationStream, forbid_waiting
@@ -190,6 +191,31 @@ def test_passes_of_compiled_parts_have_one_shape_and_give_the_same_block(model, 
 def test_the_tokens_of_the_next_pass_are_read_before_a_share_is_reported(model):
     source = stream(model)
     assert [source.position()["at"] for _ in source.fill(12 * ROW)] == [8, 12, 12]
+
+
+def test_rows_that_a_thread_reads_ahead_have_the_sources_order_and_positions():
+    plain, ahead = Text(), ReadAhead(Text())
+    for n in (4, 4, 1, 6, 2, 3):
+        assert ahead.position() == plain.position()
+        np.testing.assert_array_equal(ahead.next_rows(n), plain.next_rows(n))
+    ahead.seek({"at": 2})
+    plain.seek({"at": 2})
+    assert ahead.position() == {"at": 2}
+    np.testing.assert_array_equal(ahead.next_rows(3), plain.next_rows(3))
+    assert ahead.row_len == ROW
+
+
+def test_an_error_of_the_thread_that_reads_ahead_is_raised_to_who_takes_rows():
+    class Damaged(Text):
+        def next_rows(self, n):
+            if self.at >= 6:
+                raise OSError("the shard cannot be read")
+            return super().next_rows(n)
+
+    ahead = ReadAhead(Damaged())
+    ahead.next_rows(4)
+    with pytest.raises(OSError, match="the shard cannot be read"):
+        ahead.next_rows(4)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8])

@@ -126,7 +126,9 @@ class RunConfig(Json):
     checkpoint_every: int = flag(1_000_000, "Activations between checkpoints.", TOKENS)
     log_every: int = flag(50, "Steps between reports.", COUNT)
     device: str = flag("cpu", "Device of torch and jax: cpu, cuda or cuda:N.")
-    jax_memory_fraction: float = flag(0.4, "Fraction of a GPU's memory for jax; torch has the rest.")
+    jax_memory_fraction: float | None = flag(
+        None, "Fraction of a GPU's memory for jax; none is what the SAEs need; torch has the rest."
+    )
     output_dir: FilePath = flag("runs/sae", "Directory of the run.")
     resume: bool = flag(False, "Continue from the last checkpoint in --output_dir.")
     wandb_project: str | None = flag(None, "Also log to this Weights & Biases project (extra [wandb]).")
@@ -146,7 +148,7 @@ class RunConfig(Json):
         )
         require(self.block_size >= self.batch_size, "block_size must be at least one batch")
         require(
-            0 < self.jax_memory_fraction < 0.95,
+            self.jax_memory_fraction is None or 0 < self.jax_memory_fraction < 0.95,
             f"jax_memory_fraction is {self.jax_memory_fraction}: it must lie between 0 and 0.95",
         )
         for layer in self.layer:

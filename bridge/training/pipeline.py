@@ -72,7 +72,7 @@ def train(config: RunConfig | None = None, *, stop_requests: "StopRequests | Non
 def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_requests: "StopRequests | None") -> None:
     """Train into a directory that this process has locked; `locks` receives the locks of the variants."""
     started = time.perf_counter()
-    torch_device = device.share(config.device, config.jax_memory_fraction)
+    torch_device = device.open_torch(config.device)
 
     import bridge.nanochat
     from bridge.training import loop, plan, text
@@ -81,6 +81,7 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
     # The model, the SAEs and the text, each checked before the long training.
     nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
     trainees = plan.trainees(run.path, config, nano)
+    device.open_jax(torch_device, plan.jax_fraction(config, trainees, nano))
     plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config))
     sites = plan.sites(trainees)
     corpus, heldout = text.texts(config, nano)

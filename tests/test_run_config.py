@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 import bridge.nanochat
-from bridge.training import plan
+from bridge.training import device, plan
 from bridge.training.config import RunConfig
 from jsae.architectures import sae_config
 from jsae.config import TrainConfig
+from jsae.loop import Member
 from jsae.settings import ConfigError
 
 RUN = Path("runs/some")
@@ -243,6 +244,53 @@ def test_an_average_is_one_more_copy_of_the_weights(nano):
     plan.check_memory(RunConfig(), without, 128, enough)
     with pytest.raises(ConfigError, match=r"6 x 0\.00 of weights"):
         plan.check_memory(config, trainees, 128, enough)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("card", "free", "jax_need", "torch_need", "gib"),
+    [
+        (80, 78, 4, 10, 6),  # the need and half of it
+        (80, 78, 0.5, 10, 2.5),  # and at least 2 GiB more
+        (80, 78, 60, 10, 64),  # no more than torch can spare of what is free
+        (80, 30, 20, 10, 16),  # another process is on the card
+        (24, 23, 4, 6, 6),
+        (8, 7, 4, 6, 0.6),  # it does not fit: check_memory refuses it
+        (8, 0, 4, 6, 0.16),
+    ],
+)
+def test_jax_has_the_part_of_a_card_that_it_needs_and_torch_the_rest(card, free, jax_need, torch_need, gib):
+    fraction = device.jax_fraction(*(round(value * GIB) for value in (card, free, jax_need, torch_need)))
+    assert fraction * card == pytest.approx(gib, abs=0.01)
+    assert 0 < fraction < 0.95
+
+
+def test_the_flagship_run_leaves_most_of_a_card_to_torch():
+    """A d20 with 20,480 latents on an H100."""
+    config = RunConfig(expansion_factor=16, k=(64,), batch_size=16384, block_size=2**18, tokens_per_forward=32768)
+    sae = config.sae_config(1280)
+    trainees = [plan.Trainee(config, False, RUN, ("blocks.10.hook_resid_post",), Member(sae, config.train_config()))]
+    jax_need, torch_need = plan.saes_memory(config, trainees), plan.stream_memory(config, 1280, 2, 2048, 1)
+    assert 4 * GIB < jax_need < 8 * GIB
+    assert 3 * GIB < torch_need < 6 * GIB
+    assert 5 * GIB < 80 * GIB * device.jax_fraction(80 * GIB, 77 * GIB, jax_need, torch_need) < 12 * GIB
+
+
+def test_blocks_of_activations_are_no_part_of_jaxs_memory_on_a_gpu(nano):
+    config = RunConfig(device="cuda", block_size=2**20)
+    trainees = plan.trainees(RUN, config, nano)
+    enough = 5 * 4 * 1024 * 256 + 2 * 4 * 2048 * 1024
+    plan.check_memory(config, trainees, 128, enough)
+    with pytest.raises(ConfigError, match="1 SAEs need about"):
+        plan.check_memory(config, trainees, 128, enough - 1)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.95, 1.5])
+def test_a_part_of_the_card_that_leaves_nothing_is_refused(fraction):
+    with pytest.raises(ConfigError, match=f"jax_memory_fraction is {fraction}: it must lie between 0 and 0.95"):
+        RunConfig(jax_memory_fraction=fraction)
 
 
 def test_the_processor_says_how_much_memory_it_has():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge.training import device
 from bridge.training.config import RunConfig
 from jsae import export
 from jsae.loop import Member
@@ -98,18 +99,72 @@ def check_memory(config: RunConfig, trainees: list[Trainee], width: int, availab
     """
     if available is None:
         return
-    saes = [trainee.member.sae for trainee in trainees]
-    weights = sum(4 * sae.d_sae * (sae.d_in + sae.width_out) for sae in saes)
-    copies = 5 + (config.average_fraction is not None)  # weights, gradients, two moments, the copy that is saved
-    batch = 2 * 4 * config.batch_size * max(sae.d_sae for sae in saes)
-    blocks = 3 * 4 * config.block_size * width * len({hook for trainee in trainees for hook in trainee.hooks})
+    copies, weights, batch = _step_memory(config, trainees)
+    # On a GPU the blocks are torch's, which leaves jax its part of the memory.
+    blocks = 3 * 4 * config.block_size * width * len(_hooks(trainees)) if config.device == "cpu" else 0
     needed = copies * weights + batch + blocks
     require(
         needed <= available,
-        f"{len(saes)} SAEs need about {needed / 2**30:.1f} GiB ({copies} x {weights / 2**30:.2f} of weights, "
+        f"{len(trainees)} SAEs need about {needed / 2**30:.1f} GiB ({copies} x {weights / 2**30:.2f} of weights, "
         f"{batch / 2**30:.2f} for latents of a batch, {blocks / 2**30:.2f} for blocks of activations), and there are "
         f"{available / 2**30:.1f}: train fewer together, or lower --expansion_factor, --batch_size or --block_size",
     )
+
+
+def jax_fraction(config: RunConfig, trainees: list[Trainee], nano: Nanochat) -> float:
+    """Return jax's fraction of the GPU's memory: the one that was given, or what the run's SAEs need."""
+    if config.jax_memory_fraction is not None or config.device == "cpu":
+        return config.jax_memory_fraction or 1.0
+    import torch
+
+    free, card = torch.cuda.mem_get_info()
+    itemsize = nano.model.lm_head.weight.element_size()
+    row_len = config.context_size or nano.config.sequence_len
+    torch_need = stream_memory(config, nano.config.n_embd, itemsize, row_len, len(_hooks(trainees)))
+    fraction = device.jax_fraction(card, free, saes_memory(config, trainees), torch_need)
+    print(
+        f"jax takes {fraction * card / 2**30:.1f} of the GPU's {card / 2**30:.1f} GiB (--jax_memory_fraction="
+        f"{fraction:.3f}), torch has the rest",
+        flush=True,
+    )
+    return fraction
+
+
+def saes_memory(config: RunConfig, trainees: list[Trainee]) -> int:
+    """Return the bytes that jax needs on a GPU: the SAEs, a step of all of them, and the first look at a block."""
+    copies, weights, latents = _step_memory(config, trainees)
+    widths = [trainee.member.sae.d_in + trainee.member.sae.width_out for trainee in trainees]
+    return copies * weights + latents + 2 * 4 * config.batch_size * sum(widths) + 4 * config.block_size * max(widths)
+
+
+def stream_memory(config: RunConfig, width: int, itemsize: int, row_len: int, hooks: int) -> int:
+    """Return the bytes that torch needs on a GPU beside the model: blocks of activations, and a forward pass.
+
+    A pass holds about 24 arrays of the width of the stream at once, most of them in an MLP; a windowed layer that is
+    not compiled also holds a mask.
+
+    Args:
+      config: the run.
+      width: of the model's residual stream.
+      itemsize: bytes of one of its numbers.
+      row_len: tokens of a row.
+      hooks: number of hooks that are captured.
+    """
+    tokens = max(config.tokens_per_forward, row_len)
+    blocks = 3 * config.block_size * width * itemsize * hooks  # one that is read, one that is filled, and its order
+    return blocks + (24 + hooks) * tokens * width * itemsize + 4 * row_len**2
+
+
+def _step_memory(config: RunConfig, trainees: list[Trainee]) -> tuple[int, int, int]:
+    """Return (copies, weights, latents): copies of all weights, bytes of one, and bytes for the latents of a batch."""
+    saes = [trainee.member.sae for trainee in trainees]
+    weights = sum(4 * sae.d_sae * (sae.d_in + sae.width_out) for sae in saes)
+    copies = 5 + (config.average_fraction is not None)  # weights, gradients, two moments, the copy that is saved
+    return copies, weights, 2 * 4 * config.batch_size * max(sae.d_sae for sae in saes)
+
+
+def _hooks(trainees: list[Trainee]) -> set[str]:
+    return {hook for trainee in trainees for hook in trainee.hooks}
 
 
 def available_memory(config: RunConfig) -> int | None:

@@ -129,7 +129,7 @@ def test_an_encoder_selects_the_best_up_to_rounding(pair, size, name):
     exact = jax.jit(Reference().pre_activations)(inputs, W, b_enc)
     found, wanted = both(pair, codes, inputs, W, b_enc)
     picked = exact[found.tokens, found.indices]
-    near = 1e-4 if ours.matmul_dtype == "float32" else 0.06
+    near = 1e-4 if ours.matmul_dtype == "float32" else 0.12
     error = float(jnp.abs(found.values - picked).max())
     lost = float(jnp.sort(exact[wanted.tokens, wanted.indices].ravel()).sum() - picked.sum()) / picked.size
     show(f"encode {name} {size} {ours.matmul_dtype}", error=error, lost=lost)
@@ -167,7 +167,8 @@ def test_the_encoders_gradients_are_the_references(pair, size):
 
     def results(ops: Ops, x: jax.Array, W: jax.Array, b_enc: jax.Array, b_in: jax.Array, picked: Codes, g: jax.Array):
         def select(pre, limit=None, bias=None):  # the same codes, however products are rounded
-            return picked._replace(values=pre[picked.tokens, picked.indices] + bias[picked.indices])
+            values = pre[picked.tokens, picked.indices].astype(jnp.float32)
+            return picked._replace(values=values if bias is None else values + bias[picked.indices])
 
         def encoded(W, b_enc, b_in):
             return ops.encode(Input(x, jnp.float32(0.5), b_in), W, b_enc, select, by_token=False).values

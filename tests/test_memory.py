@@ -147,3 +147,15 @@ def test_on_a_gpu_blocks_of_activations_are_no_part_of_jaxs_memory(monkeypatch):
     plan.check_memory(wider, trainees(wider), D, enough)
     with pytest.raises(ConfigError, match="1 SAEs need about"):
         plan.check_memory(wider, trainees(wider), D, enough - 1)
+
+
+def test_a_card_without_room_is_refused_with_the_flags_that_help_and_other_processes_on_it():
+    plan.check_card(80 * GIB, 77 * GIB, 2 * GIB, 4 * GIB, 5 * GIB)
+    with pytest.raises(
+        ConfigError, match=r"needs about 9\.0 GiB .* and 7\.0 of 8\.0 are free: lower --tokens_per_forward"
+    ):
+        plan.check_card(8 * GIB, 7 * GIB, GIB // 2, 4 * GIB, 5 * GIB)
+    with pytest.raises(
+        ConfigError, match=r"about 68\.0 are taken outside .*: lower --expansion_factor or --batch_size"
+    ):
+        plan.check_card(80 * GIB, 10 * GIB, 2 * GIB, 6 * GIB, 5 * GIB)

@@ -124,12 +124,11 @@ def test_a_gpu_that_is_not_there_is_told_of_before_anything_is_read_or_made(comm
 
 
 def test_a_gpu_of_a_number_too_high_is_told_of_with_what_there_is(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    accelerators.require_torch("cuda")
-    accelerators.require_torch("cuda:1")
+    seen = accelerators.Seen("2.11.0", "13.0", 2, "", "NVIDIA H100", (9, 0), 2**36, 2**36)
+    accelerators.require_torch("cuda", look=lambda number: seen)
+    accelerators.require_torch("cuda:1", look=lambda number: seen)
     with pytest.raises(ConfigError, match="--device=cuda:7: torch sees 2 GPUs here, cuda:0, cuda:1"):
-        accelerators.require_torch("cuda:7")
+        accelerators.require_torch("cuda:7", look=lambda number: seen)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-abc")
     assert device._visible("cuda:1", 1) == "GPU-abc"
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=2,GPU-abc leaves 2 to this process"):

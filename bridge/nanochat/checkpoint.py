@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bridge.accelerators import computes_in_bfloat16
 from bridge.nanochat import deduce, hub, json_file, locate
 from bridge.nanochat import weights as weights_file
 from bridge.nanochat.config import GPTConfig
@@ -75,7 +77,8 @@ def load(
             model_*.pt, or safetensors (one file or shards) with the tensor names of nanochat, transformers or mlx.
         step: the training step to load from a directory; default: the last one.
         device: the device of the model.
-        dtype: the dtype of matrices; default: float32, on CUDA bfloat16. Vectors and scalars are float32, as upstream.
+        dtype: the dtype of matrices; default: float32, on GPUs with bfloat16 that. Vectors and scalars are float32, as
+            upstream.
         tokenizer: a tokenizer, or the path of one; default: the one found in, beside or above the checkpoint.
         ignore: names of unknown settings in meta.json or config.json that are known to change nothing.
         overrides: generation, softcap, rope_table, rope_base, qk_scale, eps, window_pattern, sequence_len, n_head,
@@ -175,7 +178,11 @@ def _compare(shapes: dict[str, tuple[int, ...]], model: GPT, generation: str) ->
 
 def _assign(model: GPT, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None) -> None:
     """Convert the weights one tensor at a time, assign them to a model on the meta device, and move its buffers."""
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if dtype is None:
+        dtype = torch.bfloat16 if computes_in_bfloat16(str(device)) else torch.float32
+        if device.type == "cuda" and dtype is torch.float32:
+            name = torch.cuda.get_device_name(device)
+            print(f"note: the {name} has no bfloat16: the model is loaded in float32", file=sys.stderr, flush=True)
     for name, tensor in weights.items():
         weights[name] = tensor.to(device, torch.float32 if tensor.ndim == 1 else dtype)
     model.load_state_dict(weights, strict=True, assign=True)

@@ -97,15 +97,20 @@ def jax_alone(device: str) -> None:
     """Restrict jax to a device, cpu or cuda (and the CPU beside it).
 
     Raises:
-      ConfigError: jax has no such device, or already computes on another one.
+      ConfigError: jax has no such device or a plugin for another CUDA than torch's, or already computes on another one.
     """
+    torch = sys.modules.get("torch")
+    torch_cuda = None if torch is None else torch.version.cuda
+    if device != "cpu":
+        accelerators.check_plugins(f"--device={device}", accelerators.jax_plugins(), torch_cuda)
     _restrict_jax("cpu" if device == "cpu" else f"{device},cpu")
     import jax
 
     try:
         jax.devices(device)
     except (RuntimeError, AssertionError) as error:  # the latter where there is no backend at all
-        require(False, f"--device={device}: jax has no GPU here ({error}): docs/guides/gpu.md says what to install")
+        why = accelerators.why_jax_has_no_gpu(accelerators.jax_plugins(), jax.__version__, torch_cuda, str(error))
+        require(False, f"--device={device}: jax has no GPU here ({why}): docs/guides/gpu.md says what to install")
 
 
 def _restrict_jax(platforms: str) -> None:

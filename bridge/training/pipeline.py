@@ -5,6 +5,7 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
+from bridge import accelerators
 from bridge.run import Run, directory
 from bridge.settings import from_keywords
 from bridge.training import determinism, device
@@ -75,6 +76,8 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
     if config.deterministic:
         determinism.enforce(config.device)
     torch_device = device.open_torch(config.device)
+    if config.matmul_dtype == "bfloat16":
+        accelerators.require_bfloat16("--matmul_dtype=bfloat16", torch_device)
 
     import bridge.nanochat
     from bridge.training import loop, plan, text

@@ -144,22 +144,54 @@ def check_gpu_memory(trainees: list[Trainee], available: int, ops: Ops | None = 
 
 
 def jax_fraction(config: RunConfig, trainees: list[Trainee], nano: Nanochat) -> float:
-    """Return jax's fraction of the GPU's memory: the one that was given, or what the run's SAEs need."""
-    if config.jax_memory_fraction is not None or config.device == "cpu":
-        return config.jax_memory_fraction or 1.0
+    """Return jax's fraction of the GPU's memory: the one that was given, or what the run's SAEs need.
+
+    Raises:
+      ConfigError: the GPU has not enough free memory for the run.
+    """
+    if config.device == "cpu":
+        return 1.0
     import torch
 
     free, card = torch.cuda.mem_get_info()
     itemsize = nano.model.lm_head.weight.element_size()
     row_len = config.context_size or nano.config.sequence_len
     torch_need = stream_memory(config, nano.config.n_embd, itemsize, row_len, len(_hooks(trainees)))
-    fraction = device.jax_fraction(card, free, saes_memory(config, trainees), torch_need)
+    jax_need = saes_memory(config, trainees)
+    check_card(card, free, torch.cuda.memory_reserved(), jax_need, torch_need)
+    if config.jax_memory_fraction is not None:
+        return config.jax_memory_fraction
+    fraction = device.jax_fraction(card, free, jax_need, torch_need)
     print(
         f"jax takes {fraction * card / 2**30:.1f} of the GPU's {card / 2**30:.1f} GiB (--jax_memory_fraction="
         f"{fraction:.3f}), torch has the rest",
         flush=True,
     )
     return fraction
+
+
+def check_card(card: int, free: int, own: int, jax_need: int, torch_need: int) -> None:
+    """Check that a GPU has room for a run, before jax starts.
+
+    Args:
+      card: bytes of the GPU.
+      free: bytes of it that are free, with the model on it.
+      own: bytes that torch has taken in this process, for the model.
+      jax_need: bytes that jax is predicted to need.
+      torch_need: bytes that torch is predicted to need beside the model.
+
+    Raises:
+      ConfigError: there is no room; names the flags that lower the larger need, and another process on the GPU.
+    """
+    others = card - free - own
+    shared = f" (about {others / 2**30:.1f} are taken outside this run: nvidia-smi names processes)"
+    flags = "--expansion_factor or --batch_size" if jax_need > torch_need else "--tokens_per_forward or --block_size"
+    require(
+        jax_need + torch_need <= free,
+        f"the run needs about {(jax_need + torch_need) / 2**30:.1f} GiB of the GPU beside its model "
+        f"({jax_need / 2**30:.1f} for its SAEs, {torch_need / 2**30:.1f} for activations), and {free / 2**30:.1f} of "
+        f"{card / 2**30:.1f} are free{shared if others > card / 10 else ''}: lower {flags}",
+    )
 
 
 def saes_memory(config: RunConfig, trainees: list[Trainee]) -> int:

@@ -107,14 +107,15 @@ def _latents(member: Member, ops: Ops) -> int:
     sae, n = member.sae, member.train.batch_size
     d, f = sae.d_in, sae.d_sae
     if not sae.sae.sparse:
-        part = ops.sum_chunk(n, d, f, gradients=True) if hasattr(ops, "sum_chunk") else n
-        return _DENSE * _FLOAT * part * f
+        part = getattr(ops, "sum_chunk", lambda n, d_in, d_sae, gradients: n)
+        return _DENSE * _FLOAT * part(n, d, f, True) * f
     k = max(sae.k or 1, member.train.k_start or 0)
     pairs = _PAIR * n * (k + getattr(sae, "dead_k", 0))
     if ops.name == "gpu":
         number = 2 if ops.matmul_dtype == "bfloat16" else _FLOAT
+        chunk = getattr(ops, "encode_chunk", lambda n, d_in, d_sae: n)
         by_token = sae.sae.form in ("topk", "abstopk")
-        return pairs + number * f * (ops.encode_chunk(n, d, f) if by_token else n)
+        return pairs + number * f * (chunk(n, d, f) if by_token else n)
     if getattr(ops, "decoding", None) == "at once":
         return pairs + _XLA_AT_ONCE * _FLOAT * n * k * max(d, sae.width_out)
     return pairs + _XLA_DENSE * _FLOAT * n * f

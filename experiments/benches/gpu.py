@@ -88,7 +88,13 @@ def suite(config: Config) -> dict[str, Part]:
 
     size, fast = {"size": config.size}, {"matmul_dtype": "bfloat16"}
     bench = ("-m", "experiments.bench")
-    streamed = {"k": 64, "expansion_factor": 16, "batch_size": 16384, "block_size": 2**18, "rounds": 4}
+    streamed: dict[str, object] = {
+        "k": 64,
+        "expansion_factor": 16,
+        "batch_size": 16384,
+        "block_size": 2**18,
+        "rounds": 4,
+    }
     streamed |= {"models": ",".join(config.models), "tokens_per_forward": 16 * 2048}
     measured = {"sizes": config.size, "architectures": "topk,batchtopk,relu", "trainers": ""}
     others = {"peer_env": config.peer_env, "peer_wheels": config.peer_wheels}

@@ -74,8 +74,9 @@ def main(config: Config) -> int:
         print(json.dumps(_job(config)), flush=True)
         return 0
     require_torch(config.device)
-    out, failed = config.out.format(device=config.device), {}
+    out = config.out.format(device=config.device)
     results: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in config.settings:
             process = _start(config, name, folder)

@@ -55,8 +55,9 @@ def main(config: Config) -> int:
     if config.device != "cpu":
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the others need GPU memory too
     device.jax_alone(config.device)
-    size, failed = Size.parse(config.size), {}
-    out, results = config.out.format(device=config.device), []
+    size, out = Size.parse(config.size), config.out.format(device=config.device)
+    results: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
     machine = timing.machine(config.device)
     with _running(config, size, failed) as (versions, asks):
         for architecture in config.architectures:

@@ -9,7 +9,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 
 ABSENT = frozenset(
     {
@@ -41,7 +41,7 @@ class Anything:
 class StandIn(types.ModuleType):
     """A module whose classes, the names with a capital, and functions are made when they are asked for."""
 
-    __path__: Sequence[str] = ()
+    __path__: MutableSequence[str] = []  # noqa: RUF012 - no package has modules of its own
     __version__ = "0"
 
     def __getattr__(self, name: str) -> object:

@@ -8,7 +8,7 @@ import torch
 from tiny_nanochat import tiny, tokens
 
 from bridge.hooks import SITES, capture, edit, hook_name
-from bridge.nanochat import compiled
+from bridge.nanochat import attention, compiled
 from bridge.nanochat import model as model_module
 from bridge.nanochat.config import GENERATIONS
 from bridge.nanochat.model import GPT, MLP, Attention, Block, GPTConfig
@@ -31,7 +31,7 @@ class Counting:
 @pytest.fixture
 def compiler(monkeypatch):
     """The types of tests are checked by wrappers that no compiler sees in use: the functions are called without."""
-    for holder in (model_module, Attention, MLP, Block, GPT):
+    for holder in (attention, model_module, Attention, MLP, Block, GPT):
         for name, function in list(vars(holder).items()):
             if isinstance(function, types.FunctionType) and name != "init_weights":
                 monkeypatch.setattr(holder, name, inspect.unwrap(function))

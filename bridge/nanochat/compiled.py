@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from bridge.nanochat.attention import is_causal, window_mask
 from bridge.nanochat.config import GPTConfig
-from bridge.nanochat.model import is_causal, window_mask
 
 Choice = Literal["auto", "on", "off"]
 

@@ -115,11 +115,15 @@ class _Bench:
         reference = None
         for name, (make, hooks) in cases.items():
             run = make()
+
+            def work(run: Programs | None = run, hooks: list[str] = hooks) -> torch.Tensor:
+                return self._pass(ids, hooks, run)
+
             start = time.perf_counter()
-            acts = self._pass(ids, hooks, run).float()
+            acts = work().float()
             first = time.perf_counter() - start
             reference = acts if reference is None else reference
-            seconds = self._seconds(lambda run=run, hooks=hooks: self._pass(ids, hooks, run))
+            seconds = self._seconds(work)
             yield {
                 "case": name,
                 "ms": 1e3 * seconds,

@@ -329,6 +329,17 @@ def test_logits_neighbours_and_channels_are_those_of_the_weights(d_sae, monkeypa
     np.testing.assert_allclose(found["channel_shares"], abs(entries) / abs(W_dec).sum(1)[:, None], rtol=1e-5)
 
 
+@pytest.mark.parametrize("sums", [gather._sparse_sums, gather._dense_sums])
+def test_the_sum_over_the_firings_of_a_latent_is_the_same_on_a_processor_and_a_gpu(sums):
+    random = torch.Generator().manual_seed(0)
+    latents, x = torch.randn(60, 40, generator=random).relu(), torch.randn(60, 16, generator=random)
+    latents[:, 7] = 0
+    token, latent = latents.nonzero(as_tuple=True)
+    torch.testing.assert_close(sums(token, latent, latents[token, latent], x, 40), latents.T @ x)
+    nothing = token[:0]
+    assert not sums(nothing, nothing, x[0, :0], x, 40).any()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_recorded_codes_are_those_of_the_sae(form):
     sae = toy_sae(form, 16, 40, k=5)

@@ -10,7 +10,6 @@ from bridge.training import device, plan
 from bridge.training.config import RunConfig
 from jsae.architectures import sae_config
 from jsae.config import TrainConfig
-from jsae.loop import Member
 from jsae.settings import ConfigError
 
 RUN = Path("runs/some")
@@ -265,26 +264,6 @@ def test_jax_has_the_part_of_a_card_that_it_needs_and_torch_the_rest(card, free,
     fraction = device.jax_fraction(*(round(value * GIB) for value in (card, free, jax_need, torch_need)))
     assert fraction * card == pytest.approx(gib, abs=0.01)
     assert 0 < fraction < 0.95
-
-
-def test_the_flagship_run_leaves_most_of_a_card_to_torch():
-    """A d20 with 20,480 latents on an H100."""
-    config = RunConfig(expansion_factor=16, k=(64,), batch_size=16384, block_size=2**18, tokens_per_forward=32768)
-    sae = config.sae_config(1280)
-    trainees = [plan.Trainee(config, False, RUN, ("blocks.10.hook_resid_post",), Member(sae, config.train_config()))]
-    jax_need, torch_need = plan.saes_memory(config, trainees), plan.stream_memory(config, 1280, 2, 2048, 1)
-    assert 4 * GIB < jax_need < 8 * GIB
-    assert 3 * GIB < torch_need < 6 * GIB
-    assert 5 * GIB < 80 * GIB * device.jax_fraction(80 * GIB, 77 * GIB, jax_need, torch_need) < 12 * GIB
-
-
-def test_blocks_of_activations_are_no_part_of_jaxs_memory_on_a_gpu(nano):
-    config = RunConfig(device="cuda", block_size=2**20)
-    trainees = plan.trainees(RUN, config, nano)
-    enough = 5 * 4 * 1024 * 256 + 2 * 4 * 2048 * 1024
-    plan.check_memory(config, trainees, 128, enough)
-    with pytest.raises(ConfigError, match="1 SAEs need about"):
-        plan.check_memory(config, trainees, 128, enough - 1)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.95, 1.5])

@@ -198,9 +198,7 @@ class Gatherer:
         self._tokens += len(x)
         self._total += centred.sum(0)
         self._square += centred.square().sum(0)
-        where = torch.stack([latent, token])
-        fires = torch.sparse_coo_tensor(where, value, (self.sae.d_sae, len(x)), check_invariants=False)
-        self._product += torch.sparse.mm(fires, centred)
+        self._product += latent_sums(token, latent, value, centred, self.sae.d_sae)
 
     def moments(self) -> Moments:
         """Return the sums."""
@@ -209,6 +207,38 @@ class Gatherer:
             return Moments(0, none, none, none, np.zeros((self.sae.d_sae, self.sae.d_in)))
         parts = (self._shift, self._total, self._square, self._product)
         return Moments(self._tokens, *(part.cpu().double().numpy() for part in parts))
+
+
+def latent_sums(
+    token: Int[torch.Tensor, " m"],
+    latent: Int[torch.Tensor, " m"],
+    value: Float[torch.Tensor, " m"],
+    x: Float[torch.Tensor, "n d"],
+    d_sae: int,
+) -> Float[torch.Tensor, "f d"]:
+    """Return for every latent the sum of value * x[token] over its firings.
+
+    A GPU multiplies the dense array of the values faster than torch converts a sparse one, whose conversion there
+    warns of checks that are not made.
+    """
+    if x.device.type == "cpu":
+        return _sparse_sums(token, latent, value, x, d_sae)
+    return _dense_sums(token, latent, value, x, d_sae)
+
+
+def _sparse_sums(
+    token: torch.Tensor, latent: torch.Tensor, value: torch.Tensor, x: torch.Tensor, d_sae: int
+) -> torch.Tensor:
+    where = torch.stack([latent, token])
+    return torch.sparse.mm(torch.sparse_coo_tensor(where, value, (d_sae, len(x)), check_invariants=False), x)
+
+
+def _dense_sums(
+    token: torch.Tensor, latent: torch.Tensor, value: torch.Tensor, x: torch.Tensor, d_sae: int
+) -> torch.Tensor:
+    fires = x.new_zeros(d_sae, len(x))
+    fires[latent, token] = value
+    return fires @ x
 
 
 @torch.no_grad()

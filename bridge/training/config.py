@@ -126,6 +126,9 @@ class RunConfig(Json):
     checkpoint_every: int = flag(1_000_000, "Activations between checkpoints.", TOKENS)
     log_every: int = flag(50, "Steps between reports.", COUNT)
     device: str = flag("cpu", "Device of torch and jax: cpu, cuda or cuda:N.")
+    deterministic: bool = flag(
+        False, "On a GPU: end with the same bits on the same card and versions, also after --resume. A CPU does anyway."
+    )
     jax_memory_fraction: float | None = flag(
         None, "Fraction of a GPU's memory for jax; none is what the SAEs need; torch has the rest."
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.run import Run, directory
 from bridge.settings import from_keywords
-from bridge.training import device
+from bridge.training import determinism, device
 from bridge.training.config import RunConfig
 from jsae import files
 from jsae.settings import require
@@ -72,6 +72,8 @@ def train(config: RunConfig | None = None, *, stop_requests: "StopRequests | Non
 def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_requests: "StopRequests | None") -> None:
     """Train into a directory that this process has locked; `locks` receives the locks of the variants."""
     started = time.perf_counter()
+    if config.deterministic:
+        determinism.enforce(config.device)
     torch_device = device.open_torch(config.device)
 
     import bridge.nanochat

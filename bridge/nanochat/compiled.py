@@ -5,6 +5,7 @@ flex_attention, which skips what no query sees.
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -50,8 +51,9 @@ class Programs:
         """Return `function(*arguments)`."""
         while self.failure is None:
             try:
-                # An open context of hooks makes compiled code run eagerly; these programs contain no hook.
-                with torch.compiler.set_stance("default"):
+                # An open context of hooks makes compiled code run eagerly; these programs contain no hook. The compiler
+                # warns of itself: of what it imports, and of what it would do with other settings.
+                with torch.compiler.set_stance("default"), warnings.catch_warnings(action="ignore"):
                     return self._program(function)(*arguments)
             except torch.OutOfMemoryError:
                 raise

@@ -1,17 +1,14 @@
 """Compiled forward passes: the outputs of eager ones, the same hooks, one compilation per kind of layer, a fallback."""
 
-import inspect
-import types
-
 import pytest
 import torch
 from tiny_nanochat import tiny, tokens
+from unchecked import uncheck
 
 from bridge.hooks import SITES, capture, edit, hook_name
 from bridge.nanochat import compiled
-from bridge.nanochat import model as model_module
 from bridge.nanochat.config import GENERATIONS
-from bridge.nanochat.model import GPT, MLP, Attention, Block, GPTConfig
+from bridge.nanochat.model import GPTConfig
 
 ROWS, LENGTH = 3, 300  # longer than the short windows of the tiny models
 HOOKS = [hook_name(layer, site) for layer in range(4) for site in SITES]
@@ -30,11 +27,7 @@ class Counting:
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """The types of tests are checked by wrappers that no compiler sees in use: the functions are called without."""
-    for holder in (model_module, Attention, MLP, Block, GPT):
-        for name, function in list(vars(holder).items()):
-            if isinstance(function, types.FunctionType) and name != "init_weights":
-                monkeypatch.setattr(holder, name, inspect.unwrap(function))
+    uncheck(monkeypatch)
     torch._dynamo.reset()
     yield Counting()
     torch._dynamo.reset()

@@ -1,12 +1,15 @@
 """Arrays between torch and jax: no copies, bfloat16, and tensors that torch can no longer write to."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from bridge.handover import ALIGNMENT, to_jax, to_torch
+from bridge.handover import ALIGNMENT, return_behind_reads, to_jax, to_torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -59,6 +62,31 @@ def test_strided_and_unaligned_tensors_are_copied_once_and_right(cut):
 def test_gradients_are_left_behind():
     weight = torch.ones(32, requires_grad=True)
     np.testing.assert_array_equal(to_jax(weight * 2), np.full(32, 2.0))
+
+
+def test_a_tensor_is_kept_until_the_array_is_gone_and_torch_then_waits_for_jax():
+    entered, freed = [], []
+
+    class Stream:
+        def __enter__(self):
+            entered.append(len(freed))
+
+        def __exit__(self, *exception):
+            pass
+
+    tensor = torch.ones(1000)
+    weakref.finalize(tensor, freed.append, True)
+    array = jnp.ones(1000)
+    return_behind_reads(array, tensor, Stream())
+    del tensor
+    gc.collect()
+    assert (entered, freed) == ([], [])
+    other = array
+    del array
+    assert (entered, freed) == ([], [])
+    with jax.transfer_guard("disallow"):
+        del other
+    assert (entered, freed) == ([0], [True])
 
 
 def test_token_ids_are_refused():

@@ -5,13 +5,14 @@ flex_attention, which skips what no query sees.
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
+from bridge.nanochat.attention import is_causal, window_mask
 from bridge.nanochat.config import GPTConfig
-from bridge.nanochat.model import is_causal, window_mask
 
 Choice = Literal["auto", "on", "off"]
 
@@ -50,8 +51,9 @@ class Programs:
         """Return `function(*arguments)`."""
         while self.failure is None:
             try:
-                # An open context of hooks makes compiled code run eagerly; these programs contain no hook.
-                with torch.compiler.set_stance("default"):
+                # An open context of hooks makes compiled code run eagerly; these programs contain no hook. The compiler
+                # warns of itself: of what it imports, and of what it would do with other settings.
+                with torch.compiler.set_stance("default"), warnings.catch_warnings(action="ignore"):
                     return self._program(function)(*arguments)
             except torch.OutOfMemoryError:
                 raise

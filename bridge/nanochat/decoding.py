@@ -6,14 +6,14 @@ kernels per token. What hooks compute within the step is recorded too.
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bridge import passes
-from bridge.nanochat.model import GPT, Cache
+from bridge.nanochat.cache import Cache, StaticCache
+from bridge.nanochat.model import GPT
 
 Replay = Callable[[], object]
 Recorder = Callable[[Callable[[], Tensor], Callable[[], None]], tuple[Replay, Tensor]]
@@ -23,75 +23,6 @@ _SHORTEST = 256
 """Keys that the first recorded step reads; a step for twice as many is recorded when they are full."""
 _WORTHWHILE = 4
 """Tokens that a recorded step must be good for: recording takes as long as a few eager steps."""
-
-
-class StaticCache(Cache):
-    """A cache that is written at a position held on the device, and read as a whole under a mask.
-
-    Args:
-      cache: a cache whose text continues.
-      capacity: tokens per row of the new one.
-    """
-
-    def __init__(self, cache: Cache, capacity: int):
-        shape = (*cache.k.shape[:3], capacity, cache.k.shape[4])
-        super().__init__(cache.k.new_zeros(shape), cache.v.new_zeros(shape))
-        for ours, theirs in ((self.k, cache.k), (self.v, cache.v)):
-            ours[:, :, :, : cache.position] = theirs[:, :, :, : cache.position]
-        self.position = cache.position
-        self.last_token = cache.last_token.clone()
-        self.last_embedding = None if cache.last_embedding is None else cache.last_embedding.clone()
-        self.keys = capacity
-        self._at = torch.full((1,), cache.position, device=self.k.device)
-        self._masks: dict[int | None, Tensor] = {}
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's key and value of a token, and return the first `keys` of that layer."""
-        self.k[layer].index_copy_(2, self._at, k.detach())
-        self.v[layer].index_copy_(2, self._at, v.detach())
-        return self.k[layer, :, :, : self.keys], self.v[layer, :, :, : self.keys]
-
-    def rows(self, count: int) -> Any:
-        """Return the position of the next token, on the device."""
-        if count != 1:
-            raise ValueError(f"a static cache takes one token at a time, not {count}")
-        return self._at
-
-    def mask(self, window: int | None) -> Float[Tensor, "1 1 1 keys"]:
-        """Return 0 for the keys that the next token sees and -inf for the others."""
-        if window not in self._masks:
-            s = torch.arange(self.keys, device=self.k.device)
-            visible = s <= self._at if window is None else (s <= self._at) & (s >= self._at - window)
-            bias = torch.zeros(self.keys, dtype=self.k.dtype, device=self.k.device)
-            self._masks[window] = bias.masked_fill(~visible, -torch.inf)[None, None, None]
-        return self._masks[window]
-
-    def advance(self, tokens: Int[Tensor, "B 1"], embedded: Float[Tensor, "B 1 C"] | None) -> None:
-        """End a forward pass over one token per row."""
-        self._masks = {}  # a later step, and a recorded one, makes its own
-        self.position += 1
-        self._at += 1
-        self.last_token.copy_(tokens)
-        if embedded is not None:
-            self.last_embedding.copy_(embedded)
-
-    def state(self) -> tuple[int, Tensor, Tensor, Tensor | None]:
-        """Return a copy of what a step changes, except for the key and value that it writes, which it writes again."""
-        embedding = None if self.last_embedding is None else self.last_embedding.clone()
-        return self.position, self._at.clone(), self.last_token.clone(), embedding
-
-    def restore(self, state: tuple[int, Tensor, Tensor, Tensor | None]) -> None:
-        """Return to a `state`."""
-        self.position, at, token, embedding = state
-        self._at.copy_(at)
-        self.last_token.copy_(token)
-        if embedding is not None:
-            self.last_embedding.copy_(embedding)
-        self._masks = {}
-
-    def replayed(self) -> None:
-        """Count a token that a recorded step has added."""
-        self.position += 1
 
 
 class Decoder:

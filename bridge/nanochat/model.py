@@ -1,14 +1,15 @@
 """The transformer of all nanochat generations, from the first commit (G0) to G7, in one small module."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import relu, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import relu, rms_norm
 
+from bridge.nanochat.attention import attend
+from bridge.nanochat.cache import Cache, KeyValues
 from bridge.nanochat.config import EPS, GENERATIONS, SMEAR_CHANNELS, GPTConfig
 
 __all__ = ["GENERATIONS", "GPT", "Cache", "GPTConfig"]
@@ -47,123 +48,6 @@ def rotate(x: Float[Tensor, "B T H D"], rope: Rope) -> Float[Tensor, "B T H D"]:
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
-@functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a cached mask that was created in inference mode may be used in training later
-def window_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Bool[Tensor, "queries keys"]:
-    """Return the mask of the keys s that query t sees: t - window <= s <= t. The last query is at the last key."""
-    t = torch.arange(keys - queries, keys, device=device)[:, None]
-    s = torch.arange(keys, device=device)
-    causal = s <= t
-    return causal if window is None else causal & (s >= t - window)
-
-
-def is_causal(length: int, window: int | None) -> bool:
-    """Return whether the attention within a text of this length is plainly causal, since its window covers the text."""
-    return window is None or length <= window + 1
-
-
-def attend(
-    q: Float[Tensor, "B H T D"],
-    k: Float[Tensor, "B Hkv S D"],
-    v: Float[Tensor, "B Hkv S D"],
-    window: int | None,
-    mask: Any = None,
-) -> Float[Tensor, "B H T D"]:
-    """Return softmax(q k^T / sqrt(D)) v over the keys in the window; the last query is at the last key.
-
-    Keys that no query sees are dropped; a single query then needs no mask. If the window covers all keys, attention is
-    plainly causal. Otherwise a boolean mask is used, which works on all devices (flex_attention compiles for GPUs
-    only). Key head j serves the query heads j r .. j r + r - 1, where r = H / Hkv.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        window: see `window_mask`.
-        mask: the mask, if the caller has it already: True or 0 where a query sees a key, or a BlockMask, with which
-            attention is computed by flex_attention.
-    """
-    if mask is not None:
-        return _attend_masked(q, k, v, mask)
-    queries, keys = q.size(2), k.size(2)
-    unseen = 0 if window is None else max(0, keys - queries - window)
-    k, v, keys = k[:, :, unseen:], v[:, :, unseen:], keys - unseen
-    causal = queries == keys and is_causal(queries, window)
-    groups = q.size(1) // k.size(1)
-    if causal or queries == 1:
-        return scaled_dot_product_attention(q, k, v, is_causal=causal and queries > 1, enable_gqa=groups > 1)
-    return _attend_masked(q, k, v, window_mask(queries, keys, window, q.device))
-
-
-def _attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    """Return attention under a mask: a tensor, or a BlockMask."""
-    groups = q.size(1) // k.size(1)
-    if not isinstance(mask, Tensor):
-        return torch.nn.attention.flex_attention.flex_attention(q, k, v, block_mask=mask, enable_gqa=groups > 1)
-    # On CUDA, enable_gqa with a mask leaves only the kernel that stores all scores, so the heads are copied.
-    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-class Cache:
-    """Keys and values of the tokens seen so far, and the last token and its embedding, which G4e and G7 need.
-
-    k, v: (n_layer, B, n_kv_head, max_len, head_dim). No gradient flows through a cache.
-    """
-
-    def __init__(self, k: Tensor, v: Tensor):
-        self.k, self.v = k, v
-        self.position = 0  # tokens seen so far
-        self.last_token: Int[Tensor, "B 1"] | None = None
-        self.last_embedding: Float[Tensor, "B 1 C"] | None = None  # normed, before the smear
-
-    @property
-    def batch_size(self) -> int:
-        """Number of rows."""
-        return self.k.size(1)
-
-    @property
-    def max_len(self) -> int:
-        """Capacity in tokens per row."""
-        return self.k.size(3)
-
-    def append(
-        self, layer: int, k: Float[Tensor, "B Hkv T D"], v: Float[Tensor, "B Hkv T D"]
-    ) -> tuple[Float[Tensor, "B Hkv S D"], Float[Tensor, "B Hkv S D"]]:
-        """Append one layer's keys and values and return all of that layer. `position` stays the same."""
-        end = self.position + k.size(2)
-        self.k[layer, :, :, self.position : end] = k.detach()
-        self.v[layer, :, :, self.position : end] = v.detach()
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def rows(self, count: int) -> Any:
-        """Return an index of the rope tables: the rows of the next positions."""
-        return slice(self.position, self.position + count)
-
-    def mask(self, window: int | None) -> Tensor | None:
-        """Return the mask of the next token over the keys of `append`; None for those that `attend` makes itself."""
-        return None
-
-    def advance(self, tokens: Int[Tensor, "B T"], embedded: Float[Tensor, "B T C"] | None) -> None:
-        """End a forward pass over tokens; `embedded` are their normed embeddings, which G7 needs."""
-        self.position += tokens.size(1)
-        self.last_token = tokens[:, -1:]
-        self.last_embedding = None if embedded is None else embedded[:, -1:].detach().clone()
-
-    def repeat(self, n: int) -> "Cache":
-        """Return a copy of a one-row cache with n rows, to continue one prompt n times.
-
-        Raises ValueError if the cache has more than one row or n < 1.
-        """
-        if self.batch_size != 1 or n < 1:
-            raise ValueError(f"repeat needs n >= 1 and a cache with one row, got n={n} and {self.batch_size} rows")
-        rows = Cache(self.k.repeat(1, n, 1, 1, 1), self.v.repeat(1, n, 1, 1, 1))
-        rows.position = self.position
-        rows.last_token = None if self.last_token is None else self.last_token.repeat(n, 1)
-        rows.last_embedding = None if self.last_embedding is None else self.last_embedding.repeat(n, 1, 1)
-        return rows
-
-
 class Attention(nn.Module):
     """Causal attention with rotary embeddings, followed by normalised queries and keys; returns c_proj's output."""
 
@@ -188,7 +72,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "B T C"],
         ve: Float[Tensor, "B T kv"] | None,
         rope: Rope,
-        cache: Cache | None,
+        cache: KeyValues | None,
         run: Runner | None = None,
     ) -> Float[Tensor, "B T C"]:
         """Return the output for x, the normalised residual stream, and ve, the value embeddings of the same tokens.
@@ -204,7 +88,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "B T C"],
         ve: Float[Tensor, "B T kv"] | None,
         rope: Rope,
-        cache: Cache | None,
+        cache: KeyValues | None,
         mask: Any = None,
     ) -> Float[Tensor, "B T C"]:
         """Return the output; `mask` is that of `attend`."""
@@ -255,7 +139,7 @@ class Block(nn.Module):
         x: Float[Tensor, "B T C"],
         ve: Float[Tensor, "B T kv"] | None,
         rope: Rope,
-        cache: Cache | None,
+        cache: KeyValues | None,
         run: Runner | None = None,
     ) -> Float[Tensor, "B T C"]:
         """Return the residual stream after both additions.
@@ -400,7 +284,7 @@ class GPT(nn.Module):
         return Cache(k, v)
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], cache: Cache | None = None, run: Runner | None = None
+        self, tokens: Int[Tensor, "B T"], cache: KeyValues | None = None, run: Runner | None = None
     ) -> Float[Tensor, "B T V"]:
         """Return float32 logits, softcapped, without the padding rows of the vocabulary.
 
@@ -440,7 +324,7 @@ class GPT(nn.Module):
         return embedded, self._smear(embedded, before) if self.config.smear else embedded
 
     def _blocks(
-        self, tokens: Tensor, x: Float[Tensor, "B T C"], rope: Rope, cache: Cache | None, run: Runner | None
+        self, tokens: Tensor, x: Float[Tensor, "B T C"], rope: Rope, cache: KeyValues | None, run: Runner | None
     ) -> Float[Tensor, "B T C"]:
         """Return the residual stream before the final norm."""
         config = self.config
@@ -464,7 +348,7 @@ class GPT(nn.Module):
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         return x + gate * torch.cat([before, x[:, :-1]], dim=1)
 
-    def _check(self, tokens: Tensor, cache: Cache | None, start: int) -> None:
+    def _check(self, tokens: Tensor, cache: KeyValues | None, start: int) -> None:
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"token ids must be int64 or int32, got {tokens.dtype}")
         if tokens.ndim != 2 or 0 in tokens.shape:

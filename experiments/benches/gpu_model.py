@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from bridge.nanochat.model import GPT
     from bridge.runtime import InterpretableModel
 
-PARTS = ("forward", "decode", "stream", "loop")
+PARTS = ("forward", "decode", "handover", "stream", "loop")
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,15 @@ class _Bench:
         reference = None
         for name, (make, hooks) in cases.items():
             run = make()
+
+            def work(run: Programs | None = run, hooks: list[str] = hooks) -> torch.Tensor:
+                return self._pass(ids, hooks, run)
+
             start = time.perf_counter()
-            acts = self._pass(ids, hooks, run).float()
+            acts = work().float()
             first = time.perf_counter() - start
             reference = acts if reference is None else reference
-            seconds = self._seconds(lambda run=run, hooks=hooks: self._pass(ids, hooks, run))
+            seconds = self._seconds(work)
             yield {
                 "case": name,
                 "ms": 1e3 * seconds,
@@ -177,6 +181,33 @@ class _Bench:
         same = next((i for i, (a, b) in enumerate(zip(plain, graph, strict=True)) if a != b), len(plain))
         yield {"case": "greedy tokens that agree with the plain way", "same": same, "of": len(plain)}
         yield {"case": "logits of a step", "relative_difference": self._logits_difference(prompt)}
+
+    def handover(self) -> Iterator[dict[str, Any]]:
+        """Count arrays that torch overwrites before jax, behind a queue of products, has read them."""
+        import jax
+        import jax.numpy as jnp
+        import torch
+
+        from bridge import handover
+
+        work = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda i, y: (y @ x) / jnp.abs(y).max(), x))
+        total = jax.jit(lambda x: x.astype(jnp.float32).sum())
+        busy = jnp.ones((4096, 4096) if self.kind == "cuda" else (64, 64), jnp.bfloat16)
+        ways = {"raw DLPack": lambda acts: jax.dlpack.from_dlpack(acts, copy=False), "to_jax": handover.to_jax}
+        for name, hand_over in ways.items():
+            wrong = 0
+            for _ in range(10):
+                acts = torch.ones(2**22, device=self.kind)
+                array = hand_over(acts)
+                del acts
+                queued = work(busy)
+                found = total(array)
+                del array
+                for _ in range(4):
+                    torch.full((2**22,), 2.0, device=self.kind)
+                wrong += int(float(found) != 2**22)
+                jax.block_until_ready(queued)
+            yield {"case": name, "wrong_reads": wrong, "of": 10}
 
     def stream(self) -> Iterator[dict[str, Any]]:
         """Time blocks of the stream alone, while torch may not wait for the GPU."""

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 from jsae.ops import rows
 from jsae.ops.interface import AdamScalars, AdamSettings, Moments
 from jsae.ops.reference import row_dots, tangent_rows
-from jsae.ops.xla_ops import XlaOps
 from jsae.ops.types import Codes, Input
+from jsae.ops.xla_ops import XlaOps
 
 _PAIRS = 1024  # codes that are added at once
 

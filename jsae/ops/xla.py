@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 from jsae.ops import rows
 from jsae.ops.cpu import adam_in_place
 from jsae.ops.interface import AdamScalars, AdamSettings, Moments
-from jsae.ops.xla_ops import XlaOps
 from jsae.ops.types import Codes, Input
+from jsae.ops.xla_ops import XlaOps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jsae.ops.interface import AdamScalars, AdamSettings, Moments
 from jsae.ops.sparse import SparseOps
 from jsae.ops.types import Codes, Input
 
-_ALIGNMENT = 8  # columns: 16 bytes of bfloat16
+_ALIGNMENT = 64  # columns of a product: with 1,288 it takes 1.24 ms on an H200, with 1,344 1.12 ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +26,11 @@ class Gpu(SparseOps):
     """Operations with Triton kernels. The fields are sizes of parts; every choice gives the same, to rounding."""
 
     name: ClassVar[str] = "gpu"
+    narrow: ClassVar[bool] = True
 
     chunk: int = 2**27
     """Pre-activations, about, that exist at once where codes are picked token by token."""
-    tokens: int = 4096
+    tokens: int = 8192
     """Tokens, about, whose latents exist at once where all latents are computed and gradients are summed."""
 
     @property
@@ -51,7 +52,8 @@ class Gpu(SparseOps):
             return lambda x: (self.matmul(inputs._replace(x=x).read(), W_enc.T), bias)
         rounded = lax.reduce_precision(b_enc, exponent_bits=8, mantissa_bits=7)
         columns = jnp.stack([rounded, b_enc - rounded], 1).astype(jnp.bfloat16)
-        padding = -(W_enc.shape[1] + 2) % _ALIGNMENT
+        width = W_enc.shape[1] + 2
+        padding = -width % (_ALIGNMENT if width > 4 * _ALIGNMENT else 8)
         weights = jnp.pad(jnp.concatenate([W_enc.astype(jnp.bfloat16), columns], 1), ((0, 0), (0, padding)))
 
         def encoded(x: Float[Array, "m d"]) -> tuple[Float[Array, "m f"], Float[Array, " f"] | None]:

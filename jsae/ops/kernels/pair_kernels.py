@@ -39,29 +39,33 @@ def decode_kernel(
 
 @triton.jit
 def dots_kernel(
-    rows, indices, tokens, weights, dots,
-    COUNT: tl.constexpr, D: tl.constexpr, K: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
-    CODES: tl.constexpr,
+    rows, indices, starts, weights, dots,
+    D: tl.constexpr, K: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply for CODES codes the row of their token with the row of their latent."""
+    """Multiply the row of a token with the rows that its codes name, CODES at a time.
+
+    One of PARTS programs of a token takes every PARTS-th block of its codes.
+    """
+    token = tl.program_id(0).to(tl.int64)
     if RAGGED:
-        code = tl.program_id(0) * CODES + tl.arange(0, CODES)
-        real = code < COUNT
-        token = tl.load(tokens + code, mask=real, other=0).to(tl.int64)
+        first = tl.load(starts + token)
+        last = tl.load(starts + token + 1)
     else:
-        within = tl.program_id(1) * CODES + tl.arange(0, CODES)
-        code = tl.program_id(0) * K + within
-        real = within < K
-        token = tl.program_id(0).to(tl.int64) + tl.zeros((CODES,), tl.int64)
-    latent = tl.load(indices + code, mask=real, other=0).to(tl.int64)
-    total = tl.zeros((CODES, BLOCK), tl.float32)
-    for first in range(0, D, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        inside = real[:, None] & (column < D)[None, :]
-        row = tl.load(rows + token[:, None] * D + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(weights + latent[:, None] * D + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        total += row * weight
-    tl.store(dots + code, tl.sum(total, 1), mask=real)
+        first = tl.program_id(0) * K
+        last = first + K
+    for turn in range(first + tl.program_id(1) * CODES, last, CODES * PARTS):
+        code = turn + tl.arange(0, CODES)
+        real = code < last
+        latent = tl.load(indices + code, mask=real, other=0).to(tl.int64)
+        total = tl.zeros((CODES, BLOCK), tl.float32)
+        for begin in range(0, D, BLOCK):
+            column = begin + tl.arange(0, BLOCK)
+            inside = real[:, None] & (column < D)[None, :]
+            row = tl.load(rows + token * D + column, mask=column < D, other=0.0).to(tl.float32)
+            weight = tl.load(weights + latent[:, None] * D + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            total += row[None, :] * weight
+        tl.store(dots + code, tl.sum(total, 1), mask=real)
 
 
 @triton.jit

@@ -23,8 +23,8 @@ class Sorted(NamedTuple):
     """The latent of every code."""
     order: Int[Array, " c"]
     """Its place among the codes."""
-    starts: Int[Array, " f+1"]
-    """Where the codes of each latent begin, and the end."""
+    starts: Int[Array, " s"]
+    """Where the codes of each latent begin, and the end: one number more than latents."""
 
 
 def sorted_by_latent(codes: Codes, f: int) -> Sorted:
@@ -34,7 +34,7 @@ def sorted_by_latent(codes: Codes, f: int) -> Sorted:
     return Sorted(keys, order, starts(keys, f))
 
 
-def starts(keys: Int[Array, " c"], f: int) -> Int[Array, " f+1"]:
+def starts(keys: Int[Array, " c"], f: int) -> Int[Array, " s"]:
     """Return for every number from 0 to f how many of the sorted keys are smaller."""
     block = 128
     (out,) = call(
@@ -52,7 +52,7 @@ def starts(keys: Int[Array, " c"], f: int) -> Int[Array, " f+1"]:
 
 
 def decoded(
-    codes: Codes, W: Float[Array, "f d"], start: Float[Array, "n d"], *, columns: int = COLUMNS, together: int = 4,
+    codes: Codes, W: Float[Array, "f d"], start: Float[Array, "n d"], *, columns: int = COLUMNS, together: int = 8,
     warps: int = 1
 ) -> Float[Array, "n d"]:  # fmt: skip
     """Return start[t] + sum of value * W[latent] over the codes of token t, which are in the order of their tokens."""
@@ -78,33 +78,40 @@ def decoded(
 
 
 def dots(
-    codes: Codes, g: Float[Array, "n d"], W: Float[Array, "f d"], *, columns: int = COLUMNS, together: int = 8,
-    warps: int = 1
-) -> Float[Array, "m k"]:  # fmt: skip
-    """Return g[token] . W[latent] of every code."""
+    codes: Codes,
+    g: Float[Array, "n d"],
+    W: Float[Array, "f d"],
+    *,
+    columns: int = COLUMNS,
+    together: int = 8,
+    warps: int = 1,
+) -> Float[Array, "m k"]:
+    """Return g[token] . W[latent] of every code; the codes are in the order of their tokens."""
     m, k = codes.values.shape
+    n, d = g.shape
     ragged = codes.rows is not None
+    parts = -(-k // together)
     (out,) = call(
         kernels.dots_kernel,
         g,
         codes.indices,
-        codes.rows if ragged else codes.indices,
+        starts(codes.rows.ravel(), n) if ragged else codes.indices,
         W,
         outputs=[Shape((m, k), jnp.float32)],
-        grid=(-(-m * k // together),) if ragged else (m, -(-k // together)),
+        grid=(n, parts),
         warps=warps,
-        COUNT=m * k,
-        D=g.shape[1],
+        D=d,
         K=k,
         RAGGED=ragged,
         BLOCK=columns,
         CODES=together,
+        PARTS=parts,
     )
     return out
 
 
 def latent_sums(
-    codes: Codes, rows: Float[Array, "n d"], f: int, *, columns: int = COLUMNS, together: int = 4, span: int = SPAN,
+    codes: Codes, rows: Float[Array, "n d"], f: int, *, columns: int = COLUMNS, together: int = 8, span: int = SPAN,
     warps: int = 1
 ) -> Float[Array, "f d"]:  # fmt: skip
     """Return out[i] = sum of value * row of the token over the codes of latent i."""

@@ -12,7 +12,8 @@ from jsae.ops.kernels.launch import Shape, call
 from jsae.ops.types import Codes
 
 _LARGEST = 2**14  # numbers that one program holds
-_BLOCK, _TURNS = 4096, 4  # numbers of a batch that one program reads at once, and how often
+_BLOCK = 4096  # numbers of a batch that one program compacts
+_COUNTED, _TURNS = 1024, 8  # numbers that one warp counts at once, and how often
 
 
 def fits(f: int, k: int) -> bool:
@@ -62,7 +63,7 @@ def top_k(
             Shape((n, slots), jnp.int32),
         ],
         grid=(n,),
-        warps=warps or (4 if max(padded, slots * group) <= 4096 else 8),
+        warps=warps or (2 if max(padded, slots * group) <= 2048 else 4 if max(padded, slots * group) <= 4096 else 8),
         F=f,
         K=k,
         SLOTS=slots,
@@ -169,7 +170,7 @@ def kth_largest(values: Float[Array, "m w"], k: int | Int[Array, ""]) -> Int[Arr
 
     Four bits are found in one pass, by counting how many numbers reach each of 15 thresholds.
     """
-    programs = -(-values.size // (_BLOCK * _TURNS))
+    programs = -(-values.size // (_COUNTED * _TURNS))
     bits = jnp.int32(0)
     for shift in range(28, 28 - _bits(values), -4):
         (counts,) = call(
@@ -178,10 +179,10 @@ def kth_largest(values: Float[Array, "m w"], k: int | Int[Array, ""]) -> Int[Arr
             bits,
             outputs=[Shape((programs, 16), jnp.int32)],
             grid=(programs,),
-            warps=4,
+            warps=1,
             N=values.size,
             SHIFT=shift,
-            BLOCK=_BLOCK,
+            BLOCK=_COUNTED,
             TURNS=_TURNS,
         )
         digit = (counts.sum(0)[1:] >= k).sum(dtype=jnp.int32)

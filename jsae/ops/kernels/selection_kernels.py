@@ -137,18 +137,20 @@ def digit_kernel(
 ):
     """Count how many positive numbers reach each of 15 thresholds: the prefix with the digits 1 to 15 at SHIFT.
 
-    `counts` is (programs, 16); column 0 is 0.
+    `counts` is (programs, 16); column 0 is 0. Thresholds above 2^31 are reached by none.
     """
     program = tl.program_id(0)
-    low = tl.load(prefix).to(tl.int64)
-    unit = tl.full((), 1, tl.int64) << SHIFT
+    low = tl.load(prefix).to(tl.uint32, bitcast=True)
+    unit = tl.full((), 1, tl.uint32) << SHIFT
     column = tl.arange(0, 16)
     total = tl.zeros((16,), tl.int32)
     for turn in range(TURNS):
         place = (program * TURNS + turn) * BLOCK + tl.arange(0, BLOCK)
-        bits = positive_bits(values, place, N).to(tl.int64)
-        for digit in range(1, 16):
-            reached = tl.sum((bits >= low + digit * unit).to(tl.int32))
+        bits = positive_bits(values, place, N).to(tl.uint32, bitcast=True)
+        threshold = low
+        for digit in tl.static_range(1, 16):
+            threshold += unit
+            reached = tl.sum((bits >= threshold).to(tl.int32))
             total += tl.where(column == digit, reached, 0)
     tl.store(counts + program * 16 + column, total)
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import nn
 
 from bridge.hooks import capture
+from bridge.nanochat.model import Runner
 from bridge.selection import kept
 
 
@@ -44,32 +45,44 @@ class ForwardPass:
 def forward(
     model: nn.Module,
     hooks: Sequence[str],
-    ids: Integer[np.ndarray, "B T"],
+    ids: Integer[np.ndarray, "B T"] | Int[torch.Tensor, "B T"],
     *,
     excluded: tuple[int, ...],
     drop_sinks: bool,
     stop: bool = True,
     first_row: int = 0,
+    rows: int | None = None,
+    run: Runner | None = None,
 ) -> ForwardPass:
     """Run rows of token ids through a model and return what was captured at the hooks.
 
     Args:
       model: a nanochat, on its device.
       hooks: names of the activations to capture.
-      ids: token ids.
+      ids: token ids; a tensor is on the model's device already (`upload`).
       excluded: ids of tokens that do not count.
       drop_sinks: whether tokens of extreme norm do not count.
       stop: end the pass at the deepest hook; otherwise it gives logits too.
       first_row: number of rows in earlier passes.
+      rows: number of rows to return; those behind them fill a pass up to a fixed shape. None: all.
+      run: calls the parts of the forward pass (`bridge.nanochat.compiled`); None: eager.
 
     Raises:
       ValueError: a hook that the model does not have or that the pass did not reach.
     """
-    device = next(model.parameters()).device
-    tokens = torch.from_numpy(ids.astype(np.int64)).to(device, non_blocking=True)
+    tokens = ids if isinstance(ids, torch.Tensor) else upload(ids, next(model.parameters()).device)
     with capture(model, list(hooks), stop=stop) as acts:
-        logits = model(tokens)
+        logits = model(tokens) if run is None else model(tokens, run=run)
+    if rows is not None and rows < len(tokens):
+        tokens, logits = tokens[:rows], None if logits is None else logits[:rows]
+        acts = {name: h[:rows] for name, h in acts.items()}
     return ForwardPass(first_row, tokens, dict(acts), logits, excluded, drop_sinks)
+
+
+def upload(ids: Integer[np.ndarray, "B T"], device: torch.device) -> Int[torch.Tensor, "B T"]:
+    """Return token ids on a device; the copy to a GPU begins in pinned memory, and nothing waits for it."""
+    tokens = torch.from_numpy(ids.astype(np.int64))
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
 
 
 def read(

@@ -41,8 +41,13 @@ def warn_of_broken_weights(model: nn.Module) -> None:
 
 def is_sound(parts: Iterable[Float[torch.Tensor, "n _"]]) -> bool:
     """Return whether all numbers are finite and small enough for sums of squares in float32."""
+    return bool(soundness(parts))
+
+
+def soundness(parts: Iterable[Float[torch.Tensor, "n _"]]) -> Bool[torch.Tensor, ""]:
+    """Return the answer of `is_sound` on the device of the numbers, without waiting for it."""
     bounds = [torch.stack(torch.aminmax(part)).float().abs().amax() for part in parts if part.numel()]
-    return not bounds or bool((torch.stack(bounds) <= LARGEST).all())  # False for NaN
+    return (torch.stack(bounds) <= LARGEST).all() if bounds else torch.tensor(True)  # False for NaN
 
 
 def first_unsound(

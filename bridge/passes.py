@@ -123,6 +123,11 @@ class open_context:  # noqa: N801 - used as a function, and entered for every to
             _EAGER.release()
 
 
+def is_open(model: nn.Module) -> bool:
+    """Return whether a context is open on a model, which is not wrapped."""
+    return model in _OPEN
+
+
 class _Passes:
     """The open contexts of a model, with a replacement of its `forward`."""
 

@@ -208,6 +208,7 @@ class InterpretableModel:
         stop_tokens: Collection[int] = (),
         features: int | None = None,
         echo: bool = False,
+        graphs: bool | None = None,
     ) -> Iterator[Token]:
         """Continue a prompt with steering; yield each token with the features that are active on it.
 
@@ -226,6 +227,7 @@ class InterpretableModel:
           stop_tokens: ids that end the text; they are not yielded.
           features: largest number of features per hook and token; None: all active ones.
           echo: whether to yield the tokens of the prompt too.
+          graphs: see `engine.generate`: steps are recorded with steering and tracking in them.
 
         Raises:
           ValueError: before any computation: the prompt is empty or too long, it is text and there is no tokenizer, or
@@ -234,7 +236,7 @@ class InterpretableModel:
         ids = self._ids(prompt)
         pass_input = PassInput()
         edits = self._edits(steer, strength_multiplier, len(ids), pass_input)
-        traces = {name: Trace(sae, pass_input) for name, sae in self.saes.items()}
+        traces = {name: Trace(sae, pass_input, features, encodes=True) for name, sae in self.saes.items()}
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             with watch(self.model, pass_input), edit(self.model, edits), edit(self.model, _keeping(traces)):
@@ -250,6 +252,8 @@ class InterpretableModel:
             stop_tokens=stop_tokens,
             forward=forward,
             read_last=True,
+            is_static=True,
+            graphs=graphs,
         )
         return stream_tokens(ids, columns, traces, self.tokenizer, features, echo)
 

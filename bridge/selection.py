@@ -75,5 +75,17 @@ def kept(
     mask = ~among(tokens, excluded)
     if drop_sinks:
         norms = acts.float().norm(dim=-1)
-        mask &= ~(norms > SINK_NORM_MULTIPLE * norms.nanmedian()) | ~norms.isfinite()
+        mask &= ~(norms > SINK_NORM_MULTIPLE * median(norms)) | ~norms.isfinite()
     return mask
+
+
+def median(x: Float[torch.Tensor, "*B"]) -> Float[torch.Tensor, ""]:
+    """Return the lower median of the numbers that are not NaN, as `torch.nanmedian`, which waits for a GPU."""
+    return x.nanmedian() if x.device.type == "cpu" else sorted_median(x)
+
+
+def sorted_median(x: Float[torch.Tensor, "*B"]) -> Float[torch.Tensor, ""]:
+    """Return the `median` without waiting for the device."""
+    values = x.flatten().sort().values  # NaN is last
+    middle = (len(values) - 1 - values.isnan().sum()).clamp(min=0) // 2
+    return values.gather(0, middle[None])[0]

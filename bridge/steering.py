@@ -221,7 +221,7 @@ def mask(
     if positions == "all":
         return True
     if positions == "not_special":
-        return ~torch.isin(tokens, special)
+        return ~(tokens[..., None] == special).any(-1)  # torch.isin may wait for a GPU
     prompt_tokens = min(max(prompt_length - pass_input.start, 0), tokens.shape[1])
     if prompt_tokens in (0, tokens.shape[1]):
         return (prompt_tokens > 0) == (positions == "prompt")

@@ -1,35 +1,22 @@
 """Stream nanochat's activations on text to jax. Apart from `handover`, the only module that uses torch and jax."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from bridge import activations, finite, handover
+from bridge.ahead import ReadAhead, Rows
 from bridge.hooks import find
+from bridge.nanochat.model import Runner
 from bridge.passes import unwrapped
 from jsae.data import Filling
 from jsae.health import ActivationsError
 from jsae.settings import require
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """A source of token rows, for example `bridge.nanochat.corpus.Corpus`."""
-
-    row_len: int
-    """Tokens in a row."""
-
-    def next_rows(self, n: int) -> np.ndarray:
-        """Return the next n rows, (n, row_len) int32."""
-
-    def position(self) -> dict[str, Any]:
-        """Return the position of the next row, as JSON values."""
-
-    def seek(self, position: dict[str, Any]) -> None:
-        """Continue from a position."""
 
 
 class ActivationStream:
@@ -41,12 +28,14 @@ class ActivationStream:
 
     Args:
       model: a nanochat, on its device, in its compute dtype.
-      rows: the source of token rows.
+      rows: the source of token rows; on a GPU a thread reads them ahead, and nothing else may use it.
       sites: for every SAE the hooks that it reads on the same tokens: one, a transcoder's two, or a crosscoder's.
       excluded: ids of tokens to leave out (`bridge.selection.excluded_ids`); () keeps every token.
       rows_per_forward: rows in one forward pass.
       drop_sinks: whether to leave out tokens of extreme norm.
       decode: returns the text of token ids, for errors.
+      run: calls the parts of the forward passes (`bridge.nanochat.compiled`), which then all have one shape; None:
+        eager passes, of which the last of a block may have fewer rows.
 
     Raises:
       ValueError: the model does not have a hook, or a site has none.
@@ -62,6 +51,7 @@ class ActivationStream:
         rows_per_forward: int = 16,
         drop_sinks: bool = True,
         decode: finite.Decode | None = None,
+        run: Runner | None = None,
     ):
         self._sites = tuple(tuple(site) for site in sites)
         self._hooks = tuple(dict.fromkeys(name for site in self._sites for name in site))
@@ -71,26 +61,36 @@ class ActivationStream:
         require(rows_per_forward >= 1, f"rows_per_forward is {rows_per_forward}: it must be at least 1")
         self.d_in = unwrapped(model).config.n_embd
         self.tokens_seen = 0
-        self._model, self._rows = model, rows
+        self._model = model
         self._excluded, self._rows_per_forward, self._drop_sinks = excluded, rows_per_forward, drop_sinks
-        self._device, self._decode = next(model.parameters()).device, decode
+        self._device, self._decode, self._run = next(model.parameters()).device, decode, run
+        self._rows: Rows = ReadAhead(rows) if self._device.type == "cuda" else rows
 
     def fill(self, rows: int) -> Filling:
         """Return the next block: for every site a tuple of (rows, d_in) in the model's dtype.
 
-        A generator that runs one forward pass per step and yields the share of rows that are done.
+        A generator that runs one forward pass per step and yields the share of rows that are done. The tokens of the
+        next pass are on their way to the device before it yields. On a GPU nothing waits for the device before the last
+        step, which waits for the activations of the block, not for training.
 
         Raises:
           ActivationsError: activations are NaN, infinite or out of float32's range; names hook, token and position.
+          ValueError: no token of the block counts at a site.
         """
         blocks: dict[str, torch.Tensor] = {}
         text = np.empty(rows, np.int32)
         keep = torch.empty(len(self._sites), rows, dtype=torch.bool, device=self._device)
         filled = 0
-        while filled < rows:
-            ids = self._rows.next_rows(min(self._rows_per_forward, -(-(rows - filled) // self._rows.row_len)))
+        ids, tokens = self._next_tokens(rows, rows)
+        while True:
             forward_pass = activations.forward(
-                self._model, self._hooks, ids, excluded=self._excluded, drop_sinks=self._drop_sinks
+                self._model,
+                self._hooks,
+                tokens,
+                excluded=self._excluded,
+                drop_sinks=self._drop_sinks,
+                rows=len(ids),
+                run=self._run,
             )
             self.tokens_seen += ids.size
             new = min(ids.size, rows - filled)
@@ -102,15 +102,45 @@ class ActivationStream:
             keep[:, filled : filled + new] = masks[:, :new]
             text[filled : filled + new] = ids.reshape(-1)[:new]
             filled += new
+            if filled == rows:
+                break
+            ids, tokens = self._next_tokens(rows, rows - filled)
             yield filled / rows
-        packed = [_packed([blocks[name] for name in site], keep[i], site) for i, site in enumerate(self._sites)]
-        if not finite.is_sound(part for parts in packed for part in parts):
-            for site, stay in zip(self._sites, keep, strict=True):
-                acts = {name: blocks[name] for name in site}
-                if not finite.is_sound(block[stay] for block in acts.values()):
-                    location = (acts, stay, text, self._rows.row_len)
-                    raise ActivationsError(finite.first_unsound(self._model, *location, self._decode))
+        packed = [_packed([blocks[name] for name in site], keep[i]) for i, site in enumerate(self._sites)]
+        sound = finite.soundness(part for parts in packed for part in parts)
+        flags = _Flags(torch.cat([sound[None].to(keep.device), keep.any(dim=1)]))
+        yield 1.0
+        is_sound, *any_kept = flags.read()
+        self._require_kept(any_kept, rows)
+        if not is_sound:
+            self._refuse_unsound(blocks, keep, text)
         return tuple(tuple(handover.to_jax(part) for part in parts) for parts in packed)
+
+    def _next_tokens(self, block: int, missing: int) -> tuple[Int[np.ndarray, "R T"], Int[torch.Tensor, "B T"]]:
+        """Return the next rows for a block of which `missing` tokens are missing, and the tokens of their pass."""
+        row_len, most = self._rows.row_len, self._rows_per_forward
+        ids = self._rows.next_rows(min(most, -(-missing // row_len)))
+        padding = 0 if self._run is None else min(most, -(-block // row_len)) - len(ids)
+        return ids, activations.upload(np.pad(ids, ((0, padding), (0, 0)), mode="edge"), self._device)
+
+    def _require_kept(self, any_kept: Sequence[bool], rows: int) -> None:
+        """Raise ValueError for a site at which no token of a block is kept."""
+        for site, is_kept in zip(self._sites, any_kept, strict=True):
+            if not is_kept:
+                raise ValueError(
+                    f"none of the {rows} tokens of a block is kept at {', '.join(site)}: each is BOS, another "
+                    "excluded token or a token of extreme norm; read larger blocks, or exclude fewer tokens"
+                )
+
+    def _refuse_unsound(
+        self, blocks: dict[str, torch.Tensor], keep: Bool[torch.Tensor, "sites rows"], text: Int[np.ndarray, " rows"]
+    ) -> None:
+        """Raise ActivationsError for the first site with activations that are not sound."""
+        for site, stay in zip(self._sites, keep, strict=True):
+            acts = {name: blocks[name] for name in site}
+            if not finite.is_sound(block[stay] for block in acts.values()):
+                location = (acts, stay, text, self._rows.row_len)
+                raise ActivationsError(finite.first_unsound(self._model, *location, self._decode))
 
     def position(self) -> dict[str, Any]:
         """Return the position of the next block's text."""
@@ -121,16 +151,45 @@ class ActivationStream:
         self._rows.seek(position)
 
 
+class _Flags:
+    """Booleans on their way from a device to the host, which does not wait for them until they are read."""
+
+    def __init__(self, flags: Bool[torch.Tensor, " n"]):
+        self._flags, self._copied = flags, None
+        if flags.is_cuda:
+            self._flags = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+            self._flags.copy_(flags, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> list[bool]:
+        """Return them, after the device has computed them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._flags.tolist()
+
+
 def _packed(
-    parts: list[Float[torch.Tensor, "rows d"]], keep: Bool[torch.Tensor, " rows"], site: tuple[str, ...]
+    parts: list[Float[torch.Tensor, "rows d"]], keep: Bool[torch.Tensor, " rows"]
 ) -> list[Float[torch.Tensor, "rows d"]]:
     """Return the rows to keep, in order, followed by repetitions of the first of them up to the same number."""
-    count = keep.sum()
-    if not count:
-        raise ValueError(
-            f"none of the {len(keep)} tokens of a block is kept at {', '.join(site)}: each is BOS, another "
-            "excluded token or a token of extreme norm; read larger blocks, or exclude fewer tokens"
-        )
     order = torch.argsort(~keep, stable=True)
-    order = order[torch.arange(len(keep), device=keep.device) % count]
+    order = order[torch.arange(len(keep), device=keep.device) % keep.sum().clamp(min=1)]
     return [part[order] for part in parts]
+
+
+@contextlib.contextmanager
+def forbid_waiting() -> Iterator[None]:
+    """Raise an error within the context where torch waits for a GPU, or where jax copies from or to it implicitly.
+
+    For tests of the loop between two reports: neither may happen there.
+    """
+    before = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else None
+    if before is not None:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with jax.transfer_guard("disallow"):
+            yield
+    finally:
+        if before is not None:
+            torch.cuda.set_sync_debug_mode(before)

@@ -82,11 +82,18 @@ class Trace:
     Args:
       sae: the SAE of the hook.
       pass_input: updated with the input of each forward pass, see `watch`.
+      top_k: number of features to encode in every pass over a single token, as a part of the pass; None: all active
+        ones, where their number is known before. A pass that is replayed on static memory (`bridge.nanochat.decoding`)
+        then computes them too.
+      encodes: whether to do so; otherwise activations are encoded when they are asked for.
     """
 
-    def __init__(self, sae: TorchSAE, pass_input: PassInput):
+    def __init__(self, sae: TorchSAE, pass_input: PassInput, top_k: int | None = None, encodes: bool = False):
         self.sae = sae
         self._input = pass_input
+        self._top_k = top_k
+        self._encodes = encodes and (top_k is not None or sae.architecture in RANKED)
+        self._encoded: Features | None = None
         self._chunks: list[Acts] = []
         self._end = 0  # the position after the last chunk
 
@@ -98,6 +105,8 @@ class Trace:
         if self._input.start != self._end:
             self._chunks = []
         self._chunks.append(acts)
+        is_step = self._encodes and acts.shape[1] == 1
+        self._encoded = active_features(self.sae, acts, self._top_k) if is_step else None
         self._end = self._input.start + acts.shape[1]
         return acts
 
@@ -113,6 +122,8 @@ class Trace:
         """
         if not self._chunks:
             raise ValueError("no forward pass has been tracked: run the model within interpretation_enabled() first")
+        if self._encoded is not None and not whole_text and top_k == self._top_k:
+            return self._encoded
         acts = torch.cat(self._chunks, dim=1) if whole_text else self._chunks[-1]
         return active_features(self.sae, acts, top_k)
 

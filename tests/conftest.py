@@ -55,10 +55,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep jax to the processor, or, where the GPU tier is asked for, end the session unless there is a GPU."""
+    if tiers.wants_gpu(config.option.markexpr):
+        tiers.require_gpu()
+    else:
+        jax.config.update("jax_platforms", "cpu")
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave modules unread of which the quick tier has nothing: their imports would take as long as its tests."""
+    """Leave modules unread of which a tier has nothing: their imports would take as long as its tests."""
+    if tiers.wants_gpu(config.option.markexpr):
+        return True if collection_path.suffix == ".py" and not tiers.is_gpu(collection_path) else None
     quick = config.option.markexpr == "not slow"
-    return True if quick and collection_path.stem in tiers.MODULES else None
+    unread = tiers.is_gpu(collection_path) or (quick and collection_path.stem in tiers.MODULES)
+    return True if unread else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -99,7 +110,9 @@ def compiled_programs_end_with_their_module() -> Iterator[None]:
         gc.collect()
 
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+_ROOT = Path(__file__).resolve().parents[1]
+SHARED = next(filter(Path.is_dir, (_ROOT.parent / "shared", _ROOT / "shared")), _ROOT.parent / "shared")
+"""Reference material beside the clone, or within it on a machine that only the clone was copied to."""
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import bridge.nanochat
-from bridge.training import plan
+from bridge.training import device, plan
 from bridge.training.config import RunConfig
 from jsae.architectures import sae_config
 from jsae.config import TrainConfig
@@ -243,6 +243,33 @@ def test_an_average_is_one_more_copy_of_the_weights(nano):
     plan.check_memory(RunConfig(), without, 128, enough)
     with pytest.raises(ConfigError, match=r"6 x 0\.00 of weights"):
         plan.check_memory(config, trainees, 128, enough)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("card", "free", "jax_need", "torch_need", "gib"),
+    [
+        (80, 78, 4, 10, 6),  # the need and half of it
+        (80, 78, 0.5, 10, 2.5),  # and at least 2 GiB more
+        (80, 78, 60, 10, 64),  # no more than torch can spare of what is free
+        (80, 30, 20, 10, 16),  # another process is on the card
+        (24, 23, 4, 6, 6),
+        (8, 7, 4, 6, 0.6),  # it does not fit: check_memory refuses it
+        (8, 0, 4, 6, 0.16),
+    ],
+)
+def test_jax_has_the_part_of_a_card_that_it_needs_and_torch_the_rest(card, free, jax_need, torch_need, gib):
+    fraction = device.jax_fraction(*(round(value * GIB) for value in (card, free, jax_need, torch_need)))
+    assert fraction * card == pytest.approx(gib, abs=0.01)
+    assert 0 < fraction < 0.95
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.95, 1.5])
+def test_a_part_of_the_card_that_leaves_nothing_is_refused(fraction):
+    with pytest.raises(ConfigError, match=f"jax_memory_fraction is {fraction}: it must lie between 0 and 0.95"):
+        RunConfig(jax_memory_fraction=fraction)
 
 
 def test_the_processor_says_how_much_memory_it_has():

@@ -1,8 +1,10 @@
 """The measurements of speed: each runs from flags to files on real steps; the other trainers have a stand-in."""
 
 import json
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,26 @@ import torch
 
 from bridge.training import device
 from experiments.bench import BENCHES
-from experiments.benches import contest, gpu, memory, peers, resident, shapes, step, stream, sweep
+from experiments.benches import (
+    contest,
+    gpu,
+    gpu_determinism,
+    gpu_peers,
+    gpu_steps,
+    memory,
+    peers,
+    resident,
+    shapes,
+    step,
+    stream,
+    sweep,
+)
 from experiments.benches.shapes import Size
 from jsae.settings import ConfigError
 
 TINY = "16:64:4:32"
+ROOT = Path(__file__).resolve().parents[1]
+NO_GPU = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"} | {"CUDA_VISIBLE_DEVICES": ""}
 
 PEER = """
 import json, os, sys
@@ -253,19 +270,157 @@ def test_a_stream_of_text_that_the_model_has_no_tokens_for_is_refused():
 
 
 def test_the_suite_for_a_gpu_is_the_goals_sizes_and_writes_a_file_each(tmp_path):
-    suite = gpu.suite(gpu.Config(folder=str(tmp_path)))
+    suite = gpu.suite(gpu.Config(folder=str(tmp_path), peer_wheels="wheels"))
     assert list(suite) == list(gpu.MEASUREMENTS)
-    configs = [config for _, config in suite.values()]
-    assert {config.device for config in configs} == {"cuda"}
-    assert {config.sizes for config in configs[:-1]} == {("1280:20480:64:16384",)}
-    assert {c.matmul_dtype for name, (_, c) in suite.items() if name != "step_float32"} == {"bfloat16"}
-    assert (configs[-1].models, configs[-1].batch_size) == (("d20",), 16384)
-    assert [Path(config.out).name for config in configs] == [f"{name}_cuda.json" for name in suite]
+    told = {name: " ".join(part.command) for name, part in suite.items()}
+    for name in set(suite) - {"model"}:
+        assert f"--out={tmp_path}/{name}_cuda.json" in told[name]
+        assert "--device=cuda" in told[name]
+    for name in ("step", "peers", "memory", "determinism"):
+        assert "1280:20480:64:16384" in told[name], name
+    assert "--wide=1280:131072:64:16384" in told["step"]
+    assert "--peer_wheels=wheels" in told["peers"]
+    assert "--models=d20" in told["stream"]
+    assert list(gpu.suite(gpu.Config(measurements=("stream", "step")))) == ["stream", "step"]
+
+
+PARTS = {
+    "step": (gpu_steps, ("device", "out", "size", "wide")),
+    "peers": (gpu_peers, ("device", "out", "size", "peer_env")),
+    "determinism": (gpu_determinism, ("device", "out", "size")),
+}
+
+
+@pytest.mark.parametrize("name", [*PARTS, "memory", "stream"])
+def test_the_parts_of_the_suite_take_the_flags_that_they_are_given(name):
+    """Their flags are read, and then the missing GPU is reported."""
+    part = gpu.suite(gpu.Config())[name]
+    done = subprocess.run(
+        [sys.executable, *part.command], cwd=ROOT, env=NO_GPU, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode in (1, 2)
+    assert "no GPU" in done.stderr + done.stdout, done.stderr
+    assert "Unknown command line flag" not in done.stderr
+
+
+def test_a_part_that_fails_or_is_late_does_not_stop_the_others(tmp_path, capfd):
+    def python(code: str, seconds: int = 60) -> gpu.Part:
+        return gpu.Part(("-c", code), seconds)
+
+    sleeper = tmp_path / "sleeper"
+    late = "import subprocess; p = subprocess.Popen(['sleep', '60']); "
+    late += f"open({str(sleeper)!r}, 'w').write(str(p.pid)); p.wait()"
+    parts = {"wrong": python("raise SystemExit(3)"), "late": python(late, 2), "right": python("print('it ran')")}
+    assert gpu.follow(parts, 60) == 1
+    told = capfd.readouterr()
+    assert "it ran" in told.out
+    assert "FAILED wrong: exit code 3" in told.err
+    assert "FAILED late: not done after 2 s" in told.err
+    assert "FAILED right" not in told.err
+    state = Path(f"/proc/{sleeper.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] in "ZX"
+
+
+def test_what_has_not_begun_when_the_time_is_over_is_left_out(capfd):
+    nothing = gpu.Part(("-c", "print('it ran')"), 60)
+    assert gpu.follow({"one": nothing}, 10) == 1
+    told = capfd.readouterr()
+    assert "left out" in told.err
+    assert "it ran" not in told.out
+    assert gpu.follow({"one": nothing}, 100) == 0
+
+
+def test_whole_steps_are_timed_evenly_and_skewed(tmp_path):
+    size = "16:256:4:512"
+    few = {"architectures": ("topk", "relu"), "wide": "", "rounds": 2, "steps": 2, "warmup_steps": 1}
+    config = gpu_steps.Config(size=size, device="cpu", matmul_dtype="float32", out=f"{tmp_path}/step.json", **few)
+    assert gpu_steps.main(config) == 0
+    told = _read(tmp_path / "step.json")
+    assert told["failed"] == {}
+    found = {(row["architecture"], row["firing"]): row for row in told["results"]}
+    assert set(found) == {("topk", "even"), ("relu", "even"), ("topk", "skewed")}
+    for row in found.values():
+        assert row["activations_per_second"] == pytest.approx(512 / row["seconds"]["median"])
+        assert row["operations"] == "cpu"
+    assert found["topk", "skewed"]["most_frequent"] > 2 * found["topk", "even"]["most_frequent"]
+
+
+def test_shares_of_uneven_latents_add_up_to_k_and_reach_a_third():
+    shares = gpu_steps.shares_of(20480, 64)
+    assert sum(shares) == pytest.approx(64, rel=1e-4)
+    assert max(shares) == pytest.approx(1 / 3)
+    assert min(shares) > 0
+
+
+def test_the_cost_of_determinism_is_measured_and_its_promise_checked(tmp_path):
+    small = {"size": "16:64:4:32", "depth": 2, "rows": 1, "steps": 8, "matmul_dtype": "float32", "device": "cpu"}
+    names = (gpu_determinism.DEFAULT, gpu_determinism.DETERMINISTIC)
+    config = gpu_determinism.Config(**small, settings=names, architectures=("topk",), out=f"{tmp_path}/d.json")
+    assert gpu_determinism.main(config) == 0
+    told = _read(tmp_path / "d.json")
+    assert told["failed"] == {}
+    for name in names:
+        assert told["results"][name]["identical"] is True
+        assert set(told["results"][name]["cost"]) == {"topk", "forward"}
+        assert len(told["results"][name]["first"]["digests"]["topk"]) == 64
+    assert told["results"]["default"]["cost"] == {"topk": 0, "forward": 0}
+
+
+def test_trainers_of_a_gpu_alternate_and_one_that_fails_is_named(stand_in, tmp_path, monkeypatch):
+    refusing = PEER.replace("answer = {}", "answer = {} if job['trainer'] != 'sparsify' else sys.exit('no card')")
+    script = tmp_path / "refusing.py"
+    script.write_text(refusing)
+    monkeypatch.setattr(contest, "SCRIPT", script)
+    config = gpu_peers.Config(
+        size=TINY,
+        architectures=("topk", "relu"),
+        device="cpu",
+        rounds=2,
+        warmup_steps=0,
+        matmul_dtype="float32",
+        out=f"{tmp_path}/peers.json",
+    )
+    assert gpu_peers.main(config) == 1
+    told = _read(tmp_path / "peers.json")
+    assert list(told["failed"]) == ["sparsify"]
+    assert "no card" in told["failed"]["sparsify"]
+    topk, relu = told["results"]
+    assert set(topk["times_faster"]) == set(relu["times_faster"]) == {"SAELens", "dictionary_learning"}
+    assert topk["seconds"]["SAELens"]["median"] == 100
+    assert topk["peak_bytes"]["SAELens"] == 1000 + 2 * 4 * 64 * 32
+
+
+def test_wheels_are_unpacked_beside_stand_ins_for_what_a_step_does_not_use(tmp_path):
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    wheels.mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no wheels"):
+        peers.from_wheels(str(wheels), site)
+    with zipfile.ZipFile(wheels / "trainer-1-py3-none-any.whl", "w") as archive:
+        archive.writestr(
+            "trainer.py",
+            "import nnsight.tracing\nfrom umap import UMAP\nfrom circuitsvis.graph_objects import Figure\n"
+            "class Own(Figure): pass\n@nnsight.tracing.traced(deep=True)\ndef step(): return 1\n"
+            "settings = nnsight.settings.of(3)\n",
+        )
+    variables = peers.from_wheels(str(wheels), site)
+    code = "import trainer, json; trainer.Own(1); print(trainer.UMAP.__name__, json.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["UMAP", "json"], done.stderr
+    missing = subprocess.run(
+        [sys.executable, "-c", "import not_there"],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "ModuleNotFoundError" in missing.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_suite_and_each_measurement_say_so():
-    with pytest.raises(ConfigError, match="torch sees no GPU"):
+    with pytest.raises(ValueError, match="torch sees no GPU"):
         gpu.main(gpu.Config())
     with pytest.raises(ConfigError, match="jax has no GPU"):
         step.main(step.Config(device="cuda"))
@@ -321,7 +476,14 @@ def test_every_measurement_shows_its_flags_without_torch_and_jax():
         (stream, {"jax_memory_fraction": 1.0}),
         (gpu, {"measurements": ("speed",)}),
         (gpu, {"models": ("d1",)}),
-        (gpu, {"sizes": ("0:1:1:1",)}),
+        (gpu, {"size": "0:1:1:1"}),
+        (gpu, {"minutes": 0}),
+        (gpu_steps, {"size": "8:16:17:4"}),
+        (gpu_steps, {"rounds": 1}),
+        (gpu_peers, {"trainers": ("me",)}),
+        (gpu_peers, {"rounds": 1}),
+        (gpu_determinism, {"settings": ("fast",)}),
+        (gpu_determinism, {"steps": 2}),
     ],
 )
 def test_what_cannot_be_measured_is_refused(bench, wrong):

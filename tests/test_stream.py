@@ -9,9 +9,11 @@ import pytest
 import torch
 from tiny_nanochat import tiny
 
+from bridge import selection
+from bridge.ahead import ReadAhead
 from bridge.hooks import capture, hook_name
 from bridge.nanochat.model import GPT
-from bridge.stream import ActivationStream
+from bridge.stream import ActivationStream, forbid_waiting
 from jsae import loop
 from jsae.architectures import sae_config
 from jsae.config import TrainConfig
@@ -160,6 +162,81 @@ def test_text_of_nothing_but_bos_is_refused(model):
     source._rows.next_rows = lambda n: np.full((n, ROW), BOS, np.int32)
     with pytest.raises(ValueError, match=r"none of the \d+ tokens of a block is kept at .* read larger blocks"):
         take(source, 10)
+
+
+class Rounded:
+    """Calls the parts of a pass as they are, and records the shapes of the passes."""
+
+    def __init__(self):
+        self.shapes = set()
+
+    def __call__(self, function, *arguments):
+        self.shapes |= {tuple(a.shape) for a in arguments if isinstance(a, torch.Tensor) and a.dtype == torch.int64}
+        return function(*arguments)
+
+    def mask(self, length, window, device):
+        return None
+
+
+@pytest.mark.parametrize("rows", [70, 32, 130])
+def test_passes_of_compiled_parts_have_one_shape_and_give_the_same_block(model, rows):
+    run = Rounded()
+    source = stream(model, run=run)
+    np.testing.assert_allclose(take(source, rows), take(stream(model), rows), atol=1e-5)
+    assert run.shapes == {(min(4, -(-rows // ROW)), ROW)}
+    assert source.tokens_seen == -(-rows // ROW) * ROW
+    assert source.position() == {"at": -(-rows // ROW)}
+
+
+def test_the_tokens_of_the_next_pass_are_read_before_a_share_is_reported(model):
+    source = stream(model)
+    assert [source.position()["at"] for _ in source.fill(12 * ROW)] == [8, 12, 12]
+
+
+def test_rows_that_a_thread_reads_ahead_have_the_sources_order_and_positions():
+    plain, ahead = Text(), ReadAhead(Text())
+    for n in (4, 4, 1, 6, 2, 3):
+        assert ahead.position() == plain.position()
+        np.testing.assert_array_equal(ahead.next_rows(n), plain.next_rows(n))
+    ahead.seek({"at": 2})
+    plain.seek({"at": 2})
+    assert ahead.position() == {"at": 2}
+    np.testing.assert_array_equal(ahead.next_rows(3), plain.next_rows(3))
+    assert ahead.row_len == ROW
+
+
+def test_an_error_of_the_thread_that_reads_ahead_is_raised_to_who_takes_rows():
+    class Damaged(Text):
+        def next_rows(self, n):
+            if self.at >= 6:
+                raise OSError("the shard cannot be read")
+            return super().next_rows(n)
+
+    ahead = ReadAhead(Damaged())
+    ahead.next_rows(4)
+    with pytest.raises(OSError, match="the shard cannot be read"):
+        ahead.next_rows(4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8])
+@pytest.mark.parametrize("broken", [0, 1, 3])
+def test_the_median_that_waits_for_nothing_is_torchs(count, broken):
+    x = torch.randn(count, generator=torch.Generator().manual_seed(count))
+    x[: min(broken, count)] = torch.nan
+    assert torch.equal(selection.sorted_median(x), x.nanmedian()) or x.isnan().all()
+    assert selection.sorted_median(x).isnan() == x.isnan().all()
+
+
+def test_a_step_between_reports_copies_nothing_implicitly(model):
+    members = [loop.Member(sae_config("topk", 32, 64, k=4), TrainConfig(2000, 100, dead_after=1000), 0)]
+    batches = Shuffled(stream(model), batch_size=100, batches_per_block=3, seed=0)
+    steps = loop.fit(members, loop.init(members, batches.peek()), batches)
+    next(steps)
+    with forbid_waiting():
+        taken = [next(steps)[0] for _ in range(8)]
+        with pytest.raises(Exception, match="Disallowed host-to-device"):
+            jnp.ones(3) + np.ones(3)
+    assert taken == list(range(2, 10))
 
 
 def test_a_layer_that_does_not_exist_is_refused_before_anything_runs(model):

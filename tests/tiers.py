@@ -3,11 +3,19 @@
 `pytest -m "not slow"` is the quick tier. Slow is what takes seconds: commands and other processes, training, real
 browsers (`browser`) and databases (`database`), and lists of hundreds of cases. A test that starts a process must be
 here; `conftest.py` refuses it otherwise.
+
+`pytest -m gpu` is the GPU tier, tests/gpu: it needs an NVIDIA GPU for torch and jax, and fails where there is none. The
+other tests keep jax to the processor, so no session runs both.
 """
 
+import os
+import re
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+
+GPU_FOLDER = Path(__file__).parent / "gpu"
 
 # Modules of which every test is slow. Those that take longest are first: they begin first where several workers run.
 MODULES = (
@@ -288,9 +296,36 @@ TESTS: dict[str, tuple[str, ...]] = {
 FIXTURES = {"browser": "browser", "cluster": "database"}
 
 
+def wants_gpu(marks: str) -> bool:
+    """Return whether the expression of `pytest -m` asks for the GPU tier."""
+    return re.search(r"\bgpu\b", re.sub(r"\bnot\s+gpu\b", "", marks)) is not None
+
+
+def is_gpu(path: Path) -> bool:
+    """Return whether a file or folder belongs to the GPU tier."""
+    return GPU_FOLDER in (path, *path.parents)
+
+
+def require_gpu() -> None:
+    """End the session with an error unless torch sees a GPU; that jax does is checked when the tier begins.
+
+    Under JSAE_REHEARSAL=cpu the tier runs on the processor, to try the tests themselves.
+    """
+    import torch
+
+    if os.environ.get("JSAE_REHEARSAL") == "cpu":
+        return
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        pytest.exit(f"no GPU was found: torch {torch.__version__}, {built}, sees none. -m gpu needs one", returncode=1)
+
+
 def mark(items: list[pytest.Item]) -> None:
-    """Mark every test that is in a table above, or uses a fixture of one."""
+    """Mark every test that is in a table above, in the folder of the GPU tier, or uses a fixture of one."""
     for item in items:
+        if is_gpu(item.path):
+            item.add_marker("gpu")
+            item.add_marker("slow")
         module, name = module_of(item), getattr(item, "originalname", item.name)
         reasons = [reason for fixture, reason in FIXTURES.items() if fixture in getattr(item, "fixturenames", ())]
         for reason in reasons:

@@ -8,6 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bridge import ranges
+from bridge.nanochat.decoding import Decoder
+from bridge.nanochat.model import GPT
 
 
 class NotFiniteError(ValueError):
@@ -26,6 +28,8 @@ def generate(
     num_samples: int = 1,
     forward: Callable[..., Tensor] | None = None,
     read_last: bool = False,
+    is_static: bool | None = None,
+    graphs: bool | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue a prompt; yield one token of each of num_samples rows at a time.
 
@@ -44,6 +48,9 @@ def generate(
         num_samples: number of rows.
         forward: called instead of model, with the same arguments.
         read_last: whether the model also reads the last tokens, so that hooks see them.
+        is_static: whether `forward` does the same for every token after the prompt, so that on a GPU it may be recorded
+            as a CUDA graph; None: if there is no `forward`.
+        graphs: whether tokens are decoded in static memory, as a GPU needs it for a CUDA graph; None: on a GPU.
 
     Yields:
         num_samples token ids, None for rows that have ended.
@@ -54,7 +61,8 @@ def generate(
         NotFiniteError: the model's logits are not finite.
     """
     _check(model, prompt_ids, max_tokens, temperature, top_k, seed, num_samples)
-    reader = _Reader(model, forward or model, len(prompt_ids) + max_tokens)
+    is_static = forward is None if is_static is None else is_static
+    reader = _Reader(model, forward or model, len(prompt_ids), max_tokens, graphs if is_static else False)
     generator = torch.Generator(reader.device).manual_seed(seed)
 
     def sample(logits: Tensor) -> Tensor:
@@ -97,17 +105,29 @@ def max_positions(model: nn.Module) -> int:
 
 
 class _Reader:
-    """The model with the text read so far: a cache, or, for a model without one, the tokens themselves."""
+    """The model with the text read so far: a cache, or, for a model without one, the tokens themselves.
 
-    def __init__(self, model: nn.Module, forward: Callable[..., Tensor], max_len: int):
+    With `graphs` (None: on a GPU) the tokens after the prompt are decoded in static memory.
+    """
+
+    def __init__(
+        self, model: nn.Module, forward: Callable[..., Tensor], prompt: int, steps: int, graphs: bool | None = False
+    ):
         self.device = model.lm_head.weight.device
-        self._forward = forward
-        self._cache = model.new_cache(1, max_len) if hasattr(model, "new_cache") else None
+        self._forward, self._model, self._steps = forward, model, steps
+        self._graphs = isinstance(model, GPT) and (self.device.type == "cuda" if graphs is None else graphs)
+        self._decoder: Decoder | None = None
+        most = prompt if self._graphs else prompt + steps
+        self._cache = model.new_cache(1, most) if hasattr(model, "new_cache") else None
         self._tokens = torch.empty(1, 0, dtype=torch.int64, device=self.device)
 
     @torch.no_grad()  # around the model alone: a suspended generator must not disable its caller's gradients
     def read(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B V"]:
         """Return the logits after the next tokens."""
+        if self._graphs and self._cache.position:
+            if self._decoder is None:
+                self._decoder = Decoder(self._model, self._forward, self._cache, self._steps)
+            return self._decoder.step(tokens)[:, -1]
         if self._cache is not None:
             return self._forward(tokens, cache=self._cache)[:, -1]
         self._tokens = torch.cat([self._tokens, tokens], dim=1)

@@ -1,6 +1,8 @@
 """The transformer of all nanochat generations, from the first commit (G0) to G7, in one small module."""
 
 import functools
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +14,17 @@ from bridge.nanochat.config import EPS, GENERATIONS, SMEAR_CHANNELS, GPTConfig
 __all__ = ["GENERATIONS", "GPT", "Cache", "GPTConfig"]
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, each (1, T, 1, head_dim / 2)
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """Calls the functions that a forward pass consists of; `bridge.nanochat.compiled` calls compiled programs."""
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return `function(*arguments)`."""
+
+    def mask(self, length: int, window: int | None, device: torch.device) -> Any:
+        """Return the mask of the attention within a text, as `attend` takes it; None for plainly causal attention."""
 
 
 def norm(x: Float[Tensor, "*axes C"], eps: float | None = None) -> Float[Tensor, "*axes C"]:
@@ -44,25 +57,52 @@ def window_mask(queries: int, keys: int, window: int | None, device: torch.devic
     return causal if window is None else causal & (s >= t - window)
 
 
+def is_causal(length: int, window: int | None) -> bool:
+    """Return whether the attention within a text of this length is plainly causal, since its window covers the text."""
+    return window is None or length <= window + 1
+
+
 def attend(
-    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B Hkv S D"], v: Float[Tensor, "B Hkv S D"], window: int | None
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B Hkv S D"],
+    v: Float[Tensor, "B Hkv S D"],
+    window: int | None,
+    mask: Any = None,
 ) -> Float[Tensor, "B H T D"]:
     """Return softmax(q k^T / sqrt(D)) v over the keys in the window; the last query is at the last key.
 
     Keys that no query sees are dropped; a single query then needs no mask. If the window covers all keys, attention is
     plainly causal. Otherwise a boolean mask is used, which works on all devices (flex_attention compiles for GPUs
     only). Key head j serves the query heads j r .. j r + r - 1, where r = H / Hkv.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        window: see `window_mask`.
+        mask: the mask, if the caller has it already: True or 0 where a query sees a key, or a BlockMask, with which
+            attention is computed by flex_attention.
     """
+    if mask is not None:
+        return _attend_masked(q, k, v, mask)
     queries, keys = q.size(2), k.size(2)
     unseen = 0 if window is None else max(0, keys - queries - window)
     k, v, keys = k[:, :, unseen:], v[:, :, unseen:], keys - unseen
-    causal = queries == keys and (window is None or queries <= window + 1)
+    causal = queries == keys and is_causal(queries, window)
     groups = q.size(1) // k.size(1)
     if causal or queries == 1:
         return scaled_dot_product_attention(q, k, v, is_causal=causal and queries > 1, enable_gqa=groups > 1)
+    return _attend_masked(q, k, v, window_mask(queries, keys, window, q.device))
+
+
+def _attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """Return attention under a mask: a tensor, or a BlockMask."""
+    groups = q.size(1) // k.size(1)
+    if not isinstance(mask, Tensor):
+        return torch.nn.attention.flex_attention.flex_attention(q, k, v, block_mask=mask, enable_gqa=groups > 1)
     # On CUDA, enable_gqa with a mask leaves only the kernel that stores all scores, so the heads are copied.
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=window_mask(queries, keys, window, q.device))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Cache:
@@ -95,6 +135,20 @@ class Cache:
         self.k[layer, :, :, self.position : end] = k.detach()
         self.v[layer, :, :, self.position : end] = v.detach()
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def rows(self, count: int) -> Any:
+        """Return an index of the rope tables: the rows of the next positions."""
+        return slice(self.position, self.position + count)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Return the mask of the next token over the keys of `append`; None for those that `attend` makes itself."""
+        return None
+
+    def advance(self, tokens: Int[Tensor, "B T"], embedded: Float[Tensor, "B T C"] | None) -> None:
+        """End a forward pass over tokens; `embedded` are their normed embeddings, which G7 needs."""
+        self.position += tokens.size(1)
+        self.last_token = tokens[:, -1:]
+        self.last_embedding = None if embedded is None else embedded[:, -1:].detach().clone()
 
     def repeat(self, n: int) -> "Cache":
         """Return a copy of a one-row cache with n rows, to continue one prompt n times.
@@ -130,9 +184,30 @@ class Attention(nn.Module):
             self.ve_gate = nn.Linear(config.ve_gate_channels, config.n_kv_head, bias=False)
 
     def forward(
-        self, x: Float[Tensor, "B T C"], ve: Float[Tensor, "B T kv"] | None, rope: Rope, cache: Cache | None
+        self,
+        x: Float[Tensor, "B T C"],
+        ve: Float[Tensor, "B T kv"] | None,
+        rope: Rope,
+        cache: Cache | None,
+        run: Runner | None = None,
     ) -> Float[Tensor, "B T C"]:
-        """Return the output for x, the normalised residual stream, and ve, the value embeddings of the same tokens."""
+        """Return the output for x, the normalised residual stream, and ve, the value embeddings of the same tokens.
+
+        `run`, if given and if no hook is within, calls `compute`.
+        """
+        if run is None or _has_hooks(self):
+            return self.compute(x, ve, rope, cache)
+        return run(Attention.compute, self, x, ve, rope, None, run.mask(x.size(1), self.window, x.device))
+
+    def compute(
+        self,
+        x: Float[Tensor, "B T C"],
+        ve: Float[Tensor, "B T kv"] | None,
+        rope: Rope,
+        cache: Cache | None,
+        mask: Any = None,
+    ) -> Float[Tensor, "B T C"]:
+        """Return the output; `mask` is that of `attend`."""
         B, T, C = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))
         if ve is not None:
@@ -144,7 +219,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = attend(q, k, v, self.window)
+            mask = cache.mask(self.window)
+        y = attend(q, k, v, self.window, mask)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -156,8 +232,12 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        """Return the output for x, the normalised residual stream."""
+    def forward(self, x: Float[Tensor, "B T C"], run: Runner | None = None) -> Float[Tensor, "B T C"]:
+        """Return the output for x, the normalised residual stream; see `Attention.forward` for `run`."""
+        return self.compute(x) if run is None or _has_hooks(self) else run(MLP.compute, self, x)
+
+    def compute(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        """Return the output."""
         return self.c_proj(relu(self.c_fc(x)).square())
 
 
@@ -171,11 +251,42 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Float[Tensor, "B T C"], ve: Float[Tensor, "B T kv"] | None, rope: Rope, cache: Cache | None
+        self,
+        x: Float[Tensor, "B T C"],
+        ve: Float[Tensor, "B T kv"] | None,
+        rope: Rope,
+        cache: Cache | None,
+        run: Runner | None = None,
     ) -> Float[Tensor, "B T C"]:
-        """Return the residual stream after both additions."""
-        x = x + self.attn(norm(x, self.eps), ve, rope, cache)
-        return x + self.mlp(norm(x, self.eps))
+        """Return the residual stream after both additions.
+
+        `run`, if given, calls the whole block, or each half of a block with hooks inside, so that these see and may
+        replace the activations between the calls.
+        """
+        if run is None:
+            x = x + self.attn(norm(x, self.eps), ve, rope, cache)
+            return x + self.mlp(norm(x, self.eps))
+        if _has_hooks(self):
+            x = x + self.attn(norm(x, self.eps), ve, rope, None, run=run)
+            return x + self.mlp(norm(x, self.eps), run=run)
+        return run(Block.compute, self, x, ve, rope, run.mask(x.size(1), self.attn.window, x.device))
+
+    def compute(
+        self, x: Float[Tensor, "B T C"], ve: Float[Tensor, "B T kv"] | None, rope: Rope, mask: Any
+    ) -> Float[Tensor, "B T C"]:
+        """Return the residual stream after both additions, without a call of a module that may have hooks."""
+        x = x + self.attn.compute(norm(x, self.eps), ve, rope, None, mask)
+        return x + self.mlp.compute(norm(x, self.eps))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Return whether a module within this one has hooks."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module)
+
+
+def mix(x: Float[Tensor, "B T C"], x0: Float[Tensor, "B T C"], resid: Tensor, first: Tensor) -> Float[Tensor, "B T C"]:
+    """Return resid x + first x0, the input of a block. Lambdas of 0 dimensions do not promote a bfloat16 stream."""
+    return resid * x + first * x0
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
@@ -288,49 +399,61 @@ class GPT(nn.Module):
         k, v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
         return Cache(k, v)
 
-    def forward(self, tokens: Int[Tensor, "B T"], cache: Cache | None = None) -> Float[Tensor, "B T V"]:
+    def forward(
+        self, tokens: Int[Tensor, "B T"], cache: Cache | None = None, run: Runner | None = None
+    ) -> Float[Tensor, "B T V"]:
         """Return float32 logits, softcapped, without the padding rows of the vocabulary.
 
         With a cache, tokens continue the text in the cache, in chunks of any size, and the logits equal those of the
         full forward pass. The chunk is added to the cache at the end of the forward pass.
+
+        Args:
+            tokens: token ids.
+            cache: the text before them.
+            run: calls the parts of a forward pass without a cache (`bridge.nanochat.compiled`); hooks take effect.
 
         Raises:
             TypeError: the tokens are not integers.
             ValueError: the chunk is empty, an id is outside the vocabulary (checked on the CPU only, because the check
                 would synchronise with other devices), or the cache or the rope tables are too short.
         """
-        start = 0 if cache is None else cache.position
-        self._check(tokens, cache, start)
-        stop = start + tokens.size(1)
-        before = None if cache is None else cache.last_token
-        embedded = norm(self.transformer.wte(tokens), self.eps)
-        x = self._smear(embedded, None if cache is None else cache.last_embedding) if self.config.smear else embedded
-        rope = (self.cos[None, start:stop, None].to(x.dtype), self.sin[None, start:stop, None].to(x.dtype))
+        self._check(tokens, cache, 0 if cache is None else cache.position)
+        run = run if cache is None else None
+        embed = (GPT._embed, self, tokens, None if cache is None else cache.last_embedding)
+        embedded, x = run(*embed) if run is not None else self._embed(*embed[2:])
+        rows = slice(tokens.size(1)) if cache is None else cache.rows(tokens.size(1))
+        rope = (self.cos[rows][None, :, None].to(x.dtype), self.sin[rows][None, :, None].to(x.dtype))
 
-        x = norm(self._blocks(tokens, x, before, rope, cache), self.eps)
+        x = norm(self._blocks(tokens, x, rope, cache, run), self.eps)
         logits = self.lm_head(x)[..., : self.config.vocab_size].float()
 
         if cache is not None:
-            cache.position = stop
-            cache.last_token = tokens[:, -1:]
-            cache.last_embedding = embedded[:, -1:].detach().clone() if self.config.smear else None
+            cache.advance(tokens, embedded if self.config.smear else None)
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
 
+    def _embed(self, tokens: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return (embedded, x), (B, T, C) each: the normed embeddings, and the residual stream before the first block.
+
+        `before` is the normed embedding of the token before each row, (B, 1, C); None at the start of a text.
+        """
+        embedded = norm(self.transformer.wte(tokens), self.eps)
+        return embedded, self._smear(embedded, before) if self.config.smear else embedded
+
     def _blocks(
-        self, tokens: Tensor, x: Float[Tensor, "B T C"], before: Tensor | None, rope: Rope, cache: Cache | None
+        self, tokens: Tensor, x: Float[Tensor, "B T C"], rope: Rope, cache: Cache | None, run: Runner | None
     ) -> Float[Tensor, "B T C"]:
         """Return the residual stream before the final norm."""
         config = self.config
         x0 = x
-        bigram = self.bigram_embed(tokens, before) if config.bigram else None
+        bigram = self.bigram_embed(tokens, None if cache is None else cache.last_token) if config.bigram else None
         for i, block in enumerate(self.transformer.h):
-            # An indexed lambda is a 0-d tensor, so even in float32 it does not promote a bfloat16 stream.
             if config.lambdas:
-                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+                mixed = (mix, x, x0, self.resid_lambdas[i], self.x0_lambdas[i])
+                x = run(*mixed) if run is not None else mix(*mixed[1:])
             if bigram is not None:
                 x = x + self.bigram_lambdas[i] * bigram
             ve = self.value_embeds[str(i)](tokens) if config.has_value_embedding(i) else None
-            x = block(x, ve, rope, cache)
+            x = block(x, ve, rope, cache) if run is None else block(x, ve, rope, None, run=run)
             if i == config.n_layer // 2:
                 middle = x
         return x - self.backout_lambda.to(x.dtype) * middle if config.backout else x

@@ -116,6 +116,9 @@ class RunConfig(Json):
     tokens_per_forward: int = flag(
         2048, "Tokens in one forward pass of the model; a GPU wants 16 times as many.", COUNT
     )
+    compile_model: Literal["auto", "on", "off"] = flag(
+        "auto", "Compile the model's forward passes on a GPU; auto does where a run is long enough to gain from it."
+    )
     block_size: int = flag(65536, "Activations that are kept in memory and shuffled together.", COUNT)
     exclude_tokens: ExcludeTokens = flag("bos", "Special tokens to leave out: bos, all nine (special), or nothing.")
     drop_sinks: bool = flag(True, "Leave out tokens whose norm exceeds 10 times the median.")
@@ -123,7 +126,12 @@ class RunConfig(Json):
     checkpoint_every: int = flag(1_000_000, "Activations between checkpoints.", TOKENS)
     log_every: int = flag(50, "Steps between reports.", COUNT)
     device: str = flag("cpu", "Device of torch and jax: cpu, cuda or cuda:N.")
-    jax_memory_fraction: float = flag(0.4, "Fraction of a GPU's memory for jax; torch has the rest.")
+    deterministic: bool = flag(
+        False, "On a GPU: end with the same bits on the same card and versions, also after --resume. A CPU does anyway."
+    )
+    jax_memory_fraction: float | None = flag(
+        None, "Fraction of a GPU's memory for jax; none is what the SAEs need; torch has the rest."
+    )
     output_dir: FilePath = flag("runs/sae", "Directory of the run.")
     resume: bool = flag(False, "Continue from the last checkpoint in --output_dir.")
     wandb_project: str | None = flag(None, "Also log to this Weights & Biases project (extra [wandb]).")
@@ -143,7 +151,7 @@ class RunConfig(Json):
         )
         require(self.block_size >= self.batch_size, "block_size must be at least one batch")
         require(
-            0 < self.jax_memory_fraction < 0.95,
+            self.jax_memory_fraction is None or 0 < self.jax_memory_fraction < 0.95,
             f"jax_memory_fraction is {self.jax_memory_fraction}: it must lie between 0 and 0.95",
         )
         for layer in self.layer:

@@ -6,12 +6,14 @@ import sys
 from bridge import accelerators
 from jsae.settings import require
 
+_USABLE = 0.95
+"""The fraction of a GPU's memory that torch and jax divide; the rest is for what drivers and libraries allocate."""
+_MARGIN, _LEAST_MARGIN = 1.5, 2 * 2**30
+"""Jax has its predicted need times the first, and at least the second more, for autotuning and fragments."""
+
 
 def share(device: str, jax_memory_fraction: float) -> str:
     """Configure torch and jax to use one device together; return torch's name for it, cpu or cuda.
-
-    On a CPU each may use all cores, but torch's idle threads sleep: by default they spin on cores that jax needs. Torch
-    reads this setting when it is imported; jax reads its share of a GPU's memory when it first uses the GPU.
 
     Args:
       device: cpu, cuda or cuda:N.
@@ -19,6 +21,20 @@ def share(device: str, jax_memory_fraction: float) -> str:
 
     Raises:
       ConfigError: torch or jax has no such device, or jax already computes on another one.
+    """
+    kind = open_torch(device)
+    open_jax(kind, jax_memory_fraction)
+    return kind
+
+
+def open_torch(device: str) -> str:
+    """Configure torch and jax to use one device together, before jax starts; return torch's name for it, cpu or cuda.
+
+    On a CPU each may use all cores, but torch's idle threads sleep: by default they spin on cores that jax needs. Torch
+    reads this setting when it is imported. On a GPU `open_jax` must follow before jax is used.
+
+    Raises:
+      ConfigError: torch has no such device, or jax already computes on another one.
     """
     accelerators.check_name(device)
     kind, _, number = device.partition(":")
@@ -29,12 +45,40 @@ def share(device: str, jax_memory_fraction: float) -> str:
     if number:  # the only GPU that torch and jax will see
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(device, int(number))
     accelerators.require_torch(kind, called=device)
+    return kind
+
+
+def open_jax(kind: str, jax_memory_fraction: float) -> None:
+    """Start jax with its fraction of a GPU's memory, and limit torch to the rest; on a CPU there is nothing to do.
+
+    Args:
+      kind: cpu or cuda, as `open_torch` returned it.
+      jax_memory_fraction: jax's fraction of a GPU's memory, which it reads when it first uses the GPU.
+
+    Raises:
+      ConfigError: jax has no such device.
+    """
+    if kind == "cpu":
+        return
     import torch
 
-    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{jax_memory_fraction:.2f}"
-    torch.cuda.set_per_process_memory_fraction(max(0.95 - jax_memory_fraction, 0.05))
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{jax_memory_fraction:.4f}"
+    torch.cuda.set_per_process_memory_fraction(max(_USABLE - jax_memory_fraction, 0.05))
     jax_alone(kind)
-    return kind
+
+
+def jax_fraction(card: int, free: int, jax_need: int, torch_need: int) -> float:
+    """Return the fraction of a GPU's memory for jax: its need with a margin, but no more than torch can spare.
+
+    Args:
+      card: bytes of the GPU.
+      free: bytes of it that are free, with the model on it.
+      jax_need: bytes that the SAEs and their steps are predicted to need.
+      torch_need: bytes that torch is predicted to need beside the model.
+    """
+    wanted = max(_MARGIN * jax_need, jax_need + _LEAST_MARGIN)
+    most = free - (1 - _USABLE) * card - torch_need
+    return min(max(min(wanted, most) / card, 0.02), _USABLE - 0.05)
 
 
 def _visible(device: str, number: int) -> str:

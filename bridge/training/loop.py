@@ -34,6 +34,7 @@ def train(
     trainees: Sequence["Trainee"],
     source: "ActivationStream",
     stop_requests: StopRequests | None = None,
+    guard: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> States | None:
     """Train from the start or the last checkpoint to the end.
 
@@ -43,6 +44,8 @@ def train(
       trainees: its SAEs.
       source: the activations of their sites.
       stop_requests: entered while steps are taken; None never stops the run.
+      guard: entered for every step after the first, which compiles, and left before reports, for example
+        `bridge.stream.forbid_waiting`.
 
     Returns:
       The states after the last step, in the order of the trainees; None for a run that was saved and stopped.
@@ -64,7 +67,11 @@ def train(
             Reporter(run, trainees, int(first_states[0].step), num_steps, config.wandb_project) as reporter,
             contextlib.nullcontext(()) if stop_requests is None else stop_requests() as requests,
         ):
-            for step, states, sums in loop.fit(members, first_states, batches):  # type: ignore[arg-type]
+            steps = loop.fit(members, first_states, batches)  # type: ignore[arg-type]
+            enter: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+            while (taken := _next(steps, enter)) is not None:
+                step, states, sums = taken
+                enter = guard
                 window = sums if window is None else add(window, sums)
                 stop, last = bool(requests), step == num_steps  # a later request waits for the next step
                 due = last or stop or step % save_every == 0
@@ -83,6 +90,14 @@ def train(
                     break
             checkpoints.wait()
     return None if requests else states
+
+
+def _next(
+    steps: Iterator[tuple[int, States, AllSums]], guard: Callable[[], contextlib.AbstractContextManager[None]]
+) -> tuple[int, States, AllSums] | None:
+    """Take the next step within a guard; return None at the end of the run."""
+    with guard():
+        return next(steps, None)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.run import Run, directory
 from bridge.settings import from_keywords
-from bridge.training import device
+from bridge.training import determinism, device
 from bridge.training.config import RunConfig
 from jsae import files
 from jsae.settings import require
@@ -72,7 +72,9 @@ def train(config: RunConfig | None = None, *, stop_requests: "StopRequests | Non
 def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_requests: "StopRequests | None") -> None:
     """Train into a directory that this process has locked; `locks` receives the locks of the variants."""
     started = time.perf_counter()
-    torch_device = device.share(config.device, config.jax_memory_fraction)
+    if config.deterministic:
+        determinism.enforce(config.device)
+    torch_device = device.open_torch(config.device)
 
     import bridge.nanochat
     from bridge.training import loop, plan, text
@@ -81,6 +83,7 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
     # The model, the SAEs and the text, each checked before the long training.
     nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
     trainees = plan.trainees(run.path, config, nano)
+    device.open_jax(torch_device, plan.jax_fraction(config, trainees, nano))
     plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config))
     sites = plan.sites(trainees)
     corpus, heldout = text.texts(config, nano)
@@ -88,10 +91,11 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
     rows = text.heldout_rows(config, heldout)
     text.check_activations(config, nano, sites, rows)
     text.check_data(run.path, corpus)
-    _record(run, config, trainees, nano, corpus, locks)
+    programs = text.programs(config, nano, corpus, sites)
+    _record(run, config, trainees, nano, corpus, locks, "blocks" if programs is not None else None)
 
     # Training, export and evaluation.
-    states = loop.train(run.path, config, trainees, text.stream(config, nano, corpus, sites), stop_requests)
+    states = loop.train(run.path, config, trainees, text.stream(config, nano, corpus, sites, programs), stop_requests)
     if states is None:
         raise Stopped(run)
     try:
@@ -111,9 +115,13 @@ def _record(
     nano: "Nanochat",
     corpus: "Corpus",
     locks: contextlib.ExitStack,
+    compiled: str | None,
 ) -> None:
-    """Write config.json of the run and of its variants, or check those of a resumed run; lock the variants."""
-    facts = {"model": nano.fingerprint, "data": corpus.fingerprint, "data_files": corpus.files}
+    """Write config.json of the run and of its variants, or check those of a resumed run; lock the variants.
+
+    `compiled` says which parts of the model are compiled, None if it runs eagerly.
+    """
+    facts = {"model": nano.fingerprint, "data": corpus.fingerprint, "data_files": corpus.files, "compiled": compiled}
     sites = dict.fromkeys(trainee.hooks for trainee in trainees)
     directory.record(run.path, config, facts | {"hook_names": [list(hooks) for hooks in sites]})
     for trainee in trainees:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge.training import device, memory
 from bridge.training.config import RunConfig
 from jsae import export
 from jsae.loop import Member
@@ -14,6 +15,7 @@ from jsae.settings import require
 
 if TYPE_CHECKING:
     from bridge.nanochat import Nanochat
+    from jsae.ops import Ops
 
 
 @dataclass(frozen=True)
@@ -91,18 +93,21 @@ def check_memory(config: RunConfig, trainees: list[Trainee], width: int, availab
       config: the run.
       trainees: its SAEs.
       width: of the model's residual stream.
-      available: bytes of memory; None if unknown, which skips the check.
+      available: bytes of memory, on a GPU those of jax's part; None if unknown, which skips the check.
 
     Raises:
       ConfigError: they do not fit; says how much is needed and how much there is.
     """
     if available is None:
         return
+    if config.device != "cpu":
+        check_gpu_memory(trainees, available)
+        return
     saes = [trainee.member.sae for trainee in trainees]
     weights = sum(4 * sae.d_sae * (sae.d_in + sae.width_out) for sae in saes)
     copies = 5 + (config.average_fraction is not None)  # weights, gradients, two moments, the copy that is saved
     batch = 2 * 4 * config.batch_size * max(sae.d_sae for sae in saes)
-    blocks = 3 * 4 * config.block_size * width * len({hook for trainee in trainees for hook in trainee.hooks})
+    blocks = 3 * 4 * config.block_size * width * len(_hooks(trainees))
     needed = copies * weights + batch + blocks
     require(
         needed <= available,
@@ -110,6 +115,80 @@ def check_memory(config: RunConfig, trainees: list[Trainee], width: int, availab
         f"{batch / 2**30:.2f} for latents of a batch, {blocks / 2**30:.2f} for blocks of activations), and there are "
         f"{available / 2**30:.1f}: train fewer together, or lower --expansion_factor, --batch_size or --block_size",
     )
+
+
+def check_gpu_memory(trainees: list[Trainee], available: int, ops: Ops | None = None) -> None:
+    """Check that SAEs fit into jax's part of a GPU.
+
+    Args:
+      trainees: the SAEs.
+      available: bytes of that part.
+      ops: the implementation; None is the one of the device.
+
+    Raises:
+      ConfigError: they do not fit; names the flag that lowers the largest part of what they need.
+    """
+    need = memory.of_steps([trainee.member for trainee in trainees], ops)
+    of_weights, of_batches = need.state + need.saved + need.gradients, need.batch + need.latents
+    remedies = ["--batch_size" if of_batches > of_weights else "--expansion_factor"]
+    remedies += ["the number of SAEs"] if len(trainees) > 1 and of_weights >= of_batches else []
+    without = (ops or trainees[0].member.ops).name != "gpu" and trainees[0].member.sae.sae.sparse
+    kernels = ", or install the extra [cuda], whose kernels need less" if without else ""
+    require(
+        need.total <= available,
+        f"{len(trainees)} SAEs need about {need.total / 2**30:.1f} GiB of the GPU ({of_weights / 2**30:.1f} for "
+        f"weights, moments, gradients and the copy that is saved, {need.batch / 2**30:.1f} for a batch, "
+        f"{need.latents / 2**30:.1f} for its latents), and jax has {available / 2**30:.1f}: lower "
+        f"{' or '.join(remedies)}{kernels}; where torch can spare memory, raise --jax_memory_fraction",
+    )
+
+
+def jax_fraction(config: RunConfig, trainees: list[Trainee], nano: Nanochat) -> float:
+    """Return jax's fraction of the GPU's memory: the one that was given, or what the run's SAEs need."""
+    if config.jax_memory_fraction is not None or config.device == "cpu":
+        return config.jax_memory_fraction or 1.0
+    import torch
+
+    free, card = torch.cuda.mem_get_info()
+    itemsize = nano.model.lm_head.weight.element_size()
+    row_len = config.context_size or nano.config.sequence_len
+    torch_need = stream_memory(config, nano.config.n_embd, itemsize, row_len, len(_hooks(trainees)))
+    fraction = device.jax_fraction(card, free, saes_memory(config, trainees), torch_need)
+    print(
+        f"jax takes {fraction * card / 2**30:.1f} of the GPU's {card / 2**30:.1f} GiB (--jax_memory_fraction="
+        f"{fraction:.3f}), torch has the rest",
+        flush=True,
+    )
+    return fraction
+
+
+def saes_memory(config: RunConfig, trainees: list[Trainee]) -> int:
+    """Return the bytes that jax needs on a GPU: for steps of all SAEs, or for the first look at a block."""
+    members = [trainee.member for trainee in trainees]
+    ops = memory.likely_ops(config.matmul_dtype, memory.kernels_are_likely())
+    return max(memory.of_steps(members, ops).total, memory.of_first_block(members, config.block_size))
+
+
+def stream_memory(config: RunConfig, width: int, itemsize: int, row_len: int, hooks: int) -> int:
+    """Return the bytes that torch needs on a GPU beside the model: blocks of activations, and a forward pass.
+
+    A pass holds about 24 arrays of the width of the stream at once, most of them in an MLP; a windowed layer that is
+    not compiled also holds a mask.
+
+    Args:
+      config: the run.
+      width: of the model's residual stream.
+      itemsize: bytes of one of its numbers.
+      row_len: tokens of a row.
+      hooks: number of hooks that are captured.
+    """
+    tokens = max(config.tokens_per_forward, row_len)
+    blocks = 3 * config.block_size * width * itemsize * hooks  # one that is read, one that is filled, and its order
+    return blocks + (24 + hooks) * tokens * width * itemsize + 4 * row_len**2
+
+
+def _hooks(trainees: list[Trainee]) -> set[str]:
+    return {hook for trainee in trainees for hook in trainee.hooks}
 
 
 def available_memory(config: RunConfig) -> int | None:

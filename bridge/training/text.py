@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Int
 
 from bridge import finite
-from bridge.nanochat import Nanochat
+from bridge.hooks import parse
+from bridge.nanochat import Nanochat, compiled
 from bridge.nanochat.corpus import Corpus, changed
 from bridge.run import Run
 from bridge.selection import excluded_ids
@@ -89,8 +90,30 @@ def check_activations(
     )
 
 
-def stream(config: RunConfig, nano: Nanochat, corpus: Corpus, sites: Sequence[tuple[str, ...]]) -> ActivationStream:
-    """Return the activations of all sites on the training text."""
+def programs(
+    config: RunConfig, nano: Nanochat, corpus: Corpus, sites: Sequence[tuple[str, ...]]
+) -> compiled.Programs | None:
+    """Return the compiled parts of the model for the passes over the training text, and say so; None: eager passes."""
+    deepest = max(parse(hook)[0] for site in sites for hook in site)
+    rows = max(config.tokens_per_forward // corpus.row_len, 1)
+    device = next(nano.model.parameters()).device
+    chosen, reason = compiled.choose(
+        config.compile_model, nano.config, device, deepest, config.num_activations, rows * corpus.row_len
+    )
+    if device.type != "cpu" or config.compile_model == "on":
+        way = "eager" if chosen is None else "compiled (the first takes some seconds)"
+        print(f"the model's forward passes are {way}: {reason}", flush=True)
+    return chosen
+
+
+def stream(
+    config: RunConfig,
+    nano: Nanochat,
+    corpus: Corpus,
+    sites: Sequence[tuple[str, ...]],
+    run: compiled.Programs | None = None,
+) -> ActivationStream:
+    """Return the activations of all sites on the training text; `run` has the compiled parts of the model."""
     return ActivationStream(
         nano.model,
         corpus,
@@ -99,4 +122,5 @@ def stream(config: RunConfig, nano: Nanochat, corpus: Corpus, sites: Sequence[tu
         rows_per_forward=max(config.tokens_per_forward // corpus.row_len, 1),
         drop_sinks=config.drop_sinks,
         decode=nano.tokenizer.decode,
+        run=run,
     )

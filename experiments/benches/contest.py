@@ -36,7 +36,7 @@ TRAINERS: Mapping[str, tuple[str, ...]] = {
     "sparsify signum": ("topk",),
 }
 SCRIPT = Path(__file__).with_name("contest_peer.py")
-_ASLEEP = {
+ASLEEP = {
     "OMP_WAIT_POLICY": "passive"
 }  # threads that spin while they wait would take cores from the process that computes
 
@@ -121,11 +121,11 @@ def _measure(
     settings = {"threads": config.threads, "autocast": config.autocast, "warmup_steps": config.warmup_steps}
     with sides(python, names, size, architecture, config.device, settings) as (versions, asks):
         own = shapes.stepping(architecture, size, warmup_steps=config.warmup_steps, matmul_dtype=config.matmul_dtype)
-        cases = {MATMUL: _timed(shapes.encoder_matmul(size, config.matmul_dtype)), OURS: _timed(own)}
-        cases |= {name: _asking(ask, "step") for name, ask in asks.items()}
+        cases = {MATMUL: timed(shapes.encoder_matmul(size, config.matmul_dtype)), OURS: timed(own)}
+        cases |= {name: asking(ask, "step") for name, ask in asks.items()}
         if asks:
-            cases[THEIR_MATMUL] = _asking(next(iter(asks.values())), "matmul")
-        seconds = _by_turns(cases, config.rounds)
+            cases[THEIR_MATMUL] = asking(next(iter(asks.values())), "matmul")
+        seconds = by_turns(cases, config.rounds)
     spreads = {name: timing.spread(own) for name, own in seconds.items()}
     over_ours = timing.ratios(seconds, OURS)
     return versions, {
@@ -169,13 +169,15 @@ def sides(
         versions: dict[str, str] = {}
         asks = {}
         for name in names:
-            trainer_versions, asks[name] = running.enter_context(peers.process(python, SCRIPT, Path(folder), _ASLEEP))
+            trainer_versions, asks[name] = running.enter_context(peers.process(python, SCRIPT, Path(folder), ASLEEP))
             asks[name]({**job, "trainer": name, "matmul": matmul and name == names[0]})
             versions |= trainer_versions
         yield versions, asks
 
 
-def _timed(case: Callable[[], None]) -> Callable[[], float]:
+def timed(case: Callable[[], None]) -> Callable[[], float]:
+    """Return a function that runs a case and returns its seconds."""
+
     def run() -> float:
         start = time.perf_counter()
         case()
@@ -184,11 +186,12 @@ def _timed(case: Callable[[], None]) -> Callable[[], float]:
     return run
 
 
-def _asking(ask: peers.Ask, work: str) -> Callable[[], float]:
+def asking(ask: peers.Ask, work: str) -> Callable[[], float]:
+    """Return a function that has a trainer's process do some work, and returns the seconds that it measured."""
     return lambda: ask({"do": work})["seconds"]
 
 
-def _by_turns(cases: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def by_turns(cases: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Return `timing.by_turns` of cases that measure their own seconds: talking to another process does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
 

@@ -6,6 +6,7 @@ an encoder; `peak` takes some steps and reports their memory. Settings are the l
 """
 
 import contextlib
+import gc
 import itertools
 import queue
 import sys
@@ -37,10 +38,21 @@ def main(folder: Path) -> None:
     side: _Side | None = None
     for job in peer_protocol.jobs():
         if job["do"] == "make":
+            side = None
+            _free()
             side = _Side(job, folder)
             peer_protocol.answer(answers, {})
         else:
             peer_protocol.answer(answers, getattr(side, job["do"])(job))
+
+
+def _free() -> None:
+    """Free what an earlier trainer of this process held on a GPU."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class _Side:

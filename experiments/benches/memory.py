@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bridge.accelerators import require_torch
 from bridge.locations import FilePath
 from bridge.settings import flag
 from experiments.benches import contest, peers, shapes, tables, timing
@@ -58,6 +59,7 @@ class Config:
 
 def main(config: Config) -> int:
     """Measure all trainers, print a table, write the results."""
+    require_torch(config.device)
     python = peers.trainers(config.peer_env) if config.trainers else None
     cases = [
         (size, architecture, name)
@@ -65,18 +67,16 @@ def main(config: Config) -> int:
         for architecture in config.architectures
         for name in (OURS, *(trainer for trainer in config.trainers if architecture in TRAINERS[trainer]))
     ]
-    results = []
+    machine, settings = timing.machine(config.device), timing.settings(config, "peer_env", "device")
+    out, results = config.out.format(device=config.device), []
     with Progress("measuring memory", len(cases), "steps") as progress:
         for size, architecture, name in cases:
             ours = name == OURS
             needed = _ours(config, size, architecture) if ours else _theirs(config, python, size, architecture, name)
             results.append(_row(size, architecture, name, needed))
+            timing.write(out, {"machine": machine, "settings": settings, "results": results})
             progress.advance()
-    machine = timing.machine(config.device)
     tables.show("memory of one training step", _COLUMNS, _cells(results), machine, config.markdown)
-    out = config.out.format(device=config.device)
-    settings = timing.settings(config, "peer_env", "device")
-    timing.write(out, {"machine": machine, "settings": settings, "results": results})
     print(f"figures: {out}")
     return 0
 

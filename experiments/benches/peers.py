@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ Ask = Callable[[dict[str, Any]], dict[str, Any]]
 
 TRAINERS_HOME = "~/.cache/jsae/quality-peers-1"
 """Where SAELens, dictionary_learning and sparsify are installed, unless a flag says otherwise."""
+
+STAND_INS = Path(__file__).with_name("stand_ins")
 
 _TRAINERS = (
     ["install", "-q", "torch>=2.9,<2.14", "sae-lens==6.54.12", "nnsight<0.4", "natsort", "schedulefree", "zstandard"],
@@ -38,6 +41,29 @@ def trainers(folder: str) -> Path:
       OSError: the environment could not be created.
     """
     return environment(Path(folder).expanduser(), _TRAINERS, _TRAINERS_PROOF)
+
+
+def from_wheels(wheels: str, folder: Path) -> dict[str, str]:
+    """Unpack wheels of the other trainers into `folder`; return the variables under which this Python finds them.
+
+    For machines without a package registry. What the trainers import and do not use in a step, such as wandb, may be
+    missing: `stand_ins` takes its place. The rest, torch above all, must be installed here.
+
+    Args:
+      wheels: a folder with one wheel per package.
+      folder: an empty folder.
+
+    Raises:
+      FileNotFoundError: there are no wheels.
+    """
+    found = sorted(Path(wheels).expanduser().glob("*.whl"))
+    if not found:
+        raise FileNotFoundError(f"{wheels} holds no wheels: pip download --no-deps into it, or leave out --peer_wheels")
+    for wheel in found:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+    paths = [str(STAND_INS), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def environment(folder: Path, steps: Sequence[Sequence[str]], proof: str) -> Path:

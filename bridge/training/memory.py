@@ -1,0 +1,120 @@
+"""Memory that jax is predicted to need on a GPU for the SAEs of a run and their steps.
+
+The arrays are counted: what a step reads, writes and holds in between. Factors that stand for several arrays of one
+shape were fitted to the peaks of jax's allocator (`tests/gpu/test_gpu_memory.py` holds them to a fifth).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsae.loop import Member
+    from jsae.ops import MatmulDtype, Ops
+
+_FLOAT = 4
+_PAIR = 24
+"""Bytes of a code and its gradient: value and latent, each sorted by latent too."""
+_BATCHES = 3.5
+"""Arrays of a batch's input and target in float32 that a step holds: inputs, errors, and their rounded copies."""
+_DENSE = 4
+"""Arrays of the latents of a part in float32 that a step of a dense architecture holds."""
+_XLA_DENSE, _XLA_AT_ONCE = 4, 10
+"""Arrays of all pre-activations, and of the rows of all codes, that a sparse step without kernels holds."""
+_LIBRARIES = 2**26  # workspaces of products
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that jax needs for the steps of a run."""
+
+    state: int
+    """Weights, moments and averages of all SAEs."""
+    saved: int
+    """The copy of them that a checkpoint is written from."""
+    gradients: int
+    """Gradients and rounded weights of the largest SAE."""
+    batch: int
+    """Batches of all sites, and what a step makes of its own."""
+    latents: int
+    """Pre-activations and codes of the SAE that has most."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.state + self.saved + self.gradients + self.batch + self.latents + _LIBRARIES
+
+
+def of_steps(members: Sequence[Member], ops: Ops | None = None, *, saving: bool = True) -> Need:
+    """Return what the steps of some SAEs need on a GPU.
+
+    Args:
+      members: the SAEs.
+      ops: the implementation; None is the one for jax's default device.
+      saving: whether checkpoints are written.
+    """
+    weights = [_weights(member) for member in members]
+    state = sum(w * (3 + (m.train.average_fraction is not None)) for w, m in zip(weights, members, strict=True))
+    sites = {member.site: _row(member) for member in members}
+    rows = members[0].train.batch_size
+    return Need(
+        state=state,
+        saved=state if saving else 0,
+        gradients=max(round(w * (1 + member.sae.sae.sparse + 0.5)) for w, member in zip(weights, members, strict=True)),
+        batch=rows * sum(sites.values()) + round(_BATCHES * rows * max(map(_row, members))),
+        latents=max(_latents(member, ops or member.ops) for member in members),
+    )
+
+
+def of_first_block(members: Sequence[Member], block_size: int) -> int:
+    """Return the bytes of the arrays that the first SAE is initialised from, while all others exist."""
+    widths = [member.sae.d_in + (member.sae.d_out or 0) for member in members]
+    return sum(3 * _weights(member) for member in members) + _FLOAT * block_size * max(widths)
+
+
+def kernels_are_likely() -> bool:
+    """Return whether jax will run Triton kernels on torch's GPU, as far as can be told before jax starts."""
+    import torch
+
+    installed = all(importlib.util.find_spec(name) is not None for name in ("triton", "jax_triton"))
+    return installed and torch.cuda.get_device_capability()[0] >= 8
+
+
+def likely_ops(matmul_dtype: MatmulDtype, kernels: bool) -> Ops:
+    """Return the implementation that a GPU will have, without starting jax."""
+    from jsae.ops import IMPLEMENTATIONS
+
+    name = "gpu" if kernels and "gpu" in IMPLEMENTATIONS else "xla"
+    return dataclasses.replace(IMPLEMENTATIONS[name], matmul_dtype=matmul_dtype)
+
+
+def _weights(member: Member) -> int:
+    """Return the bytes of both weight matrices."""
+    return _FLOAT * member.sae.d_sae * (member.sae.d_in + member.sae.width_out)
+
+
+def _row(member: Member) -> int:
+    """Return the bytes of one token's input and target."""
+    return _FLOAT * (member.sae.d_in + member.sae.width_out)
+
+
+def _latents(member: Member, ops: Ops) -> int:
+    """Return the bytes of what a step holds of latents at once."""
+    sae, n = member.sae, member.train.batch_size
+    d, f = sae.d_in, sae.d_sae
+    if not sae.sae.sparse:
+        part = ops.sum_chunk(n, d, f, gradients=True) if hasattr(ops, "sum_chunk") else n
+        return _DENSE * _FLOAT * part * f
+    k = max(sae.k or 1, member.train.k_start or 0)
+    pairs = _PAIR * n * (k + getattr(sae, "dead_k", 0))
+    if ops.name == "gpu":
+        number = 2 if ops.matmul_dtype == "bfloat16" else _FLOAT
+        by_token = sae.sae.form in ("topk", "abstopk")
+        return pairs + number * f * (ops.encode_chunk(n, d, f) if by_token else n)
+    if getattr(ops, "decoding", None) == "at once":
+        return pairs + _XLA_AT_ONCE * _FLOAT * n * k * max(d, sae.width_out)
+    return pairs + _XLA_DENSE * _FLOAT * n * f

@@ -2,11 +2,13 @@
 
 import atexit
 import gc
+import importlib.machinery
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,18 @@ from jaxtyping import install_import_hook
 
 # Shapes in signatures are enforced here and only here.
 install_import_hook(["jsae", "bridge"], "beartype.beartype")
+
+
+class KernelFinder(importlib.machinery.PathFinder):
+    """Import Triton kernels as they stand: triton compiles their source, which must not be decorated."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        """Find modules of kernels only."""
+        return super().find_spec(name, path, target) if name.endswith("_kernels") else None
+
+
+sys.meta_path.insert(0, KernelFinder)
 
 # Four devices on one processor, so that the sharded step is a real one.
 jax.config.update("jax_num_cpu_devices", 4)

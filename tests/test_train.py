@@ -11,7 +11,7 @@ import pytest
 from alone import begin, fit
 
 from jsae import loop, metrics, optim
-from jsae.architectures import sae_config
+from jsae.architectures import ARCHITECTURES, sae_config
 from jsae.arrays import ArraySource
 from jsae.checkpoint import Checkpoints
 from jsae.config import TrainConfig
@@ -209,3 +209,15 @@ def test_a_loss_that_is_not_finite_is_told_of_the_one_sae_that_had_it(together):
     broken = bad._replace(bad_step=jnp.int32(7))
     with pytest.raises(loop.NotFiniteError, match=r"the loss of k8 blocks\.1 is not finite at step 7; the activations"):
         loop.check_finite(broken, sums[1], "k8 blocks.1")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_state_keeps_its_types_so_that_a_step_is_compiled_once(name):
+    member = Member(sae_config(name, D, F, **({"nested_widths": (8,)} if name == "matryoshka" else {})), RUN)
+    sample = (jnp.asarray(activations(0)[:64]),)
+    before = loop.init([member], sample)
+    after, _ = jax.eval_shape(loop.Programs([member]).at(STEPS), before, sample)
+    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
+        old = jax.typeof(old)
+        types = (old.shape, old.dtype, old.weak_type), (new.shape, new.dtype, new.weak_type)
+        assert types[0] == types[1], jax.tree_util.keystr(path)

@@ -59,6 +59,7 @@ MODULES = (
     "test_open_files",
     "test_metadata",
     "test_ops",
+    "test_ops_kernels",
     "test_ops_products",
     "test_ops_selection",
     "test_ops_steps",

@@ -1,10 +1,13 @@
 """Operations of a training step: one interface, a reference, and an implementation for every kind of device."""
 
+import functools
+import importlib
 from collections.abc import Mapping
 
 import jax
 
 from jsae.ops.cpu import Cpu
+from jsae.ops.gpu import Gpu
 from jsae.ops.interface import AdamScalars, AdamSettings, Moments, Ops
 from jsae.ops.products import MatmulDtype
 from jsae.ops.reference import Reference
@@ -18,6 +21,7 @@ __all__ = [
     "AdamSettings",
     "Codes",
     "Cpu",
+    "Gpu",
     "Input",
     "Latents",
     "MatmulDtype",
@@ -27,10 +31,12 @@ __all__ = [
     "Select",
     "Xla",
     "choose",
+    "choose_with_reason",
 ]
 
 IMPLEMENTATIONS: Mapping[str, Ops] = {
     "cpu": Cpu(),
+    "gpu": Gpu(),
     "xla": Xla(),
     "xla-dense": Xla(decoding="dense"),
     "plain": PLAIN,
@@ -41,5 +47,34 @@ IMPLEMENTATIONS: Mapping[str, Ops] = {
 
 def choose(matmul_dtype: MatmulDtype = "float32", platform: str | None = None) -> Ops:
     """Return the implementation for a platform, "cpu" or "gpu"; None is the platform of jax's default device."""
+    return choose_with_reason(matmul_dtype, platform)[0]
+
+
+def choose_with_reason(matmul_dtype: MatmulDtype = "float32", platform: str | None = None) -> tuple[Ops, str]:
+    """Return the implementation for a platform, and why it was chosen, in a few words."""
     platform = jax.default_backend() if platform is None else platform
-    return Cpu(matmul_dtype) if platform == "cpu" else Xla(matmul_dtype)
+    if platform == "cpu":
+        return Cpu(matmul_dtype), "the device is a processor"
+    obstacle = why_no_kernels()
+    if obstacle is None:
+        return Gpu(matmul_dtype), "jax-triton and triton run on this GPU"
+    return Xla(matmul_dtype), f"no Triton kernels: {obstacle}"
+
+
+@functools.cache
+def why_no_kernels() -> str | None:
+    """Return why Triton kernels cannot run on jax's GPU; None if they can."""
+    device = jax.devices()[0]
+    if "NVIDIA" not in device.device_kind.upper() and device.platform != "cuda":
+        kind = f"{device.platform} {device.device_kind}"
+        if not hasattr(device, "compute_capability"):
+            return f"the device is {kind}, and they are for NVIDIA GPUs"
+    capability = str(getattr(device, "compute_capability", "0.0"))
+    if float(capability) < 8:
+        return f"compute capability {capability} is below 8.0"
+    for module in ("triton", "jax_triton"):
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a broken installation must not stop a run that can do without
+            return f"{module} cannot be imported ({type(error).__name__}: {error}); install the extra cuda"
+    return None

@@ -14,14 +14,14 @@ from jaxtyping import Array, Float, Int
 from jsae.ops import rows
 from jsae.ops.interface import AdamScalars, AdamSettings, Moments
 from jsae.ops.reference import row_dots, tangent_rows
-from jsae.ops.sparse import SparseOps
 from jsae.ops.types import Codes, Input
+from jsae.ops.xla_ops import XlaOps
 
 _PAIRS = 1024  # codes that are added at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Cpu(SparseOps):
+class Cpu(XlaOps):
     """Operations for a processor's caches and cores. The fields are sizes of pieces; every choice gives the same."""
 
     name: ClassVar[str] = "cpu"

@@ -61,10 +61,12 @@ class Ops(abc.ABC):
 
     name: ClassVar[str]
     """Name of the implementation."""
+    narrow: ClassVar[bool] = False
+    """Whether products with far more columns than their factors are stored in `matmul_dtype`."""
 
     def matmul(self, a: Float[Array, "n m"], b: Float[Array, "m o"]) -> Float[Array, "n o"]:
         """Return a @ b, with factors of `matmul_dtype` and sums in float32."""
-        return products.matmul(a, b, self.matmul_dtype)
+        return products.matmul(a, b, self.matmul_dtype, self.narrow)
 
     # ---- encoder --------------------------------------------------------------------------------------------------
 

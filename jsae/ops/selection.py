@@ -7,20 +7,25 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jsae.ops.reference import check_k, first
+from jsae.ops import reference
 from jsae.ops.types import Codes
 
 Sort = Callable[[Float[Array, "n w"], int], tuple[Float[Array, "n k"], Int[Array, "n k"]]]
 """`lax.top_k`, or something that returns the same."""
 
 
-def top_k(
-    pre: Float[Array, "n f"],
-    k: int,
-    limit: Int[Array, ""] | None,
-    bias: Float[Array, " f"] | None,
-    sort: Sort,
+def largest(
+    pre: Float[Array, "n f"], k: int, bias: Float[Array, " f"] | None, sort: Sort, *, magnitudes: bool
 ) -> Codes:
+    """Return the k largest of every row of pre (+ bias), or those of the largest magnitude, the largest first."""
+    if not magnitudes:
+        return top_k(pre, k, bias, sort)
+    pre = pre if bias is None else pre + bias
+    codes = top_k(reference.magnitudes(pre), k, None, sort)
+    return codes._replace(values=jnp.take_along_axis(pre, codes.indices, axis=1))
+
+
+def top_k(pre: Float[Array, "n f"], k: int, bias: Float[Array, " f"] | None, sort: Sort) -> Codes:
     """Return the k largest of every row of pre (+ bias), sorting about 2 sqrt(f k) numbers instead of f.
 
     Latents are dealt into groups; every one of the k largest lies in one of the k groups with the largest maxima
@@ -28,18 +33,17 @@ def top_k(
     an array of its own.
     """
     n, f = pre.shape
-    check_k(k, f)
     bias = jnp.zeros(f, pre.dtype) if bias is None else bias
     g = group_size(f, k)
     if g == 1:
-        return first(Codes(*sort(pre + bias, k)), limit)
+        return Codes(*sort(pre + bias, k))
     grouped = pre.reshape(n, g, f // g)  # latent i*(f//g) + j is member i of group j: the maximum runs along vectors
     biases = bias.reshape(g, f // g)
     _, groups = sort((grouped + biases).max(axis=1), k)
     members = jnp.take_along_axis(grouped, groups[:, None, :], axis=2) + biases[:, groups].transpose(1, 0, 2)
     values, where = sort(members.reshape(n, g * k), k)
     indices = where // k * (f // g) + jnp.take_along_axis(groups, where % k, axis=1)
-    return first(Codes(values, indices), limit)
+    return Codes(values, indices)
 
 
 def batch_top_k(
@@ -52,7 +56,6 @@ def batch_top_k(
     about n sqrt(f k) numbers.
     """
     n, f = pre.shape
-    check_k(k, f)
     bias = jnp.zeros(f, pre.dtype) if bias is None else bias
     count = n * (k if limit is None else limit)
     g = group_size(f, k)

@@ -1,7 +1,7 @@
 """Operations that touch only the rows a token uses, with gradients that stay sparse.
 
-What every fast implementation shares: the derivatives, the two-stage selection, the forms of AuxK. How rows are summed
-is left to the implementation. The one array of n x f numbers is the pre-activations.
+What every fast implementation shares: the derivatives and the forms of AuxK. How latents are selected and rows are
+summed is left to the implementation. The one array of n x f numbers is the pre-activations.
 """
 
 import abc
@@ -16,9 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jsae.ops import selection
 from jsae.ops.interface import Ops, Result, slice_rows
-from jsae.ops.reference import magnitudes
+from jsae.ops.reference import check_k, first
 from jsae.ops.types import Codes, Input, Select
 
 
@@ -27,8 +26,32 @@ class SparseOps(Ops):
     """Sparse forward and backward passes over implementations of three sums of rows. Abstract."""
 
     @abc.abstractmethod
-    def sort(self, values: Float[Array, "n w"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
-        """Return the k largest of every row and their places, as `lax.top_k`, equal values in any order."""
+    def largest(
+        self, pre: Float[Array, "n f"], k: int, bias: Float[Array, " f"] | None, *, magnitudes: bool, in_order: bool
+    ) -> Codes:
+        """Return the k largest of every row of pre (+ bias), with `magnitudes` by |pre + bias|.
+
+        With `in_order` the largest comes first, else they may come in any order. Minus infinity is the smallest.
+        """
+
+    @abc.abstractmethod
+    def largest_of_batch(
+        self, pre: Float[Array, "n f"], k: int, limit: Int[Array, ""] | None, bias: Float[Array, " f"] | None
+    ) -> Codes:
+        """Return the n k largest positive entries of pre (+ bias), as `Ops.batch_top_k` says."""
+
+    @abc.abstractmethod
+    def encoder(
+        self, inputs: Input, W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"], allowed: Bool[Array, " f"] | None
+    ) -> Callable[[Float[Array, "m d"]], tuple[Float[Array, "m f"], Float[Array, " f"] | None]]:
+        """Return a function from the x of some tokens to their pre-activations without a bias, and that bias.
+
+        The bias of a latent that is not allowed is minus infinity; None is no bias. Nothing is differentiated.
+        """
+
+    @abc.abstractmethod
+    def in_token_order(self, codes: Codes) -> Codes:
+        """Return codes with rows in the order of their tokens, if `decoded` needs them so."""
 
     @abc.abstractmethod
     def decoded(self, codes: Codes, W: Float[Array, "f d"], start: Float[Array, "n d"]) -> Float[Array, "n d"]:
@@ -41,6 +64,10 @@ class SparseOps(Ops):
     @abc.abstractmethod
     def latent_sums(self, codes: Codes, inputs: Input, f: int) -> Float[Array, "f d"]:
         """Return out[i] = sum of value * input[token] over the codes of latent i: the gradient of a weight matrix."""
+
+    @abc.abstractmethod
+    def value_sums(self, codes: Codes, f: int) -> Float[Array, " f"]:
+        """Return the sum of the values of every latent: the gradient of an encoder bias."""
 
     @abc.abstractmethod
     def encode_chunk(self, n: int, d_in: int, d_sae: int) -> int:
@@ -57,8 +84,9 @@ class SparseOps(Ops):
         limit: Int[Array, ""] | None = None,
         bias: Float[Array, " f"] | None = None,
     ) -> Codes:
-        """Select in two stages."""
-        return selection.top_k(pre, k, limit, bias, self.sort)
+        """Select the largest, all of which have their value unless there is a limit."""
+        check_k(k, pre.shape[1])
+        return first(self.largest(pre, k, bias, magnitudes=False, in_order=limit is not None), limit)
 
     def abs_top_k(
         self,
@@ -67,11 +95,9 @@ class SparseOps(Ops):
         limit: Int[Array, ""] | None = None,
         bias: Float[Array, " f"] | None = None,
     ) -> Codes:
-        """Select magnitudes in two stages."""
-        pre = pre if bias is None else pre + bias
-        codes = selection.top_k(magnitudes(pre), k, None, None, self.sort)
-        values = jnp.take_along_axis(pre, codes.indices, axis=1)
-        return selection.first(codes._replace(values=values), limit)
+        """Select the largest magnitudes."""
+        check_k(k, pre.shape[1])
+        return first(self.largest(pre, k, bias, magnitudes=True, in_order=limit is not None), limit)
 
     def batch_top_k(
         self,
@@ -80,14 +106,15 @@ class SparseOps(Ops):
         limit: Int[Array, ""] | None = None,
         bias: Float[Array, " f"] | None = None,
     ) -> Codes:
-        """Search for the batch's threshold."""
-        return selection.batch_top_k(pre, k, limit, bias)
+        """Select from the whole batch."""
+        check_k(k, pre.shape[1])
+        return self.largest_of_batch(pre, k, limit, bias)
 
     def pre_activations(
         self, inputs: Input, W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"]
     ) -> Float[Array, "n f"]:
         """Return (x * scale) W_enc^T + (b_enc - b_in W_enc^T): the gradient of b_in needs no n x f x d product."""
-        centred, bias = self._centred(inputs, W_enc, b_enc)
+        centred, bias = self.centred(inputs, W_enc, b_enc)
         return self.matmul(centred.read(), W_enc.T) + bias
 
     def encode(
@@ -116,7 +143,7 @@ class SparseOps(Ops):
         level = jnp.searchsorted(jnp.asarray(widths), codes.indices, side="right")
         inside = level < levels
         moved = Codes(jnp.where(inside, codes.values, 0), codes.indices, jnp.where(inside, level, 0) * n + codes.tokens)
-        parts = self.decode(moved, W_dec, jnp.zeros((levels * n, W_dec.shape[1])))
+        parts = self.decode(self.in_token_order(moved), W_dec, jnp.zeros((levels * n, W_dec.shape[1])))
         return jnp.cumsum(parts.reshape(levels, n, -1), axis=0)
 
     def decode_dead(
@@ -161,7 +188,7 @@ class SparseOps(Ops):
 
         return lax.fori_loop(1, n // chunk, add, function(jax.tree.map(lambda a: a[:chunk], arrays)))
 
-    def _centred(
+    def centred(
         self, inputs: Input, W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"]
     ) -> tuple[Input, Float[Array, " f"]]:
         """Return inputs and bias whose product and sum are the pre-activations, with b_in moved into the bias.
@@ -210,12 +237,11 @@ def _encode(
     allowed: Bool[Array, " f"] | None,
     limit: Int[Array, ""] | None,
 ) -> Codes:
-    centred, bias = ops._centred(inputs, W_enc, b_enc)
-    if allowed is not None:
-        bias = jnp.where(allowed, bias, -jnp.inf)
+    encoded = ops.encoder(inputs, W_enc, b_enc, allowed)
 
     def pick(x: Float[Array, "m d"]) -> Codes:
-        return select(ops.matmul(centred._replace(x=x).read(), W_enc.T), bias=bias, limit=limit)
+        pre, bias = encoded(x)
+        return select(pre, bias=bias, limit=limit)
 
     n, d = inputs.x.shape
     chunk = ops.encode_chunk(n, d, len(W_enc)) if by_token else n
@@ -236,7 +262,7 @@ def _encode_backward(ops, select, by_token, saved, g):
     # A code of value 0 only fills up the array and is no function of the weights.
     dvalues = jnp.where(codes.values == 0, 0, g.values)
     dcodes = codes._replace(values=dvalues)
-    db_enc = jnp.zeros(len(W_enc), dvalues.dtype).at[codes.indices].add(dvalues)
+    db_enc = ops.value_sums(dcodes, len(W_enc))
     dW_enc = ops.latent_sums(dcodes, inputs, len(W_enc))
     # The gradient of x is removed by the compiler where x is data.
     dx = ops.decoded(dcodes, W_enc, jnp.zeros((len(inputs.x), W_enc.shape[1]), jnp.result_type(dvalues, W_enc)))

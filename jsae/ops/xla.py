@@ -11,12 +11,12 @@ from jaxtyping import Array, Float, Int
 from jsae.ops import rows
 from jsae.ops.cpu import adam_in_place
 from jsae.ops.interface import AdamScalars, AdamSettings, Moments
-from jsae.ops.sparse import SparseOps
 from jsae.ops.types import Codes, Input
+from jsae.ops.xla_ops import XlaOps
 
 
 @dataclasses.dataclass(frozen=True)
-class Xla(SparseOps):
+class Xla(XlaOps):
     """Operations without pieces, as a compiler for GPUs fuses them. Needs no package beside jax."""
 
     name: ClassVar[str] = "xla"

@@ -10,7 +10,7 @@ from bridge.training.config import RunConfig
 from jsae.architectures import sae_config
 from jsae.config import TrainConfig
 from jsae.loop import Member
-from jsae.ops import Cpu, Ops, Xla
+from jsae.ops import Gpu, Ops, Xla
 from jsae.settings import ConfigError
 
 GIB = 2**30
@@ -19,17 +19,7 @@ WEIGHTS = 4 * F * 2 * D
 HOOK = "blocks.10.hook_resid_post"
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernels(Cpu):
-    """An implementation with the name and the parts of the Triton kernels."""
-
-    name = "gpu"
-
-    def encode_chunk(self, n: int, d_in: int, d_sae: int) -> int:
-        return 4096
-
-    def sum_chunk(self, n: int, d_in: int, d_sae: int, gradients: bool) -> int:
-        return 8192 if gradients else n
+KERNELS = Gpu("bfloat16")
 
 
 def member(architecture: str = "topk", n: int = N, d_sae: int = F, site: int = 0, **settings) -> Member:
@@ -40,30 +30,32 @@ def member(architecture: str = "topk", n: int = N, d_sae: int = F, site: int = 0
 
 
 def need(*members: Member, ops: Ops | None = None, **how) -> memory.Need:
-    return memory.of_steps(members, ops or Kernels("bfloat16"), **how)
+    return memory.of_steps(members, ops or KERNELS, **how)
 
 
 def test_a_step_of_the_reference_size_fits_4_gib_and_its_parts_are_the_arrays():
     found = need(member(), saving=False)
     assert found.state == 3 * WEIGHTS
     assert found.saved == 0
-    assert found.gradients == 2.5 * WEIGHTS  # of both losses, and rounded weights
-    assert found.latents == 2 * 4096 * F + 24 * N * (K + D // 2)
-    assert 1.5 * GIB < found.total < 4 * GIB
+    assert found.gradients == 5 * WEIGHTS
+    assert found.latents == 2 * KERNELS.encode_chunk(N, D, F) * F + 24 * N * (K + D // 2)
+    assert 2.9 * 0.8 * GIB < found.total < 2.9 * 1.2 * GIB  # measured on an H100: 2.9
+    wide = need(member(d_sae=131072), ops=KERNELS, saving=False)
+    assert 11.6 * 0.8 * GIB < wide.total < 11.6 * 1.2 * GIB  # measured: 11.6
     assert need(member()).total - found.total == 3 * WEIGHTS
 
 
 def test_a_batch_that_is_encoded_at_once_holds_all_pre_activations():
-    assert need(member("batchtopk")).latents - need(member()).latents == 2 * (N - 4096) * F
+    assert need(member("batchtopk")).latents - need(member()).latents == 2 * (N - KERNELS.encode_chunk(N, D, F)) * F
 
 
 def test_float32_needs_twice_the_pre_activations():
     pairs = 24 * N * (K + D // 2)
-    assert need(member(), ops=Kernels("float32")).latents - pairs == 2 * (need(member()).latents - pairs)
+    assert need(member(), ops=Gpu("float32")).latents - pairs == 2 * (need(member()).latents - pairs)
 
 
 def test_a_dense_architecture_holds_the_latents_of_a_part():
-    assert need(member("relu")).latents == 4 * 4 * 8192 * F
+    assert need(member("relu")).latents == 4 * 4 * KERNELS.sum_chunk(N, D, F, True) * F
 
 
 def test_without_kernels_rows_of_all_codes_or_all_pre_activations_exist():
@@ -112,7 +104,7 @@ FLAGSHIP = RunConfig(
 def test_the_flagship_run_leaves_the_rest_of_a_card_to_torch(monkeypatch, kernels, least, most):
     """A d20 with 20,480 latents on an H100, before jax starts."""
     monkeypatch.setattr(memory, "kernels_are_likely", lambda: kernels)
-    monkeypatch.setattr(memory, "likely_ops", lambda dtype, kernels: Kernels(dtype) if kernels else Xla(dtype))
+    monkeypatch.setattr(memory, "likely_ops", lambda dtype, kernels: Gpu(dtype) if kernels else Xla(dtype))
     jax_need = plan.saes_memory(FLAGSHIP, trainees(FLAGSHIP))
     torch_need = plan.stream_memory(FLAGSHIP, D, 2, 2048, 1)
     assert least * GIB < jax_need < most * GIB
@@ -123,16 +115,16 @@ def test_the_flagship_run_leaves_the_rest_of_a_card_to_torch(monkeypatch, kernel
 
 def test_the_implementation_is_guessed_without_starting_jax():
     assert memory.likely_ops("bfloat16", False) == Xla("bfloat16")
-    assert memory.likely_ops("float32", True).matmul_dtype == "float32"
+    assert memory.likely_ops("float32", True) == Gpu("float32")
 
 
 def test_what_does_not_fit_is_refused_with_the_flag_that_helps():
-    ops = Kernels("bfloat16")
+    ops = KERNELS
     (one,) = trainees(FLAGSHIP)
     enough = memory.of_steps([one.member], ops).total
     plan.check_gpu_memory([one], enough, ops)
     with pytest.raises(
-        ConfigError, match=r"1 SAEs need about 2\.\d GiB of the GPU .*lower --expansion_factor; where torch"
+        ConfigError, match=r"1 SAEs need about 3\.\d GiB of the GPU .*lower --expansion_factor; where torch"
     ):
         plan.check_gpu_memory([one], enough - 1, ops)
     with pytest.raises(ConfigError, match="lower --batch_size, or install the extra"):

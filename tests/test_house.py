@@ -6,6 +6,7 @@ import graphlib
 import importlib
 import importlib.resources
 import inspect
+import os
 import pkgutil
 import re
 import subprocess
@@ -49,6 +50,29 @@ def test_every_slow_test_that_is_named_exists():
         functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         assert set(tiers.TESTS.get(module, ())) <= functions, f"tests/tiers.py names tests that {module} does not have"
     assert not set(tiers.MODULES) & set(tiers.TESTS), "in both tables of tests/tiers.py"
+
+
+@pytest.mark.parametrize(
+    ("marks", "wanted"),
+    [("gpu", True), ("gpu and not slow", True), ("", False), ("not slow", False), ("not gpu", False), ("gpus", False)],
+)
+def test_the_gpu_tier_is_the_one_that_is_asked_for(marks, wanted):
+    assert tiers.wants_gpu(marks) is wanted
+
+
+def test_without_a_gpu_its_tier_fails_and_says_so():
+    nothing = {name: value for name, value in os.environ.items() if name != "JSAE_REHEARSAL"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env=nothing | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "no GPU was found" in done.stdout + done.stderr
 
 
 def test_the_packages_say_that_they_are_typed():

@@ -158,7 +158,7 @@ def test_the_options_are_all_that_change_a_training():
             "device",
             "output_dir",
         ),
-        *("jax_memory_fraction", "compile_model", "resume", "wandb_project", "prepare_neuronpedia"),
+        *("deterministic", "jax_memory_fraction", "compile_model", "resume", "wandb_project", "prepare_neuronpedia"),
         *("model_id", "source_set"),
         *("num_activations", "hook_type", "target_hook", "skip", "crosscoder"),
     }

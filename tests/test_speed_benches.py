@@ -273,7 +273,7 @@ def test_the_suite_for_a_gpu_is_the_goals_sizes_and_writes_a_file_each(tmp_path)
     suite = gpu.suite(gpu.Config(folder=str(tmp_path), peer_wheels="wheels"))
     assert list(suite) == list(gpu.MEASUREMENTS)
     told = {name: " ".join(part.command) for name, part in suite.items()}
-    for name in set(suite) - {"model"}:
+    for name in suite:
         assert f"--out={tmp_path}/{name}_cuda.json" in told[name]
         assert "--device=cuda" in told[name]
     for name in ("step", "peers", "memory", "determinism"):
@@ -284,14 +284,7 @@ def test_the_suite_for_a_gpu_is_the_goals_sizes_and_writes_a_file_each(tmp_path)
     assert list(gpu.suite(gpu.Config(measurements=("stream", "step")))) == ["stream", "step"]
 
 
-PARTS = {
-    "step": (gpu_steps, ("device", "out", "size", "wide")),
-    "peers": (gpu_peers, ("device", "out", "size", "peer_env")),
-    "determinism": (gpu_determinism, ("device", "out", "size")),
-}
-
-
-@pytest.mark.parametrize("name", [*PARTS, "memory", "stream"])
+@pytest.mark.parametrize("name", gpu.MEASUREMENTS)
 def test_the_parts_of_the_suite_take_the_flags_that_they_are_given(name):
     """Their flags are read, and then the missing GPU is reported."""
     part = gpu.suite(gpu.Config())[name]

@@ -9,7 +9,6 @@ Failures are listed at the end. The other trainers come from --peer_env, which p
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import shlex
 import signal
@@ -27,7 +26,6 @@ from experiments.benches import peers, shapes
 
 REFERENCE, WIDE = "1280:20480:64:16384", "1280:131072:64:16384"
 MEASUREMENTS = ("step", "peers", "memory", "stream", "model", "determinism")
-MODEL = "experiments.benches.gpu_model"
 _ROOT = Path(__file__).resolve().parents[2]
 _LEAST = 15  # seconds that a part needs to be worth beginning
 
@@ -103,7 +101,7 @@ def suite(config: Config) -> dict[str, Part]:
         "peers": Part(("-m", "experiments.benches.gpu_peers", *flags("peers", **size, **others)), 150),
         "memory": Part((*bench, "memory", *flags("memory", **measured, **fast)), 100),
         "stream": Part((*bench, "stream", *flags("stream", **fast, **streamed)), 120),
-        "model": Part(("-m", MODEL), 160),
+        "model": Part(("-m", "experiments.benches.gpu_model", *flags("model")), 160),
         "determinism": Part(("-m", "experiments.benches.gpu_determinism", *flags("determinism", **size)), 150),
     }
     return {name: every[name] for name in config.measurements}
@@ -116,8 +114,6 @@ def follow(parts: dict[str, Part], seconds: float) -> int:
         left = end - time.monotonic()
         if left < min(_LEAST, part.seconds):
             failed[name] = f"left out: the time of {seconds / 60:g} minutes is over"
-        elif part.command[1] == MODEL and importlib.util.find_spec(MODEL) is None:
-            failed[name] = f"there is no {MODEL} in this version"
         else:
             begun = time.monotonic()
             print(f"---- {name}: python {shlex.join(part.command)}", flush=True)

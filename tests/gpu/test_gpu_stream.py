@@ -1,19 +1,18 @@
 """The streaming loop on a GPU: activations are what the model gives, and steps wait neither for torch nor for jax."""
 
-import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import torch
-from card import REHEARSED, distance
+from card import distance
 
 import bridge.nanochat
 from bridge.hooks import capture
 from bridge.nanochat.corpus import Corpus
-from bridge.stream import ActivationStream
+from bridge.stream import ActivationStream, forbid_waiting
 from jsae import loop
 from jsae.architectures import sae_config
 from jsae.config import TrainConfig
@@ -59,17 +58,6 @@ def test_a_block_holds_the_models_activations(nano, device):
     assert distance(block[: len(expected)], expected) < 0.01
 
 
-@contextlib.contextmanager
-def nobody_waits() -> Iterator[None]:
-    """Within the context, raise where torch waits for the GPU, or where jax copies between host and GPU unasked."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with jax.transfer_guard("disallow"):
-            yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_between_reports_neither_torch_nor_jax_waits(nano):
     member = loop.Member(
         sae_config("topk", nano.config.n_embd, 1024, k=16),
@@ -80,7 +68,7 @@ def test_between_reports_neither_torch_nor_jax_waits(nano):
     for _ in range(2 * PER_BLOCK):  # compiles everything
         _, states, _ = next(steps)
     jax.block_until_ready(states)
-    with contextlib.nullcontext() if REHEARSED else nobody_waits():
+    with forbid_waiting():
         for _ in range(2 * PER_BLOCK + 1):
             number, states, sums = next(steps)
     assert number == 4 * PER_BLOCK + 1

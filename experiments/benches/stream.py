@@ -2,8 +2,8 @@
 
 `stream` is what `experiments.train` does between two blocks: the forward of the next block, the shuffle, a TopK step
 for every batch of this one. `forward` only runs the model up to the hook, on the same rows and as many in one pass:
-with all cores, and with the threads that the stream leaves to torch; on a GPU both are compiled. `steps` trains on activations in memory. Hidden is
-the fraction of the shorter of forward and steps that overlaps with the other:
+with all cores, and with the threads that the stream leaves to torch; on a GPU both are compiled. `steps` trains on
+activations in memory. Hidden is the fraction of the shorter of forward and steps that overlaps with the other:
 (forward + steps - stream) / min(forward, steps), with the forward on the stream's threads.
 """
 

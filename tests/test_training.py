@@ -11,9 +11,12 @@ import jax
 import numpy as np
 import pytest
 
+import bridge.nanochat
 from bridge.run import Run
 from bridge.settings import from_keywords
-from bridge.training import RunConfig, Stopped, device, train
+from bridge.stream import forbid_waiting
+from bridge.training import RunConfig, Stopped, device, loop, plan, train
+from bridge.training import text as training_text
 from jsae.architectures import BatchTopK
 from jsae.settings import ConfigError
 
@@ -154,3 +157,21 @@ def test_a_device_other_than_the_one_that_jax_computes_on_is_refused(monkeypatch
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ConfigError, match="--device=cpu: jax already computes on a gpu in this process"):
         device.share("cpu", 0.4)
+
+
+def test_every_step_but_the_first_is_taken_within_the_guard(text, tmp_path):
+    config = RunConfig(data=str(text), k=(8,), log_every=2, output_dir=str(tmp_path / "run"), **SMALL)
+    nano, run = bridge.nanochat.load("demo"), Path(config.output_dir)
+    trainees, (corpus, _) = plan.trainees(run, config, nano), training_text.texts(config, nano)
+    run.mkdir()
+    entered = []
+
+    @contextlib.contextmanager
+    def guard():
+        with forbid_waiting():
+            entered.append(True)
+            yield
+
+    source = training_text.stream(config, nano, corpus, plan.sites(trainees))
+    (state,) = loop.train(run, config, trainees, source, guard=guard)
+    assert int(state.step) == len(entered) == 8  # seven steps after the first, and the end

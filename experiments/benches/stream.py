@@ -2,8 +2,8 @@
 
 `stream` is what `experiments.train` does between two blocks: the forward of the next block, the shuffle, a TopK step
 for every batch of this one. `forward` only runs the model up to the hook, on the same rows and as many in one pass:
-with all cores, and with the threads that the stream leaves to torch. `steps` trains on activations in memory. Hidden is
-the fraction of the shorter of forward and steps that overlaps with the other:
+with all cores, and with the threads that the stream leaves to torch; on a GPU both are compiled. `steps` trains on
+activations in memory. Hidden is the fraction of the shorter of forward and steps that overlaps with the other:
 (forward + steps - stream) / min(forward, steps), with the forward on the stream's threads.
 """
 
@@ -43,6 +43,7 @@ class Config:
     vocab_size: int = flag(32768, "Tokens of the random models' vocabulary.")
     rounds: int = flag(5, "Timed rounds, at least 2.")
     threads: int | None = flag(None, "Threads of torch in the stream; none is as in training, all cores.")
+    compile_model: bool = flag(True, "Compile the model's forward passes on a GPU, as a long run does.")
     matmul_dtype: Dtype = flag("float32", shapes.DTYPE_HELP)
     device: str = flag("cpu", "Device of torch and jax: cpu, cuda or cuda:N.")
     jax_memory_fraction: float = flag(0.4, "Fraction of the GPU's memory for jax; torch has the rest.")
@@ -106,6 +107,7 @@ class _Run:
 
         import bridge.nanochat
         from bridge.hooks import find, hook_name
+        from bridge.nanochat.compiled import Programs
         from bridge.nanochat.corpus import Corpus
         from jsae.architectures import sae_config
         from jsae.config import TrainConfig
@@ -120,6 +122,8 @@ class _Run:
             raise ValueError(f"vocab_size={shape.vocab_size}: the text has up to {demo.config.vocab_size} tokens")
         self.hook = hook_name(shape.n_layer // 2 if config.layer is None else config.layer, "resid_post")
         find(self.model, self.hook)
+        compiles = config.compile_model and device_kind == "cuda"
+        self.run = Programs(shape.head_dim) if compiles else None
         self.corpus = Corpus("stdlib", demo.tokenizer, split="train", row_len=shape.sequence_len)
         self.bos = demo.tokenizer.bos_token_id
         self.rows_per_forward = max(config.tokens_per_forward // self.corpus.row_len, 1)
@@ -168,7 +172,7 @@ class _Run:
         def run() -> None:
             for part in ids.split(self.rows_per_forward):
                 with capture(self.model, [self.hook], stop=True):
-                    self.model(part)
+                    self.model(part, run=self.run)
 
         return run
 
@@ -181,7 +185,12 @@ class _Run:
         from jsae.data import Shuffled
 
         source = ActivationStream(
-            self.model, self.corpus, [[self.hook]], excluded=(self.bos,), rows_per_forward=self.rows_per_forward
+            self.model,
+            self.corpus,
+            [[self.hook]],
+            excluded=(self.bos,),
+            rows_per_forward=self.rows_per_forward,
+            run=self.run,
         )
         size, count = self._config.batch_size, self._config.block_size // self._config.batch_size
         batches = Shuffled(source, batch_size=size, batches_per_block=count, seed=0)

@@ -75,7 +75,7 @@ def forward(
 def read(
     model: nn.Module,
     hooks: Sequence[str],
-    batches: Iterable[Integer[np.ndarray, "B T"]],
+    batches: Iterable[Integer[np.ndarray, "_ T"]],
     *,
     excluded: tuple[int, ...],
     drop_sinks: bool,

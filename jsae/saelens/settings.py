@@ -11,6 +11,10 @@ from safetensors import SafetensorError, safe_open
 from jsae.files import is_system_error
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+SPARSITY = "sparsity.safetensors"
+"""How often latents fire."""
+SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
+"""Statistics that scale the input; training checkpoints of SAELens have them."""
 ENCODERS: Mapping[str, tuple[str, ...]] = {
     "standard": ("b_enc",),
     "topk": ("b_enc",),

@@ -666,4 +666,4 @@ def test_a_port_in_use_is_reported_before_the_model_is_loaded(run):
 def test_a_missing_extra_is_named():
     command = "import sys; sys.modules['uvicorn'] = None; import bridge.server.server"
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
-    assert "pip install 'jsae[web]'" in done.stderr.splitlines()[-1]
+    assert 'pip install -e ".[web]"' in done.stderr.splitlines()[-1]

@@ -108,7 +108,7 @@ def test_classes_with_too_few_examples_are_left_out():
 def test_without_scikit_learn_the_error_gives_advice(separable, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     for probe in (probing.sparse_probing, lambda examples: probing.tpp(examples, decoder())):
-        with pytest.raises(ImportError, match=r"jsae\[eval\].*--noprobes"):
+        with pytest.raises(ImportError, match=r"\[eval\].*--noprobes"):
             probe(separable)
 
 

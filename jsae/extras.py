@@ -1,0 +1,6 @@
+"""How optional dependencies are installed."""
+
+
+def advice(extra: str) -> str:
+    """Return what to do to get the packages of an extra, as the end of an error message."""
+    return f'run pip install -e ".[{extra}]" in the clone of jsae'

@@ -311,7 +311,7 @@ def test_keys_and_addresses_that_cannot_be_are_refused():
 
 def test_without_httpx_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx", None)
-    with pytest.raises(ImportError, match=r"pip install 'jsae\[neuronpedia\]'"):
+    with pytest.raises(ImportError, match=r"httpx is not installed: run pip install .*\[neuronpedia\]"):
         Client(KEY)
 
 

@@ -120,7 +120,7 @@ class Refusing(Reference):
 def test_the_device_decides_unless_an_implementation_is_given():
     member = loop.Member(SPARSE["topk"], TrainConfig(num_activations=2 * N, batch_size=N, matmul_dtype="bfloat16"))
     assert member.ops == choose("bfloat16") == Cpu("bfloat16")
-    x = jnp.ones((N, D))
+    x = jax.random.normal(jax.random.key(0), (N, D))
     begun = loop.init([member], [x])
     with pytest.raises(CalledError):
         loop.init([member], [x], Refusing())

@@ -65,7 +65,7 @@ def test_a_page_that_is_open_while_another_is_written_says_so(visit, tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps({toy.HOOK: {"0": {"label": "new"}}}))
     page.write(tmp_path)
     tab.evaluate("location.hash = '#latent=150'")
-    assert "load this page again" in tab.wait_for_selector("[role=alert]").inner_text()
+    assert "reload this page" in tab.wait_for_selector("[role=alert]").inner_text()
     tab.reload()
     open_latent(tab, 150)
 

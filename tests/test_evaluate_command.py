@@ -216,7 +216,7 @@ def test_missing_extras_are_reported_before_any_work(run, monkeypatch):
         monkeypatch.setattr(
             evaluate.importlib.util, "find_spec", lambda name, m=missing: None if name == m else found(name)
         )
-        with pytest.raises(ImportError, match=rf"jsae\[eval\].*{flag}"):
+        with pytest.raises(ImportError, match=rf"\[eval\].*{flag}"):
             evaluate.main(EvaluateConfig(run_dir=str(run)))
 
 

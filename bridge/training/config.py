@@ -49,11 +49,11 @@ MOST_VARIANTS = 1000
 _WIDEST = 2**20  # stands for the width of a model that is not known yet
 
 
-def _architectures(setting: str | None = None) -> str:
+def _architectures(having: str | None = None) -> str:
     """Return the names of the architectures, or of those that have a setting; their module is imported."""
     from jsae.architectures import ARCHITECTURES
 
-    return ", ".join(name for name, sae in ARCHITECTURES.items() if setting in (None, *_settings(sae)))
+    return ", ".join(name for name, sae in ARCHITECTURES.items() if having is None or having in _settings(sae))
 
 
 def _settings(architecture: "type[SAE]") -> set[str]:
@@ -204,7 +204,7 @@ class RunConfig(Json):
     def _check_used(self) -> None:
         """Check that settings which the architecture does not have were left at their defaults."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        own = self._own_settings()
+        own = _settings(self.architecture)
         used = {*own, *(_WITH_K if "k" in own else _WITHOUT_K)}
         names = ", ".join(f"--{name}" for name in (*_OWN, *_WITH_K, *_WITHOUT_K) if name in used) or "no flags"
         for name in (*_OWN, *_WITH_K, *_WITHOUT_K):
@@ -282,10 +282,6 @@ class RunConfig(Json):
         """
         return self._sae_config(width, width * self.expansion_factor, layers)
 
-    def _own_settings(self) -> set[str]:
-        """Return the names of the architecture's settings."""
-        return _settings(self.architecture)
-
     def _sae_config(self, width: int, d_sae: int, layers: int, **replaced: Any) -> "SAEConfig":
         settings: dict[str, Any] = {
             "k": self.k[0],
@@ -296,7 +292,7 @@ class RunConfig(Json):
             "bandwidth": self.bandwidth,
             "target_l0": self.target_l0[0] if self.target_l0 else None,
         } | replaced
-        own = {name: value for name, value in settings.items() if name in self._own_settings()}
+        own = {name: value for name, value in settings.items() if name in _settings(self.architecture)}
         d_out = None if self.target_hook is None else width
         return self.architecture.Config(width * layers, d_sae, d_out=d_out, skip=self.skip, layers=layers, **own)
 

@@ -1,4 +1,4 @@
-"""How optional dependencies are installed."""
+"""Advice on the installation of optional dependencies."""
 
 
 def advice(extra: str) -> str:

@@ -1,4 +1,4 @@
-"""What every test shares: shape checks switched on, tiers, the place of the goldens."""
+"""Setup shared by all tests: shape checks, tiers, the folder of the goldens."""
 
 import atexit
 import gc

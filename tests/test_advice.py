@@ -36,7 +36,7 @@ MODULES = {module(path): ast.parse(path.read_text()) for path in _FILES}
 
 
 def messages(tree: ast.Module) -> Iterator[str]:
-    """What is raised, required or printed, f-strings with their fields left out."""
+    """Yield what is raised, required or printed, f-strings without their fields."""
     calls = ("require", "print", "_fail", "warn")
     for node in ast.walk(tree):
         name = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""

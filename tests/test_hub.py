@@ -27,7 +27,7 @@ OTHER = "blocks.1.hook_mlp_out"
 
 @dataclasses.dataclass
 class Hub:
-    """What a hub keeps: who may see a repository, its files, and what it was asked."""
+    """A hub: the visibility of its repositories, their files, and its requests."""
 
     url: str
     private: dict[str, bool] = dataclasses.field(default_factory=dict)

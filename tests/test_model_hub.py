@@ -151,7 +151,7 @@ WRONG = [
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> dict[str, list[str]]:
-    """What a load of each wrong address says, all asked by one process."""
+    """Errors of loading each wrong address, all from one process."""
     folder = tmp_path_factory.mktemp("wrong")
     with running(site_of(folder)) as site:
         found = load(folder, *(address for address, _, _ in WRONG), endpoint=site.endpoint)

@@ -86,7 +86,7 @@ def test_gradients_are_the_same_in_every_implementation(architecture, name):
 
 
 def test_the_optimiser_overwrites_blocks_without_an_array_of_all():
-    """What a step needs beside weights, moments and gradients is a few blocks, whatever the number of latents."""
+    """Beside weights, moments and gradients a step needs a few blocks, for any number of latents."""
     config, d, f = TrainConfig(num_activations=2**20), 64, 8192
     sae = jax.eval_shape(lambda: make(sae_config("topk", d, f), key=jax.random.key(0)))
 

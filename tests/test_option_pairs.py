@@ -76,7 +76,7 @@ def needed(choice: Choice) -> tuple[str, ...]:
 
 
 def possible(a: Choice, b: Choice) -> bool:
-    """Whether some training has both."""
+    """Return whether some training has both."""
     if {a, b} == {("k_start", None), ("k_anneal_fraction", 0.7)}:
         return False
     both = set(needed(a)) & set(needed(b))
@@ -95,7 +95,7 @@ def run_config(chosen: dict[str, object]) -> RunConfig:
 
 
 def configs(chosen: dict[str, object]) -> tuple[SAEConfig, TrainConfig]:
-    """What the command makes of these options, as far as it goes without a model.
+    """Return the configs of these options, as far as the command gets without a model.
 
     Raises:
       ConfigError: it refuses them.
@@ -123,7 +123,7 @@ def covering() -> list[dict[str, object]]:
 
 
 def gain(row: dict[str, object], name: str, missing: set, value: object) -> int:
-    """How many missing pairs a value adds to a row; -1 where they do not go together."""
+    """Return the number of missing pairs that a value adds to a row; -1 if they exclude each other."""
     new = [((name, value), other) for other in row.items()]
     if not all(possible(*pair) for pair in new) or not fits({**row, name: value}):
         return -1
@@ -131,7 +131,7 @@ def gain(row: dict[str, object], name: str, missing: set, value: object) -> int:
 
 
 def fits(row: dict[str, object]) -> bool:
-    """Whether an architecture takes everything in a row."""
+    """Return whether an architecture takes everything in a row."""
     takers = set(OPTIONS["activation"]).intersection(*(needed(choice) for choice in row.items()))
     return bool(takers & {row["activation"]} if "activation" in row else takers)
 

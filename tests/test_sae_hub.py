@@ -47,7 +47,7 @@ def write(folder: Path, architecture: str, **settings) -> None:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> dict[str, list]:
-    """What several addresses give, and which files were fetched for the first."""
+    """Results of several addresses, and the files fetched for the first."""
     place = tmp_path_factory.mktemp("hub")
     site = place / "site" / "toy"
     write(site / "saes" / HOOK, "topk", k=3)

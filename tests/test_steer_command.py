@@ -98,7 +98,7 @@ def panel(output: str, column: int) -> str:
 
 
 def answers(output: str) -> list[str]:
-    """What came after each "> " that asked for a line."""
+    """Return the output after each "> " that asked for a line."""
     told = [""]
     for line in output.splitlines(keepends=True):
         while line.startswith("> "):

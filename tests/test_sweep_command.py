@@ -248,7 +248,7 @@ def test_commands_for_saes_say_of_a_transcoder_that_it_is_none(reader, transcode
 
 
 def test_the_skip_path_helps(text, tmp_path):
-    """Where the latents are kept silent, it is all there is."""
+    """It is the whole output if all latents are silent."""
     flags = {"activation": "relu", "l1_coefficient": (1000.0,), "layer": ("4",), "hook_type": "mlp_in"}
     run = trained(tmp_path / "run", text, target_hook="mlp", skip=True, **flags, **LONGER)
     assert measured(run)[READ]["l0"] < 1

@@ -66,7 +66,7 @@ class Site:
 
     @property
     def transcodes(self) -> bool:
-        """Whether the target is another activation of the same layer."""
+        """True if the target is another activation of the same layer."""
         return len(self.other_hooks) == 1 and parse(self.hook_name)[1] != parse(self.other_hooks[0])[1]
 
     def batches(self, rows: Int[np.ndarray, "R T"], numbers_per_token: int = 1) -> list[Int[np.ndarray, "_ T"]]:

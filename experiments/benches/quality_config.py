@@ -24,7 +24,7 @@ class Recipe:
 
     @property
     def is_penalised(self) -> bool:
-        """Whether a penalty, not k, determines L0."""
+        """True if a penalty, not k, determines L0."""
         from jsae.architectures import find
 
         return find(self.name.split()[0]).Config.k is None

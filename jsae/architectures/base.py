@@ -194,9 +194,9 @@ class SAE(nnx.Module):
         if config.skip:
             self.W_skip = nnx.Param(jnp.zeros((config.width_out, config.d_in)))
         for name, value in self.initial_latents(config).items():
-            setattr(self, name, nnx.Param(jnp.full(config.d_sae, value)))
+            setattr(self, name, nnx.Param(jnp.full(config.d_sae, value, jnp.float32)))
         for name, value in self.initial_statistics(config).items():
-            setattr(self, name, Statistic(jnp.full((), value)))
+            setattr(self, name, Statistic(jnp.full((), value, jnp.float32)))
 
     # ---- what a subclass declares ---------------------------------------------------------------------------------
 

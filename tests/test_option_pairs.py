@@ -19,6 +19,7 @@ from jsae.config import TrainConfig
 from jsae.settings import ConfigError
 from jsae.state import Acts, input_and_target
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")  # programs run for five steps
 WIDTH, STEPS = 8, 5
 KINDS = {
     "autoencoder": {},
@@ -187,14 +188,6 @@ def test_k_anneals_only_from_a_start():
         RunConfig(k_anneal_fraction=0.7)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quickly_compiled():
-    """Programs run for five steps: compiling them is all that takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def acts(sae: SAEConfig, n: int, seed: int) -> Acts:
     """Activations that are off the origin and of another scale than 1."""
     parts = 2 if sae.is_transcoder else sae.layers
@@ -206,18 +199,19 @@ def acts(sae: SAEConfig, n: int, seed: int) -> Acts:
 def test_a_pair_of_options_trains_is_restored_and_exported(row, tmp_path):
     sae, config = configs(row)
     members = [loop.Member(sae, config)]
+    programs = loop.Programs(members)
     first = loop.init(members, (acts(sae, 64, 0),))
     shapes = jax.eval_shape(lambda: first)
     batches = [acts(sae, config.batch_size, i) for i in range(STEPS)]
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        for step, (state,), (sums,) in loop.fit(members, first, ((batch,) for batch in batches)):  # noqa: B007 - the last are wanted
+        for step, (state,), (sums,) in loop.fit(members, first, ((batch,) for batch in batches), programs):  # noqa: B007 - the last are wanted
             if step == STEPS - 1:
                 checkpoints.save(step, (state,), {}, fvu=0.5)
                 checkpoints.wait()
         restored = checkpoints.restore(shapes).states
     loop.check_finite(state, sums)
     restored = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)  # of no device: compiled already
-    *_, (step, (again,), _) = loop.fit(members, restored, iter([(batches[-1],)]))
+    *_, (step, (again,), _) = loop.fit(members, restored, iter([(batches[-1],)]), programs)
     assert step == STEPS
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         assert np.isfinite(leaf).all(), path

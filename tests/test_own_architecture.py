@@ -26,6 +26,7 @@ from jsae.ops import Codes, Cpu, Reference, choose
 from jsae.settings import WEIGHT, ConfigError, number
 from jsae.testing import toy
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 D, F, N = toy.D_IN, 64, 500
 NAME = f"{__name__}:Amplified"
 

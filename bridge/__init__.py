@@ -1,4 +1,4 @@
-"""Where PyTorch is: nanochat, its hooks, training on its activations, exported SAEs as torch modules, steering.
+"""The PyTorch side: nanochat, its hooks, training on its activations, exported SAEs as torch modules, steering.
 
 The names below are imported when they are first used, so that `import bridge` is quick.
 """

@@ -88,7 +88,7 @@ def upload(ids: Integer[np.ndarray, "B T"], device: torch.device) -> Int[torch.T
 def read(
     model: nn.Module,
     hooks: Sequence[str],
-    batches: Iterable[Integer[np.ndarray, "B T"]],
+    batches: Iterable[Integer[np.ndarray, "_ T"]],
     *,
     excluded: tuple[int, ...],
     drop_sinks: bool,

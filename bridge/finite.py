@@ -125,7 +125,7 @@ def _token(row: Int[np.ndarray, " n"], position: int, decode: Decode | None) -> 
 def check_text(
     model: nn.Module,
     hooks: Sequence[str],
-    batches: Iterable[Int[np.ndarray, "B T"]],
+    batches: Iterable[Int[np.ndarray, "_ T"]],
     *,
     excluded: tuple[int, ...],
     drop_sinks: bool,

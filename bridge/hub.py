@@ -13,15 +13,16 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from bridge.run import Run
-from jsae import jsons
+from jsae import extras, jsons
 from jsae.saelens import config as sae_config
+from jsae.saelens.settings import CFG, SPARSITY, WEIGHTS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _LOG = logging.getLogger(__name__)
 
-_REQUIRED, _OPTIONAL = ("cfg.json", "sae_weights.safetensors"), ("sparsity.safetensors",)
+_REQUIRED, _OPTIONAL = (CFG, WEIGHTS), (SPARSITY,)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,39}")
 _TAGS = ("sparse-autoencoder", "saelens", "interpretability", "nanochat", "jsae")
 
@@ -108,7 +109,7 @@ def push(
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("pushing to the hub needs huggingface_hub: pip install 'jsae[hub]'") from error
+        raise ModuleNotFoundError(f"pushing to the hub needs huggingface_hub: {extras.advice('hub')}") from error
     if api is None:
         token = token or huggingface_hub.get_token()
         if token is None:
@@ -120,7 +121,7 @@ def push(
             f"{repo_id} is public, but a private one was requested: nothing was sent; make it private first"
         )
     operations = [huggingface_hub.CommitOperationAdd(upload.path, upload.content) for upload in uploads]
-    added = [upload.path.partition("/")[0] for upload in uploads if upload.path.endswith("/cfg.json")]
+    added = [upload.path.partition("/")[0] for upload in uploads if upload.path.endswith(f"/{CFG}")]
     api.create_commit(repo_id, operations, commit_message=f"Add sparse autoencoders of {', '.join(added)}")
     return uploads
 
@@ -139,7 +140,7 @@ def plan(run: str | Path, repo_id: str, *, license: str, hooks: Sequence[str] | 
     for export in exports:
         for name in (*_REQUIRED, *_OPTIONAL):
             file = export.folder / name
-            if name == "cfg.json":
+            if name == CFG:
                 content = _cfg(export).encode()
                 uploads.append(Upload(f"{export.hook}/{name}", content, len(content)))
             elif file.is_file():

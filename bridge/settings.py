@@ -5,7 +5,7 @@ import difflib
 import functools
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from bridge import locations
@@ -20,9 +20,18 @@ ExcludeTokens = Literal["bos", "special", "nothing"]
 Config = TypeVar("Config")
 
 
-def flag(default: Any, text: str, range: Range | None = None) -> Any:
-    """Return a dataclass field with a default, the help of its flag, and the range that `settle` checks."""
+def flag(default: Any, text: str | Callable[[], str], range: Range | None = None) -> Any:
+    """Return a dataclass field with a default, the help of its flag, and the range that `settle` checks.
+
+    The help is text, or a function that returns it where that needs an import.
+    """
     return dataclasses.field(default=default, metadata={"help": text, "range": range})
+
+
+def help_text(field: dataclasses.Field) -> str:
+    """Return the help of a field; empty if it has none."""
+    text = field.metadata.get("help", "")
+    return text() if callable(text) else text
 
 
 def settle(config: Any) -> None:

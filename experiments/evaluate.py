@@ -23,6 +23,7 @@ from bridge.locations import Checkpoint, Data, FilePath
 from bridge.run import Run, commands
 from bridge.settings import CONTEXT, STEP, ExcludeTokens, flag, settle
 from experiments import flags
+from jsae import extras
 from jsae.settings import TOKENS, require
 
 
@@ -103,7 +104,7 @@ def _check_requirements(config: EvaluateConfig, output: Path | None) -> None:
     plots = config.plots and output is not None
     for needed, module, flag_without in ((config.probes, "sklearn", "noprobes"), (plots, "matplotlib", "noplots")):
         if needed and importlib.util.find_spec(module) is None:
-            raise ImportError(f"{module} is not installed: pip install 'jsae[eval]', or skip it with --{flag_without}")
+            raise ImportError(f"{module} is not installed: {extras.advice('eval')}, or skip it with --{flag_without}")
     if output is None:
         return
     if config.output_dir:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from absl import flags
 
-from bridge.settings import settle
+from bridge.settings import help_text, settle
 from experiments import flagfile, quiet, signals
 
 if typing.TYPE_CHECKING:
@@ -39,6 +39,7 @@ def define(
     renames: Mapping[str, str] | None = None,
     help: Mapping[str, str] | None = None,
     flag_values: flags.FlagValues = flags.FLAGS,
+    described: bool = True,
 ) -> None:
     """Define one flag per field of a dataclass.
 
@@ -46,11 +47,12 @@ def define(
     these or None (given as `none`). A field without a default is a required flag.
 
     Args:
-        config_class: the dataclass; a field's help is its metadata["help"].
+        config_class: the dataclass; its fields have their help from `bridge.settings.flag`.
         defaults: field name to a default other than the class's.
         renames: field name to flag name, where they differ.
         help: field name to a help other than the metadata's.
         flag_values: where to define the flags.
+        described: whether flags get their help; some texts need imports.
 
     Raises:
         TypeError: a field is of another type.
@@ -60,7 +62,7 @@ def define(
         default = (defaults or {}).get(field.name, _default(field))
         required = default is dataclasses.MISSING
         value = None if required else default
-        text = (help or {}).get(field.name, field.metadata.get("help", ""))
+        text = (help or {}).get(field.name) or (help_text(field) if described else "")
         text = f"{text} ({'required' if required else f'default: {_shown(default)}'})".strip()
         name = (renames or {}).get(field.name, field.name)
         parser, serializer = _parser(hints[field.name], field.name)
@@ -122,8 +124,9 @@ def run(
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "Show this help.", values)
     flags.DEFINE_boolean("debug", False, "Show the traceback of an error.", values)
-    define(config_class, defaults=defaults, renames=renames, help=help, flag_values=values)
-    if any(argument in ("--help", "-help", "-h") for argument in argv[1:]):
+    asked = any(argument in ("--help", "-help", "-h") for argument in argv[1:])
+    define(config_class, defaults=defaults, renames=renames, help=help, flag_values=values, described=asked)
+    if asked:
         _show_help(main, values)
         sys.exit(0)
     try:

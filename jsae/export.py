@@ -12,7 +12,7 @@ from safetensors.numpy import save, save_file
 from jsae import files, jsons
 from jsae.architectures import ARCHITECTURES, SAEConfig
 from jsae.saelens import Plain
-from jsae.saelens.settings import CFG, ENCODERS, RANKED, TRANSCODERS, WEIGHTS
+from jsae.saelens.settings import CFG, ENCODERS, RANKED, SPARSITY, TRANSCODERS, WEIGHTS
 from jsae.settings import require
 
 SAELENS_VERSION = "6.54.12"
@@ -188,7 +188,7 @@ def mark(folder: Path, problem: str) -> None:
     Raises:
       OSError: the file cannot be written.
     """
-    path = folder / "cfg.json"
+    path = folder / CFG
     cfg = jsons.read(path)
     cfg["metadata"]["problem"] = problem
     files.write(path, json.dumps(cfg, indent=2, allow_nan=False) + "\n")
@@ -200,4 +200,4 @@ def write_sparsity(folder: Path, density: Float[np.ndarray, " f"]) -> None:
     Raises:
       OSError: the file cannot be written; an earlier one is kept.
     """
-    files.write(folder / "sparsity.safetensors", save({"sparsity": np.log10(density + 1e-10).astype(np.float32)}))
+    files.write(folder / SPARSITY, save({"sparsity": np.log10(density + 1e-10).astype(np.float32)}))

@@ -103,7 +103,7 @@ class Watch:
 
     @property
     def all_suspect(self) -> bool:
-        """Whether every run was above the limit in its last window, so that a checkpoint may be useless."""
+        """True if every run was above the limit in its last window, so that a checkpoint may be useless."""
         return len(self._since) == self._count
 
     def observe(self, name: str, first: int, last: int, value: float) -> str | None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
+from jsae import extras
+
 SCHEME = "hf://"
 FORM = "hf://owner/name[@revision][/folder]"
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
@@ -116,7 +118,7 @@ def fetch(address: Address, choose: Choose[Chosen]) -> tuple[Path, Chosen]:
     try:
         from huggingface_hub import constants
     except ImportError as error:
-        raise ImportError(f"{address} needs huggingface_hub: pip install 'jsae[hub]'") from error
+        raise ImportError(f"{address} needs huggingface_hub: {extras.advice('hub')}") from error
     if constants.HF_HUB_OFFLINE:
         return _cached(address, choose, "the hub is in offline mode (HF_HUB_OFFLINE)")
     try:

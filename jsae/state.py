@@ -90,7 +90,7 @@ def _init(
     sae = make(sae_config, key=jax.random.key(config.seed), b_dec=centre)
     sae.initialize(x, y - centre, ops)
     optimizer = optimizer or optim.make(config, sae_config.d_sae, ops, sae.rate_factors)
-    return TrainState(
+    state = TrainState(
         sae=sae,
         opt=optimizer.init(sae),
         average=None if config.average_fraction is None else jax.tree.map(jnp.copy, sae),
@@ -101,6 +101,12 @@ def _init(
         step=jnp.int32(0),
         bad_step=jnp.int32(-1),
     )
+    return jax.tree.map(_strongly_typed, state)
+
+
+def _strongly_typed(leaf: Any) -> Any:
+    """Return an array without JAX's weak type. A step returns none, and would be compiled twice if it took one."""
+    return jnp.asarray(leaf).astype(jnp.result_type(leaf)) if getattr(leaf, "weak_type", True) else leaf
 
 
 def shard(state: TrainState, mesh: Mesh) -> TrainState:

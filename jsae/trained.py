@@ -56,7 +56,7 @@ class TrainedSAE:
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether the target is a different activation from the input."""
+        """True if the target is a different activation from the input."""
         return self.architecture in TRANSCODERS
 
     @property

@@ -1,4 +1,4 @@
-"""What every test shares: shape checks switched on, tiers, the place of the goldens."""
+"""Setup shared by all tests: shape checks, tiers, the folder of the goldens."""
 
 import atexit
 import gc
@@ -92,6 +92,14 @@ def pytest_collection_finish() -> None:
     """Leave what exists by now, which stays to the end, out of every later search for garbage."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled() -> Iterator[None]:
+    """Compile without expensive optimisations: for modules that compile many programs and run each a few times."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 MAPPINGS = Path("/proc/self/maps")

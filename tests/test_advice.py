@@ -3,11 +3,14 @@
 import ast
 import dataclasses
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from commands import CONFIGS
+
+from jsae.extras import advice as extras_advice
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERYWHERE = {"help", "debug", "flagfile", "name"}  # --name=value says how flags are written
@@ -33,7 +36,7 @@ MODULES = {module(path): ast.parse(path.read_text()) for path in _FILES}
 
 
 def messages(tree: ast.Module) -> Iterator[str]:
-    """What is raised, required or printed, f-strings with their fields left out."""
+    """Yield what is raised, required or printed, f-strings without their fields."""
     calls = ("require", "print", "_fail", "warn")
     for node in ast.walk(tree):
         name = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
@@ -78,6 +81,15 @@ def test_every_flag_that_a_message_names_exists(name):
             named -= flags_of(other)
         foreign = {"logdir"} if "tensorboard" in message else set()
         assert named <= allowed | foreign, message
+
+
+def test_every_extra_that_a_message_names_exists_and_is_installed_from_a_clone():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    calls = [n for tree in MODULES.values() for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    named = {ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "extras.advice"}
+    assert {"eval", "hub", "neuronpedia", "pretrain", "wandb", "web"} <= named <= set(extras)
+    assert extras_advice("web") == 'run pip install -e ".[web]" in the clone of jsae'
+    assert not [path for path in _FILES if "jsae[" in path.read_text()]
 
 
 @pytest.mark.parametrize("name", DATA)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict:
-    """What came of every writer that was killed or had no room. In memory, where that is possible: it syncs a lot."""
+    """Results of every writer that was killed or had no room. In memory, where that is possible: it syncs a lot."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         done = subprocess.run(

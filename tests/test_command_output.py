@@ -1,4 +1,4 @@
-"""What every command prints where its output is a file: progress on the way, the next commands at the end."""
+"""Output of every command into a file: progress on the way, the next commands at the end."""
 
 import importlib
 import json
@@ -78,7 +78,7 @@ def explored(trained, run) -> subprocess.CompletedProcess[str]:
 
 
 def next_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """What stands below "next:", which is printed once, at the end."""
+    """Return the lines below "next:", which is printed once, at the end."""
     before, _, after = done.stdout.partition("\nnext:\n")
     assert "next:" not in before + after + done.stderr
     assert after.endswith("\n")

@@ -15,6 +15,7 @@ from jsae.state import TrainState
 from jsae.testing import contract, toy
 from jsae.testing.contract import decode, dense, encode, scaled, trained_on
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 D, F = toy.D_IN, 64
 CASES = {
     "topk": sae_config("topk", D, F, k=3),

@@ -28,7 +28,7 @@ def store(run) -> Store:
 
 
 def read(module: Path) -> tuple[np.ndarray, np.ndarray]:
-    """What the files of a module hold, put together as delphi's loader does: activations (R, T, f), tokens (R, T)."""
+    """Return what a module's files hold, as delphi's loader joins it: activations (R, T, f), tokens (R, T)."""
     acts = np.zeros((toy.ROWS, toy.LENGTH, toy.D_SAE), np.float32)
     expected = 0
     for file in sorted(module.glob("*.safetensors"), key=lambda path: int(path.stem.split("_")[0])):

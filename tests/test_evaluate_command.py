@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from toy_saes import export, toy_sae
 import bridge.nanochat
 from experiments import evaluate, plots
 from experiments.evaluate import EvaluateConfig
+from jsae import extras
 from jsae.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,7 +218,7 @@ def test_missing_extras_are_reported_before_any_work(run, monkeypatch):
         monkeypatch.setattr(
             evaluate.importlib.util, "find_spec", lambda name, m=missing: None if name == m else found(name)
         )
-        with pytest.raises(ImportError, match=rf"jsae\[eval\].*{flag}"):
+        with pytest.raises(ImportError, match=re.escape(extras.advice("eval")) + f".*{flag}"):
             evaluate.main(EvaluateConfig(run_dir=str(run)))
 
 

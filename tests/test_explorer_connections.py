@@ -150,7 +150,7 @@ def test_one_client_does_not_push_out_another():
 
 
 def ends_within(connection: socket.socket, seconds: float, sent: bytes = b"") -> bytes:
-    """What comes on a connection that must end in that time, though something is sent again and again."""
+    """Return what a connection receives; it must end in that time, though something is sent again and again."""
     connection.settimeout(0.05)
     got, before = b"", time.monotonic()
     with connection:

@@ -58,14 +58,14 @@ def test_a_page_that_was_damaged_is_written_again(tmp_path):
 
 
 def test_a_page_that_is_open_while_another_is_written_says_so(visit, tmp_path):
-    """What it has not yet loaded is gone: no mixture of two pages is shown."""
+    """No mixture of two pages is shown: what the page has not loaded yet is gone."""
     write_large(tmp_path, latents=200, rows=200, length=64, each=2)
     tab = visit(page.write(tmp_path).as_uri() + "#latent=1", expected="ERR_FILE_NOT_FOUND")
     open_latent(tab, 1)
     (tmp_path / "labels.json").write_text(json.dumps({toy.HOOK: {"0": {"label": "new"}}}))
     page.write(tmp_path)
     tab.evaluate("location.hash = '#latent=150'")
-    assert "load this page again" in tab.wait_for_selector("[role=alert]").inner_text()
+    assert "reload this page" in tab.wait_for_selector("[role=alert]").inner_text()
     tab.reload()
     open_latent(tab, 150)
 

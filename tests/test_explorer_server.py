@@ -26,6 +26,7 @@ from bridge.server.bodies import Limits
 from bridge.server.session import Session
 from bridge.steering import MODES, POSITIONS
 from bridge.tracking import active_features, stream_tokens
+from jsae import extras
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "def naïve(self, 漢字):\n    return '🙂'"
@@ -61,7 +62,8 @@ def told(response: httpx.Response, status: int) -> str:
 def test_info_tells_model_saes_modes_and_limits(client):
     info = client.get("/api/info").json()
     assert info["live"] is True
-    assert info["model"] == {"name": "demo", "n_layer": 6, "n_embd": 128, "vocab_size": 4096, "chat": False}
+    sizes = {"n_layer": 6, "n_embd": 128, "vocab_size": 4096}
+    assert info["model"] == {"name": "demo", **sizes, "chat": False, "trained_to_chat": False}
     assert info["saes"] == [
         {"hook": RESID, "architecture": "topk", "d_sae": 256},
         {"hook": MLP, "architecture": "jumprelu", "d_sae": 192},
@@ -666,4 +668,4 @@ def test_a_port_in_use_is_reported_before_the_model_is_loaded(run):
 def test_a_missing_extra_is_named():
     command = "import sys; sys.modules['uvicorn'] = None; import bridge.server.server"
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
-    assert "pip install 'jsae[web]'" in done.stderr.splitlines()[-1]
+    assert extras.advice("web") in done.stderr.splitlines()[-1]

@@ -65,7 +65,7 @@ def layered(*factors: float) -> np.ndarray:
 
 
 def written(folder: Path, config: SAEConfig, sae: SAE, scale, scale_out) -> tuple[dict, dict[str, np.ndarray]]:
-    """What the files of an export say."""
+    """Return the contents of an export's files."""
     export.write(folder, config, sae.arrays(), scale, scale_out, METADATA)
     return json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
 

@@ -216,7 +216,10 @@ def test_a_dry_run_says_what_the_hub_would_get_and_asks_nobody(run, monkeypatch,
 
 def test_what_the_hub_would_refuse_is_refused_before_anything_is_written(run):
     flags = {"run_dir": str(run), "hub_repo": "me/saes"}
-    for wrong, told in ({"hub_repo": "me/a--b"}, "no repository"), ({"license": "My Licence"}, "no licence"):
+    for wrong, told in (
+        ({"hub_repo": "me/a--b"}, "not a repository id"),
+        ({"license": "My Licence"}, "is not a licence of the hub"),
+    ):
         with pytest.raises(ValueError, match=told):
             export.main(ExportConfig(**flags | {"license": "mit"} | wrong))
     assert not (run / "neuronpedia").exists()

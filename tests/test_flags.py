@@ -253,7 +253,7 @@ def test_help_says_what_is_required(capsys):
 def test_help_into_a_reader_that_leaves_is_no_error():
     command = f"{sys.executable} -m experiments.pretrain --help | head -n 1"
     done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("Trains a small nanochat")
+    assert done.stdout.startswith("Train a small nanochat")
     assert done.stderr == ""
 
 

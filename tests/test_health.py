@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from alone import begin, fit
 from tiny_nanochat import tiny
 from toy_saes import export as export_toy
 from toy_saes import toy_sae
@@ -71,14 +72,13 @@ ODD = {
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu"])
 @pytest.mark.parametrize("what", ODD)
+@pytest.mark.usefixtures("quickly_compiled")
 def test_odd_activations_that_can_be_learned_from_train(architecture, what):
     acts = jnp.asarray(ODD[what](normal(n=64 * 40)).astype(np.float32))
     own = {"relu": {"l1_coefficient": 0.1}, "jumprelu": {"l0_coefficient": 0.1}}.get(architecture, {"k": 4})
     sae = sae_config(architecture, D, 32, **own)
     sums = None
-    members = [Member(sae, SHORT)]
-    begun = loop.init(members, (acts,))
-    for step, (state,), (new,) in loop.fit(members, begun, ((batch,) for batch in acts.reshape(40, 64, D))):
+    for step, state, new in fit(sae, SHORT, begin(sae, SHORT, acts), acts.reshape(40, 64, D)):
         sums = new if sums is None or step < 30 else metrics.add(sums, new)
         last = state
     loop.check_finite(last, sums)
@@ -211,7 +211,7 @@ class Text:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "told"), [(torch.float16, "infinite: torch.float16 ends at 6.55e"), (torch.float32, "as large as")]
+    ("dtype", "told"), [(torch.float16, "infinite: the largest torch.float16 is 6.55e"), (torch.float32, "as large as")]
 )
 def test_an_overflow_is_named_with_the_type_that_overflows(dtype, told):
     model = tiny("G7").to(dtype)

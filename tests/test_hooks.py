@@ -1,11 +1,12 @@
 """Capture and edit: what they see, what they change, and that nothing of them stays."""
 
+import numpy as np
 import pytest
 import torch
 from tiny_nanochat import tiny
 from torch import nn
 
-from bridge import hooks
+from bridge import activations, hooks
 from bridge.hooks import capture, edit, hook_name
 from bridge.nanochat.model import GPT
 
@@ -68,6 +69,17 @@ def test_capture_sees_what_plain_forward_hooks_see(model, tokens):
     for name in NAMES:
         assert acts[name].shape == (2, 12, 32)
         assert torch.equal(acts[name], seen[name])
+
+
+def test_batches_of_different_sizes_are_read_one_after_the_other(model):
+    rows = np.arange(72).reshape(36, 2) % 50
+    batches = np.split(rows, np.cumsum(range(1, 8)))  # of 1 to 8 rows
+    name = hook_name(0, "resid_post")
+    for _ in range(4):  # beartype looks at one batch of a list, and chooses it at random
+        passes = list(activations.read(model, [name], batches, excluded=(), drop_sinks=False))
+        assert [one.first_row for one in passes] == [0, 1, 3, 6, 10, 15, 21, 28]
+        np.testing.assert_array_equal(torch.cat([one.tokens for one in passes]), rows)
+        assert [len(one.acts[name]) for one in passes] == [len(batch) for batch in batches]
 
 
 def test_stop_ends_the_forward_after_the_deepest_hook_and_not_before(model, tokens):

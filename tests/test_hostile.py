@@ -19,7 +19,7 @@ BYTES = {bytes([i]): i for i in range(256)}
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Cost]:
-    """What each file cost, of every opener in one process."""
+    """Cost of each file, of every opener in one process."""
     found = {}
     for opener in OPENERS:
         chosen = [(name, make) for name, kind, make in HOSTILE if kind == opener]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Outcome]:
-    """What reading each file took, in processes that hold nothing but what a command holds."""
+    """Cost of reading each file, in processes that hold nothing but what a command holds."""
     command = [sys.executable, "-m", "tests.hostile_text", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return {name: Outcome(*rest) for name, *rest in map(json.loads, done.stdout.splitlines())}

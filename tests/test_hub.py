@@ -19,6 +19,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from bridge import hub
 from bridge.runtime import load_saes
+from jsae import extras
 
 REPO = "someone/nanochat-toy-saes"
 OTHER = "blocks.1.hook_mlp_out"
@@ -26,7 +27,7 @@ OTHER = "blocks.1.hook_mlp_out"
 
 @dataclasses.dataclass
 class Hub:
-    """What a hub keeps: who may see a repository, its files, and what it was asked."""
+    """A hub: the visibility of its repositories, their files, and its requests."""
 
     url: str
     private: dict[str, bool] = dataclasses.field(default_factory=dict)
@@ -235,7 +236,7 @@ def test_without_a_token_it_is_said_how_to_get_one(run, monkeypatch):
 
 def test_without_the_library_the_extra_is_named(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModuleNotFoundError, match=re.escape("jsae[hub]")):
+    with pytest.raises(ModuleNotFoundError, match=re.escape(extras.advice("hub"))):
         hub.push(run, REPO, license="mit")
     assert hub.push(run, REPO, license="mit", dry_run=True)
 

@@ -79,7 +79,7 @@ ONE_AFTER_THE_OTHER = {
 
 @pytest.mark.parametrize("kind", ONE_AFTER_THE_OTHER)
 def test_arrays_one_after_the_other_are_read_as_the_whole_in_order(kind, acts, trained):
-    """Whatever the lengths of the pieces are: the same as from an array that is read from top to bottom."""
+    """The result is that of one array, for pieces of any lengths."""
     whole = jsae.train(ArraySource(acts), TOPK, config())
     same(jsae.train(ONE_AFTER_THE_OTHER[kind](acts), TOPK, config()), whole)
     assert not np.array_equal(whole.W_dec, trained.W_dec)  # which reads in random order
@@ -111,7 +111,7 @@ def test_half_precision_stays_as_it_is_until_it_is_computed_with(acts):
 
 
 def test_an_iterator_of_just_as_many_rows_as_are_trained_on_is_enough():
-    """Whatever the length of a block; what is missing in the last one is its own first rows."""
+    """This holds for blocks of any length; the last one is filled up with its own first rows."""
     acts = acts_of(20_000)
     sae = jsae.train(chunks(acts, 999), TOPK, config(), block_size=3000)
     assert sae.metrics["fvu"] < 0.2

@@ -1,4 +1,4 @@
-"""What an export says of itself is what happened: metadata against what stream, evaluation and records really read."""
+"""Metadata of an export, compared with what stream, evaluation and records really read."""
 
 import json
 import sys

@@ -13,6 +13,7 @@ from tiny_nanochat import tiny, write
 from bridge.nanochat import hub
 from bridge.nanochat import tokenizer as tokenizers
 from bridge.nanochat.tokenizer import Tokenizer
+from jsae import extras
 
 LOAD = """
 import json, sys, warnings
@@ -150,7 +151,7 @@ WRONG = [
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> dict[str, list[str]]:
-    """What a load of each wrong address says, all asked by one process."""
+    """Errors of loading each wrong address, all from one process."""
     folder = tmp_path_factory.mktemp("wrong")
     with running(site_of(folder)) as site:
         found = load(folder, *(address for address, _, _ in WRONG), endpoint=site.endpoint)
@@ -174,4 +175,4 @@ def test_a_hub_that_does_not_answer_is_reported(tmp_path):
 def test_without_the_library_the_extra_is_named(tmp_path):
     code = "import sys; sys.modules['huggingface_hub'] = None\n" + LOAD
     run = subprocess.run([sys.executable, "-c", code, "hf://toy/nano"], capture_output=True, text=True, check=False)
-    assert json.loads(run.stdout) == [["ImportError", "hf://toy/nano needs huggingface_hub: pip install 'jsae[hub]'"]]
+    assert json.loads(run.stdout) == [["ImportError", f"hf://toy/nano needs huggingface_hub: {extras.advice('hub')}"]]

@@ -324,7 +324,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(folder):
 
 
 class Bomb:
-    """What a pickle may do to whoever opens it."""
+    """A pickle that creates a file when it is opened."""
 
     def __init__(self, target):
         self.target = str(target)

@@ -555,7 +555,7 @@ LETTERS |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not
 
 
 def as_json(tokenizer: Tokenizer, merges: list) -> dict:
-    """What transformers' converter writes of a tokenizer."""
+    """Return a tokenizer as transformers' converter writes it."""
     names = {tokenizer.token_bytes_of(i): i for i in range(tokenizer.bos_token_id)}
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}

@@ -1,4 +1,4 @@
-"""What leaves for Neuronpedia: every file as its importer, its converter and its upload want it."""
+"""Files for Neuronpedia, as its importer, its converter and its upload expect them."""
 
 import json
 import shutil

@@ -69,7 +69,7 @@ SCRIPT = """
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory) -> dict[str, list]:
-    """What every reader says when no file can be opened; before that, it read."""
+    """Errors of every reader when no file can be opened; before that, it read."""
     run = tmp_path_factory.mktemp("runs") / "toy"
     toy.write_store(run)
     arguments = [str(run), toy.HOOK, json.dumps(READERS)]

@@ -15,6 +15,7 @@ from jsae.architectures import Context, SAEConfig, make, sae_config
 from jsae.config import TrainConfig
 from jsae.ops import Cpu, choose
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 D, F, N = 16, 64, 128
 CASES = {
     "topk": sae_config("topk", D, F, k=4),

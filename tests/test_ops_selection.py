@@ -1,4 +1,4 @@
-"""Which latents are active: every implementation of the selections against sorting all numbers."""
+"""Selection of latents: every implementation against sorting all numbers."""
 
 import functools
 

@@ -153,6 +153,7 @@ def test_any_transformation_of_optax_trains_an_sae_with_unit_decoder_rows(name):
     how = dataclasses.replace(RUN, num_activations=60 * 20)
     batches = [x(1)[0]] * 60
     last, losses, threshold = begin(config, how, batches[0], inner), [], 0.0
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(last))  # the step is compiled once
     before = jax.device_get(last)
     for number, last, sums in fit(config, how, last, batches, inner):  # noqa: B020 - the state goes on
         losses.append(float(sums.loss))

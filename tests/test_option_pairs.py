@@ -19,6 +19,7 @@ from jsae.config import TrainConfig
 from jsae.settings import ConfigError
 from jsae.state import Acts, input_and_target
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")  # programs run for five steps
 WIDTH, STEPS = 8, 5
 KINDS = {
     "autoencoder": {},
@@ -76,7 +77,7 @@ def needed(choice: Choice) -> tuple[str, ...]:
 
 
 def possible(a: Choice, b: Choice) -> bool:
-    """Whether some training has both."""
+    """Return whether some training has both."""
     if {a, b} == {("k_start", None), ("k_anneal_fraction", 0.7)}:
         return False
     both = set(needed(a)) & set(needed(b))
@@ -95,7 +96,7 @@ def run_config(chosen: dict[str, object]) -> RunConfig:
 
 
 def configs(chosen: dict[str, object]) -> tuple[SAEConfig, TrainConfig]:
-    """What the command makes of these options, as far as it goes without a model.
+    """Return the configs of these options, as far as the command gets without a model.
 
     Raises:
       ConfigError: it refuses them.
@@ -123,7 +124,7 @@ def covering() -> list[dict[str, object]]:
 
 
 def gain(row: dict[str, object], name: str, missing: set, value: object) -> int:
-    """How many missing pairs a value adds to a row; -1 where they do not go together."""
+    """Return the number of missing pairs that a value adds to a row; -1 if they exclude each other."""
     new = [((name, value), other) for other in row.items()]
     if not all(possible(*pair) for pair in new) or not fits({**row, name: value}):
         return -1
@@ -131,7 +132,7 @@ def gain(row: dict[str, object], name: str, missing: set, value: object) -> int:
 
 
 def fits(row: dict[str, object]) -> bool:
-    """Whether an architecture takes everything in a row."""
+    """Return whether an architecture takes everything in a row."""
     takers = set(OPTIONS["activation"]).intersection(*(needed(choice) for choice in row.items()))
     return bool(takers & {row["activation"]} if "activation" in row else takers)
 
@@ -188,14 +189,6 @@ def test_k_anneals_only_from_a_start():
         RunConfig(k_anneal_fraction=0.7)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quickly_compiled():
-    """Programs run for five steps: compiling them is all that takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def acts(sae: SAEConfig, n: int, seed: int) -> Acts:
     """Activations that are off the origin and of another scale than 1."""
     parts = 2 if sae.is_transcoder else sae.layers
@@ -207,18 +200,19 @@ def acts(sae: SAEConfig, n: int, seed: int) -> Acts:
 def test_a_pair_of_options_trains_is_restored_and_exported(row, tmp_path):
     sae, config = configs(row)
     members = [loop.Member(sae, config)]
+    programs = loop.Programs(members)
     first = loop.init(members, (acts(sae, 64, 0),))
     shapes = jax.eval_shape(lambda: first)
     batches = [acts(sae, config.batch_size, i) for i in range(STEPS)]
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        for step, (state,), (sums,) in loop.fit(members, first, ((batch,) for batch in batches)):  # noqa: B007 - the last are wanted
+        for step, (state,), (sums,) in loop.fit(members, first, ((batch,) for batch in batches), programs):  # noqa: B007 - the last are wanted
             if step == STEPS - 1:
                 checkpoints.save(step, (state,), {}, fvu=0.5)
                 checkpoints.wait()
         restored = checkpoints.restore(shapes).states
     loop.check_finite(state, sums)
     restored = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)  # of no device: compiled already
-    *_, (step, (again,), _) = loop.fit(members, restored, iter([(batches[-1],)]))
+    *_, (step, (again,), _) = loop.fit(members, restored, iter([(batches[-1],)]), programs)
     assert step == STEPS
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         assert np.isfinite(leaf).all(), path

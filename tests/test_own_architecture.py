@@ -16,6 +16,7 @@ from alone import begin, fit, stepping
 
 import jsae
 from bridge import torch_sae
+from bridge.settings import help_text
 from bridge.training.config import RunConfig
 from jsae import axes, dead, export, losses, state
 from jsae.architectures import ARCHITECTURES, SAE, Context, ReLU, SAEConfig, TopK, config_from_json, find, sae_config
@@ -25,6 +26,7 @@ from jsae.ops import Codes, Cpu, Reference, choose
 from jsae.settings import WEIGHT, ConfigError, number
 from jsae.testing import toy
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 D, F, N = toy.D_IN, 64, 500
 NAME = f"{__name__}:Amplified"
 
@@ -362,11 +364,17 @@ def test_classes_are_abstract_or_final_and_override_nothing_but_hooks():
                 assert name.startswith("_") or above is None or getattr(above, "__isabstractmethod__", False), name
 
 
-def test_the_flags_and_the_help_know_every_architecture():
+def test_the_flags_and_the_help_know_every_architecture(monkeypatch):
+    monkeypatch.setattr("jsae.architectures.ARCHITECTURES", ARCHITECTURES | {"amplified": Amplified})
     fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+    helps = {name: help_text(field) for name, field in fields.items()}
     defaults = {n: f.default[0] if isinstance(f.default, tuple) and f.default else f.default for n, f in fields.items()}
+    assert f": {', '.join(ARCHITECTURES)}, amplified, or your own class" in helps["activation"]
+    for name in ("k", "nested_widths", "l1_coefficient", "l0_coefficient", "jump_recipe", "bandwidth", "target_l0"):
+        having = [n for n, sae in ARCHITECTURES.items() if name in {f.name for f in dataclasses.fields(sae.Config)}]
+        assert having
+        assert helps[name].endswith(f" ({', '.join(having)}).")
     for name, architecture in ARCHITECTURES.items():
-        assert name in fields["activation"].metadata["help"]
         for field in dataclasses.fields(architecture.Config):
             if field.name in fields and field.name not in ("nested_widths", "target_l0", "skip"):
                 assert defaults[field.name] == field.default, (name, field.name)

@@ -1,5 +1,6 @@
 """Probes on classes that are known to be separable, or known not to be; labelled text made from a real corpus."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from bridge.evaluate import Site, classes, probing, syntax
 from bridge.evaluate import text as texts
 from bridge.evaluate.probing import Examples
 from bridge.nanochat import tokenizer as tokenizers
+from jsae import extras
 
 CLASSES = ["red", "green", "blue"]
 N = 600
@@ -108,7 +110,7 @@ def test_classes_with_too_few_examples_are_left_out():
 def test_without_scikit_learn_the_error_gives_advice(separable, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     for probe in (probing.sparse_probing, lambda examples: probing.tpp(examples, decoder())):
-        with pytest.raises(ImportError, match=r"jsae\[eval\].*--noprobes"):
+        with pytest.raises(ImportError, match=re.escape(extras.advice("eval")) + ".*--noprobes"):
             probe(separable)
 
 

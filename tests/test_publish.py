@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from bridge.neuronpedia.ids import Ids
 from bridge.neuronpedia.ledger import Ledger, LedgerError
 from bridge.neuronpedia.payload import PayloadError, Target
 from bridge.neuronpedia.upload import NeuronpediaUploader, Progress
+from jsae import extras
 from jsae.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -311,7 +313,7 @@ def test_keys_and_addresses_that_cannot_be_are_refused():
 
 def test_without_httpx_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx", None)
-    with pytest.raises(ImportError, match=r"pip install 'jsae\[neuronpedia\]'"):
+    with pytest.raises(ImportError, match=re.escape(f"httpx is not installed: {extras.advice('neuronpedia')}")):
         Client(KEY)
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from experiments.benches import peers, quality, quality_contest, quality_sides
-from experiments.benches.quality_config import OURS, Recipe
+from experiments.benches.quality_config import OURS, RECIPES, Recipe
 from experiments.benches.quality_contest import Contest, Trained
+from jsae.architectures import find
 
 PEER = """
 import json, sys
@@ -107,6 +108,13 @@ def test_the_best_rate_is_trained_with_every_seed_and_one_that_diverges_is_not_i
 def test_an_export_that_computes_something_else_than_its_library_is_refused(contest):
     with pytest.raises(ValueError, match="does not reconstruct as its library does"):
         contest(trainers=("dictionary_learning",)).rows("topk")
+
+
+def test_the_recipes_are_of_architectures_of_the_package():
+    for name, recipes in RECIPES.items():
+        settings = {field.name for field in dataclasses.fields(find(name).Config)}
+        assert {recipe.name.split()[0] for recipe in recipes} == {name}
+        assert {recipe.is_penalised for recipe in recipes} == {"k" not in settings}
 
 
 def test_secants_find_the_strength(tmp_path):

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: lines of metrics and TensorBoard's events, whole on a full disk too."""
+"""Reports of a run in training: lines of metrics and TensorBoard's events, whole on a full disk too."""
 
 import json
 import subprocess

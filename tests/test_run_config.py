@@ -1,4 +1,4 @@
-"""What the flags of a training run mean together: which SAEs, in which folders, and what is refused."""
+"""Flags of a training run, combined: the SAEs, their folders, and refused combinations."""
 
 import dataclasses
 from pathlib import Path

@@ -392,7 +392,7 @@ def test_a_context_around_a_generation_sees_it_before_its_steering(im):
 
 
 def difference(im, ids, hook, index, at, by, target):
-    """How fast the target grows with one activation of a feature at one position."""
+    """Return the derivative of the target by one activation of a feature at one position."""
     row = im.sae(hook).W_dec[index]
     scores = []
     for step in (by, -by):

@@ -86,7 +86,7 @@ def same(ours: torch_sae.TorchSAE, theirs: torch_sae.TorchSAE) -> bool:
 
 
 def told(folder: Path) -> str | torch_sae.TorchSAE:
-    """What loading a folder complains of, or the SAE."""
+    """Return the error of loading a folder, or the SAE."""
     try:
         return torch_sae.load(folder)
     except ValueError as error:
@@ -95,7 +95,7 @@ def told(folder: Path) -> str | torch_sae.TorchSAE:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_setting_of_another_kind_is_refused_by_name_or_changes_nothing(setting, folder, tmp_path):
-    """What loads computes the same as before: the value was right, or it is one that means what is not said."""
+    """A folder that loads computes the same as before: the value was right, or it is that of an absent setting."""
     cfg, whole = json.loads((folder / "cfg.json").read_text()), torch_sae.load(folder)
     refused = 0
     for i, (what, value) in enumerate(WRONG.items()):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from model_hub import SHA, running
 
-from jsae import export
+from jsae import export, extras
 from jsae.architectures import sae_config
 
 D, F, HOOK = 6, 10, "blocks.1.hook_resid_post"
@@ -47,7 +47,7 @@ def write(folder: Path, architecture: str, **settings) -> None:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> dict[str, list]:
-    """What several addresses give, and which files were fetched for the first."""
+    """Results of several addresses, and the files fetched for the first."""
     place = tmp_path_factory.mktemp("hub")
     site = place / "site" / "toy"
     write(site / "saes" / HOOK, "topk", k=3)
@@ -126,4 +126,4 @@ def test_what_cannot_be_loaded_is_named_with_a_remedy(answers, address, kind, wo
 def test_without_the_library_the_extra_is_named(tmp_path):
     code = "import sys; sys.modules['huggingface_hub'] = None\n" + LOAD
     found = load(tmp_path, "hf://toy/saes/x", code=code)
-    assert found == [["ImportError", "hf://toy/saes/x needs huggingface_hub: pip install 'jsae[hub]'"]]
+    assert found == [["ImportError", f"hf://toy/saes/x needs huggingface_hub: {extras.advice('hub')}"]]

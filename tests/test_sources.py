@@ -30,7 +30,7 @@ def texts(spec: object, **kwargs) -> list[str]:
 
 
 def refusal(spec: object) -> str:
-    """What reading a corpus says; nothing but a ValueError is a refusal."""
+    """Return the error of reading a corpus; only a ValueError is a refusal."""
     try:
         texts(spec)
     except ValueError as error:

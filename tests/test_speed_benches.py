@@ -30,6 +30,7 @@ from experiments.benches import (
 from experiments.benches.shapes import Size
 from jsae.settings import ConfigError
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 TINY = "16:64:4:32"
 ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"} | {"CUDA_VISIBLE_DEVICES": ""}
@@ -121,8 +122,9 @@ def test_latents_that_shall_be_dead_stay_so_while_it_is_measured(architecture):
     member = shapes.member(architecture, size)
     (state,) = states = shapes.begin(member, x, dead=0.25)
     faint = np.array(state.sae.W_enc[...])[:16]
+    program = shapes.program(member)
     for _ in range(3):
-        states, _ = shapes.program(member)(states, (x,))
+        states, _ = program(states, (x,))
     (state,) = states
     is_dead = np.asarray(state.since_fired) >= member.train.dead_after
     np.testing.assert_array_equal(is_dead, np.arange(64) < 16)

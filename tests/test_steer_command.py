@@ -98,7 +98,7 @@ def panel(output: str, column: int) -> str:
 
 
 def answers(output: str) -> list[str]:
-    """What came after each "> " that asked for a line."""
+    """Return the output after each "> " that asked for a line."""
     told = [""]
     for line in output.splitlines(keepends=True):
         while line.startswith("> "):
@@ -185,7 +185,7 @@ def test_the_loop_prompts_steers_explains_and_survives_mistakes(run, im):
     assert panel(told[9], 1) == squeezed(text_of(im, "a\nb", steers))
     assert "a factor" in told[9]
     assert "this SAE has features 0 to 63" in told[10]
-    assert "'seven' is no whole number" in told[11]
+    assert "'seven' is not a whole number" in told[11]
     assert "must be a finite number" in told[12]
     assert "no steering mode 'push': choose one of additive" in told[13]
     assert "no command /push: there are /steer, /clear, /top, /why, /help and /quit" in told[14]

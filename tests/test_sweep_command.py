@@ -243,12 +243,12 @@ def test_a_transcoder_makes_of_what_the_mlp_reads_what_it_gives(transcoder):
 
 @pytest.mark.parametrize("reader", ["evaluate", "explore", "steer"])
 def test_commands_for_saes_say_of_a_transcoder_that_it_is_none(reader, transcoder):
-    with pytest.raises(ValueError, match=f"is a transcoder: it makes {MADE} of what it reads"):
+    with pytest.raises(ValueError, match=f"is a transcoder, which predicts {MADE} from its input"):
         READERS[reader](str(transcoder))
 
 
 def test_the_skip_path_helps(text, tmp_path):
-    """Where the latents are kept silent, it is all there is."""
+    """It is the whole output if all latents are silent."""
     flags = {"activation": "relu", "l1_coefficient": (1000.0,), "layer": ("4",), "hook_type": "mlp_in"}
     run = trained(tmp_path / "run", text, target_hook="mlp", skip=True, **flags, **LONGER)
     assert measured(run)[READ]["l0"] < 1
@@ -288,7 +288,7 @@ def test_a_crosscoder_makes_all_its_layers_of_one_code(crosscoder):
 
 @pytest.mark.parametrize("reader", ["evaluate", "explore", "steer"])
 def test_commands_for_saes_say_of_a_crosscoder_that_it_is_none(reader, crosscoder):
-    with pytest.raises(ValueError, match="is a crosscoder of 3 layers: it makes all of them of one code"):
+    with pytest.raises(ValueError, match="is a crosscoder, which reconstructs 3 layers from one code"):
         READERS[reader](str(crosscoder))
 
 

@@ -14,6 +14,7 @@ import torch
 
 from bridge.nanochat import tokenizer as tokenizers
 from bridge.nanochat.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer
+from jsae import extras
 
 BYTES = {bytes([i]): i for i in range(256)}
 SPECIAL = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
@@ -136,7 +137,7 @@ def test_a_vocabulary_that_cannot_hold_the_bytes_is_refused():
 
 def test_without_rustbpe_training_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "rustbpe", None)
-    with pytest.raises(ImportError, match=r"jsae\[pretrain\]"):
+    with pytest.raises(ImportError, match=re.escape(extras.advice("pretrain"))):
         tokenizers.train(["text"], 300)
 
 

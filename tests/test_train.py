@@ -19,6 +19,7 @@ from jsae.data import Cursor, Shuffled
 from jsae.loop import Member
 from jsae.settings import ConfigError
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 D, F, STEPS = 12, 48, 20
 RUN = TrainConfig(num_activations=STEPS * 64, batch_size=64, learning_rate=2e-3, dead_after=300)
 ANNEALED = dataclasses.replace(RUN, k_start=12, k_anneal_fraction=1.0)

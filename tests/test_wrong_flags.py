@@ -203,7 +203,7 @@ def try_extremes() -> None:
 
 
 def refusal(config_class: type, values: dict) -> str | None:
-    """What is said against a config; None if it works."""
+    """Return the error of a config; None if it works."""
     try:
         works(config_class(**values))
     except ConfigError as error:
@@ -212,7 +212,7 @@ def refusal(config_class: type, values: dict) -> str | None:
 
 
 def works(config: SAEConfig | TrainConfig | RunConfig) -> None:
-    """What is made of a config without memory for it."""
+    """Return the result of a config without memory for it."""
     if isinstance(config, TrainConfig):
         assert config.num_steps >= 1
         assert np.isfinite(config.peak_rate(16))

@@ -35,7 +35,7 @@ def tokens(length: int, rows: int = 2) -> torch.Tensor:
 
 
 def model_config(model: GPT) -> dict:
-    """What upstream notes of a model: its sizes, and the pattern of windows from the day there were any."""
+    """Return the model settings that upstream stores: sizes, and the pattern of windows where its version has one."""
     names = ["sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"]
     names += ["window_pattern"] if model.config.window != "none" else []
     return {name: getattr(model.config, name) for name in names}

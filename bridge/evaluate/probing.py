@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
+from jsae import extras
+
 TOP_K = (1, 2, 5)
 TPP_LATENTS = (2, 5, 10, 20, 50, 100, 500)
 _FEWEST = 10  # examples of a class, and of the rest, in training; a tenth of that in the test
@@ -50,7 +52,7 @@ def require_sklearn() -> None:
         import sklearn  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "probes need scikit-learn: pip install 'jsae[eval]', or leave them out with --noprobes"
+            f"probes need scikit-learn: {extras.advice('eval')}, or leave them out with --noprobes"
         ) from error
 
 

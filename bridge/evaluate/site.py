@@ -66,10 +66,10 @@ class Site:
 
     @property
     def transcodes(self) -> bool:
-        """Whether the target is another activation of the same layer."""
+        """True if the target is another activation of the same layer."""
         return len(self.other_hooks) == 1 and parse(self.hook_name)[1] != parse(self.other_hooks[0])[1]
 
-    def batches(self, rows: Int[np.ndarray, "R T"], numbers_per_token: int = 1) -> list[Int[np.ndarray, "r T"]]:
+    def batches(self, rows: Int[np.ndarray, "R T"], numbers_per_token: int = 1) -> list[Int[np.ndarray, "_ T"]]:
         """Split rows into batches of `tokens_per_forward` tokens, fewer if tokens need many numbers; at least a row."""
         tokens = min(self.tokens_per_forward, _MOST_NUMBERS // numbers_per_token)
         step = max(tokens // max(rows.shape[1], 1), 1)

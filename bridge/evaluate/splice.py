@@ -20,7 +20,7 @@ VARIANTS = ("without_sae", "with_sae", "with_ablation", "with_mean_ablation")
 
 @dataclasses.dataclass
 class Effect:
-    """How well the model predicts text under one variant, and how far it is from the unchanged model."""
+    """Losses of the model on text under one variant, and its divergence from the unchanged model."""
 
     cross_entropy: float
     """Nats per token, over positions whose own token is not excluded; the next token may be excluded."""

@@ -35,7 +35,7 @@ _MANY = 2**14
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Json):
-    """Which text to read, how much of it, and what to keep."""
+    """Settings of gathering: the text, the number of its tokens, and the records to keep."""
 
     data: str
     split: Split

@@ -44,7 +44,7 @@ class Nanochat:
 
     @property
     def is_chat(self) -> bool:
-        """Whether the path says that it was trained to chat: nanochat gives such checkpoints folders of their own."""
+        """True if the path is that of a chat checkpoint: nanochat gives them folders of their own."""
         return any(part in _CHAT_FOLDERS for part in self.path.parts)
 
     @functools.cached_property

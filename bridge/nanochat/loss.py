@@ -20,7 +20,7 @@ def cross_entropy(model: nn.Module, tokens: Int[Tensor, "B T"], targets: Int[Ten
 
 def bits_per_byte(
     model: nn.Module,
-    batches: Iterable[tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]],
+    batches: Iterable[tuple[Int[Tensor, "_ T"], Int[Tensor, "_ T"]]],
     token_bytes: Int[np.ndarray, " V"] | Int[Tensor, " V"],
 ) -> float:
     """Return the loss in bits per byte of text, as upstream's evaluate_bpb: nats / (ln 2 * bytes) over the targets.

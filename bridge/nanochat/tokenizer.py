@@ -23,7 +23,7 @@ from jaxtyping import Int32
 
 from bridge.nanochat import locate, split_pattern, tokenizer_file
 from bridge.nanochat.tokenizer_file import MAX_FILE_BYTES, MAX_VOCAB_SIZE
-from jsae import files
+from jsae import extras, files
 
 Result = TypeVar("Result")
 
@@ -199,7 +199,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     try:
         import rustbpe
     except ImportError as error:
-        raise ImportError("training a tokenizer needs rustbpe: pip install 'jsae[pretrain]'") from error
+        raise ImportError(f"training a tokenizer needs rustbpe: {extras.advice('pretrain')}") from error
     if not 256 + len(SPECIAL_TOKENS) <= vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(f"vocab_size must be in 265..{MAX_VOCAB_SIZE}, got {vocab_size}")
     trainer = rustbpe.Tokenizer()

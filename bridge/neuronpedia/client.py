@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from bridge.neuronpedia.payload import Target, dump
+from jsae import extras
 
 if TYPE_CHECKING:
     import httpx
@@ -108,7 +109,7 @@ class Client:
         try:
             import httpx
         except ImportError as error:
-            raise ImportError("httpx is not installed: pip install 'jsae[neuronpedia]'") from error
+            raise ImportError(f"httpx is not installed: {extras.advice('neuronpedia')}") from error
         self._httpx = httpx
         self.base_url = site(base_url)
         if api_key is not None:

@@ -14,6 +14,7 @@ from bridge.neuronpedia.rows import Context, Latent, Latents
 from bridge.neuronpedia.strict import write_json
 from jsae import files
 from jsae.records.store import Store
+from jsae.saelens.settings import WEIGHTS
 
 PER_BATCH = 128
 """Largest number of latents per file, as in SAEDashboard."""
@@ -156,7 +157,7 @@ def settings(store: Store, ids: Ids, about: About) -> dict[str, Any]:
         "neuronpedia_source_set_description": about.description,
         "neuronpedia_model_name": ids.model,
         "neuronpedia_hf_weights_repo_id": about.hub_repo,
-        "neuronpedia_hf_weights_path": f"{ids.hook}/sae_weights.safetensors" if about.hub_repo else None,
+        "neuronpedia_hf_weights_path": f"{ids.hook}/{WEIGHTS}" if about.hub_repo else None,
         "neuronpedia_zero_out_bos_token": texts.bos in excluded,
         "neuronpedia_exports_dir": None,
     }

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jsae import extras
 from jsae.files import is_system_error
 from jsae.settings import require
 
@@ -205,7 +206,7 @@ def _connect(database: str) -> psycopg.Connection:
     try:
         import psycopg
     except ImportError as error:
-        raise ImportError("psycopg is not installed: pip install 'jsae[neuronpedia]'") from error
+        raise ImportError(f"psycopg is not installed: {extras.advice('neuronpedia')}") from error
     try:
         psycopg.conninfo.conninfo_to_dict(database)
     except psycopg.Error:

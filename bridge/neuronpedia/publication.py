@@ -18,7 +18,7 @@ from bridge.run.labels import Names
 
 @dataclass(frozen=True)
 class Missing:
-    """What the ledger does not know to have arrived."""
+    """The part of a publication whose arrival the ledger does not confirm."""
 
     features: int
     requests: int

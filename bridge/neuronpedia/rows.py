@@ -11,6 +11,7 @@ import numpy as np
 
 from bridge.neuronpedia import text
 from jsae.records.store import NON_ACTIVATING, TOP, Store, StoreError, digest
+from jsae.saelens.settings import is_complete
 
 SHOWN = 127
 """Largest number of tokens of a text: a row of 128 without BOS."""
@@ -189,7 +190,7 @@ def _decoder(sae_dir: Path) -> np.ndarray:
 
 def check(store: Store, sae_dir: Path) -> None:
     """Raise FileNotFoundError if there is no export, and StoreError if the records are of another SAE."""
-    if not all((sae_dir / name).is_file() for name in ("sae_weights.safetensors", "cfg.json")):
+    if not is_complete(sae_dir):
         raise FileNotFoundError(
             f"no exported SAE at {sae_dir}: `python -m experiments.train` writes one at the end of a run"
         )

@@ -8,6 +8,7 @@ from bridge.neuronpedia.ids import Ids
 from bridge.neuronpedia.strict import write_json
 from jsae import files
 from jsae.saelens import config as sae_config
+from jsae.saelens.settings import CFG, SCALER
 
 
 def write(sae_dir: Path, out: Path, *, ids: Ids) -> list[Path]:
@@ -34,7 +35,7 @@ def write(sae_dir: Path, out: Path, *, ids: Ids) -> list[Path]:
     cfg = settings.written | (link if settings.legacy else {"metadata": metadata})
     folder = out / ids.hook
     with files.replacing_folder(folder) as partial:
-        for file in sorted((*sae_dir.glob("*.safetensors"), *sae_dir.glob("activation_scaler.json"))):
+        for file in sorted((*sae_dir.glob("*.safetensors"), *sae_dir.glob(SCALER))):
             shutil.copyfile(file, partial / file.name)
-        write_json(partial / "cfg.json", cfg, indent=2)
+        write_json(partial / CFG, cfg, indent=2)
     return sorted(folder.iterdir())

@@ -11,6 +11,7 @@ from typing import Any
 from bridge.run.layout import Layout
 from bridge.run.tables import LARGEST_TABLE
 from jsae import jsons
+from jsae.saelens.settings import CFG
 
 PROMPT = "def "
 """A prompt that the packaged nanochat can continue."""
@@ -95,7 +96,7 @@ def after_steering(run: Path, hook: str | None, pushed: bool, **model: Any) -> l
 def after_export(run: Path, out: Path, formats: tuple[str, ...], hook: str | None) -> list[str]:
     """Return commands and code that read an export of these formats in the folder `out`."""
     readers = {
-        "sae_lens": f'sae_lens.SAE.load_from_disk("{_first(out / "sae_lens", "cfg.json")}")',
+        "sae_lens": f'sae_lens.SAE.load_from_disk("{_first(out / "sae_lens", CFG)}")',
         "neuronpedia": line("publish", "neuronpedia", run_dir=run, hook=hook, dry_run=True),
         "saedashboard": f"SAEDashboard's files: {out / 'saedashboard'}",
         "delphi": f'delphi.latents.LatentDataset("{_first(out / "delphi", "latents", True)}", …)',

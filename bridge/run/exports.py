@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bridge.run.layout import Layout
 from jsae import files, jsons
+from jsae.saelens.settings import CFG, is_complete
 
 
 def within(folder: Path) -> list[Path]:
@@ -69,8 +70,7 @@ def known_digest(export: Path) -> str | None:
     """Return the digest of an exported SAE, which its records state; None if there is no complete export."""
     from jsae.records.store import digest
 
-    complete = all((export / name).is_file() for name in ("sae_weights.safetensors", "cfg.json"))
-    return digest(export) if complete else None
+    return digest(export) if is_complete(export) else None
 
 
 def warn_of_marked(exports: Iterable[Path]) -> list[Path]:
@@ -78,7 +78,7 @@ def warn_of_marked(exports: Iterable[Path]) -> list[Path]:
     marked = []
     for folder in exports:
         try:
-            metadata = jsons.read(folder / "cfg.json").get("metadata")
+            metadata = jsons.read(folder / CFG).get("metadata")
             problem = metadata.get("problem") if isinstance(metadata, dict) else None
         except (OSError, ValueError, AttributeError):  # loading the SAE reports what is wrong
             continue

@@ -197,7 +197,7 @@ class Run(Layout):
 
     @property
     def is_writable(self) -> bool:
-        """Whether this process may write to the directory."""
+        """True if this process may write to the directory."""
         return directory.is_writable(self.path)
 
     def writing(self) -> AbstractContextManager[None]:

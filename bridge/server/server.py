@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from jsae import extras
+
 try:
     import uvicorn
     from starlette.applications import Starlette
@@ -20,7 +22,7 @@ try:
     from starlette.responses import FileResponse, Response
     from starlette.routing import Route
 except ImportError as error:
-    raise ImportError("the live explorer needs starlette and uvicorn: pip install 'jsae[web]'") from error
+    raise ImportError(f"the live explorer needs starlette and uvicorn: {extras.advice('web')}") from error
 
 from bridge.nanochat import Nanochat
 from bridge.run import Run

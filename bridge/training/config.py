@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,6 +49,23 @@ MOST_VARIANTS = 1000
 _WIDEST = 2**20  # stands for the width of a model that is not known yet
 
 
+def _architectures(having: str | None = None) -> str:
+    """Return the names of the architectures, or of those that have a setting; their module is imported."""
+    from jsae.architectures import ARCHITECTURES
+
+    return ", ".join(name for name, sae in ARCHITECTURES.items() if having is None or having in _settings(sae))
+
+
+def _settings(architecture: "type[SAE]") -> set[str]:
+    """Return the names of an architecture's settings."""
+    return {field.name for field in dataclasses.fields(architecture.Config)}
+
+
+def _of(setting: str, text: str) -> Callable[[], str]:
+    """Return the help of a setting, with the names of the architectures that have it."""
+    return lambda: f"{text} ({_architectures(setting)})."
+
+
 @dataclass(frozen=True)
 class RunConfig(Json):
     """Settings of a run: one pass over text that trains one SAE, or several where settings have several values.
@@ -75,23 +92,25 @@ class RunConfig(Json):
     crosscoder: bool = flag(False, "Train one crosscoder that reads and reconstructs all of --layer.")
     activation: str = flag(
         "topk",
-        "Architecture of the SAE: topk, batchtopk, matryoshka, abstopk, relu, gated, jumprelu, or your own class, "
-        "written module:Class; its settings without a flag keep their defaults.",
+        lambda: (
+            f"Architecture of the SAE: {_architectures()}, or your own class, written module:Class; its settings "
+            "without a flag keep their defaults."
+        ),
     )
     expansion_factor: int = flag(8, "Latents per dimension of the model.", at_least(1, 2**28))
     k: tuple[int, ...] = flag(
-        (32,), "Active latents per token (topk, abstopk), or on average (batchtopk, matryoshka).", COUNT
+        (32,), _of("k", "Active latents per token, on average where they are selected in a whole batch"), COUNT
     )
     nested_widths: tuple[int, ...] = flag(
-        (), "Inner widths of a matryoshka SAE; none is 1/16, 1/8, 1/4 and 1/2.", COUNT
+        (), _of("nested_widths", "Widths of the inner SAEs; none is 1/16, 1/8, 1/4 and 1/2"), COUNT
     )
-    l1_coefficient: tuple[float, ...] = flag((5.0,), "Weight of the L1 penalty (relu, gated).", WEIGHT)
-    l0_coefficient: tuple[float, ...] = flag((5.0,), "Weight of the sparsity penalty (jumprelu).", WEIGHT)
+    l1_coefficient: tuple[float, ...] = flag((5.0,), _of("l1_coefficient", "Weight of the L1 penalty"), WEIGHT)
+    l0_coefficient: tuple[float, ...] = flag((5.0,), _of("l0_coefficient", "Weight of the sparsity penalty"), WEIGHT)
     jump_recipe: Literal["tanh", "l0"] = flag(
-        "tanh", "Anthropic's recipe of January 2025, or Gemma Scope's (jumprelu)."
+        "tanh", _of("jump_recipe", "Anthropic's recipe of January 2025, or Gemma Scope's")
     )
-    bandwidth: float = flag(2.0, "Width of the window around thresholds in which they have gradients (jumprelu).")
-    target_l0: tuple[float, ...] = flag((), "Adjust the penalty to reach this mean L0 (relu, gated, jumprelu).")
+    bandwidth: float = flag(2.0, _of("bandwidth", "Width of the window around thresholds in which they have gradients"))
+    target_l0: tuple[float, ...] = flag((), _of("target_l0", "Adjust the penalty to reach this mean L0"))
     num_activations: int = flag(10_000_000, "Activations to train on.", TOKENS)
     batch_size: int = flag(2048, "Activations per step.", at_least(1, 2**24))
     learning_rate: tuple[float, ...] = flag((), "Peak rate; none is 2e-4 / sqrt(d_sae / 16384).", RATE)
@@ -193,7 +212,7 @@ class RunConfig(Json):
     def _check_used(self) -> None:
         """Check that settings which the architecture does not have were left at their defaults."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        own = self._own_settings()
+        own = _settings(self.architecture)
         used = {*own, *(_WITH_K if "k" in own else _WITHOUT_K)}
         names = ", ".join(f"--{name}" for name in (*_OWN, *_WITH_K, *_WITHOUT_K) if name in used) or "no flags"
         for name in (*_OWN, *_WITH_K, *_WITHOUT_K):
@@ -271,10 +290,6 @@ class RunConfig(Json):
         """
         return self._sae_config(width, width * self.expansion_factor, layers)
 
-    def _own_settings(self) -> set[str]:
-        """Return the names of the architecture's settings."""
-        return {field.name for field in dataclasses.fields(self.architecture.Config)}
-
     def _sae_config(self, width: int, d_sae: int, layers: int, **replaced: Any) -> "SAEConfig":
         settings: dict[str, Any] = {
             "k": self.k[0],
@@ -285,7 +300,7 @@ class RunConfig(Json):
             "bandwidth": self.bandwidth,
             "target_l0": self.target_l0[0] if self.target_l0 else None,
         } | replaced
-        own = {name: value for name, value in settings.items() if name in self._own_settings()}
+        own = {name: value for name, value in settings.items() if name in _settings(self.architecture)}
         d_out = None if self.target_hook is None else width
         return self.architecture.Config(width * layers, d_sae, d_out=d_out, skip=self.skip, layers=layers, **own)
 

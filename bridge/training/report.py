@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.run import Run
 from bridge.training.events import Events
-from jsae import files, jsons
+from jsae import extras, files, jsons
 from jsae.progress import Progress
 
 if TYPE_CHECKING:
@@ -125,5 +125,5 @@ def _wandb(project: str, run: Path) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ImportError("--wandb_project needs the extra [wandb]: pip install 'jsae[wandb]'") from error
+        raise ImportError(f"--wandb_project needs wandb: {extras.advice('wandb')}") from error
     return wandb.init(project=project, name=run.name, dir=run, resume="allow", id=run.name)

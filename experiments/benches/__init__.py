@@ -1,1 +1,1 @@
-"""What `experiments.bench` measures: a module with a Config and a main for each."""
+"""The measurements of `experiments.bench`: one module each, with a Config and a main."""

@@ -25,16 +25,15 @@ from bridge.locations import FilePath
 from bridge.settings import flag
 from bridge.training import device
 from experiments.benches import peers, shapes, tables, timing
+from experiments.benches.quality_config import ARCHITECTURES, architectures_of
 from experiments.benches.shapes import Dtype, Size
 
 OURS, MATMUL, THEIR_MATMUL = "jsae", "encoder matmul", "encoder matmul in torch"
-ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "gated", "jumprelu")
 TRAINERS: Mapping[str, tuple[str, ...]] = {
-    "SAELens": ARCHITECTURES,
-    "dictionary_learning": ARCHITECTURES,
-    "sparsify": ("topk",),
-    "sparsify signum": ("topk",),
+    name: architectures_of(name.split()[0])
+    for name in ("SAELens", "dictionary_learning", "sparsify", "sparsify signum")
 }
+"""The other trainers, sparsify with both of its optimisers, and the architectures that each has."""
 SCRIPT = Path(__file__).with_name("contest_peer.py")
 ASLEEP = {
     "OMP_WAIT_POLICY": "passive"

@@ -1,4 +1,7 @@
-"""How a script in another environment answers: one JSON line per job on stdin. Standard library only, no jsae."""
+"""The protocol of scripts in another environment: one JSON line in answer to each job, a JSON line on stdin.
+
+Standard library only, no jsae.
+"""
 
 import contextlib
 import json

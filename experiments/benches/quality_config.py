@@ -24,8 +24,10 @@ class Recipe:
 
     @property
     def is_penalised(self) -> bool:
-        """Whether a penalty, not k, determines L0."""
-        return self.name.split()[0] in ("relu", "gated", "jumprelu")
+        """True if a penalty, not k, determines L0."""
+        from jsae.architectures import find
+
+        return find(self.name.split()[0]).Config.k is None
 
 
 RECIPES: Mapping[str, tuple[Recipe, ...]] = {
@@ -65,8 +67,14 @@ RECIPES: Mapping[str, tuple[Recipe, ...]] = {
         Recipe(OURS, "jumprelu l0"),
     ),
 }
+"""By architecture: those of `jsae.architectures` that another trainer has too."""
 ARCHITECTURES = tuple(RECIPES)
 TRAINERS = tuple(dict.fromkeys(recipe.trainer for recipes in RECIPES.values() for recipe in recipes))
+
+
+def architectures_of(trainer: str) -> tuple[str, ...]:
+    """Return the architectures that a trainer has a recipe for."""
+    return tuple(name for name, recipes in RECIPES.items() if any(recipe.trainer == trainer for recipe in recipes))
 
 
 @dataclass(frozen=True)

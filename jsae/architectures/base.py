@@ -1,4 +1,4 @@
-"""What an architecture is: an abstract SAE with its settings, and what one forward pass in training gets and gives.
+"""The abstract SAE that every architecture extends, its settings, and the inputs and results of a forward pass.
 
 An SAE is a `flax.nnx` module used as a plain pytree: `jax.jit`, `jax.grad` and optax take it as it is, and calling it
 changes nothing in it. Shapes: n tokens, d = d_in, f = d_sae, o = d_out, which is d_in unless it is a transcoder.
@@ -72,7 +72,7 @@ class SAEConfig:
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether the target is another activation than the input."""
+        """True if the target is another activation than the input."""
         return self.d_out is not None
 
     @property
@@ -102,7 +102,7 @@ class SAEConfig:
 
 
 class Context(NamedTuple):
-    """What a forward pass gets beside its input. The defaults are those of inference."""
+    """Arguments of a forward pass other than its input. The defaults are those of inference."""
 
     ops: Ops = Reference()
     training: bool = False
@@ -284,7 +284,7 @@ class SAE(nnx.Module):
 
     @property
     def b_in(self) -> Array | None:
-        """What is subtracted from the input: `b_dec`, nothing in a transcoder."""
+        """The bias that is subtracted from the input: `b_dec`; None in a transcoder."""
         return None if self.config.is_transcoder else self.b_dec[...]
 
     def inputs(self, x: Float[Array, "n d"], context: Context) -> Input:

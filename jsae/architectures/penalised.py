@@ -181,7 +181,7 @@ class JumpReLU(SAE):
         return strength * self.config.l0_coefficient * sparsity + self.config.pre_act_coefficient * below
 
     def initialize_latents(self, x: Float[Array, "n d"], ops: Ops) -> None:
-        """Where L0 has a target, let thresholds start where L0 is four times that.
+        """Start thresholds where L0 is four times its target, if it has one.
 
         Thresholds move slowly, by a factor per step that the learning rate bounds: from theta_0 a short run would
         never get there.

@@ -41,12 +41,12 @@ class SelectingConfig(SAEConfig):
 
     @property
     def dead_k(self) -> int:
-        """How many dead latents AuxK gives a token: `aux_k`, else half of `d_in`; never more than there are."""
+        """Number of dead latents that AuxK selects per token: `aux_k`, else half of `d_in`; at most `d_sae`."""
         return min(self.aux_k or max(self.d_in // 2, 1), self.d_sae)
 
 
 class Selecting(SAE):
-    """What architectures that select latents share: sparse codes, and AuxK. Abstract."""
+    """Sparse codes and AuxK, shared by the architectures that select latents. Abstract."""
 
     sparse: ClassVar[bool] = True
 
@@ -138,7 +138,7 @@ class AbsTopK(Selecting):
 
 
 class BatchSelecting(Selecting):
-    """What BatchTopK and Matryoshka share: a batch-wide selection in training, a threshold afterwards. Abstract."""
+    """Selection from a whole batch in training and a threshold afterwards: BatchTopK and Matryoshka. Abstract."""
 
     form = "jumprelu"
 

@@ -155,7 +155,7 @@ class SparseOps(Ops):
         dead: Bool[Array, " f"],
         k: int,
     ) -> Float[Array, "n o"]:
-        """Where at most k latents are dead, compute all of them: a small dense product instead of a selection."""
+        """Compute all dead latents if there are at most k: a small dense product instead of a selection."""
         n_dead = dead.sum()
 
         def all_of_them() -> Float[Array, "n o"]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from jsae import jsons
 from jsae.records.columns import VERSION, ColumnWriter, Folder, StoreError, write, write_header
+from jsae.saelens.settings import CFG, SCALER, WEIGHTS, WHITENING
 from jsae.settings import Json
 
 __all__ = [
@@ -146,7 +147,6 @@ class AllHeader(Json):
     sae_sha256: str
 
 
-_STATISTICS = ("activation_scaler.json", "activation_whitening.safetensors")
 _DESCRIPTIVE = ("metadata", "device")
 _HOOKS = ("hook_name", "hook_name_out", "hook_names", "sae_lens_version")
 
@@ -161,8 +161,8 @@ def digest(export: Path) -> str:
       FileNotFoundError: the weights or the settings are missing.
       ValueError: `cfg.json` is broken.
     """
-    settings = json.dumps(_settings(export / "cfg.json"), sort_keys=True)
-    names = ["sae_weights.safetensors", *(name for name in _STATISTICS if (export / name).is_file())]
+    settings = json.dumps(_settings(export / CFG), sort_keys=True)
+    names = [WEIGHTS, *(name for name in (SCALER, WHITENING) if (export / name).is_file())]
     total = hashlib.sha256(settings.encode())
     for name in names:
         with (export / name).open("rb") as file:

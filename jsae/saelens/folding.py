@@ -6,9 +6,8 @@ from safetensors import SafetensorError, safe_open
 
 from jsae import jsons
 from jsae.files import is_system_error
-from jsae.saelens.settings import CHECKPOINTS, FACTORS, Settings, shown
+from jsae.saelens.settings import CHECKPOINTS, FACTORS, SCALER, WHITENING, Settings, shown
 
-SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
 _COLUMNS = 8192  # columns of W_enc that are converted to float64 at a time
 
 Weights = dict[str, np.ndarray]

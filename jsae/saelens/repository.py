@@ -7,8 +7,7 @@ from pathlib import Path, PurePosixPath
 from jsae import hub
 from jsae.hub import is_address
 from jsae.saelens import config
-from jsae.saelens.folding import SCALER, WHITENING
-from jsae.saelens.settings import CFG, WEIGHTS, Settings
+from jsae.saelens.settings import CFG, SCALER, WEIGHTS, WHITENING, Settings
 
 __all__ = ["is_address", "local_folder"]
 

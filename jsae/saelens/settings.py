@@ -11,6 +11,17 @@ from safetensors import SafetensorError, safe_open
 from jsae.files import is_system_error
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+SPARSITY = "sparsity.safetensors"
+"""How often latents fire."""
+SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
+"""Statistics that scale the input; training checkpoints of SAELens have them."""
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether a folder has the two files that every exported SAE has."""
+    return all((folder / name).is_file() for name in (CFG, WEIGHTS))
+
+
 ENCODERS: Mapping[str, tuple[str, ...]] = {
     "standard": ("b_enc",),
     "topk": ("b_enc",),
@@ -69,7 +80,7 @@ class Settings:
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether the target is a different activation from the input."""
+        """True if the target is a different activation from the input."""
         return self.architecture in TRANSCODERS
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

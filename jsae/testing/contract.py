@@ -96,6 +96,18 @@ class Contract:
         state, _ = trained_on(self.config)
         np.testing.assert_allclose(np.linalg.norm(state.sae.W_dec, axis=1), 1, atol=1e-5)
 
+    def test_a_step_returns_the_types_that_it_takes(self) -> None:
+        """Compare the arrays of a state with those after a step: others would be compiled for again."""
+        start, batch = initial_state(self.config), rows(self.config, 0, N)
+        program = programs_of(self.config).at(RUN.num_steps)
+        (after,), _ = jax.eval_shape(program, (start,), (batch,))
+        taken, returned = (dict(jax.tree_util.tree_leaves_with_path(state)) for state in (start, after))
+        assert taken.keys() == returned.keys()
+        for path, leaf in returned.items():
+            found = (leaf.shape, leaf.dtype, leaf.weak_type)
+            expected = (taken[path].shape, taken[path].dtype, taken[path].weak_type)
+            assert found == expected, f"{jax.tree_util.keystr(path)} was {expected} and is {found} after a step"
+
     def test_jit_equals_eager(self) -> None:
         """Encode with and without compilation."""
         state, _ = trained_on(self.config)
@@ -192,7 +204,7 @@ class ShardedContract(Contract):
         mesh = axes.make_mesh(latent=min(len(devices), 2), devices=devices)
         whole, sharded = initial_state(self.config), shard(initial_state(self.config), mesh)
         sharding = jax.NamedSharding(mesh, axes.spec(("n", "d")))
-        program = loop.Programs([loop.Member(self.config, RUN)]).at(RUN.num_steps)
+        program = programs_of(self.config).at(RUN.num_steps)
         for i in range(5):
             batch = rows(self.config, N * i, N * (i + 1))
             (whole,), (sums,) = program((whole,), (batch,))
@@ -213,12 +225,19 @@ def trained_on(config: SAEConfig) -> tuple[TrainState, dict[str, float]]:
     source = ArraySource(*world_of(config).acts)
     stream = Shuffled(source, batch_size=N, batches_per_block=_BLOCK // N, seed=0, num_batches=RUN.num_steps)
     members, tail = [loop.Member(config, RUN)], None
-    run = loop.fit(members, loop.init(members, (stream.peek(),)), ((acts,) for acts in stream))
+    batches, programs = ((acts,) for acts in stream), programs_of(config)
+    run = loop.fit(members, loop.init(members, (stream.peek(),)), batches, programs)
     for number, states, (sums,) in run:  # noqa: B007 - the last states are returned
         if number > 0.9 * RUN.num_steps:
             tail = sums if tail is None else metrics.add(tail, sums)
     loop.check_finite(states[0], tail)
     return states[0], metrics.summarize(tail)
+
+
+@functools.cache
+def programs_of(config: SAEConfig) -> loop.Programs:
+    """Return the steps, which are compiled once for all tests of an architecture."""
+    return loop.Programs([loop.Member(config, RUN)])
 
 
 def initial_state(config: SAEConfig) -> TrainState:

@@ -38,11 +38,13 @@
     else location.hash = "#view=steer";
   }
 
-  /* Return the initial strength: a multiple of the latent's mean activation. At their largest activation most latents
-     make the model repeat itself. */
+  /* Return the initial strength: a multiple of the latent's mean activation, below the largest one, at which most
+     latents make the model repeat itself. It is rounded towards zero to three digits. */
   function usual(list, latent, name) {
     if (factor(name)) return 2;
-    return Number((Math.min(GENTLE * list.mean[latent], list.max[latent]) || 1).toPrecision(3));
+    const strength = Math.min(GENTLE * list.mean[latent], list.max[latent]) || 1;
+    const digit = 10 ** (Math.floor(Math.log10(Math.abs(strength))) - 2);
+    return Number((Math.trunc(strength / digit) * digit).toPrecision(3));
   }
 
   const reach = (one) => (factor(one.mode) ? 6 : Math.max(10, Math.ceil(3 * one.list.max[one.latent])));

@@ -14,7 +14,7 @@ from jsae import metrics, optim, state, step
 from jsae.architectures import SAEConfig
 from jsae.config import TrainConfig
 from jsae.health import ActivationsError, NotFiniteError
-from jsae.ops import Ops, choose
+from jsae.ops import Ops, Xla, choose, choose_with_reason
 from jsae.settings import require
 from jsae.state import Acts, TrainState
 
@@ -38,6 +38,13 @@ class Member(NamedTuple):
         return choose(self.train.matmul_dtype)
 
 
+class Choice(NamedTuple):
+    """The implementation of operations for a run, and why it was chosen."""
+
+    ops: Ops
+    reason: str
+
+
 States = tuple[TrainState, ...]
 AllSums = tuple[metrics.Sums, ...]
 
@@ -59,11 +66,37 @@ def abstract_states(members: Sequence[Member], ops: Ops | None = None) -> States
     """Return shapes and dtypes of the states, which restoring a checkpoint needs."""
 
     def one(member: Member) -> TrainState:
-        rows = member.train.batch_size
-        arrays = tuple(jax.ShapeDtypeStruct((rows, width), np.float32) for width in state.widths(member.sae))
-        return jax.eval_shape(lambda sample: init([member._replace(site=0)], (sample,), ops)[0], arrays)
+        return jax.eval_shape(lambda sample: init([member._replace(site=0)], (sample,), ops)[0], _abstract_acts(member))
 
     return tuple(map(one, members))
+
+
+def choose_ops(members: Sequence[Member]) -> Choice:
+    """Return the implementation for jax's default device: without kernels where a step with them does not compile.
+
+    On a GPU with kernels the first step is traced and its kernels are compiled, for the sizes of the members.
+    """
+    choice = Choice(*choose_with_reason(members[0].train.matmul_dtype))
+    obstacle = _obstacle(members, choice.ops) if choice.ops.name == "gpu" else None
+    if obstacle is None:
+        return choice
+    return Choice(Xla(members[0].train.matmul_dtype), f"no Triton kernels: {obstacle}")
+
+
+def _obstacle(members: Sequence[Member], ops: Ops) -> str | None:
+    """Return why kernels of the first step cannot be compiled; None if they can."""
+    batch = {member.site: _abstract_acts(member) for member in members}
+    try:
+        Programs(members, ops).at(1).lower(abstract_states(members, ops), tuple(batch[site] for site in sorted(batch)))
+    except Exception as error:  # compilers raise errors of their own kinds
+        lines = str(error).strip().splitlines() or [""]
+        return f"one does not compile for this GPU ({type(error).__name__}: {lines[0]:.200})"
+    return None
+
+
+def _abstract_acts(member: Member) -> Acts:
+    rows = member.train.batch_size
+    return tuple(jax.ShapeDtypeStruct((rows, width), np.float32) for width in state.widths(member.sae))
 
 
 class Programs:

@@ -107,7 +107,8 @@ def fit(
         "seed": data_seed,
         "num_batches": config.num_steps,
     }
-    run = _Run(loop.Member(sae, config, inner=optimizer), ops, source, shuffle, report_every)
+    member = loop.Member(sae, config, inner=optimizer)
+    run = _Run(member, _chosen(member) if ops is None else ops, source, shuffle, report_every)
     if checkpoints is None:
         return run.steps(None, 0)
     return _saved(run, Path(checkpoints), max(checkpoint_every // config.batch_size, 1))
@@ -163,7 +164,7 @@ class _Run(NamedTuple):
     """An SAE, its activations, and how they are read and reported."""
 
     member: loop.Member
-    ops: Ops | None
+    ops: Ops
     source: Source
     shuffle: dict[str, Any]
     report_every: int
@@ -241,8 +242,16 @@ class _Run(NamedTuple):
             )
 
 
+def _chosen(member: loop.Member) -> Ops:
+    """Return the implementation for the device; warn of a GPU without kernels."""
+    choice = loop.choose_ops([member])
+    if choice.ops.name == "xla":
+        warnings.warn(f"steps are slower than they could be: {choice.reason}", stacklevel=3)
+    return choice.ops
+
+
 @functools.lru_cache(maxsize=4)
-def _programs(member: loop.Member, ops: Ops | None) -> loop.Programs:
+def _programs(member: loop.Member, ops: Ops) -> loop.Programs:
     """Return the compiled steps of an SAE; the last few are cached for training the same SAE again."""
     return loop.Programs([member], ops)
 

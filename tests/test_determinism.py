@@ -57,8 +57,13 @@ def test_flags_are_told_apart_by_their_whole_name():
 
 
 def test_a_process_that_already_computes_on_a_gpu_is_told_that_it_is_too_late(monkeypatch, capsys):
-    enforce("cuda")
-    assert capsys.readouterr().err == ""
     monkeypatch.setitem(sys.modules, "jax._src.xla_bridge", types.SimpleNamespace(_backends={"cuda": object()}))
     enforce("cuda")
     assert "train in a new process" in capsys.readouterr().err
+
+
+def test_a_second_run_of_the_same_process_is_not_warned(monkeypatch, capsys):
+    enforce("cuda")
+    monkeypatch.setitem(sys.modules, "jax._src.xla_bridge", types.SimpleNamespace(_backends={"cuda": object()}))
+    enforce("cuda")
+    assert capsys.readouterr().err == ""

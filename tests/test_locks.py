@@ -186,6 +186,22 @@ def test_a_folder_of_somebodys_partial_downloads_is_something_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["film.partial"]
 
 
+def test_a_run_continues_with_the_implementation_it_began_with(tmp_path):
+    begun = {"model": "hash", "operations": "gpu"}
+    rundir.record(tmp_path, RunConfig(), begun, {"operations": "kernels run here"})
+    rundir.record(tmp_path, RunConfig(), begun, {"operations": "for another reason"})
+    with pytest.raises(ConfigError, match="operations was gpu, is xla"):
+        rundir.record(tmp_path, RunConfig(), begun | {"operations": "xla"})
+    assert rundir.read(tmp_path)["reasons"] == {"operations": "kernels run here"}
+
+
+def test_a_run_of_a_version_that_recorded_no_implementation_continues(tmp_path):
+    rundir.record(tmp_path, RunConfig(), {"model": "hash"})
+    rundir.record(tmp_path, RunConfig(), {"model": "hash", "operations": "gpu"})
+    with pytest.raises(ConfigError, match="data was None, is text"):
+        rundir.record(tmp_path, RunConfig(), {"model": "hash", "data": "text"})
+
+
 @pytest.mark.parametrize("left", ["config.json.partial", "config.partial", files.LOCK])
 def test_a_start_that_was_killed_is_started_over(tmp_path, left):
     run = tmp_path / "run"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from implementations import PIECES
 
+import jsae
 from jsae import loop, optim, step
 from jsae import state as states
 from jsae.architectures import Context, SAEConfig, make, sae_config
@@ -129,3 +131,35 @@ def test_the_device_decides_unless_an_implementation_is_given():
     with pytest.raises(CalledError):
         loop.Programs([member], Refusing()).at(1)(begun, [x])
     loop.Programs([member]).at(1)(begun, [x])
+
+
+class Kernels(Reference):
+    """An implementation with kernels that compile."""
+
+    name: ClassVar[str] = "gpu"
+
+
+class BrokenKernels(Refusing):
+    """An implementation with a kernel that does not compile."""
+
+    name: ClassVar[str] = "gpu"
+
+
+def test_kernels_are_chosen_if_they_compile_for_the_sizes_of_the_run(monkeypatch):
+    how = TrainConfig(num_activations=2 * N, batch_size=N)
+    members = [loop.Member(config, how, site) for site, config in enumerate(SPARSE.values())]
+    assert loop.choose_ops(members) == (Cpu(), "the device is a processor")
+    monkeypatch.setattr(loop, "choose_with_reason", lambda dtype: (Kernels(dtype), "kernels run here"))
+    assert loop.choose_ops(members) == (Kernels(), "kernels run here")
+    monkeypatch.setattr(loop, "choose_with_reason", lambda dtype: (BrokenKernels(dtype), "kernels run here"))
+    ops, reason = loop.choose_ops(members)
+    assert ops == Xla()
+    assert reason == "no Triton kernels: one does not compile for this GPU (CalledError: )"
+
+
+def test_training_on_a_gpu_without_kernels_warns(monkeypatch):
+    obstacle = "no Triton kernels: compute capability 7.5 is below 8.0"
+    monkeypatch.setattr(loop, "choose_with_reason", lambda dtype: (Xla(dtype), obstacle))
+    acts, how = np.random.default_rng(0).normal(size=(2 * N, D)), TrainConfig(num_activations=2 * N, batch_size=N)
+    with pytest.warns(UserWarning, match="compute capability 7.5"):
+        jsae.train(acts.astype(np.float32), SPARSE["topk"], how)

@@ -128,6 +128,10 @@ def test_a_run_says_what_it_did_and_leaves_everything_it_promises(whole):
     record = json.loads((run / "config.json").read_text())
     assert record["flags"]["k"] == [8]
     assert len(record["facts"]["model"]) == 64
+    assert record["facts"]["operations"] == "cpu"
+    assert record["facts"]["compiled"] is None
+    assert record["reasons"]["operations"] == "the device is a processor"
+    assert record["reasons"]["compiled"]
 
 
 def test_the_export_is_read_by_torch_and_saelens_with_its_metadata(whole):

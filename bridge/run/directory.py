@@ -128,8 +128,14 @@ def _check_resumed(run: Path, config: Json) -> None:
     require(not flags, f"the run in {run} was started with {flags}: resume it with its own flags")
 
 
-def record(run: Path, config: Json, facts: dict[str, Any]) -> None:
+def record(run: Path, config: Json, facts: dict[str, Any], reasons: dict[str, str] | None = None) -> None:
     """Write `config.json` (flags, facts such as hashes of model and data, versions), or check that of a resumed run.
+
+    Args:
+      run: its directory.
+      config: its settings.
+      facts: what its numbers depend on beside them. A fact that an older version did not record is not checked.
+      reasons: why some of the facts are as they are; not checked.
 
     Raises:
       ConfigError: the facts have changed, so the run's numbers would change.
@@ -138,13 +144,15 @@ def record(run: Path, config: Json, facts: dict[str, Any]) -> None:
     if path.is_file():
         before = read(run)["facts"]
         changed = [
-            f"{name} was {before.get(name)}, is {value}" for name, value in facts.items() if before.get(name) != value
+            f"{name} was {before.get(name)}, is {value}"
+            for name, value in facts.items()
+            if before.get(name) != value and (name in before or name not in _ADDED)
         ]
         require(not changed, f"{run} cannot continue with the same numbers: {'; '.join(changed)}")
         return
     versions = {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS}
     flags = absolute_fields(type(config), config.to_json())  # a reader may have another working directory
-    text = json.dumps({"flags": flags, "facts": facts, "versions": versions}, indent=2)
+    text = json.dumps({"flags": flags, "facts": facts, "reasons": reasons or {}, "versions": versions}, indent=2)
     files.write(path, text + "\n")
 
 
@@ -170,6 +178,8 @@ def read(run: Path) -> dict[str, Any]:
     return record
 
 
+_ADDED = ("operations",)
+"""Facts that runs of older versions do not have."""
 _KINDS: Mapping[str, tuple[type, ...]] = {
     "checkpoint": (str,),
     "step": (int, type(None)),

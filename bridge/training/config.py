@@ -146,7 +146,7 @@ class RunConfig(Json):
     log_every: int = flag(50, "Steps between reports.", COUNT)
     device: str = flag("cpu", "Device of torch and jax: cpu, cuda or cuda:N.")
     deterministic: bool = flag(
-        False, "On a GPU: end with the same bits on the same card and versions, also after --resume. A CPU does anyway."
+        True, "On a GPU: end with the same bits on the same card and versions, also after --resume. A CPU does anyway."
     )
     jax_memory_fraction: float | None = flag(
         None, "Fraction of a GPU's memory for jax; none is what the SAEs need; torch has the rest."

@@ -27,11 +27,12 @@ def enforce(device: str) -> None:
         return
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
-    os.environ["XLA_FLAGS"] = merged(os.environ.get("XLA_FLAGS", ""), XLA)
-    if _computes_on_gpu():
+    before = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = merged(before, XLA)
+    if os.environ["XLA_FLAGS"] != before and _computes_on_gpu():
         print(
             "warning: jax already computes on a GPU in this process, so its part of --deterministic has no effect: "
-            "train in a new process",
+            "train in a new process, or switch it off (deterministic=False)",
             file=sys.stderr,
             flush=True,
         )

@@ -16,6 +16,7 @@ from jsae.checkpoint import Checkpoints
 from jsae.data import Cursor, Shuffled
 from jsae.health import ActivationsError, Watch
 from jsae.loop import AllSums, Member, States
+from jsae.ops import Ops
 
 if TYPE_CHECKING:
     from bridge.stream import ActivationStream
@@ -35,6 +36,7 @@ def train(
     source: "ActivationStream",
     stop_requests: StopRequests | None = None,
     guard: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ops: Ops | None = None,
 ) -> States | None:
     """Train from the start or the last checkpoint to the end.
 
@@ -46,6 +48,7 @@ def train(
       stop_requests: entered while steps are taken; None never stops the run.
       guard: entered for every step after the first, which compiles, and left before reports, for example
         `bridge.stream.forbid_waiting`.
+      ops: the implementation of operations; None chooses it by the device.
 
     Returns:
       The states after the last step, in the order of the trainees; None for a run that was saved and stopped.
@@ -59,7 +62,7 @@ def train(
     save_every = max(config.checkpoint_every // config.batch_size, 1)
     add = jax.jit(lambda totals, sums: tuple(map(metrics.add, totals, sums)))
     with Checkpoints(Run(run).checkpoints_folder) as checkpoints:
-        batches, states = _begin(config, members, source, checkpoints)
+        batches, states = _begin(config, members, source, checkpoints, ops)
         first_states = states
         last_fvu, window, watch = float("nan"), None, Watch(len(trainees))
         with (
@@ -67,7 +70,7 @@ def train(
             Reporter(run, trainees, int(first_states[0].step), num_steps, config.wandb_project) as reporter,
             contextlib.nullcontext(()) if stop_requests is None else stop_requests() as requests,
         ):
-            steps = loop.fit(members, first_states, batches)  # type: ignore[arg-type]
+            steps = loop.fit(members, first_states, batches, loop.Programs(members, ops))  # type: ignore[arg-type]
             enter: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
             while (taken := _next(steps, enter)) is not None:
                 step, states, sums = taken
@@ -128,7 +131,7 @@ def _watch(
 
 
 def _begin(
-    config: "RunConfig", members: Sequence[Member], source: "ActivationStream", checkpoints: Checkpoints
+    config: "RunConfig", members: Sequence[Member], source: "ActivationStream", checkpoints: Checkpoints, ops: Ops | None
 ) -> tuple[Shuffled, States]:
     """Return batches and states: new ones, or those of the last intact checkpoint if the run is resumed."""
     shuffle: dict[str, Any] = {
@@ -138,7 +141,7 @@ def _begin(
         "num_batches": members[0].train.num_steps,
     }
     if config.resume and checkpoints.latest() is not None:
-        restored = checkpoints.restore(loop.abstract_states(members))
+        restored = checkpoints.restore(loop.abstract_states(members, ops))
         for step, reason, moved_to in restored.damaged:
             print(f"WARNING the checkpoint of step {step} is damaged, and is now {moved_to}: {reason}")
         print(f"continuing from the checkpoint of step {restored.step}", flush=True)
@@ -146,7 +149,7 @@ def _begin(
     if config.resume:
         print("there is no checkpoint yet: starting with the first step", flush=True)
     batches = Shuffled(source, **shuffle)
-    return batches, loop.init(members, batches.peek())  # type: ignore[arg-type]
+    return batches, loop.init(members, batches.peek(), ops)  # type: ignore[arg-type]
 
 
 def _values(members: Sequence[Member], step: int, states: States, window: AllSums) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bridge.nanochat.corpus import Corpus
     from bridge.training.loop import StopRequests
     from bridge.training.plan import Trainee
+    from jsae.loop import Choice
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the run is saved
@@ -80,6 +81,7 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
         accelerators.require_bfloat16("--matmul_dtype=bfloat16", torch_device)
 
     import bridge.nanochat
+    import jsae.loop
     from bridge.training import loop, plan, text
     from bridge.training.finish import finish
 
@@ -87,18 +89,21 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
     nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
     trainees = plan.trainees(run.path, config, nano)
     device.open_jax(torch_device, plan.jax_fraction(config, trainees, nano))
-    plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config))
+    choice = jsae.loop.choose_ops([trainee.member for trainee in trainees])
+    plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config), choice.ops)
     sites = plan.sites(trainees)
     corpus, heldout = text.texts(config, nano)
-    _announce(config, nano, trainees)
+    _announce(config, nano, trainees, choice)
     rows = text.heldout_rows(config, heldout)
     text.check_activations(config, nano, sites, rows)
     text.check_data(run.path, corpus)
-    programs = text.programs(config, nano, corpus, sites)
-    _record(run, config, trainees, nano, corpus, locks, "blocks" if programs is not None else None)
+    programs, reason = text.programs(config, nano, corpus, sites)
+    ways = {"compiled": (None if programs is None else "blocks", reason), "operations": (choice.ops.name, choice.reason)}
+    _record(run, config, trainees, nano, corpus, locks, ways)
 
     # Training, export and evaluation.
-    states = loop.train(run.path, config, trainees, text.stream(config, nano, corpus, sites, programs), stop_requests)
+    acts = text.stream(config, nano, corpus, sites, programs)
+    states = loop.train(run.path, config, trainees, acts, stop_requests, ops=choice.ops)
     if states is None:
         raise Stopped(run)
     try:
@@ -118,22 +123,25 @@ def _record(
     nano: "Nanochat",
     corpus: "Corpus",
     locks: contextlib.ExitStack,
-    compiled: str | None,
+    ways: dict[str, tuple[str | None, str]],
 ) -> None:
     """Write config.json of the run and of its variants, or check those of a resumed run; lock the variants.
 
-    `compiled` says which parts of the model are compiled, None if it runs eagerly.
+    `ways` has what was chosen by the device, which the numbers depend on, each with the reason: which parts of the
+    model are compiled (None if it runs eagerly), and the implementation of operations.
     """
-    facts = {"model": nano.fingerprint, "data": corpus.fingerprint, "data_files": corpus.files, "compiled": compiled}
+    facts = {"model": nano.fingerprint, "data": corpus.fingerprint, "data_files": corpus.files}
+    facts |= {name: chosen for name, (chosen, _) in ways.items()}
+    reasons = {name: reason for name, (_, reason) in ways.items()}
     sites = dict.fromkeys(trainee.hooks for trainee in trainees)
-    directory.record(run.path, config, facts | {"hook_names": [list(hooks) for hooks in sites]})
+    directory.record(run.path, config, facts | {"hook_names": [list(hooks) for hooks in sites]}, reasons)
     for trainee in trainees:
         if trainee.folder != run.path:
             locks.enter_context(files.Lock(trainee.folder))
-            directory.record(trainee.folder, trainee.variant, facts)
+            directory.record(trainee.folder, trainee.variant, facts, reasons)
 
 
-def _announce(config: RunConfig, nano: "Nanochat", trainees: list["Trainee"]) -> None:
+def _announce(config: RunConfig, nano: "Nanochat", trainees: list["Trainee"], choice: "Choice") -> None:
     """Print what will be trained, and settings without effect."""
     import jax
 
@@ -150,6 +158,8 @@ def _announce(config: RunConfig, nano: "Nanochat", trainees: list["Trainee"]) ->
         f"{config.data!r} on {jax.default_backend()}",
         flush=True,
     )
+    if config.device != "cpu":
+        print(f"steps use the implementation {choice.ops.name!r}: {choice.reason}", flush=True)
 
 
 def _prepare_neuronpedia(run: Run, config: RunConfig, torch_device: str) -> None:

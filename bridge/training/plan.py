@@ -86,7 +86,9 @@ def _hooks_of_sites(config: RunConfig, n_layer: int) -> list[tuple[str, ...]]:
     return [tuple(hook_name(layer, hook_type) for hook_type in types) for layer in layers]
 
 
-def check_memory(config: RunConfig, trainees: list[Trainee], width: int, available: int | None) -> None:
+def check_memory(
+    config: RunConfig, trainees: list[Trainee], width: int, available: int | None, ops: Ops | None = None
+) -> None:
     """Check that the arrays of a run fit into the memory of its device.
 
     Args:
@@ -94,6 +96,7 @@ def check_memory(config: RunConfig, trainees: list[Trainee], width: int, availab
       trainees: its SAEs.
       width: of the model's residual stream.
       available: bytes of memory, on a GPU those of jax's part; None if unknown, which skips the check.
+      ops: the implementation of operations on a GPU; None is the one of the device.
 
     Raises:
       ConfigError: they do not fit; says how much is needed and how much there is.
@@ -101,7 +104,7 @@ def check_memory(config: RunConfig, trainees: list[Trainee], width: int, availab
     if available is None:
         return
     if config.device != "cpu":
-        check_gpu_memory(trainees, available)
+        check_gpu_memory(trainees, available, ops)
         return
     saes = [trainee.member.sae for trainee in trainees]
     weights = sum(4 * sae.d_sae * (sae.d_in + sae.width_out) for sae in saes)

@@ -92,8 +92,12 @@ def check_activations(
 
 def programs(
     config: RunConfig, nano: Nanochat, corpus: Corpus, sites: Sequence[tuple[str, ...]]
-) -> compiled.Programs | None:
-    """Return the compiled parts of the model for the passes over the training text, and say so; None: eager passes."""
+) -> tuple[compiled.Programs | None, str]:
+    """Choose whether passes over the training text are compiled, and say so.
+
+    Returns:
+      The compiled parts of the model, None for eager passes, and why.
+    """
     deepest = max(parse(hook)[0] for site in sites for hook in site)
     rows = max(config.tokens_per_forward // corpus.row_len, 1)
     device = next(nano.model.parameters()).device
@@ -103,7 +107,7 @@ def programs(
     if device.type != "cpu" or config.compile_model == "on":
         way = "eager" if chosen is None else "compiled (the first takes some seconds)"
         print(f"the model's forward passes are {way}: {reason}", flush=True)
-    return chosen
+    return chosen, reason
 
 
 def stream(

@@ -15,9 +15,9 @@ def mean_square(error: Float[Array, "n d"]) -> Float[Array, ""]:
     return jnp.square(error).sum(-1).mean()
 
 
-def l1(latents: Float[Array, "n f"], W_dec: Float[Array, "f o"]) -> Float[Array, ""]:
-    """Return mean_n sum_i latents_i |W_dec,i|, for non-negative latents."""
-    return (latents @ jnp.linalg.norm(W_dec, axis=1)).mean()
+def l1(means: Float[Array, " f"], W_dec: Float[Array, "f o"]) -> Float[Array, ""]:
+    """Return mean_n sum_i latents_i |W_dec,i| from the means over tokens of non-negative latents."""
+    return means @ jnp.linalg.norm(W_dec, axis=1)
 
 
 def auxk(

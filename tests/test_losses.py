@@ -75,7 +75,7 @@ def test_auxk_of_a_residual_that_is_zero_is_zero_with_a_finite_gradient(ops):
 
 def test_l1_weighs_latents_by_their_decoder_norm():
     latents, W_dec = jnp.array([[1.0, 2.0], [0.0, 4.0]]), jnp.array([[3.0, 4.0], [0.0, 1.0]])
-    assert float(losses.l1(latents, W_dec)) == pytest.approx((1 * 5 + 2 * 1 + 0 + 4 * 1) / 2)
+    assert float(losses.l1(latents.mean(0), W_dec)) == pytest.approx((1 * 5 + 2 * 1 + 0 + 4 * 1) / 2)
 
 
 def test_squared_error_sums_over_width_and_averages_over_tokens():

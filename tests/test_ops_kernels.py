@@ -16,12 +16,13 @@ if importlib.util.find_spec("triton") is None:
 
 from triton_interpreter import interpreted
 
-from jsae import loop
+from jsae import formulas, loop
 from jsae.architectures import sae_config
 from jsae.config import TrainConfig
 from jsae.loop import Member
 from jsae.ops import AdamScalars, AdamSettings, Codes, Gpu, Input, Moments, Reference
-from jsae.ops.kernels import launch, pairs, selection
+from jsae.ops.formulas import Formula, evaluate
+from jsae.ops.kernels import latents, launch, pairs, selection
 
 REFERENCE = Reference()
 DTYPES = ("float32", "bfloat16")
@@ -212,12 +213,78 @@ def test_adam_of_unit_rows_equals_the_reference(d):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+# ---- elementwise parts of dense architectures ----------------------------------------------------------------------
+
+FORMULAS = (formulas.Rectified(), formulas.GatedMagnitude(), formulas.TanhJump(0.8), formulas.CountedJump(0.8))
+
+
+def test_every_formula_has_a_kernel():
+    assert [latents.FORMULAS[formula.name].number for formula in FORMULAS] == [0, 1, 2, 3]
+    assert len(latents.FORMULAS) == len(FORMULAS)
+
+
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.name)
+@pytest.mark.parametrize("shape", [(37, 300), (16, 8), (3, 5)], ids=str)
+def test_maps_sums_and_all_gradients_equal_the_formulas(ops, formula, shape, monkeypatch):
+    monkeypatch.setattr(latents, "_SPAN", 16)
+    form, (n, f) = latents.FORMULAS[formula.name], shape
+    pre, bias = normal(0, n, f).astype(ops.storage), normal(2, f) / 4
+    arrays = tuple(jnp.abs(normal(3 + i, f)) / 2 for i in range(form.arrays))
+    weights = [rounded(normal(6 + i, n, f), ops) for i in range(form.maps)]
+    weights += [normal(9 + i, f) for i in range(form.terms)]
+
+    def total(evaluate, pre, bias, arrays):
+        maps, sums = evaluate(formula, pre, bias, arrays)
+        outputs = [*(one.astype(jnp.float32) for one in maps), *sums]
+        return sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True)), outputs
+
+    def plain(formula, pre, bias, arrays):
+        return evaluate(formula, pre.astype(jnp.float32) + bias, arrays)
+
+    (ours, theirs) = (
+        jax.grad(functools.partial(total, function), (0, 1, 2), has_aux=True)(pre, bias, arrays)
+        for function in (latents.evaluate, plain)
+    )
+    close(ours, theirs, ops)
+
+
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.name)
+def test_latents_are_mapped_with_their_bias_and_gradients_reach_encoder_and_input(formula):
+    arrays = tuple(jnp.abs(normal(3 + i, 30)) / 2 for i in range(latents.FORMULAS[formula.name].arrays))
+
+    def total(ops, x, W, bias, b_in):
+        maps, sums = ops.map_latents(Input(x, None, b_in), W, bias, formula, arrays)
+        return sum(jnp.square(one).sum() for one in (*maps, *sums))
+
+    of_all = jax.value_and_grad(total, (1, 2, 3, 4))
+    ours, theirs = (of_all(o, normal(0, 9, 7), normal(1, 30, 7), normal(2, 30), normal(5, 7)) for o in (Gpu(), REFERENCE))
+    close(ours, theirs, Gpu())
+
+
+def test_a_formula_without_a_kernel_is_left_to_xla(ops):
+    x, W, bias = rounded(normal(0, 6, 7), ops), rounded(normal(1, 9, 7), ops), normal(2, 9)
+    ours, theirs = (o.map_latents(Input(x), W, bias, Squared(), ()) for o in (ops, REFERENCE))
+    close(ours, theirs, ops)
+
+
+class Squared(Formula):
+    """A formula of a user's own."""
+
+    name = "squared"
+
+    def __call__(self, pre, *arrays):
+        return (pre * pre,), (pre,)
+
+
 STEPPED = {
     "topk": sae_config("topk", 12, 40, k=4, aux_k=6),
     "a transcoder": sae_config("topk", 12, 40, k=4, d_out=9, skip=True, aux_k=6),
     "matryoshka": sae_config("matryoshka", 12, 40, k=4, nested_widths=(5, 20), aux_k=6),
     "abstopk": sae_config("abstopk", 12, 40, k=4),
+    "relu": sae_config("relu", 12, 40, l1_coefficient=0.1),
+    "gated": sae_config("gated", 12, 40, l1_coefficient=0.1),
     "jumprelu": sae_config("jumprelu", 12, 40),
+    "jumprelu by its count": sae_config("jumprelu", 12, 40, jump_recipe="l0"),
 }
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jsae import jsons
 from jsae.ops import Codes, Input, Latents, Ops, Reference
+from jsae.ops.formulas import Formula, Maps, PerLatent
 from jsae.saelens.settings import ENCODERS
 from jsae.settings import at_least, check_fields, number, read_fields, require
 
@@ -297,6 +298,13 @@ class SAE(nnx.Module):
         """Return (x - b_in) W_enc^T plus the named bias."""
         b = jnp.zeros(self.config.d_sae) if bias is None else getattr(self, bias)[...]
         return context.ops.pre_activations(self.inputs(x, context), self.W_enc[...], b)
+
+    def map_latents(
+        self, x: Float[Array, "n d"], context: Context, formula: Formula, *arrays: Array, bias: str | None = "b_enc"
+    ) -> tuple[Maps, PerLatent]:
+        """Return the maps and sums of a formula of the pre-activations (`jsae.ops.Ops.map_latents`)."""
+        b = jnp.zeros(self.config.d_sae) if bias is None else getattr(self, bias)[...]
+        return context.ops.map_latents(self.inputs(x, context), self.W_enc[...], b, formula, arrays)
 
     def _add_latents(self, latents: Latents, start: Float[Array, "n o"], ops: Ops) -> Float[Array, "n o"]:
         """Return start + f W_dec."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jsae import jump, losses
+from jsae import formulas, losses
 from jsae.architectures.base import SAE, Arrays, Context, Forward, SAEConfig
 from jsae.ops import Ops, selection
 from jsae.settings import WEIGHT, Range, number, require
@@ -63,14 +63,14 @@ class ReLU(SAE):
         """Return the encoder bias."""
         return {"b_enc": 0.0}
 
-    def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Float[Array, "n f"], None]:
-        """Return every latent that is above zero."""
-        return jax.nn.relu(self.pre_activations(x, context)), None
+    def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Float[Array, "n f"], Float[Array, " f"]]:
+        """Return every latent that is above zero, and their sums over tokens."""
+        (latents,), (sums,) = self.map_latents(x, context, formulas.Rectified())
+        return latents, sums
 
     def penalty(self, forward: Forward) -> Float[Array, ""]:
         """Return the L1 of the latents, each weighted by its decoder norm."""
-        latents: Array = forward.latents  # type: ignore[assignment]  # dense
-        l1 = losses.l1(latents, self.W_dec[...])
+        l1 = losses.l1(forward.extra / len(forward.x), self.W_dec[...])
         return forward.context.strength * self.config.l1_coefficient * l1
 
     def inference_arrays(self) -> Arrays:
@@ -107,18 +107,19 @@ class Gated(SAE):
         """Return the biases of gate and magnitude, and the log of the ratio of their weights."""
         return {"b_gate": 0.0, "b_mag": 0.0, "r_mag": 0.0}
 
-    def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Float[Array, "n f"], Float[Array, "n f"]]:
-        """Return the gated magnitudes, and ReLU(pi) for the penalty."""
-        h = self.pre_activations(x, context, bias=None)
-        gate = h + self.b_gate
-        magnitude = jax.nn.relu(h * jnp.exp(self.r_mag[...]) + self.b_mag)
-        return jnp.where(gate > 0, magnitude, 0), jax.nn.relu(gate)
+    def activate(
+        self, x: Float[Array, "n d"], context: Context
+    ) -> tuple[Float[Array, "n f"], tuple[Float[Array, "n f"], Float[Array, " f"]]]:
+        """Return the gated magnitudes, and for the penalty ReLU(pi) with its sums over tokens."""
+        arrays = (self.b_gate[...], self.b_mag[...], self.r_mag[...])
+        (latents, gate), (sums,) = self.map_latents(x, context, formulas.GatedMagnitude(), *arrays, bias=None)
+        return latents, (gate, sums)
 
     def penalty(self, forward: Forward) -> Float[Array, ""]:
         """Return the L1 of the gate, and the error of the gate's own reconstruction through a frozen decoder."""
-        context, gate = forward.context, forward.extra
+        context, (gate, sums) = forward.context, forward.extra
         W_dec, b_dec = jax.lax.stop_gradient((self.W_dec[...], self.b_dec[...]))
-        sparsity = context.strength * self.config.l1_coefficient * losses.l1(gate, W_dec)
+        sparsity = context.strength * self.config.l1_coefficient * losses.l1(sums / len(gate), W_dec)
         return sparsity + losses.squared_error(forward.y, context.ops.matmul(gate, W_dec) + b_dec)
 
     def inference_arrays(self) -> Arrays:
@@ -163,22 +164,27 @@ class JumpReLU(SAE):
         """Return the encoder bias, and the log of the threshold."""
         return {"b_enc": 0.0, "log_threshold": math.log(config.initial_threshold)}  # type: ignore[attr-defined]
 
-    def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Float[Array, "n f"], Float[Array, "n f"]]:
-        """Return every latent above its threshold, and the pre-activations for the penalty."""
-        pre = self.pre_activations(x, context)
-        to_input = self.config.jump_recipe == "tanh"
-        return jump.jump_relu(pre, self.threshold, self.config.bandwidth, to_input), pre
+    def activate(
+        self, x: Float[Array, "n d"], context: Context
+    ) -> tuple[Float[Array, "n f"], tuple[Float[Array, " f"], ...]]:
+        """Return every latent above its threshold, and for the penalty the sums of its recipe over tokens."""
+        if self.config.jump_recipe == "l0":
+            (latents,), sums = self.map_latents(
+                x, context, formulas.CountedJump(self.config.bandwidth), self.threshold
+            )
+        else:
+            (latents,), sums = self.map_latents(
+                x, context, formulas.TanhJump(self.config.bandwidth), self.threshold, self._norms
+            )
+        return latents, sums
 
     def penalty(self, forward: Forward) -> Float[Array, ""]:
         """Return the recipe's penalty on sparsity, and for `tanh` the pre-activation loss."""
-        pre, strength = forward.extra, forward.context.strength
-        norms = jnp.linalg.norm(self.W_dec[...], axis=1)
+        active, *below = (sums / len(forward.x) for sums in forward.extra)
+        sparsity = forward.context.strength * self.config.l0_coefficient * active.sum()
         if self.config.jump_recipe == "l0":
-            active = jump.step(pre, self.threshold, self.config.bandwidth)
-            return strength * self.config.l0_coefficient * active.sum(-1).mean()
-        sparsity = jnp.tanh(4 * forward.latents * norms).sum(-1).mean()
-        below = (jax.nn.relu(self.threshold - pre) @ norms).mean()
-        return strength * self.config.l0_coefficient * sparsity + self.config.pre_act_coefficient * below
+            return sparsity
+        return sparsity + self.config.pre_act_coefficient * (below[0] @ self._norms)
 
     def initialize_latents(self, x: Float[Array, "n d"], ops: Ops) -> None:
         """Start thresholds where L0 is four times its target, if it has one.
@@ -192,6 +198,11 @@ class JumpReLU(SAE):
             start = selection.kth_largest(self.pre_activations(x, Context(ops)), count)
             start = jnp.where(start > 0, start, self.config.initial_threshold)  # where fewer than that are positive
             self.log_threshold[...] = jnp.full(self.config.d_sae, jnp.log(start))
+
+    @property
+    def _norms(self) -> Float[Array, " f"]:
+        """The norms of the decoder rows."""
+        return jnp.linalg.norm(self.W_dec[...], axis=1)
 
     @property
     def threshold(self) -> Float[Array, " f"]:

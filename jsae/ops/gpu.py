@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jsae.ops import rows, selection
+from jsae.ops import formulas, rows, selection
 from jsae.ops.cpu import adam_in_place
+from jsae.ops.formulas import Formula, Maps, PerLatent
 from jsae.ops.interface import AdamScalars, AdamSettings, Moments
 from jsae.ops.sparse import SparseOps
 from jsae.ops.types import Codes, Input
@@ -63,6 +64,24 @@ class Gpu(SparseOps):
             return jnp.matmul(whole, weights.T, preferred_element_type=jnp.bfloat16), masked
 
         return encoded
+
+    def map_latents(
+        self,
+        inputs: Input,
+        W_enc: Float[Array, "f d"],
+        b_enc: Float[Array, " f"],
+        formula: Formula,
+        arrays: PerLatent,
+    ) -> tuple[Maps, PerLatent]:
+        """Read and write every array of all latents once, where the formula has a kernel."""
+        from jsae.ops.kernels import latents
+
+        if formula.name not in latents.FORMULAS:
+            return formulas.evaluate(formula, self.pre_activations(inputs, W_enc, b_enc), arrays)
+        centred, bias = self.centred(inputs, W_enc, b_enc)
+        pre = self.matmul(centred.read(), W_enc.T).astype(self.storage)
+        maps, sums = latents.evaluate(formula, pre, bias, arrays)
+        return tuple(one.astype(jnp.float32) for one in maps), sums
 
     def largest(
         self, pre: Float[Array, "n f"], k: int, bias: Float[Array, " f"] | None, *, magnitudes: bool, in_order: bool

@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from jsae.ops import products
+from jsae.ops.formulas import Formula, Maps, PerLatent
 from jsae.ops.products import MatmulDtype
 from jsae.ops.types import Codes, Input, Select
 
@@ -57,7 +58,7 @@ class Ops(abc.ABC):
     """
 
     matmul_dtype: MatmulDtype = "float32"
-    """The dtype that factors of matrix products are rounded to. Sums, weights and moments are float32."""
+    """The dtype that factors of matrix products are rounded to. PerLatent, weights and moments are float32."""
 
     name: ClassVar[str]
     """Name of the implementation."""
@@ -75,6 +76,28 @@ class Ops(abc.ABC):
         self, inputs: Input, W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"]
     ) -> Float[Array, "n f"]:
         """Return (x * scale - b_in) W_enc^T + b_enc."""
+
+    @abc.abstractmethod
+    def map_latents(
+        self,
+        inputs: Input,
+        W_enc: Float[Array, "f d"],
+        b_enc: Float[Array, " f"],
+        formula: Formula,
+        arrays: PerLatent,
+    ) -> tuple[Maps, PerLatent]:
+        """Return the maps of a formula of the pre-activations and some arrays, and the sums of its terms over tokens.
+
+        Args:
+          inputs: n tokens.
+          W_enc: encoder, one row per latent.
+          b_enc: encoder bias.
+          formula: an elementwise function.
+          arrays: its arrays, (f,) each.
+
+        Returns:
+          The maps, (n, f) each, and the sums, (f,) each.
+        """
 
     @abc.abstractmethod
     def top_k(

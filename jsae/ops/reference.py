@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jsae.ops import formulas
+from jsae.ops.formulas import Formula, Maps, PerLatent
 from jsae.ops.interface import AdamScalars, AdamSettings, Moments, Ops, Result
 from jsae.ops.types import Codes, Input, Select
 
@@ -23,6 +25,17 @@ class Reference(Ops):
     ) -> Float[Array, "n f"]:
         """Return (x * scale - b_in) W_enc^T + b_enc."""
         return self.matmul(inputs.read(), W_enc.T) + b_enc
+
+    def map_latents(
+        self,
+        inputs: Input,
+        W_enc: Float[Array, "f d"],
+        b_enc: Float[Array, " f"],
+        formula: Formula,
+        arrays: PerLatent,
+    ) -> tuple[Maps, PerLatent]:
+        """Evaluate the formula, then sum its terms."""
+        return formulas.evaluate(formula, self.pre_activations(inputs, W_enc, b_enc), arrays)
 
     def top_k(
         self,

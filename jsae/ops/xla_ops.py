@@ -7,7 +7,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jsae.ops import selection
+from jsae.ops import formulas, selection
+from jsae.ops.formulas import Formula, Maps, PerLatent
 from jsae.ops.sparse import SparseOps
 from jsae.ops.types import Codes, Input
 
@@ -15,6 +16,17 @@ from jsae.ops.types import Codes, Input
 @dataclasses.dataclass(frozen=True)
 class XlaOps(SparseOps):
     """Sparse operations that need no kernels of our own. Abstract."""
+
+    def map_latents(
+        self,
+        inputs: Input,
+        W_enc: Float[Array, "f d"],
+        b_enc: Float[Array, " f"],
+        formula: Formula,
+        arrays: PerLatent,
+    ) -> tuple[Maps, PerLatent]:
+        """Leave the fusion of the elementwise passes to XLA."""
+        return formulas.evaluate(formula, self.pre_activations(inputs, W_enc, b_enc), arrays)
 
     @abc.abstractmethod
     def sort(self, values: Float[Array, "n w"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:

@@ -1,0 +1,28 @@
+"""Elementwise functions of pre-activations, as dense architectures use them: some maps, and some sums over tokens."""
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+from jaxtyping import Array, Float
+
+Maps = tuple[Float[Array, "n f"], ...]
+PerLatent = tuple[Float[Array, " f"], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Formula(abc.ABC):
+    """An elementwise function of pre-activations and arrays of latents. Its fields are constants."""
+
+    name: ClassVar[str]
+    """Name by which an implementation finds its kernel, if it has one."""
+
+    @abc.abstractmethod
+    def __call__(self, pre: Float[Array, "n f"], *arrays: Float[Array, " f"]) -> tuple[Maps, Maps]:
+        """Return the maps, and the terms of the sums; all are (n, f), and differentiable."""
+
+
+def evaluate(formula: Formula, pre: Float[Array, "n f"], arrays: PerLatent) -> tuple[Maps, PerLatent]:
+    """Return the maps of a formula, and the sums of its terms over tokens."""
+    maps, terms = formula(pre, *arrays)
+    return maps, tuple(term.sum(0) for term in terms)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jsae import optim
 from jsae.architectures import SAE, Context
 from jsae.ops import Codes, Latents, Ops
+from jsae.ops.formulas import latent_totals
 
 _LONGEST = 2**30  # the counter saturates here
 
@@ -17,7 +18,7 @@ def times_fired(latents: Latents, d_sae: int) -> Int[Array, " f"]:
     """Return the number of tokens on which each latent is not zero. A selected latent with value 0 did not fire."""
     if isinstance(latents, Codes):
         return jnp.zeros(d_sae, jnp.int32).at[latents.indices].add(latents.values != 0)
-    return (latents != 0).sum(0, dtype=jnp.int32)
+    return latent_totals(latents)[0]
 
 
 def update(since_fired: Int[Array, " f"], fired: Int[Array, " f"], tokens: int) -> Int[Array, " f"]:

@@ -45,13 +45,16 @@ class Sums(NamedTuple):
     """number of activation entries that are NaN or infinite"""
 
 
-def batch_sums(x: Any, error: Any, values: Any, fired: Any, *, loss: Any, nonfinite: Any, mean: Any = None) -> Sums:
+def batch_sums(
+    x: Any, error: Any, *, l0: Any, l1: Any, fired: Any, loss: Any, nonfinite: Any, mean: Any = None
+) -> Sums:
     """Return the sums of a batch, or of a part of one.
 
     Args:
       x: activations, (n, d).
       error: error of their reconstruction, x_hat - x, (n, d).
-      values: latents, (n, f), or the values of sparse codes, (n, k).
+      l0: number of latents that are not zero.
+      l1: sum of their magnitudes.
       fired: number of tokens on which each latent is not zero, (f,).
       loss: mean loss of the batch.
       nonfinite: number of entries of x that are not finite.
@@ -77,8 +80,8 @@ def batch_sums(x: Any, error: Any, values: Any, fired: Any, *, loss: Any, nonfin
         cosine=(inner / (norm * norm_hat + tiny)).sum(),
         norm_ratio=(norm_hat / (norm + tiny)).sum(),
         total=total,
-        l0=(values != 0).sum(),
-        l1=abs(values).sum(),
+        l0=l0,
+        l1=l1,
         fired=fired,
         nonfinite=nonfinite,
     )

@@ -170,11 +170,13 @@ def _sums(
 
     def part(arrays: tuple[Acts, Array, Array, Array]) -> metrics.Sums:
         raw, y, error, values = arrays
+        fired, magnitudes = (values != 0, jnp.abs(values)) if sparse else ops.latent_totals(values)
         return metrics.batch_sums(
             y,
             error * (1 / state.scale_out),
-            values / state.scale_out.mean(),
-            0 if sparse else dead.times_fired(values, sizes.d_sae),
+            l0=fired.sum(),
+            l1=magnitudes.sum() / state.scale_out.mean(),
+            fired=0 if sparse else fired,
             loss=outputs.loss,
             nonfinite=sum((~jnp.isfinite(a)).sum() for a in jax.tree.leaves(raw)),
             mean=mean,

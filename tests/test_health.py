@@ -107,7 +107,15 @@ def test_a_part_of_a_transcoder_or_a_crosscoder_is_named():
 def test_metrics_of_nan_are_not_reported_as_an_empty_set():
     x = normal()
     x[3] = np.nan
-    sums = metrics.batch_sums(x, x - 1, x, (x != 0).sum(0), loss=np.float32(1), nonfinite=(~np.isfinite(x)).sum())
+    sums = metrics.batch_sums(
+        x,
+        x - 1,
+        l0=(x != 0).sum(),
+        l1=abs(x).sum(),
+        fired=(x != 0).sum(0),
+        loss=np.float32(1),
+        nonfinite=(~np.isfinite(x)).sum(),
+    )
     summary = metrics.summarize(sums)
     assert summary["tokens"] == N
     assert health.unusable(summary) == "not finite: fvu, mse, cosine"

@@ -16,7 +16,13 @@ LATENTS = np.array([[1.0, 0.0, 2.0], [0.0, 0.0, -1.0], [0.5, 0.0, 0.0]])
 
 def sums_of(x, x_hat, latents):
     return metrics.batch_sums(
-        x, x_hat - x, latents, (latents != 0).sum(0), loss=x.sum() * 0 + 2.0, nonfinite=x.sum() * 0
+        x,
+        x_hat - x,
+        l0=(latents != 0).sum(),
+        l1=abs(latents).sum(),
+        fired=(latents != 0).sum(0),
+        loss=x.sum() * 0 + 2.0,
+        nonfinite=x.sum() * 0,
     )
 
 

@@ -284,3 +284,11 @@ def test_the_device_chooses_the_implementation():
     assert all(ops.matmul_dtype == "float32" for ops in IMPLEMENTATIONS.values())
     assert len({hash(ops) for ops in (*ALL.values(), Cpu("bfloat16"))}) == len(ALL) + 1
     assert PIECES.encode_chunk(60, 16, 96) == PIECES.sum_chunk(60, 16, 96, gradients=True) == 20  # it does cut
+
+
+def test_latents_are_counted_and_added(ops, sizes):
+    n, f, _, _ = sizes
+    latents = np.asarray(normal(0, n, f)) * (np.asarray(normal(1, n, f)) > 1)
+    counts, sums = ops.latent_totals(jnp.asarray(latents))
+    np.testing.assert_array_equal(counts, (latents != 0).sum(0))
+    np.testing.assert_allclose(sums, np.abs(latents).sum(0), rtol=1e-5)

@@ -267,6 +267,15 @@ def test_a_formula_without_a_kernel_is_left_to_xla(ops):
     close(ours, theirs, ops)
 
 
+@pytest.mark.parametrize("shape", [(37, 300), (16, 8)], ids=str)
+def test_latents_are_counted_and_added_as_by_the_reference(ops, shape, monkeypatch):
+    monkeypatch.setattr(latents, "_SPAN", 16)
+    values = rounded(jnp.maximum(normal(0, *shape), 0), ops).at[:, 3].set(0)
+    (counts, sums), (their_counts, their_sums) = (o.latent_totals(values) for o in (ops, REFERENCE))
+    np.testing.assert_array_equal(counts, their_counts)
+    np.testing.assert_allclose(sums, their_sums, rtol=1e-6)
+
+
 class Squared(Formula):
     """A formula of a user's own."""
 

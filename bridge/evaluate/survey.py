@@ -88,7 +88,15 @@ def _survey(
     target, y_hat = y.double(), sae.reconstruct(latents, x).double()
     error, fired = y_hat - target, latents != 0
     loss = error.square().sum() / max(len(x), 1)
-    sums = metrics.batch_sums(target, error, latents, fired.sum(0), loss=loss, nonfinite=(~x.isfinite()).sum())
+    sums = metrics.batch_sums(
+        target,
+        error,
+        l0=fired.sum(),
+        l1=latents.abs().sum(),
+        fired=fired.sum(0),
+        loss=loss,
+        nonfinite=(~x.isfinite()).sum(),
+    )
     in_row = torch.zeros(rows, sae.d_sae, device=x.device).index_add_(0, row, fired.float())
     return Survey(
         metrics.Sums(*(value.double().cpu().numpy() for value in sums)),

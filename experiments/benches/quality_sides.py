@@ -165,8 +165,9 @@ def score(folder: Path, activations: Path, subject: Subject) -> dict[str, float]
             latents = sae.encode(x)
             exact = x.double().numpy()
             error = sae.decode(latents).double().numpy() - exact
+            fired = (latents != 0).sum(0).numpy()
             sums = metrics.batch_sums(
-                exact, error, latents.numpy(), (latents != 0).sum(0).numpy(), loss=0.0, nonfinite=0
+                exact, error, l0=fired.sum(), l1=latents.abs().sum().item(), fired=fired, loss=0.0, nonfinite=0
             )
             total = sums if total is None else metrics.add(total, sums)
     summary = metrics.summarize(total)

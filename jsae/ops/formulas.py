@@ -4,7 +4,8 @@ import abc
 import dataclasses
 from typing import ClassVar
 
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 Maps = tuple[Float[Array, "n f"], ...]
 PerLatent = tuple[Float[Array, " f"], ...]
@@ -20,6 +21,11 @@ class Formula(abc.ABC):
     @abc.abstractmethod
     def __call__(self, pre: Float[Array, "n f"], *arrays: Float[Array, " f"]) -> tuple[Maps, Maps]:
         """Return the maps, and the terms of the sums; all are (n, f), and differentiable."""
+
+
+def latent_totals(latents: Float[Array, "n f"]) -> tuple[Int[Array, " f"], Float[Array, " f"]]:
+    """Return of every latent the number of tokens on which it is not zero, and the sum of its magnitudes."""
+    return (latents != 0).sum(0, dtype=jnp.int32), jnp.abs(latents).sum(0)
 
 
 def evaluate(formula: Formula, pre: Float[Array, "n f"], arrays: PerLatent) -> tuple[Maps, PerLatent]:

@@ -83,6 +83,12 @@ class Gpu(SparseOps):
         maps, sums = latents.evaluate(formula, pre, bias, arrays)
         return tuple(one.astype(jnp.float32) for one in maps), sums
 
+    def latent_totals(self, latents: Float[Array, "n f"]) -> tuple[Int[Array, " f"], Float[Array, " f"]]:
+        """Count and add by a kernel."""
+        from jsae.ops.kernels import latents as kernels
+
+        return kernels.totals(latents.astype(self.storage))
+
     def largest(
         self, pre: Float[Array, "n f"], k: int, bias: Float[Array, " f"] | None, *, magnitudes: bool, in_order: bool
     ) -> Codes:

@@ -100,6 +100,13 @@ class Ops(abc.ABC):
         """
 
     @abc.abstractmethod
+    def latent_totals(self, latents: Float[Array, "n f"]) -> tuple[Int[Array, " f"], Float[Array, " f"]]:
+        """Return of every latent the number of tokens on which it is not zero, and the sum of its magnitudes.
+
+        Nothing is differentiated.
+        """
+
+    @abc.abstractmethod
     def top_k(
         self,
         pre: Float[Array, "n f"],

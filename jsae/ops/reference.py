@@ -37,6 +37,10 @@ class Reference(Ops):
         """Evaluate the formula, then sum its terms."""
         return formulas.evaluate(formula, self.pre_activations(inputs, W_enc, b_enc), arrays)
 
+    def latent_totals(self, latents: Float[Array, "n f"]) -> tuple[Int[Array, " f"], Float[Array, " f"]]:
+        """Count and add."""
+        return formulas.latent_totals(latents)
+
     def top_k(
         self,
         pre: Float[Array, "n f"],

@@ -28,6 +28,10 @@ class XlaOps(SparseOps):
         """Leave the fusion of the elementwise passes to XLA."""
         return formulas.evaluate(formula, self.pre_activations(inputs, W_enc, b_enc), arrays)
 
+    def latent_totals(self, latents: Float[Array, "n f"]) -> tuple[Int[Array, " f"], Float[Array, " f"]]:
+        """Count and add in one pass."""
+        return formulas.latent_totals(latents)
+
     @abc.abstractmethod
     def sort(self, values: Float[Array, "n w"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         """Return the k largest of every row and their places, as `lax.top_k`, equal values in any order."""

@@ -148,3 +148,26 @@ def backward_kernel(
         tl.store(partial + row + 2 * F, b_sum, mask=real)
     if ARRAYS > 2:
         tl.store(partial + row + 3 * F, c_sum, mask=real)
+
+
+@triton.jit
+def totals_kernel(
+    latents, counts, sums, N: tl.constexpr, F: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Count for some columns on how many of SPAN tokens they are not 0, and add their magnitudes."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    real = column < F
+    count = tl.zeros((COLUMNS,), tl.int32)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    begin = tl.program_id(1) * SPAN
+    for turn in range(begin, begin + SPAN, ROWS):
+        token = turn + tl.arange(0, ROWS)
+        inside = (token < N)[:, None] & real[None, :]
+        place = token.to(tl.int64)[:, None] * F + column[None, :]
+        value = tl.load(latents + place, mask=inside, other=0.0).to(tl.float32)
+        count += tl.sum((value != 0.0).to(tl.int32), 0)
+        total += tl.sum(tl.abs(value), 0)
+    row = tl.program_id(1).to(tl.int64) * F + column
+    tl.store(counts + row, count, mask=real)
+    tl.store(sums + row, total, mask=real)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jsae.ops.formulas import Formula, Maps, PerLatent
 from jsae.ops.kernels import latent_kernels as kernels
@@ -100,6 +100,25 @@ def _backward(formula, saved, gradients):
 
 
 evaluate.defvjp(_forward, _backward)
+
+
+def totals(latents: Float[Array, "n f"]) -> tuple[Int[Array, " f"], Float[Array, " f"]]:
+    """Return the number of tokens on which each latent is not zero, and the sum of its magnitudes."""
+    n, f = latents.shape
+    spans = -(-n // _SPAN)
+    counts, sums = call(
+        kernels.totals_kernel,
+        latents,
+        outputs=[Shape((spans, f), jnp.int32), Shape((spans, f), jnp.float32)],
+        grid=(-(-f // _COLUMNS), spans),
+        warps=_WARPS,
+        N=n,
+        F=f,
+        SPAN=_SPAN,
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+    )
+    return counts.sum(0), sums.sum(0)
 
 
 def _padded(arrays: PerLatent, bias: Float[Array, " f"]) -> list[Float[Array, " f"]]:

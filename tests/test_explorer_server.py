@@ -281,7 +281,16 @@ def test_a_closed_connection_stops_its_generation(run, model):
         assert not any(block._forward_hooks for block in im.model.transformer.h)
 
 
-def test_more_generations_than_are_allowed_are_sent_away(run, model):
+def test_more_generations_than_are_allowed_are_sent_away(run, model, monkeypatch):
+    im = model[0]
+    generate = im.generate
+
+    def slow(*args, **kwargs):
+        for token in generate(*args, **kwargs):
+            yield token
+            time.sleep(0.05)  # or it might end before the others are asked for
+
+    monkeypatch.setattr(im, "generate", slow)
     with served(run, *model, limits=Limits(generations=1)) as client:
         with client.stream("POST", "/api/steer", json={"prompt": "def", "max_tokens": 256}) as busy:
             next(busy.iter_lines())

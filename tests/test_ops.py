@@ -12,6 +12,7 @@ from jsae.ops import IMPLEMENTATIONS, PLAIN, AdamScalars, AdamSettings, Cpu, Inp
 from jsae.ops.cpu import sorting_order
 from jsae.ops.rows import divisor
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 REFERENCE = Reference()
 SELECTIONS = ("top_k", "abs_top_k", "batch_top_k")
 SIZES = {"divided": (60, 96, 5, 16), "odd": (97, 101, 7, 13)}  # n, f, k, d; the odd ones divide nothing

@@ -11,6 +11,7 @@ from implementations import ALL
 from jsae.architectures.selecting import least_active
 from jsae.ops import Ops, selection
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 SHAPES = [(7, 64, 4), (3, 96, 32), (5, 97, 3), (2, 10, 10), (4, 6144, 32), (1, 8, 1), (97, 101, 7), (60, 96, 5)]
 
 

@@ -19,6 +19,7 @@ from jsae.ops.reference import tangent_rows
 from jsae.settings import ConfigError
 from jsae.state import TrainState
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 D, F = 8, 24
 RUN = TrainConfig(num_activations=100 * 20, batch_size=20, learning_rate=1e-2)
 

@@ -94,7 +94,7 @@ def _obstacle(members: Sequence[Member], ops: Ops) -> str | None:
     return None
 
 
-def _abstract_acts(member: Member) -> Acts:
+def _abstract_acts(member: Member) -> tuple[jax.ShapeDtypeStruct, ...]:
     rows = member.train.batch_size
     return tuple(jax.ShapeDtypeStruct((rows, width), np.float32) for width in state.widths(member.sae))
 

@@ -39,13 +39,6 @@ sys.meta_path.insert(0, KernelFinder)
 # Four devices on one processor, so that the sharded step is a real one.
 jax.config.update("jax_num_cpu_devices", 4)
 
-# This process compiles thousands of small programs. Without XLA's newer emitters of fusions that takes half the time.
-# XLA reads its flags once, and ends the process if it does not know one; commands that tests start get none.
-if "XLA_FLAGS" not in os.environ and jax.__version_info__ < (0, 11):
-    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
-    jax.devices("cpu")
-    del os.environ["XLA_FLAGS"]
-
 # Tiny models on one thread: threads that wait for each other cost minutes as soon as another process wants a core.
 torch.set_num_threads(1)
 
@@ -68,6 +61,18 @@ def pytest_configure(config: pytest.Config) -> None:
         tiers.require_gpu()
     else:
         jax.config.update("jax_platforms", "cpu")
+        compile_quickly()
+
+
+def compile_quickly() -> None:
+    """Compile the small programs of this process without XLA's newer emitters of fusions, in half the time.
+
+    XLA reads its flags once, and ends the process if it does not know one; commands that tests start get none.
+    """
+    if "XLA_FLAGS" not in os.environ and jax.__version_info__ < (0, 11):
+        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+        jax.devices()
+        del os.environ["XLA_FLAGS"]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

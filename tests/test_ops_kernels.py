@@ -257,7 +257,9 @@ def test_latents_are_mapped_with_their_bias_and_gradients_reach_encoder_and_inpu
         return sum(jnp.square(one).sum() for one in (*maps, *sums))
 
     of_all = jax.value_and_grad(total, (1, 2, 3, 4))
-    ours, theirs = (of_all(o, normal(0, 9, 7), normal(1, 30, 7), normal(2, 30), normal(5, 7)) for o in (Gpu(), REFERENCE))
+    ours, theirs = (
+        of_all(o, normal(0, 9, 7), normal(1, 30, 7), normal(2, 30), normal(5, 7)) for o in (Gpu(), REFERENCE)
+    )
     close(ours, theirs, Gpu())
 
 

@@ -131,7 +131,11 @@ def _watch(
 
 
 def _begin(
-    config: "RunConfig", members: Sequence[Member], source: "ActivationStream", checkpoints: Checkpoints, ops: Ops | None
+    config: "RunConfig",
+    members: Sequence[Member],
+    source: "ActivationStream",
+    checkpoints: Checkpoints,
+    ops: Ops | None,
 ) -> tuple[Shuffled, States]:
     """Return batches and states: new ones, or those of the last intact checkpoint if the run is resumed."""
     shuffle: dict[str, Any] = {

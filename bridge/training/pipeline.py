@@ -98,7 +98,10 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
     text.check_activations(config, nano, sites, rows)
     text.check_data(run.path, corpus)
     programs, reason = text.programs(config, nano, corpus, sites)
-    ways = {"compiled": (None if programs is None else "blocks", reason), "operations": (choice.ops.name, choice.reason)}
+    ways = {
+        "compiled": (None if programs is None else "blocks", reason),
+        "operations": (choice.ops.name, choice.reason),
+    }
     _record(run, config, trainees, nano, corpus, locks, ways)
 
     # Training, export and evaluation.

@@ -169,9 +169,7 @@ class JumpReLU(SAE):
     ) -> tuple[Float[Array, "n f"], tuple[Float[Array, " f"], ...]]:
         """Return every latent above its threshold, and for the penalty the sums of its recipe over tokens."""
         if self.config.jump_recipe == "l0":
-            (latents,), sums = self.map_latents(
-                x, context, formulas.CountedJump(self.config.bandwidth), self.threshold
-            )
+            (latents,), sums = self.map_latents(x, context, formulas.CountedJump(self.config.bandwidth), self.threshold)
         else:
             (latents,), sums = self.map_latents(
                 x, context, formulas.TanhJump(self.config.bandwidth), self.threshold, self._norms

@@ -6,7 +6,8 @@ from jaxtyping import Array, Float
 
 from jsae.ops.interface import AdamScalars, AdamSettings, Moments
 from jsae.ops.kernels import adam_kernels as kernels
-from jsae.ops.kernels.launch import Shape, call, outputs_follow_aliases
+from jsae.ops.kernels import launch
+from jsae.ops.kernels.launch import Shape, call
 
 WIDEST = 2**14
 """Columns of a row that one program holds."""
@@ -20,7 +21,7 @@ def adam_of_unit_rows(
     block = triton.next_power_of_2(d)
     return Moments(
         *call(
-            kernels.adam_kernel_with_outputs if outputs_follow_aliases() else kernels.adam_kernel,
+            kernels.adam_kernel_with_outputs if launch.outputs_follow_aliases() else kernels.adam_kernel,
             *moments,
             g,
             jnp.stack(scalars).astype(jnp.float32),

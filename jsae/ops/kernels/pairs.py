@@ -1,6 +1,6 @@
 """Sums of rows over codes by Triton kernels."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -119,7 +119,7 @@ def latent_sums(
     pairs = sorted_by_latent(codes, f)
     cuts = -(-pairs.keys.size // span)
     arrays = (codes.values, codes.indices if codes.rows is None else codes.rows, rows)
-    constants = {
+    constants: dict[str, Any] = {
         "D": d,
         "K": codes.values.shape[1],
         "RAGGED": codes.rows is not None,

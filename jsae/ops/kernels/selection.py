@@ -1,6 +1,7 @@
 """Selection by Triton kernels."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import triton
@@ -90,7 +91,7 @@ def batch_top_k(
     count, size = n * (k if limit is None else limit), n * k
     group = group_size(f, k)
     groups = -(-f // group)
-    constants = {"F": f, "GROUP": group, "GROUPS": groups, "BIASED": bias is not None}
+    constants: dict[str, Any] = {"F": f, "GROUP": group, "GROUPS": groups, "BIASED": bias is not None}
     dtype = pre.dtype if bias is None else jnp.float32
     bias = jnp.zeros(1) if bias is None else bias
     block = min(256, triton.next_power_of_2(groups))

@@ -74,13 +74,13 @@ def abstract_states(members: Sequence[Member], ops: Ops | None = None) -> States
 def choose_ops(members: Sequence[Member]) -> Choice:
     """Return the implementation for jax's default device: without kernels where a step with them does not compile.
 
-    On a GPU with kernels the first step is traced and its kernels are compiled, for the sizes of the members.
+    On a GPU with kernels the first step is traced and its kernels are compiled to PTX, for the sizes of the members.
     """
     choice = Choice(*choose_with_reason(members[0].train.matmul_dtype))
     obstacle = _obstacle(members, choice.ops) if choice.ops.name == "gpu" else None
     if obstacle is None:
         return choice
-    return Choice(Xla(members[0].train.matmul_dtype), f"no Triton kernels: {obstacle}")
+    return Choice(Xla(members[0].train.matmul_dtype), obstacle)
 
 
 def _obstacle(members: Sequence[Member], ops: Ops) -> str | None:
@@ -90,7 +90,7 @@ def _obstacle(members: Sequence[Member], ops: Ops) -> str | None:
         Programs(members, ops).at(1).lower(abstract_states(members, ops), tuple(batch[site] for site in sorted(batch)))
     except Exception as error:  # compilers raise errors of their own kinds
         lines = str(error).strip().splitlines() or [""]
-        return f"one does not compile for this GPU ({type(error).__name__}: {lines[0]:.200})"
+        return f"a step with Triton kernels does not compile for this GPU ({type(error).__name__}: {lines[0]:.200})"
     return None
 
 

@@ -52,6 +52,7 @@ def update(
     if config.resample_steps is not None:
         new, opt, since_fired = _resampled(config, ops, state, number, new, opt, since_fired, acts)
     loss = sums.loss / n
+    is_bad = ~jnp.isfinite(loss) | (sums.nonfinite > 0)
     target, steps = sae.config.target_l0, config.num_steps
     return (
         TrainState(
@@ -61,9 +62,9 @@ def update(
             since_fired=since_fired,
             scale=state.scale,
             scale_out=state.scale_out,
-            control=control.update(state.control, target, sums.fired.sum() / n, number, steps),
+            control=control.update(state.control, target, sums.l0 / n, number, steps),
             step=number,
-            bad_step=jnp.where(~jnp.isfinite(loss) & (state.bad_step < 0), number, state.bad_step),
+            bad_step=jnp.where(is_bad & (state.bad_step < 0), number, state.bad_step),
         ),
         sums,
     )
@@ -174,7 +175,7 @@ def _sums(
         return metrics.batch_sums(
             y,
             error * (1 / state.scale_out),
-            l0=fired.sum(),
+            l0=fired.sum(dtype=jnp.float32),  # more than int32 holds, in a large batch or a long window
             l1=magnitudes.sum() / state.scale_out.mean(),
             fired=0 if sparse else fired,
             loss=outputs.loss,
@@ -184,7 +185,6 @@ def _sums(
 
     arrays = (acts, y, outputs.error, latents.values if isinstance(latents, Codes) else latents)
     sums = ops.sum_over_tokens(part, arrays, sizes.d_in, sizes.d_sae, gradients=False)
-    sums = sums._replace(l0=sums.l0.astype(jnp.float32))  # the count of a long window exceeds int32
     return sums._replace(fired=dead.times_fired(latents, sizes.d_sae)) if sparse else sums
 
 

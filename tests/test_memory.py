@@ -55,7 +55,7 @@ def test_float32_needs_twice_the_pre_activations():
 
 
 def test_a_dense_architecture_holds_the_latents_of_a_part():
-    assert need(member("relu")).latents == 4 * 4 * KERNELS.sum_chunk(N, D, F, True) * F
+    assert need(member("relu")).latents == 4 * 2 * KERNELS.sum_chunk(N, D, F, True) * F
 
 
 def test_without_kernels_rows_of_all_codes_or_all_pre_activations_exist():
@@ -76,6 +76,14 @@ def test_several_saes_add_up_in_what_stays_and_not_in_what_a_step_makes():
 
 def test_an_average_is_one_more_copy_of_the_weights():
     assert need(member(average_fraction=0.1)).state == 4 * WEIGHTS
+
+
+@pytest.mark.parametrize(("architecture", "arrays"), [("relu", 4), ("jumprelu", 4), ("gated", 6)])
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_kernels_of_dense_architectures_hold_latents_and_maps_and_their_gradients(architecture, arrays, dtype, size):
+    dense = Member(sae_config(architecture, D, F), TrainConfig(10 * N, N, matmul_dtype=dtype))
+    assert need(dense, ops=Gpu(dtype)).latents == arrays * size * 8192 * F
+    assert need(dense, ops=Xla(dtype)).latents == 4 * 4 * N * F
 
 
 def test_more_codes_while_k_comes_down_need_more():
@@ -127,8 +135,10 @@ def test_what_does_not_fit_is_refused_with_the_flag_that_helps():
         ConfigError, match=r"1 SAEs need about 3\.\d GiB of the GPU .*lower --expansion_factor; where torch"
     ):
         plan.check_gpu_memory([one], enough - 1, ops)
-    with pytest.raises(ConfigError, match="lower --batch_size, or install the extra"):
+    with pytest.raises(ConfigError, match=r"lower --batch_size; .* need less \(extra \[cuda\]\)"):
         plan.check_gpu_memory([one], enough, Xla("bfloat16"))
+    with pytest.raises(ConfigError, match=r"need less \(triton is too old\)"):
+        plan.check_gpu_memory([one], enough, Xla("bfloat16"), "triton is too old")
     with pytest.raises(ConfigError, match="lower --expansion_factor or the number of SAEs; where"):
         plan.check_gpu_memory(trainees(FLAGSHIP, 8), enough, ops)
 

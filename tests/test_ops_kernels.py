@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -263,9 +264,24 @@ def test_latents_are_mapped_with_their_bias_and_gradients_reach_encoder_and_inpu
     close(ours, theirs, Gpu())
 
 
-def test_a_formula_without_a_kernel_is_left_to_xla(ops):
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.name)
+def test_numbers_that_are_not_finite_stay_so(formula):
+    odd = jnp.float32([jnp.nan, jnp.inf, -jnp.inf, 0.0, 0.3, -0.3, 1.0])
+    pre, bias = jnp.tile(odd, (3, 1)), jnp.zeros(len(odd))
+    arrays = tuple(jnp.full(len(odd), 0.3) for _ in range(latents.FORMULAS[formula.name].arrays))
+    (maps, sums), (their_maps, their_sums) = (
+        latents.evaluate(formula, pre, bias, arrays),
+        evaluate(formula, pre, arrays),
+    )
+    for ours, theirs in zip((*maps, *sums), (*their_maps, *their_sums), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("formula", ["squared", "rectified"])
+def test_a_formula_without_a_kernel_is_left_to_xla(ops, formula):
     x, W, bias = rounded(normal(0, 6, 7), ops), rounded(normal(1, 9, 7), ops), normal(2, 9)
-    ours, theirs = (o.map_latents(Input(x), W, bias, Squared(), ()) for o in (ops, REFERENCE))
+    formula = {"squared": Squared(), "rectified": Leaky()}[formula]
+    ours, theirs = (o.map_latents(Input(x), W, bias, formula, ()) for o in (ops, REFERENCE))
     close(ours, theirs, ops)
 
 
@@ -285,6 +301,13 @@ class Squared(Formula):
 
     def __call__(self, pre, *arrays):
         return (pre * pre,), (pre,)
+
+
+class Leaky(formulas.Rectified):
+    """A formula derived from one that has a kernel."""
+
+    def __call__(self, pre, *arrays):
+        return (jnp.where(pre > 0, pre, pre / 8),), (pre,)
 
 
 STEPPED = {
@@ -315,3 +338,28 @@ def test_training_steps_equal_those_of_the_reference(name):
     close(ours.sae, theirs.sae, Gpu())
     np.testing.assert_allclose(our_sums.squared_error, their_sums.squared_error, rtol=1e-4)
     np.testing.assert_array_equal(our_sums.fired, their_sums.fired)
+
+
+@pytest.mark.parametrize("name", ["relu", "gated", "jumprelu", "topk"])
+def test_a_step_on_activations_that_are_not_finite_is_marked(name):
+    config = STEPPED[name]
+    member = Member(config, TrainConfig(64 * 24, 24))
+    ops, batch = Gpu(), normal(0, 24, 12)
+    states, program = loop.init([member], (batch,), ops), loop.Programs([member], ops)
+    (state,), _ = program.at(1)(states, (batch.at[3, 2].set(jnp.nan),))
+    assert int(state.bad_step) == 1
+
+
+# ---- the import of jax-triton --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [None, "/a/folder"])
+def test_the_folder_of_tritons_cache_stays_as_it_was(monkeypatch, tmp_path, before):
+    (tmp_path / "jax_triton.py").write_text('import os\nos.environ["TRITON_CACHE_DIR"] = ""\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "jax_triton", raising=False)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TRITON_CACHE_DIR", before)
+    assert launch.jax_triton().__name__ == "jax_triton"
+    assert os.environ.get("TRITON_CACHE_DIR") == before

@@ -154,7 +154,7 @@ def test_kernels_are_chosen_if_they_compile_for_the_sizes_of_the_run(monkeypatch
     monkeypatch.setattr(loop, "choose_with_reason", lambda dtype: (BrokenKernels(dtype), "kernels run here"))
     ops, reason = loop.choose_ops(members)
     assert ops == Xla()
-    assert reason == "no Triton kernels: one does not compile for this GPU (CalledError: )"
+    assert reason == "a step with Triton kernels does not compile for this GPU (CalledError: )"
 
 
 def test_training_on_a_gpu_without_kernels_warns(monkeypatch):

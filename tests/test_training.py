@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 import bridge.nanochat
-from bridge.run import Run
+from bridge.run import Run, directory
 from bridge.settings import from_keywords
 from bridge.stream import forbid_waiting
-from bridge.training import RunConfig, Stopped, device, loop, plan, train
+from bridge.training import RunConfig, Stopped, device, loop, pipeline, plan, train
 from bridge.training import text as training_text
 from jsae.architectures import BatchTopK
+from jsae.loop import Choice
+from jsae.ops import Gpu, Xla
 from jsae.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,3 +177,13 @@ def test_every_step_but_the_first_is_taken_within_the_guard(text, tmp_path):
     source = training_text.stream(config, nano, corpus, plan.sites(trainees))
     (state,) = loop.train(run, config, trainees, source, guard=guard)
     assert int(state.step) == len(entered) == 8  # seven steps after the first, and the end
+
+
+def test_a_run_that_began_without_kernels_continues_without_them(monkeypatch, tmp_path):
+    directory.record(tmp_path, RunConfig(), {"model": "hash", "operations": "xla"})
+    kernels = Choice(Gpu("bfloat16"), "kernels run here")
+    monkeypatch.setattr("jsae.loop.choose_ops", lambda members: kernels)
+    again = RunConfig(resume=True)
+    assert pipeline._choose(Run(tmp_path), again, []) == Choice(Xla("bfloat16"), "the run began with it")
+    assert pipeline._choose(Run(tmp_path / "new"), again, []) == kernels
+    assert pipeline._choose(Run(tmp_path), RunConfig(), []) == kernels

@@ -74,7 +74,6 @@ MODULES = (
     "test_steer_command",
     "test_stream",
     "test_train",
-    "test_training",
     "test_wrong_flags",
 )
 # Slow tests of other modules.

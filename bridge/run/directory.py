@@ -22,7 +22,7 @@ _FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fract
     "model_id",
     "source_set",
 }
-_VERSIONS = ("jsae", "jax", "flax", "optax", "orbax-checkpoint", "torch", "numpy")
+_VERSIONS = ("jsae", "jax", "flax", "optax", "orbax-checkpoint", "torch", "numpy", "jaxlib", "triton", "jax-triton")
 
 
 @contextlib.contextmanager

@@ -112,13 +112,15 @@ def _latents(member: Member, ops: Ops) -> int:
     """Return the bytes of what a step holds of latents at once."""
     sae, n = member.sae, member.train.batch_size
     d, f = sae.d_in, sae.d_sae
+    number = 2 if ops.name == "gpu" and ops.matmul_dtype == "bfloat16" else _FLOAT
     if not sae.sae.sparse:
-        part = getattr(ops, "sum_chunk", lambda n, d_in, d_sae, gradients: n)
-        return _DENSE * _FLOAT * part(n, d, f, True) * f
+        tokens = getattr(ops, "sum_chunk", lambda n, d_in, d_sae, gradients: n)(n, d, f, True)
+        if ops.name == "gpu" and sae.sae.maps:  # pre-activations and maps, and the gradients of both
+            return number * (2 + 2 * sae.sae.maps) * tokens * f
+        return _DENSE * _FLOAT * tokens * f
     k = max(sae.k or 1, member.train.k_start or 0)
     pairs = _PAIR * n * (k + getattr(sae, "dead_k", 0))
     if ops.name == "gpu":
-        number = 2 if ops.matmul_dtype == "bfloat16" else _FLOAT
         chunk = getattr(ops, "encode_chunk", lambda n, d_in, d_sae: n)
         by_token = sae.sae.form in ("topk", "abstopk")
         return pairs + number * f * (chunk(n, d, f) if by_token else n)

@@ -81,7 +81,6 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
         accelerators.require_bfloat16("--matmul_dtype=bfloat16", torch_device)
 
     import bridge.nanochat
-    import jsae.loop
     from bridge.training import loop, plan, text
     from bridge.training.finish import finish
 
@@ -89,8 +88,8 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
     nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
     trainees = plan.trainees(run.path, config, nano)
     device.open_jax(torch_device, plan.jax_fraction(config, trainees, nano))
-    choice = jsae.loop.choose_ops([trainee.member for trainee in trainees])
-    plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config), choice.ops)
+    choice = _choose(run, config, trainees)
+    plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config), *choice)
     sites = plan.sites(trainees)
     corpus, heldout = text.texts(config, nano)
     _announce(config, nano, trainees, choice)
@@ -117,6 +116,18 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
     except KeyboardInterrupt as interrupt:  # SIGTERM too; all of the training is saved
         raise Stopped(run) from interrupt
     print(f"took {time.perf_counter() - started:.0f} s in all")
+
+
+def _choose(run: Run, config: RunConfig, trainees: list["Trainee"]) -> "Choice":
+    """Return the implementation of operations; a resumed run that began without kernels continues without them."""
+    from jsae.loop import Choice, choose_ops
+    from jsae.ops import Xla
+
+    choice = choose_ops([trainee.member for trainee in trainees])
+    resumes = config.resume and run.config_file.is_file()
+    if choice.ops.name == "gpu" and resumes and run.facts.get("operations") == "xla":
+        return Choice(Xla(choice.ops.matmul_dtype), "the run began with it")
+    return choice
 
 
 def _record(

@@ -87,7 +87,12 @@ def _hooks_of_sites(config: RunConfig, n_layer: int) -> list[tuple[str, ...]]:
 
 
 def check_memory(
-    config: RunConfig, trainees: list[Trainee], width: int, available: int | None, ops: Ops | None = None
+    config: RunConfig,
+    trainees: list[Trainee],
+    width: int,
+    available: int | None,
+    ops: Ops | None = None,
+    reason: str = "",
 ) -> None:
     """Check that the arrays of a run fit into the memory of its device.
 
@@ -97,6 +102,7 @@ def check_memory(
       width: of the model's residual stream.
       available: bytes of memory, on a GPU those of jax's part; None if unknown, which skips the check.
       ops: the implementation of operations on a GPU; None is the one of the device.
+      reason: why it was chosen.
 
     Raises:
       ConfigError: they do not fit; says how much is needed and how much there is.
@@ -104,7 +110,7 @@ def check_memory(
     if available is None:
         return
     if config.device != "cpu":
-        check_gpu_memory(trainees, available, ops)
+        check_gpu_memory(trainees, available, ops, reason)
         return
     saes = [trainee.member.sae for trainee in trainees]
     weights = sum(4 * sae.d_sae * (sae.d_in + sae.width_out) for sae in saes)
@@ -120,13 +126,14 @@ def check_memory(
     )
 
 
-def check_gpu_memory(trainees: list[Trainee], available: int, ops: Ops | None = None) -> None:
+def check_gpu_memory(trainees: list[Trainee], available: int, ops: Ops | None = None, reason: str = "") -> None:
     """Check that SAEs fit into jax's part of a GPU.
 
     Args:
       trainees: the SAEs.
       available: bytes of that part.
       ops: the implementation; None is the one of the device.
+      reason: why it was chosen.
 
     Raises:
       ConfigError: they do not fit; names the flag that lowers the largest part of what they need.
@@ -135,14 +142,15 @@ def check_gpu_memory(trainees: list[Trainee], available: int, ops: Ops | None = 
     of_weights, of_batches = need.state + need.saved + need.gradients, need.batch + need.latents
     remedies = ["--batch_size" if of_batches > of_weights else "--expansion_factor"]
     remedies += ["the number of SAEs"] if len(trainees) > 1 and of_weights >= of_batches else []
-    without = (ops or trainees[0].member.ops).name != "gpu" and trainees[0].member.sae.sae.sparse
-    kernels = ", or install the extra [cuda], whose kernels need less" if without else ""
+    member = trainees[0].member
+    without = (ops or member.ops).name != "gpu" and (member.sae.sae.sparse or member.sae.sae.maps)
+    kernels = f". With Triton kernels they would need less ({reason or 'extra [cuda]'})" if without else ""
     require(
         need.total <= available,
         f"{len(trainees)} SAEs need about {need.total / 2**30:.1f} GiB of the GPU ({of_weights / 2**30:.1f} for "
         f"weights, moments, gradients and the copy that is saved, {need.batch / 2**30:.1f} for a batch, "
         f"{need.latents / 2**30:.1f} for its latents), and jax has {available / 2**30:.1f}: lower "
-        f"{' or '.join(remedies)}{kernels}; where torch can spare memory, raise --jax_memory_fraction",
+        f"{' or '.join(remedies)}; where torch can spare memory, raise --jax_memory_fraction{kernels}",
     )
 
 

@@ -149,7 +149,7 @@ class SAE(nnx.Module):
     - `sparse`: whether `activate` returns `Codes`;
     - `initial_latents`, `activate`, `penalty`, `inference_arrays`: what these methods say;
 
-    and where they differ from the defaults `biases`, `rate_factors`, `control_gain`, `initialize_latents`,
+    and where they differ from the defaults `biases`, `maps`, `rate_factors`, `control_gain`, `initialize_latents`,
     `initial_statistics` and `batch_statistics`. No other method is overridden.
 
     Raises:
@@ -162,6 +162,8 @@ class SAE(nnx.Module):
     """Name in the registry; `module:Class` of a class that is not in it."""
     form: ClassVar[str]
     sparse: ClassVar[bool]
+    maps: ClassVar[int] = 0
+    """Number of arrays of latents, (n, f), that `activate` gets from `map_latents`, from which memory is predicted."""
     biases: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Arrays of latents that are added to x W_enc^T."""
     rate_factors: ClassVar[Mapping[str, float]] = {}

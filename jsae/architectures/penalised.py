@@ -48,6 +48,7 @@ class ReLU(SAE):
     name = "relu"
     form = "standard"
     sparse = False
+    maps = 1
 
     b_enc: nnx.Param[Float[Array, " f"]]
 
@@ -89,6 +90,7 @@ class Gated(SAE):
     name = "gated"
     form = "gated"
     sparse = False
+    maps = 2
     biases = ("b_gate", "b_mag")
 
     b_gate: nnx.Param[Float[Array, " f"]]
@@ -138,6 +140,7 @@ class JumpReLU(SAE):
     name = "jumprelu"
     form = "jumprelu"
     sparse = False
+    maps = 1
     control_gain = 2.0
     # Adam moves the logarithm of a threshold by at most the learning rate a step, far less than a direction turns.
     rate_factors: ClassVar = {"log_threshold": 10.0}

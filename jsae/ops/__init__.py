@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import re
 from collections.abc import Mapping
 
 import jax
@@ -9,6 +10,7 @@ import jax
 from jsae.ops.cpu import Cpu
 from jsae.ops.gpu import Gpu
 from jsae.ops.interface import AdamScalars, AdamSettings, Moments, Ops
+from jsae.ops.kernels.launch import jax_triton
 from jsae.ops.products import MatmulDtype
 from jsae.ops.reference import Reference
 from jsae.ops.types import Codes, Input, Latents, Select
@@ -65,16 +67,14 @@ def choose_with_reason(matmul_dtype: MatmulDtype = "float32", platform: str | No
 def why_no_kernels() -> str | None:
     """Return why Triton kernels cannot run on jax's GPU; None if they can."""
     device = jax.devices()[0]
-    if "NVIDIA" not in device.device_kind.upper() and device.platform != "cuda":
-        kind = f"{device.platform} {device.device_kind}"
-        if not hasattr(device, "compute_capability"):
-            return f"the device is {kind}, and they are for NVIDIA GPUs"
-    capability = str(getattr(device, "compute_capability", "0.0"))
+    capability = str(getattr(device, "compute_capability", ""))
+    if not re.fullmatch(r"\d+\.\d+", capability):  # other GPUs have none, or a name
+        return f"the kernels are for NVIDIA GPUs, and the device is {device.device_kind}"
     if float(capability) < 8:
         return f"compute capability {capability} is below 8.0"
-    for module in ("triton", "jax_triton"):
+    for module, imported in {"triton": lambda: importlib.import_module("triton"), "jax_triton": jax_triton}.items():
         try:
-            importlib.import_module(module)
+            imported()
         except Exception as error:  # a broken installation must not stop a run that can do without
             return f"{module} cannot be imported ({type(error).__name__}: {error}); install the extra cuda"
     return None

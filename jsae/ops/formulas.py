@@ -15,8 +15,8 @@ PerLatent = tuple[Float[Array, " f"], ...]
 class Formula(abc.ABC):
     """An elementwise function of pre-activations and arrays of latents. Its fields are constants."""
 
-    name: ClassVar[str]
-    """Name by which an implementation finds its kernel, if it has one."""
+    name: ClassVar[str] = ""
+    """Name by which an implementation finds its kernel, if it has one; a subclass of another formula has its own."""
 
     @abc.abstractmethod
     def __call__(self, pre: Float[Array, "n f"], *arrays: Float[Array, " f"]) -> tuple[Maps, Maps]:

@@ -76,7 +76,7 @@ class Gpu(SparseOps):
         """Read and write every array of all latents once, where the formula has a kernel."""
         from jsae.ops.kernels import latents
 
-        if formula.name not in latents.FORMULAS:
+        if vars(type(formula)).get("name") not in latents.FORMULAS:
             return formulas.evaluate(formula, self.pre_activations(inputs, W_enc, b_enc), arrays)
         centred, bias = self.centred(inputs, W_enc, b_enc)
         pre = self.matmul(centred.read(), W_enc.T).astype(self.storage)
@@ -84,7 +84,7 @@ class Gpu(SparseOps):
         return tuple(one.astype(jnp.float32) for one in maps), sums
 
     def latent_totals(self, latents: Float[Array, "n f"]) -> tuple[Int[Array, " f"], Float[Array, " f"]]:
-        """Count and add by a kernel."""
+        """Count and add by a kernel, in the dtype that the latents have been stored in."""
         from jsae.ops.kernels import latents as kernels
 
         return kernels.totals(latents.astype(self.storage))

@@ -58,7 +58,7 @@ class Ops(abc.ABC):
     """
 
     matmul_dtype: MatmulDtype = "float32"
-    """The dtype that factors of matrix products are rounded to. PerLatent, weights and moments are float32."""
+    """The dtype that factors of matrix products are rounded to. Sums, weights and moments are float32."""
 
     name: ClassVar[str]
     """Name of the implementation."""

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.xdist_group("memory")
 REFERENCE = Size(96, 1536, 8, 1024) if REHEARSED else Size(1280, 20480, 64, 16384)
 MOST = 4 * 2**30
 NEAR = 0.2
-ARCHITECTURES = ("topk", "batchtopk", "relu", "jumprelu")
+ARCHITECTURES = ("topk", "batchtopk", "relu", "gated", "jumprelu")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from card import REHEARSED, distance, show
 
+from jsae import formulas
 from jsae.ops import AdamScalars, AdamSettings, Codes, Input, Moments, Ops, Reference, choose
 
 DTYPES = ("float32", "bfloat16")
@@ -235,3 +236,54 @@ def test_adam_is_the_references(pair, size, unit_rows):
     assert max(far.values()) < 1e-5
     if unit_rows:
         np.testing.assert_allclose(np.linalg.norm(np.asarray(found.p), axis=1), 1, rtol=1e-5)
+
+
+# ---- elementwise parts of dense architectures ----------------------------------------------------------------------
+
+FORMULAS = {
+    "rectified": (formulas.Rectified(), 0),
+    "gated": (formulas.GatedMagnitude(), 3),
+    "tanh jump": (formulas.TanhJump(0.8), 2),
+    "counted jump": (formulas.CountedJump(0.8), 1),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_latents_are_mapped_and_summed_with_all_gradients(size, name):
+    formula, count = FORMULAS[name]
+    arrays = tuple(jnp.abs(normal(6 + i, size.f)) / 2 for i in range(count))
+    x, W, bias = normal(1, size.n, size.d), normal(2, size.f, size.d) / size.d**0.5, normal(3, size.f) / 4
+
+    def results(ops: Ops, x: jax.Array, W: jax.Array, bias: jax.Array, arrays: tuple[jax.Array, ...]) -> Any:
+        def total(x, W, bias, arrays):
+            maps, sums = ops.map_latents(Input(x), W, bias, formula, arrays)
+            return sum(jnp.square(one).mean() for one in (*maps, *sums)), sums
+
+        return jax.value_and_grad(total, (1, 2, 3), has_aux=True)(x, W, bias, arrays)
+
+    found, wanted = both((choose("float32"), Reference("float32")), results, x, W, bias, arrays)
+    far = [distance(a, b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)]
+    show(f"map {name} {size}", far=max(far))
+    assert max(far) < 2e-3
+
+
+def test_latents_are_counted_and_added(size):
+    latents = jnp.maximum(normal(1, size.n, size.f) - 1, 0)
+    (counts, sums), (their_counts, their_sums) = both(
+        (choose("float32"), Reference("float32")), lambda ops, latents: ops.latent_totals(latents), latents
+    )
+    np.testing.assert_array_equal(counts, their_counts)
+    np.testing.assert_allclose(sums, their_sums, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_numbers_that_are_not_finite_stay_so(name):
+    formula, count = FORMULAS[name]
+    x = normal(1, 700, 40).at[3, 2].set(jnp.nan)
+    arrays = tuple(jnp.full(300, 0.3) for _ in range(count))
+    (_, sums), (_, theirs) = both(
+        (choose("float32"), Reference("float32")),
+        lambda ops, x: ops.map_latents(Input(x), normal(2, 300, 40), jnp.zeros(300), formula, arrays),
+        x,
+    )
+    assert [bool(jnp.isnan(a).any()) for a in sums] == [bool(jnp.isnan(a).any()) for a in theirs]

@@ -27,9 +27,12 @@ CONFIGS = {
     "odd topk": sae_config("topk", ODD_D, ODD_F, k=7),
     "odd batchtopk": sae_config("batchtopk", ODD_D, ODD_F, k=7),
     "odd matryoshka": sae_config("matryoshka", ODD_D, ODD_F, k=7, nested_widths=(33, 500)),
+    "odd relu": sae_config("relu", ODD_D, ODD_F),
+    "odd gated": sae_config("gated", ODD_D, ODD_F),
     "odd jumprelu": sae_config("jumprelu", ODD_D, ODD_F),
+    "odd jumprelu by its count": sae_config("jumprelu", ODD_D, ODD_F, jump_recipe="l0"),
 }
-AT_THE_EDGE = ("jumprelu", "odd jumprelu")
+AT_THE_EDGE = ("jumprelu", "odd jumprelu", "odd jumprelu by its count")
 """Thresholds start at pre-activations, which rounding puts above or below."""
 
 

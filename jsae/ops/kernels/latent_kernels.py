@@ -1,7 +1,8 @@
 """Kernels of the elementwise parts of dense architectures, which also sum over tokens, forward and backward.
 
-One program takes some columns and SPAN tokens, ROWS at a time; sums of the spans are added afterwards, in their order.
-`jsae.formulas` has the functions; FORMULA counts them in its order.
+One program takes some columns and SPAN tokens, ROWS at a time. It keeps sums as tiles, and adds their rows at the end.
+The sums of all spans are added afterwards, in their order.
+`jsae.formulas` has the functions; FORMULA is the number of one in that module, from 0. NaN becomes NaN, as there.
 """
 
 import triton
@@ -9,18 +10,24 @@ import triton.language as tl
 
 
 @triton.jit
+def rectified(x):
+    """Return the positive part; tl.maximum would turn NaN into 0."""
+    return tl.where(x <= 0.0, 0.0, x)
+
+
+@triton.jit
 def evaluated(p, a, b, c, FORMULA: tl.constexpr):
-    """Return two maps and two terms of a tile; what a formula does not have is its first map."""
+    """Return two maps and two terms of a tile; those that a formula does not have may be anything."""
     if FORMULA == 0:
-        one = tl.maximum(p, 0.0)
+        one = rectified(p)
         two = one
         first = one
         second = one
     elif FORMULA == 1:
         gate = p + a[None, :]
-        magnitude = tl.maximum(p * tl.exp(c)[None, :] + b[None, :], 0.0)
+        magnitude = rectified(p * tl.exp(c)[None, :] + b[None, :])
         one = tl.where(gate > 0.0, magnitude, 0.0)
-        two = tl.maximum(gate, 0.0)
+        two = rectified(gate)
         first = two
         second = one
     else:
@@ -30,7 +37,7 @@ def evaluated(p, a, b, c, FORMULA: tl.constexpr):
             first = 2.0 * tl.sigmoid(8.0 * one * b[None, :]) - 1.0
         else:
             first = (p > a[None, :]).to(tl.float32)
-        second = tl.maximum(a[None, :] - p, 0.0)
+        second = rectified(a[None, :] - p)
     return one, two, first, second
 
 
@@ -81,8 +88,8 @@ def forward_kernel(
     a_row = tl.load(a + column, mask=real, other=0.0)
     b_row = tl.load(b + column, mask=real, other=0.0)
     c_row = tl.load(c + column, mask=real, other=0.0)
-    first_sum = tl.zeros((COLUMNS,), tl.float32)
-    second_sum = tl.zeros((COLUMNS,), tl.float32)
+    first_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    second_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     begin = tl.program_id(1) * SPAN
     for turn in range(begin, begin + SPAN, ROWS):
         token = turn + tl.arange(0, ROWS)
@@ -93,13 +100,13 @@ def forward_kernel(
         tl.store(one + place, x.to(one.dtype.element_ty), mask=inside)
         if MAPS > 1:
             tl.store(two + place, y.to(two.dtype.element_ty), mask=inside)
-        first_sum += tl.sum(tl.where(inside, first, 0.0), 0)
+        first_sum += tl.where(inside, first, 0.0)
         if TERMS > 1:
-            second_sum += tl.sum(tl.where(inside, second, 0.0), 0)
+            second_sum += tl.where(inside, second, 0.0)
     row = tl.program_id(1).to(tl.int64) * TERMS * F + column
-    tl.store(partial + row, first_sum, mask=real)
+    tl.store(partial + row, tl.sum(first_sum, 0), mask=real)
     if TERMS > 1:
-        tl.store(partial + row + F, second_sum, mask=real)
+        tl.store(partial + row + F, tl.sum(second_sum, 0), mask=real)
 
 
 @triton.jit
@@ -117,10 +124,10 @@ def backward_kernel(
     c_row = tl.load(c + column, mask=real, other=0.0)
     s_row = tl.load(s + column, mask=real, other=0.0)
     t_row = tl.load(t + column, mask=real, other=0.0)
-    p_sum = tl.zeros((COLUMNS,), tl.float32)
-    a_sum = tl.zeros((COLUMNS,), tl.float32)
-    b_sum = tl.zeros((COLUMNS,), tl.float32)
-    c_sum = tl.zeros((COLUMNS,), tl.float32)
+    p_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    a_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    b_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    c_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     begin = tl.program_id(1) * SPAN
     for turn in range(begin, begin + SPAN, ROWS):
         token = turn + tl.arange(0, ROWS)
@@ -133,21 +140,21 @@ def backward_kernel(
             h_tile = tl.load(h + place, mask=inside, other=0.0).to(tl.float32)
         dp, da, db, dc = differentiated(p, a_row, b_row, c_row, g_tile, h_tile, s_row, t_row, FORMULA, WIDTH)
         tl.store(dpre + place, dp.to(dpre.dtype.element_ty), mask=inside)
-        p_sum += tl.sum(tl.where(inside, dp, 0.0), 0)
+        p_sum += tl.where(inside, dp, 0.0)
         if ARRAYS > 0:
-            a_sum += tl.sum(tl.where(inside, da, 0.0), 0)
+            a_sum += tl.where(inside, da, 0.0)
         if ARRAYS > 1:
-            b_sum += tl.sum(tl.where(inside, db, 0.0), 0)
+            b_sum += tl.where(inside, db, 0.0)
         if ARRAYS > 2:
-            c_sum += tl.sum(tl.where(inside, dc, 0.0), 0)
+            c_sum += tl.where(inside, dc, 0.0)
     row = tl.program_id(1).to(tl.int64) * (1 + ARRAYS) * F + column
-    tl.store(partial + row, p_sum, mask=real)
+    tl.store(partial + row, tl.sum(p_sum, 0), mask=real)
     if ARRAYS > 0:
-        tl.store(partial + row + F, a_sum, mask=real)
+        tl.store(partial + row + F, tl.sum(a_sum, 0), mask=real)
     if ARRAYS > 1:
-        tl.store(partial + row + 2 * F, b_sum, mask=real)
+        tl.store(partial + row + 2 * F, tl.sum(b_sum, 0), mask=real)
     if ARRAYS > 2:
-        tl.store(partial + row + 3 * F, c_sum, mask=real)
+        tl.store(partial + row + 3 * F, tl.sum(c_sum, 0), mask=real)
 
 
 @triton.jit
@@ -158,16 +165,16 @@ def totals_kernel(
     """Count for some columns on how many of SPAN tokens they are not 0, and add their magnitudes."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     real = column < F
-    count = tl.zeros((COLUMNS,), tl.int32)
-    total = tl.zeros((COLUMNS,), tl.float32)
+    count = tl.zeros((ROWS, COLUMNS), tl.int32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
     begin = tl.program_id(1) * SPAN
     for turn in range(begin, begin + SPAN, ROWS):
         token = turn + tl.arange(0, ROWS)
         inside = (token < N)[:, None] & real[None, :]
         place = token.to(tl.int64)[:, None] * F + column[None, :]
         value = tl.load(latents + place, mask=inside, other=0.0).to(tl.float32)
-        count += tl.sum((value != 0.0).to(tl.int32), 0)
-        total += tl.sum(tl.abs(value), 0)
+        count += (value != 0.0).to(tl.int32)
+        total += tl.abs(value)
     row = tl.program_id(1).to(tl.int64) * F + column
-    tl.store(counts + row, count, mask=real)
-    tl.store(sums + row, total, mask=real)
+    tl.store(counts + row, tl.sum(count, 0), mask=real)
+    tl.store(sums + row, tl.sum(total, 0), mask=real)

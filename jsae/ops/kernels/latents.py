@@ -12,7 +12,7 @@ from jsae.ops.formulas import Formula, Maps, PerLatent
 from jsae.ops.kernels import latent_kernels as kernels
 from jsae.ops.kernels.launch import Shape, call
 
-_ROWS, _COLUMNS, _WARPS = 16, 256, 8  # a tile of a program
+_ROWS, _COLUMNS, _WARPS = 8, 256, 8  # a tile of a program
 _SPAN = 512  # tokens of a program
 
 
@@ -122,5 +122,5 @@ def totals(latents: Float[Array, "n f"]) -> tuple[Int[Array, " f"], Float[Array,
 
 
 def _padded(arrays: PerLatent, bias: Float[Array, " f"]) -> list[Float[Array, " f"]]:
-    """Return three arrays: what a formula lacks is not used, and another one stands in its place."""
+    """Return three arrays: missing ones are filled with the bias, which the kernel ignores."""
     return [*arrays, *[bias] * (3 - len(arrays))]

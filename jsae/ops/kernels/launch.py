@@ -1,7 +1,9 @@
 """Start a Triton kernel from a jax program."""
 
 import functools
+import importlib
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -57,11 +59,25 @@ def _runner() -> Callable[..., Sequence[Array]]:
     return _with_jax_triton if _replacement is None else _replacement
 
 
+def jax_triton() -> Any:
+    """Return the module jax_triton, and undo its change of TRITON_CACHE_DIR, which torch's compiler reads.
+
+    Raises:
+      ImportError: it is not installed, or does not fit the installed jax or triton.
+    """
+    before = os.environ.get("TRITON_CACHE_DIR")
+    try:
+        return importlib.import_module("jax_triton")
+    finally:
+        if before is None:
+            os.environ.pop("TRITON_CACHE_DIR", None)
+        else:
+            os.environ["TRITON_CACHE_DIR"] = before
+
+
 @functools.cache
 def _parameters() -> frozenset[str]:
-    import jax_triton
-
-    return frozenset(inspect.signature(jax_triton.triton_call).parameters)
+    return frozenset(inspect.signature(jax_triton().triton_call).parameters)
 
 
 def _with_jax_triton(
@@ -73,13 +89,11 @@ def _with_jax_triton(
     aliases: dict[int, int],
     constants: dict[str, Any],
 ) -> Sequence[Array]:
-    import jax_triton
-
     shapes = "out_shape" if outputs_follow_aliases() else "out_type"
     with warnings.catch_warnings():
         # jax-triton 0.4 prefers references to aliases; 0.3 has no references.
         warnings.filterwarnings("ignore", "input_output_aliases is deprecated", DeprecationWarning)
-        return jax_triton.triton_call(
+        return jax_triton().triton_call(
             *inputs,
             kernel=kernel,
             grid=grid,

@@ -101,6 +101,10 @@ def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
 
 def _check_requirements(config: EvaluateConfig, output: Path | None) -> None:
     """Check that the packages and the output directory exist, before anything takes long."""
+    if output is not None and not config.output_dir and not output.is_dir():
+        nearest = next(p for p in output.absolute().parents if p.is_dir())
+        names = ", ".join(sorted(p.name for p in nearest.iterdir() if p.is_dir())[:12]) or "no directories"
+        raise FileNotFoundError(f"{output} is not a directory: give a run or an exported SAE; {nearest} has {names}")
     plots = config.plots and output is not None
     for needed, module, flag_without in ((config.probes, "sklearn", "noprobes"), (plots, "matplotlib", "noplots")):
         if needed and importlib.util.find_spec(module) is None:
@@ -109,10 +113,6 @@ def _check_requirements(config: EvaluateConfig, output: Path | None) -> None:
         return
     if config.output_dir:
         output.mkdir(parents=True, exist_ok=True)
-    if not output.is_dir():
-        nearest = next(p for p in output.absolute().parents if p.is_dir())
-        names = ", ".join(sorted(p.name for p in nearest.iterdir() if p.is_dir())[:12]) or "no directories"
-        raise FileNotFoundError(f"{output} is not a directory: give a run or an exported SAE; {nearest} has {names}")
     require(os.access(output, os.W_OK), f"{output} cannot be written to: give another --output_dir")
 
 

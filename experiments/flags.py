@@ -85,6 +85,8 @@ def parse(
     names = {field.name: (renames or {}).get(field.name, field.name) for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     config = config_class(**{field: flag_values[flag].value for field, flag in names.items()})
     settle(config)
+    if check := getattr(config, "check_given", None):
+        check({field for field, flag in names.items() if flag_values[flag].present})
     return config
 
 

@@ -62,6 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         jax.config.update("jax_platforms", "cpu")
         compile_quickly()
+        # Read when triton is imported, which torch does where a test compiles a model.
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def compile_quickly() -> None:

@@ -236,3 +236,9 @@ def test_no_jax_is_loaded():
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_that_is_not_there_is_named_before_packages_that_are_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(FileNotFoundError, match="nope is not a directory: give a run or an exported SAE"):
+        evaluate.main(EvaluateConfig(run_dir=str(tmp_path / "nope")))

@@ -14,8 +14,8 @@ import explorer_toy as toy
 import pytest
 
 from bridge import hub
+from bridge.run import commands, tables
 from bridge.run import directory as rundir
-from bridge.run import tables
 from bridge.training.config import RunConfig
 from experiments import export, publish
 from jsae import files
@@ -243,3 +243,12 @@ def test_publish_and_explore_take_the_lock_twice_in_one_process(run, capsys):
         config = publish.PublishConfig(run_dir=str(run), dry_run=True, layers=9)
         assert publish.main(config) == 0
     assert "Nothing was sent" in capsys.readouterr().out
+
+
+def test_commands_for_a_finished_run_stand_in_one_line_without_comments(monkeypatch, run):
+    monkeypatch.setattr(commands, "is_installed", lambda extra: False)
+    config = RunConfig.from_json(rundir.read(run)["flags"])
+    (run / "eval.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"finished\. Next: .*evaluate.*; .*explore.*; .*steer") as refused:
+        rundir._check_new(run, config)
+    assert "#" not in str(refused.value)

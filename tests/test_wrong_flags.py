@@ -228,3 +228,10 @@ def works(config: SAEConfig | TrainConfig | RunConfig) -> None:
         sample = (*sample, jax.ShapeDtypeStruct((4, config.d_out), np.float32)) if config.d_out else sample
         run = TrainConfig(num_activations=64, batch_size=4)
         jax.eval_shape(lambda x: loop.init([loop.Member(config, run)], (x,)), sample)
+
+
+@pytest.mark.parametrize("flag", ["--k=32", "--l0_coefficient=5"])
+def test_a_flag_that_the_architecture_does_not_have_is_refused_with_its_default_too(capsys, flag):
+    assert run("train", "--activation=relu", flag) == (2, [])
+    name = flag.partition("=")[0]
+    assert f"{name} means nothing to relu: leave it out. relu has --l1_coefficient" in capsys.readouterr().err

@@ -1,15 +1,12 @@
 """Run the library's Triton kernels on the processor, in Triton's interpreter.
 
-Importing this module switches the interpreter on, which must happen before triton is imported. What a kernel does not
-write is NaN, or a huge integer, so that a test sees it.
+`conftest.py` switches the interpreter on, which must happen before triton is imported. What a kernel does not write is
+NaN, or a huge integer, so that a test sees it.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import jax
 import ml_dtypes

@@ -106,7 +106,7 @@ def _check_new(run: Path, config: Json) -> None:
     finished = next((folder for folder in folders if Layout(folder).table_file("eval").is_file()), None)
     if finished is None:
         require(False, f"{run} already holds this run, unfinished: continue it with --resume, or {other}")
-    lines = "; ".join(commands.after_training(finished))
+    lines = "; ".join(line.partition("  #")[0] for line in commands.after_training(finished))
     require(False, f"{run} already holds this run, finished. Next: {lines}. To train it again, {other}")
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -209,15 +209,23 @@ class RunConfig(Json):
         count = math.prod(max(len(getattr(self, name)), 1) for name in SWEPT)
         require(count <= MOST_VARIANTS, f"these flags ask for {count} variants: at most {MOST_VARIANTS} train together")
 
-    def _check_used(self) -> None:
-        """Check that settings which the architecture does not have were left at their defaults."""
+    def check_given(self, names: Collection[str]) -> None:
+        """Check flags that were given, be it with their defaults: the architecture must have them.
+
+        Raises:
+          ConfigError: names the flag, and those that the architecture has.
+        """
+        self._check_used(names)
+
+    def _check_used(self, given: Collection[str] = ()) -> None:
+        """Check that settings which the architecture does not have are not given, and have their defaults."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         own = _settings(self.architecture)
         used = {*own, *(_WITH_K if "k" in own else _WITHOUT_K)}
         names = ", ".join(f"--{name}" for name in (*_OWN, *_WITH_K, *_WITHOUT_K) if name in used) or "no flags"
         for name in (*_OWN, *_WITH_K, *_WITHOUT_K):
             require(
-                name in used or getattr(self, name) == defaults[name],
+                name in used or (name not in given and getattr(self, name) == defaults[name]),
                 f"--{name} means nothing to {self.activation}: leave it out. {self.activation} has {names}",
             )
         require(

@@ -75,6 +75,8 @@ MODULES = (
     "test_stream",
     "test_train",
     "test_wrong_flags",
+    "test_compiled_forward",
+    "test_decoding",
 )
 # Slow tests of other modules.
 TESTS: dict[str, tuple[str, ...]] = {

@@ -5,6 +5,8 @@ import ast
 import graphlib
 import importlib
 import importlib.resources
+import importlib.util
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -406,6 +408,8 @@ def _classes() -> list[type]:
     found = []
     for top in (jsae, bridge):
         for module in pkgutil.walk_packages(top.__path__, f"{top.__name__}."):
+            if module.name.startswith("jsae.ops.kernels.") and importlib.util.find_spec("triton") is None:
+                continue  # functions only
             members = vars(importlib.import_module(module.name)).values()
             found += [c for c in members if inspect.isclass(c) and c.__module__ == module.name]
     return found

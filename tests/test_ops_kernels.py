@@ -1,6 +1,7 @@
 """The Triton kernels, in Triton's interpreter on the processor, against the reference."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -9,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packaging.version import Version
 
-if importlib.util.find_spec("triton") is None:
+if importlib.util.find_spec("triton") is None or Version(importlib.metadata.version("triton")) < Version("3.7"):
     if os.environ.get("JSAE_REQUIRE_TRITON"):
-        raise ModuleNotFoundError("JSAE_REQUIRE_TRITON is set, but triton is not installed: install the extra test")
-    pytest.skip("needs triton (the extra test)", allow_module_level=True)
+        raise ModuleNotFoundError("JSAE_REQUIRE_TRITON is set, but there is no triton 3.7 or newer: install it")
+    pytest.skip("needs triton 3.7 or newer, which is not installed", allow_module_level=True)
 
 from triton_interpreter import interpreted
 

@@ -6,7 +6,6 @@ import graphlib
 import importlib
 import importlib.resources
 import importlib.util
-import importlib.util
 import inspect
 import os
 import pkgutil

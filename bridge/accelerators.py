@@ -20,7 +20,7 @@ _BFLOAT16 = 8
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What torch and the driver say of the GPUs."""
+    """Properties of the GPUs by torch and the driver."""
 
     torch: str
     """Version of torch."""

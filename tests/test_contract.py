@@ -76,10 +76,12 @@ def test_jax_torch_and_saelens_agree_on_the_export(case, state, tmp_path):
     norms = np.linalg.norm(np.asarray(sae.W_dec) / state.scale_out, axis=1)  # which go into the latents
     by_jax, y_hat = dense(case, latents) * norms, np.asarray(decode(sae, latents, x)) / state.scale_out
     raw = torch.from_numpy(np.asarray(x) / np.asarray(state.scale))
+    thresholds = dict(readers[0].named_parameters()).get("threshold")
+    thresholds = None if thresholds is None else thresholds.detach().numpy()
     for reader in readers:
         with torch.no_grad():
             encoded = reader.encode(raw)
-            same = same_latents(encoded.numpy(), by_jax)
+            same = same_latents(encoded.numpy(), by_jax, thresholds)
             assert relative(encoded.numpy()[same], by_jax[same]) < 1e-5
             assert relative(reader.forward(raw).numpy()[same], y_hat[same]) < 1e-5
             if not case.skip:

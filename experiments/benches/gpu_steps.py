@@ -55,7 +55,7 @@ class Config:
 
 
 class Case(NamedTuple):
-    """What is stepped."""
+    """Settings of the measured steps."""
 
     architecture: str
     size: Size

@@ -15,16 +15,8 @@ from jsae.ops.types import Codes, Input, Select
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference(Ops):
-    """The oracle of every test, and the implementation of inference on a few tokens."""
-
-    name: ClassVar[str] = "reference"
-
-    def pre_activations(
-        self, inputs: Input, W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"]
-    ) -> Float[Array, "n f"]:
-        """Return (x * scale - b_in) W_enc^T + b_enc."""
-        return self.matmul(inputs.read(), W_enc.T) + b_enc
+class PlainMaps(Ops):
+    """Elementwise functions of latents as they are written, without kernels. Abstract."""
 
     def map_latents(
         self,
@@ -40,6 +32,19 @@ class Reference(Ops):
     def latent_totals(self, latents: Float[Array, "n f"]) -> tuple[Int[Array, " f"], Float[Array, " f"]]:
         """Count and add."""
         return formulas.latent_totals(latents)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference(PlainMaps):
+    """The oracle of every test, and the implementation of inference on a few tokens."""
+
+    name: ClassVar[str] = "reference"
+
+    def pre_activations(
+        self, inputs: Input, W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"]
+    ) -> Float[Array, "n f"]:
+        """Return (x * scale - b_in) W_enc^T + b_enc."""
+        return self.matmul(inputs.read(), W_enc.T) + b_enc
 
     def top_k(
         self,

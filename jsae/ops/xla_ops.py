@@ -1,4 +1,4 @@
-"""What the implementations in plain XLA share: selection by sorting, products with a bias beside them."""
+"""The parts that implementations in plain XLA share: selection by sorting, products with a bias beside them."""
 
 import abc
 import dataclasses
@@ -7,30 +7,15 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jsae.ops import formulas, selection
-from jsae.ops.formulas import Formula, Maps, PerLatent
+from jsae.ops import selection
+from jsae.ops.reference import PlainMaps
 from jsae.ops.sparse import SparseOps
 from jsae.ops.types import Codes, Input
 
 
 @dataclasses.dataclass(frozen=True)
-class XlaOps(SparseOps):
+class XlaOps(PlainMaps, SparseOps):
     """Sparse operations that need no kernels of our own. Abstract."""
-
-    def map_latents(
-        self,
-        inputs: Input,
-        W_enc: Float[Array, "f d"],
-        b_enc: Float[Array, " f"],
-        formula: Formula,
-        arrays: PerLatent,
-    ) -> tuple[Maps, PerLatent]:
-        """Leave the fusion of the elementwise passes to XLA."""
-        return formulas.evaluate(formula, self.pre_activations(inputs, W_enc, b_enc), arrays)
-
-    def latent_totals(self, latents: Float[Array, "n f"]) -> tuple[Int[Array, " f"], Float[Array, " f"]]:
-        """Count and add in one pass."""
-        return formulas.latent_totals(latents)
 
     @abc.abstractmethod
     def sort(self, values: Float[Array, "n w"], k: int) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:

@@ -17,7 +17,7 @@ _SPAN = 512  # tokens of a program
 
 
 class _Form(NamedTuple):
-    """What a kernel must know of a formula."""
+    """Properties of a formula that its kernel needs."""
 
     number: int
     maps: int

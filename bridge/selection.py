@@ -10,7 +10,7 @@ ExcludeTokens = Literal["bos", "special", "nothing"]
 """Which special tokens are left out: BOS, all nine of nanochat (the markers of a chat among them), or none."""
 
 SINK_NORM_MULTIPLE = 10.0
-"""A token whose norm exceeds this multiple of the median is an attention sink: such tokens are few, carry no
+"""A token whose norm exceeds this multiple of the median of its row is an attention sink: such tokens are few, carry no
 information about the text, and would dominate the squared error."""
 
 
@@ -79,13 +79,13 @@ def kept(
     return mask
 
 
-def median(x: Float[torch.Tensor, "*B"]) -> Float[torch.Tensor, ""]:
-    """Return the lower median of the numbers that are not NaN, as `torch.nanmedian`, which waits for a GPU."""
-    return x.nanmedian() if x.device.type == "cpu" else sorted_median(x)
+def median(x: Float[torch.Tensor, "B T"]) -> Float[torch.Tensor, "B 1"]:
+    """Return the lower median of the numbers of every row that are not NaN, without waiting for a GPU."""
+    return x.nanmedian(dim=1, keepdim=True).values if x.device.type == "cpu" else sorted_median(x)
 
 
-def sorted_median(x: Float[torch.Tensor, "*B"]) -> Float[torch.Tensor, ""]:
-    """Return the `median` without waiting for the device."""
-    values = x.flatten().sort().values  # NaN is last
-    middle = (len(values) - 1 - values.isnan().sum()).clamp(min=0) // 2
-    return values.gather(0, middle[None])[0]
+def sorted_median(x: Float[torch.Tensor, "B T"]) -> Float[torch.Tensor, "B 1"]:
+    """Return the `median` by sorting; `torch.nanmedian` waits for a GPU."""
+    values = x.sort(dim=1).values  # NaN is last
+    middle = (x.shape[1] - 1 - values.isnan().sum(dim=1, keepdim=True)).clamp(min=0) // 2
+    return values.gather(1, middle)

@@ -22,9 +22,10 @@ from jsae.settings import require
 class ActivationStream:
     """A `jsae.data.Source` that runs a nanochat and yields the activations of the tokens that count.
 
-    A block has a fixed number of tokens of text. Tokens that are left out (`excluded` ones, and sinks at any hook of a
-    site) are replaced by repetitions of the block's first other tokens. So a site's block depends only on its text, not
-    on other sites of the same pass, and no shape depends on the data.
+    A block has a fixed number of tokens of text. Its rows of text are dealt to shards of one size, one after the
+    other in it. Tokens that are left out (`excluded` ones, and sinks at any hook of a site) are replaced by
+    repetitions of their shard's first other tokens. So a site's shard depends only on its text, not on other sites of
+    the same pass nor on other shards, and no shape depends on the data.
 
     Args:
       model: a nanochat, on its device, in its compute dtype.
@@ -36,6 +37,7 @@ class ActivationStream:
       decode: returns the text of token ids, for errors.
       run: calls the parts of the forward passes (`bridge.nanochat.compiled`), which then all have one shape; None:
         eager passes, of which the last of a block may have fewer rows.
+      shards: number of shards; row i of the text is in shard i modulo their number.
 
     Raises:
       ValueError: the model does not have a hook, or a site has none.
@@ -52,6 +54,7 @@ class ActivationStream:
         drop_sinks: bool = True,
         decode: finite.Decode | None = None,
         run: Runner | None = None,
+        shards: int = 1,
     ):
         self._sites = tuple(tuple(site) for site in sites)
         self._hooks = tuple(dict.fromkeys(name for site in self._sites for name in site))
@@ -64,6 +67,7 @@ class ActivationStream:
         self._model = model
         self._excluded, self._rows_per_forward, self._drop_sinks = excluded, rows_per_forward, drop_sinks
         self._device, self._decode, self._run = next(model.parameters()).device, decode, run
+        self._shards = shards
         self._rows: Rows = ReadAhead(rows) if self._device.type == "cuda" else rows
 
     def fill(self, rows: int) -> Filling:
@@ -75,13 +79,17 @@ class ActivationStream:
 
         Raises:
           ActivationsError: activations are NaN, infinite or out of float32's range; names hook, token and position.
-          ValueError: no token of the block counts at a site.
+          ConfigError: a block that cannot be divided into the shards.
+          ValueError: no token of a shard counts at a site.
         """
+        require(rows % self._shards == 0, f"a block of {rows} tokens cannot be divided into {self._shards} shards")
         blocks: dict[str, torch.Tensor] = {}
-        text = np.empty(rows, np.int32)
-        keep = torch.empty(len(self._sites), rows, dtype=torch.bool, device=self._device)
+        places = _places(rows, self._shards, self._rows.row_len).to(self._device)
+        size = places.shape[0] * -(-places.shape[1] // self._rows.row_len) * self._rows.row_len
+        text = np.empty(size, np.int32)
+        keep = torch.empty(len(self._sites), size, dtype=torch.bool, device=self._device)
         filled = 0
-        ids, tokens = self._next_tokens(rows, rows)
+        ids, tokens = self._next_tokens(size, size)
         while True:
             forward_pass = activations.forward(
                 self._model,
@@ -93,27 +101,27 @@ class ActivationStream:
                 run=self._run,
             )
             self.tokens_seen += ids.size
-            new = min(ids.size, rows - filled)
+            end = filled + ids.size
             for name, acts in forward_pass.acts.items():
                 if name not in blocks:
-                    blocks[name] = torch.empty(rows, self.d_in, dtype=acts.dtype, device=acts.device)
-                blocks[name][filled : filled + new] = acts.reshape(-1, self.d_in)[:new]
-            masks = torch.stack([forward_pass.mask(*site).flatten() for site in self._sites])
-            keep[:, filled : filled + new] = masks[:, :new]
-            text[filled : filled + new] = ids.reshape(-1)[:new]
-            filled += new
-            if filled == rows:
+                    blocks[name] = torch.empty(size, self.d_in, dtype=acts.dtype, device=acts.device)
+                blocks[name][filled:end] = acts.reshape(-1, self.d_in)
+            keep[:, filled:end] = torch.stack([forward_pass.mask(*site).flatten() for site in self._sites])
+            text[filled:end] = ids.reshape(-1)
+            filled = end
+            if filled == size:
                 break
-            ids, tokens = self._next_tokens(rows, rows - filled)
-            yield filled / rows
-        packed = [_packed([blocks[name] for name in site], keep[i]) for i, site in enumerate(self._sites)]
+            ids, tokens = self._next_tokens(size, size - filled)
+            yield filled / size
+        by_shard = keep[:, places]
+        packed = [_packed([blocks[name] for name in site], places, by_shard[i]) for i, site in enumerate(self._sites)]
         sound = finite.soundness(part for parts in packed for part in parts)
-        flags = _Flags(torch.cat([sound[None].to(keep.device), keep.any(dim=1)]))
+        flags = _Flags(torch.cat([sound[None].to(keep.device), by_shard.any(dim=2).all(dim=1)]))
         yield 1.0
-        is_sound, *any_kept = flags.read()
-        self._require_kept(any_kept, rows)
+        is_sound, *all_kept = flags.read()
+        self._require_kept(all_kept, rows // self._shards)
         if not is_sound:
-            self._refuse_unsound(blocks, keep, text)
+            self._refuse_unsound(blocks, _only(keep, places), text)
         return tuple(tuple(handover.to_jax(part) for part in parts) for parts in packed)
 
     def _next_tokens(self, block: int, missing: int) -> tuple[Int[np.ndarray, "R T"], Int[torch.Tensor, "B T"]]:
@@ -123,12 +131,13 @@ class ActivationStream:
         padding = 0 if self._run is None else min(most, -(-block // row_len)) - len(ids)
         return ids, activations.upload(np.pad(ids, ((0, padding), (0, 0)), mode="edge"), self._device)
 
-    def _require_kept(self, any_kept: Sequence[bool], rows: int) -> None:
-        """Raise ValueError for a site at which no token of a block is kept."""
-        for site, is_kept in zip(self._sites, any_kept, strict=True):
+    def _require_kept(self, all_kept: Sequence[bool], rows: int) -> None:
+        """Raise ValueError for a site at which no token of a shard is kept."""
+        of = "a block" if self._shards == 1 else "a shard of a block"
+        for site, is_kept in zip(self._sites, all_kept, strict=True):
             if not is_kept:
                 raise ValueError(
-                    f"none of the {rows} tokens of a block is kept at {', '.join(site)}: each is BOS, another "
+                    f"none of the {rows} tokens of {of} is kept at {', '.join(site)}: each is BOS, another "
                     "excluded token or a token of extreme norm; read larger blocks, or exclude fewer tokens"
                 )
 
@@ -169,12 +178,26 @@ class _Flags:
         return self._flags.tolist()
 
 
+def _places(rows: int, shards: int, row_len: int) -> Int[torch.Tensor, "shards r"]:
+    """Return where in the text of a block, of rows that are dealt to shards in turn, the tokens of every shard are."""
+    own = torch.arange(rows // shards)
+    return (own // row_len * shards + torch.arange(shards)[:, None]) * row_len + own % row_len
+
+
+def _only(keep: Bool[torch.Tensor, "sites n"], places: Int[torch.Tensor, "shards r"]) -> Bool[torch.Tensor, "sites n"]:
+    """Return a mask without the tokens behind the end of their shard."""
+    within = torch.zeros_like(keep[0])
+    within[places.flatten()] = True
+    return keep & within
+
+
 def _packed(
-    parts: list[Float[torch.Tensor, "rows d"]], keep: Bool[torch.Tensor, " rows"]
+    parts: list[Float[torch.Tensor, "n d"]], places: Int[torch.Tensor, "shards r"], keep: Bool[torch.Tensor, "shards r"]
 ) -> list[Float[torch.Tensor, "rows d"]]:
-    """Return the rows to keep, in order, followed by repetitions of the first of them up to the same number."""
-    order = torch.argsort(~keep, stable=True)
-    order = order[torch.arange(len(keep), device=keep.device) % keep.sum().clamp(min=1)]
+    """Return of every shard the rows to keep, in order, and repetitions of the first of them up to the same number."""
+    order = torch.argsort(~keep, dim=1, stable=True)
+    turns = torch.arange(keep.shape[1], device=keep.device) % keep.sum(dim=1, keepdim=True).clamp(min=1)
+    order = places.gather(1, order.gather(1, turns)).flatten()
     return [part[order] for part in parts]
 
 

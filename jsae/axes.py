@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Both weight matrices keep one row per latent: a latent's encoder and decoder direction are contiguous, and gradients
@@ -27,7 +28,13 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "acts": ("n", "d"),
 }
 
-RULES: Mapping[str, str | None] = {"n": "data", "f": "latent", "d": None, "o": None, "k": None}
+DATA, LATENT = "data", "latent"
+"""The axes of a mesh: devices along the first divide batches, devices along the second divide the latents."""
+
+RULES: Mapping[str, str | None] = {"n": DATA, "f": LATENT, "d": None, "o": None, "k": None}
+
+BATCH = PartitionSpec((DATA, LATENT))
+"""The partition of a batch as it comes: every device brings the rows that it has computed."""
 
 
 def spec(axes: tuple[str, ...]) -> PartitionSpec:
@@ -47,15 +54,19 @@ def spec(axes: tuple[str, ...]) -> PartitionSpec:
 def make_mesh(latent: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
     """Return a mesh (data, latent) over all devices of all processes, `latent` of them sharing one copy of the SAE.
 
+    Devices that share a copy are neighbours, so that they are on one host where it has enough of them. A batch is
+    divided over all devices in this order too: the first rows are on the first device.
+
     Raises:
       ValueError: the number of devices is not a multiple of `latent`.
     """
     devices = jax.devices() if devices is None else devices
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     if latent < 1 or len(devices) % latent:
         raise ValueError(f"{len(devices)} devices cannot be divided into groups of {latent} along 'latent'")
-    shape = (len(devices) // latent, latent)
+    grid = np.array(devices).reshape(-1, latent)
     # Auto: the compiler chooses the sharding of intermediate arrays.
-    return jax.make_mesh(shape, ("data", "latent"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return Mesh(grid, (DATA, LATENT), axis_types=(AxisType.Auto,) * 2)
 
 
 def shardings(tree: Any, mesh: Mesh, latent_arrays: Iterable[str] = ()) -> Any:

@@ -7,7 +7,7 @@ resuming is exact and costs one block.
 
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -57,17 +57,24 @@ class Cursor:
 class Shuffled:
     """An iterator of batches, (batch_size, d_in), in which the tokens of a block are shuffled.
 
+    A block may consist of several shards, one after the other. Each is shuffled by itself, and every batch has equally
+    many tokens of each, again one shard after the other. So what a shard gives does not depend on those beside it, and
+    processes may divide the shards among themselves.
+
     Args:
       source: fills the blocks.
-      batch_size: tokens per batch.
+      batch_size: tokens per batch, of all its shards.
       batches_per_block: batches per block. One block is on the device, and a second one while it is filled.
       seed: random seed of the permutations; block b is permuted with the key `fold_in(key(seed), b)`.
       num_batches: number of batches, after which the source is not used any more; None: no limit.
       cursor: position to resume from, returned by `cursor()` of a stream with the same arguments; None: start at the
         current position of the source.
+      shards: numbers of the shards that the source gives.
+      shard_count: number of shards of all processes. Of several, shard s of block b is permuted with the key
+        `fold_in(fold_in(key(seed), b), s)`.
 
     Raises:
-      ConfigError: batches_per_block is below 1, or does not fit the cursor.
+      ConfigError: batches_per_block is below 1, or does not fit the cursor; shards that cannot be of one size.
     """
 
     def __init__(
@@ -79,9 +86,17 @@ class Shuffled:
         seed: int,
         num_batches: int | None = None,
         cursor: Cursor | None = None,
+        shards: Sequence[int] = (0,),
+        shard_count: int = 1,
     ):
         require(batches_per_block >= 1, f"batches_per_block is {batches_per_block}: it must be at least 1")
+        require(
+            batch_size % len(shards) == 0,
+            f"a batch of {batch_size} tokens cannot have equally many of {len(shards)} shards",
+        )
         self._source, self._per_block, self._batch_size = source, batches_per_block, batch_size
+        self._shards = None if shard_count == 1 else np.asarray(shards, np.uint32)
+        self._shard_count = shard_count
         self._rows = batch_size * batches_per_block
         self._key = jax.random.key(seed)
         self._num_batches = num_batches
@@ -107,6 +122,18 @@ class Shuffled:
         if self._block is None:
             self._advance()
         return self._block
+
+    def sample(self, most: int) -> Block:
+        """Return the first rows of every shard of the current block, one shard after the other, without advancing.
+
+        Args:
+          most: number of rows of all shards of all processes together, about.
+        """
+        shards, of_all = (1, 1) if self._shards is None else (len(self._shards), self._shard_count)
+        rows = min(self._rows // shards, max(most // of_all, 1))
+        return jax.tree.map(
+            lambda acts: acts.reshape(shards, -1, acts.shape[-1])[:, :rows].reshape(shards * rows, -1), self.peek()
+        )
 
     def __iter__(self) -> Iterator[Block]:
         return self
@@ -156,7 +183,8 @@ class Shuffled:
         self._work(float("inf"))
         number = self._cursor.block
         self._block, self._filled = self._filled, None
-        self._order = _permutation(self._key, jax.device_put(np.uint32(number)), self._rows)
+        shards = None if self._shards is None else jax.device_put(self._shards)
+        self._order = _permutation(self._key, jax.device_put(np.uint32(number)), shards, self._rows)
         self._drained = False
         if self._num_batches is None or (number + 1) * self._per_block < self._num_batches:
             self._begin()
@@ -164,14 +192,24 @@ class Shuffled:
             self._next_position = self._source.position()
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _permutation(key: Key[Array, ""], block: UInt[Array, ""], rows: int) -> Int[Array, " rows"]:
-    return jax.random.permutation(jax.random.fold_in(key, block), rows)
+@functools.partial(jax.jit, static_argnums=3)
+def _permutation(
+    key: Key[Array, ""], block: UInt[Array, ""], shards: UInt[Array, " shards"] | None, rows: int
+) -> Int[Array, "shards r"]:
+    """Return the order of the rows of every shard of a block."""
+    key = jax.random.fold_in(key, block)
+    if shards is None:
+        return jax.random.permutation(key, rows)[None]
+    each = rows // len(shards)
+    orders = jax.vmap(lambda shard: jax.random.permutation(jax.random.fold_in(key, shard), each))(shards)
+    return orders + each * jnp.arange(len(shards))[:, None]
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _cut(block: Block, order: Int[Array, " rows"], batch: Int[Array, ""], batch_size: int) -> Block:
-    rows = jax.lax.dynamic_slice_in_dim(order, batch * batch_size, batch_size)
+def _cut(block: Block, order: Int[Array, "shards r"], batch: Int[Array, ""], batch_size: int) -> Block:
+    """Return a batch: the next rows in the order of every shard."""
+    each = batch_size // len(order)
+    rows = jax.lax.dynamic_slice_in_dim(order, batch * each, each, axis=1).ravel()
     return jax.tree.map(lambda acts: acts[rows], block)
 
 

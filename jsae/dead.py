@@ -8,17 +8,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jsae import optim
 from jsae.architectures import SAE, Context
-from jsae.ops import Codes, Latents, Ops
-from jsae.ops.formulas import latent_totals
+from jsae.ops import Ops
 
 _LONGEST = 2**30  # the counter saturates here
-
-
-def times_fired(latents: Latents, d_sae: int) -> Int[Array, " f"]:
-    """Return the number of tokens on which each latent is not zero. A selected latent with value 0 did not fire."""
-    if isinstance(latents, Codes):
-        return jnp.zeros(d_sae, jnp.int32).at[latents.indices].add(latents.values != 0)
-    return latent_totals(latents)[0]
 
 
 def update(since_fired: Int[Array, " f"], fired: Int[Array, " f"], tokens: int) -> Int[Array, " f"]:
@@ -68,8 +60,8 @@ def resample(
     mean_norm = jnp.where(dead, 0, norms).sum() / jnp.maximum((~dead).sum(), 1)
     centred = x if sae.b_in is None else x - sae.b_in
     fresh: dict[str, Any] = {
-        "W_dec": _directions(y - sae.b_dec)[token],
-        "W_enc": 0.2 * mean_norm * _directions(centred)[token],
+        "W_dec": _directions(ops.rows_of_tokens(y, token) - sae.b_dec),
+        "W_enc": 0.2 * mean_norm * _directions(ops.rows_of_tokens(centred, token)),
     }
     fresh |= sae.initial_latents(sae.config)
 

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
 
-from jsae import metrics, optim, state, step
+from jsae import axes, metrics, optim, state, step
 from jsae.architectures import SAEConfig
 from jsae.config import TrainConfig
 from jsae.health import ActivationsError, NotFiniteError
-from jsae.ops import Ops, Xla, choose, choose_with_reason
+from jsae.ops import Ops, Sharded, Xla, choose, choose_with_reason
 from jsae.settings import require
 from jsae.state import Acts, TrainState
 
@@ -49,24 +50,41 @@ States = tuple[TrainState, ...]
 AllSums = tuple[metrics.Sums, ...]
 
 
-def init(members: Sequence[Member], sample: Batch, ops: Ops | None = None) -> States:
+def init(members: Sequence[Member], sample: Batch, ops: Ops | None = None, mesh: Mesh | None = None) -> States:
     """Return the states before the first step, each scaled and centred on its site's sample of activations.
+
+    Args:
+      members: the SAEs.
+      sample: activations of every site; on a mesh the same on all devices.
+      ops: the implementation on one device; None chooses it for the device.
+      mesh: devices over which the states are sharded; None: one device.
 
     Raises:
       ConfigError: activations of other widths than the SAE's.
       ActivationsError, DegenerateError: a sample that nothing can be learned from; an abstract one is not checked.
     """
+    if mesh is not None:
+        ops = Xla(members[0].train.matmul_dtype)  # partitioned by the compiler
     return tuple(
-        state.init(member.sae, member.train, ops or member.ops, sample[member.site], _optimizer(member, ops))
+        state.init(member.sae, member.train, ops or member.ops, sample[member.site], _optimizer(member, ops), mesh)
         for member in members
     )
 
 
-def abstract_states(members: Sequence[Member], ops: Ops | None = None) -> States:
-    """Return shapes and dtypes of the states, which restoring a checkpoint needs."""
+def abstract_states(members: Sequence[Member], ops: Ops | None = None, mesh: Mesh | None = None) -> States:
+    """Return shapes, dtypes and on a mesh shardings of the states, which restoring a checkpoint needs."""
 
     def one(member: Member) -> TrainState:
-        return jax.eval_shape(lambda sample: init([member._replace(site=0)], (sample,), ops)[0], _abstract_acts(member))
+        whole = jax.eval_shape(
+            lambda sample: init([member._replace(site=0)], (sample,), ops)[0], _abstract_acts(member)
+        )
+        if mesh is None:
+            return whole
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            whole,
+            state.shardings(whole, mesh),
+        )
 
     return tuple(map(one, members))
 
@@ -104,11 +122,12 @@ class Programs:
 
     Args:
       members: the SAEs.
-      ops: the implementation; None chooses it for the device.
+      ops: the implementation on one device; None chooses it for the device.
+      mesh: devices that share every step; batches are divided over all of them in order. None: one device.
     """
 
-    def __init__(self, members: Sequence[Member], ops: Ops | None = None):
-        self._members, self._ops = tuple(members), ops
+    def __init__(self, members: Sequence[Member], ops: Ops | None = None, mesh: Mesh | None = None):
+        self._members, self._own_ops, self._mesh = tuple(members), ops, mesh
         self._compiled: dict[tuple[int | None, ...], Any] = {}
 
     def at(self, number: int) -> Any:
@@ -120,20 +139,34 @@ class Programs:
 
     def _step(self, rooms: tuple[int | None, ...]) -> Any:
         def all_steps(states: States, batch: Batch) -> tuple[States, AllSums]:
+            if self._mesh is not None:
+                batch = jax.lax.with_sharding_constraint(batch, NamedSharding(self._mesh, axes.spec(("n", "d"))))
             done = [
                 step.update(
                     member.train,
-                    self._ops or member.ops,
+                    self._ops(member),
                     before,
                     batch[member.site],
                     room,
-                    _optimizer(member, self._ops),
+                    _optimizer(member, self._ops(member)),
                 )
                 for member, before, room in zip(self._members, states, rooms, strict=True)
             ]
-            return tuple(after for after, _ in done), tuple(sums for _, sums in done)
+            states = tuple(self._placed(after) for after, _ in done)
+            return states, tuple(sums for _, sums in done)
 
         return all_steps
+
+    def _ops(self, member: Member) -> Ops:
+        """Return the implementation for all devices."""
+        ops = self._own_ops or member.ops
+        return ops if self._mesh is None else Sharded(inner=ops, mesh=self._mesh)  # type: ignore[arg-type]
+
+    def _placed(self, new: TrainState) -> TrainState:
+        """Return a state in its place on the devices."""
+        if self._mesh is None:
+            return new
+        return jax.lax.with_sharding_constraint(new, state.shardings(new, self._mesh))
 
 
 def fit(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jsae import axes
 from jsae.config import TrainConfig
 from jsae.ops import AdamScalars, AdamSettings, Moments, Ops
 from jsae.ops.reference import tangent_rows
@@ -82,7 +83,8 @@ class UnitRowAdam:
         def update(path: tuple[Any, ...], g: Array, *arrays: Array) -> Moments:
             names = names_of(path)
             rate_factor = next((factors[n] for n in names if n in factors), 1.0)
-            settings = AdamSettings(config.beta1, config.beta2, EPSILON, rate_factor, _UNIT in names)
+            of_latents = any(axes.AXES.get(n, ("",))[0] == "f" for n in names)
+            settings = AdamSettings(config.beta1, config.beta2, EPSILON, rate_factor, _UNIT in names, of_latents)
             return self.ops.adam(scalars, settings, g, Moments(*arrays))
 
         updated = jax.tree_util.tree_map_with_path(update, grads, params, state.mu, state.nu)

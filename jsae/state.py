@@ -49,7 +49,12 @@ class TrainState(NamedTuple):
 
 
 def init(
-    sae_config: SAEConfig, config: TrainConfig, ops: Ops, sample: Acts, optimizer: optim.Optimizer | None = None
+    sae_config: SAEConfig,
+    config: TrainConfig,
+    ops: Ops,
+    sample: Acts,
+    optimizer: optim.Optimizer | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """Return the state before the first step, initialised from a sample of activations.
 
@@ -64,6 +69,7 @@ def init(
       ops: the implementation.
       sample: activations, concrete or abstract.
       optimizer: the optimiser; None: `optim.make`.
+      mesh: devices over which the state is sharded; None: one device.
 
     Raises:
       ConfigError: the widths of the activations are not those of the SAE.
@@ -76,12 +82,17 @@ def init(
         if not isinstance(part, jax.core.Tracer):
             which = f" (part {number} of {len(parts)})" if len(parts) > 1 else ""
             data.check(part, f"{len(part)} activations{which}")
-    return _init(sae_config, config, ops, sample, optimizer)
+    return _init(sae_config, config, ops, sample, optimizer, mesh)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 4, 5))
 def _init(
-    sae_config: SAEConfig, config: TrainConfig, ops: Ops, sample: Acts, optimizer: optim.Optimizer | None
+    sae_config: SAEConfig,
+    config: TrainConfig,
+    ops: Ops,
+    sample: Acts,
+    optimizer: optim.Optimizer | None,
+    mesh: Mesh | None,
 ) -> TrainState:
     x, y = input_and_target(sae_config, sample)
     scale, scale_out = (data.scale_of(a, sae_config.layers) for a in (x, y))
@@ -101,7 +112,8 @@ def _init(
         step=jnp.int32(0),
         bad_step=jnp.int32(-1),
     )
-    return jax.tree.map(_strongly_typed, state)
+    state = jax.tree.map(_strongly_typed, state)
+    return state if mesh is None else jax.lax.with_sharding_constraint(state, shardings(state, mesh))
 
 
 def _strongly_typed(leaf: Any) -> Any:
@@ -109,9 +121,9 @@ def _strongly_typed(leaf: Any) -> Any:
     return jnp.asarray(leaf).astype(jnp.result_type(leaf)) if getattr(leaf, "weak_type", True) else leaf
 
 
-def shard(state: TrainState, mesh: Mesh) -> TrainState:
-    """Shard the state over a mesh by the rules of `jsae.axes`; steps then run on all devices of the mesh."""
-    return jax.device_put(state, axes.shardings(state, mesh, latent_arrays=state.sae.initial_latents(state.sae.config)))
+def shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Return the sharding of every array of a state, concrete or abstract, by the rules of `jsae.axes`."""
+    return axes.shardings(state, mesh, latent_arrays=state.sae.initial_latents(state.sae.config))
 
 
 def widths(config: SAEConfig) -> list[int]:

@@ -185,7 +185,7 @@ def _sums(
 
     arrays = (acts, y, outputs.error, latents.values if isinstance(latents, Codes) else latents)
     sums = ops.sum_over_tokens(part, arrays, sizes.d_in, sizes.d_sae, gradients=False)
-    return sums._replace(fired=dead.times_fired(latents, sizes.d_sae)) if sparse else sums
+    return sums._replace(fired=ops.times_fired(latents, sizes.d_sae)) if isinstance(latents, Codes) else sums
 
 
 def _floats(state: TrainState, acts: Acts) -> tuple[Float[Array, "n d"], Float[Array, "n o"]]:

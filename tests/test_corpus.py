@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from bridge.nanochat import lines, units
 from bridge.nanochat import tokenizer as tokenizers
-from bridge.nanochat.corpus import Corpus, bestfit_rows
+from bridge.nanochat.corpus import Corpus, bestfit_rows, whole_position
 from bridge.nanochat.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,10 +132,52 @@ def test_processes_share_the_rows_of_one(spec):
     assert np.array_equal(alone[1::2], shared[1])
 
 
+def test_the_rows_of_data_shards_do_not_depend_on_the_number_of_processes(spec):
+    whole = corpus(spec, lanes=8, data_shards=4).next_rows(40)
+    assert np.array_equal(whole, corpus(spec, lanes=8).next_rows(40))
+    for count in (2, 4):
+        parts = [corpus(spec, lanes=8, data_shards=4, process_index=i, process_count=count) for i in range(count)]
+        rows = [part.next_rows(40 // count) for part in parts]
+        assert [shard for part in parts for shard in part.own_shards] == [0, 1, 2, 3]
+        for number, part in enumerate(parts):
+            own = np.isin(np.arange(40) % 4, part.own_shards)
+            assert np.array_equal(rows[number], whole[own])
+
+
+@pytest.mark.parametrize("before", [1, 2, 4])
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_another_number_of_processes_goes_on_with_the_same_rows(spec, before, after):
+    parts = [corpus(spec, lanes=8, data_shards=4, process_index=i, process_count=before) for i in range(before)]
+    for part in parts:
+        part.next_rows(5 * len(part.own_shards))
+    position = whole_position([part.position() for part in parts])
+    expected = corpus(spec, lanes=8, data_shards=4).next_rows(60)[20:]
+    for number in range(after):
+        part = corpus(spec, lanes=8, data_shards=4, process_index=number, process_count=after)
+        part.seek(json.loads(json.dumps(position)))
+        own = np.isin(np.arange(40) % 4, part.own_shards)
+        assert np.array_equal(part.next_rows(40 // after), expected[own])
+
+
+def test_a_position_of_an_earlier_version_is_read(spec):
+    reader = corpus(spec)
+    reader.next_rows(13)
+    position = reader.position()
+    earlier = {key: value for key, value in position.items() if key != "data_shards"} | {"process": [0, 1]}
+    later = corpus(spec)
+    later.seek(earlier)
+    assert np.array_equal(later.next_rows(9), reader.next_rows(9))
+
+
+def test_shards_that_cannot_be_divided_are_refused(spec):
+    with pytest.raises(ValueError, match="4 data shards cannot be divided among 3 processes"):
+        corpus(spec, lanes=8, data_shards=4, process_count=3)
+
+
 def test_every_lane_has_a_unit_of_its_own(tmp_path):
     rows = corpus(write_texts(tmp_path, 3), lanes=32, row_len=6).next_rows(2)
     assert not np.array_equal(rows[0], rows[1])
-    with pytest.raises(ValueError, match="2 lanes over 3 units cannot be shared by 3 processes"):
+    with pytest.raises(ValueError, match="2 lanes over 3 units cannot be divided into 3 data shards"):
         corpus(write_texts(tmp_path, 3), lanes=32, process_count=3)
 
 
@@ -146,7 +188,7 @@ def test_every_lane_has_a_unit_of_its_own(tmp_path):
         ({"row_len": 33}, "row_len 32 \\(here 33\\)"),
         ({"split": "train"}, "corpus "),
         ({"lanes": 2}, "lane_count 4 \\(here 2\\)"),
-        ({"process_index": 1, "process_count": 2}, "process "),
+        ({"process_index": 1, "process_count": 2}, "data_shards 1 \\(here 2\\)"),
     ],
 )
 def test_a_position_of_another_corpus_is_refused(tmp_path, change, told):

@@ -170,14 +170,14 @@ def test_resampling_starts_its_array_anew(states, acts):
 
 def test_its_array_is_cut_along_the_latents_and_a_sharded_step_is_the_whole_one(acts):
     mesh = axes.make_mesh(latent=2)
-    whole, sharded = begin(CONFIG, RUN, acts), state.shard(begin(CONFIG, RUN, acts), mesh)
+    member, whole = loop.Member(CONFIG, RUN), begin(CONFIG, RUN, acts)
+    (sharded,) = loop.init([member], (acts,), mesh=mesh)
     assert sharded.sae.log_gain[...].sharding.spec == sharded.opt.mu.log_gain[...].sharding.spec == axes.spec(("f",))
     assert sharded.sae.mass[...].sharding.is_fully_replicated
-    program = stepping(CONFIG, RUN)
-    cut = jax.NamedSharding(mesh, axes.spec(("n", "d")))
+    program, on_mesh = stepping(CONFIG, RUN), loop.Programs([member], mesh=mesh).at(RUN.num_steps)
     for batch in itertools.islice(batches(acts), 3):
         whole, _ = program(whole, batch)
-        sharded, _ = program(sharded, jax.device_put(batch, cut))
+        (sharded,), _ = on_mesh((sharded,), (jax.device_put(batch, jax.NamedSharding(mesh, axes.BATCH)),))
     for ours, theirs in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 

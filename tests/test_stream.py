@@ -221,10 +221,44 @@ def test_an_error_of_the_thread_that_reads_ahead_is_raised_to_who_takes_rows():
 @pytest.mark.parametrize("count", [1, 2, 7, 8])
 @pytest.mark.parametrize("broken", [0, 1, 3])
 def test_the_median_that_waits_for_nothing_is_torchs(count, broken):
-    x = torch.randn(count, generator=torch.Generator().manual_seed(count))
-    x[: min(broken, count)] = torch.nan
-    assert torch.equal(selection.sorted_median(x), x.nanmedian()) or x.isnan().all()
-    assert selection.sorted_median(x).isnan() == x.isnan().all()
+    x = torch.randn(2, count, generator=torch.Generator().manual_seed(count))
+    x[0, : min(broken, count)] = torch.nan
+    expected = x.nanmedian(dim=1, keepdim=True).values
+    assert torch.equal(selection.sorted_median(x).nan_to_num(7), expected.nan_to_num(7))
+    assert torch.equal(selection.median(x).nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_a_sink_is_found_by_its_own_row_whatever_rows_are_beside_it():
+    acts = torch.ones(2, 8, 4)
+    acts[0, 3] = 11
+    acts[1] = 100
+    tokens = torch.ones(2, 8, dtype=torch.int64)
+    together = selection.kept(acts, tokens, (), drop_sinks=True)
+    assert together.tolist() == [[True] * 3 + [False] + [True] * 4, [True] * 8]
+    for row in range(2):
+        assert torch.equal(selection.kept(acts[row : row + 1], tokens[:1], (), drop_sinks=True)[0], together[row])
+
+
+def test_what_a_shard_gives_depends_on_its_own_rows_only(model):
+    """Two shards at once, and each of them alone from every second row, give the same activations."""
+
+    class Every(Text):
+        def __init__(self, first, step):
+            super().__init__()
+            self.first, self.step = first, step
+
+        def next_rows(self, n):
+            rows = super().next_rows(n * self.step)
+            return rows[self.first :: self.step]
+
+    def block(rows, size, shards):
+        options = {"excluded": (BOS,), "rows_per_forward": 3, "shards": shards}
+        return take(ActivationStream(model, rows, [[NAME]], **options), size)
+
+    together = block(Text(), 4 * ROW + 6, 2)
+    apart = [block(Every(first, 2), 2 * ROW + 3, 1) for first in range(2)]
+    np.testing.assert_allclose(together, np.concatenate(apart), rtol=1e-5, atol=1e-6)
+    assert len(np.unique(together[:, 0])) > ROW
 
 
 def test_a_step_between_reports_copies_nothing_implicitly(model):

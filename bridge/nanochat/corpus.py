@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, final, get_args
 
 import numpy as np
@@ -26,9 +26,11 @@ class Corpus:
     next row of its lane, after that row's BOS.
 
     The units of the data (see `units`) are shuffled in each epoch by (seed, epoch). Lane r reads the units r,
-    r + lanes, r + 2 lanes, ... of the sequence of all epochs, and rows are taken from the lanes in turn. The lanes are
-    divided among processes: process p has lanes p, p + process_count, ... If there are fewer units than lanes, the
-    number of lanes is halved until every lane has a unit.
+    r + lanes, r + 2 lanes, ... of the sequence of all epochs, and rows are taken from the lanes in turn. If there are
+    fewer units than lanes, the number of lanes is halved until every lane has a unit.
+
+    Several processes divide the lanes among themselves by data shards: lane r is in shard r modulo their number, and
+    every process has equally many consecutive shards. So the rows of a shard do not depend on the number of processes.
 
     Args:
         spec: the data, see `units.find_units`.
@@ -39,6 +41,7 @@ class Corpus:
         lanes: number of documents read at the same time by all processes.
         heldout_fraction: fraction of the documents that is held out.
         process_index, process_count: the share of the rows that this process reads.
+        data_shards: number of shards; None: one per process.
 
     Raises:
         FileNotFoundError: no file matches spec.
@@ -58,8 +61,9 @@ class Corpus:
         heldout_fraction: float = 0.05,
         process_index: int = 0,
         process_count: int = 1,
+        data_shards: int | None = None,
     ):
-        _check(split, row_len, lanes, heldout_fraction, process_index, process_count)
+        _check(split, row_len, lanes, heldout_fraction)
         self.spec, self.split, self.row_len = spec, split, row_len
         self._tokenizer, self._seed, self._fraction = tokenizer, seed, heldout_fraction
         units = all_units(spec)
@@ -70,15 +74,41 @@ class Corpus:
             raise ValueError(_empty_split_message(spec, split, units, heldout_fraction))
         while lanes > len(self._units):
             lanes //= 2
-        if lanes % process_count:
-            raise ValueError(
-                f"{lanes} lanes over {len(self._units)} units cannot be shared by {process_count} processes"
-            )
+        self.lanes = lanes
         self._order = functools.lru_cache(maxsize=8)(self._order_of_epoch)
-        self._process, self._lanes = (process_index, process_count), lanes
+        self.divide(process_count if data_shards is None else data_shards, process_index, process_count)
+
+    def divide(self, data_shards: int, process_index: int = 0, process_count: int = 1) -> None:
+        """Take this process's share of the rows, and start at the first of them.
+
+        Args:
+            data_shards: number of shards.
+            process_index: number of this process, from 0.
+            process_count: number of processes.
+
+        Raises:
+            ValueError: the lanes cannot be divided into so many shards, or the shards among so many processes.
+        """
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index must be in 0..{process_count - 1}, got {process_index}")
+        if data_shards < 1 or self.lanes % data_shards:
+            raise ValueError(
+                f"{self.lanes} lanes over {len(self._units)} units cannot be divided into {data_shards} data shards: "
+                "give more text, or a number of shards that divides the lanes"
+            )
+        if data_shards % process_count:
+            raise ValueError(
+                f"{data_shards} data shards cannot be divided among {process_count} processes: their number must be a "
+                "multiple"
+            )
+        self._process, self._shards = (process_index, process_count), data_shards
+        self.own_shards = range(
+            process_index * data_shards // process_count, (process_index + 1) * data_shards // process_count
+        )
+        self._numbers = [lane for lane in range(self.lanes) if lane % data_shards in self.own_shards]
         self._readers = [
-            _Lane(r, lanes, tokenizer.bos_token_id, self._documents_of_unit, self._ids)
-            for r in range(process_index, lanes, process_count)
+            _Lane(number, self.lanes, self._tokenizer.bos_token_id, self._documents_of_unit, self._ids)
+            for number in self._numbers
         ]
         self._turn = 0
 
@@ -109,22 +139,34 @@ class Corpus:
         return rows
 
     def position(self) -> dict[str, Any]:
-        """Return the position in the data as JSON values, for `seek` of an equal corpus."""
-        return {**self._identity(), "turn": self._turn, "lanes": [lane.state for lane in self._readers]}
+        """Return the position in the data as JSON values, for `seek` of an equal corpus.
+
+        Lanes of other processes are None; `whole_position` puts the positions of all processes together.
+        """
+        states: list[list[int] | None] = [None] * self.lanes
+        for number, lane in zip(self._numbers, self._readers, strict=True):
+            states[number] = lane.state
+        return {**self._identity(), "turn": self._numbers[self._turn], "lanes": states}
 
     def seek(self, position: dict[str, Any]) -> None:
         """Continue from a position: the next rows are those that followed when `position()` was called.
 
-        Raises ValueError if data, split, seed, tokenizer, row length or processes differ from those of the position.
+        The number of processes may differ if the position has the states of all lanes, and every shard has given
+        equally many rows.
+
+        Raises ValueError if data, split, seed, tokenizer, row length or shards differ from those of the position.
         """
         identity = self._identity()
+        if "process" in position:  # of a version in which every process was a shard
+            position = {**position, "data_shards": position["process"][1]}
         differing = [key for key, value in identity.items() if position.get(key) != value]
         if differing:
             differences = ", ".join(f"{key} {position.get(key)!r} (here {identity[key]!r})" for key in differing)
             raise ValueError(f"the position is of another corpus: {differences}")
-        for lane, state in zip(self._readers, position["lanes"], strict=True):
-            lane.seek(*state)
-        self._turn = position["turn"]
+        for number, lane in zip(self._numbers, self._readers, strict=True):
+            lane.seek(*position["lanes"][number])
+        own = [number for number in self._numbers if number >= position["turn"]]
+        self._turn = self._numbers.index(own[0]) if own else 0
 
     def one_pass(self, max_rows: int | None = None) -> Iterator[Int32[np.ndarray, " row_len"]]:
         """Yield this process's rows of one pass through the split, for evaluation; they do not depend on the seed.
@@ -149,8 +191,8 @@ class Corpus:
             "tokenizer": self._tokenizer.fingerprint,
             "row_len": self.row_len,
             "seed": self._seed,
-            "lane_count": self._lanes,
-            "process": list(self._process),
+            "lane_count": self.lanes,
+            "data_shards": self._shards,
         }
 
     def _ids(self, document: Document) -> Int32[np.ndarray, " t"]:
@@ -279,7 +321,7 @@ def _pack(documents: Iterable[np.ndarray], bos: int, row_len: int) -> Iterator[n
         filled += len(ids)
 
 
-def _check(split: str, row_len: int, lanes: int, fraction: float, process_index: int, process_count: int) -> None:
+def _check(split: str, row_len: int, lanes: int, fraction: float) -> None:
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
     if row_len < 2:
@@ -288,8 +330,6 @@ def _check(split: str, row_len: int, lanes: int, fraction: float, process_index:
         raise ValueError(f"lanes must be at least 1, got {lanes}")
     if not 0 <= fraction <= 1:
         raise ValueError(f"heldout_fraction must be in 0..1, got {fraction}")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must be in 0..{process_count - 1}, got {process_index}")
 
 
 def _empty_split_message(spec: str, split: str, units: list[Unit], fraction: float) -> str:
@@ -302,6 +342,19 @@ def _empty_split_message(spec: str, split: str, units: list[Unit], fraction: flo
     else:
         why = "its documents are too short to be divided: provide more text"
     return f"the corpus {spec!r} has no document in its {split} split; {why}"
+
+
+def whole_position(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the position of all processes together.
+
+    Args:
+        positions: of every process, in their order, after each shard has given equally many rows.
+    """
+    lanes = [
+        next((state for state in states if state is not None), None)
+        for states in zip(*(p["lanes"] for p in positions), strict=True)
+    ]
+    return {**positions[0], "lanes": lanes}
 
 
 def changed(before: list[list[str]], now: list[list[str]]) -> str:

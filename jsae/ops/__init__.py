@@ -13,6 +13,7 @@ from jsae.ops.interface import AdamScalars, AdamSettings, Moments, Ops
 from jsae.ops.kernels.launch import jax_triton
 from jsae.ops.products import MatmulDtype
 from jsae.ops.reference import Reference
+from jsae.ops.sharded import Sharded
 from jsae.ops.types import Codes, Input, Latents, Select
 from jsae.ops.xla import PLAIN, Xla
 
@@ -31,6 +32,7 @@ __all__ = [
     "Ops",
     "Reference",
     "Select",
+    "Sharded",
     "Xla",
     "choose",
     "choose_with_reason",

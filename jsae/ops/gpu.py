@@ -16,14 +16,14 @@ from jsae.ops import formulas, rows, selection
 from jsae.ops.cpu import adam_in_place
 from jsae.ops.formulas import Formula, Maps, PerLatent
 from jsae.ops.interface import AdamScalars, AdamSettings, Moments
-from jsae.ops.sparse import SparseOps
+from jsae.ops.local import LocalOps
 from jsae.ops.types import Codes, Input
 
 _ALIGNMENT = 64  # columns of a product: with 1,288 it takes 1.24 ms on an H200, with 1,344 1.12 ms
 
 
 @dataclasses.dataclass(frozen=True)
-class Gpu(SparseOps):
+class Gpu(LocalOps):
     """Operations with Triton kernels. The fields are sizes of parts; every choice gives the same, to rounding."""
 
     name: ClassVar[str] = "gpu"

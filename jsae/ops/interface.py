@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jsae.ops import products
@@ -37,6 +38,8 @@ class AdamSettings(NamedTuple):
     """Factor on the learning rate of this array."""
     unit_rows: bool
     """Whether every row keeps norm 1: gradients are projected on the sphere, rows are normalised afterwards."""
+    of_latents: bool = False
+    """Whether the array has a row for every latent."""
 
 
 class Moments(NamedTuple):
@@ -204,6 +207,14 @@ class Ops(abc.ABC):
 
         Negative pre-activations count as they are. Gradients reach encoder and decoder of the dead latents.
         """
+
+    def times_fired(self, codes: Codes, f: int) -> Int[Array, " f"]:
+        """Return the number of codes of every latent that are not zero. A selected latent with value 0 did not fire."""
+        return jnp.zeros(f, jnp.int32).at[codes.indices].add(codes.values != 0)
+
+    def rows_of_tokens(self, x: Float[Array, "n d"], tokens: Int[Array, " f"]) -> Float[Array, "f d"]:
+        """Return for every latent the row of x of its token."""
+        return x[tokens]
 
     # ---- whole step -----------------------------------------------------------------------------------------------
 

@@ -1,14 +1,13 @@
 """Operations that touch only the rows a token uses, with gradients that stay sparse.
 
 What every fast implementation shares: the derivatives and the forms of AuxK. How latents are selected and rows are
-summed is left to the implementation. The one array of n x f numbers is the pre-activations.
+summed is left to the implementation.
 """
 
 import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jsae.ops.interface import Ops, Result, slice_rows
-from jsae.ops.reference import check_k, first
+from jsae.ops.interface import Ops, Result
 from jsae.ops.types import Codes, Input, Select
 
 
@@ -26,32 +24,20 @@ class SparseOps(Ops):
     """Sparse forward and backward passes over implementations of three sums of rows. Abstract."""
 
     @abc.abstractmethod
-    def largest(
-        self, pre: Float[Array, "n f"], k: int, bias: Float[Array, " f"] | None, *, magnitudes: bool, in_order: bool
+    def pick(
+        self,
+        select: Select,
+        by_token: bool,
+        inputs: Input,
+        W_enc: Float[Array, "f d"],
+        b_enc: Float[Array, " f"],
+        allowed: Bool[Array, " f"] | None,
+        limit: Int[Array, ""] | None,
     ) -> Codes:
-        """Return the k largest of every row of pre (+ bias), with `magnitudes` by |pre + bias|.
+        """Return the codes that `encode` selects; those of latents that are not allowed have minus infinity.
 
-        With `in_order` the largest comes first, else they may come in any order. Minus infinity is the smallest.
+        Nothing is differentiated.
         """
-
-    @abc.abstractmethod
-    def largest_of_batch(
-        self, pre: Float[Array, "n f"], k: int, limit: Int[Array, ""] | None, bias: Float[Array, " f"] | None
-    ) -> Codes:
-        """Return the n k largest positive entries of pre (+ bias), as `Ops.batch_top_k` says."""
-
-    @abc.abstractmethod
-    def encoder(
-        self, inputs: Input, W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"], allowed: Bool[Array, " f"] | None
-    ) -> Callable[[Float[Array, "m d"]], tuple[Float[Array, "m f"], Float[Array, " f"] | None]]:
-        """Return a function from the x of some tokens to their pre-activations without a bias, and that bias.
-
-        The bias of a latent that is not allowed is minus infinity; None is no bias. Nothing is differentiated.
-        """
-
-    @abc.abstractmethod
-    def in_token_order(self, codes: Codes) -> Codes:
-        """Return codes with rows in the order of their tokens, if `decoded` needs them so."""
 
     @abc.abstractmethod
     def decoded(self, codes: Codes, W: Float[Array, "f d"], start: Float[Array, "n d"]) -> Float[Array, "n d"]:
@@ -68,47 +54,6 @@ class SparseOps(Ops):
     @abc.abstractmethod
     def value_sums(self, codes: Codes, f: int) -> Float[Array, " f"]:
         """Return the sum of the values of every latent: the gradient of an encoder bias."""
-
-    @abc.abstractmethod
-    def encode_chunk(self, n: int, d_in: int, d_sae: int) -> int:
-        """Return how many of n tokens are encoded at once: a divisor of n."""
-
-    @abc.abstractmethod
-    def sum_chunk(self, n: int, d_in: int, d_sae: int, gradients: bool) -> int:
-        """Return how many of n tokens `sum_over_tokens` takes at once: a divisor of n."""
-
-    def top_k(
-        self,
-        pre: Float[Array, "n f"],
-        k: int,
-        limit: Int[Array, ""] | None = None,
-        bias: Float[Array, " f"] | None = None,
-    ) -> Codes:
-        """Select the largest, all of which have their value unless there is a limit."""
-        check_k(k, pre.shape[1])
-        return first(self.largest(pre, k, bias, magnitudes=False, in_order=limit is not None), limit)
-
-    def abs_top_k(
-        self,
-        pre: Float[Array, "n f"],
-        k: int,
-        limit: Int[Array, ""] | None = None,
-        bias: Float[Array, " f"] | None = None,
-    ) -> Codes:
-        """Select the largest magnitudes."""
-        check_k(k, pre.shape[1])
-        return first(self.largest(pre, k, bias, magnitudes=True, in_order=limit is not None), limit)
-
-    def batch_top_k(
-        self,
-        pre: Float[Array, "n f"],
-        k: int,
-        limit: Int[Array, ""] | None = None,
-        bias: Float[Array, " f"] | None = None,
-    ) -> Codes:
-        """Select from the whole batch."""
-        check_k(k, pre.shape[1])
-        return self.largest_of_batch(pre, k, limit, bias)
 
     def pre_activations(
         self, inputs: Input, W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"]
@@ -128,23 +73,12 @@ class SparseOps(Ops):
         allowed: Bool[Array, " f"] | None = None,
         by_token: bool = True,
     ) -> Codes:
-        """Encode in parts of the batch, so that the pre-activations of all tokens need not exist at once."""
+        """Pick codes; their gradients reach only the rows of their latents."""
         return _encode(self, select, by_token, inputs, W_enc, b_enc, allowed, limit)
 
     def decode(self, codes: Codes, W_dec: Float[Array, "f o"], start: Float[Array, "n o"]) -> Float[Array, "n o"]:
         """Sum the rows that the codes name."""
         return _decode(self, codes, W_dec, start)
-
-    def decode_levels(
-        self, codes: Codes, W_dec: Float[Array, "f o"], widths: tuple[int, ...], n: int
-    ) -> Float[Array, "l n o"]:
-        """Decode all levels in one pass, each code into the first level that holds its latent, and add them up."""
-        levels = len(widths)
-        level = jnp.searchsorted(jnp.asarray(widths), codes.indices, side="right")
-        inside = level < levels
-        moved = Codes(jnp.where(inside, codes.values, 0), codes.indices, jnp.where(inside, level, 0) * n + codes.tokens)
-        parts = self.decode(self.in_token_order(moved), W_dec, jnp.zeros((levels * n, W_dec.shape[1])))
-        return jnp.cumsum(parts.reshape(levels, n, -1), axis=0)
 
     def decode_dead(
         self,
@@ -173,20 +107,6 @@ class SparseOps(Ops):
     def if_any(self, condition: Bool[Array, ""], do: Callable[[], Result], otherwise: Callable[[], Result]) -> Result:
         """Decide on the device."""
         return lax.cond(condition, do, otherwise)
-
-    def sum_over_tokens(
-        self, function: Callable[[Any], Result], arrays: Any, d_in: int, d_sae: int, *, gradients: bool
-    ) -> Result:
-        """Add up equal parts of the batch, one after the other."""
-        n = len(jax.tree.leaves(arrays)[0])
-        chunk = self.sum_chunk(n, d_in, d_sae, gradients)
-        if chunk == n:
-            return function(arrays)
-
-        def add(i: Int[Array, ""], total: Result) -> Result:
-            return jax.tree.map(jnp.add, total, function(slice_rows(arrays, i * chunk, chunk)))
-
-        return lax.fori_loop(1, n // chunk, add, function(jax.tree.map(lambda a: a[:chunk], arrays)))
 
     def centred(
         self, inputs: Input, W_enc: Float[Array, "f d"], b_enc: Float[Array, " f"]
@@ -237,16 +157,7 @@ def _encode(
     allowed: Bool[Array, " f"] | None,
     limit: Int[Array, ""] | None,
 ) -> Codes:
-    encoded = ops.encoder(inputs, W_enc, b_enc, allowed)
-
-    def pick(x: Float[Array, "m d"]) -> Codes:
-        pre, bias = encoded(x)
-        return select(pre, bias=bias, limit=limit)
-
-    n, d = inputs.x.shape
-    chunk = ops.encode_chunk(n, d, len(W_enc)) if by_token else n
-    chunks = lax.map(pick, inputs.x.reshape(-1, chunk, d)) if chunk < n else pick(inputs.x)
-    codes = jax.tree.map(lambda a: a.reshape(n, -1), chunks)
+    codes = ops.pick(select, by_token, inputs, W_enc, b_enc, allowed, limit)
     if allowed is None:
         return codes
     return codes._replace(values=jnp.where(jnp.isneginf(codes.values), 0, codes.values))

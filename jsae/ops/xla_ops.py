@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jsae.ops import selection
+from jsae.ops.local import LocalOps
 from jsae.ops.reference import PlainMaps
-from jsae.ops.sparse import SparseOps
 from jsae.ops.types import Codes, Input
 
 
 @dataclasses.dataclass(frozen=True)
-class XlaOps(PlainMaps, SparseOps):
+class XlaOps(PlainMaps, LocalOps):
     """Sparse operations that need no kernels of our own. Abstract."""
 
     @abc.abstractmethod

@@ -1,0 +1,346 @@
+"""The operations on several devices: each computes its tokens and its latents, and sends what others need of them.
+
+Batches are divided over the mesh axis `data`, latents over `latent` (`jsae.axes`). Codes have a column for every
+candidate of every shard of latents: each device holds the codes of its own latents. A step sends
+
+- over `latent`: the values of candidates to the device that compares those of a token, and counts back; the decoding
+  of every token, added up (n/data, o);
+- over `data`: the gradients of this device's latents, added up; counts of latents that fired;
+- over both: thresholds of a batch, as counts; sums of metrics.
+
+Weights, pre-activations and codes stay where they are. What is elementwise or a product the compiler partitions itself.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from jsae.axes import DATA, LATENT
+from jsae.ops import exchange
+from jsae.ops.cpu import adam_in_place
+from jsae.ops.formulas import Formula, Maps, PerLatent
+from jsae.ops.interface import AdamScalars, AdamSettings, Moments, Result
+from jsae.ops.local import LocalOps
+from jsae.ops.sparse import SparseOps
+from jsae.ops.types import Codes, Input, Select
+from jsae.ops.xla import Xla
+from jsae.settings import ConfigError
+
+_TOKENS, _LATENTS, _BOTH = P(DATA), P(LATENT), P(DATA, LATENT)
+_ROOM = 2
+"""Codes that a device has room for where a batch shares them, as a multiple of its share: more than that of the others
+it needs only where its tokens have so many more active latents. Then its smallest codes are left out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sharded(SparseOps):
+    """Operations over a mesh, by an implementation for one device.
+
+    Args:
+      inner: computes the part of a device.
+      mesh: (data, latent).
+    """
+
+    inner: LocalOps
+    mesh: Mesh
+
+    name: ClassVar[str] = "sharded"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "matmul_dtype", self.inner.matmul_dtype)
+
+    @property
+    def narrow(self) -> bool:  # type: ignore[override]
+        """That of the implementation for one device."""
+        return self.inner.narrow
+
+    @property
+    def shards(self) -> int:
+        """Number of devices that divide the latents among themselves."""
+        return self.mesh.shape[LATENT]
+
+    def on_devices(self, function: Callable[..., Result], *arguments: tuple[Any, Any], out: Any) -> Result:
+        """Return `function` of every device's part of the arguments; each comes with its partition, results as `out`.
+
+        A partition stands for all arrays of a tree. None is no array.
+        """
+        present = [(value, spec) for value, spec in arguments if value is not None]
+        places = [value is not None for value, _ in arguments]
+
+        def local(*parts: Any) -> Result:
+            rest = iter(parts)
+            return function(*(next(rest) if place else None for place in places))
+
+        mapped = jax.shard_map(
+            local, mesh=self.mesh, in_specs=tuple(spec for _, spec in present), out_specs=out, check_vma=False
+        )
+        return mapped(*(value for value, _ in present))
+
+    # ---- selection -------------------------------------------------------------------------------------------------
+
+    def top_k(
+        self,
+        pre: Float[Array, "n f"],
+        k: int,
+        limit: Int[Array, ""] | None = None,
+        bias: Float[Array, " f"] | None = None,
+    ) -> Codes:
+        """Select as the compiler partitions it; `encode` does without whole rows of pre-activations."""
+        return self._whole.top_k(pre, k, limit, bias)
+
+    def abs_top_k(
+        self,
+        pre: Float[Array, "n f"],
+        k: int,
+        limit: Int[Array, ""] | None = None,
+        bias: Float[Array, " f"] | None = None,
+    ) -> Codes:
+        """Select as the compiler partitions it."""
+        return self._whole.abs_top_k(pre, k, limit, bias)
+
+    def batch_top_k(
+        self,
+        pre: Float[Array, "n f"],
+        k: int,
+        limit: Int[Array, ""] | None = None,
+        bias: Float[Array, " f"] | None = None,
+    ) -> Codes:
+        """Select as the compiler partitions it."""
+        return self._whole.batch_top_k(pre, k, limit, bias)
+
+    @property
+    def _whole(self) -> Xla:
+        """Operations on whole arrays, which the compiler partitions."""
+        return Xla(self.matmul_dtype)
+
+    def pick(
+        self,
+        select: Select,
+        by_token: bool,
+        inputs: Input,
+        W_enc: Float[Array, "f d"],
+        b_enc: Float[Array, " f"],
+        allowed: Bool[Array, " f"] | None,
+        limit: Int[Array, ""] | None,
+    ) -> Codes:
+        """Select among every device's latents, then among the candidates of all.
+
+        A selection of another's is made on whole rows of pre-activations, which then travel.
+
+        Raises:
+          ConfigError: a selection of another's that does not treat every token by itself.
+        """
+        own = {
+            self.top_k: self._pick_of_token,
+            self.abs_top_k: self._pick_of_token,
+            self.batch_top_k: self._pick_of_batch,
+        }
+        function = getattr(select, "func", None)
+        if function not in own:
+            codes = self._whole.pick(select, by_token, inputs, W_enc, b_enc, allowed, limit)
+            return self._spread(codes, len(W_enc) // self.shards)
+        local = functools.partial(
+            own[function],
+            k=select.keywords["k"],  # type: ignore[attr-defined]  # a partial
+            magnitudes=function == self.abs_top_k,
+            out_of=len(W_enc),
+        )
+        parts = ((inputs, self._input_spec(inputs)), (W_enc, _LATENTS), (b_enc, _LATENTS))
+        batch_wide = function == self.batch_top_k
+        out = Codes(_BOTH, _BOTH, _BOTH if batch_wide else None)
+        return self.on_devices(local, *parts, (allowed, _LATENTS), (limit, P()), out=out)
+
+    def _pick_of_token(
+        self,
+        inputs: Input,
+        W_enc: Float[Array, "f d"],
+        b_enc: Float[Array, " f"],
+        allowed: Bool[Array, " f"] | None,
+        limit: Int[Array, ""] | None,
+        *,
+        k: int,
+        magnitudes: bool,
+        out_of: int,
+    ) -> Codes:
+        """Return the candidates of this device; those that are not among the k largest of all have value 0."""
+        candidates = min(k, len(W_enc))
+        select = functools.partial(self.inner.abs_top_k if magnitudes else self.inner.top_k, k=candidates)
+        if self.shards == 1:
+            return self.inner.pick(select, True, inputs, W_enc, b_enc, allowed, limit)
+        # With a limit the largest comes first.
+        codes = self.inner.pick(select, True, inputs, W_enc, b_enc, allowed, jnp.int32(candidates))
+        missing = jnp.isneginf(codes.values)
+        sizes = jnp.where(missing | (not magnitudes), codes.values, jnp.abs(codes.values))
+        selected = min(k, out_of)
+        quota = exchange.quotas(sizes, selected, limit, self.inner.top_k, self.shards)
+        values = jnp.where(jnp.arange(candidates) < quota, codes.values, 0)
+        return Codes(values, codes.indices + self._first(len(W_enc)))
+
+    def _pick_of_batch(
+        self,
+        inputs: Input,
+        W_enc: Float[Array, "f d"],
+        b_enc: Float[Array, " f"],
+        allowed: Bool[Array, " f"] | None,
+        limit: Int[Array, ""] | None,
+        *,
+        k: int,
+        magnitudes: bool,
+        out_of: int,
+    ) -> Codes:
+        """Return the codes of this device that are among the largest of the batch, in the order of their tokens."""
+        n, data = len(inputs.x), self.mesh.shape[DATA]
+        room = min(k if data == 1 or self.shards > 1 else _ROOM * k, len(W_enc))
+        select = functools.partial(self.inner.batch_top_k, k=room)
+        codes = self.inner.pick(select, False, inputs, W_enc, b_enc, allowed, None)
+        count = n * data * (k if limit is None else limit)
+        values = jnp.where(exchange.largest_of_all(codes.values, count), codes.values, 0)
+        return Codes(values, codes.indices + self._first(len(W_enc)), codes.tokens + lax.axis_index(DATA) * n)
+
+    def _spread(self, codes: Codes, latents: int) -> Codes:
+        """Return codes with columns for every shard of so many latents, which has the values of its own."""
+        if codes.rows is not None:
+            raise ConfigError(
+                "an own selection from the whole batch runs on one device only: select with context.ops.batch_top_k, "
+                "or every token by itself"
+            )
+        n, k = codes.values.shape
+        owners, shards = codes.indices // latents, jnp.arange(self.shards)[:, None]
+        values = jnp.where(owners[:, None] == shards, codes.values[:, None], 0)
+        indices = jnp.where(owners[:, None] == shards, codes.indices[:, None], shards * latents)
+        both = NamedSharding(self.mesh, _BOTH)
+        parts = (lax.with_sharding_constraint(a.reshape(n, self.shards * k), both) for a in (values, indices))
+        return Codes(*parts)
+
+    def _first(self, latents: int) -> Int[Array, ""]:
+        """Return the number of the first latent of this device, which has `latents`."""
+        return lax.axis_index(LATENT) * latents
+
+    # ---- sums of rows ----------------------------------------------------------------------------------------------
+
+    def decoded(self, codes: Codes, W: Float[Array, "f d"], start: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        """Decode every device's codes, and add them up over the latents."""
+
+        def local(codes: Codes, W: Float[Array, "f d"], start: Float[Array, "n d"]) -> Float[Array, "n d"]:
+            own = self._own(codes, len(W), len(start))
+            if self.shards == 1:
+                return self.inner.decoded(own, W, start)
+            return lax.psum(self.inner.decoded(own, W, jnp.zeros_like(start)), LATENT) + start
+
+        return self.on_devices(local, (codes, _BOTH), (W, _LATENTS), (start, _TOKENS), out=_TOKENS)
+
+    def dots(self, codes: Codes, g: Float[Array, "n d"], W: Float[Array, "f d"]) -> Float[Array, "m k"]:
+        """Multiply every device's rows; nothing is sent."""
+
+        def local(codes: Codes, g: Float[Array, "n d"], W: Float[Array, "f d"]) -> Float[Array, "m k"]:
+            return self.inner.dots(self._own(codes, len(W), len(g)), g, W)
+
+        return self.on_devices(local, (codes, _BOTH), (g, _TOKENS), (W, _LATENTS), out=_BOTH)
+
+    def latent_sums(self, codes: Codes, inputs: Input, f: int) -> Float[Array, "f d"]:
+        """Add every device's tokens, and the sums over `data`."""
+
+        def local(codes: Codes, inputs: Input) -> Float[Array, "f d"]:
+            own = self._own(codes, f // self.shards, len(inputs.x))
+            return lax.psum(self.inner.latent_sums(own, inputs, f // self.shards), DATA)
+
+        return self.on_devices(local, (codes, _BOTH), (inputs, self._input_spec(inputs)), out=_LATENTS)
+
+    def value_sums(self, codes: Codes, f: int) -> Float[Array, " f"]:
+        """Add every device's values, and the sums over `data`."""
+
+        def local(codes: Codes) -> Float[Array, " f"]:
+            return lax.psum(self.inner.value_sums(self._own(codes, f // self.shards, 0), f // self.shards), DATA)
+
+        return self.on_devices(local, (codes, _BOTH), out=_LATENTS)
+
+    def times_fired(self, codes: Codes, f: int) -> Int[Array, " f"]:
+        """Count every device's codes, and add the counts over `data`."""
+
+        def local(codes: Codes) -> Int[Array, " f"]:
+            return lax.psum(self.inner.times_fired(self._own(codes, f // self.shards, 0), f // self.shards), DATA)
+
+        return self.on_devices(local, (codes, _BOTH), out=_LATENTS)
+
+    def decode_levels(
+        self, codes: Codes, W_dec: Float[Array, "f o"], widths: tuple[int, ...], n: int
+    ) -> Float[Array, "l n o"]:
+        """Decode all levels in one pass, each code into the first level that holds its latent, and add them up."""
+        levels = len(widths)
+        level = jnp.searchsorted(jnp.asarray(widths), codes.indices, side="right")
+        inside = level < levels
+        rows = codes.tokens * levels + jnp.where(inside, level, 0)  # a token's levels side by side: on one device
+        moved = Codes(jnp.where(inside, codes.values, 0), codes.indices, rows)
+        ordered = self.on_devices(self.inner.in_token_order, (moved, _BOTH), out=_BOTH)
+        parts = self.decode(ordered, W_dec, jnp.zeros((n * levels, W_dec.shape[1])))
+        return jnp.cumsum(parts.reshape(n, levels, -1), axis=1).swapaxes(0, 1)
+
+    def _own(self, codes: Codes, latents: int, tokens: int) -> Codes:
+        """Return the codes of this device, with latents and tokens counted from its first ones."""
+        rows = None if codes.rows is None else codes.rows - lax.axis_index(DATA) * tokens
+        return Codes(codes.values, codes.indices - self._first(latents), rows)
+
+    @staticmethod
+    def _input_spec(inputs: Input) -> Input:
+        return Input(_TOKENS, *(None if a is None else P() for a in inputs[1:]))
+
+    # ---- all latents -----------------------------------------------------------------------------------------------
+
+    def map_latents(
+        self,
+        inputs: Input,
+        W_enc: Float[Array, "f d"],
+        b_enc: Float[Array, " f"],
+        formula: Formula,
+        arrays: PerLatent,
+    ) -> tuple[Maps, PerLatent]:
+        """Evaluate every device's part, and add the sums over `data`."""
+
+        def local(inputs: Input, W_enc: Array, b_enc: Array, arrays: PerLatent) -> tuple[Maps, PerLatent]:
+            maps, sums = self.inner.map_latents(inputs, W_enc, b_enc, formula, arrays)
+            return maps, lax.psum(sums, DATA)
+
+        parts = ((inputs, self._input_spec(inputs)), (W_enc, _LATENTS), (b_enc, _LATENTS), (arrays, _LATENTS))
+        return self.on_devices(local, *parts, out=(_BOTH, _LATENTS))
+
+    def latent_totals(self, latents: Float[Array, "n f"]) -> tuple[Int[Array, " f"], Float[Array, " f"]]:
+        """Count and add every device's part, and the totals over `data`."""
+
+        def local(latents: Float[Array, "n f"]) -> tuple[Array, Array]:
+            return lax.psum(self.inner.latent_totals(latents), DATA)
+
+        return self.on_devices(local, (lax.stop_gradient(latents), _BOTH), out=_LATENTS)
+
+    def rows_of_tokens(self, x: Float[Array, "n d"], tokens: Int[Array, " f"]) -> Float[Array, "f d"]:
+        """Bring the rows of all tokens to every device; each reads those of its latents."""
+
+        def local(x: Float[Array, "n d"], tokens: Int[Array, " f"]) -> Float[Array, "f d"]:
+            return lax.all_gather(x, DATA, tiled=True)[tokens]
+
+        return self.on_devices(local, (x, _TOKENS), (tokens, _LATENTS), out=_LATENTS)
+
+    # ---- whole step ------------------------------------------------------------------------------------------------
+
+    def sum_over_tokens(
+        self, function: Callable[[Any], Result], arrays: Any, d_in: int, d_sae: int, *, gradients: bool
+    ) -> Result:
+        """Return `function(arrays)`: in parts, every part's gradients would be added over the devices by itself."""
+        return function(arrays)
+
+    def adam(self, scalars: AdamScalars, settings: AdamSettings, g: Array, moments: Moments) -> Moments:
+        """Update every device's latents; nothing is sent."""
+        if not settings.of_latents or g.ndim < 2:
+            return adam_in_place(scalars, settings, g, moments, lambda a: a, lambda _, new: new)
+
+        def local(scalars: AdamScalars, g: Array, moments: Moments) -> Moments:
+            return self.inner.adam(scalars, settings, g, moments)
+
+        return self.on_devices(local, (scalars, P()), (g, _LATENTS), (moments, _LATENTS), out=_LATENTS)

@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 import textwrap
+import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from absl import flags
 
+from bridge import launch
 from bridge.settings import help_text, settle
 from experiments import flagfile, quiet, signals
 
@@ -119,6 +121,9 @@ def run(
     `experiments.flagfile`); later flags on the line win. `--debug` shows the traceback of an error that is otherwise
     printed in one line.
 
+    Of several processes that a launcher started (`bridge.launch`) the first one prints. Others print errors that only
+    they have, and all end at once after an error: the rest would wait for them.
+
     Exit codes: 0 (or what main returns) after success and `--help`, 1 when main fails, 2 for wrong flags, 75 (what main
     returns) for a run that was stopped and saved, 130 after Ctrl-C and 143 after SIGTERM if nothing was saved.
     """
@@ -136,13 +141,14 @@ def run(
         if rest:
             raise flags.Error(f"unexpected argument {rest[0]!r}: every option is written --name=value")
         config = parse(config_class, renames=renames, flag_values=values)
+        launch.detected()
     except (flags.Error, ValueError, OSError) as error:
         _fail(2, error, "Pass --help to see the flags.")
     debug = bool(values["debug"].value)
     with quiet.libraries(debug), signals.handled():
         try:
             code = main(config)
-            if not code and after is not None:
+            if not code and after is not None and launch.is_first():
                 show_next(after(config))
             sys.exit(code)
         except SystemExit:
@@ -171,7 +177,9 @@ def show_next(lines: Sequence[str]) -> None:
 
 def _end(error: BaseException, debug: bool) -> typing.NoReturn:
     """End the process after an exception; raise an unexpected one again."""
-    number = signals.request()
+    launched, number = launch.detected(), signals.request()
+    if launched is not None:
+        _end_one_of_several(launched, error, number, debug)
     if number is not None and not debug:
         signals.end_at_once(number)  # a running jax computation would crash or hang an orderly exit
     if isinstance(error, KeyboardInterrupt) and not debug:
@@ -179,6 +187,20 @@ def _end(error: BaseException, debug: bool) -> typing.NoReturn:
     if debug or not isinstance(error, EXPECTED_ERRORS):
         raise error
     _fail(1, error, "Pass --debug to see where.")
+
+
+def _end_one_of_several(
+    launched: launch.Launch, error: BaseException, number: int | None, debug: bool
+) -> typing.NoReturn:
+    """End one of several processes at once: an orderly exit of jax would wait for the others, which wait for this."""
+    code = 1 if number is None else signals.exit_code(number)
+    if type(error).__name__ != "SharedError":  # the first process prints it
+        if debug or not isinstance(error, (*EXPECTED_ERRORS, KeyboardInterrupt)):
+            traceback.print_exception(error)
+        text = signals.name(number) if number is not None else _message(error)
+        print(f"FATAL process {launched.index} of {launched.count}: {text}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _joined(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
@@ -288,9 +310,23 @@ def _shown(default: Any) -> str:
 
 def _fail(code: int, error: object, hint: str | None = None) -> typing.NoReturn:
     """End the process with a one-line error, and a hint below it."""
+    if code != 2 or _prints():  # wrong flags are wrong in every process
+        print(f"FATAL {_message(error)}" + (f"\n{hint}" if hint else ""), file=sys.stderr)
+    sys.exit(code)
+
+
+def _prints() -> bool:
+    """Return whether this process prints for all."""
+    try:
+        return launch.is_first()
+    except ValueError:  # the launcher's variables make no sense
+        return True
+
+
+def _message(error: object) -> str:
+    """Return the text of an error in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(c if c.isprintable() else "?" for c in text)  # it may quote foreign files: no control characters
     if len(text) > _LONGEST_MESSAGE:
         text = f"{text[: _LONGEST_MESSAGE // 2]} … {text[-_LONGEST_MESSAGE // 2 :]}"
-    print(f"FATAL {text}" + (f"\n{hint}" if hint else ""), file=sys.stderr)
-    sys.exit(code)
+    return text

@@ -9,6 +9,7 @@ asked to stop (Ctrl-C, SIGTERM) saves and exits with code 75, so that scripts do
 import shlex
 import sys
 
+from bridge import launch
 from bridge.run import Run, commands
 from bridge.training import RunConfig, Stopped, train
 from experiments import flags, signals
@@ -19,8 +20,10 @@ def main(config: RunConfig) -> int:
     try:
         train(config, stop_requests=signals.stop_requests)
     except Stopped:
-        command = shlex.join(word for word in sys.argv[1:] if word not in ("--resume", "--resume=true"))
-        print(f"stopped and saved; continue with: python -m experiments.train {command} --resume", flush=True)
+        if launch.is_first():
+            command = shlex.join(word for word in sys.argv[1:] if word not in ("--resume", "--resume=true"))
+            print(f"stopped and saved; continue with: python -m experiments.train {command} --resume", flush=True)
+        launch.meet()
         return signals.STOPPED
     return 0
 

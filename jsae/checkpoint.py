@@ -5,6 +5,7 @@ before the checkpoint is used.
 """
 
 import contextlib
+import functools
 import json
 import math
 import re
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from jsae import checksum, manifest
+from jsae import checksum, manifest, processes
 from jsae.loop import States
 from jsae.manifest import DamagedError
 from jsae.settings import ConfigError
@@ -57,7 +58,9 @@ class Checkpoints:
     """The checkpoints of a run: the latest ones and the one with the lowest `fvu`. A context manager.
 
     Checkpoints are written in the background and renamed at the end, so a run that is killed at any moment leaves
-    complete checkpoints only. Only one process at a time may write to the folder.
+    complete checkpoints only. Only one run at a time may write to the folder. Its processes call the same methods in
+    the same order: each writes and reads the arrays of its devices, the first one everything else. A checkpoint does
+    not depend on their number.
 
     Args:
       folder: their folder; created if missing.
@@ -72,7 +75,7 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._fvu: dict[int, float] = {}
         self._saving: int | None = None
-        self._folder.mkdir(parents=True, exist_ok=True)
+        processes.on_first(lambda: self._folder.mkdir(parents=True, exist_ok=True))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -80,6 +83,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and processes.count() > 1:
+            return  # others may not have failed: nothing can be done together with them
         # An error in closing must not replace the exception that is being raised.
         with contextlib.suppress(Exception) if error is not None else contextlib.nullcontext():
             self.wait()
@@ -97,6 +102,9 @@ class Checkpoints:
         Raises:
           OSError: the folder cannot be read, or contains something else whose name is a number.
         """
+        return processes.on_first(self._steps)
+
+    def _steps(self) -> list[int]:
         # Numbers in the form in which Orbax writes them.
         paths = [path for path in self._folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", path.name, re.ASCII)]
         for path in paths:
@@ -136,12 +144,16 @@ class Checkpoints:
             return
         with self._writing(self._saving):
             self._open_manager().wait_until_finished()
-            folder = self._folder / str(self._saving)
-            if (folder / manifest.NAME).is_file():
-                manifest.complete(folder)
-            else:
-                manifest.write(folder)
+            processes.on_first(self._complete)
         self._saving = None
+
+    def _complete(self) -> None:
+        """List the files that Orbax has written last."""
+        folder = self._folder / str(self._saving)
+        if (folder / manifest.NAME).is_file():
+            manifest.complete(folder)
+        else:
+            manifest.write(folder)
 
     def restore(self, like: States, step: int | None = None) -> Restored:
         """Verify a checkpoint and return it with the shapes and shardings of `like`.
@@ -167,7 +179,8 @@ class Checkpoints:
             except DamagedError as error:
                 broken[number] = str(error)
                 continue
-            damaged = tuple(Damage(n, reason, self._move_aside(n)) for n, reason in broken.items())
+            moved = {n: processes.on_first(functools.partial(self._move_aside, n)) for n in broken}
+            damaged = tuple(Damage(n, reason, Path(moved[n])) for n, reason in broken.items())
             self._open_manager()
             return restored._replace(damaged=damaged)
         reasons = "; ".join(f"step {number}: {reason}" for number, reason in broken.items())
@@ -179,8 +192,9 @@ class Checkpoints:
     def _read(self, step: int, like: States) -> Restored:
         """Verify and restore one checkpoint."""
         folder = self._folder / str(step)
-        listed = manifest.check(folder, _LATE)
-        record = _read_record(folder)
+        listed, record, damage = processes.on_first(functools.partial(_verify, folder))
+        if damage is not None:
+            raise DamagedError(damage)
         _check_fits(folder, record["arrays"], like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         # If the files match their digests, a failure of Orbax has another cause than damage.
@@ -198,13 +212,7 @@ class Checkpoints:
     def _open_manager(self) -> ocp.CheckpointManager:
         """Return Orbax's manager. The first call removes partial and superseded checkpoints from the folder."""
         if self._manager is None:
-            steps = self.steps()
-            self._fvu = {step: _fvu(self._folder / str(step)) for step in steps}
-            for path in self._folder.iterdir():
-                if ".orbax-checkpoint-tmp" in path.name:
-                    shutil.rmtree(path)
-            for step in set(steps) - self._kept(steps):
-                shutil.rmtree(self._folder / str(step))
+            self._fvu = dict(processes.on_first(self._clear))
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
@@ -219,6 +227,17 @@ class Checkpoints:
             )
         return self._manager
 
+    def _clear(self) -> list[tuple[int, float]]:
+        """Remove partial and superseded checkpoints; return the steps of the others, each with its FVU."""
+        steps = self._steps()
+        self._fvu = {step: _fvu(self._folder / str(step)) for step in steps}
+        for path in self._folder.iterdir():
+            if ".orbax-checkpoint-tmp" in path.name:
+                shutil.rmtree(path)
+        for step in set(steps) - self._kept(steps):
+            shutil.rmtree(self._folder / str(step))
+        return list(self._fvu.items())
+
     def _kept(self, steps: Sequence[int]) -> set[int]:
         """Return the steps to keep: the latest, and the best one since the first session of the run."""
         known = [step for step in steps if not math.isnan(self._fvu.get(step, math.nan))]
@@ -227,11 +246,13 @@ class Checkpoints:
 
     def _list_files(self) -> None:
         """Write the file list of the checkpoint that Orbax has written and is about to rename."""
+        if not processes.is_first():
+            return
         folders = list(self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
         if len(folders) == 1:  # otherwise `wait` writes the list
             manifest.write(folders[0], _LATE)
 
-    def _move_aside(self, step: int) -> Path:
+    def _move_aside(self, step: int) -> str:
         """Rename a damaged checkpoint so that it is not read again; remove the oldest renamed ones."""
         path = self._folder / f"{step}{DAMAGED}"
         shutil.rmtree(path, ignore_errors=True)
@@ -239,7 +260,7 @@ class Checkpoints:
         steps = [int(p.name.removesuffix(DAMAGED)) for p in self._folder.glob(f"[0-9]*{DAMAGED}")]
         for old in sorted(steps)[:-_KEEP_DAMAGED]:
             shutil.rmtree(self._folder / f"{old}{DAMAGED}")
-        return path
+        return str(path)
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
@@ -249,7 +270,7 @@ class Checkpoints:
                 yield
         except Exception:
             self._saving = None
-            for path in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+            for path in self._folder.glob(f"{step}.orbax-checkpoint-tmp*") if processes.is_first() else ():
                 shutil.rmtree(path, ignore_errors=True)
             raise
 
@@ -280,6 +301,14 @@ def _record(states: States, notes: dict[str, Any], fvu: float) -> dict[str, Any]
     arrays = {name: {**_form(leaf), "checksum": checksums[name]} for name, leaf in leaves.items()}
     record = {"version": _VERSION, "fvu": fvu, "arrays": arrays, "notes": json.loads(json.dumps(notes))}
     return record | {"sha256": manifest.json_digest(record)}
+
+
+def _verify(folder: Path) -> tuple[bool, dict[str, Any] | None, str | None]:
+    """Return whether all files of a checkpoint are listed with their digests, its record, and what is damaged."""
+    try:
+        return manifest.check(folder, _LATE), _read_record(folder), None
+    except DamagedError as error:
+        return False, None, str(error)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from jsae import axes, metrics, optim, state, step
+from jsae import axes, metrics, optim, processes, state, step
 from jsae.architectures import SAEConfig
 from jsae.config import TrainConfig
 from jsae.health import ActivationsError, NotFiniteError
@@ -222,8 +222,8 @@ def summaries(members: Sequence[Member], number: int, states: States, sums: AllS
     `dead_after` activations, and `learning_rate` is that of the last step, unless the member has its own optimiser.
     """
     metrics_of_all = []
-    since_fired = jax.device_get([last.since_fired for last in states])
-    for member, own_sums, silent in zip(members, jax.device_get(sums), since_fired, strict=True):
+    since_fired = processes.fetch([last.since_fired for last in states])
+    for member, own_sums, silent in zip(members, processes.fetch(sums), since_fired, strict=True):
         summary = metrics.summarize(own_sums)
         summary["dead_fraction"] = float(np.mean(silent >= member.train.dead_after))
         if member.inner is None:

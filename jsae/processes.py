@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import re
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from jsae import axes
 Tree = TypeVar("Tree")
 _YEAR = 365 * 24 * 3600
 _ROWS = 2**26  # numbers of an array that are gathered at once
+_LOST = re.compile(r"gloo|nccl|connection|coordination|heartbeat|barrier|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
 _barriers = itertools.count()
 
 
@@ -92,6 +94,25 @@ def together() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Describe an error of jax that is due to another process.
+
+    Raises:
+      ConnectionError: a process has ended, or cannot be reached.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        line = " ".join(str(error).split())
+        if jax.process_count() == 1 or not _LOST.search(line):
+            raise
+        raise ConnectionError(
+            "another process of the run has ended or cannot be reached; its own message says why, unless it was "
+            f"killed. --resume continues from the last checkpoint ({line[-200:]})"
+        ) from error
+
+
+@contextlib.contextmanager
 def same_everywhere() -> Iterator[None]:
     """Leave an error that every process has to the first one.
 
@@ -107,16 +128,24 @@ def same_everywhere() -> Iterator[None]:
 
 
 def on_first(function: Callable[[], Tree]) -> Tree:
-    """Return what a function returns in the first process, JSON values, in all.
+    """Return what a function returns in the first process, JSON values, in all, which wait for it.
 
     Raises:
       Exception: what it raises there; `SharedError` in the others.
     """
-    result: list[Any] = [None]
+    if count() == 1:
+        return function()
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = function() if is_first() else None
+    except Exception as error:
+        failure = error
+    wait_for_all()  # it may have taken longer than devices wait for each other
     with together():
-        if is_first():
-            result = [function()]
-    return gather(result[0])[0] if count() > 1 else result[0]
+        if failure is not None:
+            raise failure
+    return gather(result)[0]
 
 
 def check_same(name: str, value: Any) -> None:

@@ -18,7 +18,7 @@ import jsae
 from bridge import torch_sae
 from bridge.settings import help_text
 from bridge.training.config import RunConfig
-from jsae import axes, dead, export, losses, state
+from jsae import axes, dead, export, loop, losses, state
 from jsae.architectures import ARCHITECTURES, SAE, Context, ReLU, SAEConfig, TopK, config_from_json, find, sae_config
 from jsae.checkpoint import Checkpoints
 from jsae.config import TrainConfig

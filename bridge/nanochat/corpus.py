@@ -101,7 +101,7 @@ class Corpus:
                 f"{data_shards} data shards cannot be divided among {process_count} processes: their number must be a "
                 "multiple"
             )
-        self._process, self._shards = (process_index, process_count), data_shards
+        self._process, self.data_shards = (process_index, process_count), data_shards
         self.own_shards = range(
             process_index * data_shards // process_count, (process_index + 1) * data_shards // process_count
         )
@@ -192,7 +192,7 @@ class Corpus:
             "row_len": self.row_len,
             "seed": self._seed,
             "lane_count": self.lanes,
-            "data_shards": self._shards,
+            "data_shards": self.data_shards,
         }
 
     def _ids(self, document: Document) -> Int32[np.ndarray, " t"]:

@@ -18,6 +18,7 @@ from jsae.settings import ConfigError, Json, require
 
 # Flags that may differ between a run and its continuation without changing a number.
 _FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fraction", "heldout_tokens"} | {
+    "latent_shards",
     "prepare_neuronpedia",
     "model_id",
     "source_set",
@@ -150,10 +151,14 @@ def record(run: Path, config: Json, facts: dict[str, Any], reasons: dict[str, st
         ]
         require(not changed, f"{run} cannot continue with the same numbers: {'; '.join(changed)}")
         return
-    versions = {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS}
     flags = absolute_fields(type(config), config.to_json())  # a reader may have another working directory
-    text = json.dumps({"flags": flags, "facts": facts, "reasons": reasons or {}, "versions": versions}, indent=2)
+    text = json.dumps({"flags": flags, "facts": facts, "reasons": reasons or {}, "versions": versions()}, indent=2)
     files.write(path, text + "\n")
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that numbers depend on; None of those not installed."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS}
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -178,7 +183,7 @@ def read(run: Path) -> dict[str, Any]:
     return record
 
 
-_ADDED = ("operations",)
+_ADDED = ("operations", "data_shards")
 """Facts that runs of older versions do not have."""
 _KINDS: Mapping[str, tuple[type, ...]] = {
     "checkpoint": (str,),

@@ -145,6 +145,18 @@ class RunConfig(Json):
     checkpoint_every: int = flag(1_000_000, "Activations between checkpoints.", TOKENS)
     log_every: int = flag(50, "Steps between reports.", COUNT)
     device: str = flag("cpu", "Device of torch and jax: cpu, cuda or cuda:N.")
+    latent_shards: int = flag(
+        1,
+        "Of several processes: how many divide the latents of every SAE among themselves; the others divide the batch. "
+        "With more latents than --batch_size this sends less.",
+        COUNT,
+    )
+    data_shards: int | None = flag(
+        None,
+        "Parts that text and batches are divided into; several processes share them, so their number must divide this. "
+        "The result depends on it, not on the processes. None is 8, or fewer for short blocks or little text.",
+        COUNT,
+    )
     deterministic: bool = flag(
         True, "On a GPU: end with the same bits on the same card and versions, also after --resume. A CPU does anyway."
     )
@@ -169,6 +181,11 @@ class RunConfig(Json):
             window < 2**31, f"log_every={self.log_every} steps are {window} activations: report at least every 2**31"
         )
         require(self.block_size >= self.batch_size, "block_size must be at least one batch")
+        require(
+            self.data_shards is None or self.batch_size % self.data_shards == 0,
+            f"a batch of --batch_size={self.batch_size} tokens cannot be divided into --data_shards={self.data_shards} "
+            "equal parts: give a multiple",
+        )
         require(
             self.jax_memory_fraction is None or 0 < self.jax_memory_fraction < 0.95,
             f"jax_memory_fraction is {self.jax_memory_fraction}: it must lie between 0 and 0.95",

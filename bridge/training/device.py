@@ -51,6 +51,8 @@ def open_torch(device: str) -> str:
 def open_jax(kind: str, jax_memory_fraction: float) -> None:
     """Start jax with its fraction of a GPU's memory, and limit torch to the rest; on a CPU there is nothing to do.
 
+    Processes of one run have joined before (`bridge.launch`).
+
     Args:
       kind: cpu or cuda, as `open_torch` returned it.
       jax_memory_fraction: jax's fraction of a GPU's memory, which it reads when it first uses the GPU.

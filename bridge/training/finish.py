@@ -3,10 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +17,8 @@ from bridge.evaluate.survey import survey
 from bridge.hooks import module_name
 from bridge.run import Run
 from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
-from jsae import export, files, metrics
+from jsae import export, files, metrics, processes
+from jsae.architectures import SAE
 from jsae.health import unusable
 from jsae.loop import States
 from jsae.progress import Progress
@@ -32,10 +33,26 @@ class UnusableError(ValueError):
     """Exported SAEs that predict no better than the mean activation, or whose metrics are not finite."""
 
 
+class Finished(NamedTuple):
+    """A trained SAE as it is exported, on the host."""
+
+    sae: SAE
+    scale: Float[np.ndarray, "*d"]
+    scale_out: Float[np.ndarray, "*d"]
+
+
+def finished(states: States) -> list[Finished]:
+    """Return the SAEs of some states; whole in the first process only, where several divide them."""
+    return [
+        Finished(processes.fetch_to_first(state.exported), np.asarray(state.scale), np.asarray(state.scale_out))
+        for state in states
+    ]
+
+
 def finish(
     config: "RunConfig",
     trainees: Sequence["Trainee"],
-    states: States,
+    saes: Sequence[Finished],
     nano: "Nanochat",
     rows: Int[np.ndarray, "R T"],
     data_fingerprint: str,
@@ -45,7 +62,7 @@ def finish(
     Args:
       config: the settings of the run.
       trainees: its SAEs.
-      states: their states after the last step.
+      saes: what they have become.
       nano: the model that they were trained on.
       rows: token ids of held-out text.
       data_fingerprint: of the training text, for the metadata.
@@ -56,11 +73,10 @@ def finish(
     """
     results: dict[Path, dict[str, dict[str, Any]]] = {}
     problems: list[str] = []
-    for trainee, state in zip(trainees, states, strict=True):
+    for trainee, (sae, scale, scale_out) in zip(trainees, saes, strict=True):
         folder = Run(trainee.folder).sae_folder(trainee.name)
-        scales = np.asarray(state.scale), np.asarray(state.scale_out)
         metadata = _metadata(config, trainee, nano, rows.shape[1], data_fingerprint)
-        export.write(folder, state.sae.config, state.exported.arrays(), *scales, metadata)
+        export.write(folder, sae.config, sae.arrays(), scale, scale_out, metadata)
         summary = _measure(config, trainee, folder, nano, rows)
         if "problem" in summary:
             export.mark(folder, summary["problem"])

@@ -1,19 +1,23 @@
 """The loop of a training run: steps of all SAEs, with reports, checkpoints and stop requests."""
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from bridge.nanochat.corpus import whole_position
 from bridge.run import Run
 from bridge.training.report import Reporter
-from jsae import loop, metrics
+from jsae import loop, metrics, processes
 from jsae.checkpoint import Checkpoints
-from jsae.data import Cursor, Shuffled
+from jsae.data import Block, Cursor, Shuffled
 from jsae.health import ActivationsError, Watch
 from jsae.loop import AllSums, Member, States
 from jsae.ops import Ops
@@ -26,7 +30,18 @@ if TYPE_CHECKING:
 StopRequests = Callable[[], contextlib.AbstractContextManager[Collection[object]]]
 """Returns a context manager; the collection it yields is empty until the run should be saved and stopped."""
 
+_SAMPLE = 65_536
+"""Activations, about, that SAEs are initialised from."""
 _REPORTED = ("loss", "fvu", "l0", "mse", "cosine", "dead_fraction", "learning_rate")
+
+
+class Shards(NamedTuple):
+    """Parts of every batch, of which several processes have some each."""
+
+    own: Sequence[int] = (0,)
+    """The numbers of those of this process."""
+    count: int = 1
+    """Number of parts of a batch."""
 
 
 def train(
@@ -37,6 +52,8 @@ def train(
     stop_requests: StopRequests | None = None,
     guard: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ops: Ops | None = None,
+    mesh: Mesh | None = None,
+    shards: Shards | None = None,
 ) -> States | None:
     """Train from the start or the last checkpoint to the end.
 
@@ -49,6 +66,8 @@ def train(
       guard: entered for every step after the first, which compiles, and left before reports, for example
         `bridge.stream.forbid_waiting`.
       ops: the implementation of operations; None chooses it by the device.
+      mesh: the devices of all processes; None: one.
+      shards: which parts of every batch the source gives; None: batches have one part.
 
     Returns:
       The states after the last step, in the order of the trainees; None for a run that was saved and stopped.
@@ -56,43 +75,99 @@ def train(
     Raises:
       NotFiniteError: activations or a loss that are not finite; says which checkpoint is left and what to do.
       DivergedError: all SAEs became worse than untrained ones and did not recover. The last checkpoint is from before.
+      SharedError: in other processes than the first, where both of these are raised.
     """
-    members = [trainee.member for trainee in trainees]
+    members, shards = [trainee.member for trainee in trainees], shards or Shards()
     num_steps = members[0].train.num_steps
     save_every = max(config.checkpoint_every // config.batch_size, 1)
     add = jax.jit(lambda totals, sums: tuple(map(metrics.add, totals, sums)))
     with Checkpoints(Run(run).checkpoints_folder) as checkpoints:
-        batches, states = _begin(config, members, source, checkpoints, ops)
-        first_states = states
+        batches, states = _begin(config, members, source, checkpoints, ops, mesh, shards)
+        first_states, stopped = states, False
         last_fvu, window, watch = float("nan"), None, Watch(len(trainees))
         with (
             _advice(run, checkpoints),
-            Reporter(run, trainees, int(first_states[0].step), num_steps, config.wandb_project) as reporter,
+            Reporter(
+                run,
+                trainees,
+                int(first_states[0].step),
+                num_steps,
+                config.wandb_project,
+                silent=not processes.is_first(),
+            ) as reporter,
             contextlib.nullcontext(()) if stop_requests is None else stop_requests() as requests,
         ):
-            steps = loop.fit(members, first_states, batches, loop.Programs(members, ops))  # type: ignore[arg-type]
+            everyone = batches if mesh is None else _of_all(batches, mesh)
+            steps = loop.fit(members, first_states, everyone, loop.Programs(members, ops, mesh))  # type: ignore[arg-type]
+            agreement = Agreement(mesh)
             enter: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
             while (taken := _next(steps, enter)) is not None:
                 step, states, sums = taken
                 enter = guard
                 window = sums if window is None else add(window, sums)
-                stop, last = bool(requests), step == num_steps  # a later request waits for the next step
-                due = last or stop or step % save_every == 0
+                # A later request waits for the next step.
+                stopped, last = agreement.reached(step, bool(requests)), step == num_steps
+                due = last or stopped or step % save_every == 0
                 reporter.step(step)
                 if due or step % config.log_every == 0:
-                    for trainee, state, total in zip(trainees, states, window, strict=True):
-                        loop.check_finite(state, total, trainee.label if len(trainees) > 1 else None)
+                    with processes.same_everywhere():
+                        for trainee, state, total in zip(trainees, states, window, strict=True):
+                            loop.check_finite(state, total, trainee.label if len(trainees) > 1 else None)
                     values = _values(members, step, states, window)
                     tokens, source.tokens_seen = source.tokens_seen, 0
-                    reporter.report(step, values, tokens)
-                    _watch(watch, trainees, step, values, config.batch_size)
+                    reporter.report(step, values, tokens * processes.count())
+                    with processes.same_everywhere():
+                        _watch(watch, trainees, step, values, config.batch_size)
                     last_fvu, window = float(np.mean([v["fvu"] for v in values])), None
-                if due and (last or requests or not watch.all_suspect):
-                    checkpoints.save(step, states, {"cursor": batches.cursor().to_json()}, last_fvu)
-                if stop:
+                if due and (last or stopped or not watch.all_suspect):
+                    checkpoints.save(step, states, {"cursor": _whole_cursor(batches.cursor())}, last_fvu)
+                if stopped:
                     break
             checkpoints.wait()
-    return None if requests else states
+            stopped = stopped or processes.any_of(bool(requests))
+    return None if stopped else states
+
+
+class Agreement:
+    """Whether some process has been asked to stop, known to all of them at the same step.
+
+    Args:
+      mesh: the devices of all processes; None: there is one process.
+    """
+
+    EVERY = 8
+    """Steps between two exchanges. An answer is read when the next question is asked, so that no step waits for it."""
+
+    def __init__(self, mesh: Mesh | None):
+        self._mesh, self._answer = mesh, None
+        self._any = jax.jit(lambda asked: asked.any())
+
+    def reached(self, step: int, asked: bool) -> bool:
+        """Return whether to stop after this step.
+
+        Args:
+          step: its number.
+          asked: whether this process was asked to stop.
+        """
+        if self._mesh is None:
+            return asked
+        if step % self.EVERY:
+            return False
+        previous, self._answer = self._answer, self._any(processes.batch_of(jnp.asarray([asked]), self._mesh))
+        return previous is not None and bool(previous)
+
+
+def _of_all(batches: Iterator[Block], mesh: Mesh) -> Iterator[Block]:
+    """Yield the batches of all processes."""
+    for batch in batches:
+        yield jax.tree.map(lambda acts: processes.batch_of(acts, mesh), batch)
+
+
+def _whole_cursor(cursor: Cursor) -> dict[str, Any]:
+    """Return the cursors of all processes together, as JSON values."""
+    positions = processes.gather(cursor.position)
+    position = cursor.position if len(positions) == 1 else whole_position(positions)
+    return dataclasses.replace(cursor, position=position).to_json()
 
 
 def _next(
@@ -109,9 +184,12 @@ def _advice(run: Path, checkpoints: Checkpoints) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        checkpoints.wait()
-        step = checkpoints.latest()
-        left = "no checkpoint was saved" if step is None else f"the checkpoint of step {step} is from before"
+        if processes.count() > 1:  # only this one may have failed
+            left = "the last checkpoint is from before"
+        else:
+            checkpoints.wait()
+            step = checkpoints.latest()
+            left = "no checkpoint was saved" if step is None else f"the checkpoint of step {step} is from before"
         remedy = "other settings"
         if isinstance(error, ActivationsError):
             remedy = "a repaired model, or without that text in --data"
@@ -136,16 +214,20 @@ def _begin(
     source: "ActivationStream",
     checkpoints: Checkpoints,
     ops: Ops | None,
+    mesh: Mesh | None,
+    shards: Shards,
 ) -> tuple[Shuffled, States]:
     """Return batches and states: new ones, or those of the last intact checkpoint if the run is resumed."""
     shuffle: dict[str, Any] = {
-        "batch_size": config.batch_size,
+        "batch_size": config.batch_size * len(shards.own) // shards.count,
         "batches_per_block": config.block_size // config.batch_size,
         "seed": config.data_seed,
         "num_batches": members[0].train.num_steps,
+        "shards": shards.own,
+        "shard_count": shards.count,
     }
     if config.resume and checkpoints.latest() is not None:
-        restored = checkpoints.restore(loop.abstract_states(members, ops))
+        restored = checkpoints.restore(loop.abstract_states(members, ops, mesh))
         for step, reason, moved_to in restored.damaged:
             print(f"WARNING the checkpoint of step {step} is damaged, and is now {moved_to}: {reason}")
         print(f"continuing from the checkpoint of step {restored.step}", flush=True)
@@ -153,7 +235,8 @@ def _begin(
     if config.resume:
         print("there is no checkpoint yet: starting with the first step", flush=True)
     batches = Shuffled(source, **shuffle)
-    return batches, loop.init(members, batches.peek(), ops)  # type: ignore[arg-type]
+    sample = jax.tree.map(lambda acts: processes.sample_of(acts, len(shards.own), mesh), batches.sample(_SAMPLE))
+    return batches, loop.init(members, sample, ops, mesh)
 
 
 def _values(members: Sequence[Member], step: int, states: States, window: AllSums) -> list[dict[str, Any]]:

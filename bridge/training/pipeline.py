@@ -2,10 +2,17 @@
 
 import contextlib
 import dataclasses
+import os
+import socket
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bridge import accelerators
+import numpy as np
+from jaxtyping import Int
+
+from bridge import accelerators, launch
 from bridge.run import Run, directory
 from bridge.settings import from_keywords
 from bridge.training import determinism, device
@@ -14,7 +21,10 @@ from jsae import files
 from jsae.settings import require
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from bridge.nanochat import Nanochat
+    from bridge.nanochat.compiled import Programs
     from bridge.nanochat.corpus import Corpus
     from bridge.training.loop import StopRequests
     from bridge.training.plan import Trainee
@@ -66,56 +76,116 @@ def train(config: RunConfig | None = None, *, stop_requests: "StopRequests | Non
         f"config is {config!r:.80}: give a RunConfig, or settings by name, as in train(checkpoint=..., k=...)",
     )
     run = Run(config.output_dir)
-    with directory.claimed(run.path, config, map(config.variant_name, config.variants())) as locks:
-        _train(run, config, locks, stop_requests)
+    if launch.is_first():
+        with directory.claimed(run.path, config, map(config.variant_name, config.variants())) as locks:
+            _train(run, config, locks, stop_requests)
+    else:
+        with silence(), contextlib.ExitStack() as locks:
+            _train(run, config, locks, stop_requests)
     return run
 
 
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Print nothing within the context: the first process prints for all."""
+    with Path(os.devnull).open("w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        yield
+
+
+class _Prepared(NamedTuple):
+    """The parts of a run, checked before the training."""
+
+    nano: "Nanochat"
+    trainees: list["Trainee"]
+    mesh: "Mesh | None"
+    choice: "Choice"
+    corpus: "Corpus"
+    rows: Int[np.ndarray, "R T"]
+    """Held-out text."""
+    programs: "Programs | None"
+    """The compiled parts of the model."""
+    programs_reason: str
+
+
 def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_requests: "StopRequests | None") -> None:
-    """Train into a directory that this process has locked; `locks` receives the locks of the variants."""
+    """Train into a directory that the first process has locked; `locks` receives the locks of the variants."""
     started = time.perf_counter()
+    own_device = launch.begin(config.device)
     if config.deterministic:
-        determinism.enforce(config.device)
-    torch_device = device.open_torch(config.device)
+        determinism.enforce(own_device)
+    torch_device = device.open_torch(own_device)
     if config.matmul_dtype == "bfloat16":
         accelerators.require_bfloat16("--matmul_dtype=bfloat16", torch_device)
 
-    import bridge.nanochat
     from bridge.training import loop, plan, text
-    from bridge.training.finish import finish
+    from bridge.training.finish import finish, finished
+    from jsae import processes
 
-    # The model, the SAEs and the text, each checked before the long training.
+    with processes.connected():
+        parts = _prepare(run, config, torch_device)
+        processes.on_first(lambda: _record(run, config, parts, locks))
+        _check_shared(run)
+        corpus = parts.corpus
+        acts = text.stream(config, parts.nano, corpus, plan.sites(parts.trainees), parts.programs)
+        shards = loop.Shards(tuple(corpus.own_shards), corpus.data_shards)
+        devices = {"ops": parts.choice.ops, "mesh": parts.mesh, "shards": shards}
+        states = loop.train(run.path, config, parts.trainees, acts, stop_requests, **devices)
+        if states is None:
+            raise Stopped(run)
+        saes = finished(states)
+
+        def complete() -> None:
+            finish(config, parts.trainees, saes, parts.nano, parts.rows, corpus.fingerprint)
+            if config.prepare_neuronpedia:
+                for folder in dict.fromkeys(trainee.folder for trainee in parts.trainees):
+                    _prepare_neuronpedia(Run(folder), config, torch_device)
+
+        try:
+            processes.on_first(complete)
+        except KeyboardInterrupt as interrupt:  # SIGTERM too; all of the training is saved
+            raise Stopped(run) from interrupt
+    print(f"took {time.perf_counter() - started:.0f} s in all")
+
+
+def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
+    """Load the model, plan the SAEs and open the text, each checked before the long training, in all processes."""
+    import bridge.nanochat
+    from bridge.training import plan, text
+    from jsae import processes
+
     nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
     trainees = plan.trainees(run.path, config, nano)
     device.open_jax(torch_device, plan.jax_fraction(config, trainees, nano))
-    choice = _choose(run, config, trainees)
-    plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config), *choice)
-    sites = plan.sites(trainees)
-    corpus, heldout = text.texts(config, nano)
-    _announce(config, nano, trainees, choice)
-    rows = text.heldout_rows(config, heldout)
-    text.check_activations(config, nano, sites, rows)
-    text.check_data(run.path, corpus)
-    programs, reason = text.programs(config, nano, corpus, sites)
-    ways = {
-        "compiled": (None if programs is None else "blocks", reason),
-        "operations": (choice.ops.name, choice.reason),
-    }
-    _record(run, config, trainees, nano, corpus, locks, ways)
+    mesh = plan.mesh(config, trainees)
+    with processes.together():
+        choice = _choose(run, config, trainees)
+        plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config), *choice)
+        sites = plan.sites(trainees)
+        corpus, heldout = text.texts(config, nano, _data_shards(run, config))
+        _announce(config, nano, trainees, choice, mesh)
+        rows = text.heldout_rows(config, heldout)
+        text.check_activations(config, nano, sites, rows)
+        text.check_data(run.path, corpus)
+        programs, reason = text.programs(config, nano, corpus, sites)
+    identity = [config.to_json(), nano.fingerprint, corpus.fingerprint, choice.ops.name, directory.versions()]
+    processes.check_same("settings, model, data, device or versions", identity)
+    return _Prepared(nano, trainees, mesh, choice, corpus, rows, programs, reason)
 
-    # Training, export and evaluation.
-    acts = text.stream(config, nano, corpus, sites, programs)
-    states = loop.train(run.path, config, trainees, acts, stop_requests, ops=choice.ops)
-    if states is None:
-        raise Stopped(run)
-    try:
-        finish(config, trainees, states, nano, rows, corpus.fingerprint)
-        if config.prepare_neuronpedia:
-            for folder in dict.fromkeys(trainee.folder for trainee in trainees):
-                _prepare_neuronpedia(Run(folder), config, torch_device)
-    except KeyboardInterrupt as interrupt:  # SIGTERM too; all of the training is saved
-        raise Stopped(run) from interrupt
-    print(f"took {time.perf_counter() - started:.0f} s in all")
+
+def _check_shared(run: Run) -> None:
+    """Check that all processes see the directory of the run.
+
+    Raises:
+      ConfigError: one does not, which `OtherProcessError` says in the others.
+    """
+    from jsae import processes
+
+    with processes.together():
+        require(
+            run.config_file.is_file(),
+            f"{run.path} of the first process does not exist on {socket.gethostname()}: give an --output_dir on a file "
+            "system that all hosts share",
+        )
 
 
 def _choose(run: Run, config: RunConfig, trainees: list["Trainee"]) -> "Choice":
@@ -130,21 +200,26 @@ def _choose(run: Run, config: RunConfig, trainees: list["Trainee"]) -> "Choice":
     return choice
 
 
-def _record(
-    run: Run,
-    config: RunConfig,
-    trainees: list["Trainee"],
-    nano: "Nanochat",
-    corpus: "Corpus",
-    locks: contextlib.ExitStack,
-    ways: dict[str, tuple[str | None, str]],
-) -> None:
+def _data_shards(run: Run, config: RunConfig) -> int | None:
+    """Return the number of parts of text and batches that was given, or that a resumed run has; None: choose it."""
+    if config.resume and run.config_file.is_file():
+        return run.facts.get("data_shards", 1)
+    return config.data_shards
+
+
+def _record(run: Run, config: RunConfig, parts: _Prepared, locks: contextlib.ExitStack) -> None:
     """Write config.json of the run and of its variants, or check those of a resumed run; lock the variants.
 
-    `ways` has what was chosen by the device, which the numbers depend on, each with the reason: which parts of the
-    model are compiled (None if it runs eagerly), and the implementation of operations.
+    Recorded is also what was chosen by the device, which the numbers depend on, each with the reason: which parts of
+    the model are compiled (None if it runs eagerly), and the implementation of operations.
     """
+    nano, corpus, trainees, choice = parts.nano, parts.corpus, parts.trainees, parts.choice
+    ways = {
+        "compiled": (None if parts.programs is None else "blocks", parts.programs_reason),
+        "operations": (choice.ops.name, choice.reason),
+    }
     facts = {"model": nano.fingerprint, "data": corpus.fingerprint, "data_files": corpus.files}
+    facts |= {"data_shards": corpus.data_shards}
     facts |= {name: chosen for name, (chosen, _) in ways.items()}
     reasons = {name: reason for name, (_, reason) in ways.items()}
     sites = dict.fromkeys(trainee.hooks for trainee in trainees)
@@ -155,7 +230,9 @@ def _record(
             directory.record(trainee.folder, trainee.variant, facts, reasons)
 
 
-def _announce(config: RunConfig, nano: "Nanochat", trainees: list["Trainee"], choice: "Choice") -> None:
+def _announce(
+    config: RunConfig, nano: "Nanochat", trainees: list["Trainee"], choice: "Choice", mesh: "Mesh | None"
+) -> None:
     """Print what will be trained, and settings without effect."""
     import jax
 
@@ -172,6 +249,15 @@ def _announce(config: RunConfig, nano: "Nanochat", trainees: list["Trainee"], ch
         f"{config.data!r} on {jax.default_backend()}",
         flush=True,
     )
+    if mesh is not None:
+        data, shards = mesh.devices.shape
+        print(f"{mesh.size} processes: {data} divide the batch, times {shards} that divide the latents", flush=True)
+        if shards == 1 and latents > config.batch_size:
+            print(
+                f"note: {latents:,} latents are more than a batch of {config.batch_size:,} tokens: --latent_shards="
+                f"{mesh.size} would send less between the processes",
+                flush=True,
+            )
     if config.device != "cpu":
         print(f"steps use the implementation {choice.ops.name!r}: {choice.reason}", flush=True)
 

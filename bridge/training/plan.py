@@ -14,6 +14,8 @@ from jsae.loop import Member
 from jsae.settings import require
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from bridge.nanochat import Nanochat
     from jsae.ops import Ops
 
@@ -68,6 +70,26 @@ def trainees(run: Path, config: RunConfig, nano: Nanochat) -> list[Trainee]:
             variant.train_config().anneals(sae)
             saes.append(Trainee(variant, folder != run, folder, hooks, Member(sae, variant.train_config(), site)))
     return saes
+
+
+def mesh(config: RunConfig, trainees: list[Trainee]) -> Mesh | None:
+    """Return the devices of all processes, over which every SAE is divided; None where there is one process.
+
+    Raises:
+      ConfigError: processes or latents that cannot be divided so.
+    """
+    from jsae import axes, processes
+
+    count, shards = processes.count(), config.latent_shards
+    if count == 1:
+        require(
+            shards == 1, f"--latent_shards={shards} is for several processes, and this is one: start them by torchrun"
+        )
+        return None
+    require(count % shards == 0, f"{count} processes cannot be divided by --latent_shards={shards}")
+    latents = trainees[0].member.sae.d_sae
+    require(latents % shards == 0, f"{latents} latents cannot be divided by --latent_shards={shards}")
+    return axes.make_mesh(shards)
 
 
 def sites(trainees: list[Trainee]) -> list[tuple[str, ...]]:

@@ -28,6 +28,7 @@ class Reporter:
       start: steps taken before.
       num_steps: steps of the whole run.
       wandb_project: also log to this project of Weights & Biases.
+      silent: show and write nothing: another process does.
 
     Raises:
       OSError: the files cannot be written.
@@ -41,8 +42,11 @@ class Reporter:
         start: int,
         num_steps: int,
         wandb_project: str | None = None,
+        silent: bool = False,
     ):
-        self._trainees = trainees
+        self._trainees, self._silent = trainees, silent
+        if silent:
+            return
         folders = dict.fromkeys(trainee.folder for trainee in trainees)
         for folder in folders:
             _keep_until(Run(folder).metrics_file, start)
@@ -54,12 +58,15 @@ class Reporter:
         self._last = time.perf_counter()
 
     def __enter__(self) -> "Reporter":
-        self._progress.__enter__()
+        if not self._silent:
+            self._progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._silent:
+            return
         self._progress.__exit__(kind, error, trace)
         for lines in self._lines.values():
             lines.close()
@@ -68,7 +75,8 @@ class Reporter:
 
     def step(self, step: int) -> None:
         """Show that a step is done."""
-        self._progress.update(step, self._note)
+        if not self._silent:
+            self._progress.update(step, self._note)
 
     def report(self, step: int, values: Sequence[dict[str, Any]], tokens: int) -> None:
         """Write the metrics of every SAE.
@@ -78,6 +86,8 @@ class Reporter:
           values: the metrics of every SAE since the last report, and `activations`, the number since then.
           tokens: tokens that the model read since the last report.
         """
+        if self._silent:
+            return
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         activations = values[0]["activations"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from bridge import finite
+from bridge import finite, launch
 from bridge.hooks import parse
 from bridge.nanochat import Nanochat, compiled
 from bridge.nanochat.corpus import Corpus, changed
@@ -19,8 +19,17 @@ from jsae.settings import require
 _MAX_TOKENS = 2**16  # in a forward pass over held-out text
 
 
-def texts(config: RunConfig, nano: Nanochat) -> tuple[Corpus, Corpus]:
+_LANES = 32  # documents that are read at once, at least
+_MOST_SHARDS = 8  # by default
+
+
+def texts(config: RunConfig, nano: Nanochat, data_shards: int | None = None) -> tuple[Corpus, Corpus]:
     """Return training and held-out text, in rows as long as the model's context.
+
+    Args:
+      config: the run.
+      nano: its model.
+      data_shards: number of parts of the training text; None chooses it.
 
     Raises:
       ConfigError: a model without a tokenizer, rows longer than its context, or too little held-out text.
@@ -33,10 +42,12 @@ def texts(config: RunConfig, nano: Nanochat) -> tuple[Corpus, Corpus]:
     longest = nano.config.max_positions
     row_len = config.context_size or nano.config.sequence_len
     require(2 <= row_len <= longest, f"context_size is {row_len}: this model takes 2 to {longest} tokens")
+    lanes = max(_LANES, 4 * (data_shards or 1))
     train, heldout = (
-        Corpus(config.data, nano.tokenizer, split=split, row_len=row_len, seed=config.data_seed)
+        Corpus(config.data, nano.tokenizer, split=split, row_len=row_len, seed=config.data_seed, lanes=lanes)
         for split in ("train", "heldout")
     )
+    _divide(train, config, data_shards)
     if train.split_by_place:
         print("too few documents to hold out whole ones: the last 5 % of each is held out", flush=True)
     require(
@@ -45,6 +56,42 @@ def texts(config: RunConfig, nano: Nanochat) -> tuple[Corpus, Corpus]:
         "measured on it: give more text, or a smaller --context_size",
     )
     return train, heldout
+
+
+def _divide(corpus: Corpus, config: RunConfig, data_shards: int | None) -> None:
+    """Take this process's share of the training text.
+
+    Raises:
+      ConfigError: the parts cannot be divided among the processes.
+    """
+    launched = launch.detected()
+    index, count = (0, 1) if launched is None else (launched.index, launched.count)
+    if data_shards is None:
+        data_shards = default_shards(config.batch_size, config.block_size, corpus.row_len, corpus.lanes)
+    require(
+        data_shards % count == 0,
+        f"{count} processes cannot share {data_shards} parts of text and batches: give --data_shards={count}, or "
+        f"another multiple of {count}, and a --batch_size that it divides",
+    )
+    corpus.divide(data_shards, index, count)
+
+
+def default_shards(batch_size: int, block_size: int, row_len: int, lanes: int) -> int:
+    """Return the number of parts of text and batches: 8, or the largest smaller power of two that wastes no text.
+
+    A part of a block is filled with whole rows of text, of which the last is cut.
+
+    Args:
+      batch_size: tokens per batch, which all parts share.
+      block_size: tokens that are shuffled together.
+      row_len: tokens of a row.
+      lanes: documents that are read at once.
+    """
+    block = block_size // batch_size * batch_size
+    shards = _MOST_SHARDS
+    while shards > 1 and (batch_size % shards or lanes % shards or (block // shards) % row_len):
+        shards //= 2
+    return shards
 
 
 def heldout_rows(config: RunConfig, heldout: Corpus) -> Int[np.ndarray, "R T"]:
@@ -127,4 +174,5 @@ def stream(
         drop_sinks=config.drop_sinks,
         decode=nano.tokenizer.decode,
         run=run,
+        shards=len(corpus.own_shards),
     )

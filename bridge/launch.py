@@ -1,18 +1,11 @@
-"""Start the processes of a run: the environment of a launcher, mapped onto jax's distributed runtime.
-
-torchrun starts one process per GPU and describes them in variables. Slurm, Open MPI and Kubernetes jax detects itself.
-"""
+"""What launchers say of this process: torchrun, Slurm, Open MPI and Kubernetes describe it in variables."""
 
 import os
-import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from jsae.settings import require
 
-HEARTBEAT = 30
-"""Seconds without a sign of life after which a process counts as dead, and the others end."""
-_SHUTDOWN = 7 * 24 * 3600  # seconds that processes wait for the first one, which still measures and exports
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -21,8 +14,8 @@ class Launch(NamedTuple):
 
     index: int
     """Its number, from 0."""
-    count: int
-    """Number of processes."""
+    count: int | None
+    """Number of processes; None where jax asks the launcher."""
     local_index: int
     """Its number among those on its host."""
     local_count: int
@@ -49,25 +42,17 @@ def detected(environment: Mapping[str, str] | None = None) -> Launch | None:
     elif "OMPI_COMM_WORLD_SIZE" in env:
         names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
         launch = Launch(*_numbers(env, *(f"OMPI_COMM_WORLD_{name}" for name in names)), None)
-    elif "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:  # jax asks Kubernetes for their number
-        return Launch(*_numbers(env, "JOB_COMPLETION_INDEX"), sys.maxsize, 0, 1, None)
+    elif "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+        return Launch(*_numbers(env, "JOB_COMPLETION_INDEX"), None, 0, 1, None)
     else:
         return None
-    return launch if launch.count > 1 else None
+    return None if launch.count == 1 else launch
 
 
 def is_first() -> bool:
     """Return whether this process is the first or only one of a run, which prints for all. Starts nothing."""
     launch = detected()
     return launch is None or launch.index == 0
-
-
-def meet() -> None:
-    """Wait for the other processes of a run: a launcher ends all when one of them ends."""
-    if detected() is not None:
-        from jsae import processes
-
-        processes.wait_for_all()
 
 
 def _of_torchrun(env: Mapping[str, str]) -> Launch:
@@ -87,75 +72,3 @@ def _numbers(env: Mapping[str, str], *names: str) -> list[int]:
         value = env.get(name, "")
         require(value.isdecimal(), f"the variable {name} is {value!r}: a launcher sets it to a number")
     return [int(env[name]) for name in names]
-
-
-def begin(wanted: str) -> str:
-    """Join the processes of the run, if a launcher started several; return the device of this one.
-
-    Must be called before torch and jax start their devices. On a CPU the processes of a host divide its cores. On GPUs
-    each takes the one of its number on its host.
-
-    Args:
-      wanted: cpu or cuda; cuda:N in a single process.
-
-    Raises:
-      ConfigError: a single GPU for several processes, jax in use already, or processes that do not find each other.
-    """
-    launch = detected()
-    if launch is None:
-        return wanted
-    require(
-        ":" not in wanted,
-        f"--device={wanted} names one GPU for {launch.count} processes: give --device=cuda, and each takes its own",
-    )
-    if wanted == "cpu":
-        _divide_cores(launch)
-    elif launch.local_count > 1 or launch.local_index:
-        wanted = f"cuda:{launch.local_index}" if _sees_several() else wanted
-    _join(launch, wanted)
-    return wanted
-
-
-def _join(launch: Launch, kind: str) -> None:
-    """Start jax's distributed runtime."""
-    import jax
-
-    if jax.distributed.is_initialized():
-        return
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
-    options: dict[str, object] = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": _SHUTDOWN}
-    if kind != "cpu":
-        options["local_device_ids"] = [0]  # of those that CUDA_VISIBLE_DEVICES leaves
-    if launch.coordinator is not None:
-        options |= {
-            "coordinator_address": launch.coordinator,
-            "num_processes": launch.count,
-            "process_id": launch.index,
-            "cluster_detection_method": "deactivate",
-        }
-    try:
-        jax.distributed.initialize(**options)  # type: ignore[arg-type]
-    except Exception as error:  # of the runtime's own kinds
-        line = " ".join(str(error).split())[:300]
-        where = launch.coordinator or "the address that jax found"
-        require(
-            False,
-            f"process {launch.index} of {launch.count} cannot join the others at {where} ({line}): all must be "
-            "started, and the port must be free and reachable",
-        )
-
-
-def _divide_cores(launch: Launch) -> None:
-    """Keep this process to its share of the cores, before torch and jax start their threads."""
-    if not hasattr(os, "sched_setaffinity"):
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    each = len(cores) // launch.local_count
-    if each:
-        os.sched_setaffinity(0, cores[launch.local_index * each : (launch.local_index + 1) * each])
-
-
-def _sees_several() -> bool:
-    """Return whether this process may use several GPUs: a launcher may have left it its own only."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible is None or "," in visible

@@ -17,6 +17,7 @@ BENCHES: Mapping[str, str] = {
     "peers": "experiments.benches.contest",
     "quality": "experiments.benches.quality",
     "runtime": "experiments.benches.runtime",
+    "scaling": "experiments.benches.scaling",
     "step": "experiments.benches.step",
     "stream": "experiments.benches.stream",
     "sweep": "experiments.benches.sweep",

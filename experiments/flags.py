@@ -198,7 +198,7 @@ def _end_one_of_several(
         if debug or not isinstance(error, (*EXPECTED_ERRORS, KeyboardInterrupt)):
             traceback.print_exception(error)
         text = signals.name(number) if number is not None else _message(error)
-        print(f"FATAL process {launched.index} of {launched.count}: {text}", file=sys.stderr, flush=True)
+        print(f"FATAL process {launched.index} of {launched.count or 'several'}: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
 

@@ -20,10 +20,12 @@ def main(config: RunConfig) -> int:
     try:
         train(config, stop_requests=signals.stop_requests)
     except Stopped:
+        from jsae import processes
+
         if launch.is_first():
             command = shlex.join(word for word in sys.argv[1:] if word not in ("--resume", "--resume=true"))
             print(f"stopped and saved; continue with: python -m experiments.train {command} --resume", flush=True)
-        launch.meet()
+        processes.wait_for_all()  # a launcher ends all when one of them ends
         return signals.STOPPED
     return 0
 

@@ -75,16 +75,16 @@ def shardings(tree: Any, mesh: Mesh, latent_arrays: Iterable[str] = ()) -> Any:
     The moments of an optimiser have the names of their weights, so they are sharded alike.
 
     Args:
-      tree: arrays by name.
+      tree: arrays by name, concrete or abstract.
       mesh: a mesh with the axes of `RULES`.
       latent_arrays: names of more arrays with one number per latent.
     """
     table: dict[str, tuple[str, ...]] = {**dict.fromkeys(latent_arrays, ("f",)), **AXES}
 
-    def sharding(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [str(getattr(p, "name", getattr(p, "key", ""))) for p in path]
         axes = next((table[n] for n in reversed(names) if n in table), None)
-        if axes is None or jax.numpy.ndim(leaf) != len(axes):
+        if axes is None or len(leaf.shape) != len(axes):
             return NamedSharding(mesh, PartitionSpec())
         return NamedSharding(mesh, spec(axes))
 

@@ -89,32 +89,39 @@ def abstract_states(members: Sequence[Member], ops: Ops | None = None, mesh: Mes
     return tuple(map(one, members))
 
 
-def choose_ops(members: Sequence[Member]) -> Choice:
+def choose_ops(members: Sequence[Member], mesh: Mesh | None = None) -> Choice:
     """Return the implementation for jax's default device: without kernels where a step with them does not compile.
 
     On a GPU with kernels the first step is traced and its kernels are compiled to PTX, for the sizes of the members.
+
+    Args:
+      members: the SAEs.
+      mesh: devices that share every step; None: one device.
     """
     choice = Choice(*choose_with_reason(members[0].train.matmul_dtype))
-    obstacle = _obstacle(members, choice.ops) if choice.ops.name == "gpu" else None
+    obstacle = _obstacle(members, choice.ops, mesh) if choice.ops.name == "gpu" else None
     if obstacle is None:
         return choice
     return Choice(Xla(members[0].train.matmul_dtype), obstacle)
 
 
-def _obstacle(members: Sequence[Member], ops: Ops) -> str | None:
+def _obstacle(members: Sequence[Member], ops: Ops, mesh: Mesh | None) -> str | None:
     """Return why kernels of the first step cannot be compiled; None if they can."""
-    batch = {member.site: _abstract_acts(member) for member in members}
+    batch = {member.site: _abstract_acts(member, mesh) for member in members}
     try:
-        Programs(members, ops).at(1).lower(abstract_states(members, ops), tuple(batch[site] for site in sorted(batch)))
+        states = abstract_states(members, ops, mesh)
+        Programs(members, ops, mesh).at(1).lower(states, tuple(batch[site] for site in sorted(batch)))
     except Exception as error:  # compilers raise errors of their own kinds
         lines = str(error).strip().splitlines() or [""]
         return f"a step with Triton kernels does not compile for this GPU ({type(error).__name__}: {lines[0]:.200})"
     return None
 
 
-def _abstract_acts(member: Member) -> tuple[jax.ShapeDtypeStruct, ...]:
-    rows = member.train.batch_size
-    return tuple(jax.ShapeDtypeStruct((rows, width), np.float32) for width in state.widths(member.sae))
+def _abstract_acts(member: Member, mesh: Mesh | None = None) -> tuple[jax.ShapeDtypeStruct, ...]:
+    rows, sharding = member.train.batch_size, None if mesh is None else NamedSharding(mesh, axes.BATCH)
+    return tuple(
+        jax.ShapeDtypeStruct((rows, width), np.float32, sharding=sharding) for width in state.widths(member.sae)
+    )
 
 
 class Programs:

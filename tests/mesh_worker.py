@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge import launch
+from bridge.training import joining
 from jsae import axes, loop, processes
 from jsae.architectures import sae_config
 from jsae.config import TrainConfig
@@ -22,18 +22,16 @@ SETTINGS = {
     "topk": {"k": 3},
     "batchtopk": {"k": 3},
     "matryoshka": {"k": 3, "nested_widths": (32,)},
-    "relu": {"l1_coefficient": 2.0},
+    "relu": {"l1_coefficient": 0.5},
     "gated": {"l1_coefficient": 2.0, "target_l0": 2.5},
     "jumprelu": {"l0_coefficient": 0.5, "target_l0": 2.0},
 }
-RUN = TrainConfig(
-    num_activations=BATCH * STEPS, batch_size=BATCH, learning_rate=4e-3, dead_after=2000, resample_every=BATCH * 20
-)
+RUN = TrainConfig(num_activations=BATCH * STEPS, batch_size=BATCH, learning_rate=4e-3, dead_after=2000)
 
 
 def main(architecture: str, latent: int, out: Path) -> None:
     """Train from the start to the end."""
-    launch.begin("cpu")
+    joining.begin("cpu")
     from jsae.testing import toy  # its package computes when it is imported
 
     (acts,) = toy.world(BATCH * STEPS, None, 1).acts

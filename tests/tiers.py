@@ -19,6 +19,7 @@ GPU_FOLDER = Path(__file__).parent / "gpu"
 
 # Modules of which every test is slow. Those that take longest are first: they begin first where several workers run.
 MODULES = (
+    "test_processes",
     "test_train_command",
     "test_command_output",
     "test_docs",
@@ -60,6 +61,8 @@ MODULES = (
     "test_metadata",
     "test_ops",
     "test_ops_kernels",
+    "test_ops_mesh",
+    "test_collectives",
     "test_ops_products",
     "test_ops_selection",
     "test_ops_steps",

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from bridge.nanochat.corpus import whole_position
 from bridge.run import Run
+from bridge.training.memory import SAMPLE
 from bridge.training.report import Reporter
 from jsae import loop, metrics, processes
 from jsae.checkpoint import Checkpoints
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 StopRequests = Callable[[], contextlib.AbstractContextManager[Collection[object]]]
 """Returns a context manager; the collection it yields is empty until the run should be saved and stopped."""
 
-_SAMPLE = 65_536
-"""Activations, about, that SAEs are initialised from."""
 _REPORTED = ("loss", "fvu", "l0", "mse", "cosine", "dead_fraction", "learning_rate")
 
 
@@ -235,7 +234,7 @@ def _begin(
     if config.resume:
         print("there is no checkpoint yet: starting with the first step", flush=True)
     batches = Shuffled(source, **shuffle)
-    sample = jax.tree.map(lambda acts: processes.sample_of(acts, len(shards.own), mesh), batches.sample(_SAMPLE))
+    sample = jax.tree.map(lambda acts: processes.sample_of(acts, len(shards.own), mesh), batches.sample(SAMPLE))
     return batches, loop.init(members, sample, ops, mesh)
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from jsae.loop import Member
     from jsae.ops import MatmulDtype, Ops
 
+SAMPLE = 65_536
+"""Activations, about, that SAEs are initialised from."""
 _FLOAT = 4
 _PAIR = 24
 """Bytes of a code and its gradient: value and latent, each sorted by latent too."""
@@ -52,18 +54,22 @@ class Need:
         return self.state + self.saved + self.gradients + self.batch + self.latents + _LIBRARIES
 
 
-def of_steps(members: Sequence[Member], ops: Ops | None = None, *, saving: bool = True) -> Need:
+def of_steps(
+    members: Sequence[Member], ops: Ops | None = None, *, saving: bool = True, mesh: tuple[int, int] = (1, 1)
+) -> Need:
     """Return what the steps of some SAEs need on a GPU.
 
     Args:
       members: the SAEs.
       ops: the implementation; None is the one for jax's default device.
       saving: whether checkpoints are written.
+      mesh: GPUs that divide the batch, and that divide the latents.
     """
-    weights = [_weights(member) for member in members]
+    data, shards = mesh
+    weights = [_weights(member) // shards for member in members]
     state = sum(w * (3 + (m.train.average_fraction is not None)) for w, m in zip(weights, members, strict=True))
     sites = {member.site: _row(member) for member in members}
-    rows = members[0].train.batch_size
+    rows = members[0].train.batch_size // data
     return Need(
         state=state,
         saved=state if saving else 0,
@@ -72,14 +78,20 @@ def of_steps(members: Sequence[Member], ops: Ops | None = None, *, saving: bool 
             for w, member in zip(weights, members, strict=True)
         ),
         batch=rows * sum(sites.values()) + round(_BATCHES * rows * max(map(_row, members))),
-        latents=max(_latents(member, ops or member.ops) for member in members),
+        latents=max(_latents(member, ops or member.ops, mesh) for member in members),
     )
 
 
-def of_first_block(members: Sequence[Member], block_size: int) -> int:
-    """Return the bytes of the arrays that the first SAE is initialised from, while all others exist."""
+def of_first_block(members: Sequence[Member], block_size: int, shards: int = 1) -> int:
+    """Return the bytes of the arrays that the first SAE is initialised from, while all others exist.
+
+    Args:
+      members: the SAEs.
+      block_size: activations of a block.
+      shards: GPUs that divide the latents.
+    """
     widths = [member.sae.d_in + (member.sae.d_out or 0) for member in members]
-    return sum(3 * _weights(member) for member in members) + _FLOAT * block_size * max(widths)
+    return sum(3 * _weights(member) // shards for member in members) + _FLOAT * block_size * max(widths)
 
 
 def kernels_are_likely() -> bool:
@@ -108,13 +120,14 @@ def _row(member: Member) -> int:
     return _FLOAT * (member.sae.d_in + member.sae.width_out)
 
 
-def _latents(member: Member, ops: Ops) -> int:
+def _latents(member: Member, ops: Ops, mesh: tuple[int, int] = (1, 1)) -> int:
     """Return the bytes of what a step holds of latents at once."""
-    sae, n = member.sae, member.train.batch_size
-    d, f = sae.d_in, sae.d_sae
+    sae, n = member.sae, member.train.batch_size // mesh[0]
+    d, f = sae.d_in, sae.d_sae // mesh[1]
     number = 2 if ops.name == "gpu" and ops.matmul_dtype == "bfloat16" else _FLOAT
     if not sae.sae.sparse:
         tokens = getattr(ops, "sum_chunk", lambda n, d_in, d_sae, gradients: n)(n, d, f, True)
+        tokens = tokens if mesh == (1, 1) else n  # a batch on several GPUs is not taken in parts
         if ops.name == "gpu" and sae.sae.maps:  # pre-activations and maps, and the gradients of both
             return number * (2 + 2 * sae.sae.maps) * tokens * f
         return _DENSE * _FLOAT * tokens * f

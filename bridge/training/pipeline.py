@@ -15,7 +15,7 @@ from jaxtyping import Int
 from bridge import accelerators, launch
 from bridge.run import Run, directory
 from bridge.settings import from_keywords
-from bridge.training import determinism, device
+from bridge.training import determinism, device, joining
 from bridge.training.config import RunConfig
 from jsae import files
 from jsae.settings import require
@@ -110,7 +110,7 @@ class _Prepared(NamedTuple):
 def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_requests: "StopRequests | None") -> None:
     """Train into a directory that the first process has locked; `locks` receives the locks of the variants."""
     started = time.perf_counter()
-    own_device = launch.begin(config.device)
+    own_device = joining.begin(config.device)
     if config.deterministic:
         determinism.enforce(own_device)
     torch_device = device.open_torch(own_device)
@@ -158,7 +158,7 @@ def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
     device.open_jax(torch_device, plan.jax_fraction(config, trainees, nano))
     mesh = plan.mesh(config, trainees)
     with processes.together():
-        choice = _choose(run, config, trainees)
+        choice = _choose(run, config, trainees, mesh)
         plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config), *choice)
         sites = plan.sites(trainees)
         corpus, heldout = text.texts(config, nano, _data_shards(run, config))
@@ -188,12 +188,12 @@ def _check_shared(run: Run) -> None:
         )
 
 
-def _choose(run: Run, config: RunConfig, trainees: list["Trainee"]) -> "Choice":
+def _choose(run: Run, config: RunConfig, trainees: list["Trainee"], mesh: "Mesh | None") -> "Choice":
     """Return the implementation of operations; a resumed run that began without kernels continues without them."""
     from jsae.loop import Choice, choose_ops
     from jsae.ops import Xla
 
-    choice = choose_ops([trainee.member for trainee in trainees])
+    choice = choose_ops([trainee.member for trainee in trainees], mesh)
     resumes = config.resume and run.config_file.is_file()
     if choice.ops.name == "gpu" and resumes and run.facts.get("operations") == "xla":
         return Choice(Xla(choice.ops.matmul_dtype), "the run began with it")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge import launch
 from bridge.training import device, memory
 from bridge.training.config import RunConfig
 from jsae import export
@@ -72,6 +74,13 @@ def trainees(run: Path, config: RunConfig, nano: Nanochat) -> list[Trainee]:
     return saes
 
 
+def mesh_shape(config: RunConfig) -> tuple[int, int]:
+    """Return how many processes divide the batch and the latents, before jax starts; one where that is not known."""
+    launched = launch.detected()
+    count = (launched.count if launched is not None else 1) or 1
+    return max(count // config.latent_shards, 1), min(config.latent_shards, count)
+
+
 def mesh(config: RunConfig, trainees: list[Trainee]) -> Mesh | None:
     """Return the devices of all processes, over which every SAE is divided; None where there is one process.
 
@@ -132,11 +141,12 @@ def check_memory(
     if available is None:
         return
     if config.device != "cpu":
-        check_gpu_memory(trainees, available, ops, reason)
+        check_gpu_memory(trainees, available, ops, reason, mesh_shape(config))
         return
+    data, _ = mesh_shape(config)  # of processes that share the memory: each of these has a copy of the weights
     saes = [trainee.member.sae for trainee in trainees]
     weights = sum(4 * sae.d_sae * (sae.d_in + sae.width_out) for sae in saes)
-    copies = 5 + (config.average_fraction is not None)  # weights, gradients, two moments, the copy that is saved
+    copies = (5 + (config.average_fraction is not None)) * data  # weights, gradients, two moments, what is saved
     batch = 2 * 4 * config.batch_size * max(sae.d_sae for sae in saes)
     blocks = 3 * 4 * config.block_size * width * len(_hooks(trainees))
     needed = copies * weights + batch + blocks
@@ -148,7 +158,13 @@ def check_memory(
     )
 
 
-def check_gpu_memory(trainees: list[Trainee], available: int, ops: Ops | None = None, reason: str = "") -> None:
+def check_gpu_memory(
+    trainees: list[Trainee],
+    available: int,
+    ops: Ops | None = None,
+    reason: str = "",
+    mesh: tuple[int, int] = (1, 1),
+) -> None:
     """Check that SAEs fit into jax's part of a GPU.
 
     Args:
@@ -156,15 +172,17 @@ def check_gpu_memory(trainees: list[Trainee], available: int, ops: Ops | None = 
       available: bytes of that part.
       ops: the implementation; None is the one of the device.
       reason: why it was chosen.
+      mesh: GPUs that divide the batch, and that divide the latents.
 
     Raises:
       ConfigError: they do not fit; names the flag that lowers the largest part of what they need.
     """
-    need = memory.of_steps([trainee.member for trainee in trainees], ops)
+    need = memory.of_steps([trainee.member for trainee in trainees], ops, mesh=mesh)
     of_weights, of_batches = need.state + need.saved + need.gradients, need.batch + need.latents
     remedies = ["--batch_size" if of_batches > of_weights else "--expansion_factor"]
     remedies += ["the number of SAEs"] if len(trainees) > 1 and of_weights >= of_batches else []
     member = trainees[0].member
+    shards = ", or --latent_shards" if mesh[0] > 1 and of_weights >= of_batches else ""
     without = (ops or member.ops).name != "gpu" and (member.sae.sae.sparse or member.sae.sae.maps)
     kernels = f". With Triton kernels they would need less ({reason or 'extra [cuda]'})" if without else ""
     require(
@@ -172,7 +190,7 @@ def check_gpu_memory(trainees: list[Trainee], available: int, ops: Ops | None = 
         f"{len(trainees)} SAEs need about {need.total / 2**30:.1f} GiB of the GPU ({of_weights / 2**30:.1f} for "
         f"weights, moments, gradients and the copy that is saved, {need.batch / 2**30:.1f} for a batch, "
         f"{need.latents / 2**30:.1f} for its latents), and jax has {available / 2**30:.1f}: lower "
-        f"{' or '.join(remedies)}; where torch can spare memory, raise --jax_memory_fraction{kernels}",
+        f"{' or '.join(remedies)}; where torch can spare memory, raise --jax_memory_fraction{shards}{kernels}",
     )
 
 
@@ -231,7 +249,9 @@ def saes_memory(config: RunConfig, trainees: list[Trainee]) -> int:
     """Return the bytes that jax needs on a GPU: for steps of all SAEs, or for the first look at a block."""
     members = [trainee.member for trainee in trainees]
     ops = memory.likely_ops(config.matmul_dtype, memory.kernels_are_likely())
-    return max(memory.of_steps(members, ops).total, memory.of_first_block(members, config.block_size))
+    mesh = mesh_shape(config)
+    first = memory.of_first_block(members, min(config.block_size, memory.SAMPLE), mesh[1])
+    return max(memory.of_steps(members, ops, mesh=mesh).total, first)
 
 
 def stream_memory(config: RunConfig, width: int, itemsize: int, row_len: int, hooks: int) -> int:
@@ -248,7 +268,8 @@ def stream_memory(config: RunConfig, width: int, itemsize: int, row_len: int, ho
       hooks: number of hooks that are captured.
     """
     tokens = max(config.tokens_per_forward, row_len)
-    blocks = 3 * config.block_size * width * itemsize * hooks  # one that is read, one that is filled, and its order
+    own_block = config.block_size // math.prod(mesh_shape(config))
+    blocks = 3 * own_block * width * itemsize * hooks  # one that is read, one that is filled, and its order
     return blocks + (24 + hooks) * tokens * width * itemsize + 4 * row_len**2
 
 

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
-from bridge import finite, launch
+from bridge import finite
 from bridge.hooks import parse
 from bridge.nanochat import Nanochat, compiled
 from bridge.nanochat.corpus import Corpus, changed
@@ -14,6 +15,7 @@ from bridge.run import Run
 from bridge.selection import excluded_ids
 from bridge.stream import ActivationStream
 from bridge.training.config import RunConfig
+from jsae import processes
 from jsae.settings import require
 
 _MAX_TOKENS = 2**16  # in a forward pass over held-out text
@@ -64,8 +66,7 @@ def _divide(corpus: Corpus, config: RunConfig, data_shards: int | None) -> None:
     Raises:
       ConfigError: the parts cannot be divided among the processes.
     """
-    launched = launch.detected()
-    index, count = (0, 1) if launched is None else (launched.index, launched.count)
+    index, count = jax.process_index(), processes.count()
     if data_shards is None:
         data_shards = default_shards(config.batch_size, config.block_size, corpus.row_len, corpus.lanes)
     require(

@@ -16,26 +16,32 @@ from jsae.ops.types import Codes
 _DIGIT = 4  # bits of a threshold that are found in one exchange
 
 
-def quotas(
+def largest_of_token(
     sizes: Float[Array, "n k"], k: int, limit: Int[Array, ""] | None, top_k: Callable[..., Codes], shards: int
-) -> Int[Array, "n 1"]:
-    """Return how many of this device's candidates are among the k largest of all devices that share the latents.
+) -> Bool[Array, "n k"]:
+    """Return which of this device's candidates are among the k largest of all devices that share the latents.
 
-    Every token has one device that compares all of its candidates and sends the counts back.
+    Every token has one device that compares all of its candidates. It sends back the smallest that is selected, and how
+    many of those that equal it every device may take: the first devices take theirs. NaN is always taken.
 
     Args:
-      sizes: of n tokens the sizes of the k largest candidates of this device, the largest first.
+      sizes: of n tokens the sizes of the k largest candidates of this device, in any order.
       k: codes per token that are selected.
       limit: how many of them count; None: all.
       top_k: selects within a row; of the form of `jsae.ops.Ops.top_k`.
       shards: number of devices that share the latents.
     """
     gathered = lax.all_to_all(sizes, LATENT, split_axis=0, concat_axis=1, tiled=True)
-    largest = top_k(gathered, k, limit=limit)
-    counts = jnp.arange(k) < (k if limit is None else limit)
-    owners = largest.indices // sizes.shape[1]
-    per_shard = [((owners == shard) & counts).sum(1, dtype=jnp.int32) for shard in range(shards)]
-    return lax.all_to_all(jnp.stack(per_shard, 1), LATENT, split_axis=1, concat_axis=0, tiled=True)
+    largest = top_k(gathered, k, limit=limit).values
+    least = largest.min(1) if limit is None else jnp.take(largest, limit - 1, axis=1)
+    equal = (gathered == least[:, None]).reshape(len(gathered), shards, -1).sum(2)
+    room = (k if limit is None else limit) - (gathered > least[:, None]).sum(1)
+    quotas = jnp.clip(room[:, None] - (jnp.cumsum(equal, axis=1) - equal), 0, equal)
+    answers = jnp.stack([jnp.broadcast_to(least[:, None], quotas.shape), quotas.astype(sizes.dtype)], axis=2)
+    answers = lax.all_to_all(answers, LATENT, split_axis=1, concat_axis=0, tiled=True)
+    least, quota = answers[..., 0], answers[..., 1]
+    ties = sizes == least
+    return ~(sizes <= least) | (ties & (jnp.cumsum(ties, axis=1) <= quota))
 
 
 def largest_of_all(values: Float[Array, "n k"], count: int | Int[Array, ""]) -> Bool[Array, "n k"]:

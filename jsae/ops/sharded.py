@@ -175,14 +175,11 @@ class Sharded(SparseOps):
         select = functools.partial(self.inner.abs_top_k if magnitudes else self.inner.top_k, k=candidates)
         if self.shards == 1:
             return self.inner.pick(select, True, inputs, W_enc, b_enc, allowed, limit)
-        # With a limit the largest comes first.
-        codes = self.inner.pick(select, True, inputs, W_enc, b_enc, allowed, jnp.int32(candidates))
+        codes = self.inner.pick(select, True, inputs, W_enc, b_enc, allowed, None)
         missing = jnp.isneginf(codes.values)
         sizes = jnp.where(missing | (not magnitudes), codes.values, jnp.abs(codes.values))
-        selected = min(k, out_of)
-        quota = exchange.quotas(sizes, selected, limit, self.inner.top_k, self.shards)
-        values = jnp.where(jnp.arange(candidates) < quota, codes.values, 0)
-        return Codes(values, codes.indices + self._first(len(W_enc)))
+        is_selected = exchange.largest_of_token(sizes, min(k, out_of), limit, self.inner.top_k, self.shards)
+        return Codes(jnp.where(is_selected, codes.values, 0), codes.indices + self._first(len(W_enc)))
 
     def _pick_of_batch(
         self,
@@ -233,15 +230,20 @@ class Sharded(SparseOps):
             own = self._own(codes, len(W), len(start))
             if self.shards == 1:
                 return self.inner.decoded(own, W, start)
-            return lax.psum(self.inner.decoded(own, W, jnp.zeros_like(start)), LATENT) + start
+            decoded = self._of_present(own, lambda some: self.inner.decoded(some, W, jnp.zeros_like(start)))
+            return lax.psum(decoded, LATENT) + start
 
         return self.on_devices(local, (codes, _BOTH), (W, _LATENTS), (start, _TOKENS), out=_TOKENS)
 
     def dots(self, codes: Codes, g: Float[Array, "n d"], W: Float[Array, "f d"]) -> Float[Array, "m k"]:
-        """Multiply every device's rows; nothing is sent."""
+        """Multiply every device's rows; nothing is sent. Codes of value 0 may get 0."""
 
         def local(codes: Codes, g: Float[Array, "n d"], W: Float[Array, "f d"]) -> Float[Array, "m k"]:
-            return self.inner.dots(self._own(codes, len(W), len(g)), g, W)
+            def multiplied(some: Codes) -> Float[Array, "m k"]:
+                dots = self.inner.dots(some, g, W)
+                return dots if dots.shape == codes.values.shape else self._back(dots, codes)
+
+            return self._of_present(self._own(codes, len(W), len(g)), multiplied)
 
         return self.on_devices(local, (codes, _BOTH), (g, _TOKENS), (W, _LATENTS), out=_BOTH)
 
@@ -249,8 +251,9 @@ class Sharded(SparseOps):
         """Add every device's tokens, and the sums over `data`."""
 
         def local(codes: Codes, inputs: Input) -> Float[Array, "f d"]:
-            own = self._own(codes, f // self.shards, len(inputs.x))
-            return lax.psum(self.inner.latent_sums(own, inputs, f // self.shards), DATA)
+            own, latents = self._own(codes, f // self.shards, len(inputs.x)), f // self.shards
+            sums = self._of_present(own, lambda some: self.inner.latent_sums(some, inputs, latents))
+            return lax.psum(sums, DATA)
 
         return self.on_devices(local, (codes, _BOTH), (inputs, self._input_spec(inputs)), out=_LATENTS)
 
@@ -258,7 +261,8 @@ class Sharded(SparseOps):
         """Add every device's values, and the sums over `data`."""
 
         def local(codes: Codes) -> Float[Array, " f"]:
-            return lax.psum(self.inner.value_sums(self._own(codes, f // self.shards, 0), f // self.shards), DATA)
+            own, latents = self._own(codes, f // self.shards, 0), f // self.shards
+            return lax.psum(self._of_present(own, lambda some: self.inner.value_sums(some, latents)), DATA)
 
         return self.on_devices(local, (codes, _BOTH), out=_LATENTS)
 
@@ -282,6 +286,40 @@ class Sharded(SparseOps):
         ordered = self.on_devices(self.inner.in_token_order, (moved, _BOTH), out=_BOTH)
         parts = self.decode(ordered, W_dec, jnp.zeros((n * levels, W_dec.shape[1])))
         return jnp.cumsum(parts.reshape(n, levels, -1), axis=1).swapaxes(0, 1)
+
+    def _of_present(self, codes: Codes, function: Callable[[Codes], Result]) -> Result:
+        """Return what a sum over the codes of a device gives, from those that are not zero where they are few.
+
+        Of the k candidates of a token a device keeps one in `shards` on average, so that the sums of all devices
+        together take as long as those of one. Where it keeps more than twice as many it sums all.
+        """
+        n, k = codes.values.shape
+        few = -(-_ROOM * k // self.shards)
+        if few >= k:
+            return function(codes)
+        is_present = codes.values != 0
+        where = self._present(codes, n * few)
+        tokens = jnp.broadcast_to(codes.tokens, (n, k)).ravel()
+        values = codes.values.ravel().at[where].get(mode="fill", fill_value=0)
+        at = jnp.minimum(where, n * k - 1)  # of those that fill up: the last token, so that the order stays
+        present = Codes(*(a.reshape(n, few) for a in (values, codes.indices.ravel()[at], tokens[at])))
+        return lax.cond(is_present.sum() <= n * few, lambda: function(present), lambda: function(codes))
+
+    @staticmethod
+    def _present(codes: Codes, size: int) -> Int[Array, " size"]:
+        """Return the places of the codes that are not zero, in order, and a place behind all for the rest."""
+        (where,) = jnp.nonzero(codes.values.ravel() != 0, size=size, fill_value=codes.values.size)
+        return where
+
+    def _back(self, dots: Float[Array, "m few"], codes: Codes) -> Float[Array, "m k"]:
+        """Return numbers of the codes that are not zero in the places of these."""
+        where = self._present(codes, dots.size)
+        return (
+            jnp.zeros(codes.values.size, dots.dtype)
+            .at[where]
+            .set(dots.ravel(), mode="drop")
+            .reshape(codes.values.shape)
+        )
 
     def _own(self, codes: Codes, latents: int, tokens: int) -> Codes:
         """Return the codes of this device, with latents and tokens counted from its first ones."""

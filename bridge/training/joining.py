@@ -1,0 +1,84 @@
+"""Join the processes of a run: what a launcher says of them, mapped onto jax's distributed runtime."""
+
+import os
+
+from bridge import launch
+from bridge.launch import Launch
+from jsae.settings import require
+
+HEARTBEAT = 30
+"""Seconds without a sign of life after which a process counts as dead, and the others end."""
+_SHUTDOWN = 7 * 24 * 3600  # seconds that processes wait for the first one, which still measures and exports
+
+
+def begin(wanted: str) -> str:
+    """Join the processes of the run, if a launcher started several; return the device of this one.
+
+    Must be called before torch and jax start their devices. On a CPU the processes of a host divide its cores. On GPUs
+    each takes the one of its number on its host.
+
+    Args:
+      wanted: cpu or cuda; cuda:N in a single process.
+
+    Raises:
+      ConfigError: a single GPU for several processes, jax in use already, or processes that do not find each other.
+    """
+    launched = launch.detected()
+    if launched is None:
+        return wanted
+    require(
+        ":" not in wanted,
+        f"--device={wanted} names one GPU for {launched.count or 'several'} processes: give --device=cuda, and each "
+        "takes its own",
+    )
+    if wanted == "cpu":
+        _divide_cores(launched)
+    elif launched.local_count > 1 or launched.local_index:
+        wanted = f"cuda:{launched.local_index}" if _sees_several() else wanted
+    _join(launched, wanted)
+    return wanted
+
+
+def _join(launched: Launch, kind: str) -> None:
+    """Start jax's distributed runtime."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
+    options: dict[str, object] = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": _SHUTDOWN}
+    if kind != "cpu":
+        options["local_device_ids"] = [0]  # of those that CUDA_VISIBLE_DEVICES leaves
+    if launched.coordinator is not None:
+        options |= {
+            "coordinator_address": launched.coordinator,
+            "num_processes": launched.count,
+            "process_id": launched.index,
+            "cluster_detection_method": "deactivate",
+        }
+    try:
+        jax.distributed.initialize(**options)  # type: ignore[arg-type]
+    except Exception as error:  # of the runtime's own kinds
+        line = " ".join(str(error).split())[:300]
+        where = launched.coordinator or "the address that jax found"
+        require(
+            False,
+            f"process {launched.index} of {launched.count or 'several'} cannot join the others at {where} ({line}): "
+            "all must be started, and the port must be free and reachable",
+        )
+
+
+def _divide_cores(launched: Launch) -> None:
+    """Keep this process to its share of the cores, before torch and jax start their threads."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // launched.local_count
+    if each:
+        os.sched_setaffinity(0, cores[launched.local_index * each : (launched.local_index + 1) * each])
+
+
+def _sees_several() -> bool:
+    """Return whether this process may use several GPUs: a launcher may have left it its own only."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible is None or "," in visible

@@ -287,6 +287,17 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_a_changed_module_of_the_standard_library_is_noticed",
         "test_too_many_open_files_are_reported_and_nothing_is_left_out",
     ),
+    "test_store": (
+        "test_a_store_that_is_killed_at_random_moments_ends_as_one_that_was_not",
+        "test_a_full_disk_is_one_error_and_the_store_continues_when_there_is_room",
+        "test_reading_and_writing_need_neither_jax_nor_torch",
+    ),
+    "test_store_source": (
+        "test_training_from_a_store_equals_training_on_the_same_rows_in_memory",
+        "test_a_store_of_one_hook_is_trained_on_as_it_is",
+        "test_a_transcoder_reads_two_hooks",
+        "test_an_interrupted_training_continues_to_the_same_numbers",
+    ),
     "test_steering": ("test_a_request_cannot_be_changed",),
     "test_tokenizer": (
         "test_white_space_that_overflows_the_regex_engine_is_encoded",

@@ -1,0 +1,62 @@
+"""The order in which the rows of a store are read: chunks shuffled, and the rows of at least 16 chunks mixed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jsae.settings import require
+from jsae.store.layout import MIXED
+
+
+class Place(NamedTuple):
+    """The next row of a stream."""
+
+    epoch: int
+    group: int
+    """Number of the group in the epoch."""
+    offset: int
+    """Rows of the group that were taken."""
+
+
+class Order:
+    """Permutations of the chunks of a store, dealt to streams and divided into groups.
+
+    In every epoch the chunks are permuted by (seed, epoch) and dealt to the streams in turn. Consecutive chunks of a
+    stream form groups, of which the rows that count are permuted together: all streams together mix at least 16 chunks,
+    or the whole store where it has fewer. Every row is taken once per epoch.
+
+    Args:
+      chunks: chunks of the store.
+      seed: of all permutations.
+      streams: number of streams.
+
+    Raises:
+      ConfigError: fewer chunks than streams.
+    """
+
+    def __init__(self, chunks: int, seed: int, streams: int = 1):
+        require(
+            1 <= streams <= chunks,
+            f"the store has {chunks} chunks, which cannot be dealt to {streams} streams: write one with smaller chunks "
+            "(shard_rows), or use fewer",
+        )
+        self.chunks, self.seed, self.streams = chunks, seed, streams
+        self._per_group = max(-(-MIXED // streams), 1)
+
+    def groups(self, stream: int, epoch: int) -> list[np.ndarray]:
+        """Return the chunks of every group of an epoch of a stream, in the order in which they are read."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.chunks)[stream :: self.streams]
+        return np.array_split(order, max(len(order) // self._per_group, 1))
+
+    def rows(self, stream: int, place: Place, kept: np.ndarray) -> np.ndarray:
+        """Return the order of the rows of a group: those that count, permuted.
+
+        Args:
+          stream: number of the stream.
+          place: epoch and group.
+          kept: which rows of the group's chunks count.
+        """
+        rng = np.random.default_rng((self.seed, place.epoch, stream, place.group, 1))
+        return rng.permutation(np.flatnonzero(kept))

@@ -42,6 +42,7 @@ MODULES = (
     "test_explore_command",
     "test_atomic",
     "test_checkpoint",
+    "test_collect_command",
     "test_explorer_page",
     "test_explorer_live",
     "test_explorer_files",

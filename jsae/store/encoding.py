@@ -68,6 +68,11 @@ def decode(stored: np.ndarray, scale: np.ndarray | None, dtype: np.dtype | type 
     return numbers.astype(ml_dtypes.bfloat16 if dtype is None else dtype, copy=False)
 
 
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """Return the bytes of an array, row after row."""
+    return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
+
+
 def _largest(acts: np.ndarray) -> np.ndarray:
     """Return the largest magnitude of every row, (n,) float32; NaN where there is one."""
     if acts.dtype == ml_dtypes.bfloat16:  # magnitudes have the order of their bits; NaN is last

@@ -111,7 +111,7 @@ def suited(
       row_len: tokens in a row of text.
       rows: rows of the store; None if unknown.
       columns: columns beside the activations.
-      shard_rows: rows of a shard; rounded up to 16 chunks of whole rows of text.
+      shard_rows: rows of a shard, rounded up to whole chunks; None is 16 chunks.
 
     Raises:
       ConfigError: sizes that no store can have.
@@ -120,9 +120,10 @@ def suited(
     target = CHUNK_ROWS if rows is None else min(CHUNK_ROWS, rows // _LEAST_CHUNKS)
     if shard_rows is not None:
         _check_size("shard_rows", shard_rows, 2**31)
-        target = -(-shard_rows // _SHARD_CHUNKS)
+        target = min(CHUNK_ROWS, shard_rows // _SHARD_CHUNKS)
     chunk_rows = row_len * max(target // row_len, 1)
-    return Layout(widths, storage, row_len, chunk_rows, chunk_rows * _SHARD_CHUNKS, columns)
+    shard_chunks = _SHARD_CHUNKS if shard_rows is None else -(-shard_rows // chunk_rows)
+    return Layout(widths, storage, row_len, chunk_rows, chunk_rows * shard_chunks, columns)
 
 
 def _check(widths: Any, storage: Any, row_len: Any, chunk_rows: Any, shard_rows: Any, columns: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -174,7 +174,7 @@ class Store:
         start, stop = self.layout.bounds(shard, self.rows)
         for first in range(start, stop, form.chunk_rows):
             rows = self.array(form.name).read(first, min(first + form.chunk_rows, stop))
-            digest.update(memoryview(np.ascontiguousarray(rows).view(np.uint8).reshape(-1)))
+            digest.update(encoding.raw_bytes(rows))
         if digest.hexdigest() != record.digests[form.name]:
             raise DamagedError(f"{self.location}: shard {shard} of {form.name} is not what was written")
 
@@ -195,12 +195,6 @@ class Store:
 def open(location: str | os.PathLike[str]) -> Store:
     """Open a store; arguments and errors are those of `Store`."""
     return Store(location)
-
-
-def pieces(rows: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the bounds of pieces of at most `size` rows."""
-    for start in range(0, rows, size):
-        yield start, min(start + size, rows)
 
 
 def _manifest(place: Place) -> Manifest:

@@ -13,7 +13,7 @@ import numpy as np
 from jsae.manifest import DamagedError
 from jsae.settings import ConfigError, require
 from jsae.store import encoding
-from jsae.store.backend import Form, Pending, Place
+from jsae.store.backend import Pending, Place
 from jsae.store.layout import COLUMNS, Layout
 from jsae.store.manifest import (
     COMPLETE,
@@ -115,7 +115,7 @@ class ShardWriter:
         self.complete: Manifest | None = None
         """The manifest of a store that is complete already."""
         self._pending: tuple[int, list[Pending], Record] | None = None
-        if join and not resume:
+        if join:
             self._wait_for_first()
         self._begin(resume or join)
         names = set(self.place.keys(SHARDS))
@@ -207,7 +207,7 @@ class ShardWriter:
                 raise damaged(self.place, key, error) from error
 
     def _record(self, shard: int, buffer: Buffer, position: Any) -> Record:
-        digests = {name: hashlib.sha256(_bytes(array)).hexdigest() for name, array in buffer.arrays.items()}
+        digests = {name: hashlib.sha256(encoding.raw_bytes(array)).hexdigest() for name, array in buffer.arrays.items()}
         sums = {}
         for hook, width in self.layout.widths.items():
             kept = buffer.arrays[f"kept/{hook}"]
@@ -276,17 +276,8 @@ def check_columns(layout_columns: Iterable[str], columns: Mapping[str, Any], row
     return checked
 
 
-def form_of(layout: Layout, name: str) -> Form:
-    """Return the form of an array of a layout."""
-    return next(form for form in layout.forms() if form.name == name)
-
-
 def _list(names: tuple[str, ...]) -> str:
     return ", ".join(names) or "none"
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
 
 
 def _shard_number(key: str) -> int | None:

@@ -325,7 +325,7 @@ class _Group:
         """Wait until all is read."""
         for read in self._reads:
             read.result()
-        self.kept = np.stack(list(self._masks.values())).all(0)
+        self.kept = np.stack(list(self._masks.values())).min(axis=0).astype(bool)
 
 
 def _chosen(store: Store, hooks: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ BENCHES: Mapping[str, str] = {
     "quality": "experiments.benches.quality",
     "runtime": "experiments.benches.runtime",
     "step": "experiments.benches.step",
+    "store": "experiments.benches.store",
     "stream": "experiments.benches.stream",
     "sweep": "experiments.benches.sweep",
 }

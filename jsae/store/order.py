@@ -45,6 +45,13 @@ class Order:
         self.chunks, self.seed, self.streams = chunks, seed, streams
         self._per_group = max(-(-MIXED // streams), 1)
 
+    @property
+    def largest_group(self) -> int:
+        """Largest number of chunks in a group."""
+        most = -(-self.chunks // self.streams)  # chunks of a stream
+        fewest = self.chunks // self.streams
+        return max(-(-count // max(count // self._per_group, 1)) for count in (most, fewest))
+
     def groups(self, stream: int, epoch: int) -> list[np.ndarray]:
         """Return the chunks of every group of an epoch of a stream, in the order in which they are read."""
         order = np.random.default_rng((self.seed, epoch)).permutation(self.chunks)[stream :: self.streams]

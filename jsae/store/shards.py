@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import hashlib
 import os
 import time
@@ -29,6 +31,7 @@ from jsae.store.manifest import (
 )
 from jsae.store.statistics import Sums
 
+_THREADS = min(4, os.cpu_count() or 1)
 _JOIN_SECONDS = 120.0
 """Time for which a process waits for the first one to begin a store."""
 
@@ -94,8 +97,9 @@ class Buffer:
 class ShardWriter:
     """Writes the shards of a store and, when all are there, its manifest.
 
-    A shard is complete when its record is: the record is written after the shard's arrays are durable. One shard is
-    written while the next one is filled. Any number of processes may write different shards.
+    A shard is complete when its record is: the record is written after the shard's arrays are durable. Threads, at most
+    four, write shards while the next one is filled, so that up to five are in memory. Any number of processes may write
+    different shards.
 
     Args:
       location: a path or an address, see `jsae.store.backend.locate`.
@@ -114,7 +118,8 @@ class ShardWriter:
         self.place, self.identity, self.layout = Place(location), identity, identity.layout
         self.complete: Manifest | None = None
         """The manifest of a store that is complete already."""
-        self._pending: tuple[int, list[Pending], Record] | None = None
+        self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
+        self._pending: collections.deque[tuple[int, concurrent.futures.Future[None]]] = collections.deque()
         if join:
             self._wait_for_first()
         self._begin(resume or join)
@@ -131,7 +136,7 @@ class ShardWriter:
             return None
 
     def begin(self, shard: int, buffer: Buffer, position: Any = None) -> None:
-        """Begin to write a shard, after the one before is durable.
+        """Begin to write a shard; wait for an earlier one where all threads are busy.
 
         Args:
           shard: its number.
@@ -139,26 +144,43 @@ class ShardWriter:
           position: where the input continues behind it, as JSON values.
 
         Raises:
-          OSError: the shard before cannot be written, for example because the disk is full.
+          OSError: an earlier shard cannot be written, for example because the disk is full.
         """
-        self.wait()
+        while len(self._pending) >= _THREADS:
+            self._wait_for_oldest()
+        self._pending.append((shard, self._threads.submit(self._write, shard, buffer, position)))
+
+    def wait(self) -> None:
+        """Wait until all shards are complete.
+
+        Raises:
+          OSError: one cannot be written; the others are, and the store can be resumed.
+        """
+        errors = []
+        while self._pending:
+            try:
+                self._wait_for_oldest()
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _wait_for_oldest(self) -> None:
+        shard, writing = self._pending.popleft()
+        try:
+            writing.result()
+        except OSError as error:
+            raise _resumable(error, self.place, shard) from error
+        self.written.add(shard)
+
+    def _write(self, shard: int, buffer: Buffer, position: Any) -> None:
+        """Write a shard's arrays and, when all are durable, its record."""
         start = shard * self.layout.shard_rows
-        record = self._record(shard, buffer, position)
-        writes = []
+        writes: list[Pending] = []
         for form in self.layout.forms():
             array = self.place.array(form, start + buffer.rows)
             writes.append(array.begin_write(start, start + buffer.rows, buffer.arrays[form.name]))
-        self._pending = (shard, writes, record)
-
-    def wait(self) -> None:
-        """Wait until the last shard is durable, and write its record.
-
-        Raises:
-          OSError: it cannot be written; what was written before stays, and the store can be resumed.
-        """
-        if self._pending is None:
-            return
-        (shard, writes, record), self._pending = self._pending, None
+        record = self._record(shard, buffer, position)
         errors = []
         for write in writes:  # all of them, so that none goes on behind an error
             try:
@@ -166,12 +188,8 @@ class ShardWriter:
             except OSError as error:
                 errors.append(error)
         if errors:
-            raise _resumable(errors[0], self.place, shard)
-        try:
-            self.place.write(Record.key(shard), record.to_bytes())
-        except OSError as error:
-            raise _resumable(error, self.place, shard) from error
-        self.written.add(shard)
+            raise errors[0]
+        self.place.write(Record.key(shard), record.to_bytes())
 
     def finish(self, rows: int | None = None) -> Manifest | None:
         """Write the manifest if all shards are complete; return it, or None if other processes are still writing.
@@ -287,5 +305,5 @@ def _shard_number(key: str) -> int | None:
 
 def _resumable(error: OSError, place: Place, shard: int) -> OSError:
     """Return an error of writing that says which shard is not complete and what to do."""
-    text = f"{place}: shard {shard} cannot be written, the shards before are complete: {error.strerror or error}"
-    return OSError(error.errno, f"{text}. Make room, then continue with --resume (resume=True)")
+    text = f"{place}: shard {shard} cannot be written: {error.strerror or error}. Complete shards are kept"
+    return OSError(error.errno, f"{text}: make room, then continue with --resume (resume=True)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from jsae.store.backend import Pending
 from jsae.store.order import Order, Place
 from jsae.store.reading import Store
 
+_ALIGNMENT = 64  # bytes
 _PIECE = 4096  # rows that are copied in one step of filling a block
 
 
@@ -79,7 +81,7 @@ class StoreSource:
         self._check_rows(rows)
         share, first = rows // len(self._streams), 0
         names = [name for hook in self._hooks for name in _arrays_of(self._store, hook)]
-        blocks = {name: np.empty((rows, *shape), dtype) for name, shape, dtype in _forms(self._store, names)}
+        blocks = {name: _aligned((rows, *shape), dtype) for name, shape, dtype in _forms(self._store, names)}
         for stream in self._streams:
             filled = 0
             while filled < share:
@@ -221,6 +223,7 @@ class _Stream:
         self.place = place
         self._group: _Group | None = None
         self._ahead: tuple[Place, _Group] | None = None
+        self._unused: list[dict[str, np.ndarray]] = []  # memory of groups that were read; new pages take time
         self._epoch: tuple[int, list[np.ndarray]] | None = None
         self._empty = 0
 
@@ -263,6 +266,8 @@ class _Stream:
                     f"no row of {self._store.location} counts at {', '.join(self._hooks)}: all are excluded tokens or "
                     "of extreme norm"
                 )
+            if self._group.arrays:
+                self._unused.append(self._group.memory)
             self.place, self._group = self._next(self.place), None
 
     def _open(self, data: bool) -> _Group:
@@ -282,7 +287,13 @@ class _Stream:
 
     def _begin(self, place: Place, data: bool) -> _Group:
         names = [name for hook in self._hooks for name in _arrays_of(self._store, hook)] if data else []
-        return _Group(self._store, self._hooks, names, self._groups(place.epoch)[place.group])
+        memory = self._unused.pop() if data and self._unused else self._memory(names)
+        return _Group(self._store, self._hooks, memory, self._groups(place.epoch)[place.group])
+
+    def _memory(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return arrays for the largest group."""
+        rows = self._order.largest_group * self._store.layout.chunk_rows
+        return {name: np.empty((rows, *shape), dtype) for name, shape, dtype in _forms(self._store, names)}
 
     def _groups(self, epoch: int) -> list[np.ndarray]:
         if self._epoch is None or self._epoch[0] != epoch:
@@ -300,18 +311,18 @@ class _Group:
     Args:
       store: the store.
       hooks: the hooks at which rows must count.
-      names: the arrays to read.
+      memory: where arrays are read to, by their names, for at least as many rows.
       chunks: numbers of the chunks.
     """
 
-    def __init__(self, store: Store, hooks: Sequence[str], names: Sequence[str], chunks: np.ndarray):
+    def __init__(self, store: Store, hooks: Sequence[str], memory: dict[str, np.ndarray], chunks: np.ndarray):
         size = store.layout.chunk_rows
         bounds = [(int(chunk) * size, min((int(chunk) + 1) * size, store.rows)) for chunk in chunks]
         self.row_numbers = np.concatenate([np.arange(*bound) for bound in bounds])
-        self.order = np.empty(0, np.int64)
+        self.order, self.kept = np.empty(0, np.int64), np.empty(0, bool)
         rows = len(self.row_numbers)
+        self.memory, self.arrays = memory, {name: array[:rows] for name, array in memory.items()}
         self._masks = {f"kept/{hook}": np.empty(rows, np.uint8) for hook in hooks}
-        self.arrays = {name: np.empty((rows, *shape), dtype) for name, shape, dtype in _forms(store, names)}
         self._reads: list[Pending] = []
         for name, out in (*self._masks.items(), *self.arrays.items()):
             first = 0
@@ -319,7 +330,6 @@ class _Group:
                 read = store.array(name).begin_read(start, stop, out[first : first + stop - start])
                 self._reads.append(read)
                 first += stop - start
-        self.kept = np.empty(0, bool)
 
     def wait(self) -> None:
         """Wait until all is read."""
@@ -356,6 +366,14 @@ def _forms(store: Store, names: Sequence[str]) -> Iterator[tuple[str, tuple[int,
             yield form.name, () if form.width is None else (form.width,), form.numpy_dtype
 
 
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an uninitialised array that begins at a multiple of 64 bytes, which jax uses on a CPU without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def _bits(array: np.ndarray) -> np.ndarray:
     """Return numbers of 16 bits as integers."""
     return array.view(np.uint16) if array.dtype.itemsize == 2 else array
@@ -364,7 +382,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 def _on_device(blocks: dict[str, np.ndarray], hook: str) -> Array:
     """Return a hook's activations on the device."""
     acts, scale = blocks[f"acts/{hook}"], blocks.get(f"scale/{hook}")
-    return jnp.asarray(acts) if scale is None else _dequantised(jnp.asarray(acts), jnp.asarray(scale))
+    return jax.device_put(acts) if scale is None else _dequantised(jax.device_put(acts), jax.device_put(scale))
 
 
 @jax.jit

@@ -42,7 +42,7 @@ class Sums:
           acts: a function of (start, stop) that returns rows of the shard as float32.
           kept: (n,), which rows count.
           width: numbers in a row.
-          shard: its number, the seed of the samples, which are drawn without replacement from the rows that count.
+          shard: its number, the seed of the samples of rows that count (without replacement) and of their numbers.
         """
         indices = np.flatnonzero(kept)
         rng = np.random.default_rng((0x5A3, shard))
@@ -51,7 +51,8 @@ class Sums:
         norms, values = np.empty(len(rows), np.float32), np.empty(len(cells), np.float32)
         total, square, largest, seen = np.zeros(width), 0.0, 0.0, 0
         for start in range(0, len(kept), _PIECE):
-            x = acts(start, min(start + _PIECE, len(kept)))[kept[start : start + _PIECE].astype(bool)]
+            x, mask = acts(start, min(start + _PIECE, len(kept))), kept[start : start + _PIECE].astype(bool)
+            x = x if mask.all() else x[mask]
             squares = np.einsum("nd,nd->n", x, x, dtype=np.float64)
             total += x.sum(0, dtype=np.float64)
             square += float(squares.sum())

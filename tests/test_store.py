@@ -129,9 +129,10 @@ def test_whole_rows_of_text_stay_in_a_chunk(memory):
     assert opened.rows // opened.layout.chunk_rows >= 16
 
 
-def test_a_large_store_has_chunks_of_4096_rows_in_shards_of_65536():
-    layout = store.layout.suited({"h": 1280}, rows=10**9, row_len=2048)
-    assert (layout.chunk_rows, layout.shard_rows) == (4096, 65536)
+def test_a_large_store_has_chunks_of_about_1024_rows_in_shards_of_about_65536():
+    for row_len, chunk in ((1, 1024), (512, 1024), (2048, 2048), (100, 1000)):
+        layout = store.layout.suited({"h": 1280}, rows=10**9, row_len=row_len)
+        assert (layout.chunk_rows, layout.shard_rows) == (chunk, 64 * chunk)
 
 
 def test_statistics_are_numpys(acts, memory):

@@ -133,7 +133,7 @@ def test_blocks_do_not_depend_on_how_streams_are_divided(opened, division):
 
 
 def test_streams_together_read_every_chunk_once():
-    order = Order(chunks=37, seed=5, streams=4)
+    order = Order(chunks=37, chunk_rows=16_384, seed=5, streams=4)
     for epoch in range(3):
         groups = [chunk for stream in range(4) for group in order.groups(stream, epoch) for chunk in group]
         assert sorted(groups) == list(range(37))

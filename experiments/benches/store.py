@@ -44,13 +44,13 @@ class Config:
     tokens: int = flag(1_000_000, "Tokens of the demo's text to collect.", at_least(2**17))
     d_sae: int = flag(1024, "Latents of the TopK SAEs.", at_least(32))
     k: int = flag(32, "Active latents.", at_least(1))
-    num_activations: int = flag(2_000_000, "Activations that an SAE is trained on.", at_least(2**15))
+    num_activations: int = flag(1_000_000, "Activations that an SAE is trained on.", at_least(2**15))
     seeds: int = flag(2, "Seeds of every SAE.", at_least(1))
     batch_size: int = flag(2048, "Activations per step.", at_least(1))
     sizes: tuple[str, ...] = flag(
         ("128:1024:32:2048", "768:6144:32:2048"), "Steps whose speed is compared, each d_in:d_sae:k:batch."
     )
-    rounds: int = flag(5, "Rounds of speed, at least 2.", at_least(2))
+    rounds: int = flag(4, "Rounds of speed, at least 2.", at_least(2))
     folder: FilePath | None = flag(None, "Folder for temporary stores, on the disk to measure; none is the system's.")
     out: FilePath = flag("experiments/results/store_cpu.json", "File for the results.")
 
@@ -62,8 +62,10 @@ class Config:
 
 def main(config: Config) -> int:
     """Measure the parts, print and write the results; those of other parts stay."""
+    import torch
     from rich.console import Console
 
+    torch.set_num_threads(1)  # jax uses all cores
     measure: dict[str, Callable[[Config, Path], Any]] = {
         "throughput": _throughput,
         "types": _types,
@@ -211,6 +213,7 @@ def _shuffle(config: Config, folder: Path) -> dict[str, Any]:
         acts, text = whole.read(config.hook, 0, whole.rows), whole.text(0, whole.rows)
         rows = np.flatnonzero(whole.kept(config.hook, 0, whole.rows))
         results: dict[str, Any] = {"rows": whole.rows, "chunk_rows": whole.layout.chunk_rows}
+        results["document_length"] = float(np.bincount(np.unique(text, return_inverse=True)[1]).mean())
         for name, order in {
             "store": lambda seed: _store_order(StoreSource(whole, seed=seed), len(rows)),
             "perfect": lambda seed: np.random.default_rng(seed).permutation(rows),

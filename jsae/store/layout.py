@@ -16,11 +16,12 @@ Storage = Literal["bfloat16", "int8", "float32"]
 COLUMNS: Mapping[str, str] = {"tokens": "int32", "text": "int64", "position": "int32"}
 """Columns beside the activations, by row, with their types."""
 
-MIXED = 16
-"""Least number of chunks that are shuffled together."""
-CHUNK_ROWS = 4096
-"""Rows in a chunk, the unit that is read, of a store that has enough of them."""
-_SHARD_CHUNKS = 16  # 65,536 rows in a file
+MIXED, MIXED_ROWS = 16, 65_536
+"""Least numbers of chunks and of rows that are shuffled together."""
+CHUNK_ROWS = 1024
+"""Rows in a chunk, the unit that is read, of a store that has enough of them. Neighbouring rows are of one text: small
+chunks mix more texts in the same memory, and at usual widths 1,024 rows are enough for the speed of a disk."""
+_SHARD_CHUNKS = 64  # 65,536 rows in a file
 _LEAST_CHUNKS = 4 * MIXED  # of a small store, where its rows of text allow it
 MOST_ROWS = 2**48
 _MOST_HOOKS = 1024
@@ -103,7 +104,7 @@ def suited(
     columns: tuple[str, ...] = (),
     shard_rows: int | None = None,
 ) -> Layout:
-    """Return a layout with chunks of about 4,096 rows and 16 chunks in a shard, and smaller ones for a small store.
+    """Return a layout with chunks of about 1,024 rows and 64 chunks in a shard, and smaller ones for a small store.
 
     Args:
       widths: hooks, with the width of their activations.
@@ -111,7 +112,7 @@ def suited(
       row_len: tokens in a row of text.
       rows: rows of the store; None if unknown.
       columns: columns beside the activations.
-      shard_rows: rows of a shard, rounded up to whole chunks; None is 16 chunks.
+      shard_rows: rows of a shard, rounded up to whole chunks; None is 64 chunks.
 
     Raises:
       ConfigError: sizes that no store can have.
@@ -120,9 +121,10 @@ def suited(
     target = CHUNK_ROWS if rows is None else min(CHUNK_ROWS, rows // _LEAST_CHUNKS)
     if shard_rows is not None:
         _check_size("shard_rows", shard_rows, 2**31)
-        target = min(CHUNK_ROWS, shard_rows // _SHARD_CHUNKS)
+        target = min(CHUNK_ROWS, shard_rows // MIXED)
     chunk_rows = row_len * max(target // row_len, 1)
-    shard_chunks = _SHARD_CHUNKS if shard_rows is None else -(-shard_rows // chunk_rows)
+    few = rows is not None and rows < 4 * _SHARD_CHUNKS * chunk_rows  # several processes write several shards
+    shard_chunks = (MIXED if few else _SHARD_CHUNKS) if shard_rows is None else -(-shard_rows // chunk_rows)
     return Layout(widths, storage, row_len, chunk_rows, chunk_rows * shard_chunks, columns)
 
 

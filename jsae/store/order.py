@@ -1,4 +1,4 @@
-"""The order in which the rows of a store are read: chunks shuffled, and the rows of at least 16 chunks mixed."""
+"""The order in which the rows of a store are read: chunks are shuffled, and the rows of many of them are mixed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jsae.settings import require
-from jsae.store.layout import MIXED
+from jsae.store.layout import MIXED, MIXED_ROWS
 
 
 class Place(NamedTuple):
@@ -24,11 +24,12 @@ class Order:
     """Permutations of the chunks of a store, dealt to streams and divided into groups.
 
     In every epoch the chunks are permuted by (seed, epoch) and dealt to the streams in turn. Consecutive chunks of a
-    stream form groups, of which the rows that count are permuted together: all streams together mix at least 16 chunks,
-    or the whole store where it has fewer. Every row is taken once per epoch.
+    stream form groups, of which the rows that count are permuted together: all streams together mix at least 16 chunks
+    and 65,536 rows, or the whole store where it has fewer. Every row is taken once per epoch.
 
     Args:
       chunks: chunks of the store.
+      chunk_rows: rows of a chunk.
       seed: of all permutations.
       streams: number of streams.
 
@@ -36,14 +37,15 @@ class Order:
       ConfigError: fewer chunks than streams.
     """
 
-    def __init__(self, chunks: int, seed: int, streams: int = 1):
+    def __init__(self, chunks: int, chunk_rows: int, seed: int, streams: int = 1):
         require(
             1 <= streams <= chunks,
             f"the store has {chunks} chunks, which cannot be dealt to {streams} streams: write one with smaller chunks "
             "(shard_rows), or use fewer",
         )
         self.chunks, self.seed, self.streams = chunks, seed, streams
-        self._per_group = max(-(-MIXED // streams), 1)
+        mixed = max(MIXED, -(-MIXED_ROWS // chunk_rows))
+        self._per_group = -(-mixed // streams)
 
     @property
     def largest_group(self) -> int:

@@ -25,9 +25,9 @@ _PIECE = 4096  # rows that are copied in one step of filling a block
 class StoreSource:
     """A `jsae.data.Source` of the rows of a store that count at all of its hooks.
 
-    Each epoch reads every row once, in a new order (`jsae.store.order.Order`). A group of at least 16 chunks is in
-    memory, with the next one, which is read ahead by threads of TensorStore: with chunks of 4,096 rows of width 1,280
-    in bfloat16 these are twice 168 MB. Blocks may have any size, and a group's rows are mixed whatever it is.
+    Each epoch reads every row once, in a new order (`jsae.store.order.Order`). A group of about 65,536 rows is in
+    memory, with the next one, which is read ahead by threads of TensorStore: of width 1,280 in bfloat16 these are twice
+    168 MB. Blocks may have any size, and a group's rows are mixed whatever it is.
 
     Several processes share a store by streams: the order has `streams` of them, and a process serves some. A block has
     the same number of rows of every stream it serves, one stream after the other, so the blocks of all processes are
@@ -62,7 +62,7 @@ class StoreSource:
         self.waited = 0.0
         """Seconds for which filling waited for data."""
         chunks = -(-store.rows // store.layout.chunk_rows)
-        order = Order(chunks, 0 if seed is None else seed, streams)
+        order = Order(chunks, store.layout.chunk_rows, 0 if seed is None else seed, streams)
         served = tuple(range(streams)) if serve is None else tuple(serve)
         valid = len(set(served)) == len(served) > 0 and all(0 <= number < streams for number in served)
         require(valid, f"serve is {list(served)}: it must be some of the streams 0 to {streams - 1}")

@@ -55,7 +55,7 @@ class Text:
     """Special tokens that are marked as not counting."""
     drop_sinks: bool = True
     """Whether tokens of extreme norm are marked so, too."""
-    tokens_per_forward: int = 16_384
+    tokens_per_forward: int = 2048
     storage: Storage = "bfloat16"
     shard_rows: int | None = None
     """Rows in a file; None is about 65,536."""

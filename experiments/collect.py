@@ -41,10 +41,12 @@ class CollectConfig:
     storage: Literal["bfloat16", "int8", "float32"] = flag(
         "bfloat16", "Type of the stored activations; int8 has a scale per token and half the size."
     )
-    exclude_tokens: ExcludeTokens = flag("bos", "Special tokens to mark as not counting: bos, all, or none.")
+    exclude_tokens: ExcludeTokens = flag("bos", "Special tokens to mark as not counting: bos, special (all nine), or nothing.")
     drop_sinks: bool = flag(True, "Mark tokens of extreme norm as not counting.")
     data_seed: int = flag(0, "Seed of the order of the text.", LONG_SEED)
-    tokens_per_forward: int = flag(16_384, "Tokens in one forward pass.", at_least(1, 2**24))
+    tokens_per_forward: int = flag(
+        2048, "Tokens in one forward pass of the model; a GPU wants 16 times as many.", at_least(1, 2**24)
+    )
     shard_rows: int | None = flag(None, "Tokens in a file; none is about 65,536, fewer for a small store.", at_least(1))
     streams: int = flag(
         8, "Most parts in which the text is read, and processes that can write at once.", at_least(1, 2**15)

@@ -418,6 +418,15 @@ def test_shards_in_the_place_of_others_are_found_when_all_is_verified(folder):
         store.open(folder).verify()
 
 
+def test_a_damaged_shard_can_be_written_again(folder, acts):
+    whole = contents(store.open(folder))
+    change(folder / "acts/h/c/1/0")
+    (folder / "store.json").rename(folder / "writing.json")
+    (folder / "shards/000001.json").unlink()
+    store.write(folder, {"h": acts, "tokens": np.arange(ROWS)}, shard_rows=1000, resume=True).verify()
+    assert all(np.array_equal(array, whole[name]) for name, array in contents(store.open(folder)).items())
+
+
 def test_a_record_that_is_missing_or_changed_is_found(folder):
     change(folder / "shards/000001.json", 40)
     with pytest.raises(DamagedError, match=r"shards/000001.json is damaged"):

@@ -41,7 +41,9 @@ class CollectConfig:
     storage: Literal["bfloat16", "int8", "float32"] = flag(
         "bfloat16", "Type of the stored activations; int8 has a scale per token and half the size."
     )
-    exclude_tokens: ExcludeTokens = flag("bos", "Special tokens to mark as not counting: bos, special (all nine), or nothing.")
+    exclude_tokens: ExcludeTokens = flag(
+        "bos", "Special tokens to mark as not counting: bos, special (all nine), or nothing."
+    )
     drop_sinks: bool = flag(True, "Mark tokens of extreme norm as not counting.")
     data_seed: int = flag(0, "Seed of the order of the text.", LONG_SEED)
     tokens_per_forward: int = flag(

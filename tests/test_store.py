@@ -418,11 +418,13 @@ def test_shards_in_the_place_of_others_are_found_when_all_is_verified(folder):
         store.open(folder).verify()
 
 
-def test_a_damaged_shard_can_be_written_again(folder, acts):
+@pytest.mark.parametrize("shard", [1, 2])
+def test_a_damaged_shard_can_be_written_again(folder, acts, shard):
     whole = contents(store.open(folder))
-    change(folder / "acts/h/c/1/0")
+    change(folder / f"acts/h/c/{shard}/0")
+    (folder / f"tokens/c/{shard}").unlink()
     (folder / "store.json").rename(folder / "writing.json")
-    (folder / "shards/000001.json").unlink()
+    (folder / f"shards/00000{shard}.json").unlink()
     store.write(folder, {"h": acts, "tokens": np.arange(ROWS)}, shard_rows=1000, resume=True).verify()
     assert all(np.array_equal(array, whole[name]) for name, array in contents(store.open(folder)).items())
 

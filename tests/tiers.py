@@ -293,6 +293,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_a_full_disk_is_one_error_and_the_store_continues_when_there_is_room",
         "test_reading_and_writing_need_neither_jax_nor_torch",
     ),
+    "test_store_objects": ("test_the_command_writes_to_object_storage",),
     "test_store_source": (
         "test_training_from_a_store_equals_training_on_the_same_rows_in_memory",
         "test_a_store_of_one_hook_is_trained_on_as_it_is",

@@ -226,6 +226,10 @@ class Form(NamedTuple):
         """Return the shape of some rows."""
         return [rows] if self.width is None else [rows, self.width]
 
+    def key(self, shard: int) -> str:
+        """Return the key of a shard."""
+        return f"{self.name}/c/{shard}" + ("" if self.width is None else "/0")
+
     def metadata(self, rows: int) -> dict[str, Any]:
         """Return the metadata of the array, as zarr3 defines them."""
         order = {"configuration": {"endian": "little"}} if self.numpy_dtype.itemsize > 1 else {}

@@ -179,6 +179,8 @@ class ShardWriter:
         writes: list[Pending] = []
         for form in self.layout.forms():
             array = self.place.array(form, start + buffer.rows)
+            if buffer.rows < self.layout.shard_rows:
+                self.place.remove(form.key(shard))  # TensorStore would read it, for what is behind the last row
             writes.append(array.begin_write(start, start + buffer.rows, buffer.arrays[form.name]))
         record = self._record(shard, buffer, position)
         errors = []
@@ -305,5 +307,8 @@ def _shard_number(key: str) -> int | None:
 
 def _resumable(error: OSError, place: Place, shard: int) -> OSError:
     """Return an error of writing that says which shard is not complete and what to do."""
-    text = f"{place}: shard {shard} cannot be written: {error.strerror or error}. Complete shards are kept"
-    return OSError(error.errno, f"{text}: make room, then continue with --resume (resume=True)")
+    text = (
+        f"{place}: shard {shard} cannot be written: {error.strerror or error}. Complete shards are kept: make room, then "
+        "continue with --resume (resume=True)"
+    )
+    return OSError(text) if error.errno is None else OSError(error.errno, text)

@@ -308,7 +308,7 @@ def _shard_number(key: str) -> int | None:
 def _resumable(error: OSError, place: Place, shard: int) -> OSError:
     """Return an error of writing that says which shard is not complete and what to do."""
     text = (
-        f"{place}: shard {shard} cannot be written: {error.strerror or error}. Complete shards are kept: make room, then "
-        "continue with --resume (resume=True)"
+        f"{place}: shard {shard} cannot be written: {error.strerror or error}. Complete shards are kept: make room, "
+        "then continue with --resume (resume=True)"
     )
     return OSError(text) if error.errno is None else OSError(error.errno, text)

@@ -85,9 +85,16 @@ def main(config: CollectConfig) -> int:
     nano = bridge.nanochat.load(config.checkpoint, config.step, config.device, tokenizer=config.tokenizer)
     hooks = [hook_name(layer, kind) for layer in config.layers(nano.config.n_layer) for kind in config.hook_type]
     text = collecting.Text(**flags.shared(collecting.Text, config))
-    options = {"resume": config.resume, "stop_requests": signals.stop_requests, "show_progress": True}
     try:
-        manifest = collecting.collect(nano, hooks, config.out, text, **options)
+        manifest = collecting.collect(
+            nano,
+            hooks,
+            config.out,
+            text,
+            resume=config.resume,
+            stop_requests=signals.stop_requests,
+            show_progress=True,
+        )
     except collecting.Stopped:
         command = shlex.join(word for word in sys.argv[1:] if word not in ("--resume", "--resume=true"))
         print(f"stopped; continue with: python -m experiments.collect {command} --resume", flush=True)

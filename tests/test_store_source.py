@@ -133,10 +133,18 @@ def test_blocks_do_not_depend_on_how_streams_are_divided(opened, division):
 
 
 def test_streams_together_read_every_chunk_once():
-    order = Order(chunks=37, chunk_rows=16_384, seed=5, streams=4)
+    order = Order(chunks=37, seed=5, streams=4)
     for epoch in range(3):
         groups = [chunk for stream in range(4) for group in order.groups(stream, epoch) for chunk in group]
         assert sorted(groups) == list(range(37))
+
+
+def test_a_group_has_the_rows_that_fit_into_the_memory():
+    opened = store.write("memory://large", np.zeros((400_000, 4), np.float32))
+    for memory, rows in ((1, 65_536), (16 * 131_072, 131_072), (2**30, 400_000)):
+        numbers = StoreSource(opened, memory=memory).row_numbers(400_000)[: rows - 2048]
+        chunks = len(set(numbers // opened.layout.chunk_rows))
+        assert abs(chunks * opened.layout.chunk_rows - rows) < 0.2 * rows
 
 
 def test_sites_of_several_saes_are_those_of_each_alone(opened):

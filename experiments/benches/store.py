@@ -205,8 +205,7 @@ def _types(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def _shuffle(config: Config, folder: Path) -> dict[str, Any]:
-    """Return the quality of batches, and the FVU of SAEs trained on them, of three orders of the same rows."""
-    from jsae.store import StoreSource
+    """Return the quality of batches, and the FVU of SAEs trained on them, of several orders of the same rows."""
     from jsae.store.quality import quality
 
     with _collected(config, folder) as (whole, heldout):
@@ -215,7 +214,7 @@ def _shuffle(config: Config, folder: Path) -> dict[str, Any]:
         results: dict[str, Any] = {"rows": whole.rows, "chunk_rows": whole.layout.chunk_rows}
         results["document_length"] = float(np.bincount(np.unique(text, return_inverse=True)[1]).mean())
         for name, order in {
-            "store": lambda seed: _store_order(StoreSource(whole, seed=seed), len(rows)),
+            **{f"groups of {mixed:,}": _group_order(whole, mixed, len(rows)) for mixed in (65_536, 131_072, 262_144)},
             "perfect": lambda seed: np.random.default_rng(seed).permutation(rows),
             "text": lambda seed: rows,
         }.items():
@@ -228,10 +227,12 @@ def _shuffle(config: Config, folder: Path) -> dict[str, Any]:
     return results
 
 
-def _store_order(source: Any, rows: int) -> np.ndarray:
-    """Return an epoch of a store's rows as training sees them: blocks of 65,536, permuted again."""
-    rng, order = np.random.default_rng(9), source.row_numbers(rows)
-    return np.concatenate([rng.permutation(order[start : start + 65_536]) for start in range(0, rows, 65_536)])
+def _group_order(whole: Store, mixed: int, rows: int) -> Callable[[int], np.ndarray]:
+    """Return a function of a seed: an epoch of a store's rows as they are read where so many rows are mixed."""
+    from jsae.store import StoreSource
+
+    memory = 4 * sum(whole.hooks.values()) * mixed
+    return lambda seed: StoreSource(whole, seed=seed, memory=memory).row_numbers(rows)
 
 
 def _batches(order: np.ndarray, size: int) -> list[np.ndarray]:

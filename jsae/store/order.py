@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jsae.settings import require
-from jsae.store.layout import MIXED, MIXED_ROWS
+from jsae.store.layout import MIXED
 
 
 class Place(NamedTuple):
@@ -24,27 +24,25 @@ class Order:
     """Permutations of the chunks of a store, dealt to streams and divided into groups.
 
     In every epoch the chunks are permuted by (seed, epoch) and dealt to the streams in turn. Consecutive chunks of a
-    stream form groups, of which the rows that count are permuted together: all streams together mix at least 16 chunks
-    and 65,536 rows, or the whole store where it has fewer. Every row is taken once per epoch.
+    stream form groups, of which the rows that count are permuted together. Every row is taken once per epoch.
 
     Args:
       chunks: chunks of the store.
-      chunk_rows: rows of a chunk.
       seed: of all permutations.
       streams: number of streams.
+      mixed: least number of chunks that all streams mix together, if the store has so many.
 
     Raises:
       ConfigError: fewer chunks than streams.
     """
 
-    def __init__(self, chunks: int, chunk_rows: int, seed: int, streams: int = 1):
+    def __init__(self, chunks: int, seed: int, streams: int = 1, mixed: int = MIXED):
         require(
             1 <= streams <= chunks,
             f"the store has {chunks} chunks, which cannot be dealt to {streams} streams: write one with smaller chunks "
             "(shard_rows), or use fewer",
         )
-        self.chunks, self.seed, self.streams = chunks, seed, streams
-        mixed = max(MIXED, -(-MIXED_ROWS // chunk_rows))
+        self.chunks, self.seed, self.streams, self.mixed = chunks, seed, streams, mixed
         self._per_group = -(-mixed // streams)
 
     @property

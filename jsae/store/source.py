@@ -15,9 +15,12 @@ from jaxtyping import Array, Float, Int
 from jsae.data import Block, Filling
 from jsae.settings import require
 from jsae.store.backend import Pending
+from jsae.store.layout import MIXED, MIXED_ROWS
 from jsae.store.order import Order, Place
 from jsae.store.reading import Store
 
+MEMORY = 2**30
+"""Default of the bytes for the two groups of a source."""
 _ALIGNMENT = 64  # bytes
 _PIECE = 4096  # rows that are copied in one step of filling a block
 
@@ -25,9 +28,9 @@ _PIECE = 4096  # rows that are copied in one step of filling a block
 class StoreSource:
     """A `jsae.data.Source` of the rows of a store that count at all of its hooks.
 
-    Each epoch reads every row once, in a new order (`jsae.store.order.Order`). A group of about 65,536 rows is in
-    memory, with the next one, which is read ahead by threads of TensorStore: of width 1,280 in bfloat16 these are twice
-    168 MB. Blocks may have any size, and a group's rows are mixed whatever it is.
+    Each epoch reads every row once, in a new order (`jsae.store.order.Order`): chunks are shuffled, and the rows of a
+    group of chunks are permuted together, whatever the size of a block. A group is in memory, with the next one, which
+    threads of TensorStore read ahead. The more rows are mixed, the less alike neighbouring batches are.
 
     Several processes share a store by streams: the order has `streams` of them, and a process serves some. A block has
     the same number of rows of every stream it serves, one stream after the other, so the blocks of all processes are
@@ -38,7 +41,9 @@ class StoreSource:
       hooks: the hooks that an SAE reads on the same rows: one; a transcoder's two; or the layers of a crosscoder. None
         is the only hook of the store.
       seed: of the order.
-      streams: number of streams; the same in all processes.
+      memory: bytes for the two groups of activations of two bytes; int8 takes half, float32 twice of it. A group has at
+        least 65,536 rows and 16 chunks, or all of a smaller store. The order depends on it.
+      streams: number of streams, which share the memory; the same in all processes.
       serve: the numbers of the streams that this process serves; None is all.
 
     Raises:
@@ -51,6 +56,7 @@ class StoreSource:
         hooks: str | Sequence[str] | None = None,
         *,
         seed: int | None = 0,
+        memory: int = MEMORY,
         streams: int = 1,
         serve: Sequence[int] | None = None,
     ):
@@ -62,7 +68,7 @@ class StoreSource:
         self.waited = 0.0
         """Seconds for which filling waited for data."""
         chunks = -(-store.rows // store.layout.chunk_rows)
-        order = Order(chunks, store.layout.chunk_rows, 0 if seed is None else seed, streams)
+        order = Order(chunks, 0 if seed is None else seed, streams, _mixed_chunks(store, self.widths, memory))
         served = tuple(range(streams)) if serve is None else tuple(serve)
         valid = len(set(served)) == len(served) > 0 and all(0 <= number < streams for number in served)
         require(valid, f"serve is {list(served)}: it must be some of the streams 0 to {streams - 1}")
@@ -130,6 +136,7 @@ class StoreSource:
             "hooks": list(self._hooks),
             "seed": self._order.seed,
             "streams": self._order.streams,
+            "mixed": self._order.mixed,
         }
 
     def _check_rows(self, rows: int) -> None:
@@ -152,7 +159,7 @@ class SiteSource:
     Args:
       store: the store.
       sites: of every SAE the hooks that it reads.
-      options: further arguments of `StoreSource`.
+      options: further arguments of `StoreSource`; `memory` is that of every site.
 
     Raises:
       ConfigError: see `StoreSource`.
@@ -336,6 +343,13 @@ class _Group:
         for read in self._reads:
             read.result()
         self.kept = np.stack(list(self._masks.values())).min(axis=0).astype(bool)
+
+
+def _mixed_chunks(store: Store, widths: Sequence[int], memory: int) -> int:
+    """Return the number of chunks whose rows are permuted together."""
+    require(memory > 0, f"memory is {memory}: it must be positive")
+    rows = max(memory // 2 // (2 * sum(widths)), MIXED_ROWS)
+    return min(max(MIXED, rows // store.layout.chunk_rows), -(-store.rows // store.layout.chunk_rows))
 
 
 def _chosen(store: Store, hooks: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -124,7 +124,7 @@ def test_blocks_do_not_depend_on_how_streams_are_divided(opened, division):
     for _ in range(4):
         block = fill(whole, 4 * 500)
         assert np.array_equal(
-            block, np.concatenate([fill(part, len(part.position()["places"]) * 500) for part in parts])
+            block, np.concatenate([fill(part, len(part.position()["positions"]) * 500) for part in parts])
         )
     alone = StoreSource(opened, "a", streams=4, serve=[3])
     alone.seek(whole.position())

@@ -291,6 +291,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "test_store": (
         "test_a_store_that_is_killed_at_random_moments_ends_as_one_that_was_not",
         "test_a_full_disk_is_one_error_and_the_store_continues_when_there_is_room",
+        "test_a_value_that_does_not_fit_leaves_the_old_one",
         "test_reading_and_writing_need_neither_jax_nor_torch",
     ),
     "test_store_objects": ("test_the_command_writes_to_object_storage",),

@@ -10,7 +10,7 @@ from jsae.settings import require
 from jsae.store.layout import MIXED
 
 
-class Place(NamedTuple):
+class StreamPosition(NamedTuple):
     """The next row of a stream."""
 
     epoch: int
@@ -57,13 +57,13 @@ class Order:
         order = np.random.default_rng((self.seed, epoch)).permutation(self.chunks)[stream :: self.streams]
         return np.array_split(order, max(len(order) // self._per_group, 1))
 
-    def rows(self, stream: int, place: Place, kept: np.ndarray) -> np.ndarray:
+    def rows(self, stream: int, position: StreamPosition, kept: np.ndarray) -> np.ndarray:
         """Return the order of the rows of a group: those that count, permuted.
 
         Args:
           stream: number of the stream.
-          place: epoch and group.
+          position: epoch and group.
           kept: which rows of the group's chunks count.
         """
-        rng = np.random.default_rng((self.seed, place.epoch, stream, place.group, 1))
+        rng = np.random.default_rng((self.seed, position.epoch, stream, position.group, 1))
         return rng.permutation(np.flatnonzero(kept))

@@ -73,6 +73,7 @@ MODULES = (
     "test_run",
     "test_saelens_files",
     "test_steer_command",
+    "test_stored_text",
     "test_stream",
     "test_train",
     "test_wrong_flags",

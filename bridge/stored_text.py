@@ -52,7 +52,7 @@ def open_text(data: str, split: str, tokenizer: Tokenizer) -> Store:
         origin.get("tokenizer") == tokenizer.fingerprint,
         f"the tokens of {store.location} are of another tokenizer than the model's: read the text itself with --data",
     )
-    part = origin.get("split")
+    part = str(origin.get("split"))[:20]
     require(
         split in ("all", part),
         f"{store.location} holds the {part} part of its text, and {split} is asked for: give --split={part}, or "

@@ -83,6 +83,17 @@ def test_a_damaged_shard_can_be_written_again(folder, acts, shard):
     assert all(np.array_equal(array, whole[name]) for name, array in contents(store.open(folder)).items())
 
 
+def test_a_description_of_an_array_that_is_missing_or_another_is_found_and_not_written(folder):
+    described = folder / "acts/h/zarr.json"
+    described.write_text(described.read_text().replace("3000", "2000"))
+    with pytest.raises(DamagedError, match=r"acts/h/zarr.json is damaged.*shape"):
+        store.open(folder).verify()
+    described.unlink()
+    with pytest.raises(DamagedError, match=r"acts/h/zarr.json"):
+        store.open(folder).verify()
+    assert not described.exists()
+
+
 def test_a_record_that_is_missing_or_changed_is_found(folder):
     change(folder / "shards/000001.json", 40)
     with pytest.raises(DamagedError, match=r"shards/000001.json is damaged"):

@@ -126,7 +126,7 @@ def _read_epoch(opened: Store) -> float:
 
     from jsae.store import StoreSource
 
-    source = StoreSource(opened)
+    source = StoreSource(opened, memory=1)  # groups of 65,536 rows, of which a small store has several
     started = time.perf_counter()
     for _ in range(opened.rows // 65_536):
         jax.block_until_ready(_filled(source, 65_536))

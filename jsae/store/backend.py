@@ -176,7 +176,18 @@ class Place:
         Raises:
           DamagedError: there is another one.
         """
-        spec = self._spec(form, rows) | {"open": True, "create": True}
+        self._open_described(form, rows, create=True)
+
+    def check_described(self, form: Form, rows: int) -> None:
+        """Check the metadata of an array.
+
+        Raises:
+          DamagedError: it is missing or another one.
+        """
+        self._open_described(form, rows, create=False)
+
+    def _open_described(self, form: Form, rows: int, create: bool) -> None:
+        spec = self._spec(form, rows) | {"open": True, "create": create}
         Pending(ts.open(spec, context=_context()), f"{self}: {form.name}/zarr.json").result()
 
     def _check_size(self, key: str, size: int, largest: int) -> None:

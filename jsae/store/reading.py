@@ -157,7 +157,7 @@ class Store:
         if digest_of_records(records) != self.manifest.records:
             raise DamagedError(f"{self.location}: the shards' records are not those of {COMPLETE}")
         for form in self.layout.forms():
-            self._place.describe(form, self.rows)
+            self._place.check_described(form, self.rows)
 
     def _record(self, shard: int) -> Record:
         key = Record.key(shard)

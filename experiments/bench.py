@@ -19,6 +19,7 @@ BENCHES: Mapping[str, str] = {
     "runtime": "experiments.benches.runtime",
     "scaling": "experiments.benches.scaling",
     "step": "experiments.benches.step",
+    "store": "experiments.benches.store",
     "stream": "experiments.benches.stream",
     "sweep": "experiments.benches.sweep",
 }

@@ -38,7 +38,7 @@ class EvaluateConfig:
     checkpoint: Checkpoint | None = flag(None, "The nanochat, as for training; none is the run's.")
     step: int | None = flag(None, "Step of --checkpoint; none is the last.", STEP)
     tokenizer: FilePath | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
-    data: Data | None = flag(None, "Text, as for training; none is the run's.")
+    data: Data | None = flag(None, "Text, as for training, or store:LOCATION for that of a store; none is the run's.")
     split: Literal["heldout", "train", "all"] = flag("heldout", "Part of the text; 'all' for separate evaluation text.")
     context_size: int | None = flag(
         None, "Tokens per row of text; none is the run's, or the model's sequence_len.", CONTEXT

@@ -33,7 +33,7 @@ class ExploreConfig:
     run_dir: FilePath | None = flag(None, "The run: all of its SAEs, on its model and its text.")
     num_tokens: int = flag(1_000_000, "Tokens of text to read.", TOKENS)
     context_length: int = flag(128, "Tokens of a row of text, BOS first.", CONTEXT)
-    data: Data | None = flag(None, "Text, as for training; none is the run's.")
+    data: Data | None = flag(None, "Text, as for training, or store:LOCATION for that of a store; none is the run's.")
     split: Literal["all", "train", "heldout"] = flag("all", "Part of the text.")
     seed: int = flag(0, "Seed of the random samples of texts.", LONG_SEED)
     keep_activations: bool = flag(True, "Keep every activation, 6 bytes each; the export --format=delphi needs them.")

@@ -10,7 +10,7 @@ from jsae import lazy
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from jsae import testing
+    from jsae import store, testing
     from jsae.architectures import (
         ARCHITECTURES,
         SAE,
@@ -67,6 +67,7 @@ _PLACES = {
     "fit": "jsae.training:fit",
     "load": "jsae.trained:load",
     "sae_config": "jsae.architectures:sae_config",
+    "store": "jsae.store",
     "testing": "jsae.testing",
     "train": "jsae.training:train",
 }
@@ -102,6 +103,7 @@ __all__ = [
     "fit",
     "load",
     "sae_config",
+    "store",
     "testing",
     "train",
 ]

@@ -9,10 +9,12 @@ import numpy as np
 
 from jsae.data import Block, Filling, Source
 from jsae.settings import require
+from jsae.store.reading import Store
+from jsae.store.source import StoreSource
 
 Activations = Any
 """Activations that `source_of` reads: an array (rows, width), a list of arrays of the same tokens, an iterator, an
-iterable or a generator function of these, or a `jsae.data.Source`."""
+iterable or a generator function of these, a `jsae.store.Store`, or a `jsae.data.Source`."""
 
 PIECE = 256
 """Rows that stay together when an array is read in random order."""
@@ -189,8 +191,9 @@ def source_of(acts: Activations, seed: int | None = None, total: int | None = No
 
     Args:
       acts: an array (rows, width) of numpy or jax, a memory map, or another object with rows (h5py, zarr); a list of
-        these of the same tokens; an iterator, iterable or generator function of arrays; or a source, which is returned.
-      seed: of the order in which an array is read; see `ArraySource`.
+        these of the same tokens; an iterator, iterable or generator function of arrays; a store of one hook; or a
+        source, which is returned.
+      seed: of the order in which an array or a store is read; see `ArraySource`.
       total: number of rows to read from an iterator; see `StreamSource`.
 
     Raises:
@@ -198,6 +201,8 @@ def source_of(acts: Activations, seed: int | None = None, total: int | None = No
     """
     if isinstance(acts, Source):
         return acts
+    if isinstance(acts, Store):
+        return StoreSource(acts, seed=seed)
     if isinstance(acts, list | tuple):
         require(len(acts) >= 1, "training needs at least one array of activations")
         return ArraySource(*acts, seed=seed)

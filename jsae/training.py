@@ -71,7 +71,8 @@ def fit(
     Args:
       acts: an array (rows, d_in) of numpy or jax, or a memory map, which may be larger than the memory; a list of
         arrays of the same tokens, for a transcoder (input, target) or a crosscoder (layers); an iterator, iterable or
-        generator function of these; or a `jsae.data.Source`. Convert torch tensors with `bridge.to_jax`.
+        generator function of these; a `jsae.store.Store`; or a `jsae.data.Source`. Convert torch tensors with
+        `bridge.to_jax`.
       sae: sizes and settings, such as `jsae.TopK.Config(d_in=768, d_sae=6144, k=32)`.
       config: length of the run, batch size, learning rate and so on.
       optimizer: any optax transformation, with its own learning rate, instead of Adam. Decoder rows keep norm 1.

@@ -6,6 +6,7 @@ _NAMES = {
     "train": "RunConfig",
     "pretrain": "PretrainConfig",
     "steer": "SteerConfig",
+    "collect": "CollectConfig",
     "evaluate": "EvaluateConfig",
     "explore": "ExploreConfig",
     "export": "ExportConfig",

@@ -28,7 +28,9 @@ from jsae.settings import ConfigError
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = CONFIGS | {f"bench {name}": importlib.import_module(module).Config for name, module in bench.BENCHES.items()}
 ON_A_RUN = ("--run_dir=runs/x",)
-NEEDED = {"steer": ("--prompt=x", *ON_A_RUN)} | dict.fromkeys(("evaluate", "explore", "export", "publish"), ON_A_RUN)
+NEEDED = {"collect": ("--out=x",), "steer": ("--prompt=x", *ON_A_RUN)} | dict.fromkeys(
+    ("evaluate", "explore", "export", "publish"), ON_A_RUN
+)
 NUMBERS = ("-1", "0", "1", "2147483648", str(2**63), "1e-320", "1e30", "nan", "inf", "-inf", "", "x", "9" * 5000)
 FINITE = ("nan", "inf", "-inf", "x", "9" * 5000)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+from bridge import stored_text
 from bridge.nanochat import units
 from bridge.nanochat.tokenizer import Tokenizer
 from bridge.nanochat.units import Split, Unit, find_units
@@ -38,11 +39,15 @@ class Text:
 
 
 def documents(spec: str, split: Split, tokenizer: Tokenizer) -> Iterator[Document]:
-    """Yield the documents of a corpus (see `units.find_units`), in a shuffled but fixed order.
+    """Yield the documents of a corpus (see `units.find_units`), or of a store's text, in a shuffled but fixed order.
 
     Raises:
-      FileNotFoundError, ValueError: as `find_units`.
+      FileNotFoundError, ValueError: as `find_units`, or `bridge.stored_text.open_text`.
     """
+    if stored_text.is_stored(spec):
+        for document in stored_text.documents(stored_text.open_text(spec, split, tokenizer)):
+            yield Document(document.name, document.ids)
+        return
     corpus_units = find_units(spec, split, HELDOUT_FRACTION)
     for i in np.random.default_rng(0).permutation(len(corpus_units)):
         yield from unit_documents(corpus_units[i], tokenizer)

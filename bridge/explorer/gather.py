@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer, UInt16
 
-from bridge import activations
+from bridge import activations, stored_text
 from bridge.explorer import weights
 from bridge.hooks import parse
 from bridge.nanochat import Nanochat
@@ -142,6 +142,8 @@ def data_fingerprint(nano: Nanochat, data: str, split: Split) -> str | None:
     Raises:
       ValueError: the text exists, but cannot be read.
     """
+    if stored_text.is_stored(data):
+        return stored_text.open_text(data, split, nano.tokenizer).manifest.digest[:16]
     try:
         return Corpus(data, nano.tokenizer, split=split, row_len=2).fingerprint
     except FileNotFoundError:
@@ -155,8 +157,8 @@ def read(nano: Nanochat, plan: Plan) -> tuple[UInt16[np.ndarray, "R T"], int]:
       FileNotFoundError, ValueError: the text does not exist, or does not fill one row.
     """
     length = plan.context_length
-    corpus = Corpus(plan.data, nano.tokenizer, split=plan.split, row_len=length)
-    rows = list(corpus.one_pass(max(plan.num_tokens // length, 1)))
+    most = max(plan.num_tokens // length, 1)
+    rows = _stored_rows(nano, plan, most) if stored_text.is_stored(plan.data) else _corpus_rows(nano, plan, most)
     require(
         bool(rows),
         f"the {plan.split} part of {plan.data} does not fill one row of {length} tokens: give more text, another "
@@ -164,6 +166,20 @@ def read(nano: Nanochat, plan: Plan) -> tuple[UInt16[np.ndarray, "R T"], int]:
     )
     tokens = distinct_rows(np.stack(rows).astype(np.uint16))
     return tokens, len(rows) - len(tokens)
+
+
+def _corpus_rows(nano: Nanochat, plan: Plan, most: int) -> list[np.ndarray]:
+    corpus = Corpus(plan.data, nano.tokenizer, split=plan.split, row_len=plan.context_length)
+    return list(corpus.one_pass(most))
+
+
+def _stored_rows(nano: Nanochat, plan: Plan, most: int) -> list[np.ndarray]:
+    store = stored_text.open_text(plan.data, plan.split, nano.tokenizer)
+    require(
+        store.row_len == plan.context_length,
+        f"the rows of {store.location} have {store.row_len} tokens: give --context_length={store.row_len}",
+    )
+    return list(stored_text.rows(store, most))
 
 
 class Gatherer:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Int32
 
-from bridge import activations, finite
+from bridge import activations, finite, launch
 from bridge.hooks import find
 from bridge.nanochat.corpus import Corpus
 from bridge.nanochat.units import Split
@@ -64,8 +64,16 @@ class Text:
 
 
 def this_process() -> tuple[int, int]:
-    """Return the number of this process and the number of all that collect together."""
-    return 0, 1
+    """Return the number of this process and the number of all that collect together, as a launcher says.
+
+    Raises:
+      ConfigError: a launcher that does not say how many there are.
+    """
+    launched = launch.detected()
+    if launched is None:
+        return 0, 1
+    require(launched.count is not None, "set RANK and WORLD_SIZE for every process: Kubernetes does not say how many")
+    return launched.index, launched.count
 
 
 def collect(

@@ -72,3 +72,45 @@ def _numbers(env: Mapping[str, str], *names: str) -> list[int]:
         value = env.get(name, "")
         require(value.isdecimal(), f"the variable {name} is {value!r}: a launcher sets it to a number")
     return [int(env[name]) for name in names]
+
+
+def own_device(wanted: str) -> str:
+    """Return the device of this process, before torch or jax starts one.
+
+    On a CPU the processes of a host divide its cores. On GPUs each takes the one of its number on its host.
+
+    Args:
+      wanted: cpu or cuda; cuda:N in a single process.
+
+    Raises:
+      ConfigError: a single GPU for several processes.
+    """
+    launch = detected()
+    if launch is None:
+        return wanted
+    require(
+        ":" not in wanted,
+        f"--device={wanted} names one GPU for {launch.count or 'several'} processes: give --device=cuda, and each takes "
+        "its own",
+    )
+    if wanted == "cpu":
+        _divide_cores(launch)
+    elif (launch.local_count > 1 or launch.local_index) and _sees_several():
+        return f"{wanted}:{launch.local_index}"
+    return wanted
+
+
+def _divide_cores(launch: Launch) -> None:
+    """Keep this process to its share of the cores, before torch and jax start their threads."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // launch.local_count
+    if each:
+        os.sched_setaffinity(0, cores[launch.local_index * each : (launch.local_index + 1) * each])
+
+
+def _sees_several() -> bool:
+    """Return whether this process may use several GPUs: a launcher may have left it its own only."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible is None or "," in visible

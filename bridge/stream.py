@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from bridge import activations, finite, handover
 from bridge.ahead import ReadAhead, Rows
 from bridge.hooks import find
+from bridge.nanochat.corpus import whole_position
 from bridge.nanochat.model import Runner
 from bridge.passes import unwrapped
 from jsae.data import Filling
@@ -158,6 +159,11 @@ class ActivationStream:
     def seek(self, position: dict[str, Any]) -> None:
         """Continue from a position."""
         self._rows.seek(position)
+
+    @staticmethod
+    def whole_position(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the position of all processes together (`bridge.nanochat.corpus.whole_position`)."""
+        return whole_position(positions)
 
 
 class _Flags:

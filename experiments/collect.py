@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from bridge import launch
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, Data, FilePath
 from bridge.settings import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
@@ -77,12 +78,13 @@ def main(config: CollectConfig) -> int:
     from jsae.store.backend import locate
 
     locate(config.out)  # before torch is loaded
-    require_torch(config.device)
+    device = launch.own_device(config.device)
+    require_torch(device)
     import bridge.nanochat
     from bridge import collecting
     from bridge.hooks import hook_name
 
-    nano = bridge.nanochat.load(config.checkpoint, config.step, config.device, tokenizer=config.tokenizer)
+    nano = bridge.nanochat.load(config.checkpoint, config.step, device, tokenizer=config.tokenizer)
     hooks = [hook_name(layer, kind) for layer in config.layers(nano.config.n_layer) for kind in config.hook_type]
     text = collecting.Text(**flags.shared(collecting.Text, config))
     try:
@@ -93,13 +95,17 @@ def main(config: CollectConfig) -> int:
             text,
             resume=config.resume,
             stop_requests=signals.stop_requests,
-            show_progress=True,
+            show_progress=launch.is_first(),
         )
     except collecting.Stopped:
+        if not launch.is_first():
+            return signals.STOPPED
         command = shlex.join(word for word in sys.argv[1:] if word not in ("--resume", "--resume=true"))
         print(f"stopped; continue with: python -m experiments.collect {command} --resume", flush=True)
         return signals.STOPPED
     if manifest is None:
+        if not launch.is_first():
+            return 0
         print(f"this process's part of {config.out} is written; the last process completes the store", flush=True)
         return 0
     for hook, statistics in manifest.statistics.items():

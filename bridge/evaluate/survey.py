@@ -76,6 +76,25 @@ def survey(site: Site, sae: TorchSAE, batches: Iterable[np.ndarray]) -> Survey:
     return total
 
 
+@torch.no_grad()
+def survey_of_rows(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n o"], sae: TorchSAE) -> metrics.Sums:
+    """Return sums over activations that are given, all of which count.
+
+    Args:
+      x: inputs of the SAE.
+      y: what it is to reconstruct.
+      sae: on its device.
+
+    Raises:
+      ValueError: the SAE has another width.
+    """
+    if x.shape[1] != sae.d_in:
+        raise ValueError(f"an SAE of width {sae.d_in} cannot read activations of width {x.shape[1]}")
+    device = sae.W_dec.device
+    inputs, targets = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (x, y))
+    return _survey(inputs, targets, torch.zeros(len(x), dtype=torch.int64, device=device), 1, sae).sums
+
+
 def _survey(
     x: Float[torch.Tensor, "n d"],
     y: Float[torch.Tensor, "n o"],

@@ -40,6 +40,8 @@ SWEPT: Mapping[str, str] = {
 }
 """Settings that take several values, and their abbreviations in the names of variants."""
 
+_OF_TEXT = ("context_size", "tokens_per_forward", "compile_model", "exclude_tokens", "drop_sinks")
+"""Settings of reading text through a model."""
 _WITH_K = ("k_start", "k_anneal_fraction")
 _WITHOUT_K = ("sparsity_warmup_fraction",)
 _OWN = ("k", "nested_widths", "l1_coefficient", "l0_coefficient", "jump_recipe", "bandwidth", "target_l0")
@@ -83,7 +85,14 @@ class RunConfig(Json):
     step: int | None = flag(None, "Step of the checkpoint directory; none is the last.", STEP)
     tokenizer: FilePath | None = flag(None, "Directory of the tokenizer; none looks beside and above the checkpoint.")
     data: Data = flag("stdlib", "Text: stdlib, parquet shards, .jsonl, .json or text files, globs; comma-separated.")
-    layer: tuple[str, ...] = flag((), "Layers to read, counted from 0, an SAE each; or 'all'; none is the middle one.")
+    activations: FilePath | None = flag(
+        None,
+        "Train on a store of activations (`experiments.collect`), a directory, gs:// or s3://, without the model and "
+        "its text; --checkpoint is only recorded, for later commands.",
+    )
+    layer: tuple[str, ...] = flag(
+        (), "Layers to read, counted from 0, an SAE each; or 'all'; none is the middle one, or all of a store."
+    )
     hook_type: HookType = flag("resid_post", "Activation of a layer to read.")
     target_hook: HookType | None = flag(
         None, "Train a transcoder that predicts this activation of the same layer: mlp from mlp_in."
@@ -197,6 +206,7 @@ class RunConfig(Json):
         require(len(set(self.layers(0))) == len(self.layers(0)), f"{given} names a layer twice")
         self._check_kind()
         self._check_swept()
+        self._check_stored()
         self._check_used()
         self._check_neuronpedia()
         for variant in self.variants():  # before the model is loaded
@@ -215,6 +225,15 @@ class RunConfig(Json):
             require(
                 len(self.layer) > 1 or self.layer == ("all",),
                 "--crosscoder reads several layers: give them with --layer=1,2,3 or --layer=all",
+            )
+
+    def _check_stored(self) -> None:
+        """Check that settings of model and text have their defaults where a store is read."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _OF_TEXT:
+            require(
+                self.activations is None or getattr(self, name) == defaults[name],
+                f"--{name} means nothing with --activations, whose store was written with its own: leave it out",
             )
 
     def _check_swept(self) -> None:

@@ -6,26 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
-from bridge import torch_sae
-from bridge.evaluate import Site
 from bridge.evaluate.core import finite
-from bridge.evaluate.survey import survey
-from bridge.hooks import module_name
 from bridge.run import Run
-from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
+from bridge.training.origins import hook_metadata
 from jsae import export, files, metrics, processes
 from jsae.architectures import SAE
 from jsae.health import unusable
 from jsae.loop import States
-from jsae.progress import Progress
 
 if TYPE_CHECKING:
-    from bridge.nanochat import Nanochat
     from bridge.training.config import RunConfig
+    from bridge.training.origins import Origin
     from bridge.training.plan import Trainee
 
 
@@ -53,19 +48,15 @@ def finish(
     config: "RunConfig",
     trainees: Sequence["Trainee"],
     saes: Sequence[Finished],
-    nano: "Nanochat",
-    rows: Int[np.ndarray, "R T"],
-    data_fingerprint: str,
+    origin: "Origin",
 ) -> None:
-    """Export every SAE, measure the exports on held-out rows of tokens, and print metrics and paths.
+    """Export every SAE, measure the exports on held-out tokens, and print metrics and paths.
 
     Args:
       config: the settings of the run.
       trainees: its SAEs.
       saes: what they have become.
-      nano: the model that they were trained on.
-      rows: token ids of held-out text.
-      data_fingerprint: of the training text, for the metadata.
+      origin: what they were trained on.
 
     Raises:
       UnusableError: some SAEs are of no use; names them. They are exported and measured nevertheless, with `problem` in
@@ -75,9 +66,9 @@ def finish(
     problems: list[str] = []
     for trainee, (sae, scale, scale_out) in zip(trainees, saes, strict=True):
         folder = Run(trainee.folder).sae_folder(trainee.name)
-        metadata = _metadata(config, trainee, nano, rows.shape[1], data_fingerprint)
+        metadata = _metadata(config, trainee, origin)
         export.write(folder, sae.config, sae.arrays(), scale, scale_out, metadata)
-        summary = _measure(config, trainee, folder, nano, rows)
+        summary = _measure(trainee, folder, origin)
         if "problem" in summary:
             export.mark(folder, summary["problem"])
             problems.append(f"{trainee.label} ({summary['problem']})")
@@ -93,21 +84,9 @@ def finish(
         )
 
 
-def _measure(
-    config: "RunConfig", trainee: "Trainee", folder: Path, nano: "Nanochat", rows: Int[np.ndarray, "R T"]
-) -> dict[str, Any]:
+def _measure(trainee: "Trainee", folder: Path, origin: "Origin") -> dict[str, Any]:
     """Measure an exported SAE, write its `sparsity.safetensors`, and return its metrics, with a `problem` if any."""
-    sae = torch_sae.load(folder, nano.model.lm_head.weight.device)
-    site = Site(
-        nano.model,
-        trainee.hooks[0],
-        excluded_ids(config.exclude_tokens, nano.tokenizer),
-        config.drop_sinks,
-        config.tokens_per_forward,
-        other_hooks=trainee.hooks[1:],
-    )
-    with Progress(f"measuring {trainee.label}", rows.size, "tokens") as progress, progress.tokens_of(nano.model):
-        sums = survey(site, sae, site.batches(rows)).sums
+    sums = origin.measure(trainee, folder)
     export.write_sparsity(folder, metrics.density(sums))
     summary: dict[str, Any] = {name: value for name, value in metrics.summarize(sums).items() if name != "loss"}
     summary["density_histogram"] = metrics.histogram(metrics.density(sums), summary["tokens"])
@@ -115,35 +94,23 @@ def _measure(
     return summary if problem is None else summary | {"problem": problem}
 
 
-def _metadata(
-    config: "RunConfig", trainee: "Trainee", nano: "Nanochat", row_len: int, data_fingerprint: str
-) -> dict[str, Any]:
+def _metadata(config: "RunConfig", trainee: "Trainee", origin: "Origin") -> dict[str, Any]:
     """Return the metadata that SAELens keeps of an SAE, and all that is needed to read the same activations again."""
     train = trainee.member.train
     metadata = {
         "sae_lens_training_version": "jsae",
-        "model_name": "nanochat-demo" if config.checkpoint == "demo" else nano.name,
-        "model_class_name": "nanochat",
-        "model_fingerprint": nano.fingerprint,
-        "hook_name": trainee.hooks[0],
-        "hf_hook_name": module_name(trainee.hooks[0]),
-        "context_size": row_len,
+        **origin.metadata(),
+        **hook_metadata(trainee.hooks[0]),
         "prepend_bos": True,
-        "exclude_special_tokens": list(excluded_ids(config.exclude_tokens, nano.tokenizer)),
         "sequence_separator_token": "bos",
         "disable_concat_sequences": False,
-        "drop_sinks": config.drop_sinks,
-        "sink_norm_multiple": SINK_NORM_MULTIPLE if config.drop_sinks else None,
-        "dataset_path": config.data,
-        "dataset_fingerprint": data_fingerprint,
         "seqpos_slice": [None],
         "model_from_pretrained_kwargs": {},
         "training_architecture": config.activation,
         "training_tokens": train.num_steps * train.batch_size,
     }
     if trainee.member.sae.is_transcoder:
-        target = trainee.hooks[1]
-        metadata |= {"hook_name_out": target, "hf_hook_name_out": module_name(target)}
+        metadata |= hook_metadata(trainee.hooks[1], "_out")
     if trainee.member.sae.layers > 1:
         metadata |= {"hook_names": list(trainee.hooks)}
     return metadata

@@ -1,7 +1,5 @@
 """Join the processes of a run: what a launcher says of them, mapped onto jax's distributed runtime."""
 
-import os
-
 from bridge import launch
 from bridge.launch import Launch
 from jsae.settings import require
@@ -26,17 +24,9 @@ def begin(wanted: str) -> str:
     launched = launch.detected()
     if launched is None:
         return wanted
-    require(
-        ":" not in wanted,
-        f"--device={wanted} names one GPU for {launched.count or 'several'} processes: give --device=cuda, and each "
-        "takes its own",
-    )
-    if wanted == "cpu":
-        _divide_cores(launched)
-    elif launched.local_count > 1 or launched.local_index:
-        wanted = f"cuda:{launched.local_index}" if _sees_several() else wanted
-    _join(launched, wanted)
-    return wanted
+    own = launch.own_device(wanted)
+    _join(launched, own)
+    return own
 
 
 def _join(launched: Launch, kind: str) -> None:
@@ -66,19 +56,3 @@ def _join(launched: Launch, kind: str) -> None:
             f"process {launched.index} of {launched.count or 'several'} cannot join the others at {where} ({line}): "
             "all must be started, and the port must be free and reachable",
         )
-
-
-def _divide_cores(launched: Launch) -> None:
-    """Keep this process to its share of the cores, before torch and jax start their threads."""
-    if not hasattr(os, "sched_setaffinity"):
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    each = len(cores) // launched.local_count
-    if each:
-        os.sched_setaffinity(0, cores[launched.local_index * each : (launched.local_index + 1) * each])
-
-
-def _sees_several() -> bool:
-    """Return whether this process may use several GPUs: a launcher may have left it its own only."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible is None or "," in visible

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bridge.nanochat.corpus import whole_position
 from bridge.run import Run
 from bridge.training.memory import SAMPLE
 from bridge.training.report import Reporter
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from bridge.stream import ActivationStream
     from bridge.training.config import RunConfig
     from bridge.training.plan import Trainee
+    from jsae.store.source import SiteSource
 
 StopRequests = Callable[[], contextlib.AbstractContextManager[Collection[object]]]
 """Returns a context manager; the collection it yields is empty until the run should be saved and stopped."""
@@ -47,7 +47,7 @@ def train(
     run: Path,
     config: "RunConfig",
     trainees: Sequence["Trainee"],
-    source: "ActivationStream",
+    source: "ActivationStream | SiteSource",
     stop_requests: StopRequests | None = None,
     guard: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ops: Ops | None = None,
@@ -119,7 +119,8 @@ def train(
                         _watch(watch, trainees, step, values, config.batch_size)
                     last_fvu, window = float(np.mean([v["fvu"] for v in values])), None
                 if due and (last or stopped or not watch.all_suspect):
-                    checkpoints.save(step, states, {"cursor": _whole_cursor(batches.cursor())}, last_fvu)
+                    cursor = _whole_cursor(batches.cursor(), source)
+                    checkpoints.save(step, states, {"cursor": cursor}, last_fvu)
                 if stopped:
                     break
             checkpoints.wait()
@@ -162,10 +163,10 @@ def _of_all(batches: Iterator[Block], mesh: Mesh) -> Iterator[Block]:
         yield jax.tree.map(lambda acts: processes.batch_of(acts, mesh), batch)
 
 
-def _whole_cursor(cursor: Cursor) -> dict[str, Any]:
+def _whole_cursor(cursor: Cursor, source: "ActivationStream | SiteSource") -> dict[str, Any]:
     """Return the cursors of all processes together, as JSON values."""
     positions = processes.gather(cursor.position)
-    position = cursor.position if len(positions) == 1 else whole_position(positions)
+    position = cursor.position if len(positions) == 1 else source.whole_position(positions)
     return dataclasses.replace(cursor, position=position).to_json()
 
 
@@ -210,7 +211,7 @@ def _watch(
 def _begin(
     config: "RunConfig",
     members: Sequence[Member],
-    source: "ActivationStream",
+    source: "ActivationStream | SiteSource",
     checkpoints: Checkpoints,
     ops: Ops | None,
     mesh: Mesh | None,

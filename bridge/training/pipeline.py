@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Int
-
 from bridge import accelerators, launch
 from bridge.run import Run, directory
 from bridge.settings import from_keywords
@@ -23,10 +20,8 @@ from jsae.settings import require
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from bridge.nanochat import Nanochat
-    from bridge.nanochat.compiled import Programs
-    from bridge.nanochat.corpus import Corpus
     from bridge.training.loop import StopRequests
+    from bridge.training.origins import Origin
     from bridge.training.plan import Trainee
     from jsae.loop import Choice
 
@@ -95,16 +90,10 @@ def silence() -> Iterator[None]:
 class _Prepared(NamedTuple):
     """The parts of a run, checked before the training."""
 
-    nano: "Nanochat"
     trainees: list["Trainee"]
     mesh: "Mesh | None"
     choice: "Choice"
-    corpus: "Corpus"
-    rows: Int[np.ndarray, "R T"]
-    """Held-out text."""
-    programs: "Programs | None"
-    """The compiled parts of the model."""
-    programs_reason: str
+    origin: "Origin"
 
 
 def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_requests: "StopRequests | None") -> None:
@@ -117,7 +106,7 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
     if config.matmul_dtype == "bfloat16":
         accelerators.require_bfloat16("--matmul_dtype=bfloat16", torch_device)
 
-    from bridge.training import loop, plan, text
+    from bridge.training import loop, plan
     from bridge.training.finish import finish, finished
     from jsae import processes
 
@@ -125,17 +114,17 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
         parts = _prepare(run, config, torch_device)
         processes.on_first(lambda: _record(run, config, parts, locks))
         _check_shared(run)
-        corpus = parts.corpus
-        acts = text.stream(config, parts.nano, corpus, plan.sites(parts.trainees), parts.programs)
-        shards = loop.Shards(tuple(corpus.own_shards), corpus.data_shards)
-        devices = {"ops": parts.choice.ops, "mesh": parts.mesh, "shards": shards}
-        states = loop.train(run.path, config, parts.trainees, acts, stop_requests, **devices)
+        origin = parts.origin
+        shards = loop.Shards(tuple(origin.own_shards), origin.data_shards)
+        devices: dict[str, Any] = {"ops": parts.choice.ops, "mesh": parts.mesh, "shards": shards}
+        source = origin.source(plan.sites(parts.trainees))
+        states = loop.train(run.path, config, parts.trainees, source, stop_requests, **devices)
         if states is None:
             raise Stopped(run)
         saes = finished(states)
 
         def complete() -> None:
-            finish(config, parts.trainees, saes, parts.nano, parts.rows, corpus.fingerprint)
+            finish(config, parts.trainees, saes, origin)
             if config.prepare_neuronpedia:
                 for folder in dict.fromkeys(trainee.folder for trainee in parts.trainees):
                     _prepare_neuronpedia(Run(folder), config, torch_device)
@@ -148,28 +137,36 @@ def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_reques
 
 
 def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
-    """Load the model, plan the SAEs and open the text, each checked before the long training, in all processes."""
+    """Load the model or open the store, and plan the SAEs, each checked before the long training, in all processes."""
     import bridge.nanochat
-    from bridge.training import plan, text
+    from bridge.training import plan
+    from bridge.training.origins import StoreOrigin, TextOrigin
     from jsae import processes
+    from jsae.store import Store
 
-    nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
-    trainees = plan.trainees(run.path, config, nano)
+    nano = store = None
+    if config.activations is None:
+        nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
+        trainees = plan.trainees(run.path, config, nano)
+    else:
+        store = Store(config.activations)
+        trainees = plan.stored_trainees(run.path, config, store)
     device.open_jax(torch_device, plan.jax_fraction(config, trainees, nano))
     mesh = plan.mesh(config, trainees)
     with processes.together():
         choice = _choose(run, config, trainees, mesh)
-        plan.check_memory(config, trainees, nano.config.n_embd, plan.available_memory(config), *choice)
-        sites = plan.sites(trainees)
-        corpus, heldout = text.texts(config, nano, _data_shards(run, config))
-        _announce(config, nano, trainees, choice, mesh)
-        rows = text.heldout_rows(config, heldout)
-        text.check_activations(config, nano, sites, rows)
-        text.check_data(run.path, corpus)
-        programs, reason = text.programs(config, nano, corpus, sites)
-    identity = [config.to_json(), nano.fingerprint, corpus.fingerprint, choice.ops.name, directory.versions()]
+        width = max(trainee.member.sae.d_in // trainee.member.sae.layers for trainee in trainees)
+        plan.check_memory(config, trainees, width, plan.available_memory(config), *choice)
+        sites, data_shards = plan.sites(trainees), _data_shards(run, config)
+        origin: Origin = (
+            TextOrigin(config, nano, sites, data_shards)
+            if nano is not None
+            else StoreOrigin(config, store, sites, torch_device, data_shards)
+        )
+        _announce(config, origin, trainees, choice, mesh)
+    identity = [config.to_json(), origin.facts, choice.ops.name, directory.versions()]
     processes.check_same("settings, model, data, device or versions", identity)
-    return _Prepared(nano, trainees, mesh, choice, corpus, rows, programs, reason)
+    return _Prepared(trainees, mesh, choice, origin)
 
 
 def _check_shared(run: Run) -> None:
@@ -213,13 +210,9 @@ def _record(run: Run, config: RunConfig, parts: _Prepared, locks: contextlib.Exi
     Recorded is also what was chosen by the device, which the numbers depend on, each with the reason: which parts of
     the model are compiled (None if it runs eagerly), and the implementation of operations.
     """
-    nano, corpus, trainees, choice = parts.nano, parts.corpus, parts.trainees, parts.choice
-    ways = {
-        "compiled": (None if parts.programs is None else "blocks", parts.programs_reason),
-        "operations": (choice.ops.name, choice.reason),
-    }
-    facts = {"model": nano.fingerprint, "data": corpus.fingerprint, "data_files": corpus.files}
-    facts |= {"data_shards": corpus.data_shards}
+    trainees, choice, origin = parts.trainees, parts.choice, parts.origin
+    ways = {"compiled": origin.compiled, "operations": (choice.ops.name, choice.reason)}
+    facts = origin.facts | {"data_shards": origin.data_shards}
     facts |= {name: chosen for name, (chosen, _) in ways.items()}
     reasons = {name: reason for name, (_, reason) in ways.items()}
     sites = dict.fromkeys(trainee.hooks for trainee in trainees)
@@ -231,7 +224,7 @@ def _record(run: Run, config: RunConfig, parts: _Prepared, locks: contextlib.Exi
 
 
 def _announce(
-    config: RunConfig, nano: "Nanochat", trainees: list["Trainee"], choice: "Choice", mesh: "Mesh | None"
+    config: RunConfig, origin: "Origin", trainees: list["Trainee"], choice: "Choice", mesh: "Mesh | None"
 ) -> None:
     """Print what will be trained, and settings without effect."""
     import jax
@@ -244,9 +237,8 @@ def _announce(
     saes = f"{one} SAE" if len(trainees) == 1 else f"{len(trainees)} {config.activation} SAEs"
     hooks = ", ".join(dict.fromkeys(trainee.name for trainee in trainees))
     print(
-        f"nanochat {config.checkpoint} ({nano.generation}, {nano.config.n_layer} layers of width "
-        f"{nano.config.n_embd}), {hooks}: {saes} of {latents} latents from {config.num_activations:,} activations of "
-        f"{config.data!r} on {jax.default_backend()}",
+        f"{origin.name}, {hooks}: {saes} of {latents} latents from {config.num_activations:,} activations on "
+        f"{jax.default_backend()}",
         flush=True,
     )
     if mesh is not None:

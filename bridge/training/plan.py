@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
     from bridge.nanochat import Nanochat
     from jsae.ops import Ops
+    from jsae.store import Store
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,56 @@ def trainees(run: Path, config: RunConfig, nano: Nanochat) -> list[Trainee]:
     from bridge.hooks import find
 
     hooks_of_sites = _hooks_of_sites(config, nano.config.n_layer)
-    for hook in dict.fromkeys(hook for hooks in hooks_of_sites for hook in hooks):
+    hooks = dict.fromkeys(hook for hooks in hooks_of_sites for hook in hooks)
+    for hook in hooks:
         find(nano.model, hook)
+    return _trainees(run, config, hooks_of_sites, dict.fromkeys(hooks, nano.config.n_embd))
+
+
+def stored_trainees(run: Path, config: RunConfig, store: Store) -> list[Trainee]:
+    """Return the SAEs of a run on the activations of a store.
+
+    Without `--layer` they read all of its hooks of the chosen type; a single hook of any name.
+
+    Raises:
+      ConfigError: settings of an SAE that cannot work, hooks that the store does not have, or another model's store for
+        flags that name a layer.
+    """
+    stored = _stored_layers(store, config.hook_type)
+    if len(store.hooks) == 1 and not (config.layer or config.target_hook or config.crosscoder):
+        hooks_of_sites = [tuple(store.hooks)]
+    else:
+        layers = config.layer if config.layer and config.layer != ("all",) else tuple(map(str, stored))
+        require(bool(layers), f"{store.location} has no {config.hook_type}: it has {', '.join(store.hooks)}")
+        hooks_of_sites = _hooks_of_sites(dataclasses.replace(config, layer=layers), 0)
+    for hook in dict.fromkeys(hook for hooks in hooks_of_sites for hook in hooks):
+        require(hook in store.hooks, f"{store.location} has no hook {hook}: it has {', '.join(store.hooks)}")
+    return _trainees(run, config, hooks_of_sites, dict(store.hooks))
+
+
+def _stored_layers(store: Store, hook_type: str) -> list[int]:
+    """Return the layers of which a store has a type of activation."""
+    from bridge.hooks import parse
+
+    layers = []
+    for hook in store.hooks:
+        with contextlib.suppress(ValueError):  # of another model
+            layer, kind = parse(hook)
+            layers += [layer] if kind == hook_type else []
+    return sorted(layers)
+
+
+def _trainees(
+    run: Path, config: RunConfig, hooks_of_sites: list[tuple[str, ...]], widths: Mapping[str, int]
+) -> list[Trainee]:
+    """Return an SAE for every variant and site; `widths` are those of the hooks."""
     saes = []
     for variant in config.variants():
         folder = run / config.variant_name(variant)
         for site, hooks in enumerate(hooks_of_sites):
-            sae = variant.sae_config(nano.config.n_embd, len(hooks) if config.crosscoder else 1)
+            sizes = [widths[hook] for hook in hooks]
+            require(len(set(sizes)) == 1, f"{', '.join(hooks)} have different widths, {sizes}: train on one of them")
+            sae = variant.sae_config(sizes[0], len(hooks) if config.crosscoder else 1)
             export.architecture(sae)
             variant.train_config().anneals(sae)
             saes.append(Trainee(variant, folder != run, folder, hooks, Member(sae, variant.train_config(), site)))
@@ -194,7 +241,7 @@ def check_gpu_memory(
     )
 
 
-def jax_fraction(config: RunConfig, trainees: list[Trainee], nano: Nanochat) -> float:
+def jax_fraction(config: RunConfig, trainees: list[Trainee], nano: Nanochat | None) -> float:
     """Return jax's fraction of the GPU's memory: the one that was given, or what the run's SAEs need.
 
     Raises:
@@ -205,9 +252,11 @@ def jax_fraction(config: RunConfig, trainees: list[Trainee], nano: Nanochat) -> 
     import torch
 
     free, card = torch.cuda.mem_get_info()
-    itemsize = nano.model.lm_head.weight.element_size()
-    row_len = config.context_size or nano.config.sequence_len
-    torch_need = stream_memory(config, nano.config.n_embd, itemsize, row_len, len(_hooks(trainees)))
+    torch_need = 2**28  # an exported SAE that is measured
+    if nano is not None:
+        itemsize = nano.model.lm_head.weight.element_size()
+        row_len = config.context_size or nano.config.sequence_len
+        torch_need = stream_memory(config, nano.config.n_embd, itemsize, row_len, len(_hooks(trainees)))
     jax_need = saes_memory(config, trainees)
     check_card(card, free, torch.cuda.memory_reserved(), jax_need, torch_need)
     if config.jax_memory_fraction is not None:

@@ -49,7 +49,8 @@ def texts(config: RunConfig, nano: Nanochat, data_shards: int | None = None) -> 
         Corpus(config.data, nano.tokenizer, split=split, row_len=row_len, seed=config.data_seed, lanes=lanes)
         for split in ("train", "heldout")
     )
-    _divide(train, config, data_shards)
+    shards = shards_of(config, data_shards, row_len, train.lanes)
+    train.divide(shards, jax.process_index(), processes.count())
     if train.split_by_place:
         print("too few documents to hold out whole ones: the last 5 % of each is held out", flush=True)
     require(
@@ -60,21 +61,33 @@ def texts(config: RunConfig, nano: Nanochat, data_shards: int | None = None) -> 
     return train, heldout
 
 
-def _divide(corpus: Corpus, config: RunConfig, data_shards: int | None) -> None:
-    """Take this process's share of the training text.
+def shards_of(config: RunConfig, data_shards: int | None, row_len: int, lanes: int) -> int:
+    """Return the number of parts of data and batches: a given one, or the default.
+
+    Args:
+      config: the run.
+      data_shards: the given one.
+      row_len: tokens that stay together.
+      lanes: documents or chunks that are read at once.
 
     Raises:
-      ConfigError: the parts cannot be divided among the processes.
+      ConfigError: the processes cannot share so many.
     """
-    index, count = jax.process_index(), processes.count()
+    count = processes.count()
     if data_shards is None:
-        data_shards = default_shards(config.batch_size, config.block_size, corpus.row_len, corpus.lanes)
+        data_shards = default_shards(config.batch_size, config.block_size, row_len, lanes)
     require(
         data_shards % count == 0,
         f"{count} processes cannot share {data_shards} parts of text and batches: give --data_shards={count}, or "
         f"another multiple of {count}, and a --batch_size that it divides",
     )
-    corpus.divide(data_shards, index, count)
+    return data_shards
+
+
+def own_shards(data_shards: int) -> range:
+    """Return the numbers of the parts that this process has."""
+    each = data_shards // processes.count()
+    return range(jax.process_index() * each, (jax.process_index() + 1) * each)
 
 
 def default_shards(batch_size: int, block_size: int, row_len: int, lanes: int) -> int:
@@ -90,7 +103,7 @@ def default_shards(batch_size: int, block_size: int, row_len: int, lanes: int) -
     """
     block = block_size // batch_size * batch_size
     shards = _MOST_SHARDS
-    while shards > 1 and (batch_size % shards or lanes % shards or (block // shards) % row_len):
+    while shards > 1 and (batch_size % shards or lanes < shards or (block // shards) % row_len):
         shards //= 2
     return shards
 

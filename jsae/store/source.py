@@ -44,6 +44,7 @@ class StoreSource:
         least 65,536 rows and 16 chunks, or all of a smaller store. The order depends on it.
       streams: number of streams, which share the memory; the same in all processes.
       serve: the numbers of the streams that this process serves; None is all.
+      rows: how many of the store's first rows are read, whole chunks; None is all of them.
 
     Raises:
       ConfigError: the store has no such hook, or has several and none was chosen; streams that cannot be.
@@ -58,6 +59,7 @@ class StoreSource:
         memory: int = MEMORY,
         streams: int = 1,
         serve: Sequence[int] | None = None,
+        rows: int | None = None,
     ):
         names = _chosen(store, hooks)
         self.widths = [store.hooks[hook] for hook in names]
@@ -67,6 +69,10 @@ class StoreSource:
         self.waited = 0.0
         """Seconds for which filling waited for data."""
         chunks = -(-store.rows // store.layout.chunk_rows)
+        if rows is not None:
+            whole = 0 < rows <= store.rows and rows % store.layout.chunk_rows == 0
+            require(whole, f"rows is {rows}: it must be whole chunks of {store.layout.chunk_rows} rows")
+            chunks = rows // store.layout.chunk_rows
         order = Order(chunks, 0 if seed is None else seed, streams, _mixed_chunks(store, self.widths, memory))
         served = tuple(range(streams)) if serve is None else tuple(serve)
         valid = len(set(served)) == len(served) > 0 and all(0 <= number < streams for number in served)
@@ -129,6 +135,12 @@ class StoreSource:
             require(point is not None, f"the position has no stream {stream.number}")
             stream.seek(StreamPosition(*map(int, point)))
 
+    @staticmethod
+    def whole_position(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the position of all processes together, from those of every process."""
+        streams = [position["positions"] for position in positions]
+        return {**positions[0], "positions": {number: row for part in streams for number, row in part.items()}}
+
     def _identity(self) -> dict[str, Any]:
         return {
             "store": self._store.manifest.digest,
@@ -136,6 +148,7 @@ class StoreSource:
             "seed": self._order.seed,
             "streams": self._order.streams,
             "mixed": self._order.mixed,
+            "chunks": self._order.chunks,
         }
 
     def _check_rows(self, rows: int) -> None:
@@ -195,6 +208,12 @@ class SiteSource:
     def position(self) -> dict[str, Any]:
         """Return the positions of all sites."""
         return {"sites": [source.position() for source in self._sources]}
+
+    @staticmethod
+    def whole_position(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the position of all processes together, from those of every process."""
+        sites = zip(*(position["sites"] for position in positions), strict=True)
+        return {"sites": [StoreSource.whole_position(site) for site in sites]}
 
     def seek(self, position: dict[str, Any]) -> None:
         """Continue from a position.

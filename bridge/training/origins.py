@@ -1,0 +1,237 @@
+"""What a run trains on: text through a nanochat, or the activations of a store; and how its SAEs are measured."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bridge import torch_sae
+from bridge.evaluate import Site
+from bridge.evaluate.survey import survey, survey_of_rows
+from bridge.hooks import module_name
+from bridge.run import Run
+from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
+from bridge.training import text
+from jsae import metrics
+from jsae.health import ActivationsError, DegenerateError, Extent, degenerate
+from jsae.progress import Progress
+from jsae.settings import require
+from jsae.store.source import SiteSource
+
+if TYPE_CHECKING:
+    from bridge.nanochat import Nanochat
+    from bridge.training.config import RunConfig
+    from bridge.training.plan import Trainee
+    from jsae.store.reading import Store
+
+HELD_OUT = 0.05
+"""Share of a store, at its end, that SAEs are measured on and not trained on."""
+_ROWS = 8192  # of a store that an SAE is measured on at once
+
+
+class Origin(abc.ABC):
+    """Where the activations of a run come from."""
+
+    facts: dict[str, Any]
+    """What the numbers of a run depend on beside its flags."""
+    compiled: tuple[str | None, str]
+    """Which parts of the model are compiled, None if it runs eagerly or not at all; and why."""
+    data_shards: int
+    """Parts of the data, which processes share."""
+    own_shards: Sequence[int]
+    """The numbers of those of this process."""
+    name: str
+    """What is trained on, for messages."""
+
+    @abc.abstractmethod
+    def source(self, sites: Sequence[tuple[str, ...]]) -> Any:
+        """Return a `jsae.data.Source` with `tokens_seen` and `whole_position`, of the activations of some sites."""
+
+    @abc.abstractmethod
+    def measure(self, trainee: Trainee, folder: Path) -> metrics.Sums:
+        """Return the sums of an exported SAE over held-out tokens."""
+
+    @abc.abstractmethod
+    def metadata(self) -> dict[str, Any]:
+        """Return what SAELens keeps of model and data."""
+
+
+class TextOrigin(Origin):
+    """Text through a nanochat, read and checked.
+
+    Args:
+      config: the run.
+      nano: its model.
+      sites: the hooks of every site.
+      data_shards: number of parts of the text; None chooses it.
+
+    Raises:
+      ConfigError: text that is too short or has changed, or parts that the processes cannot share.
+      ActivationsError, DegenerateError: activations that nothing can be learned from.
+      FileNotFoundError, ValueError: data that cannot be read.
+    """
+
+    def __init__(self, config: RunConfig, nano: Nanochat, sites: Sequence[tuple[str, ...]], data_shards: int | None):
+        self._config, self._nano = config, nano
+        self._corpus, heldout = text.texts(config, nano, data_shards)
+        self.data_shards, self.own_shards = self._corpus.data_shards, self._corpus.own_shards
+        self.name = (
+            f"nanochat {config.checkpoint} ({nano.generation}, {nano.config.n_layer} layers of width "
+            f"{nano.config.n_embd}) on {config.data!r}"
+        )
+        self._rows = text.heldout_rows(config, heldout)
+        text.check_activations(config, nano, sites, self._rows)
+        text.check_data(Run(config.output_dir).path, self._corpus)
+        self._programs, reason = text.programs(config, nano, self._corpus, sites)
+        self.compiled = (None if self._programs is None else "blocks", reason)
+        corpus = self._corpus
+        self.facts = {"model": nano.fingerprint, "data": corpus.fingerprint, "data_files": corpus.files}
+
+    def source(self, sites: Sequence[tuple[str, ...]]) -> Any:
+        """Return the stream of activations on the training text."""
+        return text.stream(self._config, self._nano, self._corpus, sites, self._programs)
+
+    def measure(self, trainee: Trainee, folder: Path) -> metrics.Sums:
+        """Run the model over held-out rows of text."""
+        nano, config = self._nano, self._config
+        sae = torch_sae.load(folder, nano.model.lm_head.weight.device)
+        site = Site(
+            nano.model,
+            trainee.hooks[0],
+            excluded_ids(config.exclude_tokens, nano.tokenizer),
+            config.drop_sinks,
+            config.tokens_per_forward,
+            other_hooks=trainee.hooks[1:],
+        )
+        size = self._rows.size
+        with Progress(f"measuring {trainee.label}", size, "tokens") as progress, progress.tokens_of(nano.model):
+            return survey(site, sae, site.batches(self._rows)).sums
+
+    def metadata(self) -> dict[str, Any]:
+        """Return all that is needed to read the same activations again."""
+        config, nano = self._config, self._nano
+        return {
+            "model_name": "nanochat-demo" if config.checkpoint == "demo" else nano.name,
+            "model_class_name": "nanochat",
+            "model_fingerprint": nano.fingerprint,
+            "context_size": self._rows.shape[1],
+            "exclude_special_tokens": list(excluded_ids(config.exclude_tokens, nano.tokenizer)),
+            "drop_sinks": config.drop_sinks,
+            "sink_norm_multiple": SINK_NORM_MULTIPLE if config.drop_sinks else None,
+            "dataset_path": config.data,
+            "dataset_fingerprint": self._corpus.fingerprint,
+        }
+
+
+class StoreOrigin(Origin):
+    """The activations of a store. The last twentieth of it is held out.
+
+    Args:
+      config: the run.
+      store: the store.
+      sites: the hooks of every site.
+      device: of torch, on which exported SAEs are measured.
+      data_shards: number of parts in which the store is read; None chooses it.
+
+    Raises:
+      ConfigError: a store that is too small, or parts that the processes cannot share.
+      ActivationsError, DegenerateError: activations that nothing can be learned from.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Store,
+        sites: Sequence[tuple[str, ...]],
+        device: str,
+        data_shards: int | None,
+    ):
+        self._config, self._store, self._device = config, store, device
+        chunk = store.layout.chunk_rows
+        chunks = -(-store.rows // chunk)
+        held_out = max(round(HELD_OUT * chunks), 1)
+        require(
+            chunks > held_out, f"{store.location} has one chunk of {chunk} rows: a run needs another to be measured on"
+        )
+        self._train_rows = (chunks - held_out) * chunk
+        self.data_shards = text.shards_of(config, data_shards, 1, chunks - held_out)
+        self.own_shards = text.own_shards(self.data_shards)
+        self.name = f"the store {store.location} ({store.rows:,} tokens as {store.layout.storage})"
+        self.compiled = (None, "activations are read from a store")
+        origin = store.manifest.origin
+        self.facts = {"model": origin.get("model"), "data": store.manifest.digest, "data_files": []}
+        for hook in dict.fromkeys(hook for site in sites for hook in site):
+            _check(store, hook)
+
+    def source(self, sites: Sequence[tuple[str, ...]]) -> Any:
+        """Return the source of the store's rows."""
+        return SiteSource(
+            self._store,
+            sites,
+            seed=self._config.data_seed,
+            streams=self.data_shards,
+            serve=tuple(self.own_shards),
+            rows=self._train_rows,
+        )
+
+    def measure(self, trainee: Trainee, folder: Path) -> metrics.Sums:
+        """Read held-out rows of the store."""
+        store, layers = self._store, trainee.member.sae.layers
+        sae = torch_sae.load(folder, self._device)
+        stop = min(store.rows, self._train_rows + self._config.heldout_tokens)
+        total = None
+        with Progress(f"measuring {trainee.label}", stop - self._train_rows, "tokens") as progress:
+            for start in range(self._train_rows, stop, _ROWS):
+                end = min(start + _ROWS, stop)
+                kept = np.logical_and.reduce([store.kept(hook, start, end) for hook in trainee.hooks])
+                parts = [store.read(hook, start, end, np.float32)[kept] for hook in trainee.hooks]
+                x = np.concatenate(parts, axis=1) if layers > 1 else parts[0]
+                if len(x):
+                    sums = survey_of_rows(x, x if layers > 1 else parts[-1], sae)
+                    total = sums if total is None else metrics.add(total, sums)
+                progress.advance(end - start)
+        require(total is not None, f"no held-out row of {store.location} counts at {', '.join(trainee.hooks)}")
+        return total
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what the store says of model and text."""
+        origin, layout = self._store.manifest.origin, self._store.layout
+        drops = bool(origin.get("drop_sinks"))
+        return {
+            "model_name": origin.get("model_name") or "unknown",
+            "model_class_name": "nanochat" if "tokenizer" in origin else None,
+            "model_fingerprint": origin.get("model"),
+            "context_size": layout.row_len,
+            "exclude_special_tokens": list(origin.get("excluded") or []),
+            "drop_sinks": drops,
+            "sink_norm_multiple": SINK_NORM_MULTIPLE if drops else None,
+            "dataset_path": str(origin.get("data", self._store.location)),
+            "dataset_fingerprint": origin.get("data_fingerprint"),
+            "activation_store": self._store.location,
+            "activation_store_digest": self._store.manifest.digest,
+        }
+
+
+def hook_metadata(hook: str, suffix: str = "") -> dict[str, Any]:
+    """Return SAELens's entries for a hook; of another model's only its name."""
+    try:
+        module = {f"hf_hook_name{suffix}": module_name(hook)}
+    except ValueError:
+        module = {}
+    return {f"hook_name{suffix}": hook} | module
+
+
+def _check(store: Store, hook: str) -> None:
+    """Check that an SAE can learn from a hook's activations, by their statistics."""
+    statistics, width = store.manifest.statistics[hook], store.hooks[hook]
+    require(statistics.kept > 0, f"no row of {store.location} counts at {hook}")
+    square = statistics.mean_squared_norm
+    variance = 1 - statistics.mean_norm**2 / square if square else 0.0
+    extent = Extent(statistics.largest, (square / width) ** 0.5, variance, 0)
+    problem = degenerate(extent, f"the activations of {store.location} at {hook}")
+    if problem is not None:
+        raise (DegenerateError if np.isfinite(statistics.largest) else ActivationsError)(problem)

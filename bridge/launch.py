@@ -90,8 +90,8 @@ def own_device(wanted: str) -> str:
         return wanted
     require(
         ":" not in wanted,
-        f"--device={wanted} names one GPU for {launch.count or 'several'} processes: give --device=cuda, and each takes "
-        "its own",
+        f"--device={wanted} names one GPU for {launch.count or 'several'} processes: give --device=cuda, and each "
+        "takes its own",
     )
     if wanted == "cpu":
         _divide_cores(launch)

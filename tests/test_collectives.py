@@ -9,7 +9,7 @@ from jsae.config import TrainConfig
 from jsae.testing.collectives import collectives
 
 SIZE = shapes.Size(48, 1536, 8, 1024)
-MESHES = {"2x1": (2, 1), "1x2": (1, 2), "2x2": (2, 2), "4x1": (4, 1), "1x4": (1, 4)}
+MESHES = {"2x1": (2, 1), "1x2": (1, 2), "2x2": (2, 2), "1x4": (1, 4)}
 ARCHITECTURES = ("topk", "batchtopk", "abstopk", "matryoshka", "relu", "gated", "jumprelu")
 
 PROGRAM = """\
@@ -51,8 +51,9 @@ def compiled(architecture: str, data: int, latent: int, **train: object) -> str:
     return program.lower(loop.abstract_states([member], mesh=mesh), (batch,)).compile().as_text()
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+@pytest.mark.parametrize(
+    ("architecture", "mesh"), [("topk", "2x1"), ("topk", "1x2"), ("topk", "2x2"), ("batchtopk", "2x2")]
+)
 def test_a_step_sends_what_the_scheme_says(architecture, mesh):
     data, latent = MESHES[mesh]
     found = sum(one.bytes for one in collectives(compiled(architecture, data, latent), branches=False))
@@ -60,8 +61,7 @@ def test_a_step_sends_what_the_scheme_says(architecture, mesh):
     assert scheme <= found <= 1.1 * scheme
 
 
-@pytest.mark.parametrize("mesh", ["2x2", "1x4"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "mesh"), [("topk", "1x4"), *((name, "2x2") for name in ARCHITECTURES)])
 def test_no_collective_moves_weights_pre_activations_or_codes(architecture, mesh):
     """Not even where latents are dead or are resampled: all branches are read."""
     data, latent = MESHES[mesh]

@@ -20,6 +20,7 @@ GPU_FOLDER = Path(__file__).parent / "gpu"
 # Modules of which every test is slow. Those that take longest are first: they begin first where several workers run.
 MODULES = (
     "test_processes",
+    "test_train_on_store",
     "test_train_command",
     "test_command_output",
     "test_docs",

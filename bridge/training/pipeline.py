@@ -152,7 +152,8 @@ def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
         store = Store(config.activations)
         trainees = plan.stored_trainees(run.path, config, store)
     device.open_jax(torch_device, plan.jax_fraction(config, trainees, nano))
-    mesh = plan.mesh(config, trainees)
+    with processes.same_everywhere():
+        mesh = plan.mesh(config, trainees)
     with processes.together():
         choice = _choose(run, config, trainees, mesh)
         width = max(trainee.member.sae.d_in // trainee.member.sae.layers for trainee in trainees)

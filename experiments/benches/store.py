@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import ml_dtypes
 import numpy as np
 
 from bridge.locations import FilePath
@@ -273,7 +274,7 @@ def _speed(config: Config, folder: Path) -> list[dict[str, Any]]:
     for text in config.sizes:
         size = Size.parse(text)
         rng = np.random.default_rng(0)
-        acts = rng.standard_normal((262_144, size.d_in), np.float32).astype("bfloat16")
+        acts = rng.standard_normal((262_144, size.d_in), np.float32).astype(ml_dtypes.bfloat16)
         opened = store.write(folder / text.replace(":", "-"), acts)
         sources: dict[str, Any] = {}
         cases = {name: _case(size, name, opened, acts, sources) for name in ("memory", "store", "store, cold")}
@@ -314,7 +315,7 @@ def _case(size: Size, name: str, opened: Store, acts: np.ndarray, sources: dict[
 
     sae = sae_config("topk", size.d_in, size.d_sae, k=size.k)
     members = [loop.Member(sae, TrainConfig(2**40, size.batch), 0)]
-    source = source_of(acts, 0) if name == "memory" else sources.setdefault(name, StoreSource(opened))
+    source = source_of(acts, 0) if name == "memory" else sources.setdefault(name, StoreSource(opened, memory=1))
     files = [path for path in Path(opened.location).rglob("*") if path.is_file()]
     state: list[Any] = []
 

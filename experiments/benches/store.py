@@ -42,10 +42,10 @@ class Config:
     rows: int = flag(393_216, "Rows of the store that is written and read.", at_least(2**16))
     width: int = flag(1280, "Width of its activations.", at_least(1))
     hook: str = flag("blocks.3.hook_resid_post", "Hook of the demo nanochat that SAEs are trained on.")
-    tokens: int = flag(1_000_000, "Tokens of the demo's text to collect.", at_least(2**17))
+    tokens: int = flag(1_000_000, "Tokens of the demo's text to collect.", at_least(2**13))
     d_sae: int = flag(1024, "Latents of the TopK SAEs.", at_least(32))
     k: int = flag(32, "Active latents.", at_least(1))
-    num_activations: int = flag(1_000_000, "Activations that an SAE is trained on.", at_least(2**15))
+    num_activations: int = flag(1_000_000, "Activations that an SAE is trained on.", at_least(2**12))
     seeds: int = flag(2, "Seeds of every SAE.", at_least(1))
     batch_size: int = flag(2048, "Activations per step.", at_least(1))
     sizes: tuple[str, ...] = flag(
@@ -180,7 +180,7 @@ def _collected(config: Config, folder: Path) -> Iterator[tuple[Store, np.ndarray
 
     nano = bridge.nanochat.load("demo")
     opened = []
-    for split, tokens in (("train", config.tokens), ("heldout", 100_000)):
+    for split, tokens in (("train", config.tokens), ("heldout", min(100_000, config.tokens))):
         text = collecting.Text(split=split, num_tokens=tokens, storage="float32")
         collecting.collect(nano, [config.hook], folder / split, text, show_progress=True)
         opened.append(store.open(folder / split))
@@ -258,7 +258,7 @@ def _fvu(config: Config, acts: Any, heldout: np.ndarray, seed: int, block: int =
     trained = jsae.train(acts, sae, settings, block_size=block, data_seed=seed)
     error = sum(
         float(np.square(np.asarray(trained(part)) - part).sum())
-        for part in np.array_split(heldout, len(heldout) // 8192)
+        for part in np.array_split(heldout, len(heldout) // 8192 + 1)
     )
     return error / float(np.square(heldout - heldout.mean(0)).sum())
 
@@ -314,7 +314,7 @@ def _case(size: Size, name: str, opened: Store, acts: np.ndarray, sources: dict[
     from jsae.store import StoreSource
 
     sae = sae_config("topk", size.d_in, size.d_sae, k=size.k)
-    members = [loop.Member(sae, TrainConfig(2**40, size.batch), 0)]
+    members = [loop.Member(sae, TrainConfig(2**20 * size.batch, size.batch), 0)]
     source = source_of(acts, 0) if name == "memory" else sources.setdefault(name, StoreSource(opened, memory=1))
     files = [path for path in Path(opened.location).rglob("*") if path.is_file()]
     state: list[Any] = []

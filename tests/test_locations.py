@@ -15,6 +15,7 @@ from experiments import flagfile, flags
 from jsae.settings import ConfigError
 
 NEEDED = {
+    "collect": {"out": "runs/x"},
     "steer": {"run_dir": "runs/x", "prompt": "def"},
     "evaluate": {"run_dir": "runs/x"},
     "explore": {"run_dir": "runs/x"},

@@ -246,6 +246,7 @@ raise OSError("the disk is full")
 
 COMMANDS = {
     "train": lambda run, text, new: words(new, text),
+    "collect": lambda run, text, new: [f"--out={new}", f"--data={text}/*.py", "--num_tokens=4_000_000"],
     "pretrain": lambda run, text, new: [f"--out={new}", f"--data={text}/*.py", "--vocab_size=300", "--n_embd=64"],
     "evaluate": lambda run, text, new: [f"--run_dir={run}"],
     "explore": lambda run, text, new: [f"--run_dir={run}"],

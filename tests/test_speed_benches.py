@@ -24,6 +24,7 @@ from experiments.benches import (
     resident,
     shapes,
     step,
+    store,
     stream,
     sweep,
 )
@@ -264,6 +265,20 @@ def test_many_saes_in_one_pass_are_measured_against_runs_and_against_other_ways_
     assert found["count"] == 2
     assert found["one_pass_over_runs"]["median"] > 0
     assert set(found["step_over_one_program"]) == {sweep.STACKED, sweep.MAPPED}
+
+
+def test_a_store_is_measured_in_all_its_parts(tmp_path):
+    sizes = {"rows": 2**16, "width": 4, "tokens": 2**14, "num_activations": 2**13, "d_sae": 64, "seeds": 1}
+    config = store.Config(**sizes, sizes=(TINY,), rounds=2, batch_size=512, k=4, out=str(tmp_path / "store.json"))
+    assert store.main(config) == 0
+    results = json.loads((tmp_path / "store.json").read_text())["results"]
+    assert set(results) == {"throughput", "types", "shuffle", "speed"}
+    disk = {name: results["throughput"][name]["disk_bytes_per_row"] for name in ("float32", "bfloat16", "int8")}
+    assert disk["int8"] < disk["bfloat16"] < disk["float32"]
+    errors = {name: values["error_over_variance"] for name, values in results["types"].items()}
+    assert errors["float32"] == 0 < errors["bfloat16"] < errors["int8"] < 1e-3
+    assert results["shuffle"]["text"]["documents"] < results["shuffle"]["perfect"]["documents"]
+    assert results["speed"][0]["speed_over_memory"]["store"]["median"] > 0
 
 
 def test_a_stream_of_text_that_the_model_has_no_tokens_for_is_refused():

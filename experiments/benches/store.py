@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import ml_dtypes
 import numpy as np
 
 from bridge.locations import FilePath
@@ -41,10 +42,10 @@ class Config:
     rows: int = flag(393_216, "Rows of the store that is written and read.", at_least(2**16))
     width: int = flag(1280, "Width of its activations.", at_least(1))
     hook: str = flag("blocks.3.hook_resid_post", "Hook of the demo nanochat that SAEs are trained on.")
-    tokens: int = flag(1_000_000, "Tokens of the demo's text to collect.", at_least(2**17))
+    tokens: int = flag(1_000_000, "Tokens of the demo's text to collect.", at_least(2**13))
     d_sae: int = flag(1024, "Latents of the TopK SAEs.", at_least(32))
     k: int = flag(32, "Active latents.", at_least(1))
-    num_activations: int = flag(1_000_000, "Activations that an SAE is trained on.", at_least(2**15))
+    num_activations: int = flag(1_000_000, "Activations that an SAE is trained on.", at_least(2**12))
     seeds: int = flag(2, "Seeds of every SAE.", at_least(1))
     batch_size: int = flag(2048, "Activations per step.", at_least(1))
     sizes: tuple[str, ...] = flag(
@@ -179,7 +180,7 @@ def _collected(config: Config, folder: Path) -> Iterator[tuple[Store, np.ndarray
 
     nano = bridge.nanochat.load("demo")
     opened = []
-    for split, tokens in (("train", config.tokens), ("heldout", 100_000)):
+    for split, tokens in (("train", config.tokens), ("heldout", min(100_000, config.tokens))):
         text = collecting.Text(split=split, num_tokens=tokens, storage="float32")
         collecting.collect(nano, [config.hook], folder / split, text, show_progress=True)
         opened.append(store.open(folder / split))
@@ -257,7 +258,7 @@ def _fvu(config: Config, acts: Any, heldout: np.ndarray, seed: int, block: int =
     trained = jsae.train(acts, sae, settings, block_size=block, data_seed=seed)
     error = sum(
         float(np.square(np.asarray(trained(part)) - part).sum())
-        for part in np.array_split(heldout, len(heldout) // 8192)
+        for part in np.array_split(heldout, len(heldout) // 8192 + 1)
     )
     return error / float(np.square(heldout - heldout.mean(0)).sum())
 
@@ -273,7 +274,7 @@ def _speed(config: Config, folder: Path) -> list[dict[str, Any]]:
     for text in config.sizes:
         size = Size.parse(text)
         rng = np.random.default_rng(0)
-        acts = rng.standard_normal((262_144, size.d_in), np.float32).astype("bfloat16")
+        acts = rng.standard_normal((262_144, size.d_in), np.float32).astype(ml_dtypes.bfloat16)
         opened = store.write(folder / text.replace(":", "-"), acts)
         sources: dict[str, Any] = {}
         cases = {name: _case(size, name, opened, acts, sources) for name in ("memory", "store", "store, cold")}
@@ -313,8 +314,8 @@ def _case(size: Size, name: str, opened: Store, acts: np.ndarray, sources: dict[
     from jsae.store import StoreSource
 
     sae = sae_config("topk", size.d_in, size.d_sae, k=size.k)
-    members = [loop.Member(sae, TrainConfig(2**40, size.batch), 0)]
-    source = source_of(acts, 0) if name == "memory" else sources.setdefault(name, StoreSource(opened))
+    members = [loop.Member(sae, TrainConfig(2**20 * size.batch, size.batch), 0)]
+    source = source_of(acts, 0) if name == "memory" else sources.setdefault(name, StoreSource(opened, memory=1))
     files = [path for path in Path(opened.location).rglob("*") if path.is_file()]
     state: list[Any] = []
 

@@ -2,14 +2,15 @@
 
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from jsae.settings import require
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-class Launch(NamedTuple):
+@dataclass(frozen=True)
+class Launch:
     """A process among those of a run."""
 
     index: int
@@ -38,12 +39,14 @@ def detected(environment: Mapping[str, str] | None = None) -> Launch | None:
         launch = _of_torchrun(env)
     elif "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
         per_node = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
-        launch = Launch(*_numbers(env, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), int(per_node), None)
+        index, count, local = _numbers(env, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        launch = Launch(index, count, local, int(per_node), None)
     elif "OMPI_COMM_WORLD_SIZE" in env:
         names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-        launch = Launch(*_numbers(env, *(f"OMPI_COMM_WORLD_{name}" for name in names)), None)
+        index, count, local, local_count = _numbers(env, *(f"OMPI_COMM_WORLD_{name}" for name in names))
+        launch = Launch(index, count, local, local_count, None)
     elif "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
-        return Launch(*_numbers(env, "JOB_COMPLETION_INDEX"), None, 0, 1, None)
+        return Launch(_numbers(env, "JOB_COMPLETION_INDEX")[0], None, 0, 1, None)
     else:
         return None
     return None if launch.count == 1 else launch

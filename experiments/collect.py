@@ -18,6 +18,7 @@ from typing import Literal
 from bridge import launch
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, Data, FilePath
+from bridge.run import commands
 from bridge.settings import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
 from experiments import flags, signals
 from jsae.settings import TOKENS, at_least, require
@@ -117,5 +118,12 @@ def main(config: CollectConfig) -> int:
     return 0
 
 
+def next_commands(config: CollectConfig) -> list[str]:
+    """Return what to do with the store."""
+    model = {name: getattr(config, name) for name in ("step", "tokenizer")}
+    model["checkpoint"] = None if config.checkpoint == "demo" else config.checkpoint
+    return [commands.line("train", activations=config.out, **model, output_dir="runs/from-store")]
+
+
 if __name__ == "__main__":
-    flags.run(CollectConfig, main)
+    flags.run(CollectConfig, main, after=next_commands)

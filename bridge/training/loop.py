@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,8 @@ StopRequests = Callable[[], contextlib.AbstractContextManager[Collection[object]
 _REPORTED = ("loss", "fvu", "l0", "mse", "cosine", "dead_fraction", "learning_rate")
 
 
-class Shards(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Shards:
     """Parts of every batch, of which several processes have some each."""
 
     own: Sequence[int] = (0,)

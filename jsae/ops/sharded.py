@@ -155,7 +155,7 @@ class Sharded(SparseOps):
         )
         parts = ((inputs, self._input_spec(inputs)), (W_enc, _LATENTS), (b_enc, _LATENTS))
         batch_wide = function == self.batch_top_k
-        out = Codes(_BOTH, _BOTH, _BOTH if batch_wide else None)
+        out: Any = Codes(*[_BOTH] * (3 if batch_wide else 2))  # type: ignore[arg-type]  # partitions of a tree
         return self.on_devices(local, *parts, (allowed, _LATENTS), (limit, P()), out=out)
 
     def _pick_of_token(
@@ -328,7 +328,8 @@ class Sharded(SparseOps):
 
     @staticmethod
     def _input_spec(inputs: Input) -> Input:
-        return Input(_TOKENS, *(None if a is None else P() for a in inputs[1:]))
+        parts = [None if a is None else P() for a in inputs[1:]]
+        return Input(_TOKENS, *parts)  # type: ignore[arg-type]  # partitions of a tree
 
     # ---- all latents -----------------------------------------------------------------------------------------------
 

@@ -196,7 +196,12 @@ class Checkpoints:
         if damage is not None:
             raise DamagedError(damage)
         _check_fits(folder, record["arrays"], like)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        # Without a place Orbax puts arrays where they were, which may be devices of processes that are gone.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here),
+            like,
+        )
         # If the files match their digests, a failure of Orbax has another cause than damage.
         kind = OSError if listed else DamagedError
         with (

@@ -24,7 +24,7 @@ from jsae import axes
 Tree = TypeVar("Tree")
 _YEAR = 365 * 24 * 3600
 _ROWS = 2**26  # numbers of an array that are gathered at once
-_LOST = re.compile(r"gloo|nccl|connection|coordination|heartbeat|barrier|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
+_LOST = re.compile(r"gloo|nccl|coordination.?service|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
 _barriers = itertools.count()
 
 
@@ -102,7 +102,7 @@ def connected() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, OSError) as error:
         line = " ".join(str(error).split())
         if jax.process_count() == 1 or not _LOST.search(line):
             raise

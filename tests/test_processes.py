@@ -19,7 +19,7 @@ from jsae.settings import ConfigError
 
 HOOK = "blocks.2.hook_resid_post"
 FLAGS = {
-    "num_activations": 16_384,
+    "num_activations": 32_768,
     "batch_size": 512,
     "block_size": 4096,
     "context_size": 64,
@@ -31,7 +31,7 @@ FLAGS = {
     "k": 8,
     "dead_after": 2000,
 }
-STEPS = 32
+STEPS = 64
 
 
 @pytest.fixture(scope="module")

@@ -66,19 +66,19 @@ def test_every_layer_of_the_type_gets_an_sae_that_is_measured_on_rows_it_never_s
     assert f"the store {acts}" in capsys.readouterr().out
 
 
-def test_transcoders_and_sweeps_read_what_they_need(acts, tmp_path):
-    settings = SETTINGS | {
-        "k": (4, 8),
-        "layer": "2",
-        "hook_type": "mlp_in",
-        "target_hook": "mlp",
-        "activation": "batchtopk",
-    }
-    run = train(activations=str(acts), output_dir=str(tmp_path / "run"), **settings)
-    assert [variant.path.name for variant in run.variants] == ["k4", "k8"]
-    sae = run.variants[1].sae()
-    assert sae.cfg["metadata"]["hook_name"] == HOOKS[4]
-    assert sae.cfg["metadata"]["hook_name_out"] == HOOKS[5]
+def test_transcoders_crosscoders_and_sweeps_read_what_they_need(acts, tmp_path):
+    settings = SETTINGS | {"activations": str(acts), "activation": "batchtopk", "learning_rate": 0.01}
+    transcoder = {"k": 32, "layer": "2", "hook_type": "mlp_in", "target_hook": "mlp"}
+    run = train(**settings | transcoder, output_dir=str(tmp_path / "transcoder"))
+    metadata = run.sae().cfg["metadata"]
+    assert (metadata["hook_name"], metadata["hook_name_out"]) == (HOOKS[4], HOOKS[5])
+    crosscoder = {"k": (8, 16), "layer": ("1", "2"), "crosscoder": True}
+    run = train(**settings | crosscoder, output_dir=str(tmp_path / "crosscoder"))
+    assert sorted(variant.path.name for variant in run.variants) == ["k16", "k8"]
+    for variant in run.variants:
+        ((_, summary),) = variant.evaluation.items()
+        assert 0 < summary["fvu"] < 0.9
+        assert variant.sae().cfg["metadata"]["hook_names"] == [HOOKS[0], HOOKS[3]]
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(acts, tmp_path):

@@ -185,12 +185,13 @@ def test_the_others_end_soon_after_one_is_killed_and_the_run_resumes(victim, who
     same(run, whole)
 
 
-def test_two_processes_train_on_a_store_as_one_does(tmp_path):
+def test_two_processes_train_a_sweep_on_a_store_as_one_does(tmp_path):
     rng = np.random.default_rng(0)
     acts = (rng.standard_normal((16_384, 8)) @ rng.standard_normal((8, 32))).astype(np.float32)
     store.write(tmp_path / "acts", {HOOK: acts})
     names = ("num_activations", "batch_size", "block_size", "log_every", "expansion_factor", "k", "dead_after")
     flags = {name: FLAGS[name] for name in names} | {"activations": tmp_path / "acts", "num_activations": 8192}
+    flags["k"] = "4,8"  # a sweep is divided over the same devices
     words = [f"--{name}={value}" for name, value in flags.items()]
     alone = [sys.executable, "-m", "experiments.train", *words, f"--output_dir={tmp_path / 'one'}"]
     done = subprocess.run(alone, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
@@ -198,7 +199,8 @@ def test_two_processes_train_on_a_store_as_one_does(tmp_path):
     with Processes(["-m", "experiments.train", *words, f"--output_dir={tmp_path / 'two'}"], 2) as processes:
         results = processes.finish()
     assert [code for code, _, _ in results] == [0, 0], results
-    same(tmp_path / "two", tmp_path / "one")
+    for variant in ("k4", "k8"):
+        same(tmp_path / "two" / variant, tmp_path / "one" / variant)
 
 
 # ---- wrong starts --------------------------------------------------------------------------------------------------

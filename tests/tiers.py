@@ -64,6 +64,7 @@ MODULES = (
     "test_ops",
     "test_ops_kernels",
     "test_ops_mesh",
+    "test_mesh_training",
     "test_collectives",
     "test_ops_products",
     "test_ops_selection",

@@ -247,8 +247,8 @@ def _announce(
         print(f"{mesh.size} processes: {data} divide the batch, times {shards} that divide the latents", flush=True)
         if shards == 1 and latents > config.batch_size:
             print(
-                f"note: {latents:,} latents are more than a batch of {config.batch_size:,} tokens: --latent_shards="
-                f"{mesh.size} would send less between the processes",
+                f"note: {latents:,} latents are more than a batch of {config.batch_size:,} tokens: a larger "
+                "--latent_shards would send less between the processes",
                 flush=True,
             )
     if config.device != "cpu":

@@ -143,13 +143,13 @@ class Sharded(SparseOps):
             self.abs_top_k: self._pick_of_token,
             self.batch_top_k: self._pick_of_batch,
         }
-        function = getattr(select, "func", None)
-        if function not in own:
+        function, settings = getattr(select, "func", None), getattr(select, "keywords", {})
+        if function not in own or settings.keys() != {"k"}:
             codes = self._whole.pick(select, by_token, inputs, W_enc, b_enc, allowed, limit)
             return self._spread(codes, len(W_enc) // self.shards)
         local = functools.partial(
             own[function],
-            k=select.keywords["k"],  # type: ignore[attr-defined]  # a partial
+            k=settings["k"],
             magnitudes=function == self.abs_top_k,
             out_of=len(W_enc),
         )

@@ -19,11 +19,11 @@ if importlib.util.find_spec("triton") is None or Version(importlib.metadata.vers
 
 from triton_interpreter import interpreted
 
-from jsae import formulas, loop
+from jsae import axes, formulas, loop
 from jsae.architectures import sae_config
 from jsae.config import TrainConfig
 from jsae.loop import Member
-from jsae.ops import AdamScalars, AdamSettings, Codes, Gpu, Input, Moments, Reference
+from jsae.ops import AdamScalars, AdamSettings, Codes, Gpu, Input, Moments, Ops, Reference, Sharded
 from jsae.ops.formulas import Formula, evaluate
 from jsae.ops.kernels import latents, launch, pairs, selection
 
@@ -365,3 +365,23 @@ def test_the_folder_of_tritons_cache_stays_as_it_was(monkeypatch, tmp_path, befo
         monkeypatch.setenv("TRITON_CACHE_DIR", before)
     assert launch.jax_triton().__name__ == "jax_triton"
     assert os.environ.get("TRITON_CACHE_DIR") == before
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("name", ["top_k", "batch_top_k"])
+def test_kernels_on_a_mesh_select_decode_and_differentiate_as_the_reference(name, shape):
+    n, f, k, d = 8, 32, 3, 8
+    mesh = axes.make_mesh(shape[1], jax.devices()[:2])
+    x, W_enc, b_enc, W_dec = normal(0, n, d), normal(1, f, d), normal(2, f), normal(3, f, d)
+
+    def run(ops: Ops):
+        def loss(W_enc, b_enc, W_dec):
+            select = functools.partial(getattr(ops, name), k=k)
+            codes = ops.encode(Input(x), W_enc, b_enc, select, by_token=name == "top_k")
+            return jnp.square(ops.decode(codes, W_dec, -x)).sum(), codes.dense(n, f)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(W_enc, b_enc, W_dec)
+
+    ours, expected = run(Sharded(inner=Gpu(), mesh=mesh)), run(REFERENCE)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)

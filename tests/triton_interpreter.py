@@ -4,6 +4,7 @@
 NaN, or a huge integer, so that a test sees it.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 
 from jsae.ops.kernels import launch
+
+_ONE_AT_A_TIME = threading.Lock()  # the interpreter changes triton's modules; devices of a mesh run side by side
 
 
 @contextmanager
@@ -40,7 +43,8 @@ def _run(
         results = [_unwritten(shape) for shape in outputs]
         for place, output in aliases.items():
             results[output] = given[place]
-        kernel[grid](*given, *results, num_warps=warps, **constants)
+        with _ONE_AT_A_TIME:
+            kernel[grid](*given, *results, num_warps=warps, **constants)
         return [_array(tensor, shape.dtype) for tensor, shape in zip(results, outputs, strict=True)]
 
     return jax.pure_callback(on_host, list(outputs), *inputs, vmap_method="sequential")

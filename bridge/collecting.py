@@ -113,7 +113,7 @@ def collect(
       OSError: the store cannot be written.
     """
     index, count = this_process() if process is None else process
-    row_len = _row_len(nano, text)
+    row_len = nano.row_length(text.context_size)
     for hook in hooks:
         find(nano.model, hook)
     require(len(set(hooks)) == len(hooks) > 0, f"hooks must be named once: {', '.join(hooks)}")
@@ -304,17 +304,6 @@ def _stream_count(corpus: Corpus, most: int, shards: int) -> int:
     return max(
         streams for streams in range(1, lanes + 1) if lanes % streams == 0 and streams <= max(min(most, shards), 1)
     )
-
-
-def _row_len(nano: Nanochat, text: Text) -> int:
-    require(
-        nano.tokenizer is not None,
-        f"there is no tokenizer beside or above {nano.path}: give its directory with --tokenizer",
-    )
-    longest = nano.config.max_positions
-    row_len = text.context_size or nano.config.sequence_len
-    require(2 <= row_len <= longest, f"context_size is {row_len}: this model takes 2 to {longest} tokens")
-    return row_len
 
 
 def _origin(nano: Nanochat, text: Text, corpus: Corpus, streams: int) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from bridge.run import subjects
 from bridge.run.subjects import Choice, Subject
 from jsae.health import unusable
 from jsae.progress import Progress
-from jsae.settings import require
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,7 @@ def _text(choice: Choice, extent: Extent, nano: Nanochat) -> Text:
       ValueError: there is not enough text for one row.
     """
     reading = subjects.reading(choice, choice.paths[0])
-    row_len = reading.context_size or nano.config.sequence_len
-    longest = nano.config.max_positions
-    require(2 <= row_len <= longest, f"context_size is {row_len}: this model takes 2 to {longest} tokens")
+    row_len = nano.row_length(reading.context_size)
     documents = text.documents(reading.data, extent.split, nano.tokenizer)
     return text.read(documents, nano.tokenizer, row_len, extent.heldout_tokens)
 

@@ -22,6 +22,7 @@ from bridge.nanochat.settings import Settings, check_others, from_meta, from_mlx
 from bridge.nanochat.tokenizer import Tokenizer
 from bridge.nanochat.tokenizer import load as load_tokenizer
 from bridge.nanochat.weights import Weights
+from jsae.settings import require
 
 _CHAT_FOLDERS = ("mid_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints")
 
@@ -57,6 +58,20 @@ class Nanochat:
         if len(digests) == 1:
             return digests[0].hexdigest()
         return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+
+    def row_length(self, context_size: int | None) -> int:
+        """Return the tokens of a row of text: the given number, or the model's own length.
+
+        Raises:
+          ConfigError: a model without a tokenizer, or a number that it does not take.
+        """
+        require(
+            self.tokenizer is not None,
+            f"there is no tokenizer beside or above {self.path}: give its directory with --tokenizer",
+        )
+        row_len, longest = context_size or self.config.sequence_len, self.config.max_positions
+        require(2 <= row_len <= longest, f"context_size is {row_len}: this model takes 2 to {longest} tokens")
+        return row_len
 
 
 def load(

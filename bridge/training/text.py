@@ -37,13 +37,7 @@ def texts(config: RunConfig, nano: Nanochat, data_shards: int | None = None) -> 
       ConfigError: a model without a tokenizer, rows longer than its context, or too little held-out text.
       FileNotFoundError, ValueError: data that cannot be read.
     """
-    require(
-        nano.tokenizer is not None,
-        f"there is no tokenizer beside or above {config.checkpoint}: give its directory with --tokenizer",
-    )
-    longest = nano.config.max_positions
-    row_len = config.context_size or nano.config.sequence_len
-    require(2 <= row_len <= longest, f"context_size is {row_len}: this model takes 2 to {longest} tokens")
+    row_len = nano.row_length(config.context_size)
     lanes = max(_LANES, 4 * (data_shards or 1))
     train, heldout = (
         Corpus(config.data, nano.tokenizer, split=split, row_len=row_len, seed=config.data_seed, lanes=lanes)

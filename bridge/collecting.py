@@ -72,7 +72,10 @@ def this_process() -> tuple[int, int]:
     launched = launch.detected()
     if launched is None:
         return 0, 1
-    require(launched.count is not None, "set RANK and WORLD_SIZE for every process: Kubernetes does not say how many")
+    require(
+        launched.count is not None,
+        "Kubernetes does not say how many processes there are: set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT",
+    )
     return launched.index, launched.count
 
 

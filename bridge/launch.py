@@ -1,8 +1,9 @@
-"""What launchers say of this process: torchrun, Slurm, Open MPI and Kubernetes describe it in variables."""
+"""Read what launchers say of this process: torchrun, Slurm, Open MPI and Kubernetes describe it in variables."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from jsae.settings import require
 
@@ -45,7 +46,7 @@ def detected(environment: Mapping[str, str] | None = None) -> Launch | None:
         names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
         index, count, local, local_count = _numbers(env, *(f"OMPI_COMM_WORLD_{name}" for name in names))
         launch = Launch(index, count, local, local_count, None)
-    elif "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+    elif "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env and find_spec("kubernetes"):
         return Launch(_numbers(env, "JOB_COMPLETION_INDEX")[0], None, 0, 1, None)
     else:
         return None
@@ -80,7 +81,8 @@ def _numbers(env: Mapping[str, str], *names: str) -> list[int]:
 def own_device(wanted: str) -> str:
     """Return the device of this process, before torch or jax starts one.
 
-    On a CPU the processes of a host divide its cores. On GPUs each takes the one of its number on its host.
+    On a CPU the processes of torchrun divide the cores of their host, as other launchers do themselves. On GPUs each
+    takes the one of its number on its host.
 
     Args:
       wanted: cpu or cuda; cuda:N in a single process.
@@ -97,7 +99,8 @@ def own_device(wanted: str) -> str:
         "takes its own",
     )
     if wanted == "cpu":
-        _divide_cores(launch)
+        if launch.coordinator is not None:
+            _divide_cores(launch)
     elif (launch.local_count > 1 or launch.local_index) and _sees_several():
         return f"{wanted}:{launch.local_index}"
     return wanted
@@ -111,6 +114,8 @@ def _divide_cores(launch: Launch) -> None:
     each = len(cores) // launch.local_count
     if each:
         os.sched_setaffinity(0, cores[launch.local_index * each : (launch.local_index + 1) * each])
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
+        os.environ["OMP_NUM_THREADS"] = str(max(each, 1))
 
 
 def _sees_several() -> bool:

@@ -119,7 +119,13 @@ def main(config: CollectConfig) -> int:
 
 
 def next_commands(config: CollectConfig) -> list[str]:
-    """Return what to do with the store."""
+    """Return what to do with the store; nothing before it is complete."""
+    from jsae.store import IncompleteError, Store
+
+    try:
+        Store(config.out)
+    except (IncompleteError, FileNotFoundError):
+        return []
     model = {name: getattr(config, name) for name in ("step", "tokenizer")}
     model["checkpoint"] = None if config.checkpoint == "demo" else config.checkpoint
     return [commands.line("train", activations=config.out, **model, output_dir="runs/from-store")]

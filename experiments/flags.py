@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 import textwrap
+import time
 import traceback
 import types
 import typing
@@ -200,6 +201,8 @@ def _end_one_of_several(
         text = signals.name(number) if number is not None else _message(error)
         print(f"FATAL process {launched.index} of {launched.count or 'several'}: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    if launched.index == 0:
+        time.sleep(1)  # others end for the same reason; without the first one they could not say so
     os._exit(code)
 
 

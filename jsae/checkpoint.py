@@ -204,11 +204,17 @@ class Checkpoints:
         )
         # If the files match their digests, a failure of Orbax has another cause than damage.
         kind = OSError if listed else DamagedError
-        with (
-            _described(f"the checkpoint {folder} cannot be restored", kind),
-            ocp.StandardCheckpointer() as checkpointer,
-        ):
-            states = checkpointer.restore(folder / "states", abstract)
+        failure = None
+        try:
+            with (
+                _described(f"the checkpoint {folder} cannot be restored", kind),
+                ocp.StandardCheckpointer() as checkpointer,
+            ):
+                states = checkpointer.restore(folder / "states", abstract)
+        except OSError as error:
+            failure = error
+        if any(processes.gather(None if failure is None else str(failure))):  # all go on in the same way
+            raise failure or kind(f"another process cannot restore the checkpoint {folder}")
         for name, value in checksum.checksums(states).items():
             if value != record["arrays"][name]["checksum"]:
                 raise DamagedError(f"{folder}: the array {name} is damaged: its checksum does not match")

@@ -19,12 +19,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jsae import axes
+from jsae import axes, jsons
 
 Tree = TypeVar("Tree")
 _YEAR = 365 * 24 * 3600
 _ROWS = 2**26  # numbers of an array that are gathered at once
 _LOST = re.compile(r"gloo|nccl|coordination.?service|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
+_LOST_SERVICE = re.compile(r"CoordinationService|coordination service", re.IGNORECASE)
 _barriers = itertools.count()
 
 
@@ -55,7 +56,7 @@ def gather(value: Any) -> list[Any]:
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: len(own)] = own
     texts = np.asarray(multihost_utils.process_allgather(padded))
-    return [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes, strict=True)]
+    return [jsons.loads(text[:size].tobytes().decode()) for text, size in zip(texts, sizes, strict=True)]
 
 
 def any_of(flag: bool) -> bool:
@@ -104,7 +105,8 @@ def connected() -> Iterator[None]:
         yield
     except (jax.errors.JaxRuntimeError, OSError) as error:
         line = " ".join(str(error).split())
-        if jax.process_count() == 1 or not _LOST.search(line):
+        signs = _LOST if isinstance(error, jax.errors.JaxRuntimeError) else _LOST_SERVICE  # paths are in the latter
+        if jax.process_count() == 1 or not signs.search(line):
             raise
         raise ConnectionError(
             "another process of the run has ended or cannot be reached; its own message says why, unless it was "
@@ -131,17 +133,23 @@ def on_first(function: Callable[[], Tree]) -> Tree:
     """Return what a function returns in the first process, JSON values, in all, which wait for it.
 
     Raises:
+      KeyboardInterrupt: some process was interrupted; in all.
       Exception: what it raises there; `SharedError` in the others.
     """
     if count() == 1:
         return function()
     result: Any = None
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         result = function() if is_first() else None
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         failure = error
-    wait_for_all()  # it may have taken longer than devices wait for each other
+    try:
+        wait_for_all()  # it may have taken longer than devices wait for each other
+    except KeyboardInterrupt as interrupt:  # raised when the wait is over
+        failure = failure or interrupt
+    if any_of(isinstance(failure, KeyboardInterrupt)):
+        raise failure if isinstance(failure, KeyboardInterrupt) else KeyboardInterrupt
     with together():
         if failure is not None:
             raise failure
@@ -184,7 +192,7 @@ def batch_of(rows: Float[Array, "n d"], mesh: Mesh) -> Float[Array, "N d"]:
       rows: those of this process, on its device.
       mesh: the devices of all processes.
     """
-    sharding = NamedSharding(mesh, axes.BATCH)
+    rows, sharding = jnp.asarray(rows), NamedSharding(mesh, axes.BATCH)
     shape = (len(rows) * count(), *rows.shape[1:])
     if len(sharding.addressable_devices) == 1:
         return jax.make_array_from_single_device_arrays(shape, sharding, [rows])
@@ -208,8 +216,8 @@ def sample_of(rows: Float[Array, "n d"], parts: int, mesh: Mesh | None) -> Float
 
 def fetch(tree: Tree) -> Tree:
     """Return the arrays of a tree as numpy arrays in every process, whatever devices they are divided over."""
-    whole = [leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)]
-    if all(whole):
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    if all(array.is_fully_addressable or array.is_fully_replicated for array in arrays):
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 

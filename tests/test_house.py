@@ -184,6 +184,7 @@ WRITES = {
     "jsae/records/spill.py: Spill.__init__": "scratch in a folder that is being replaced",
     "jsae/records/store.py: ActivationsWriter.finish": "into a folder that is being replaced, the header last",
     "bridge/circuit_tracer.py: _write": "into a folder that is being replaced",
+    "bridge/training/pipeline.py: silence": "into the null device",
     "bridge/explorer/gather.py: _write": "removes scratch in a folder that is being replaced",
     "bridge/explorer/page.py: _publish": "removes a page that is no longer shown",
     "bridge/neuronpedia/dashboard.py: _write_tokens": "into a folder that is being replaced",

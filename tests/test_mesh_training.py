@@ -61,7 +61,7 @@ def test_steps_on_a_mesh_are_those_of_one_device(case, acts):
         assert difference < 2e-5, (jax.tree_util.keystr(path), difference)
     np.testing.assert_array_equal(states[0].since_fired, expected[0].since_fired)
     if "dead" in case:
-        assert (np.asarray(expected_sums.fired) > 0).sum() > LATENTS * 3 // 4  # some were resampled and fire since
+        assert np.asarray(expected[0].sae.b_enc).min() > -10  # those that never fired were resampled
     (summary,) = loop.summaries([member], STEPS, states, (sums,))
     (expected_summary,) = loop.summaries([member], STEPS, expected, (expected_sums,))
     assert summary == pytest.approx(expected_summary, rel=1e-4)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.training import finish
+from bridge.training import origins
 from bridge.training.config import RunConfig
 from experiments import flags, train
 
@@ -301,7 +301,7 @@ def test_ctrl_c_at_any_moment_of_a_command_is_neither_a_traceback_nor_lost(comma
 
 
 def test_a_stop_while_the_result_is_measured_is_a_stopped_run_that_goes_on(text, tmp_path, monkeypatch, capsys):
-    measure = finish.survey
+    measure = origins.survey
 
     def asked(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -309,13 +309,13 @@ def test_a_stop_while_the_result_is_measured_is_a_stopped_run_that_goes_on(text,
 
     line = ["experiments.train", *words(tmp_path / "run", text)]
     monkeypatch.setattr(sys, "argv", line)
-    monkeypatch.setattr(finish, "survey", asked)
+    monkeypatch.setattr(origins, "survey", asked)
     with pytest.raises(SystemExit) as end:
         flags.run(RunConfig, train.main, argv=line)
     assert end.value.code == 75
     assert "stopped and saved; continue with: python -m experiments.train" in capsys.readouterr().out
     assert not (tmp_path / "run" / "eval.json").exists()
-    monkeypatch.setattr(finish, "survey", measure)
+    monkeypatch.setattr(origins, "survey", measure)
     with pytest.raises(SystemExit) as end:
         flags.run(RunConfig, train.main, argv=[*line, "--resume"])
     assert end.value.code == 0

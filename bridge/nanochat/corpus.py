@@ -72,9 +72,8 @@ class Corpus:
         self._units = split_units(units, split, heldout_fraction)
         if not any(any(True for _ in unit.read()) for unit in self._units):
             raise ValueError(_empty_split_message(spec, split, units, heldout_fraction))
-        while lanes > len(self._units):
-            lanes //= 2
-        self.lanes = lanes
+        shards = process_count if data_shards is None else data_shards
+        self.lanes = _lanes(lanes, len(self._units), shards)
         self._order = functools.lru_cache(maxsize=8)(self._order_of_epoch)
         self.divide(process_count if data_shards is None else data_shards, process_index, process_count)
 
@@ -319,6 +318,16 @@ def _pack(documents: Iterable[np.ndarray], bos: int, row_len: int) -> Iterator[n
             row, filled = np.full(row_len, bos, np.int32), 1
         row[filled : filled + len(ids)] = ids
         filled += len(ids)
+
+
+def _lanes(most: int, units: int, shards: int) -> int:
+    """Return the number of lanes: at most so many, halved until every lane has a unit; every shard has equally many."""
+    if shards < 1 or most % shards:
+        shards = 1
+    each = most // shards
+    while each > 1 and shards * each > units:
+        each //= 2
+    return shards * each if shards * each <= units else max(units, 1)
 
 
 def _check(split: str, row_len: int, lanes: int, fraction: float) -> None:

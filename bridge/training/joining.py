@@ -6,7 +6,7 @@ from jsae.settings import require
 
 HEARTBEAT = 30
 """Seconds without a sign of life after which a process counts as dead, and the others end."""
-_SHUTDOWN = 7 * 24 * 3600  # seconds that processes wait for the first one, which still measures and exports
+_SHUTDOWN = 60  # seconds that a process waits for the others when it ends
 
 
 def begin(wanted: str) -> str:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from jsae.loop import Choice
 
 
+_SEEN_WITHIN = 60  # seconds after which a file of another host must be seen
+
+
 class Stopped(Exception):  # noqa: N818 - not an error: the run is saved
     """A run was asked to stop; its training is saved. Train it again with `resume=True` to continue.
 
@@ -71,12 +74,15 @@ def train(config: RunConfig | None = None, *, stop_requests: "StopRequests | Non
         f"config is {config!r:.80}: give a RunConfig, or settings by name, as in train(checkpoint=..., k=...)",
     )
     run = Run(config.output_dir)
+    own_device = joining.begin(
+        config.device
+    )  # first of all: a process that ends is noticed by those that it has joined
     if launch.is_first():
         with directory.claimed(run.path, config, map(config.variant_name, config.variants())) as locks:
-            _train(run, config, locks, stop_requests)
+            _train(run, config, own_device, locks, stop_requests)
     else:
         with silence(), contextlib.ExitStack() as locks:
-            _train(run, config, locks, stop_requests)
+            _train(run, config, own_device, locks, stop_requests)
     return run
 
 
@@ -96,10 +102,11 @@ class _Prepared(NamedTuple):
     origin: "Origin"
 
 
-def _train(run: Run, config: RunConfig, locks: contextlib.ExitStack, stop_requests: "StopRequests | None") -> None:
+def _train(
+    run: Run, config: RunConfig, own_device: str, locks: contextlib.ExitStack, stop_requests: "StopRequests | None"
+) -> None:
     """Train into a directory that the first process has locked; `locks` receives the locks of the variants."""
     started = time.perf_counter()
-    own_device = joining.begin(config.device)
     if config.deterministic:
         determinism.enforce(own_device)
     torch_device = device.open_torch(own_device)
@@ -145,13 +152,24 @@ def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
     from jsae.store import Store
 
     nano = store = None
-    if config.activations is None:
-        nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
-        trainees = plan.trainees(run.path, config, nano)
-    else:
-        store = Store(config.activations)
-        trainees = plan.stored_trainees(run.path, config, store)
-    device.open_jax(torch_device, plan.jax_fraction(config, trainees, nano))
+    trainees: list[Trainee] = []
+    fraction, failure = 0.1, None
+    try:
+        if config.activations is None:
+            nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
+            trainees = plan.trainees(run.path, config, nano)
+        else:
+            store = Store(config.activations)
+            trainees = plan.stored_trainees(run.path, config, store)
+        fraction = plan.jax_fraction(config, trainees, nano)
+    except Exception as error:
+        if launch.detected() is None:
+            raise
+        failure = error
+    device.open_jax(torch_device, fraction)
+    with processes.together():
+        if failure is not None:
+            raise failure
     with processes.same_everywhere():
         mesh = plan.mesh(config, trainees)
     with processes.together():
@@ -179,6 +197,9 @@ def _check_shared(run: Run) -> None:
     from jsae import processes
 
     with processes.together():
+        until = time.monotonic() + _SEEN_WITHIN
+        while not run.config_file.is_file() and time.monotonic() < until:  # a network's file system may be late
+            time.sleep(0.5)
         require(
             run.config_file.is_file(),
             f"{run.path} of the first process does not exist on {socket.gethostname()}: give an --output_dir on a file "
@@ -186,7 +207,7 @@ def _check_shared(run: Run) -> None:
         )
 
 
-def _choose(run: Run, config: RunConfig, trainees: list["Trainee"], mesh: "Mesh | None") -> "Choice":
+def _choose(run: Run, config: RunConfig, trainees: list["Trainee"], mesh: "Mesh | None" = None) -> "Choice":
     """Return the implementation of operations; a resumed run that began without kernels continues without them."""
     from jsae.loop import Choice, choose_ops
     from jsae.ops import Xla

@@ -190,7 +190,8 @@ def check_memory(
     if config.device != "cpu":
         check_gpu_memory(trainees, available, ops, reason, mesh_shape(config))
         return
-    data, _ = mesh_shape(config)  # of processes that share the memory: each of these has a copy of the weights
+    launched = launch.detected()  # processes of a host share its memory
+    data = 1 if launched is None else max(launched.local_count // config.latent_shards, 1)  # copies of the weights
     saes = [trainee.member.sae for trainee in trainees]
     weights = sum(4 * sae.d_sae * (sae.d_in + sae.width_out) for sae in saes)
     copies = (5 + (config.average_fraction is not None)) * data  # weights, gradients, two moments, what is saved

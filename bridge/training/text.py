@@ -38,11 +38,10 @@ def texts(config: RunConfig, nano: Nanochat, data_shards: int | None = None) -> 
       FileNotFoundError, ValueError: data that cannot be read.
     """
     row_len = nano.row_length(config.context_size)
-    lanes = max(_LANES, 4 * (data_shards or 1))
-    train, heldout = (
-        Corpus(config.data, nano.tokenizer, split=split, row_len=row_len, seed=config.data_seed, lanes=lanes)
-        for split in ("train", "heldout")
-    )
+    read = {"row_len": row_len, "seed": config.data_seed}
+    lanes = _LANES if data_shards is None else data_shards * max(-(-_LANES // data_shards), 4)
+    train = Corpus(config.data, nano.tokenizer, split="train", lanes=lanes, data_shards=data_shards or 1, **read)
+    heldout = Corpus(config.data, nano.tokenizer, split="heldout", **read)
     shards = shards_of(config, data_shards, row_len, train.lanes)
     train.divide(shards, jax.process_index(), processes.count())
     if train.split_by_place:
@@ -68,11 +67,16 @@ def shards_of(config: RunConfig, data_shards: int | None, row_len: int, lanes: i
       ConfigError: the processes cannot share so many.
     """
     count = processes.count()
+    require(
+        not config.resume or data_shards is None or data_shards % count == 0,
+        f"the run in {config.output_dir} has text and batches in {data_shards or 1} part(s), which {count} processes "
+        "cannot share: resume it with a number of processes that divides this",
+    )
     if data_shards is None:
         data_shards = default_shards(config.batch_size, config.block_size, row_len, lanes)
     require(
         data_shards % count == 0,
-        f"{count} processes cannot share {data_shards} parts of text and batches: give --data_shards={count}, or "
+        f"{count} processes cannot share {data_shards} part(s) of text and batches: give --data_shards={count}, or "
         f"another multiple of {count}, and a --batch_size that it divides",
     )
     return data_shards

@@ -120,13 +120,12 @@ def _times(config: Config, size: shapes.Size) -> list[dict[str, Any]]:
         for name, (count, latent) in cases.items():
             steps = _run(count, str(size), "topk", latent, config.steps + _COMPILING)
             seconds[name].append(statistics.median(steps[_COMPILING:]))
-    ratios = timing.ratios(seconds, "1")
     return [
         {
             "mesh": name,
             "processes": cases[name][0],
             "seconds": timing.spread(seconds[name]),
-            "speed_over_one": {key: 1 / value for key, value in ratios[name].items()},
+            "speed_over_one": timing.spread([b / a for a, b in zip(seconds[name], seconds["1"], strict=True)]),
         }
         for name in cases
     ]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jsae.ops import products
@@ -208,13 +207,13 @@ class Ops(abc.ABC):
         Negative pre-activations count as they are. Gradients reach encoder and decoder of the dead latents.
         """
 
+    @abc.abstractmethod
     def times_fired(self, codes: Codes, f: int) -> Int[Array, " f"]:
         """Return the number of codes of every latent that are not zero. A selected latent with value 0 did not fire."""
-        return jnp.zeros(f, jnp.int32).at[codes.indices].add(codes.values != 0)
 
+    @abc.abstractmethod
     def rows_of_tokens(self, x: Float[Array, "n d"], tokens: Int[Array, " f"]) -> Float[Array, "f d"]:
         """Return for every latent the row of x of its token."""
-        return x[tokens]
 
     # ---- whole step -----------------------------------------------------------------------------------------------
 

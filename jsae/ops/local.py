@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jsae.ops.interface import Result, slice_rows
-from jsae.ops.reference import check_k, first
+from jsae.ops.reference import check_k, first, times_fired
 from jsae.ops.sparse import SparseOps
 from jsae.ops.types import Codes, Input, Select
 
@@ -113,6 +113,14 @@ class LocalOps(SparseOps):
         chunk = self.encode_chunk(n, d, len(W_enc)) if by_token else n
         parts = lax.map(of_tokens, inputs.x.reshape(-1, chunk, d)) if chunk < n else of_tokens(inputs.x)
         return jax.tree.map(lambda a: a.reshape(n, -1), parts)
+
+    def times_fired(self, codes: Codes, f: int) -> Int[Array, " f"]:
+        """Scatter ones."""
+        return times_fired(codes, f)
+
+    def rows_of_tokens(self, x: Float[Array, "n d"], tokens: Int[Array, " f"]) -> Float[Array, "f d"]:
+        """Gather rows."""
+        return x[tokens]
 
     def decode_levels(
         self, codes: Codes, W_dec: Float[Array, "f o"], widths: tuple[int, ...], n: int

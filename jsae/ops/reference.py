@@ -137,6 +137,14 @@ class Reference(PlainMaps):
         codes = self.encode(inputs, W_enc, b_enc, select, allowed=dead)
         return self.decode(codes, W_dec, jnp.zeros((len(inputs.x), W_dec.shape[1])))
 
+    def times_fired(self, codes: Codes, f: int) -> Int[Array, " f"]:
+        """Scatter ones."""
+        return times_fired(codes, f)
+
+    def rows_of_tokens(self, x: Float[Array, "n d"], tokens: Int[Array, " f"]) -> Float[Array, "f d"]:
+        """Gather rows."""
+        return x[tokens]
+
     def if_any(self, condition: Bool[Array, ""], do: Callable[[], Result], otherwise: Callable[[], Result]) -> Result:
         """Return `do()` in any case."""
         return do()
@@ -156,6 +164,11 @@ class Reference(PlainMaps):
         rate = scalars.rate * settings.rate_factor
         p = p - rate * mu / (jnp.sqrt(scalars.spread * nu) + settings.epsilon)
         return Moments(p / jnp.linalg.norm(p, axis=1, keepdims=True) if settings.unit_rows else p, mu, nu)
+
+
+def times_fired(codes: Codes, f: int) -> Int[Array, " f"]:
+    """Return the number of codes of every latent that are not zero."""
+    return jnp.zeros(f, jnp.int32).at[codes.indices].add(codes.values != 0)
 
 
 def check_k(k: int, f: int) -> None:

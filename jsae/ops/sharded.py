@@ -3,8 +3,8 @@
 Batches are divided over the mesh axis `data`, latents over `latent` (`jsae.axes`). Codes have a column for every
 candidate of every shard of latents: each device holds the codes of its own latents. A step sends
 
-- over `latent`: the values of candidates to the device that compares those of a token, and counts back; the decoding
-  of every token, added up (n/data, o);
+- over `latent`: the activations of the tokens whose latents are divided; the values of candidates to the device that
+  compares those of a token, and its answers back; the decoding of every token, added up (n/data, o);
 - over `data`: the gradients of this device's latents, added up; counts of latents that fired;
 - over both: thresholds of a batch, as counts; sums of metrics.
 
@@ -56,11 +56,7 @@ class Sharded(SparseOps):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "matmul_dtype", self.inner.matmul_dtype)
-
-    @property
-    def narrow(self) -> bool:  # type: ignore[override]
-        """That of the implementation for one device."""
-        return self.inner.narrow
+        object.__setattr__(self, "narrow", self.inner.narrow)
 
     @property
     def shards(self) -> int:
@@ -195,7 +191,7 @@ class Sharded(SparseOps):
     ) -> Codes:
         """Return the codes of this device that are among the largest of the batch, in the order of their tokens."""
         n, data = len(inputs.x), self.mesh.shape[DATA]
-        room = min(k if data == 1 or self.shards > 1 else _ROOM * k, len(W_enc))
+        room = min(k if data == 1 else _ROOM * k, len(W_enc))
         select = functools.partial(self.inner.batch_top_k, k=room)
         codes = self.inner.pick(select, False, inputs, W_enc, b_enc, allowed, None)
         count = n * data * (k if limit is None else limit)

@@ -1,4 +1,4 @@
-"""What a compiled step sends between devices: the scheme's bytes, and no weights, pre-activations or codes."""
+"""Collectives of a compiled step: the scheme's bytes, and no weights, pre-activations or codes."""
 
 import math
 
@@ -89,7 +89,7 @@ def test_the_measurement_says_the_same(monkeypatch):
 def test_the_plan_is_made_of_the_schemes_bytes():
     size = shapes.Size(1280, 131_072, 64, 16_384)
     alone, eight, sixteen = (traffic.plan(size, *mesh) for mesh in ((1, 1), (8, 1), (16, 1)))
-    assert alone.talk == alone.nvlink_bytes == alone.network_bytes == 0
+    assert alone.communication == alone.nvlink_bytes == alone.network_bytes == 0
     assert alone.efficiency == 1
     assert eight.work == sixteen.work == alone.work
     gradients = traffic.sent(size, 8, 1).total

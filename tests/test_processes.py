@@ -203,6 +203,29 @@ def test_two_processes_train_a_sweep_on_a_store_as_one_does(tmp_path):
         same(tmp_path / "two" / variant, tmp_path / "one" / variant)
 
 
+def test_three_processes_share_six_parts(text, tmp_path):
+    flags = {"data_shards": 6, "batch_size": 510, "num_activations": 4080, "heldout_tokens": 500}
+    with Processes(command(tmp_path / "run", text, **flags), 3) as processes:
+        results = processes.finish()
+    assert [code for code, _, _ in results] == [0] * 3, results
+    assert lines(tmp_path / "run")[-1]["step"] == 8
+
+
+@pytest.mark.parametrize("asked", [(0,), (1,), (0, 1)])
+def test_a_request_to_stop_while_the_first_process_measures_ends_all(asked, text, tmp_path):
+    run = tmp_path / "run"
+    with Processes(command(run, text, num_activations=4096, heldout_tokens=60_000), 2) as processes:
+        until = time.monotonic() + 200
+        while not (run / "sae" / HOOK / "cfg.json").is_file():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        for index in asked:
+            processes.send(index, signal.SIGTERM)
+        results = processes.finish(100)
+    assert [code for code, _, _ in results] == [75, 75], results
+    assert "stopped and saved" in results[0][1]
+
+
 # ---- wrong starts --------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +262,17 @@ def test_what_cannot_be_divided_is_refused_once(flags, message, text, tmp_path):
     assert [code for code, _, _ in results] == [1, 1]
     assert f"FATAL process 0 of 2: {message}" in results[0][2]
     assert "FATAL process" not in results[1][2]
+
+
+def test_a_directory_that_is_refused_ends_all(text, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("mine")
+    start = time.monotonic()
+    with Processes(command(tmp_path / "run", text), 2) as processes:
+        results = processes.finish(100)
+    assert time.monotonic() - start < 60
+    assert all(code for code, _, _ in results)
+    assert "already holds something else" in results[0][2]
 
 
 def test_a_single_process_has_no_latents_to_share(text, tmp_path):

@@ -96,7 +96,7 @@ def test_an_sae_is_measured_on_the_tokens_of_a_store(run, location):
 
 def test_text_that_does_not_fit_is_refused(run, location, nano, data, monkeypatch):
     choice = Choice((run,), run, data=f"store:{location}")
-    with pytest.raises(ConfigError, match="have 64 tokens: give --context_length=64"):
+    with pytest.raises(ConfigError, match="have 64 tokens, and rows of"):
         exploration.explore(choice, exploration.Extent(context_length=32))
     with pytest.raises(ConfigError, match="holds the heldout part of its text, and train is asked for"):
         stored_text.open_text(f"store:{location}", "train", nano.tokenizer)

@@ -177,8 +177,8 @@ def _stored_rows(nano: Nanochat, plan: Plan, most: int) -> list[np.ndarray]:
     store = stored_text.open_text(plan.data, plan.split, nano.tokenizer)
     require(
         store.row_len == plan.context_length,
-        f"the rows of {store.location} have {store.row_len} tokens, and rows of {plan.context_length} are asked for: ask "
-        "for the length of the store",
+        f"the rows of {store.location} have {store.row_len} tokens, and rows of {plan.context_length} are asked for: "
+        "ask for the length of the store",
     )
     return list(stored_text.rows(store, most))
 

@@ -130,7 +130,7 @@ def train(
 
 
 class Agreement:
-    """Whether some process has been asked to stop, known to all of them at the same step.
+    """Agreement of all processes to stop at the same step, after some of them have been asked to.
 
     Args:
       mesh: the devices of all processes; None: there is one process.

@@ -1,4 +1,4 @@
-"""What a run trains on: text through a nanochat, or the activations of a store; and how its SAEs are measured."""
+"""Sources of a run's activations, text through a nanochat or a store, and the measuring of SAEs on held-out parts."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ _ROWS = 8192  # of a store that an SAE is measured on at once
 
 
 class Origin(abc.ABC):
-    """Where the activations of a run come from."""
+    """Source of a run's activations. Abstract."""
 
     facts: dict[str, Any]
-    """What the numbers of a run depend on beside its flags."""
+    """Facts that the numbers of a run depend on beside its flags."""
     compiled: tuple[str | None, str]
-    """Which parts of the model are compiled, None if it runs eagerly or not at all; and why."""
+    """Compiled parts of the model, None if it runs eagerly or not at all; and the reason."""
     data_shards: int
     """Parts of the data, which processes share."""
     own_shards: Sequence[int]
     """The numbers of those of this process."""
     name: str
-    """What is trained on, for messages."""
+    """Name for messages."""
 
     @abc.abstractmethod
     def source(self, sites: Sequence[tuple[str, ...]]) -> Any:

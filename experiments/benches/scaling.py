@@ -2,7 +2,7 @@
 
 Bytes are read from the compiled programs of meshes of virtual devices and compared with the scheme's. Times are those
 of real processes that share this machine's cores: two processes of one core each beside one with two. The plan is
-reckoned from the scheme's bytes and from times measured on one GPU; nothing of it is measured on several.
+calculated from the scheme's bytes and from times measured on one GPU; nothing of it is measured on several.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _show(
                 f"{row['data']}x{row['latent']}",
                 f"{row['nvlink_bytes'] / 1e9:.2f}",
                 f"{row['network_bytes'] / 1e9:.2f}",
-                f"{1000 * row['talk']:.1f}",
+                f"{1000 * row['communication']:.1f}",
                 f"{1000 * row['work']:.1f}",
                 f"{row['efficiency']:.0%}",
             )

@@ -1,4 +1,4 @@
-"""What a training step over a mesh sends, by formula, and how long that takes on GPUs by stated assumptions.
+"""Bytes that a training step over a mesh sends, by formula, and their time on GPUs by stated assumptions.
 
 A mesh has `data` x `latent` devices; n tokens in a batch of all of them, d = d_in, f = d_sae, k active latents. Sizes
 are bytes of the results on one device, of activations in float32 or bfloat16 and of everything else in float32.
@@ -84,7 +84,7 @@ class Planned(NamedTuple):
     """Bytes that a GPU sends within its host in a step."""
     network_bytes: float
     """Bytes that a GPU sends to other hosts in a step."""
-    talk: float
+    communication: float
     """Seconds of sending, none of it hidden behind work."""
     work: float
     """Seconds of the forward pass and the step."""
@@ -92,7 +92,7 @@ class Planned(NamedTuple):
     @property
     def efficiency(self) -> float:
         """Share of the time that is work: weak scaling, as every GPU has as much work as a single one."""
-        return self.work / (self.work + self.talk)
+        return self.work / (self.work + self.communication)
 
 
 def plan(per_card: Size, data: int, latent: int, machine: Machine = Machine()) -> Planned:
@@ -119,7 +119,7 @@ def plan(per_card: Size, data: int, latent: int, machine: Machine = Machine()) -
     in_host += 2 * (near - 1) / near * sums
     to_others = 2 * (hosts - 1) / hosts * sums / near if hosts > 1 else 0.0
     collectives = 5 * (latent > 1) + 3 * (data > 1)
-    talk = in_host / machine.nvlink + to_others / machine.network + collectives * machine.latency
+    communication = in_host / machine.nvlink + to_others / machine.network + collectives * machine.latency
     tokens = whole.batch // data
     work = per_card.batch * machine.forward + tokens * (whole.d_sae // latent) * machine.step * per_card.d_in / 1280
-    return Planned(cards, data, latent, in_host, to_others, talk, work)
+    return Planned(cards, data, latent, in_host, to_others, communication, work)

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices: its collectives, read from the text of the optimised program."""
+"""Read from the text of a compiled program what it sends between devices: its collectives."""
 
 import re
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ class Collective(NamedTuple):
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     """Type and shape of every result on a device."""
     times: int
-    """How often one run executes it; in a branch that may not be taken, how often at most."""
+    """Number of times that one run executes it; in a branch that may not be taken, the most."""
     where: str
     """The operation of the source that it comes from."""
 

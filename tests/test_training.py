@@ -182,7 +182,7 @@ def test_every_step_but_the_first_is_taken_within_the_guard(text, tmp_path):
 def test_a_run_that_began_without_kernels_continues_without_them(monkeypatch, tmp_path):
     directory.record(tmp_path, RunConfig(), {"model": "hash", "operations": "xla"})
     kernels = Choice(Gpu("bfloat16"), "kernels run here")
-    monkeypatch.setattr("jsae.loop.choose_ops", lambda members: kernels)
+    monkeypatch.setattr("jsae.loop.choose_ops", lambda members, mesh: kernels)
     again = RunConfig(resume=True)
     assert pipeline._choose(Run(tmp_path), again, []) == Choice(Xla("bfloat16"), "the run began with it")
     assert pipeline._choose(Run(tmp_path / "new"), again, []) == kernels

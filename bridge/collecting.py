@@ -21,7 +21,6 @@ from bridge.nanochat.corpus import Corpus
 from bridge.nanochat.units import Split
 from bridge.run import directory
 from bridge.selection import ExcludeTokens, excluded_ids
-from jsae.health import Extent, degenerate
 from jsae.progress import Progress
 from jsae.settings import require
 from jsae.store.backend import Place, locate
@@ -154,9 +153,7 @@ def collect(
 def warn_of_degenerate(manifest: Manifest) -> None:
     """Print a warning to stderr for every hook whose activations no SAE can learn from."""
     for hook, statistics in manifest.statistics.items():
-        square, width = statistics.mean_squared_norm, manifest.layout.widths[hook]
-        variance = 1 - statistics.mean_norm**2 / square if square else 0.0
-        problem = degenerate(Extent(statistics.largest, (square / width) ** 0.5, variance, 0), f"activations at {hook}")
+        problem = statistics.problem(f"activations at {hook}")
         if problem is not None:
             print(f"warning: {problem}", file=sys.stderr, flush=True)
 

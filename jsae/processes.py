@@ -29,7 +29,7 @@ _LOST_SERVICE = re.compile(r"CoordinationService|coordination service", re.IGNOR
 _barriers = itertools.count()
 
 
-class OtherProcessError(RuntimeError):
+class OtherProcessError(OSError):
     """Another process failed; names it and says why."""
 
 
@@ -61,7 +61,7 @@ def gather(value: Any) -> list[Any]:
 
 def any_of(flag: bool) -> bool:
     """Return whether the flag is set in some process."""
-    return flag if count() == 1 else any(gather(flag))
+    return any(gather(flag))
 
 
 @contextlib.contextmanager
@@ -77,10 +77,6 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    if count() == 1:
-        if failure is not None:
-            raise failure
-        return
     text = None if failure is None else f"{type(failure).__name__}: {failure}"
     texts = gather(text)
     if failure is not None:
@@ -216,10 +212,14 @@ def sample_of(rows: Float[Array, "n d"], parts: int, mesh: Mesh | None) -> Float
 
 def fetch(tree: Tree) -> Tree:
     """Return the arrays of a tree as numpy arrays in every process, whatever devices they are divided over."""
-    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-    if all(array.is_fully_addressable or array.is_fully_replicated for array in arrays):
+    if all(map(_is_here, jax.tree.leaves(tree))):
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def _is_here(leaf: Any) -> bool:
+    """Return whether this process has all of an array."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
 def fetch_to_first(tree: Tree) -> Tree:
@@ -229,7 +229,7 @@ def fetch_to_first(tree: Tree) -> Tree:
     """
 
     def one(leaf: Array) -> np.ndarray:
-        if leaf.is_fully_addressable or leaf.is_fully_replicated or leaf.ndim == 0:
+        if _is_here(leaf):
             return np.asarray(leaf)
         rows = max(_ROWS // max(leaf.size // len(leaf), 1), 1)
         whole = np.empty(leaf.shape, leaf.dtype) if is_first() else None

@@ -101,9 +101,7 @@ class Corpus:
                 "multiple"
             )
         self._process, self.data_shards = (process_index, process_count), data_shards
-        self.own_shards = range(
-            process_index * data_shards // process_count, (process_index + 1) * data_shards // process_count
-        )
+        self.own_shards = shards_of_process(data_shards, process_index, process_count)
         self._numbers = [lane for lane in range(self.lanes) if lane % data_shards in self.own_shards]
         self._readers = [
             _Lane(number, self.lanes, self._tokenizer.bos_token_id, self._documents_of_unit, self._ids)
@@ -351,6 +349,12 @@ def _empty_split_message(spec: str, split: str, units: list[Unit], fraction: flo
     else:
         why = "its documents are too short to be divided: provide more text"
     return f"the corpus {spec!r} has no document in its {split} split; {why}"
+
+
+def shards_of_process(data_shards: int, process_index: int, process_count: int) -> range:
+    """Return the numbers of a process's shards: equally many consecutive ones for every process."""
+    each = data_shards // process_count
+    return range(process_index * each, (process_index + 1) * each)
 
 
 def whole_position(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -12,8 +12,7 @@ _SHUTDOWN = 60  # seconds that a process waits for the others when it ends
 def begin(wanted: str) -> str:
     """Join the processes of the run, if a launcher started several; return the device of this one.
 
-    Must be called before torch and jax start their devices. On a CPU the processes of a host divide its cores. On GPUs
-    each takes the one of its number on its host.
+    Must be called before torch and jax start their devices (`bridge.launch.own_device`).
 
     Args:
       wanted: cpu or cuda; cuda:N in a single process.
@@ -21,11 +20,9 @@ def begin(wanted: str) -> str:
     Raises:
       ConfigError: a single GPU for several processes, jax in use already, or processes that do not find each other.
     """
-    launched = launch.detected()
-    if launched is None:
-        return wanted
-    own = launch.own_device(wanted)
-    _join(launched, own)
+    own, launched = launch.own_device(wanted), launch.detected()
+    if launched is not None:
+        _join(launched, own)
     return own
 
 

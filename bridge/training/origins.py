@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from bridge import torch_sae
 from bridge.evaluate import Site
 from bridge.evaluate.survey import survey, survey_of_rows
 from bridge.hooks import module_name
+from bridge.nanochat.corpus import shards_of_process
 from bridge.run import Run
 from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
 from bridge.training import text
-from jsae import metrics
-from jsae.health import ActivationsError, DegenerateError, Extent, degenerate
+from jsae import metrics, processes
+from jsae.health import ActivationsError, DegenerateError
 from jsae.progress import Progress
 from jsae.settings import require
 from jsae.store.source import SiteSource
@@ -159,7 +161,7 @@ class StoreOrigin(Origin):
         )
         self._train_rows = (chunks - held_out) * chunk
         self.data_shards = text.shards_of(config, data_shards, 1, chunks - held_out)
-        self.own_shards = text.own_shards(self.data_shards)
+        self.own_shards = shards_of_process(self.data_shards, jax.process_index(), processes.count())
         self.name = f"the store {store.location} ({store.rows:,} tokens as {store.layout.storage})"
         self.compiled = (None, "activations are read from a store")
         origin = store.manifest.origin
@@ -227,11 +229,8 @@ def hook_metadata(hook: str, suffix: str = "") -> dict[str, Any]:
 
 def _check(store: Store, hook: str) -> None:
     """Check that an SAE can learn from a hook's activations, by their statistics."""
-    statistics, width = store.manifest.statistics[hook], store.hooks[hook]
+    statistics = store.manifest.statistics[hook]
     require(statistics.kept > 0, f"no row of {store.location} counts at {hook}")
-    square = statistics.mean_squared_norm
-    variance = 1 - statistics.mean_norm**2 / square if square else 0.0
-    extent = Extent(statistics.largest, (square / width) ** 0.5, variance, 0)
-    problem = degenerate(extent, f"the activations of {store.location} at {hook}")
+    problem = statistics.problem(f"the activations of {store.location} at {hook}")
     if problem is not None:
         raise (DegenerateError if np.isfinite(statistics.largest) else ActivationsError)(problem)

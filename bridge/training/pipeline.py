@@ -170,9 +170,7 @@ def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
     with processes.together():
         if failure is not None:
             raise failure
-    with processes.same_everywhere():
         mesh = plan.mesh(config, trainees)
-    with processes.together():
         choice = _choose(run, config, trainees, mesh)
         width = max(trainee.member.sae.d_in // trainee.member.sae.layers for trainee in trainees)
         plan.check_memory(config, trainees, width, plan.available_memory(config), *choice)

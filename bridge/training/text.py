@@ -66,26 +66,16 @@ def shards_of(config: RunConfig, data_shards: int | None, row_len: int, lanes: i
     Raises:
       ConfigError: the processes cannot share so many.
     """
-    count = processes.count()
-    require(
-        not config.resume or data_shards is None or data_shards % count == 0,
-        f"the run in {config.output_dir} has text and batches in {data_shards or 1} part(s), which {count} processes "
-        "cannot share: resume it with a number of processes that divides this",
-    )
+    count, is_recorded = processes.count(), config.resume and data_shards is not None
     if data_shards is None:
         data_shards = default_shards(config.batch_size, config.block_size, row_len, lanes)
+    remedy = f"give --data_shards={count}, or another multiple of {count}, and a --batch_size that it divides"
+    if is_recorded:
+        remedy = f"resume the run in {config.output_dir} with a number of processes that divides this"
     require(
-        data_shards % count == 0,
-        f"{count} processes cannot share {data_shards} part(s) of text and batches: give --data_shards={count}, or "
-        f"another multiple of {count}, and a --batch_size that it divides",
+        data_shards % count == 0, f"{count} processes cannot share {data_shards} part(s) of text and batches: {remedy}"
     )
     return data_shards
-
-
-def own_shards(data_shards: int) -> range:
-    """Return the numbers of the parts that this process has."""
-    each = data_shards // processes.count()
-    return range(jax.process_index() * each, (jax.process_index() + 1) * each)
 
 
 def default_shards(batch_size: int, block_size: int, row_len: int, lanes: int) -> int:

@@ -134,25 +134,18 @@ class Sharded(SparseOps):
         Raises:
           ConfigError: a selection of another's that does not treat every token by itself.
         """
-        own = {
-            self.top_k: self._pick_of_token,
-            self.abs_top_k: self._pick_of_token,
+        own: dict[Any, Callable[..., Codes]] = {
+            self.top_k: functools.partial(self._pick_of_token, magnitudes=False),
+            self.abs_top_k: functools.partial(self._pick_of_token, magnitudes=True),
             self.batch_top_k: self._pick_of_batch,
         }
         function, settings = getattr(select, "func", None), getattr(select, "keywords", {})
         if function not in own or settings.keys() != {"k"}:
             codes = self._whole.pick(select, by_token, inputs, W_enc, b_enc, allowed, limit)
             return self._spread(codes, len(W_enc) // self.shards)
-        local = functools.partial(
-            own[function],
-            k=settings["k"],
-            magnitudes=function == self.abs_top_k,
-            out_of=len(W_enc),
-        )
+        local = functools.partial(own[function], k=settings["k"])
         parts = ((inputs, self._input_spec(inputs)), (W_enc, _LATENTS), (b_enc, _LATENTS))
-        batch_wide = function == self.batch_top_k
-        out: Any = Codes(*[_BOTH] * (3 if batch_wide else 2))  # type: ignore[arg-type]  # partitions of a tree
-        return self.on_devices(local, *parts, (allowed, _LATENTS), (limit, P()), out=out)
+        return self.on_devices(local, *parts, (allowed, _LATENTS), (limit, P()), out=_BOTH)
 
     def _pick_of_token(
         self,
@@ -164,7 +157,6 @@ class Sharded(SparseOps):
         *,
         k: int,
         magnitudes: bool,
-        out_of: int,
     ) -> Codes:
         """Return the candidates of this device; those that are not among the k largest of all have value 0."""
         candidates = min(k, len(W_enc))
@@ -174,7 +166,7 @@ class Sharded(SparseOps):
         codes = self.inner.pick(select, True, inputs, W_enc, b_enc, allowed, None)
         missing = jnp.isneginf(codes.values)
         sizes = jnp.where(missing | (not magnitudes), codes.values, jnp.abs(codes.values))
-        is_selected = exchange.largest_of_token(sizes, min(k, out_of), limit, self.inner.top_k, self.shards)
+        is_selected = exchange.largest_of_token(sizes, k, limit, self.inner.top_k, self.shards)
         return Codes(jnp.where(is_selected, codes.values, 0), codes.indices + self._first(len(W_enc)))
 
     def _pick_of_batch(
@@ -186,8 +178,6 @@ class Sharded(SparseOps):
         limit: Int[Array, ""] | None,
         *,
         k: int,
-        magnitudes: bool,
-        out_of: int,
     ) -> Codes:
         """Return the codes of this device that are among the largest of the batch, in the order of their tokens."""
         n, data = len(inputs.x), self.mesh.shape[DATA]
@@ -235,11 +225,11 @@ class Sharded(SparseOps):
         """Multiply every device's rows; nothing is sent. Codes of value 0 may get 0."""
 
         def local(codes: Codes, g: Float[Array, "n d"], W: Float[Array, "f d"]) -> Float[Array, "m k"]:
-            def multiplied(some: Codes) -> Float[Array, "m k"]:
-                dots = self.inner.dots(some, g, W)
-                return dots if dots.shape == codes.values.shape else self._back(dots, codes)
+            def back(dots: Float[Array, "m few"], where: Int[Array, " c"]) -> Float[Array, "m k"]:
+                zeros = jnp.zeros(codes.values.size, dots.dtype)
+                return zeros.at[where].set(dots.ravel(), mode="drop").reshape(codes.values.shape)
 
-            return self._of_present(self._own(codes, len(W), len(g)), multiplied)
+            return self._of_present(self._own(codes, len(W), len(g)), lambda some: self.inner.dots(some, g, W), back)
 
         return self.on_devices(local, (codes, _BOTH), (g, _TOKENS), (W, _LATENTS), out=_BOTH)
 
@@ -283,39 +273,31 @@ class Sharded(SparseOps):
         parts = self.decode(ordered, W_dec, jnp.zeros((n * levels, W_dec.shape[1])))
         return jnp.cumsum(parts.reshape(n, levels, -1), axis=1).swapaxes(0, 1)
 
-    def _of_present(self, codes: Codes, function: Callable[[Codes], Result]) -> Result:
-        """Return what a sum over the codes of a device gives, from those that are not zero where they are few.
+    def _of_present(
+        self, codes: Codes, function: Callable[[Codes], Result], back: Callable[[Any, Any], Any] = lambda made, _: made
+    ) -> Result:
+        """Return what a function gives of the codes of a device, from those that are not zero where they are few.
 
         Of the k candidates of a token a device keeps one in `shards` on average, so that the sums of all devices
         together take as long as those of one. Where it keeps more than twice as many it sums all.
+
+        Args:
+          codes: those of this device.
+          function: of all codes, or of those that are not zero.
+          back: of what the latter gave and the places of these codes, what the former would have given.
         """
         n, k = codes.values.shape
         few = -(-_ROOM * k // self.shards)
         if few >= k:
             return function(codes)
-        is_present = codes.values != 0
-        where = self._present(codes, n * few)
-        tokens = jnp.broadcast_to(codes.tokens, (n, k)).ravel()
-        values = codes.values.ravel().at[where].get(mode="fill", fill_value=0)
-        at = jnp.minimum(where, n * k - 1)  # of those that fill up: the last token, so that the order stays
-        present = Codes(*(a.reshape(n, few) for a in (values, codes.indices.ravel()[at], tokens[at])))
-        return lax.cond(is_present.sum() <= n * few, lambda: function(present), lambda: function(codes))
-
-    @staticmethod
-    def _present(codes: Codes, size: int) -> Int[Array, " size"]:
-        """Return the places of the codes that are not zero, in order, and a place behind all for the rest."""
-        (where,) = jnp.nonzero(codes.values.ravel() != 0, size=size, fill_value=codes.values.size)
-        return where
-
-    def _back(self, dots: Float[Array, "m few"], codes: Codes) -> Float[Array, "m k"]:
-        """Return numbers of the codes that are not zero in the places of these."""
-        where = self._present(codes, dots.size)
-        return (
-            jnp.zeros(codes.values.size, dots.dtype)
-            .at[where]
-            .set(dots.ravel(), mode="drop")
-            .reshape(codes.values.shape)
-        )
+        values, last = codes.values.ravel(), n * k - 1
+        (where,) = jnp.nonzero(values != 0, size=n * few, fill_value=n * k)
+        at = jnp.minimum(where, last)  # what fills up has the last token, so that the order stays, and value 0
+        tokens = jnp.broadcast_to(codes.tokens, (n, k)).ravel()[at]
+        parts = (values.at[where].get(mode="fill", fill_value=0), codes.indices.ravel()[at], tokens)
+        present = Codes(*(part.reshape(n, few) for part in parts))
+        count = (values != 0).sum()
+        return lax.cond(count <= n * few, lambda: back(function(present), where), lambda: function(codes))
 
     def _own(self, codes: Codes, latents: int, tokens: int) -> Codes:
         """Return the codes of this device, with latents and tokens counted from its first ones."""

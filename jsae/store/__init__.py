@@ -31,7 +31,7 @@ _PLACES = {
     "open": "jsae.store.reading:open",
     "write": "jsae.store.writer:write",
 }
-"""Where every public name is: module:name."""
+"""Modules of the public names, as module:name."""
 
 __all__ = [
     "IncompleteError",

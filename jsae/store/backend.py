@@ -35,7 +35,7 @@ def _context() -> ts.Context:
 
 
 class Location(NamedTuple):
-    """Where a store is."""
+    """Location of a store."""
 
     name: str
     """As it is shown in messages."""
@@ -210,7 +210,7 @@ class Place:
 
 
 class Form(NamedTuple):
-    """What an array is: its name, which is its path in the store, type and shape."""
+    """Name of an array, which is its path in the store, its type and its shape."""
 
     name: str
     dtype: str
@@ -300,7 +300,7 @@ class Pending:
 
     @property
     def done(self) -> bool:
-        """Whether `result` returns at once."""
+        """True if `result` returns at once."""
         return self._future.done()
 
     def result(self) -> Any:

@@ -1,4 +1,4 @@
-"""What the arrays of a store are: their names, types, chunks and shards."""
+"""Names, types, chunks and shards of the arrays of a store."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class IncompleteError(OSError):
 
 @dataclass(frozen=True)
 class Identity:
-    """What a store holds: two stores of the same identity have the same shards.
+    """Description of a store's content: two stores of the same identity have the same shards.
 
     Raises:
       ConfigError: a number of rows or an origin that no store can have.
@@ -43,7 +43,7 @@ class Identity:
     rows: int | None
     """Rows in all; None if that is not known yet."""
     origin: Mapping[str, Any] = field(default_factory=dict)
-    """Where the activations are from, as JSON values: model, tokenizer, text and so on."""
+    """Origin of the activations, as JSON values: model, tokenizer, text and so on."""
 
     def __post_init__(self) -> None:
         valid = self.rows is None or (type(self.rows) is int and 1 <= self.rows <= MOST_ROWS)
@@ -101,7 +101,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Record:
-    """What was written in a shard."""
+    """Record of a shard that was written."""
 
     shard: int
     rows: int
@@ -112,7 +112,7 @@ class Record:
     sums: Mapping[str, Sums]
     """Sums of the statistics, by hook."""
     position: Any
-    """Where the text, or the input, continues behind the shard, as JSON values."""
+    """Position of the text, or of the input, behind the shard, as JSON values."""
 
     def to_bytes(self) -> bytes:
         """Return the content of its file."""
@@ -149,7 +149,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a complete store holds."""
+    """Manifest of a complete store."""
 
     identity: Identity
     rows: int
@@ -167,7 +167,7 @@ class Manifest:
 
     @property
     def origin(self) -> Mapping[str, Any]:
-        """Where the activations are from, as JSON values."""
+        """Origin of the activations, as JSON values."""
         return self.identity.origin
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jsae import jsons
+from jsae.health import Extent, degenerate
 
 QUANTILES = (0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999)
 SAMPLED_ROWS, SAMPLED_VALUES = 128, 512
@@ -127,6 +128,16 @@ class Statistics:
     def mean_norm(self) -> float:
         """Norm of the mean."""
         return float(np.linalg.norm(self.mean))
+
+    def problem(self, where: str) -> str | None:
+        """Return why no SAE can learn from the activations; None if one can.
+
+        Args:
+          where: their name in the text.
+        """
+        square = self.mean_squared_norm
+        variance = 1 - self.mean_norm**2 / square if square else 0.0
+        return degenerate(Extent(self.largest, (square / len(self.mean)) ** 0.5, variance, 0), where)
 
     @classmethod
     def from_sums(cls, sums: Sums) -> Statistics:

@@ -85,7 +85,7 @@ class Writer:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the store was complete before, so that nothing is appended."""
+        """True if the store was complete before, so that nothing is appended."""
         return self._shards.complete is not None
 
     def __enter__(self) -> Writer:

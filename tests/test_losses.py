@@ -30,12 +30,13 @@ def by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, k):
         for i in np.argsort(-pre[n])[: min(k, int(dead.sum()))]:
             e_hat[n] += pre[n, i] * np.asarray(W_dec[i], np.float64)
     share = np.square(e - e_hat).sum() / np.square(e - e.mean(0)).sum()
-    return min(dead.sum() / k, 1) * share
+    variance = np.square(np.asarray(x) - np.asarray(x).mean(0)).sum(1).mean()
+    return min(dead.sum() / k, 1) * variance * share
 
 
 def auxk(ops, inputs, residual, W_enc, b_enc, W_dec, dead, k) -> jax.Array:
-    """The term as an SAE computes it."""
-    return losses.auxk(residual, ops.decode_dead(inputs, W_enc, b_enc, W_dec, dead, k), dead, k)
+    """The term as an SAE computes it, which reconstructs its input."""
+    return losses.auxk(inputs.x, residual, ops.decode_dead(inputs, W_enc, b_enc, W_dec, dead, k), dead, k)
 
 
 @pytest.mark.parametrize("n_dead", [0, 2, 4, 5, 16])
@@ -60,6 +61,17 @@ def test_the_gradient_of_auxk_reaches_encoder_and_decoder_of_the_dead_only_and_n
         assert np.isfinite(gradient).all()
         assert np.asarray(gradient[:n_dead]).any()
         assert not np.asarray(gradient[n_dead:]).any()
+
+
+def test_auxk_and_the_squared_error_keep_their_ratio_where_activations_are_scaled(ops):
+    W_enc, b_enc, W_dec, b_dec, x, residual = weights(4, 16, 5)
+    dead = jnp.arange(16) < 6
+
+    def terms(factor):
+        aux = auxk(ops, Input(factor * x, None, factor * b_dec), factor * residual, W_enc, factor * b_enc, W_dec, dead, 4)
+        return aux / losses.mean_square(factor * residual)
+
+    np.testing.assert_allclose(terms(1.0), terms(7.0), rtol=1e-4)
 
 
 def test_auxk_of_a_residual_that_is_zero_is_zero_with_a_finite_gradient(ops):

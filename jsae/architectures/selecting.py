@@ -81,7 +81,8 @@ class Selecting(SAE):
             context.dead,
             self.config.dead_k,
         )
-        return self.config.aux_coefficient * losses.auxk(-forward.error, e_hat, context.dead, self.config.dead_k)
+        coefficient, most = self.config.aux_coefficient, self.config.dead_k
+        return coefficient * losses.auxk(forward.y, -forward.error, e_hat, context.dead, most)
 
 
 class TopK(Selecting):
@@ -179,6 +180,8 @@ class BatchTopK(BatchSelecting):
     class Config(SelectingConfig):
         """Settings of BatchTopK."""
 
+        rate_scale = 0.8
+
     def penalty(self, forward: Forward) -> Float[Array, ""]:
         """Return AuxK."""
         return self.auxk(forward)
@@ -201,6 +204,7 @@ class Matryoshka(BatchSelecting):
           ConfigError: nested widths that do not increase up to d_sae.
         """
 
+        rate_scale = 0.8
         nested_widths: tuple[int, ...] = ()
         """How many of the first latents must reconstruct by themselves; d_sae is added."""
 

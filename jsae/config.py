@@ -23,6 +23,15 @@ from jsae.settings import (
 if TYPE_CHECKING:
     from jsae.architectures import SAEConfig
 
+RECIPE = 2
+"""Raised whenever a run with the same settings trains differently. A run is resumed by its own recipe only."""
+
+_DIFFUSION = 2.3
+_TYPICAL_L0 = 32.0
+_HIGHEST_RATE = 0.05
+_DEAD_FRACTION = 0.03
+_LONGEST_SILENCE = 10_000_000
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Json):
@@ -35,7 +44,7 @@ class TrainConfig(Json):
     num_activations: int = dataclasses.field(metadata={"range": TOKENS})
     batch_size: int = number(2048, at_least(1, 2**24))
     learning_rate: float | None = number(None, RATE)
-    """Peak rate; None is 2e-4 / sqrt(d_sae / 2**14), the scaling of Gao et al. 2024, section A.3."""
+    """Peak rate; None is `default_rate` for the SAE."""
     warmup_fraction: float = number(0.02, FRACTION)
     decay_fraction: float = number(0.2, FRACTION)
     clip_norm: float = number(1.0, Range(1e-12, 1e30, "be positive, from 1e-12 to 1e30 or inf", also=(math.inf,)))
@@ -48,8 +57,8 @@ class TrainConfig(Json):
     """Export an exponential mean of the weights over this fraction of the run; None exports the weights."""
     beta1: float = number(0.9, BETA)
     beta2: float = number(0.999, BETA)
-    dead_after: int = number(10_000_000, DEAD_AFTER)
-    """A latent is dead after this many activations without a value above zero."""
+    dead_after: int | None = number(None, DEAD_AFTER)
+    """A latent is dead after this many activations on which it is zero; None is 3 % of the run, at most 10 million."""
     resample_every: int | None = number(None, TOKENS)
     """Activations between resamplings, which give dead latents new weights and zero Adam moments; None is never."""
     seed: int = number(0, SEED)
@@ -115,6 +124,29 @@ class TrainConfig(Json):
         """`resample_every` in steps, rounded down."""
         return None if self.resample_every is None else max(self.resample_every // self.batch_size, 1)
 
-    def peak_rate(self, d_sae: int) -> float:
-        """Return the learning rate after warm-up for an SAE of `d_sae` latents."""
-        return self.learning_rate if self.learning_rate is not None else 2e-4 / math.sqrt(d_sae / 2**14)
+    @property
+    def dead_window(self) -> int:
+        """`dead_after`, or its default: a latent is dead after this many activations on which it is zero."""
+        if self.dead_after is not None:
+            return self.dead_after
+        return min(max(round(_DEAD_FRACTION * self.num_activations), 1), _LONGEST_SILENCE)
+
+    def peak_rate(self, sae: "SAEConfig") -> float:
+        """Return the learning rate after warm-up."""
+        return self.learning_rate if self.learning_rate is not None else self.default_rate(sae)
+
+    def default_rate(self, sae: "SAEConfig") -> float:
+        """Return the peak learning rate where none is given.
+
+            rate_scale * 2.3 * (k sqrt(batch_size) / d_sae)^(1/3) / sqrt(d_in num_steps)
+
+        Adam moves every weight by about the rate in a step, so the root in the denominator makes the distance that a
+        row of d_in weights can diffuse in a run the same for all widths and lengths. The other factor stands for the
+        noise of gradients: a latent is active on batch_size k / d_sae tokens of a batch on average. It and the constant
+        were fitted to sweeps on activations of two language models and of a synthetic world (docs/performance.md).
+        `rate_scale` is the architecture's; k is its target L0, or 32, where it has no k.
+        """
+        k = sae.k or sae.target_l0 or _TYPICAL_L0
+        noise = (min(k / sae.d_sae, 1) * math.sqrt(self.batch_size)) ** (1 / 3)
+        rate = sae.rate_scale * _DIFFUSION * noise / math.sqrt(sae.d_in * max(self.num_steps, 1))
+        return min(rate, _HIGHEST_RATE)

@@ -13,29 +13,29 @@ from jsae.ops.formulas import Formula, Maps
 
 @dataclasses.dataclass(frozen=True)
 class Rectified(Formula):
-    """Map: ReLU(p). Sum: the same."""
+    """Map: ReLU(p). Sums: the same, and ReLU(-p)."""
 
     name: ClassVar[str] = "rectified"
 
     def __call__(self, pre: Float[Array, "n f"], *arrays: Float[Array, " f"]) -> tuple[Maps, Maps]:
-        """Return the latents twice."""
+        """Return latents and terms."""
         latents = jax.nn.relu(pre)
-        return (latents,), (latents,)
+        return (latents,), (latents, jax.nn.relu(-pre))
 
 
 @dataclasses.dataclass(frozen=True)
 class GatedMagnitude(Formula):
-    """Maps: 1[pi > 0] ReLU(h exp(r_mag) + b_mag), and ReLU(pi) with pi = h + b_gate. Sum: ReLU(pi)."""
+    """Maps: 1[pi > 0] ReLU(h exp(r_mag) + b_mag), and ReLU(pi) with pi = h + b_gate. Sums: ReLU(pi), ReLU(-pi)."""
 
     name: ClassVar[str] = "gated"
 
     def __call__(self, pre: Float[Array, "n f"], *arrays: Float[Array, " f"]) -> tuple[Maps, Maps]:
-        """Return latents and gate; the arrays are b_gate, b_mag and r_mag."""
+        """Return latents, gate and terms; the arrays are b_gate, b_mag and r_mag."""
         b_gate, b_mag, r_mag = arrays
         gate = pre + b_gate
         magnitude = jax.nn.relu(pre * jnp.exp(r_mag) + b_mag)
         opened = jax.nn.relu(gate)
-        return (jnp.where(gate > 0, magnitude, 0), opened), (opened,)
+        return (jnp.where(gate > 0, magnitude, 0), opened), (opened, jax.nn.relu(-gate))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TanhJump(Formula):
 
 @dataclasses.dataclass(frozen=True)
 class CountedJump(Formula):
-    """Map: p 1[p > theta]. Sum: 1[p > theta]."""
+    """Map: p 1[p > theta]. Sums: 1[p > theta], and ReLU(theta - p)."""
 
     name: ClassVar[str] = "counted jump"
 
@@ -64,7 +64,7 @@ class CountedJump(Formula):
     """Width of the window around thresholds in which they have gradients."""
 
     def __call__(self, pre: Float[Array, "n f"], *arrays: Float[Array, " f"]) -> tuple[Maps, Maps]:
-        """Return latents and whether they are active; the array is the thresholds theta."""
+        """Return latents and terms; the array is the thresholds theta."""
         (threshold,) = arrays
         latents = jump.jump_relu(pre, threshold, self.width, False)
-        return (latents,), (jump.step(pre, threshold, self.width),)
+        return (latents,), (jump.step(pre, threshold, self.width), jax.nn.relu(threshold - pre))

@@ -232,13 +232,12 @@ def summaries(members: Sequence[Member], number: int, states: States, sums: AllS
     since_fired = processes.fetch([last.since_fired for last in states])
     for member, own_sums, silent in zip(members, processes.fetch(sums), since_fired, strict=True):
         summary = metrics.summarize(own_sums)
-        summary["dead_fraction"] = float(np.mean(silent >= member.train.dead_after))
+        summary["dead_fraction"] = float(np.mean(silent >= member.train.dead_window))
         if member.inner is None:
-            summary["learning_rate"] = float(optim.schedule(member.train, member.sae.d_sae)(number - 1))
+            summary["learning_rate"] = float(optim.schedule(member.train, member.sae)(number - 1))
         metrics_of_all.append(summary)
     return metrics_of_all
 
 
 def _optimizer(member: Member, ops: Ops | None) -> optim.Optimizer:
-    sae = member.sae
-    return optim.make(member.train, sae.d_sae, ops or member.ops, sae.sae.rate_factors, member.inner)
+    return optim.make(member.train, member.sae, ops or member.ops, member.inner)

@@ -1,7 +1,6 @@
 """Optimisers that keep decoder rows at norm 1: Adam, or any `optax.GradientTransformation`."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -10,6 +9,7 @@ import optax
 from jaxtyping import Array
 
 from jsae import axes
+from jsae.architectures import SAEConfig
 from jsae.config import TrainConfig
 from jsae.ops import AdamScalars, AdamSettings, Moments, Ops
 from jsae.ops.reference import tangent_rows
@@ -29,11 +29,11 @@ class Optimizer(Protocol):
         """Return the weights after one update by `factor * grads`, with decoder rows of norm 1, and the new state."""
 
 
-def schedule(config: TrainConfig, d_sae: int) -> optax.Schedule:
+def schedule(config: TrainConfig, sae: SAEConfig) -> optax.Schedule:
     """Return the learning rate as a function of the step: linear warm-up, a plateau, and linear decay to zero."""
     steps = config.num_steps
     warmup, decay = round(config.warmup_fraction * steps), round(config.decay_fraction * steps)
-    peak = config.peak_rate(d_sae)
+    peak = config.peak_rate(sae)
     # The ramp goes from peak / warmup to peak, so that the first step has a rate above zero.
     pieces = [
         optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1)),
@@ -53,15 +53,13 @@ class UnitRowAdam:
 
     Args:
       config: learning rate, schedule and constants.
-      d_sae: number of latents, which the default learning rate depends on.
+      sae: the SAE, which the default learning rate depends on.
       ops: the implementation of the update.
-      rate_factors: pairs (name of an array, factor on its learning rate).
     """
 
     config: TrainConfig
-    d_sae: int
+    sae: SAEConfig
     ops: Ops
-    rate_factors: tuple[tuple[str, float], ...] = ()
 
     def init(self, params: Any) -> optax.ScaleByAdamState:
         """Return zero moments."""
@@ -75,10 +73,10 @@ class UnitRowAdam:
         norm = factor * jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
         scalars = AdamScalars(
             factor * jnp.minimum(1, config.clip_norm / norm),
-            schedule(config, self.d_sae)(state.count) / (1 - config.beta1**count),
+            schedule(config, self.sae)(state.count) / (1 - config.beta1**count),
             1 / (1 - config.beta2**count),
         )
-        factors = dict(self.rate_factors)
+        factors = self.sae.sae.rate_factors
 
         def update(path: tuple[Any, ...], g: Array, *arrays: Array) -> Moments:
             names = names_of(path)
@@ -124,23 +122,21 @@ class UnitRows:
 
 def make(
     config: TrainConfig,
-    d_sae: int,
+    sae: SAEConfig,
     ops: Ops,
-    rate_factors: Mapping[str, float] | None = None,
     inner: optax.GradientTransformation | None = None,
 ) -> Optimizer:
     """Return the optimiser of an SAE: `UnitRowAdam`, or `UnitRows` around `inner`.
 
     Args:
       config: learning rate, schedule and constants.
-      d_sae: number of latents.
+      sae: the SAE; its architecture's factors on the learning rate are not used with `inner`.
       ops: the implementation of the update.
-      rate_factors: factors on the learning rate by name of the array; not used with `inner`.
       inner: an optax transformation to use instead of Adam.
     """
     if inner is not None:
         return UnitRows(inner)
-    return UnitRowAdam(config, d_sae, ops, tuple(sorted((rate_factors or {}).items())))
+    return UnitRowAdam(config, sae, ops)
 
 
 def names_of(path: tuple[Any, ...]) -> list[str]:

@@ -100,7 +100,7 @@ def _init(
     centre = data.geometric_median(y)
     sae = make(sae_config, key=jax.random.key(config.seed), b_dec=centre)
     sae.initialize(x, y - centre, ops)
-    optimizer = optimizer or optim.make(config, sae_config.d_sae, ops, sae.rate_factors)
+    optimizer = optimizer or optim.make(config, sae_config, ops)
     state = TrainState(
         sae=sae,
         opt=optimizer.init(sae),

@@ -42,7 +42,7 @@ def update(
       optimizer: the optimiser; None: Adam.
     """
     sae, number, n = state.sae, state.step + 1, len(jax.tree.leaves(acts)[0])
-    optimizer = optimizer or optim.make(config, sae.config.d_sae, ops, sae.rate_factors)
+    optimizer = optimizer or optim.make(config, sae.config, ops)
     context = _context(config, ops, state, number, room)
     gradients = _sparse_gradients if sae.sparse else _dense_gradients
     sums, grads, statistics = gradients(config, state, acts, context)
@@ -132,7 +132,7 @@ def _sparse_gradients(
 ) -> tuple[metrics.Sums, Any, dict[str, Array]]:
     """Return sums, gradients and statistics of a batch. AuxK is computed only while a latent is dead."""
     x, y = _floats(state, acts)
-    is_dead = state.since_fired >= config.dead_after
+    is_dead = state.since_fired >= config.dead_window
     outputs, grads = context.ops.if_any(
         is_dead.any(),
         lambda: _gradients(state, x, y, context._replace(dead=is_dead)),
@@ -151,7 +151,7 @@ def _dense_gradients(
     """
     y = _floats(state, acts)[1]
     n, mean, sizes = len(y), y.mean(0), state.sae.config
-    context = context._replace(dead=state.since_fired >= config.dead_after)
+    context = context._replace(dead=state.since_fired >= config.dead_window)
 
     def part(acts: Acts) -> tuple[metrics.Sums, Any, dict[str, Array]]:
         x, y = _floats(state, acts)
@@ -247,7 +247,7 @@ def _resampled(
     x, y = _floats(state, acts)
 
     def resample() -> tuple[SAE, Any, Array]:
-        is_dead = since_fired >= config.dead_after
+        is_dead = since_fired >= config.dead_window
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         resampled = dead.resample(sae, opt, is_dead, x * state.scale, y * state.scale_out, key, ops)
         return *resampled, jnp.where(is_dead, 0, since_fired)

@@ -15,7 +15,7 @@ from jsae import loop, metrics, state
 from jsae.architectures import SAEConfig
 from jsae.arrays import Activations, source_of
 from jsae.checkpoint import Checkpoints
-from jsae.config import TrainConfig
+from jsae.config import RECIPE, TrainConfig
 from jsae.data import Cursor, Shuffled, Source
 from jsae.health import Watch
 from jsae.locks import Lock
@@ -225,7 +225,8 @@ class _Run(NamedTuple):
         """Return all settings that a run's numbers depend on, except the activations and a given optimiser."""
         settings = {"sae": self.member.sae.to_json(), "train": self.member.train.to_json(), "shuffle": self.shuffle}
         flat = {f"{part}.{name}": value for part, values in settings.items() for name, value in values.items()}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+        return plain | {"recipe": RECIPE}
 
     def _check_same(self, notes: dict[str, Any]) -> None:
         """Check that a checkpoint belongs to this run.

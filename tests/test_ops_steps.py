@@ -92,10 +92,11 @@ def test_gradients_are_the_same_in_every_implementation(architecture, name):
 def test_the_optimiser_overwrites_blocks_without_an_array_of_all():
     """Beside weights, moments and gradients a step needs a few blocks, for any number of latents."""
     config, d, f = TrainConfig(num_activations=2**20), 64, 8192
-    sae = jax.eval_shape(lambda: make(sae_config("topk", d, f), key=jax.random.key(0)))
+    sizes = sae_config("topk", d, f)
+    sae = jax.eval_shape(lambda: make(sizes, key=jax.random.key(0)))
 
     def planned(ops: Ops) -> int:
-        optimizer = optim.make(config, f, ops)
+        optimizer = optim.make(config, sizes, ops)
         moments = jax.eval_shape(optimizer.init, sae)
 
         def step(params, state, grads):

@@ -22,6 +22,7 @@ from jsae.state import TrainState
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 D, F = 8, 24
 RUN = TrainConfig(num_activations=100 * 20, batch_size=20, learning_rate=1e-2)
+SAE = sae_config("topk", D, F, k=3)
 
 
 def x(steps: int, d: int = D) -> list[jax.Array]:
@@ -46,22 +47,46 @@ def run(config: SAEConfig, how: TrainConfig, steps: int) -> list[TrainState]:
 
 def test_the_learning_rate_of_every_step_rises_stays_and_falls():
     config = dataclasses.replace(RUN, warmup_fraction=0.04, decay_fraction=0.1)
-    rate = optim.schedule(config, F)
+    rate = optim.schedule(config, SAE)
     rates = np.array([rate(step) for step in range(100)])
     expected = np.concatenate([[0.0025, 0.005, 0.0075, 0.01], np.full(86, 0.01), 0.01 * np.arange(10, 0, -1) / 10])
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
 def test_without_warm_up_and_decay_the_rate_is_one_and_the_same():
-    rate = optim.schedule(dataclasses.replace(RUN, warmup_fraction=0.0, decay_fraction=0.0), F)
+    rate = optim.schedule(dataclasses.replace(RUN, warmup_fraction=0.0, decay_fraction=0.0), SAE)
     np.testing.assert_allclose([rate(step) for step in (0, 1, 50, 98, 99)], 0.01, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("d_sae", "rate"), [(2**14, 2e-4), (2**12, 4e-4), (2**16, 1e-4), (1024, 8e-4)])
-def test_a_rate_that_is_not_given_goes_with_the_root_of_the_width(d_sae, rate):
+def default_rate(num_activations=2**18, batch_size=512, architecture="topk", d_in=128, d_sae=1024, **settings) -> float:
+    config = TrainConfig(num_activations=num_activations, batch_size=batch_size)
+    return config.peak_rate(sae_config(architecture, d_in, d_sae, **settings))
+
+
+def test_a_rate_that_is_not_given_follows_width_length_batch_and_sparsity():
+    rate = 2.3 * (32 * 512**0.5 / 1024) ** (1 / 3) / (128 * 512) ** 0.5
+    assert default_rate(k=32) == pytest.approx(rate)
+    assert default_rate(k=32, d_in=512) == pytest.approx(rate / 2)
+    assert default_rate(k=32, num_activations=2**20) == pytest.approx(rate / 2)
+    assert default_rate(k=32, num_activations=2**24, batch_size=512 * 64) == pytest.approx(rate * 2)
+    assert default_rate(k=4) == pytest.approx(rate / 2)
+    assert default_rate(k=32, d_sae=8192) == pytest.approx(rate / 2)
+
+
+def test_a_rate_that_is_not_given_depends_on_architecture_and_target():
+    topk = default_rate(k=32)
+    assert default_rate(architecture="batchtopk", k=32) == pytest.approx(0.8 * topk)
+    assert default_rate(architecture="gated", target_l0=32.0) == pytest.approx(2 * topk)
+    assert default_rate(architecture="relu", target_l0=4.0) == pytest.approx(3 * topk / 2)
+    assert default_rate(architecture="jumprelu") == pytest.approx(topk), "without a target as with 32"
+    assert default_rate(architecture="jumprelu", jump_recipe="l0") == pytest.approx(topk / 2)
+
+
+def test_the_schedule_of_a_run_without_a_rate_peaks_at_the_default():
     config = dataclasses.replace(RUN, learning_rate=None)
-    assert config.peak_rate(d_sae) == pytest.approx(rate)
-    assert float(optim.schedule(config, d_sae)(50)) == pytest.approx(rate)
+    assert float(optim.schedule(config, SAE)(50)) == pytest.approx(config.default_rate(SAE))
+    tiny = TrainConfig(num_activations=4, batch_size=4)
+    assert tiny.default_rate(sae_config("relu", 1, 1)) == 0.05, "no rate that would throw a short run off"
 
 
 # ---- links ---------------------------------------------------------------------------------------------------------
@@ -101,7 +126,7 @@ def test_the_first_update_is_what_the_chain_says_and_thresholds_move_ten_times_a
     keys = iter(jax.random.split(jax.random.key(1), 9))
     gradients = jax.tree.map(lambda w: 3 * jax.random.normal(next(keys), w.shape), sae)
     norm = float(np.sqrt(sum(np.square(g).sum() for g in map(np.asarray, jax.tree.leaves(gradients)))))
-    new = updated(sae, gradients, optim.make(how, F, ops, sae.rate_factors))
+    new = updated(sae, gradients, optim.make(how, config, ops))
     updates = jax.tree.map(jnp.subtract, new, sae)
     for name in ("W_enc", "W_dec", "b_enc", "b_dec", "log_threshold"):
         ours, g, w = (np.asarray(getattr(tree, name)[...]) for tree in (updates, gradients, sae))
@@ -113,7 +138,7 @@ def test_a_skip_path_and_what_is_kept_beside_the_weights_are_no_decoder_rows(ops
     config = sae_config("batchtopk", D, F, k=3, d_out=5, skip=True)
     sae = make(config, key=jax.random.key(0))
     ones = jax.tree.map(jnp.ones_like, sae)
-    updates = jax.tree.map(jnp.subtract, updated(sae, ones, optim.make(RUN, F, ops)), sae)
+    updates = jax.tree.map(jnp.subtract, updated(sae, ones, optim.make(RUN, SAE, ops)), sae)
     for name in ("W_enc", "W_skip", "b_enc", "b_dec", "threshold"):
         np.testing.assert_allclose(getattr(updates, name)[...], -RUN.learning_rate / 2, rtol=1e-4)
     assert not np.allclose(updates.W_dec[...], -RUN.learning_rate / 2, rtol=1e-2)
@@ -121,12 +146,12 @@ def test_a_skip_path_and_what_is_kept_beside_the_weights_are_no_decoder_rows(ops
 
 def test_one_pass_over_the_weights_equals_the_chain_of_optaxs_own_links(ops):
     sae = make(sae_config("topk", D, F, k=3), key=jax.random.key(0))
-    how = optim.make(RUN, F, ops)
+    how = optim.make(RUN, SAE, ops)
     links = optax.chain(
         optax.clip_by_global_norm(RUN.clip_norm),
         on_decoder(tangent_rows),
         optax.scale_by_adam(RUN.beta1, RUN.beta2),
-        optax.scale_by_learning_rate(optim.schedule(RUN, F)),
+        optax.scale_by_learning_rate(optim.schedule(RUN, SAE)),
         on_decoder(unit_rows),
     )
     mine = theirs = sae
@@ -177,7 +202,7 @@ def test_a_transformation_gets_projected_gradients_and_its_own_state():
     config = sae_config("relu", D, F)
     start = begin(config, RUN, x(1)[0], inner)
     weights = jax.device_get(start.sae)
-    new, sums = step.update(RUN, choose(), start, x(1)[0], optimizer=optim.make(RUN, F, choose(), inner=inner))
+    new, sums = step.update(RUN, choose(), start, x(1)[0], optimizer=optim.make(RUN, start.sae.config, choose(), inner=inner))
     ((grads, params),) = seen
     assert int(new.opt) == 1
     np.testing.assert_allclose((grads.W_dec * params.W_dec).sum(1), 0, atol=1e-5)

@@ -36,7 +36,7 @@ def test_one_value_of_every_flag_is_one_sae_in_the_run_itself(nano):
     (only,) = planned(nano)
     assert (only.folder, only.label, only.hooks) == (RUN, "blocks.2.hook_resid_post", ("blocks.2.hook_resid_post",))
     assert only.member.sae == sae_config("topk", 128, 1024, k=32)
-    assert only.member.train == TrainConfig(10_000_000, dead_after=1_000_000)
+    assert only.member.train == TrainConfig(10_000_000)
 
 
 def test_every_value_of_every_flag_meets_every_other_at_every_layer(nano):

@@ -21,7 +21,7 @@ from bridge.training import device
 from bridge.training.config import RunConfig
 from experiments import bench, flags
 from jsae import loop, settings
-from jsae.architectures import JumpReLU, SAEConfig, TopK
+from jsae.architectures import JumpReLU, SAEConfig, TopK, sae_config
 from jsae.config import TrainConfig
 from jsae.settings import ConfigError
 
@@ -217,7 +217,7 @@ def works(config: SAEConfig | TrainConfig | RunConfig) -> None:
     """Return the result of a config without memory for it."""
     if isinstance(config, TrainConfig):
         assert config.num_steps >= 1
-        assert np.isfinite(config.peak_rate(16))
+        assert np.isfinite(config.peak_rate(sae_config("topk", 8, 16, k=1)))
         assert config.anneal_steps >= 0
     elif isinstance(config, RunConfig):
         for variant in config.variants():

@@ -118,11 +118,18 @@ class RunConfig(Json):
     jump_recipe: Literal["tanh", "l0"] = flag(
         "tanh", _of("jump_recipe", "Anthropic's recipe of January 2025, or Gemma Scope's")
     )
-    bandwidth: float = flag(2.0, _of("bandwidth", "Width of the window around thresholds in which they have gradients"))
+    bandwidth: float | None = flag(
+        None,
+        _of(
+            "bandwidth", "Width of the window around thresholds in which they have gradients; none is 2, or 0.5 for l0"
+        ),
+    )
     target_l0: tuple[float, ...] = flag((), _of("target_l0", "Adjust the penalty to reach this mean L0"))
     num_activations: int = flag(10_000_000, "Activations to train on.", TOKENS)
     batch_size: int = flag(2048, "Activations per step.", at_least(1, 2**24))
-    learning_rate: tuple[float, ...] = flag((), "Peak rate; none is 2e-4 / sqrt(d_sae / 16384).", RATE)
+    learning_rate: tuple[float, ...] = flag(
+        (), "Peak rate; none is a rate for these sizes and this length, which the run prints.", RATE
+    )
     warmup_fraction: float = flag(0.02, "Fraction of the run over which the learning rate rises.", FRACTION)
     decay_fraction: float = flag(0.2, "Fraction of the run, at the end, over which it falls to zero.", FRACTION)
     sparsity_warmup_fraction: float = flag(0.05, "Fraction of the run over which sparsity penalties rise.", FRACTION)
@@ -132,7 +139,9 @@ class RunConfig(Json):
         None, "Export a running mean of the weights over this fraction of the run.", AVERAGED
     )
     dead_after: int | None = flag(
-        None, "Activations without firing after which a latent is dead; none is a tenth of the run.", DEAD_AFTER
+        None,
+        "Activations without firing after which a latent is dead; none is 3 % of the run, at most 10 million.",
+        DEAD_AFTER,
     )
     matmul_dtype: Literal["float32", "bfloat16"] = flag(
         "float32", "Type of the factors of matrix products; bfloat16 is for GPUs."
@@ -296,10 +305,6 @@ class RunConfig(Json):
         several = [name for name in SWEPT if len(getattr(self, name)) > 1]
         return "-".join(SWEPT[name] + _shortest(getattr(variant, name)[0]) for name in several)
 
-    @property
-    def _default_dead_after(self) -> int:
-        return min(10_000_000, max(self.num_activations // 10, 1))
-
     def layers(self, n_layer: int) -> tuple[int, ...]:
         """Return the layers to read in a model of `n_layer`."""
         if not self.layer:
@@ -376,7 +381,7 @@ class RunConfig(Json):
         return TrainConfig(
             **shared,
             learning_rate=self.learning_rate[0] if self.learning_rate else None,
-            dead_after=self.dead_after if self.dead_after is not None else self._default_dead_after,
+            dead_after=self.dead_after,
             seed=self.seed[0],
         )
 

@@ -15,6 +15,7 @@ from bridge.settings import from_keywords
 from bridge.training import determinism, device, joining
 from bridge.training.config import RunConfig
 from jsae import files
+from jsae.config import RECIPE
 from jsae.settings import require
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ def _record(run: Run, config: RunConfig, parts: _Prepared, locks: contextlib.Exi
     """
     trainees, choice, origin = parts.trainees, parts.choice, parts.origin
     ways = {"compiled": origin.compiled, "operations": (choice.ops.name, choice.reason)}
-    facts = origin.facts | {"data_shards": origin.data_shards}
+    facts = origin.facts | {"data_shards": origin.data_shards, "recipe": RECIPE}
     facts |= {name: chosen for name, (chosen, _) in ways.items()}
     reasons = {name: reason for name, (_, reason) in ways.items()}
     sites = dict.fromkeys(trainee.hooks for trainee in trainees)
@@ -256,9 +257,10 @@ def _announce(
     one = f"an {config.activation}" if config.activation[0] in "aeiou" else f"a {config.activation}"
     saes = f"{one} SAE" if len(trainees) == 1 else f"{len(trainees)} {config.activation} SAEs"
     hooks = ", ".join(dict.fromkeys(trainee.name for trainee in trainees))
+    rates = sorted({f"{trainee.member.train.peak_rate(trainee.member.sae):.2g}" for trainee in trainees}, key=float)
     print(
         f"{origin.name}, {hooks}: {saes} of {latents} latents from {config.num_activations:,} activations on "
-        f"{jax.default_backend()}",
+        f"{jax.default_backend()}, peak learning rate {', '.join(rates)}",
         flush=True,
     )
     if mesh is not None:

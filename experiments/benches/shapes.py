@@ -128,7 +128,7 @@ def begin(member: Member, sample: jax.Array, dead: float = 0.0, ops: Ops | None 
         return (state,)
     # Latents with tiny encoder rows are never selected, and AuxK revives them only slowly.
     state.sae.W_enc[...] = state.sae.W_enc.at[:count].multiply(_FAINT)
-    return (state._replace(since_fired=state.since_fired.at[:count].set(member.train.dead_after)),)
+    return (state._replace(since_fired=state.since_fired.at[:count].set(member.train.dead_window)),)
 
 
 def program(member: Member, ops: Ops | None = None) -> Callable[..., Any]:

@@ -149,7 +149,7 @@ def _optimiser(state: TrainState, config: TrainConfig, ops: Ops) -> Callable[[],
 
     from jsae import optim
 
-    optimizer = optim.make(config, state.sae.config.d_sae, ops)
+    optimizer = optim.make(config, state.sae.config, ops)
     grads = jax.tree.map(lambda w: 1e-3 * jax.random.normal(jax.random.key(2), w.shape), state.sae)
 
     def update(grads: Any, sae: Any, opt: Any) -> tuple[Any, Any]:

@@ -52,6 +52,8 @@ class SAEConfig:
 
     sae: ClassVar[type["SAE"]]
     """The architecture that the settings are of."""
+    rate_scale: ClassVar[float] = 1.0
+    """Factor on the default learning rate (`TrainConfig.default_rate`), measured in sweeps."""
     k: ClassVar[int | None] = None
     """Active latents per token, of architectures that select so many."""
     target_l0: ClassVar[float | None] = None

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jsae import formulas, losses
 from jsae.architectures.base import SAE, Arrays, Context, Forward, SAEConfig
 from jsae.ops import Ops, selection
+from jsae.ops.formulas import PerLatent
 from jsae.settings import WEIGHT, Range, number, require
 
 _TARGET = Range(1e-6, 2**28, "lie between 0 and d_sae, and be at least 1e-6")
@@ -29,6 +30,8 @@ class PenalisedConfig(SAEConfig):
 
     target_l0: float | None = number(None, _TARGET)  # type: ignore[misc]  # a class variable of other architectures
     """A controller moves the sparsity penalty until this many latents are active per token."""
+    revival_coefficient: float = number(5e-3, WEIGHT)
+    """Weight of the loss that pulls the pre-activations of dead latents up to their thresholds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +59,8 @@ class ReLU(SAE):
     class Config(PenalisedConfig):
         """Settings of ReLU."""
 
+        rate_scale = 3.0
+
         l1_coefficient: float = number(5.0, WEIGHT)
         """Weight of the L1 penalty."""
 
@@ -64,15 +69,16 @@ class ReLU(SAE):
         """Return the encoder bias."""
         return {"b_enc": 0.0}
 
-    def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Float[Array, "n f"], Float[Array, " f"]]:
-        """Return every latent that is above zero, and their sums over tokens."""
-        (latents,), (sums,) = self.map_latents(x, context, formulas.Rectified())
+    def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Float[Array, "n f"], PerLatent]:
+        """Return every latent that is above zero, and the sums over tokens of ReLU(p) and ReLU(-p)."""
+        (latents,), sums = self.map_latents(x, context, formulas.Rectified())
         return latents, sums
 
     def penalty(self, forward: Forward) -> Float[Array, ""]:
-        """Return the L1 of the latents, each weighted by its decoder norm."""
-        l1 = losses.l1(forward.extra / len(forward.x), self.W_dec[...])
-        return forward.context.strength * self.config.l1_coefficient * l1
+        """Return the L1 of the latents, each weighted by its decoder norm, and the revival of the dead."""
+        active, below = (sums / len(forward.x) for sums in forward.extra)
+        sparsity = forward.context.strength * self.config.l1_coefficient * losses.l1(active, self.W_dec[...])
+        return sparsity + revival(self.config, forward.context, below)
 
     def inference_arrays(self) -> Arrays:
         """Return the encoder bias."""
@@ -101,6 +107,8 @@ class Gated(SAE):
     class Config(PenalisedConfig):
         """Settings of Gated."""
 
+        rate_scale = 2.0
+
         l1_coefficient: float = number(5.0, WEIGHT)
         """Weight of the L1 penalty."""
 
@@ -111,17 +119,19 @@ class Gated(SAE):
 
     def activate(
         self, x: Float[Array, "n d"], context: Context
-    ) -> tuple[Float[Array, "n f"], tuple[Float[Array, "n f"], Float[Array, " f"]]]:
-        """Return the gated magnitudes, and for the penalty ReLU(pi) with its sums over tokens."""
+    ) -> tuple[Float[Array, "n f"], tuple[Float[Array, "n f"], PerLatent]]:
+        """Return the gated magnitudes; for the penalty ReLU(pi), and the sums of ReLU(pi) and ReLU(-pi) over tokens."""
         arrays = (self.b_gate[...], self.b_mag[...], self.r_mag[...])
-        (latents, gate), (sums,) = self.map_latents(x, context, formulas.GatedMagnitude(), *arrays, bias=None)
+        (latents, gate), sums = self.map_latents(x, context, formulas.GatedMagnitude(), *arrays, bias=None)
         return latents, (gate, sums)
 
     def penalty(self, forward: Forward) -> Float[Array, ""]:
-        """Return the L1 of the gate, and the error of the gate's own reconstruction through a frozen decoder."""
+        """Return the L1 of the gate, the error of its reconstruction by a frozen decoder, and the revival term."""
         context, (gate, sums) = forward.context, forward.extra
+        opened, below = (total / len(gate) for total in sums)
         W_dec, b_dec = jax.lax.stop_gradient((self.W_dec[...], self.b_dec[...]))
-        sparsity = context.strength * self.config.l1_coefficient * losses.l1(sums / len(gate), W_dec)
+        sparsity = context.strength * self.config.l1_coefficient * losses.l1(opened, W_dec)
+        sparsity += revival(self.config, context, below)
         return sparsity + losses.squared_error(forward.y, context.ops.matmul(gate, W_dec) + b_dec)
 
     def inference_arrays(self) -> Arrays:
@@ -155,37 +165,46 @@ class JumpReLU(SAE):
         l0_coefficient: float = number(5.0, WEIGHT)
         """Weight of the sparsity penalty."""
         jump_recipe: Literal["tanh", "l0"] = "tanh"
-        bandwidth: float = number(2.0, _BANDWIDTH)
-        """Width of the window around a threshold through which gradients reach it."""
+        bandwidth: float | None = number(None, _BANDWIDTH)
+        """Width of the window around a threshold through which gradients reach it; None is 2 for tanh, 0.5 for l0."""
         initial_threshold: float = number(0.1, _THRESHOLD)
         """Where thresholds start, unless L0 has a target."""
         pre_act_coefficient: float = number(3e-6, WEIGHT)
-        """Weight of the pre-activation loss of the tanh recipe."""
+        """Weight of the pre-activation loss of the tanh recipe, which all latents have."""
+
+        @property
+        def rate_scale(self) -> float:  # type: ignore[override]
+            """Factor on the default learning rate: thresholds of the l0 recipe kill latents at higher rates."""
+            return 0.5 if self.jump_recipe == "l0" else 1.0
+
+        @property
+        def width(self) -> float:
+            """`bandwidth`, or its default."""
+            return self.bandwidth or (0.5 if self.jump_recipe == "l0" else 2.0)
 
     @classmethod
     def initial_latents(cls, config: SAEConfig) -> dict[str, float]:
         """Return the encoder bias, and the log of the threshold."""
         return {"b_enc": 0.0, "log_threshold": math.log(config.initial_threshold)}  # type: ignore[attr-defined]
 
-    def activate(
-        self, x: Float[Array, "n d"], context: Context
-    ) -> tuple[Float[Array, "n f"], tuple[Float[Array, " f"], ...]]:
+    def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Float[Array, "n f"], PerLatent]:
         """Return every latent above its threshold, and for the penalty the sums of its recipe over tokens."""
         if self.config.jump_recipe == "l0":
-            (latents,), sums = self.map_latents(x, context, formulas.CountedJump(self.config.bandwidth), self.threshold)
+            (latents,), sums = self.map_latents(x, context, formulas.CountedJump(self.config.width), self.threshold)
         else:
             (latents,), sums = self.map_latents(
-                x, context, formulas.TanhJump(self.config.bandwidth), self.threshold, self._norms
+                x, context, formulas.TanhJump(self.config.width), self.threshold, self._norms
             )
         return latents, sums
 
     def penalty(self, forward: Forward) -> Float[Array, ""]:
-        """Return the recipe's penalty on sparsity, and for `tanh` the pre-activation loss."""
-        active, *below = (sums / len(forward.x) for sums in forward.extra)
+        """Return the recipe's penalty on sparsity, for `tanh` the pre-activation loss, and the revival of the dead."""
+        active, below = (sums / len(forward.x) for sums in forward.extra)
         sparsity = forward.context.strength * self.config.l0_coefficient * active.sum()
+        sparsity += revival(self.config, forward.context, below)
         if self.config.jump_recipe == "l0":
             return sparsity
-        return sparsity + self.config.pre_act_coefficient * (below[0] @ self._norms)
+        return sparsity + self.config.pre_act_coefficient * (below @ self._norms)
 
     def initialize_latents(self, x: Float[Array, "n d"], ops: Ops) -> None:
         """Start thresholds where L0 is four times its target, if it has one.
@@ -213,3 +232,19 @@ class JumpReLU(SAE):
     def inference_arrays(self) -> Arrays:
         """Return the encoder bias and the thresholds."""
         return {"b_enc": self.b_enc[...], "threshold": self.threshold}
+
+
+def revival(config: PenalisedConfig, context: Context, below: Float[Array, " f"]) -> Float[Array, ""]:
+    """Return revival_coefficient * sum over dead latents of mean_n ReLU(theta_i - p_i); 0 where none is dead.
+
+    A dead latent is below its threshold on every token, so no other gradient reaches it. The pre-activation loss of
+    Anthropic's update of January 2025, here for the dead only, so that it does not change what the others learn.
+
+    Args:
+      config: the SAE's settings.
+      context: of the forward pass, with the mask of the dead latents.
+      below: means over tokens of ReLU(theta - p), (f,).
+    """
+    if context.dead is None:
+        return jnp.zeros(())
+    return config.revival_coefficient * jnp.where(context.dead, below, 0).sum()

@@ -22,14 +22,14 @@ def evaluated(p, a, b, c, FORMULA: tl.constexpr):
         one = rectified(p)
         two = one
         first = one
-        second = one
+        second = rectified(-p)
     elif FORMULA == 1:
         gate = p + a[None, :]
         magnitude = rectified(p * tl.exp(c)[None, :] + b[None, :])
         one = tl.where(gate > 0.0, magnitude, 0.0)
         two = rectified(gate)
         first = two
-        second = one
+        second = rectified(-gate)
     else:
         one = tl.where(p > a[None, :], p, 0.0)
         two = one
@@ -45,32 +45,33 @@ def evaluated(p, a, b, c, FORMULA: tl.constexpr):
 def differentiated(p, a, b, c, g, h, s, t, FORMULA: tl.constexpr, WIDTH: tl.constexpr):
     """Return the gradients of a tile's p, a, b and c, from those of its maps, g and h, and of its sums, s and t."""
     if FORMULA == 0:
-        dp = tl.where(p > 0.0, g + s[None, :], 0.0)
+        dp = tl.where(p > 0.0, g + s[None, :], 0.0) - tl.where(p < 0.0, t[None, :], 0.0)
         da = dp
         db = dp
         dc = dp
     elif FORMULA == 1:
-        opened = p + a[None, :] > 0.0
+        gate = p + a[None, :]
+        opened = gate > 0.0
         factor = tl.exp(c)[None, :]
-        da = tl.where(opened, h + s[None, :], 0.0)
+        da = tl.where(opened, h + s[None, :], 0.0) - tl.where(gate < 0.0, t[None, :], 0.0)
         db = tl.where(opened & (p * factor + b[None, :] > 0.0), g, 0.0)
         dc = db * p * factor
         dp = da + db * factor
     else:
         above = p > a[None, :]
         window = tl.where(tl.abs(p - a[None, :]) < WIDTH / 2, 1.0 / WIDTH, 0.0)
+        below = tl.where(p < a[None, :], t[None, :], 0.0)
         if FORMULA == 2:
             latent = tl.where(above, p, 0.0)
             size = 2.0 * tl.sigmoid(8.0 * latent * b[None, :]) - 1.0
             slope = 4.0 * s[None, :] * (1.0 - size * size)
             through = a[None, :] * window * (g + slope * b[None, :])
-            below = tl.where(p < a[None, :], t[None, :], 0.0)
             dp = tl.where(above, g + slope * b[None, :], 0.0) + through - below
             da = below - through
             db = slope * latent
         else:
-            dp = tl.where(above, g, 0.0)
-            da = -window * (a[None, :] * g + s[None, :])
+            dp = tl.where(above, g, 0.0) - below
+            da = below - window * (a[None, :] * g + s[None, :])
             db = dp
         dc = dp
     return dp, da, db, dc

@@ -26,10 +26,10 @@ class _Form(NamedTuple):
 
 
 FORMULAS = {
-    "rectified": _Form(0, 1, 1, 0),
-    "gated": _Form(1, 2, 1, 3),
+    "rectified": _Form(0, 1, 2, 0),
+    "gated": _Form(1, 2, 2, 3),
     "tanh jump": _Form(2, 1, 2, 2),
-    "counted jump": _Form(3, 1, 1, 1),
+    "counted jump": _Form(3, 1, 2, 1),
 }
 """The formulas that have kernels, by name."""
 

@@ -1,0 +1,91 @@
+"""The loss that pulls the pre-activations of dead latents up to their thresholds, against its definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from alone import begin, fit
+
+from jsae import step
+from jsae.architectures import SAE, Context, make, sae_config
+from jsae.config import TrainConfig
+from jsae.ops import choose
+
+D, F, N = 8, 24, 64
+ARCHITECTURES = {
+    "relu": {},
+    "gated": {},
+    "jumprelu": {},
+    "counted": {"jump_recipe": "l0"},
+}
+RUN = TrainConfig(num_activations=200 * N, batch_size=N, learning_rate=0.03, dead_after=N)
+
+
+def sae_of(name: str, **settings) -> SAE:
+    config = sae_config(name.replace("counted", "jumprelu"), D, F, **ARCHITECTURES[name], **settings)
+    sae = make(config, key=jax.random.key(0))
+    sae.W_enc[...] *= 0.3
+    if name == "gated":
+        sae.b_gate[...] = jax.random.normal(jax.random.key(2), (F,)) / 9
+    return sae
+
+
+def x(seed: int = 1) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (N, D))
+
+
+def loss(sae: SAE, dead: np.ndarray | None) -> jax.Array:
+    mask = None if dead is None else jnp.asarray(dead)
+    return step.loss_of(sae, x(), x(), Context(choose(), training=True, dead=mask))[0]
+
+
+def below_thresholds(sae: SAE) -> np.ndarray:
+    """How far every pre-activation is below its threshold on average, by definition."""
+    h = (np.asarray(x(), np.float64) - np.asarray(sae.b_dec[...])) @ np.asarray(sae.W_enc[...]).T
+    if sae.name == "gated":
+        threshold = -np.asarray(sae.b_gate[...])
+    elif sae.name == "jumprelu":
+        threshold = np.asarray(sae.threshold) - np.asarray(sae.b_enc[...])
+    else:
+        threshold = -np.asarray(sae.b_enc[...])
+    return np.maximum(threshold - h, 0).mean(0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_loss_of_dead_latents_is_how_far_they_are_below_their_thresholds(name):
+    sae, dead = sae_of(name, revival_coefficient=0.5), np.arange(F) % 3 == 0
+    expected = 0.5 * below_thresholds(sae)[dead].sum()
+    assert expected > 0.1
+    added = loss(sae, dead) - loss(sae, np.zeros(F, bool))
+    np.testing.assert_allclose(added, expected, rtol=2e-4)
+    assert loss(sae, None) == loss(sae, np.zeros(F, bool))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_its_gradient_reaches_the_encoder_of_the_dead_alone_and_no_decoder(name):
+    sae, dead = sae_of(name, revival_coefficient=0.5), np.arange(F) < 5
+    with_dead, without = (jax.grad(lambda sae, mask=mask: loss(sae, mask))(sae) for mask in (dead, np.zeros(F, bool)))
+    change = jax.tree.map(lambda a, b: np.abs(a - b), with_dead, without)
+    assert change.W_enc[...][dead].max() > 1e-3
+    assert change.W_enc[...][~dead].max() < 1e-6
+    assert change.W_dec[...].max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_latents_that_never_fire_come_back(name):
+    """Latents whose bias is far too low fire again after a short run, and do not without the loss."""
+    dead = np.arange(F) < 6
+    fired = {}
+    for coefficient in (0.0, 0.5):
+        config = sae_of(name, revival_coefficient=coefficient).config
+        state = begin(config, RUN, x())
+        bias = "b_gate" if name == "gated" else "b_enc"
+        array = getattr(state.sae, bias)
+        array[...] = jnp.where(dead, -4.0, array[...])
+        batches = [x(seed) for seed in range(2, 202)]
+        for _, state, sums in fit(config, RUN, state, batches):
+            last = sums
+        fired[coefficient] = float((np.asarray(state.since_fired)[dead] < 20 * N).mean())
+        assert np.isfinite(last.loss)
+    assert fired[0.0] < 0.2
+    assert fired[0.5] > 0.8

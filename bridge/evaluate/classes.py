@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 
-from bridge.evaluate import predicates, syntax
+from bridge.evaluate import predicates, random_sae, syntax
 from bridge.evaluate import text as texts
 from bridge.evaluate.probing import Examples
 from bridge.evaluate.site import Site
@@ -40,6 +40,8 @@ class Passages(NamedTuple):
     train: Bool[np.ndarray, " n"]
     """Whether a passage is for training. The split is by document: no document is in both parts."""
     classes: list[str]
+    document: Int[np.ndarray, " n"] | None = None
+    """The document of each passage; None: each is its own."""
 
 
 def packages(spec: str, tokenizer: Tokenizer, max_tokens: int) -> Passages | None:
@@ -65,17 +67,22 @@ def packages(spec: str, tokenizer: Tokenizer, max_tokens: int) -> Passages | Non
     usable = {name: units for name, units in by_package.items() if len(units) >= _FEWEST_DOCUMENTS}
     classes = sorted(usable, key=lambda name: -_size(usable[name]))[:MOST_PACKAGES]
     per_class = max(max_tokens // CONTEXT // max(len(classes), 1), 1)
-    tokens, kind, train = [], [], []
+    tokens, kind, train, document = [], [], [], []
     for class_index, name in enumerate(classes):
         units = [usable[name][i] for i in rng.permutation(len(usable[name]))]
         for is_train in (True, False):
             share = [unit for i, unit in enumerate(units) if (i % _TEST_EVERY > 0) == is_train]
             wanted = per_class * (_TEST_EVERY - 1) // _TEST_EVERY if is_train else max(per_class // _TEST_EVERY, 1)
-            for _, row in zip(range(wanted), _passages(share, tokenizer, rng), strict=False):
+            for _, (name_of_unit, row) in zip(range(wanted), _passages(share, tokenizer, rng), strict=False):
                 tokens.append(row)
                 kind.append(class_index)
                 train.append(is_train)
-    return Passages(np.stack(tokens), np.array(kind), np.array(train), classes) if tokens else None
+                document.append(name_of_unit)
+    if not tokens:
+        return None
+    return Passages(
+        np.stack(tokens), np.array(kind), np.array(train), classes, np.unique(document, return_inverse=True)[1]
+    )
 
 
 def package_of(unit: str) -> str | None:
@@ -94,37 +101,46 @@ def _size(units: list[Unit]) -> int:
     return sum(min(length // _BYTES_PER_PASSAGE, _PER_DOCUMENT) for length in lengths)
 
 
-def _passages(units: list[Unit], tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield some passages of every unit, at random positions, without overlap."""
+def _passages(units: list[Unit], tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield some passages of every unit with its name, at random positions, without overlap."""
     for unit in units:
         for document in texts.unit_documents(unit, tokenizer):
             count = len(document.ids) // (CONTEXT - 1)
             for i in rng.permutation(count)[:_PER_DOCUMENT]:
                 part = document.ids[i * (CONTEXT - 1) : (i + 1) * (CONTEXT - 1)]
-                yield np.concatenate([[tokenizer.bos_token_id], part]).astype(np.int32)
+                yield unit.name, np.concatenate([[tokenizer.bos_token_id], part]).astype(np.int32)
 
 
 @torch.no_grad()
 def passage_examples(site: Site, sae: TorchSAE, passages: Passages) -> Examples:
-    """Return passages as means of their activations and latents over the tokens that count (no BOS, no sinks)."""
+    """Return passages as means of their activations and latents over the tokens that count (no BOS, no sinks).
+
+    The random SAE of the baseline has the mean and the L0 of the first forward pass.
+    """
     sample = _subsample(len(passages.tokens), sae)
     tokens, kind, train = (column[sample] for column in passages[:3])
-    acts, latents = [], []
+    acts, latents, random = [], [], []
+    baseline: TorchSAE | None = None
     for _, ids, x, _, mask in site.read(site.batches(tokens, sae.d_sae)):
         weight = mask.float() / mask.sum(1, keepdim=True).clamp(min=1)
-        latent_values = sae.encode(x[mask].float()) * weight[mask][:, None]
-        pooled = latent_values.new_zeros(len(ids), sae.d_sae).index_add_(0, mask.nonzero()[:, 0], latent_values)
+        counted = x[mask].float()
+        baseline = random_sae.like(sae, counted) if baseline is None else baseline
         acts.append((x.float() * weight[..., None]).sum(1).cpu().numpy())
-        latents.append(pooled.cpu().numpy())
+        for encoder, pooled in ((sae, latents), (baseline, random)):
+            values = encoder.encode(counted) * weight[mask][:, None]
+            sums = values.new_zeros(len(ids), sae.d_sae).index_add_(0, mask.nonzero()[:, 0], values)
+            pooled.append(sums.cpu().numpy())
     member = kind[:, None] == np.arange(len(passages.classes))
-    return Examples(np.concatenate(acts), np.concatenate(latents), member, train, passages.classes)
+    document = None if passages.document is None else passages.document[sample]
+    columns = (np.concatenate(acts), np.concatenate(latents), member, train, passages.classes)
+    return Examples(*columns, np.concatenate(random), document)
 
 
 @torch.no_grad()
 def token_examples(site: Site, sae: TorchSAE, text: Text) -> Examples | None:
     """Return single tokens of Python code inside and outside of `TOKEN_CLASSES`; None if no document parses as Python.
 
-    Every fifth document is for testing.
+    Every fifth document is for testing. The random SAE of the baseline has the mean and the L0 of the examples.
     """
     document = text.document.reshape(-1)
     marks, known = predicates.bits(text)
@@ -144,7 +160,16 @@ def token_examples(site: Site, sae: TorchSAE, text: Text) -> Examples | None:
         indices.append(selected.flatten().nonzero()[:, 0].cpu().numpy() + start * ids.shape[1])
     index = np.concatenate(indices)
     train = _for_training(document)[index]
-    return Examples(np.concatenate(acts), np.concatenate(latents), member[index], train, list(TOKEN_CLASSES))
+    inputs = np.concatenate(acts)
+    baseline = _encoded(random_sae.like(sae, torch.from_numpy(inputs).to(site.device)), inputs, site)
+    columns = (inputs, np.concatenate(latents), member[index], train, list(TOKEN_CLASSES))
+    return Examples(*columns, baseline, document[index])
+
+
+def _encoded(sae: TorchSAE, inputs: Float32[np.ndarray, "n d"], site: Site) -> Float32[np.ndarray, "n f"]:
+    """Return the latents of single activations."""
+    parts = torch.from_numpy(inputs).split(site.tokens_per_forward)
+    return np.concatenate([sae.encode(part.to(site.device)).cpu().numpy() for part in parts])
 
 
 def _balanced(

@@ -2,10 +2,11 @@
 
     python -m experiments.evaluate --run_dir=runs/demo
     python -m experiments.evaluate --run_dir=runs/demo --sae=downloads/other_sae
+    python -m experiments.evaluate --run_dir=runs/demo --steering
     python -m experiments.evaluate --compare runs/demo runs/wider
 
-Writes eval.json, latents.json, labels.json and plots/ into the run directory, or into that of --sae. --compare
-evaluates two runs or exports on the same text, prints them side by side and writes nothing.
+Writes eval.json, latents.json, labels.json, plots/ and, with --steering, steering.json into the run directory, or into
+that of --sae. --compare evaluates two runs or exports on the same text, prints them side by side and writes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from bridge.run import Run, commands
 from bridge.settings import CONTEXT, STEP, ExcludeTokens, flag, settle
 from experiments import flags
 from jsae import extras
-from jsae.settings import TOKENS, require
+from jsae.settings import TOKENS, at_least, require
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class EvaluateConfig:
     drop_sinks: bool | None = flag(None, "Do not reconstruct tokens of extreme norm; none is as in the run.")
     probes: bool = flag(True, "Sparse probing and TPP (extra [eval]).")
     labels: bool = flag(True, "Label every latent with the simple predicate that fits it best.")
+    steering: bool = flag(False, "Measure effect and side effect of steering with a sample of the latents.")
+    latents: tuple[int, ...] = flag((), "Latents to steer; none is a sample of those that fire.", at_least(0))
+    steering_latents: int = flag(24, "Latents in that sample.", at_least(1, 2**20))
+    steering_tokens: int = flag(1024, "Tokens on which every strength of every direction is measured.", TOKENS)
     plots: bool = flag(True, "Plot densities and training curves (extra [eval]).")
     output_dir: FilePath | None = flag(None, "Directory to write to; none is the run's, or that of --sae.")
     device: str = flag("cpu", "Device of the model.")
@@ -62,6 +67,7 @@ class EvaluateConfig:
             bool(self.run_dir or self.sae or self.compare), "nothing to evaluate: give --run_dir, --sae or --compare"
         )
         require(len(self.compare) in (0, 2), f"--compare takes two runs or SAEs, A B, not {len(self.compare)}")
+        require(self.steering or not self.latents, "--latents names latents to steer: add --steering")
         require(not (self.compare and self.sae), "--compare names the SAEs itself: leave out --sae")
 
 

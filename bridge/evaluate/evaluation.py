@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bridge.evaluate import classes, labels, probing, text
+from bridge.evaluate import classes, labels, probing, steering_score, text
 from bridge.evaluate.core import PASSES, finite, measure
 from bridge.evaluate.site import Site
 from bridge.evaluate.text import Text
@@ -30,6 +30,14 @@ class Extent:
     probes: bool = True
     """Sparse probing and TPP; needs the extra [eval]."""
     labels: bool = True
+    steering: bool = False
+    """Effect and side effect of steering with a sample of the latents (`bridge.evaluate.steering_score`)."""
+    latents: tuple[int, ...] = ()
+    """The latents to steer; () is a sample of those that fire."""
+    steering_latents: int = 24
+    """Size of that sample."""
+    steering_tokens: int = 1024
+    """Tokens of text on which every strength of every direction is measured."""
 
 
 def evaluate(choice: Choice, extent: Extent, *, show_progress: bool = False) -> list[tuple[Subject, dict[str, Any]]]:
@@ -42,7 +50,7 @@ def evaluate(choice: Choice, extent: Extent, *, show_progress: bool = False) -> 
 
     Returns:
       Every SAE with its results as `Run.write_evaluation` takes them: "eval" (metrics), "latents" (columns) and, if
-      requested, "labels". Numbers that are not finite are None.
+      requested, "labels" and "steering". Numbers that are not finite are None.
 
     Raises:
       ConfigError, ValueError: an SAE does not fit the model, rows are longer than the model accepts, or there is too
@@ -95,11 +103,17 @@ def _measure(extent: Extent, subject: Subject, rows: Text, data: str, progress: 
     results: dict[str, Any] = {"eval": summary, "latents": columns}
     if extent.probes:
         summary |= _probes(extent, subject, site, rows, data, progress)
+    labelled = None
     if extent.labels:
         progress.phase("labelling latents", rows.tokens.size, "tokens")
         labelled = labels.label(labels.firings(site, sae, rows), rows, nano.tokenizer)
         summary["labels"] = labels.summary(labelled)
         results["labels"] = labels.table(labelled)
+    if extent.steering:
+        progress.phase("steering", None, "tokens")
+        wanted = steering_score.Extent(extent.latents, extent.steering_latents, extent.steering_tokens)
+        results["steering"] = steering_score.score(site, sae, rows, nano.tokenizer, labelled, wanted)
+        summary["steering"] = results["steering"]["summary"]
     return results
 
 

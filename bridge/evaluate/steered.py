@@ -62,14 +62,14 @@ def measure(
     start = 0
     for batch in site.batches(rows, len(token_bytes)):
         tokens = torch.from_numpy(batch.astype(np.int64)).to(site.device)
-        base = site.model(tokens).log_softmax(-1)
+        base = _Unsteered(site.model(tokens).log_softmax(-1), tokens, lengths[tokens])
         counts = ~among(tokens, site.excluded)
         size = max(site.rows_per_pass(rows.shape[1], len(token_bytes)) // len(batch), 1)
         for first in range(0, len(trials), size):
             group = trials[first : first + size]
-            for i, log_probs in enumerate(_steered(site, tokens, group)):
+            for i, logits in enumerate(_steered(site, tokens, group)):
                 where = counts & group[i].positions[start : start + len(batch)]
-                totals[first + i] += _sums(base, log_probs, tokens, where, group[i].targets, lengths)
+                totals[first + i] += base.sums(logits, where, group[i].targets)
         start += len(batch)
     return [_outcome(total.tolist()) for total in totals]
 
@@ -114,34 +114,46 @@ def at_divergence(
 
 
 def _steered(site: Site, tokens: Int[Tensor, "B T"], group: Sequence[Trial]) -> list[Float[Tensor, "B T V"]]:
-    """Return the log-probabilities of the model steered by each trial, from one forward pass."""
+    """Return the logits of the model steered by each trial, from one forward pass."""
 
     def steer(h: Tensor) -> Tensor:
         edits = (steering.additive(trial.feature, trial.strength, h.dtype) for trial in group)
         return torch.cat([change(part) for change, part in zip(edits, h.chunk(len(group)), strict=True)])
 
     with edit(site.model, {site.hook_name: steer}):
-        return list(site.model(tokens.repeat(len(group), 1)).log_softmax(-1).chunk(len(group)))
+        return list(site.model(tokens.repeat(len(group), 1)).chunk(len(group)))
 
 
-def _sums(
-    base: Float[Tensor, "B T V"],
-    steered: Float[Tensor, "B T V"],
-    tokens: Int[Tensor, "B T"],
-    where: Bool[Tensor, "B T"],
-    targets: Bool[Tensor, "m V"],
-    lengths: Int[Tensor, " V"],
-) -> Float[Tensor, " s"]:
-    """Return positions, divergence, nats of text (before, steered), bytes, and per target gain and shares."""
-    size = lengths[tokens[:, 1:]]
-    text = where[:, :-1] & (size > 0)
-    nats = [-lp[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0][text].sum() for lp in (base, steered)]
-    before, after = base[where], steered[where]
-    sums = [where.sum(), (before.exp() * (before - after)).sum(), *nats, size[text].sum()]
-    for target in targets:
-        mass_before, mass_after = before[:, target].logsumexp(-1), after[:, target].logsumexp(-1)
-        sums += [(mass_after - mass_before).sum(), mass_after.exp().sum(), mass_before.exp().sum()]
-    return torch.stack([value.double().cpu() for value in sums])
+class _Unsteered:
+    """The unsteered model's predictions on a batch, with which those of steered models are compared.
+
+    Args:
+      log_probs: (B, T, V).
+      tokens: (B, T).
+      lengths: length in bytes of every token of the batch, (B, T).
+    """
+
+    def __init__(self, log_probs: Float[Tensor, "B T V"], tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B T"]):
+        self._log_probs, self._probs = log_probs, log_probs.exp()
+        self._following, self._size = tokens[:, 1:, None], lengths[:, 1:]
+        self._minus_entropy = torch.linalg.vecdot(self._probs, log_probs)
+
+    def sums(
+        self, logits: Float[Tensor, "B T V"], where: Bool[Tensor, "B T"], targets: Bool[Tensor, "m V"]
+    ) -> Float[Tensor, " s"]:
+        """Return positions, divergence, nats of text (before, steered), bytes, and per target gain and shares."""
+        total = logits.logsumexp(-1)
+        divergence = self._minus_entropy - torch.linalg.vecdot(self._probs, logits) + total
+        text = where[:, :-1] & (self._size > 0)
+        before = -self._log_probs[:, :-1].gather(-1, self._following)[..., 0][text].sum()
+        steered = (total[:, :-1] - logits[:, :-1].gather(-1, self._following)[..., 0])[text].sum()
+        sums = [where.sum(), divergence[where].sum(), before, steered, self._size[text].sum()]
+        for target in targets:
+            ids = target.nonzero()[:, 0]
+            mass_before = self._log_probs[..., ids].logsumexp(-1)[where]
+            mass = (logits[..., ids].logsumexp(-1) - total)[where]
+            sums += [(mass - mass_before).sum(), mass.exp().sum(), mass_before.exp().sum()]
+        return torch.stack([value.double().cpu() for value in sums])
 
 
 def _outcome(sums: list[float]) -> Outcome:

@@ -45,9 +45,8 @@ def of_mean(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -> list[
     """Return the interval of the mean of independent values, such as scores of latents; None without values."""
     if not len(values):
         return None
-    numbers = np.asarray(values, np.float64)
-    drawn = np.random.default_rng(seed).integers(len(numbers), size=(draws, len(numbers)))
-    return interval(numbers[drawn].mean(1))
+    numbers, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
+    return interval(np.array([numbers[rng.integers(len(numbers), size=len(numbers))].mean() for _ in range(draws)]))
 
 
 def interval(samples: Float[np.ndarray, " b"]) -> list[float]:

@@ -118,8 +118,9 @@ _ROWS: dict[str, tuple[tuple[str, str, Format], ...]] = {
         ("  over 0.8", "labels.f1_over_80_percent", ",d"),
     ),
     "steering: gain in log-probability (nats) at a KL of 0.1 nats per token, median [quartiles]": (
-        *_steering("label", "tokens of the label"),
-        *_steering("promoted", "tokens it promotes"),
+        *_steering("following", "what follows the label"),
+        *_steering("label", "tokens that the label names"),
+        ("tokens that it promotes, by latents", "steering.promoted.latent", _quartiles),
         ("  by random directions, their own", "steering.own.random", _quartiles),
         ("bits per byte that this costs", "steering.bits_per_byte", "+.4f"),
     ),

@@ -51,9 +51,14 @@ def test_steering_is_shown_with_its_baselines(capsys):
     def entry(median: float) -> dict:
         return {"median": median, "quartiles": [median - 1, median + 1], "latents": 7, "reached": 7}
 
-    steering = {"promoted": {"latent": entry(2.0), "random": entry(0.5)}, "own": {"random": entry(1.0)}}
+    steering = {
+        "following": {"latent": entry(2.0), "random": entry(0.5)},
+        "promoted": {"latent": entry(1.5), "random": entry(0.0)},
+        "own": {"random": entry(1.0)},
+    }
     rows = shown(capsys, {"steering": steering | {"bits_per_byte": 0.01}})
-    assert rows["tokens it promotes, by latents"] == ["+2.00 [1.00, 3.00] of 7"]
+    assert rows["what follows the label, by latents"] == ["+2.00 [1.00, 3.00] of 7"]
     assert rows["by random directions"] == ["+0.50 [-0.50, 1.50] of 7"]
+    assert rows["tokens that it promotes, by latents"] == ["+1.50 [0.50, 2.50] of 7"]
     assert rows["by random directions, their own"] == ["+1.00 [0.00, 2.00] of 7"]
     assert rows["bits per byte that this costs"] == ["+0.0100"]

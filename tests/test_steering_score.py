@@ -131,6 +131,7 @@ def test_a_planted_unembedding_scores_far_above_random_directions(corpus, plante
     site = Site(model, LAST, (tokenizer.bos_token_id,))
     found = steering_score.score(site, sae, text, tokenizer, named, extent)
     entry = found["latents"]["0"]
+    assert {"following", "label", "promoted"} == set(entry["directions"]["latent"]["at_kl"])
     assert entry["promoted"][0] == tokenizer.token_text(PLANTED)
     at = {name: direction["at_kl"] for name, direction in entry["directions"].items()}
     assert at["latent"]["label"]["reached"]
@@ -228,6 +229,20 @@ def test_labels_are_read_back_to_where_they_hold_and_what_they_name(corpus):
     assert named.holds("in a docstring").any()
     assert named.holds("no such label") is None
     assert named.tokens(None) is named.holds(None) is None
+
+
+def test_what_follows_a_concept_is_what_comes_after_it_more_often_than_elsewhere(corpus):
+    _, tokenizer = corpus
+    ids = np.random.default_rng(0).integers(0, 200, (4, 100)).astype(np.int32)
+    ids[:, 10::10], ids[:, 11::10] = 210, 211  # 211 follows 210 and nothing else
+    ids[:, 15::10] = 212  # frequent, but not after 210
+    text = texts.Text(ids, np.zeros_like(ids), np.zeros_like(ids), [b""])
+    named = Concepts(text, tokenizer)
+    assert np.flatnonzero(named.following(ids.reshape(-1) == 210, 3)).tolist()[-1] == 211
+    found = named.following(ids.reshape(-1) == 210, 1)
+    assert np.flatnonzero(found).tolist() == [211]
+    assert named.following(np.arange(400) < 5, 3) is None
+    assert named.followed_by(found).sum() == (ids[:, 1:] == 211).sum()
 
 
 def test_every_label_that_the_evaluation_finds_is_known(corpus, planted):

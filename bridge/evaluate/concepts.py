@@ -10,6 +10,7 @@ from bridge.evaluate import predicates
 from bridge.evaluate.text import Text
 from bridge.nanochat.tokenizer import Tokenizer
 
+_FEWEST = 10  # places at which a concept holds
 _EXACT = ("token ", "after ", "before ")
 
 
@@ -62,6 +63,25 @@ class Concepts:
         where[:, :-1] = tokens[self._tokens[:, 1:]]
         return where.reshape(-1)
 
+    def following(self, holds: Bool[np.ndarray, " N"], count: int) -> Bool[np.ndarray, " V"] | None:
+        """Return the tokens that typically come after a concept, (V,): at most `count`; None if it is too rare.
+
+        Those of the greatest n ln(p / q), with n the number of times that the token follows the concept, p its share of
+        the tokens that follow the concept, and q its share of all tokens; p must exceed q, and n be at least 2.
+        """
+        after = holds.reshape(self._tokens.shape)[:, :-1]
+        if after.sum() < _FEWEST:
+            return None
+        everywhere = np.bincount(self._tokens[:, 1:].reshape(-1), minlength=self._vocab_size)
+        here = np.bincount(self._tokens[:, 1:][after], minlength=self._vocab_size)
+        lift = (here / here.sum()) / np.maximum(everywhere / everywhere.sum(), 1e-12)
+        weight = here * np.log(np.maximum(lift, 1e-12)) * (here >= 2)
+        chosen = np.argsort(-weight, kind="stable")[:count]
+        chosen = chosen[weight[chosen] > 0]
+        members = np.zeros(self._vocab_size, bool)
+        members[chosen] = True
+        return members if len(chosen) else None
+
     def _exact(self, label: str | None) -> tuple[str, int | None]:
         """Return kind and token of a label that names one token; the token is None for other labels."""
         for kind in _EXACT:
@@ -86,7 +106,7 @@ def sample(text: Text, rows: int) -> Text:
 
 
 def difference_of_means(
-    acts: Float32[np.ndarray, "N d"], holds: Bool[np.ndarray, " N"], fewest: int = 10
+    acts: Float32[np.ndarray, "N d"], holds: Bool[np.ndarray, " N"], fewest: int = _FEWEST
 ) -> Float64[np.ndarray, " d"] | None:
     """Return mean(acts where a concept holds) - mean(elsewhere), (d,); None with fewer than `fewest` of either."""
     if min(holds.sum(), (~holds).sum()) < fewest:

@@ -1,14 +1,17 @@
 """Score latents as steering directions: effect on the tokens they stand for, at a given side effect.
 
 A latent is steered as `bridge.steering` does in the mode `additive`, at all positions, with multiples of its greatest
-activation. Two sets of tokens are its targets: `promoted`, the tokens whose logits it raises most, and `label`, the
-tokens that its label names, if it names some and fits. The effect is the mean gain of a target's log-probability in
-nats, the side effect KL(unsteered || steered) in nats per token; both at positions at which the latent does not fire.
+activation. Three sets of tokens are targets. `following`: the tokens that come after the latent's label in text more
+often than elsewhere, so that a model that is steered as if the label held should predict them. `label`: the tokens that
+the label itself names, if it names some. Both need a label that fits. `promoted`: the tokens whose logits the latent
+raises most. The effect is the mean gain of a target's log-probability in nats, the side effect KL(unsteered || steered)
+in nats per token; both at positions at which the latent does not fire.
 
-Baselines of the same norm: a random direction, and the difference of the mean activations at which the latent's label
-holds and does not hold (or, for a latent without such a label, those before its promoted tokens and the others), the
+Baselines of the same norm: a random direction, and the difference between the mean activations where the latent's label
+holds and where it does not (or, for a latent without a label that fits, before its promoted tokens and elsewhere), the
 strong baseline of AxBench (arXiv 2501.17148). Any direction raises some tokens, so the random direction is also scored
-on the tokens that it promotes itself (`own`).
+on the tokens that it promotes itself (`own`): on the demo it gains as much there as latents do on theirs, so that
+`promoted` says little about an SAE, whereas `following` and `label` are chosen without its decoder.
 """
 
 import dataclasses
@@ -41,7 +44,7 @@ SIDE_EFFECT = 0.1
 PROMOTED = 10
 """Tokens that a direction promotes."""
 FITTING_F1 = 0.3
-"""Least F1 of a label that gives a latent its target."""
+"""Least F1 of a label that gives a latent targets."""
 _PROMOTING_ROWS = 4
 _SEED = 0
 
@@ -90,12 +93,10 @@ class _Subject:
         rows = self.text.tokens[:_PROMOTING_ROWS, : steering_sample.ROW]
         strength = MULTIPLES[0] * unit
         raised, own = promoted(self.site, rows, [(feature, strength), (random, strength)], PROMOTED)
-        targets = {"promoted": self._members(raised)}
-        if label is not None and (label.f1 or 0) >= FITTING_F1:
-            tokens = self.concepts.tokens(label.label)
-            targets |= {} if tokens is None else {"label": tokens}
+        holds = self._holds(label)
+        targets = self._targets(label, holds) | {"promoted": self._members(raised)}
         directions = {"latent": (feature, targets), "random": (random, targets | {"own": self._members(own)})}
-        if (mean := self._difference_of_means(label, targets)) is not None:
+        if (mean := self._difference_of_means(holds, targets["promoted"])) is not None:
             directions["difference_of_means"] = (_along(mean.to(feature.direction), feature), targets)
         description = {
             "label": None if label is None else label.label,
@@ -105,15 +106,24 @@ class _Subject:
         }
         return _Plan(unit, directions, description)
 
-    def _difference_of_means(self, label: Label | None, targets: Targets) -> Float[Tensor, " C"] | None:
-        """Return the difference of means of the label, or of what precedes the promoted tokens; None if too rare."""
-        if label is not None and "label" in targets:
-            holds = self.concepts.holds(label.label)
-        else:
-            holds = self.concepts.followed_by(targets["promoted"])
-        if holds is None:
-            return None
+    def _holds(self, label: Label | None) -> Bool[np.ndarray, " N"] | None:
+        """Return where the label of a latent holds; None without a label that fits."""
+        fits = label is not None and (label.f1 or 0) >= FITTING_F1
+        return self.concepts.holds(label.label) if fits else None
+
+    def _targets(self, label: Label | None, holds: Bool[np.ndarray, " N"] | None) -> Targets:
+        """Return the targets that follow from the label."""
+        if label is None or holds is None:
+            return {}
+        found = {"following": self.concepts.following(holds, PROMOTED), "label": self.concepts.tokens(label.label)}
+        return {name: tokens for name, tokens in found.items() if tokens is not None}
+
+    def _difference_of_means(
+        self, holds: Bool[np.ndarray, " N"] | None, promoted: Bool[np.ndarray, " V"]
+    ) -> Float[Tensor, " C"] | None:
+        """Return the difference of means of the label, or of what precedes promoted tokens; None if too rare."""
         counts = self.calibration.counts
+        holds = self.concepts.followed_by(promoted) if holds is None else holds
         mean = concepts.difference_of_means(self.calibration.acts[counts], holds[counts])
         return None if mean is None else torch.from_numpy(mean)
 
@@ -244,7 +254,7 @@ def summary(latents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     means, with the 95 % interval of a bootstrap over latents.
     """
     table: dict[str, Any] = {"latents": len(latents), "kl": SIDE_EFFECT}
-    for target in ("promoted", "label", "own"):
+    for target in ("following", "label", "promoted", "own"):
         rows = {}
         for direction in ("latent", "difference_of_means", "random"):
             found = list(_scores(latents, direction, target))

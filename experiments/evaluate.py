@@ -81,7 +81,7 @@ def main(config: EvaluateConfig) -> int:
 
 
 def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
-    from bridge.evaluate.evaluation import Extent, evaluate
+    from bridge.evaluate.evaluation import Extent, evaluate, stability_of
     from bridge.run.subjects import Choice
     from experiments import evaluate_view
 
@@ -91,6 +91,8 @@ def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
     results = evaluate(choice, Extent(**flags.shared(Extent, config)), show_progress=True)
 
     evaluate_view.show([(f"{subject.path}\n{subject.hook}", result["eval"]) for subject, result in results])
+    if config.compare:
+        evaluate_view.show_stability(stability_of(results))
     for subject, result in results:
         if problem := result["eval"].get("problem"):
             print(f"warning: {subject.path}, {subject.hook}: this SAE is of no use: {problem}", file=sys.stderr)

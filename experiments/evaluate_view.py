@@ -63,6 +63,35 @@ def _probing(kind: str) -> tuple[tuple[str, str, Format], ...]:
     return (*rows, ("  by all channels", f"sparse_probing.{kind}", _accuracy("llm_test_accuracy")))
 
 
+def _mean(name: str, spec: str) -> Format:
+    """Return a function that shows a mean over concepts with its interval."""
+
+    def show(group: dict[str, Any]) -> str | None:
+        if group.get(name) is None:
+            return None
+        return f"{group[name]:{spec}}{_interval(group['intervals'][name], digits=int(spec[1]))}"
+
+    return show
+
+
+def _concepts(group: dict[str, Any]) -> str:
+    """Return how many concepts count, and how many a probe does not find."""
+    missing = len(group["left_out"])
+    without = f"; {missing} with a probe below F1 {group['least_probe_f1']}" if missing else ""
+    return f"{len(group['concepts'])}{without}"
+
+
+def _detection(name: str) -> Format:
+    """Return a function that shows a score of labels as detectors with its interval."""
+
+    def show(group: dict[str, Any]) -> str | None:
+        if group.get(name) is None:
+            return None
+        return f"{group[name]:.3f}{_interval(group['intervals'][name], digits=3)}"
+
+    return show
+
+
 def _quartiles(entry: dict[str, Any]) -> str | None:
     """Return median and quartiles of steering's effects as text."""
     if entry.get("median") is None:
@@ -113,7 +142,15 @@ _ROWS: dict[str, tuple[tuple[str, str, Format], ...]] = {
         ("encoder-decoder cosine", "latents.mean_encoder_decoder_cosine_sim", ".4f"),
     ),
     "accuracy of sparse probes, with 95 % intervals": (*_probing("package"), *_probing("syntax")),
+    "concepts of single tokens (first letters, capitals): means over those that a probe finds": (
+        ("latents per concept", "absorption", _mean("latents", ".1f")),
+        ("absorbed fraction", "absorption", _mean("fraction", ".3f")),
+        ("absorption rate", "absorption", _mean("rate", ".3f")),
+        ("concepts", "absorption", _concepts),
+    ),
     "labels": (
+        ("F1 of labels, on other text", "labels.detection", _detection("f1")),
+        ("balanced accuracy", "labels.detection", _detection("balanced_accuracy")),
         ("labels with F1 over 0.5", "labels.f1_over_50_percent", ",d"),
         ("  over 0.8", "labels.f1_over_80_percent", ",d"),
     ),
@@ -154,6 +191,22 @@ def show(columns: Sequence[Column]) -> None:
     if not console.is_terminal:  # a pipe has no width: the table takes as much as it needs
         console = Console(width=36 + 40 * len(columns))
     console.print(table)
+
+
+def show_stability(found: dict[str, Any]) -> None:
+    """Print how many latents SAEs of the same hook share.
+
+    Args:
+      found: of `bridge.evaluate.evaluation.stability_of`.
+    """
+    for hook, entry in found.items():
+        if isinstance(entry, str):
+            line = f"{hook}: latents are not matched: {entry}"
+        else:
+            shares = ", ".join(f"{entry[f'share_over_{bar}']:.1%} above a cosine of {bar}" for bar in (0.7, 0.9))
+            alive = " and ".join(f"{count:,}" for count in entry["alive"])
+            line = f"{hook}: of {alive} living latents, matched one to one, {shares}; mean {entry['mean_cosine']:.3f}"
+        Console().print(Text(line), soft_wrap=True)
 
 
 def show_written(output: Path, results: dict[str, dict[str, Any]], plots: bool, max_labels: int = 5) -> None:

@@ -29,7 +29,8 @@ def match(
     """Return the one-to-one assignment of decoder rows with the largest sum of cosines (Hungarian algorithm).
 
     Args:
-      first, second: decoder rows of two SAEs on the same activations.
+      first: decoder rows of an SAE.
+      second: those of another SAE of the same activations.
       alive: which latents of each take part; None is all.
 
     Returns:

@@ -92,7 +92,7 @@ def test_a_run_is_measured_shown_and_written_down(whole, run):
     written = strict(run / "eval.json")
     assert written[HOOKS[0]] == {"fvu": 0.5}  # what was there of another hook stays
     entry = written[HOOKS[1]]
-    assert GROUPS | {"sparse_probing", "tpp", "labels", "setting"} <= entry.keys()
+    assert GROUPS | {"sparse_probing", "tpp", "absorption", "labels", "setting"} <= entry.keys()
     assert {"fvu", "l0", "explained_variance", "dead_fraction"} <= entry.keys()
     losses = entry["model_performance_preservation"]
     assert losses["ce_loss_without_sae"] < losses["ce_loss_with_sae"]
@@ -134,6 +134,9 @@ def test_two_are_shown_side_by_side_and_nothing_is_written(run, text, tmp_path, 
     first, second = (cell.strip() for cell in scores.split("│")[2:4])
     assert first == second
     assert float(first) < 1
+    (shared,) = (line for line in out.splitlines() if "matched one to one" in line)
+    assert shared.startswith(f"{HOOKS[1]}: of ")
+    assert "100.0% above a cosine of 0.7, 100.0% above a cosine of 0.9; mean 1.000" in shared
     assert sorted(other.rglob("*")) == before
 
 

@@ -55,7 +55,7 @@ def test_the_latent_that_differs_most_is_the_one_that_is_used(separable):
     found = probing.sparse_probing(Examples(separable.acts, useless, separable.member, separable.train, CLASSES))
     assert found["sae_top_1_test_accuracy"] == pytest.approx(0.5, abs=0.12)
     assert found["llm_test_accuracy"] > 0.97
-    assert list(probing._by_difference(separable.latents, probing._tasks(separable)["green"])[:1]) == [1]
+    assert list(probing.by_difference(separable.latents, probing.tasks(separable)["green"])[:1]) == [1]
 
 
 def test_more_latents_separate_classes_that_one_cannot():
@@ -109,9 +109,9 @@ def test_examples_of_one_document_are_resampled_together(separable):
 
 
 def test_a_probe_does_not_depend_on_the_unit_of_its_features(separable):
-    (first, *_), task = [separable.latents], probing._tasks(separable)["red"]
-    weights, bias = probing._fit(first[task.train], task.train_is)
-    scaled_weights, scaled_bias = probing._fit(first[task.train] * 1000, task.train_is)
+    (first, *_), task = [separable.latents], probing.tasks(separable)["red"]
+    weights, bias = probing.fit(first[task.train], task.train_is)
+    scaled_weights, scaled_bias = probing.fit(first[task.train] * 1000, task.train_is)
     np.testing.assert_allclose(scaled_weights * 1000, weights, rtol=1e-3, atol=1e-5)
     assert scaled_bias == pytest.approx(bias, rel=1e-3)
 
@@ -127,7 +127,7 @@ def test_taking_away_a_classs_own_latent_hurts_this_class_alone(separable):
 
 
 def test_only_latents_that_speak_for_a_class_are_taken_away(separable):
-    task = probing._tasks(separable)["red"]
+    task = probing.tasks(separable)["red"]
     weights = np.array([2.0, -1, -1, 0, 0, 0, 0, 0, 0, 0])
     chosen = probing._strongest(separable, task, weights, decoder(), 10)
     assert chosen[0] == 0

@@ -28,6 +28,8 @@ _MOST_NUMBERS = 2**27  # in a table of examples and latents: half a GiB
 
 TOKEN_CLASSES = ("in a docstring", "in a comment", "in a string", "in a function signature")
 _PER_TOKEN_CLASS = 1000
+MOST_LETTERS = 8
+_PER_LETTER, _LETTER_TOKENS = 400, 65_536
 
 
 class Passages(NamedTuple):
@@ -137,16 +139,51 @@ def passage_examples(site: Site, sae: TorchSAE, passages: Passages) -> Examples:
 
 
 @torch.no_grad()
+def letter_examples(site: Site, sae: TorchSAE, text: Text, tokenizer: Tokenizer) -> Examples | None:
+    """Return single tokens with the concepts of `absorption`: their first letter, and whether they are capitalised.
+
+    The `MOST_LETTERS` most frequent letters are taken, in the first `_LETTER_TOKENS` tokens of the text. Every fifth
+    document is for testing. None if no token has a concept.
+    """
+    rows = max(_LETTER_TOKENS // text.tokens.shape[1], 1)
+    part = Text(text.tokens[:rows], text.document[:rows], text.place[:rows], text.sources)
+    tables = predicates.vocabulary(tokenizer)
+    flat = part.tokens.reshape(-1)
+    letters = [name for name in tables if name.startswith("begins with the letter ")]
+    frequent = sorted(letters, key=lambda name: -int(tables[name][flat].sum()))[:MOST_LETTERS]
+    names = [*sorted(frequent), "capitalised word"]
+    member = np.stack([tables[name][flat] for name in names], axis=1)
+    return _tokens(site, sae, part, names, member, part.document.reshape(-1) >= 0, _PER_LETTER)
+
+
 def token_examples(site: Site, sae: TorchSAE, text: Text) -> Examples | None:
     """Return single tokens of Python code inside and outside of `TOKEN_CLASSES`; None if no document parses as Python.
 
-    Every fifth document is for testing. The random SAE of the baseline has the mean and the L0 of the examples.
+    Every fifth document is for testing.
     """
-    document = text.document.reshape(-1)
     marks, known = predicates.bits(text)
     class_bits = [np.uint64(1 << syntax.CONTEXTS.index(name)) for name in TOKEN_CLASSES]
     member = np.stack([(marks & bit) > 0 for bit in class_bits], axis=1)
-    chosen = _balanced(member, known & (document >= 0), _for_training(document))
+    known &= text.document.reshape(-1) >= 0
+    return _tokens(site, sae, text, list(TOKEN_CLASSES), member, known, _PER_TOKEN_CLASS)
+
+
+@torch.no_grad()
+def _tokens(
+    site: Site,
+    sae: TorchSAE,
+    text: Text,
+    names: list[str],
+    member: Bool[np.ndarray, "N C"],
+    known: Bool[np.ndarray, " N"],
+    per_class: int,
+) -> Examples | None:
+    """Return single tokens of a text as examples, equally many of each class; None if there are none.
+
+    The random SAE of the baseline has the mean and the L0 of the examples.
+    """
+    document = text.document.reshape(-1)
+    chosen = _balanced(member, known, _for_training(document), per_class)
     chosen = chosen[_subsample(len(chosen), sae)]
     if not len(chosen):
         return None
@@ -159,10 +196,9 @@ def token_examples(site: Site, sae: TorchSAE, text: Text) -> Examples | None:
         latents.append(sae.encode(x[selected].float()).cpu().numpy())
         indices.append(selected.flatten().nonzero()[:, 0].cpu().numpy() + start * ids.shape[1])
     index = np.concatenate(indices)
-    train = _for_training(document)[index]
     inputs = np.concatenate(acts)
     baseline = _encoded(random_sae.like(sae, torch.from_numpy(inputs).to(site.device)), inputs, site)
-    columns = (inputs, np.concatenate(latents), member[index], train, list(TOKEN_CLASSES))
+    columns = (inputs, np.concatenate(latents), member[index], _for_training(document)[index], names)
     return Examples(*columns, baseline, document[index])
 
 
@@ -173,13 +209,13 @@ def _encoded(sae: TorchSAE, inputs: Float32[np.ndarray, "n d"], site: Site) -> F
 
 
 def _balanced(
-    member: Bool[np.ndarray, "N C"], known: Bool[np.ndarray, " N"], train: Bool[np.ndarray, " N"]
+    member: Bool[np.ndarray, "N C"], known: Bool[np.ndarray, " N"], train: Bool[np.ndarray, " N"], per_class: int
 ) -> Int[np.ndarray, " n"]:
     """Return indices of random tokens, ascending: equally many of each class and of none, in training and test."""
     rng = np.random.default_rng(0)
     chosen: list[np.ndarray] = []
     for in_class in (*member.T, ~member.any(1)):
-        for part, most in ((train, _PER_TOKEN_CLASS), (~train, _PER_TOKEN_CLASS // (_TEST_EVERY - 1))):
+        for part, most in ((train, per_class), (~train, per_class // (_TEST_EVERY - 1))):
             chosen.append(rng.permutation(np.flatnonzero(in_class & known & part))[:most])
     return np.unique(np.concatenate(chosen))
 

@@ -1,12 +1,14 @@
 """Evaluate chosen SAEs: metrics, statistics per latent, labels. The results go into a run's tables."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
-from bridge.evaluate import classes, labels, probing, steering_score, text
+from bridge.evaluate import absorption, classes, labels, probing, steering_score, text
 from bridge.evaluate.core import PASSES, finite, measure
 from bridge.evaluate.site import Site
 from bridge.evaluate.text import Text
@@ -14,6 +16,7 @@ from bridge.nanochat import Nanochat
 from bridge.nanochat.units import Split
 from bridge.run import subjects
 from bridge.run.subjects import Choice, Subject
+from jsae import stability
 from jsae.health import unusable
 from jsae.progress import Progress
 
@@ -129,7 +132,35 @@ def _probes(extent: Extent, subject: Subject, site: Site, rows: Text, data: str,
     }
     progress.phase("fitting probes", None)
     W_dec = subject.sae.W_dec.cpu().numpy()
+    letters = None if site.other_hooks else classes.letter_examples(site, subject.sae, rows, subject.nano.tokenizer)
     return {
         "sparse_probing": {kind: x and probing.sparse_probing(x) for kind, x in examples.items()},
         "tpp": {kind: x and probing.tpp(x, W_dec) for kind, x in examples.items()},
+        "absorption": letters and absorption.absorption(letters, W_dec, subject.sae.b_dec.cpu().numpy()),
     }
+
+
+def stability_of(results: Sequence[tuple[Subject, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return how many living latents the SAEs of each hook share, by hook.
+
+    Args:
+      results: of `evaluate`.
+
+    Returns:
+      For every hook of at least two SAEs, the numbers of `jsae.stability.stability`, or the reason why the SAEs cannot
+      be matched.
+    """
+    hooks: dict[str, list[tuple[Subject, Mapping[str, Any]]]] = {}
+    for subject, result in results:
+        hooks.setdefault(subject.hook, []).append((subject, result))
+    found: dict[str, Any] = {}
+    for hook, members in hooks.items():
+        if len(members) < 2:
+            continue
+        decoders = [subject.sae.W_dec.float().cpu().numpy() for subject, _ in members]
+        alive = [np.asarray(result["latents"]["feature_density"], np.float64) > 0 for _, result in members]
+        try:
+            found[hook] = stability.stability(decoders, alive)
+        except ValueError as error:
+            found[hook] = str(error)
+    return found

@@ -258,8 +258,8 @@ def detection(labels: list[Label]) -> dict[str, Any]:
     Every latent that fires at least `DETECTED_FIRINGS` times where labels are scored counts. As the candidates are the
     same for every SAE, the numbers compare SAEs of any trainer that are evaluated on the same text. `precision` is the
     share of the tokens named by the label at which the latent fires, `recall` the share of its firings that the label
-    names: the label predicts the latent, whereas `Label` scores the latent as a detector of the predicate. Intervals are
-    from a bootstrap over latents; they do not contain the choice of the text.
+    names: the label predicts the latent, whereas `Label` scores the latent as a detector of the predicate. Intervals
+    are from a bootstrap over latents; they do not contain the choice of the text.
     """
     scored = [label for label in labels if label.label is not None and label.n >= DETECTED_FIRINGS]
     columns = {

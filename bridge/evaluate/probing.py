@@ -45,7 +45,7 @@ class Examples:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Task:
+class Task:
     """One class against the rest, balanced: rows of the examples, and which of them are in the class."""
 
     train: np.ndarray
@@ -84,13 +84,13 @@ def sparse_probing(examples: Examples, top_k: tuple[int, ...] = TOP_K) -> dict[s
     components = _components(examples)
     correct: dict[str, dict[str, np.ndarray]] = {}
     groups = []
-    for name, task in _tasks(examples).items():
+    for name, task in tasks(examples).items():
         by_probe = {}
         kinds = {"llm": examples.acts, "sae": examples.latents, "pca": components, "random": examples.random}
         for kind, features in ((kind, features) for kind, features in kinds.items() if features is not None):
             if kind in ("llm", "sae"):
                 by_probe[f"{kind}_test_accuracy"] = _correct(features, task)
-            order = _by_difference(features, task)
+            order = by_difference(features, task)
             for k in top_k:
                 by_probe[f"{kind}_top_{k}_test_accuracy"] = _correct(features[:, order[:k]], task)
         correct[name] = by_probe
@@ -143,21 +143,21 @@ def tpp(
       ImportError: scikit-learn is not installed.
     """
     require_sklearn()
-    tasks = _tasks(examples)
-    if len(tasks) < 2:  # there is no other class to compare with
+    by_name = tasks(examples)
+    if len(by_name) < 2:  # there is no other class to compare with
         return {}
-    probes = {name: _fit(examples.acts[task.train], task.train_is) for name, task in tasks.items()}
-    baseline = {name: _score(examples.acts[task.test], task.test_is, probes[name]) for name, task in tasks.items()}
+    probes = {name: fit(examples.acts[task.train], task.train_is) for name, task in by_name.items()}
+    baseline = {name: _score(examples.acts[task.test], task.test_is, probes[name]) for name, task in by_name.items()}
     scores: dict[str, float | None] = {}
     for n in (n for n in most if n <= len(W_dec)):
         intended, unintended = [], []
-        for name, task in tasks.items():
+        for name, task in by_name.items():
             chosen = _strongest(examples, task, probes[name][0], W_dec, n)
             removed = examples.latents[:, chosen] @ W_dec[chosen]
             drops = {
                 other: baseline[other]
                 - _score(examples.acts[other_task.test] - removed[other_task.test], other_task.test_is, probes[other])
-                for other, other_task in tasks.items()
+                for other, other_task in by_name.items()
             }
             intended.append(drops.pop(name))
             unintended.append(np.mean(list(drops.values())))
@@ -167,10 +167,10 @@ def tpp(
     return scores
 
 
-def _tasks(examples: Examples) -> dict[str, _Task]:
+def tasks(examples: Examples) -> dict[str, Task]:
     """Return every class with enough examples in training and test, with equally many others drawn at random."""
     rng = np.random.default_rng(_SEED)
-    tasks = {}
+    found = {}
     for name, member in zip(examples.classes, examples.member.T, strict=True):
         halves = []
         for part, fewest in ((examples.train, _FEWEST), (~examples.train, math.ceil(_FEWEST / 10))):
@@ -182,22 +182,22 @@ def _tasks(examples: Examples) -> dict[str, _Task]:
             halves.append((rows, np.arange(2 * size) < size))
         if len(halves) == 2:
             (train, train_is), (test, test_is) = halves
-            tasks[name] = _Task(train, test, train_is, test_is)
-    return tasks
+            found[name] = Task(train, test, train_is, test_is)
+    return found
 
 
-def _by_difference(features: Float32[np.ndarray, "n f"], task: _Task) -> np.ndarray:
+def by_difference(features: Float32[np.ndarray, "n f"], task: Task) -> np.ndarray:
     """Return the indices of features, ordered by the distance of their means in class and rest, greatest first."""
     return np.argsort(-np.abs(_difference(features, task)), kind="stable")
 
 
-def _difference(features: Float32[np.ndarray, "n f"], task: _Task) -> Float[np.ndarray, " f"]:
+def _difference(features: Float32[np.ndarray, "n f"], task: Task) -> Float[np.ndarray, " f"]:
     """Return the mean of each feature in the class minus that in the rest."""
     return features[task.train[task.train_is]].mean(0) - features[task.train[~task.train_is]].mean(0)
 
 
 def _strongest(
-    examples: Examples, task: _Task, weights: np.ndarray, W_dec: Float32[np.ndarray, "f d"], n: int
+    examples: Examples, task: Task, weights: np.ndarray, W_dec: Float32[np.ndarray, "f d"], n: int
 ) -> np.ndarray:
     """Return at most n latents that are more active in the class and increase its probe's output, strongest first."""
     effect = np.maximum(_difference(examples.latents, task), 0) * (W_dec @ weights)
@@ -205,18 +205,22 @@ def _strongest(
     return order[effect[order] > 0]
 
 
-def _correct(features: np.ndarray, task: _Task) -> Bool[np.ndarray, " t"]:
+def _correct(features: np.ndarray, task: Task) -> Bool[np.ndarray, " t"]:
     """Return which test examples a probe of these features classifies correctly."""
-    weights, bias = _fit(features[task.train], task.train_is)
-    return (features[task.test] @ weights + bias > 0) == task.test_is
+    return predictions(features[task.test], fit(features[task.train], task.train_is)) == task.test_is
+
+
+def predictions(features: np.ndarray, probe: tuple[np.ndarray, float]) -> Bool[np.ndarray, " t"]:
+    """Return which examples a probe puts into the class."""
+    weights, bias = probe
+    return features @ weights + bias > 0
 
 
 def _score(features: np.ndarray, is_class: np.ndarray, probe: tuple[np.ndarray, float]) -> float:
-    weights, bias = probe
-    return float(((features @ weights + bias > 0) == is_class).mean())
+    return float((predictions(features, probe) == is_class).mean())
 
 
-def _fit(features: np.ndarray, is_class: np.ndarray) -> tuple[np.ndarray, float]:
+def fit(features: np.ndarray, is_class: np.ndarray) -> tuple[np.ndarray, float]:
     """Return weights and bias, for raw features, of a logistic probe fitted on standardised ones."""
     from sklearn.linear_model import LogisticRegression
 

@@ -56,6 +56,10 @@ class EvaluateConfig:
     latents: tuple[int, ...] = flag((), "Latents to steer; none is a sample of those that fire.", at_least(0))
     steering_latents: int = flag(24, "Latents in that sample.", at_least(1, 2**20))
     steering_tokens: int = flag(1024, "Tokens on which every strength of every direction is measured.", TOKENS)
+    core_bundle: FilePath | None = flag(
+        None, "nanochat's eval_bundle, to measure what steering costs in CORE; none is that in $NANOCHAT_BASE_DIR."
+    )
+    core_examples: int = flag(10, "Most examples of each CORE task; 0 leaves CORE out.", at_least(0))
     plots: bool = flag(True, "Plot densities and training curves (extra [eval]).")
     output_dir: FilePath | None = flag(None, "Directory to write to; none is the run's, or that of --sae.")
     device: str = flag("cpu", "Device of the model.")
@@ -68,6 +72,7 @@ class EvaluateConfig:
         )
         require(len(self.compare) in (0, 2), f"--compare takes two runs or SAEs, A B, not {len(self.compare)}")
         require(self.steering or not self.latents, "--latents names latents to steer: add --steering")
+        require(self.steering or not self.core_bundle, "--core_bundle is for steered models: add --steering")
         require(not (self.compare and self.sae), "--compare names the SAEs itself: leave out --sae")
 
 
@@ -88,7 +93,8 @@ def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
     directories = tuple(Path(directory) for directory in config.compare or (config.sae or config.run_dir,))
     run = Path(config.run_dir) if config.run_dir else None
     choice = Choice(directories, run, own_runs_first=bool(config.compare), **flags.shared(Choice, config))
-    results = evaluate(choice, Extent(**flags.shared(Extent, config)), show_progress=True)
+    extent = Extent(**flags.shared(Extent, config) | {"core_bundle": _bundle(config)})
+    results = evaluate(choice, extent, show_progress=True)
 
     evaluate_view.show([(f"{subject.path}\n{subject.hook}", result["eval"]) for subject, result in results])
     if config.compare:
@@ -105,6 +111,21 @@ def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
             draw(Run(output), {hook: result["eval"] for hook, result in by_hook.items()})
         evaluate_view.show_written(output, by_hook, config.plots)
     return 0
+
+
+def _bundle(config: EvaluateConfig) -> Path | None:
+    """Return the folder of CORE tasks; None, with a line that says why, where steering is measured without them."""
+    from bridge.evaluate import eval_bundle
+
+    if not config.steering or not config.core_examples:
+        return None
+    if config.core_bundle is not None:
+        return Path(config.core_bundle)
+    folder = eval_bundle.default_location()
+    if folder.is_dir():
+        return folder
+    print(f"CORE tasks are left out: {folder} does not exist; --core_bundle names another eval_bundle", file=sys.stderr)
+    return None
 
 
 def _check_requirements(config: EvaluateConfig, output: Path | None) -> None:

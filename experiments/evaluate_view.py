@@ -63,6 +63,11 @@ def _probing(kind: str) -> tuple[tuple[str, str, Format], ...]:
     return (*rows, ("  by all channels", f"sparse_probing.{kind}", _accuracy("llm_test_accuracy")))
 
 
+def _cost(entry: Sequence[float]) -> str:
+    """Return a loss of CORE as text, with its interval."""
+    return f"{entry[0]:.3f}{_interval(entry[1:], digits=3)}"
+
+
 def _mean(name: str, spec: str) -> Format:
     """Return a function that shows a mean over concepts with its interval."""
 
@@ -141,8 +146,8 @@ _ROWS: dict[str, tuple[tuple[str, str, Format], ...]] = {
         ("duplicated", "latents.duplicated", ",d"),
         ("encoder-decoder cosine", "latents.mean_encoder_decoder_cosine_sim", ".4f"),
     ),
-    "accuracy of sparse probes, with 95 % intervals": (*_probing("package"), *_probing("syntax")),
-    "concepts of single tokens (first letters, capitals): means over those that a probe finds": (
+    "accuracy of sparse probes, 95 % intervals": (*_probing("package"), *_probing("syntax")),
+    "concepts: first letters, capitals": (
         ("latents per concept", "absorption", _mean("latents", ".1f")),
         ("absorbed fraction", "absorption", _mean("fraction", ".3f")),
         ("absorption rate", "absorption", _mean("rate", ".3f")),
@@ -154,14 +159,19 @@ _ROWS: dict[str, tuple[tuple[str, str, Format], ...]] = {
         ("labels with F1 over 0.5", "labels.f1_over_50_percent", ",d"),
         ("  over 0.8", "labels.f1_over_80_percent", ",d"),
     ),
-    "steering: gain in log-probability (nats) at a KL of 0.1 nats per token, median [quartiles]": (
+    "steering: nats gained at KL 0.1, quartiles": (
         *_steering("following", "what follows the label"),
         *_steering("label", "tokens that the label names"),
         ("tokens that it promotes, by latents", "steering.promoted.latent", _quartiles),
         ("  by random directions, their own", "steering.own.random", _quartiles),
         ("bits per byte that this costs", "steering.bits_per_byte", "+.4f"),
+        ("CORE of the model as it is", "steering.capability.core", ".3f"),
+        *(
+            (f"  lost at {m:g} x the greatest activation", f"steering.capability.cost_at_{m:g}", _cost)
+            for m in (0.5, 1, 2, 4)
+        ),
     ),
-    "unreliable (arXiv 2605.18229), to compare with older tables only": tuple(
+    "unreliable (arXiv 2605.18229)": tuple(
         (f"TPP of 10 latents, {kind}", f"tpp.{kind}.tpp_threshold_10_total_metric", ".3f")
         for kind in ("package", "syntax")
     ),
@@ -189,7 +199,7 @@ def show(columns: Sequence[Column]) -> None:
             table.add_row(name, *("–" if text is None else text for text in texts))
     console = Console()
     if not console.is_terminal:  # a pipe has no width: the table takes as much as it needs
-        console = Console(width=36 + 40 * len(columns))
+        console = Console(width=44 + 40 * len(columns))
     console.print(table)
 
 

@@ -3,13 +3,16 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from bridge.evaluate import absorption, classes, labels, probing, steering_score, text
+from bridge import steering
+from bridge.evaluate import absorption, capability, classes, eval_bundle, labels, probing, steering_score, text
 from bridge.evaluate.core import PASSES, finite, measure
+from bridge.evaluate.eval_bundle import Task
 from bridge.evaluate.site import Site
 from bridge.evaluate.text import Text
 from bridge.nanochat import Nanochat
@@ -19,6 +22,9 @@ from bridge.run.subjects import Choice, Subject
 from jsae import stability
 from jsae.health import unusable
 from jsae.progress import Progress
+
+CORE_LATENTS = 3
+"""Latents of the sample with which the model is steered in CORE tasks."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,10 @@ class Extent:
     """Size of that sample."""
     steering_tokens: int = 1024
     """Tokens of text on which every strength of every direction is measured."""
+    core_bundle: Path | None = None
+    """nanochat's eval bundle: CORE tasks on the steered model; None leaves them out."""
+    core_examples: int = 10
+    """Most examples of each CORE task."""
 
 
 def evaluate(choice: Choice, extent: Extent, *, show_progress: bool = False) -> list[tuple[Subject, dict[str, Any]]]:
@@ -60,6 +70,7 @@ def evaluate(choice: Choice, extent: Extent, *, show_progress: bool = False) -> 
         little text.
       FileNotFoundError: no such run, export, checkpoint or text.
     """
+    tasks = eval_bundle.read(extent.core_bundle) if extent.steering and extent.core_bundle else []
     chosen = subjects.find(choice)
     data = subjects.reading(choice, choice.paths[0]).data
     texts = {id(subject.nano): _text(choice, extent, subject.nano) for subject in chosen}
@@ -67,7 +78,7 @@ def evaluate(choice: Choice, extent: Extent, *, show_progress: bool = False) -> 
     for subject in chosen:
         progress = Progress(f"measuring {subject.hook}", None, console=console)
         with progress, progress.tokens_of(subject.nano.model):
-            results.append(finite(_measure(extent, subject, texts[id(subject.nano)], data, progress)))
+            results.append(finite(_measure(extent, subject, texts[id(subject.nano)], data, progress, tasks)))
     return list(zip(chosen, results, strict=True))
 
 
@@ -84,7 +95,9 @@ def _text(choice: Choice, extent: Extent, nano: Nanochat) -> Text:
     return text.read(documents, nano.tokenizer, row_len, extent.heldout_tokens)
 
 
-def _measure(extent: Extent, subject: Subject, rows: Text, data: str, progress: Progress) -> dict[str, Any]:
+def _measure(
+    extent: Extent, subject: Subject, rows: Text, data: str, progress: Progress, tasks: Sequence[Task]
+) -> dict[str, Any]:
     """Return the results of one SAE; they contain numpy numbers and arrays."""
     nano, sae = subject.nano, subject.sae
     site = Site(nano.model, subject.hook, subject.excluded, subject.drop_sinks)
@@ -113,10 +126,38 @@ def _measure(extent: Extent, subject: Subject, rows: Text, data: str, progress: 
         summary["labels"] = labels.summary(labelled)
         results["labels"] = labels.table(labelled)
     if extent.steering:
-        progress.phase("steering", None, "tokens")
-        wanted = steering_score.Extent(extent.latents, extent.steering_latents, extent.steering_tokens)
-        results["steering"] = steering_score.score(site, sae, rows, nano.tokenizer, labelled, wanted)
+        results["steering"] = _steering(extent, subject, site, rows, labelled, progress, tasks)
         summary["steering"] = results["steering"]["summary"]
+    return results
+
+
+def _steering(
+    extent: Extent,
+    subject: Subject,
+    site: Site,
+    rows: Text,
+    labelled: list[labels.Label] | None,
+    progress: Progress,
+    tasks: Sequence[Task],
+) -> dict[str, Any]:
+    """Return the scores of steering and, where there are tasks, what steering costs in capability."""
+    sae, tokenizer = subject.sae, subject.nano.tokenizer
+    progress.phase("steering", None, "tokens")
+    wanted = steering_score.Extent(extent.latents, extent.steering_latents, extent.steering_tokens)
+    results = steering_score.score(site, sae, rows, tokenizer, labelled, wanted)
+    if tasks:
+        progress.phase("CORE tasks", None, "tokens")
+        steered = list(results["latents"].items())
+        middle = [steered[(2 * i + 1) * len(steered) // (2 * CORE_LATENTS)] for i in range(CORE_LATENTS)]
+        features = {
+            int(latent): (steering.feature(sae, int(latent)), entry["greatest_activation"]) for latent, entry in middle
+        }
+        found = capability.cost(site, tokenizer, tasks, extent.core_examples, features, steering_score.MULTIPLES)
+        results["capability"] = found
+        results["summary"]["capability"] = {
+            "core": found[capability.PLAIN]["core"],
+            **{f"cost_at_{arm['multiple']:g}": [arm["cost"], *arm["interval"]] for arm in found["strengths"]},
+        }
     return results
 
 

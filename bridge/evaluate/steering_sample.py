@@ -15,7 +15,9 @@ from bridge.torch_sae import RANKED, TorchSAE
 
 ROW = 128
 """Most tokens per row of the text that is measured."""
-_CALIBRATION_TOKENS = 16_384
+CALIBRATION_TOKENS = 32_768
+"""Most tokens whose activations are kept for calibration."""
+_CONCEPT_TOKENS = 65_536
 _FEWEST_FIRINGS = 10
 
 
@@ -31,12 +33,12 @@ class Calibration:
 
 
 def split(text: Text, tokens: int) -> tuple[Text, Int[np.ndarray, "R T"]]:
-    """Return the first rows of a text, for calibration, and its last rows, cut to `ROW` tokens, to be measured."""
+    """Return the first rows of a text, to calibrate on, and its last rows, cut to `ROW` tokens, to be measured."""
     count, length = text.tokens.shape
     if count < 2:
         raise ValueError("steering is measured on at least two rows of text: give more --heldout_tokens")
     measured = min(max(tokens // min(length, ROW), 1), count // 2)
-    calibrating = max(min(count - measured, _CALIBRATION_TOKENS // length), 1)
+    calibrating = max(min(count - measured, _CONCEPT_TOKENS // length), 1)
     return concepts.sample(text, calibrating), text.tokens[count - measured :, :ROW]
 
 

@@ -124,7 +124,7 @@ class _Subject:
         """Return the difference of means of the label, or of what precedes promoted tokens; None if too rare."""
         counts = self.calibration.counts
         holds = self.concepts.followed_by(promoted) if holds is None else holds
-        mean = concepts.difference_of_means(self.calibration.acts[counts], holds[counts])
+        mean = concepts.difference_of_means(self.calibration.acts[counts], holds[: len(counts)][counts])
         return None if mean is None else torch.from_numpy(mean)
 
     def _members(self, ids: Int[Tensor, " n"]) -> Bool[np.ndarray, " V"]:
@@ -164,7 +164,8 @@ def score(
     if sae.is_transcoder or sae.layers > 1:
         raise ValueError(f"a {sae.architecture} SAE of {sae.layers} layers cannot be steered: give an SAE of one hook")
     calibrating, rows = steering_sample.split(text, extent.tokens)
-    calibration = steering_sample.calibrate(site, sae, calibrating)
+    rows_kept = max(steering_sample.CALIBRATION_TOKENS // calibrating.tokens.shape[1], 1)
+    calibration = steering_sample.calibrate(site, sae, concepts.sample(calibrating, rows_kept))
     chosen = steering_sample.chosen(sae, calibration, extent.latents, extent.sample_size)
     silent = steering_sample.silent(site, sae, rows, chosen)
     subject = _Subject(site, sae, tokenizer, calibrating, calibration, Concepts(calibrating, tokenizer))

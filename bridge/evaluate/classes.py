@@ -121,7 +121,9 @@ def passage_examples(site: Site, sae: TorchSAE, passages: Passages) -> Examples:
     """
     sample = _subsample(len(passages.tokens), sae)
     tokens, kind, train = (column[sample] for column in passages[:3])
-    acts, latents, random = [], [], []
+    acts: list[np.ndarray] = []
+    latents: list[np.ndarray] = []
+    random: list[np.ndarray] = []
     baseline: TorchSAE | None = None
     for _, ids, x, _, mask in site.read(site.batches(tokens, sae.d_sae)):
         weight = mask.float() / mask.sum(1, keepdim=True).clamp(min=1)

@@ -105,7 +105,7 @@ def _inside(folder: Path, uri: str, listing: Path) -> Path:
 def _examples(path: Path, kind: str) -> list[Example]:
     """Return the examples of a file of JSON lines, each checked."""
     jsons.check_size(path, _LARGEST_DATA)
-    examples = []
+    examples: list[Example] = []
     for number, (line, value) in enumerate(jsons.objects(path), 1):
         if not line.strip():
             continue

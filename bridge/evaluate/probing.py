@@ -82,23 +82,14 @@ def sparse_probing(examples: Examples, top_k: tuple[int, ...] = TOP_K) -> dict[s
     """
     require_sklearn()
     components = _components(examples)
-    correct: dict[str, dict[str, np.ndarray]] = {}
-    groups = []
-    for name, task in tasks(examples).items():
-        by_probe = {}
-        kinds = {"llm": examples.acts, "sae": examples.latents, "pca": components, "random": examples.random}
-        for kind, features in ((kind, features) for kind, features in kinds.items() if features is not None):
-            if kind in ("llm", "sae"):
-                by_probe[f"{kind}_test_accuracy"] = _correct(features, task)
-            order = by_difference(features, task)
-            for k in top_k:
-                by_probe[f"{kind}_top_{k}_test_accuracy"] = _correct(features[:, order[:k]], task)
-        correct[name] = by_probe
-        groups.append(task.test if examples.document is None else examples.document[task.test])
+    by_task = tasks(examples)
+    correct = {name: _by_probe(examples, components, task, top_k) for name, task in by_task.items()}
     if not correct:
         return {"examples": len(examples.train), "classes": {}}
     by_class = {name: {key: float(hits.mean()) for key, hits in probes.items()} for name, probes in correct.items()}
     means = _mean(by_class)
+    tests = [task.test for task in by_task.values()]
+    groups = tests if examples.document is None else [examples.document[test] for test in tests]
     draws = bootstrap.two_level([np.stack(list(probes.values())) for probes in correct.values()], groups)
     samples = dict(zip(means, draws, strict=True))
     return {
@@ -108,6 +99,23 @@ def sparse_probing(examples: Examples, top_k: tuple[int, ...] = TOP_K) -> dict[s
         "advantage": {str(k): _advantage(k, means, samples) for k in top_k},
         "classes": by_class,
     }
+
+
+def _by_probe(
+    examples: Examples, components: Float32[np.ndarray, "n c"], task: Task, top_k: tuple[int, ...]
+) -> dict[str, Bool[np.ndarray, " t"]]:
+    """Return for every probe which test examples of a class it classifies correctly."""
+    kinds = {"llm": examples.acts, "sae": examples.latents, "pca": components, "random": examples.random}
+    correct = {}
+    for kind, features in kinds.items():
+        if features is None:
+            continue
+        if kind in ("llm", "sae"):
+            correct[f"{kind}_test_accuracy"] = _correct(features, task)
+        order = by_difference(features, task)
+        for k in top_k:
+            correct[f"{kind}_top_{k}_test_accuracy"] = _correct(features[:, order[:k]], task)
+    return correct
 
 
 def _advantage(k: int, means: dict[str, float], samples: dict[str, np.ndarray]) -> dict[str, Any]:

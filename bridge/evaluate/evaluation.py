@@ -173,7 +173,7 @@ def _probes(extent: Extent, subject: Subject, site: Site, rows: Text, data: str,
     }
     progress.phase("fitting probes", None)
     W_dec = subject.sae.W_dec.cpu().numpy()
-    letters = None if site.other_hooks else classes.letter_examples(site, subject.sae, rows, subject.nano.tokenizer)
+    letters = classes.letter_examples(site, subject.sae, rows, subject.nano.tokenizer)
     return {
         "sparse_probing": {kind: x and probing.sparse_probing(x) for kind, x in examples.items()},
         "tpp": {kind: x and probing.tpp(x, W_dec) for kind, x in examples.items()},

@@ -149,6 +149,7 @@ _ROWS: dict[str, tuple[tuple[str, str, Format], ...]] = {
     "accuracy of sparse probes, 95 % intervals": (*_probing("package"), *_probing("syntax")),
     "concepts: first letters, capitals": (
         ("latents per concept", "absorption", _mean("latents", ".1f")),
+        ("F1 of a probe of these", "absorption", _mean("main_f1", ".3f")),
         ("absorbed fraction", "absorption", _mean("fraction", ".3f")),
         ("absorption rate", "absorption", _mean("rate", ".3f")),
         ("concepts", "absorption", _concepts),

@@ -79,6 +79,7 @@ def test_without_absorption_one_latent_is_the_concept():
     found = absorption.absorption(examples(False), decoder(), B_DEC)
     assert (found["latents"], found["rate"], found["fraction"]) == (1, 0, 0)
     assert found["intervals"]["rate"] == [0, 0]
+    assert found["main_f1"] == found["concepts"]["concept"]["f1"][0] > 0.97
     assert found["left_out"] == {}
     json.dumps(found, allow_nan=False)
 

@@ -40,7 +40,8 @@ def absorption(
     `fraction` is the mean over tokens of the share of the concept that at most `ABSORBING` aligned latents carry in
     place of the main ones: 0 if these carry all of the projection or the absorbing ones less than `SHARE` of it, 1 if
     the main ones carry nothing. `rate` is the share of tokens at which no main latent is active and the strongest
-    latent is aligned and carries at least `SHARE`. `latents` is the number of main latents. Intervals are from a
+    latent is aligned and carries at least `SHARE`. `latents` is the number of main latents, `main_f1` the F1 of a
+    probe of these: where it is low, no latents stand for the concept, and absorption says little. Intervals are from a
     bootstrap over concepts.
 
     Args:
@@ -67,8 +68,10 @@ def absorption(
         main = probing.by_difference(examples.latents, task)[: curve["latents"]]
         hit = task.test[task.test_is & probing.predictions(examples.acts[task.test], probe)]
         scores = _absorbed(examples, hit, probe[0] / np.linalg.norm(probe[0]), main, W_dec, b_dec)
-        found[name] = {"probe_f1": f1, **curve, "main_latents": main.tolist(), "tokens": len(hit), **scores}
-    columns = {name: [entry[name] for entry in found.values()] for name in ("fraction", "rate", "latents")}
+        main_f1 = curve["f1"][curve["latents"] - 1]
+        found[name] = {"probe_f1": f1, **curve, "main_latents": main.tolist(), "main_f1": main_f1, "tokens": len(hit)}
+        found[name] |= scores
+    columns = {name: [entry[name] for entry in found.values()] for name in ("fraction", "rate", "latents", "main_f1")}
     return {
         **{name: float(np.mean(values)) if values else None for name, values in columns.items()},
         "intervals": {name: bootstrap.of_mean([float(v) for v in values]) for name, values in columns.items()},

@@ -2,10 +2,11 @@
 
     python -m experiments.evaluate --run_dir=runs/demo
     python -m experiments.evaluate --run_dir=runs/demo --sae=downloads/other_sae
+    python -m experiments.evaluate --run_dir=runs/demo --steering
     python -m experiments.evaluate --compare runs/demo runs/wider
 
-Writes eval.json, latents.json, labels.json and plots/ into the run directory, or into that of --sae. --compare
-evaluates two runs or exports on the same text, prints them side by side and writes nothing.
+Writes eval.json, latents.json, labels.json, plots/ and, with --steering, steering.json into the run directory, or into
+that of --sae. --compare evaluates two runs or exports on the same text, prints them side by side and writes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from bridge.run import Run, commands
 from bridge.settings import CONTEXT, STEP, ExcludeTokens, flag, settle
 from experiments import flags
 from jsae import extras
-from jsae.settings import TOKENS, require
+from jsae.settings import TOKENS, at_least, require
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,14 @@ class EvaluateConfig:
     drop_sinks: bool | None = flag(None, "Do not reconstruct tokens of extreme norm; none is as in the run.")
     probes: bool = flag(True, "Sparse probing and TPP (extra [eval]).")
     labels: bool = flag(True, "Label every latent with the simple predicate that fits it best.")
+    steering: bool = flag(False, "Measure effect and side effect of steering with a sample of the latents.")
+    latents: tuple[int, ...] = flag((), "Latents to steer; none is a sample of those that fire.", at_least(0))
+    steering_latents: int = flag(24, "Latents in that sample.", at_least(1, 2**20))
+    steering_tokens: int = flag(1024, "Tokens on which every strength of every direction is measured.", TOKENS)
+    core_bundle: FilePath | None = flag(
+        None, "nanochat's eval_bundle, to measure what steering costs in CORE; none is that in $NANOCHAT_BASE_DIR."
+    )
+    core_examples: int = flag(10, "Most examples of each CORE task; 0 leaves CORE out.", at_least(0))
     plots: bool = flag(True, "Plot densities and training curves (extra [eval]).")
     output_dir: FilePath | None = flag(None, "Directory to write to; none is the run's, or that of --sae.")
     device: str = flag("cpu", "Device of the model.")
@@ -62,6 +71,8 @@ class EvaluateConfig:
             bool(self.run_dir or self.sae or self.compare), "nothing to evaluate: give --run_dir, --sae or --compare"
         )
         require(len(self.compare) in (0, 2), f"--compare takes two runs or SAEs, A B, not {len(self.compare)}")
+        require(self.steering or not self.latents, "--latents names latents to steer: add --steering")
+        require(self.steering or not self.core_bundle, "--core_bundle is for steered models: add --steering")
         require(not (self.compare and self.sae), "--compare names the SAEs itself: leave out --sae")
 
 
@@ -75,16 +86,19 @@ def main(config: EvaluateConfig) -> int:
 
 
 def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
-    from bridge.evaluate.evaluation import Extent, evaluate
+    from bridge.evaluate.evaluation import Extent, evaluate, stability_of
     from bridge.run.subjects import Choice
     from experiments import evaluate_view
 
     directories = tuple(Path(directory) for directory in config.compare or (config.sae or config.run_dir,))
     run = Path(config.run_dir) if config.run_dir else None
     choice = Choice(directories, run, own_runs_first=bool(config.compare), **flags.shared(Choice, config))
-    results = evaluate(choice, Extent(**flags.shared(Extent, config)), show_progress=True)
+    extent = Extent(**flags.shared(Extent, config) | {"core_bundle": _bundle(config)})
+    results = evaluate(choice, extent, show_progress=True)
 
     evaluate_view.show([(f"{subject.path}\n{subject.hook}", result["eval"]) for subject, result in results])
+    if config.compare:
+        evaluate_view.show_stability(stability_of(results))
     for subject, result in results:
         if problem := result["eval"].get("problem"):
             print(f"warning: {subject.path}, {subject.hook}: this SAE is of no use: {problem}", file=sys.stderr)
@@ -97,6 +111,21 @@ def _evaluate(config: EvaluateConfig, output: Path | None) -> int:
             draw(Run(output), {hook: result["eval"] for hook, result in by_hook.items()})
         evaluate_view.show_written(output, by_hook, config.plots)
     return 0
+
+
+def _bundle(config: EvaluateConfig) -> Path | None:
+    """Return the folder of CORE tasks; None, with a line that says why, where steering is measured without them."""
+    from bridge.evaluate import eval_bundle
+
+    if not config.steering or not config.core_examples:
+        return None
+    if config.core_bundle is not None:
+        return Path(config.core_bundle)
+    folder = eval_bundle.default_location()
+    if folder.is_dir():
+        return folder
+    print(f"CORE tasks are left out: {folder} does not exist; --core_bundle names another eval_bundle", file=sys.stderr)
+    return None
 
 
 def _check_requirements(config: EvaluateConfig, output: Path | None) -> None:

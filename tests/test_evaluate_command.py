@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import core_bundle
 import pytest
 import sae_lens
 from toy_saes import export, toy_sae
@@ -92,7 +93,7 @@ def test_a_run_is_measured_shown_and_written_down(whole, run):
     written = strict(run / "eval.json")
     assert written[HOOKS[0]] == {"fvu": 0.5}  # what was there of another hook stays
     entry = written[HOOKS[1]]
-    assert GROUPS | {"sparse_probing", "tpp", "labels", "setting"} <= entry.keys()
+    assert GROUPS | {"sparse_probing", "tpp", "absorption", "labels", "setting"} <= entry.keys()
     assert {"fvu", "l0", "explained_variance", "dead_fraction"} <= entry.keys()
     losses = entry["model_performance_preservation"]
     assert losses["ce_loss_without_sae"] < losses["ce_loss_with_sae"]
@@ -134,6 +135,9 @@ def test_two_are_shown_side_by_side_and_nothing_is_written(run, text, tmp_path, 
     first, second = (cell.strip() for cell in scores.split("│")[2:4])
     assert first == second
     assert float(first) < 1
+    (shared,) = (line for line in out.splitlines() if "matched one to one" in line)
+    assert shared.startswith(f"{HOOKS[1]}: of ")
+    assert "100.0% above a cosine of 0.7, 100.0% above a cosine of 0.9; mean 1.000" in shared
     assert sorted(other.rglob("*")) == before
 
 
@@ -151,6 +155,36 @@ def test_any_saelens_directory_is_measured_on_the_run_and_written_beside_it(run,
     assert evaluate.main(config) == 0
     assert list(strict(elsewhere / "eval.json")) == [HOOKS[0]]
     assert [path.name for path in (elsewhere / "plots").iterdir()] == [f"density_{HOOKS[0]}.png"]
+
+
+def test_steering_is_scored_with_its_cost_in_capability(run, text, tmp_path, capsys):
+    flags = {"run_dir": str(run), "hook": HOOKS[1], "data": text, "labels": True, "output_dir": str(tmp_path / "out")}
+    small = {"steering": True, "latents": (3, 5, 7), "steering_tokens": 128, "core_examples": 2}
+    bundle = core_bundle.write(tmp_path)
+    assert evaluate.main(configured(**flags, **small, core_bundle=str(bundle))) == 0
+    out = capsys.readouterr().out
+    scores = strict(tmp_path / "out" / "steering.json")[HOOKS[1]]
+    assert list(scores["latents"]) == ["3", "5", "7"]
+    assert set(scores["latents"]["5"]["directions"]) >= {"latent", "random"}
+    assert scores["capability"]["latents"] == [3, 5, 7]
+    assert scores["capability"]["examples"] == {"colours": 2, "schemata": 2, "words": 2}
+    summary = strict(tmp_path / "out" / "eval.json")[HOOKS[1]]["steering"]
+    assert summary == scores["summary"]
+    median = summary["promoted"]["latent"]["median"]
+    (row,) = (line for line in out.splitlines() if "tokens that it promotes, by latents" in line)
+    assert f"{median:+.2f}" in row
+    assert "lost at 4 x the greatest activation" in out
+    assert "steering.json" in out
+
+
+def test_without_a_bundle_a_line_says_so_and_the_rest_is_measured(run, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "nothing"))
+    config = {"run_dir": str(run), "hook": HOOKS[1], "data": text, "output_dir": str(tmp_path / "out")}
+    assert evaluate.main(configured(**config, steering=True, latents=(3,), steering_tokens=64)) == 0
+    assert f"{tmp_path}/nothing/eval_bundle does not exist; --core_bundle names another" in capsys.readouterr().err
+    assert "capability" not in strict(tmp_path / "out" / "steering.json")[HOOKS[1]]
+    with pytest.raises(FileNotFoundError, match=r"has no core\.yaml"):
+        evaluate.main(configured(**config, steering=True, core_bundle=str(tmp_path)))
 
 
 def test_a_run_of_many_is_measured_hook_by_hook(run, text, tmp_path, capsys):
@@ -207,6 +241,8 @@ def test_flags_that_contradict_each_other_are_refused():
         ({"compare": ("a",)}, "two"),
         ({"compare": ("a", "b"), "sae": "c"}, "leave out --sae"),
         ({"run_dir": "a", "heldout_tokens": 0}, "heldout_tokens is 0"),
+        ({"run_dir": "a", "latents": (3,)}, "add --steering"),
+        ({"run_dir": "a", "core_bundle": "b"}, "add --steering"),
     ):
         with pytest.raises(ConfigError, match=complaint):
             EvaluateConfig(**flags)

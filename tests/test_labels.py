@@ -227,7 +227,8 @@ def test_latents_are_labelled_by_the_tokens_they_fire_on(corpus):
     assert named[5] == labels.Label(None, None, None, None, 0, None)
     table = labels.table(named)
     assert table["0"] == {"label": "token '3'", "f1": 1.0, "precision": 1.0, "recall": 1.0, "n": named[0].n} | {
-        "threshold": 0.0
+        "threshold": 0.0,
+        "balanced_accuracy": 1.0,
     }
     json.dumps(table, allow_nan=False)
     assert labels.summary(named)["labelled"] == 5
@@ -242,7 +243,7 @@ def test_one_half_chooses_and_the_other_gives_the_numbers():
     found = firings([np.array([1, 1, 1, 0, 1, 1, 1, 0])])
     holds = predicates.Predicates(["it"], np.array([1, 1, 1, 0, 0, 0, 0, 1], bool)[:, None])
     (label,) = labels.search(found, holds, {}, str, FIRST[4])
-    assert label == labels.Label("it", 0.0, 0.0, 0.0, 3, 0.0)
+    assert label == labels.Label("it", 0.0, 0.0, 0.0, 3, 0.0, 0.0)  # the one other token is named, too
 
 
 def test_f1_is_as_worked_out_by_hand():
@@ -252,6 +253,20 @@ def test_f1_is_as_worked_out_by_hand():
     (label,) = labels.search(found, holds, {}, str, FIRST[5])
     assert (label.precision, label.recall, label.n) == (2 / 3, 2 / 4, 3)
     assert label.f1 == pytest.approx(4 / 7)
+    assert label.balanced_accuracy == pytest.approx((2 / 3 + 0 / 2) / 2)
+
+
+def test_scores_of_detection_are_means_over_the_latents_that_fire_often():
+    often = [labels.Label("a", 0.5, 1.0, 1 / 3, 10, 0.0, 0.9), labels.Label("b", 1.0, 1.0, 1.0, 99, 0.0, 1.0)]
+    seldom = [labels.Label("c", 0.1, 0.1, 0.1, 9, 0.0, 0.5), labels.Label(None, None, None, None, 50, None)]
+    found = labels.detection(often + seldom)
+    assert found["latents"] == 2
+    assert (found["f1"], found["balanced_accuracy"]) == (0.75, 0.95)
+    assert (found["precision"], found["recall"]) == (pytest.approx(2 / 3), 1.0)
+    assert found["intervals"]["f1"] == [0.5, 1.0]
+    assert found["intervals"]["recall"] == [1.0, 1.0]
+    nothing = labels.detection(seldom)
+    assert (nothing["latents"], nothing["f1"], nothing["intervals"]["f1"]) == (0, None, None)
 
 
 def test_a_predicate_that_fits_few_tokens_by_chance_is_not_chosen():
@@ -264,7 +279,7 @@ def test_a_predicate_that_fits_few_tokens_by_chance_is_not_chosen():
         fires[i], ids["token"][i] = 3, 7
     table = predicates.Predicates(["it"], holds[:, None])
     (label,) = labels.search(firings([fires]), table, ids, str, np.arange(400) < 200)
-    assert label == labels.Label("it", 1.0, 1.0, 1.0, int(holds[200:].sum()), 0.0)
+    assert label == labels.Label("it", 1.0, 1.0, 1.0, int(holds[200:].sum()), 0.0, 1.0)
 
 
 def test_tokens_that_do_not_count_are_in_no_number():

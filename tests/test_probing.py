@@ -1,5 +1,6 @@
 """Probes on classes that are known to be separable, or known not to be; labelled text made from a real corpus."""
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from tiny_nanochat import tiny
 from toy_saes import toy_sae
 
-from bridge.evaluate import Site, classes, probing, syntax
+from bridge.evaluate import Site, classes, probing, random_sae, syntax
 from bridge.evaluate import text as texts
 from bridge.evaluate.probing import Examples
 from bridge.nanochat import tokenizer as tokenizers
@@ -54,7 +55,7 @@ def test_the_latent_that_differs_most_is_the_one_that_is_used(separable):
     found = probing.sparse_probing(Examples(separable.acts, useless, separable.member, separable.train, CLASSES))
     assert found["sae_top_1_test_accuracy"] == pytest.approx(0.5, abs=0.12)
     assert found["llm_test_accuracy"] > 0.97
-    assert list(probing._by_difference(separable.latents, probing._tasks(separable)["green"])[:1]) == [1]
+    assert list(probing.by_difference(separable.latents, probing.tasks(separable)["green"])[:1]) == [1]
 
 
 def test_more_latents_separate_classes_that_one_cannot():
@@ -67,10 +68,50 @@ def test_more_latents_separate_classes_that_one_cannot():
     assert found["sae_top_2_test_accuracy"] == 1
 
 
+def test_every_baseline_has_its_accuracy_and_its_interval():
+    """The activations have a channel per class; latents, and the random ones, hold little but noise."""
+    rng = np.random.default_rng(0)
+    kind = np.arange(N) % 3
+    acts = np.abs(rng.normal(size=(N, 10))).astype(np.float32) * 0.3
+    acts[np.arange(N), kind] += 3
+    latents, noise = rng.random((2, N, 10), dtype=np.float32)
+    latents[np.arange(N), kind] += 0.3
+    member = kind[:, None] == np.arange(3)
+    examples = Examples(acts, latents, member, np.arange(N) % 5 > 0, CLASSES, noise)
+    found = probing.sparse_probing(examples)
+    assert found["random_top_5_test_accuracy"] == pytest.approx(0.5, abs=0.12)
+    assert found["llm_top_1_test_accuracy"] > 0.97 > 0.9 > found["sae_top_1_test_accuracy"] > 0.5
+    assert found["pca_top_2_test_accuracy"] > 0.97  # the variance is between the classes
+    assert found["advantage"]["1"]["baseline"] == "llm"
+    for name, (low, high) in found["intervals"].items():
+        assert 0 <= low <= found[name] <= high <= 1, name
+    advantage = found["advantage"]["1"]
+    assert advantage["difference"] == pytest.approx(found["sae_top_1_test_accuracy"] - found["llm_top_1_test_accuracy"])
+    low, high = advantage["interval"]
+    assert low <= advantage["difference"] <= high < 0
+
+
+def test_latents_equal_to_a_baseline_have_no_advantage(separable):
+    same = Examples(separable.latents, separable.latents, separable.member, separable.train, CLASSES)
+    assert probing.sparse_probing(same)["advantage"]["1"] == {
+        "baseline": "llm",
+        "difference": 0,
+        "interval": [0, 0],  # paired: every draw is the same for both
+    }
+
+
+def test_examples_of_one_document_are_resampled_together(separable):
+    half = dataclasses.replace(separable, latents=np.random.default_rng(1).random((N, 10), dtype=np.float32))
+    alone = probing.sparse_probing(half)["intervals"]["sae_top_1_test_accuracy"]
+    few = dataclasses.replace(half, document=np.arange(N) // 100)
+    together = probing.sparse_probing(few)["intervals"]["sae_top_1_test_accuracy"]
+    assert together != alone
+
+
 def test_a_probe_does_not_depend_on_the_unit_of_its_features(separable):
-    (first, *_), task = [separable.latents], probing._tasks(separable)["red"]
-    weights, bias = probing._fit(first[task.train], task.train_is)
-    scaled_weights, scaled_bias = probing._fit(first[task.train] * 1000, task.train_is)
+    (first, *_), task = [separable.latents], probing.tasks(separable)["red"]
+    weights, bias = probing.fit(first[task.train], task.train_is)
+    scaled_weights, scaled_bias = probing.fit(first[task.train] * 1000, task.train_is)
     np.testing.assert_allclose(scaled_weights * 1000, weights, rtol=1e-3, atol=1e-5)
     assert scaled_bias == pytest.approx(bias, rel=1e-3)
 
@@ -86,7 +127,7 @@ def test_taking_away_a_classs_own_latent_hurts_this_class_alone(separable):
 
 
 def test_only_latents_that_speak_for_a_class_are_taken_away(separable):
-    task = probing._tasks(separable)["red"]
+    task = probing.tasks(separable)["red"]
     weights = np.array([2.0, -1, -1, 0, 0, 0, 0, 0, 0, 0])
     chosen = probing._strongest(separable, task, weights, decoder(), 10)
     assert chosen[0] == 0
@@ -144,6 +185,9 @@ def test_passages_come_from_the_largest_packages_and_no_document_is_in_both_part
     again = classes.packages("other.txt,stdlib", tokenizer, 40_000)
     np.testing.assert_array_equal(again.tokens, found.tokens)
     assert classes.packages("other.txt", tokenizer, 40_000) is None
+    assert not set(found.document[found.train]) & set(found.document[~found.train])
+    for document in np.unique(found.document):
+        assert len(set(found.kind[found.document == document])) == 1
 
 
 def test_passages_are_the_means_of_their_tokens(tokenizer):
@@ -159,6 +203,20 @@ def test_passages_are_the_means_of_their_tokens(tokenizer):
     np.testing.assert_allclose(found.acts, acts[:, 1:].mean(1), atol=1e-5)
     np.testing.assert_allclose(found.latents, sae.encode(acts[:, 1:]).mean(1), atol=1e-5)
     np.testing.assert_array_equal(found.member, [[1, 0], [0, 1], [1, 0], [0, 1], [0, 1]])
+    random = random_sae.like(sae, acts[:2, 1:].reshape(-1, 32))  # two rows are a forward pass
+    np.testing.assert_allclose(found.random, random.encode(acts[:, 1:]).mean(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_the_random_sae_has_as_many_latents_and_the_same_l0(architecture):
+    sae = toy_sae(architecture, 32, 64)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(500, 32))).float() + 5
+    random = random_sae.like(sae, x)
+    assert random.d_sae == 64
+    torch.testing.assert_close(random.W_dec.norm(dim=1), torch.ones(64))
+    wanted = (sae.encode(x) != 0).sum(1).float().mean()
+    assert (random.encode(x) != 0).sum(1).float().mean() == pytest.approx(float(wanted), abs=0.5)
+    torch.testing.assert_close(random_sae.like(sae, x).W_dec, random.W_dec)
 
 
 def test_tokens_of_known_syntax_are_drawn_evenly(tokenizer, tmp_path):

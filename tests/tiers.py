@@ -72,6 +72,7 @@ MODULES = (
     "test_optim",
     "test_own_architecture",
     "test_pretrain",
+    "test_absorption",
     "test_probing",
     "test_publish",
     "test_quality_bench",

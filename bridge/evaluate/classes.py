@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 
-from bridge.evaluate import predicates, syntax
+from bridge.evaluate import predicates, random_sae, syntax
 from bridge.evaluate import text as texts
 from bridge.evaluate.probing import Examples
 from bridge.evaluate.site import Site
@@ -28,6 +28,8 @@ _MOST_NUMBERS = 2**27  # in a table of examples and latents: half a GiB
 
 TOKEN_CLASSES = ("in a docstring", "in a comment", "in a string", "in a function signature")
 _PER_TOKEN_CLASS = 1000
+MOST_LETTERS = 8
+_PER_LETTER, _LETTER_TOKENS = 400, 65_536
 
 
 class Passages(NamedTuple):
@@ -40,6 +42,8 @@ class Passages(NamedTuple):
     train: Bool[np.ndarray, " n"]
     """Whether a passage is for training. The split is by document: no document is in both parts."""
     classes: list[str]
+    document: Int[np.ndarray, " n"] | None = None
+    """The document of each passage; None: each is its own."""
 
 
 def packages(spec: str, tokenizer: Tokenizer, max_tokens: int) -> Passages | None:
@@ -65,17 +69,22 @@ def packages(spec: str, tokenizer: Tokenizer, max_tokens: int) -> Passages | Non
     usable = {name: units for name, units in by_package.items() if len(units) >= _FEWEST_DOCUMENTS}
     classes = sorted(usable, key=lambda name: -_size(usable[name]))[:MOST_PACKAGES]
     per_class = max(max_tokens // CONTEXT // max(len(classes), 1), 1)
-    tokens, kind, train = [], [], []
+    tokens, kind, train, document = [], [], [], []
     for class_index, name in enumerate(classes):
         units = [usable[name][i] for i in rng.permutation(len(usable[name]))]
         for is_train in (True, False):
             share = [unit for i, unit in enumerate(units) if (i % _TEST_EVERY > 0) == is_train]
             wanted = per_class * (_TEST_EVERY - 1) // _TEST_EVERY if is_train else max(per_class // _TEST_EVERY, 1)
-            for _, row in zip(range(wanted), _passages(share, tokenizer, rng), strict=False):
+            for _, (name_of_unit, row) in zip(range(wanted), _passages(share, tokenizer, rng), strict=False):
                 tokens.append(row)
                 kind.append(class_index)
                 train.append(is_train)
-    return Passages(np.stack(tokens), np.array(kind), np.array(train), classes) if tokens else None
+                document.append(name_of_unit)
+    if not tokens:
+        return None
+    return Passages(
+        np.stack(tokens), np.array(kind), np.array(train), classes, np.unique(document, return_inverse=True)[1]
+    )
 
 
 def package_of(unit: str) -> str | None:
@@ -94,43 +103,89 @@ def _size(units: list[Unit]) -> int:
     return sum(min(length // _BYTES_PER_PASSAGE, _PER_DOCUMENT) for length in lengths)
 
 
-def _passages(units: list[Unit], tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield some passages of every unit, at random positions, without overlap."""
+def _passages(units: list[Unit], tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield some passages of every unit with its name, at random positions, without overlap."""
     for unit in units:
         for document in texts.unit_documents(unit, tokenizer):
             count = len(document.ids) // (CONTEXT - 1)
             for i in rng.permutation(count)[:_PER_DOCUMENT]:
                 part = document.ids[i * (CONTEXT - 1) : (i + 1) * (CONTEXT - 1)]
-                yield np.concatenate([[tokenizer.bos_token_id], part]).astype(np.int32)
+                yield unit.name, np.concatenate([[tokenizer.bos_token_id], part]).astype(np.int32)
 
 
 @torch.no_grad()
 def passage_examples(site: Site, sae: TorchSAE, passages: Passages) -> Examples:
-    """Return passages as means of their activations and latents over the tokens that count (no BOS, no sinks)."""
+    """Return passages as means of their activations and latents over the tokens that count (no BOS, no sinks).
+
+    The random SAE of the baseline has the mean and the L0 of the first forward pass.
+    """
     sample = _subsample(len(passages.tokens), sae)
     tokens, kind, train = (column[sample] for column in passages[:3])
-    acts, latents = [], []
+    acts: list[np.ndarray] = []
+    latents: list[np.ndarray] = []
+    random: list[np.ndarray] = []
+    baseline: TorchSAE | None = None
     for _, ids, x, _, mask in site.read(site.batches(tokens, sae.d_sae)):
         weight = mask.float() / mask.sum(1, keepdim=True).clamp(min=1)
-        latent_values = sae.encode(x[mask].float()) * weight[mask][:, None]
-        pooled = latent_values.new_zeros(len(ids), sae.d_sae).index_add_(0, mask.nonzero()[:, 0], latent_values)
+        counted = x[mask].float()
+        baseline = random_sae.like(sae, counted) if baseline is None else baseline
         acts.append((x.float() * weight[..., None]).sum(1).cpu().numpy())
-        latents.append(pooled.cpu().numpy())
+        for encoder, pooled in ((sae, latents), (baseline, random)):
+            values = encoder.encode(counted) * weight[mask][:, None]
+            sums = values.new_zeros(len(ids), sae.d_sae).index_add_(0, mask.nonzero()[:, 0], values)
+            pooled.append(sums.cpu().numpy())
     member = kind[:, None] == np.arange(len(passages.classes))
-    return Examples(np.concatenate(acts), np.concatenate(latents), member, train, passages.classes)
+    document = None if passages.document is None else passages.document[sample]
+    columns = (np.concatenate(acts), np.concatenate(latents), member, train, passages.classes)
+    return Examples(*columns, np.concatenate(random), document)
 
 
 @torch.no_grad()
+def letter_examples(site: Site, sae: TorchSAE, text: Text, tokenizer: Tokenizer) -> Examples | None:
+    """Return single tokens with the concepts of `absorption`: their first letter, and whether they are capitalised.
+
+    The `MOST_LETTERS` most frequent letters are taken, in the first `_LETTER_TOKENS` tokens of the text. Every fifth
+    document is for testing. None if no token has a concept.
+    """
+    rows = max(_LETTER_TOKENS // text.tokens.shape[1], 1)
+    part = Text(text.tokens[:rows], text.document[:rows], text.place[:rows], text.sources)
+    tables = predicates.vocabulary(tokenizer)
+    flat = part.tokens.reshape(-1)
+    letters = [name for name in tables if name.startswith("begins with the letter ")]
+    frequent = sorted(letters, key=lambda name: -int(tables[name][flat].sum()))[:MOST_LETTERS]
+    names = [*sorted(frequent), "capitalised word"]
+    member = np.stack([tables[name][flat] for name in names], axis=1)
+    return _tokens(site, sae, part, names, member, part.document.reshape(-1) >= 0, _PER_LETTER)
+
+
 def token_examples(site: Site, sae: TorchSAE, text: Text) -> Examples | None:
     """Return single tokens of Python code inside and outside of `TOKEN_CLASSES`; None if no document parses as Python.
 
     Every fifth document is for testing.
     """
-    document = text.document.reshape(-1)
     marks, known = predicates.bits(text)
     class_bits = [np.uint64(1 << syntax.CONTEXTS.index(name)) for name in TOKEN_CLASSES]
     member = np.stack([(marks & bit) > 0 for bit in class_bits], axis=1)
-    chosen = _balanced(member, known & (document >= 0), _for_training(document))
+    known &= text.document.reshape(-1) >= 0
+    return _tokens(site, sae, text, list(TOKEN_CLASSES), member, known, _PER_TOKEN_CLASS)
+
+
+@torch.no_grad()
+def _tokens(
+    site: Site,
+    sae: TorchSAE,
+    text: Text,
+    names: list[str],
+    member: Bool[np.ndarray, "N C"],
+    known: Bool[np.ndarray, " N"],
+    per_class: int,
+) -> Examples | None:
+    """Return single tokens of a text as examples, equally many of each class; None if there are none.
+
+    The random SAE of the baseline has the mean and the L0 of the examples.
+    """
+    document = text.document.reshape(-1)
+    chosen = _balanced(member, known, _for_training(document), per_class)
     chosen = chosen[_subsample(len(chosen), sae)]
     if not len(chosen):
         return None
@@ -143,18 +198,26 @@ def token_examples(site: Site, sae: TorchSAE, text: Text) -> Examples | None:
         latents.append(sae.encode(x[selected].float()).cpu().numpy())
         indices.append(selected.flatten().nonzero()[:, 0].cpu().numpy() + start * ids.shape[1])
     index = np.concatenate(indices)
-    train = _for_training(document)[index]
-    return Examples(np.concatenate(acts), np.concatenate(latents), member[index], train, list(TOKEN_CLASSES))
+    inputs = np.concatenate(acts)
+    baseline = _encoded(random_sae.like(sae, torch.from_numpy(inputs).to(site.device)), inputs, site)
+    columns = (inputs, np.concatenate(latents), member[index], _for_training(document)[index], names)
+    return Examples(*columns, baseline, document[index])
+
+
+def _encoded(sae: TorchSAE, inputs: Float32[np.ndarray, "n d"], site: Site) -> Float32[np.ndarray, "n f"]:
+    """Return the latents of single activations."""
+    parts = torch.from_numpy(inputs).split(site.tokens_per_forward)
+    return np.concatenate([sae.encode(part.to(site.device)).cpu().numpy() for part in parts])
 
 
 def _balanced(
-    member: Bool[np.ndarray, "N C"], known: Bool[np.ndarray, " N"], train: Bool[np.ndarray, " N"]
+    member: Bool[np.ndarray, "N C"], known: Bool[np.ndarray, " N"], train: Bool[np.ndarray, " N"], per_class: int
 ) -> Int[np.ndarray, " n"]:
     """Return indices of random tokens, ascending: equally many of each class and of none, in training and test."""
     rng = np.random.default_rng(0)
     chosen: list[np.ndarray] = []
     for in_class in (*member.T, ~member.any(1)):
-        for part, most in ((train, _PER_TOKEN_CLASS), (~train, _PER_TOKEN_CLASS // (_TEST_EVERY - 1))):
+        for part, most in ((train, per_class), (~train, per_class // (_TEST_EVERY - 1))):
             chosen.append(rng.permutation(np.flatnonzero(in_class & known & part))[:most])
     return np.unique(np.concatenate(chosen))
 

@@ -1,21 +1,30 @@
 """Evaluate chosen SAEs: metrics, statistics per latent, labels. The results go into a run's tables."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
-from bridge.evaluate import classes, labels, probing, text
+from bridge import steering
+from bridge.evaluate import absorption, capability, classes, eval_bundle, labels, probing, steering_score, text
 from bridge.evaluate.core import PASSES, finite, measure
+from bridge.evaluate.eval_bundle import Task
 from bridge.evaluate.site import Site
 from bridge.evaluate.text import Text
 from bridge.nanochat import Nanochat
 from bridge.nanochat.units import Split
 from bridge.run import subjects
 from bridge.run.subjects import Choice, Subject
+from jsae import stability
 from jsae.health import unusable
 from jsae.progress import Progress
+
+CORE_LATENTS = 3
+"""Latents of the sample with which the model is steered in CORE tasks."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,18 @@ class Extent:
     probes: bool = True
     """Sparse probing and TPP; needs the extra [eval]."""
     labels: bool = True
+    steering: bool = False
+    """Effect and side effect of steering with a sample of the latents (`bridge.evaluate.steering_score`)."""
+    latents: tuple[int, ...] = ()
+    """The latents to steer; () is a sample of those that fire."""
+    steering_latents: int = 24
+    """Size of that sample."""
+    steering_tokens: int = 1024
+    """Tokens of text on which every strength of every direction is measured."""
+    core_bundle: Path | None = None
+    """nanochat's eval bundle: CORE tasks on the steered model; None leaves them out."""
+    core_examples: int = 10
+    """Most examples of each CORE task."""
 
 
 def evaluate(choice: Choice, extent: Extent, *, show_progress: bool = False) -> list[tuple[Subject, dict[str, Any]]]:
@@ -42,13 +63,14 @@ def evaluate(choice: Choice, extent: Extent, *, show_progress: bool = False) -> 
 
     Returns:
       Every SAE with its results as `Run.write_evaluation` takes them: "eval" (metrics), "latents" (columns) and, if
-      requested, "labels". Numbers that are not finite are None.
+      requested, "labels" and "steering". Numbers that are not finite are None.
 
     Raises:
       ConfigError, ValueError: an SAE does not fit the model, rows are longer than the model accepts, or there is too
         little text.
       FileNotFoundError: no such run, export, checkpoint or text.
     """
+    tasks = eval_bundle.read(extent.core_bundle) if extent.steering and extent.core_bundle else []
     chosen = subjects.find(choice)
     data = subjects.reading(choice, choice.paths[0]).data
     texts = {id(subject.nano): _text(choice, extent, subject.nano) for subject in chosen}
@@ -56,7 +78,7 @@ def evaluate(choice: Choice, extent: Extent, *, show_progress: bool = False) -> 
     for subject in chosen:
         progress = Progress(f"measuring {subject.hook}", None, console=console)
         with progress, progress.tokens_of(subject.nano.model):
-            results.append(finite(_measure(extent, subject, texts[id(subject.nano)], data, progress)))
+            results.append(finite(_measure(extent, subject, texts[id(subject.nano)], data, progress, tasks)))
     return list(zip(chosen, results, strict=True))
 
 
@@ -73,7 +95,9 @@ def _text(choice: Choice, extent: Extent, nano: Nanochat) -> Text:
     return text.read(documents, nano.tokenizer, row_len, extent.heldout_tokens)
 
 
-def _measure(extent: Extent, subject: Subject, rows: Text, data: str, progress: Progress) -> dict[str, Any]:
+def _measure(
+    extent: Extent, subject: Subject, rows: Text, data: str, progress: Progress, tasks: Sequence[Task]
+) -> dict[str, Any]:
     """Return the results of one SAE; they contain numpy numbers and arrays."""
     nano, sae = subject.nano, subject.sae
     site = Site(nano.model, subject.hook, subject.excluded, subject.drop_sinks)
@@ -95,11 +119,45 @@ def _measure(extent: Extent, subject: Subject, rows: Text, data: str, progress: 
     results: dict[str, Any] = {"eval": summary, "latents": columns}
     if extent.probes:
         summary |= _probes(extent, subject, site, rows, data, progress)
+    labelled = None
     if extent.labels:
         progress.phase("labelling latents", rows.tokens.size, "tokens")
         labelled = labels.label(labels.firings(site, sae, rows), rows, nano.tokenizer)
         summary["labels"] = labels.summary(labelled)
         results["labels"] = labels.table(labelled)
+    if extent.steering:
+        results["steering"] = _steering(extent, subject, site, rows, labelled, progress, tasks)
+        summary["steering"] = results["steering"]["summary"]
+    return results
+
+
+def _steering(
+    extent: Extent,
+    subject: Subject,
+    site: Site,
+    rows: Text,
+    labelled: list[labels.Label] | None,
+    progress: Progress,
+    tasks: Sequence[Task],
+) -> dict[str, Any]:
+    """Return the scores of steering and, where there are tasks, what steering costs in capability."""
+    sae, tokenizer = subject.sae, subject.nano.tokenizer
+    progress.phase("steering", None, "tokens")
+    wanted = steering_score.Extent(extent.latents, extent.steering_latents, extent.steering_tokens)
+    results = steering_score.score(site, sae, rows, tokenizer, labelled, wanted)
+    if tasks:
+        progress.phase("CORE tasks", None, "tokens")
+        steered = list(results["latents"].items())
+        middle = [steered[(2 * i + 1) * len(steered) // (2 * CORE_LATENTS)] for i in range(CORE_LATENTS)]
+        features = {
+            int(latent): (steering.feature(sae, int(latent)), entry["greatest_activation"]) for latent, entry in middle
+        }
+        found = capability.cost(site, tokenizer, tasks, extent.core_examples, features, steering_score.MULTIPLES)
+        results["capability"] = found
+        results["summary"]["capability"] = {
+            "core": found[capability.PLAIN]["core"],
+            **{f"cost_at_{arm['multiple']:g}": [arm["cost"], *arm["interval"]] for arm in found["strengths"]},
+        }
     return results
 
 
@@ -115,7 +173,35 @@ def _probes(extent: Extent, subject: Subject, site: Site, rows: Text, data: str,
     }
     progress.phase("fitting probes", None)
     W_dec = subject.sae.W_dec.cpu().numpy()
+    letters = classes.letter_examples(site, subject.sae, rows, subject.nano.tokenizer)
     return {
         "sparse_probing": {kind: x and probing.sparse_probing(x) for kind, x in examples.items()},
         "tpp": {kind: x and probing.tpp(x, W_dec) for kind, x in examples.items()},
+        "absorption": letters and absorption.absorption(letters, W_dec, subject.sae.b_dec.cpu().numpy()),
     }
+
+
+def stability_of(results: Sequence[tuple[Subject, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return how many living latents the SAEs of each hook share, by hook.
+
+    Args:
+      results: of `evaluate`.
+
+    Returns:
+      For every hook of at least two SAEs, the numbers of `jsae.stability.stability`, or the reason why the SAEs cannot
+      be matched.
+    """
+    hooks: dict[str, list[tuple[Subject, Mapping[str, Any]]]] = {}
+    for subject, result in results:
+        hooks.setdefault(subject.hook, []).append((subject, result))
+    found: dict[str, Any] = {}
+    for hook, members in hooks.items():
+        if len(members) < 2:
+            continue
+        decoders = [subject.sae.W_dec.float().cpu().numpy() for subject, _ in members]
+        alive = [np.asarray(result["latents"]["feature_density"], np.float64) > 0 for _, result in members]
+        try:
+            found[hook] = stability.stability(decoders, alive)
+        except ValueError as error:
+            found[hook] = str(error)
+    return found

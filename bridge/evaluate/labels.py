@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int
 
+from bridge.evaluate import bootstrap
 from bridge.evaluate.predicates import Predicates, build
 from bridge.evaluate.site import Site
 from bridge.evaluate.text import Text
@@ -16,6 +17,8 @@ from bridge.torch_sae import TorchSAE
 
 LEVELS = (0.0, 0.25, 0.5)
 """Firing thresholds to try, as fractions of the latent's greatest activation."""
+DETECTED_FIRINGS = 10
+"""Fewest firings in the text that scores labels of a latent that counts in the scores of detection."""
 DOUBT = 20
 """Misses added to those of every candidate when labels are chosen: among thousands of candidates, one that fits a few
 tokens may fit by chance. On the demo, 20 to 40 gave the best F1 on the tokens that score labels."""
@@ -57,6 +60,8 @@ class Label:
     recall: float | None
     n: int
     threshold: float | None
+    balanced_accuracy: float | None = None
+    """Mean of the share of firings at which the predicate holds and the share of other tokens at which it does not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +145,7 @@ def search(
     family, chosen_level = np.divmod(winner, len(LEVELS))
     number = np.stack([f.best[1] for f in families]).reshape(flat.shape)[winner, np.arange(firings.d_sae)]
     threshold = np.asarray(LEVELS, np.float32)[chosen_level] * top
-    return _score(second, families, family, number, threshold, top > 0)
+    return _score(second, families, family, number, threshold, top > 0, int(halves[1].sum()))
 
 
 def _levels(first: Firings, top: np.ndarray) -> tuple[np.ndarray, Firings]:
@@ -194,6 +199,7 @@ def _score(
     number: np.ndarray,
     threshold: np.ndarray,
     alive: np.ndarray,
+    tokens: int,
 ) -> list[Label]:
     """Return the chosen labels, scored on the other half."""
     fires = second.where(second.value > threshold[second.latent])
@@ -210,7 +216,9 @@ def _score(
             return Label(None, None, None, None, n, None)
         name = families[family[i]].name(int(number[i]))
         ratios = _ratio(2 * hits, n + holds), _ratio(hits, n), _ratio(hits, holds)
-        return Label(name, *ratios, n, float(threshold[i]))
+        rejected = _ratio(tokens - n - holds + hits, tokens - n)
+        balanced = None if ratios[1] is None or rejected is None else (ratios[1] + rejected) / 2
+        return Label(name, *ratios, n, float(threshold[i]), balanced)
 
     return [
         score_label(*numbers) for numbers in zip(range(len(n)), n.tolist(), hits.tolist(), holds.tolist(), strict=True)
@@ -240,7 +248,29 @@ def summary(labels: list[Label]) -> dict[str, Any]:
         "labelled": len(f1),
         "mean_f1": float(np.mean(f1)) if f1 else None,
         **{f"f1_over_{int(bar * 100)}_percent": sum(value > bar for value in f1) for bar in (0.5, 0.8)},
+        "detection": detection(labels),
     }
+
+
+def detection(labels: list[Label]) -> dict[str, Any]:
+    """Return how well labels predict on other text when their latents fire: means over latents, 95 % intervals.
+
+    Every latent that fires at least `DETECTED_FIRINGS` times where labels are scored counts. As the candidates are the
+    same for every SAE, the numbers compare SAEs of any trainer that are evaluated on the same text. `precision` is the
+    share of the tokens named by the label at which the latent fires, `recall` the share of its firings that the label
+    names: the label predicts the latent, whereas `Label` scores the latent as a detector of the predicate. Intervals
+    are from a bootstrap over latents; they do not contain the choice of the text.
+    """
+    scored = [label for label in labels if label.label is not None and label.n >= DETECTED_FIRINGS]
+    columns = {
+        "f1": [label.f1 or 0.0 for label in scored],
+        "balanced_accuracy": [label.balanced_accuracy or 0.0 for label in scored],
+        "precision": [label.recall or 0.0 for label in scored],
+        "recall": [label.precision or 0.0 for label in scored],
+    }
+    means = {name: float(np.mean(values)) if values else None for name, values in columns.items()}
+    intervals = {name: bootstrap.of_mean(values) for name, values in columns.items()}
+    return {"latents": len(scored), **means, "intervals": intervals}
 
 
 def best(labels: list[Label], most: int) -> Iterator[tuple[int, Label]]:

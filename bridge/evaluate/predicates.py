@@ -50,14 +50,18 @@ def build(text: Text, tokenizer: Tokenizer) -> Predicates:
 
 def _by_token(text: Text, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
     """Yield predicates of the texts of a token and of the next token, evaluated once per token id."""
-    n_ordinary = tokenizer.vocab_size - len(tokenizer.special_tokens)
-    tokens = [tokenizer.token_text(i) for i in range(n_ordinary)]
-
-    for name, holds in _statements():
-        table = np.array([bool(holds(token)) for token in tokens] + [False] * len(tokenizer.special_tokens))
+    for name, table in vocabulary(tokenizer).items():
         truth = table[text.tokens]
         yield name, truth
         yield f"before: {name}", np.pad(truth[:, 1:], ((0, 0), (0, 1)))
+
+
+def vocabulary(tokenizer: Tokenizer) -> dict[str, Bool[np.ndarray, " V"]]:
+    """Return the predicates of a token's own text: for each name, whether it holds for every token id, (V,)."""
+    n_ordinary = tokenizer.vocab_size - len(tokenizer.special_tokens)
+    tokens = [tokenizer.token_text(i) for i in range(n_ordinary)]
+    special = [False] * len(tokenizer.special_tokens)
+    return {name: np.array([bool(holds(token)) for token in tokens] + special) for name, holds in _statements()}
 
 
 def _statements() -> Iterator[tuple[str, Callable[[str], object]]]:

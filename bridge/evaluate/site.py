@@ -71,9 +71,13 @@ class Site:
 
     def batches(self, rows: Int[np.ndarray, "R T"], numbers_per_token: int = 1) -> list[Int[np.ndarray, "_ T"]]:
         """Split rows into batches of `tokens_per_forward` tokens, fewer if tokens need many numbers; at least a row."""
-        tokens = min(self.tokens_per_forward, _MOST_NUMBERS // numbers_per_token)
-        step = max(tokens // max(rows.shape[1], 1), 1)
+        step = self.rows_per_pass(rows.shape[1], numbers_per_token)
         return [rows[start : start + step] for start in range(0, len(rows), step)]
+
+    def rows_per_pass(self, length: int, numbers_per_token: int = 1) -> int:
+        """Return the number of rows of a length in a forward pass, see `batches`."""
+        tokens = min(self.tokens_per_forward, _MOST_NUMBERS // numbers_per_token)
+        return max(tokens // max(length, 1), 1)
 
 
 _MOST_NUMBERS = 2**27  # in a batch of latents or logits: half a GiB

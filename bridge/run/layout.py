@@ -7,6 +7,7 @@
     sae/NAME/                   an exported SAE in SAELens format, named after its hook
     eval.json                   metrics of the exported SAEs, by hook
     latents.json, labels.json   columns and automatic labels of all latents, by hook
+    steering.json               effect and side effect of steering with some latents, by hook
     plots/                      pictures of an evaluation
     explorer/index.html         the explorer's page, with its data in page-DIGEST/
     explorer/records/HOOK/      records of an SAE (`jsae.records.store`); their texts are in records/texts/
@@ -23,10 +24,13 @@ import os
 from pathlib import Path
 from typing import Literal
 
-Table = Literal["eval", "latents", "labels"]
+Table = Literal["eval", "latents", "labels", "steering"]
 """A file that an evaluation writes, a JSON object by hook."""
 
-WRITTEN = ("config.json", "config", "metrics.jsonl", "eval.json", "eval", "latents.json", "labels.json")
+WRITTEN = (
+    *("config.json", "config", "metrics.jsonl"),
+    *("eval.json", "eval", "latents.json", "labels.json", "steering.json"),
+)
 """Files that this or an earlier version writes directly into a run: a killed process may have left remains of them."""
 
 

@@ -13,7 +13,7 @@ LARGEST_TABLE = 2**30
 """Bytes of a table."""
 
 Results = Mapping[str, Mapping[str, Any]]
-"""Tables of every hook: "eval", "latents" and, if latents were labelled, "labels"."""
+"""Tables of every hook: "eval", "latents" and, if measured, "labels" and "steering"."""
 
 
 def write(run: Path, results: Results) -> None:

@@ -80,6 +80,8 @@ MODULES = (
     "test_steer_command",
     "test_stored_text",
     "test_stream",
+    "test_recovery",
+    "test_synthetic_peer",
     "test_train",
     "test_wrong_flags",
     "test_compiled_forward",
@@ -306,6 +308,13 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_a_store_of_one_hook_is_trained_on_as_it_is",
         "test_a_transcoder_reads_two_hooks",
         "test_an_interrupted_training_continues_to_the_same_numbers",
+    ),
+    "test_synthetic": (
+        "test_an_interrupted_training_ends_with_the_same_weights",
+        "test_compensated_features_fire_about_as_often_as_the_zipf_law_says",
+        "test_children_of_parents_that_are_not_exclusive_fire_together",
+        "test_rows_do_not_depend_on_the_size_of_blocks",
+        "test_a_child_is_scaled_by_its_parent",
     ),
     "test_steering": ("test_a_request_cannot_be_changed",),
     "test_tokenizer": (

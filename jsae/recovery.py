@@ -1,6 +1,6 @@
 """Scores of how well an SAE recovers the true features of a synthetic world.
 
-The definitions are those of SynthSAEBench (arXiv 2602.14687, section 4) and of SAELens's `eval_sae_on_synthetic_data`,
+The definitions are those of SynthSAEBench (arXiv 2602.14687) and of SAELens's `eval_sae_on_synthetic_data`,
 so that figures can be compared with published ones.
 """
 

@@ -15,8 +15,8 @@ _SCALE = Range(0, 1e6, "lie between 0 and 1e6")
 class WorldConfig(Json):
     """Settings of activations with known features, `x = sum_i a_i d_i + bias`.
 
-    Sections and equations are those of SynthSAEBench (Chanin and Garriga-Alonso 2026, arXiv 2602.14687); the defaults
-    are its benchmark SynthSAEBench-16k.
+    After SynthSAEBench (Chanin and Garriga-Alonso 2026, arXiv 2602.14687); the defaults are those of its benchmark
+    SynthSAEBench-16k.
 
     Features are numbered by their firing probability, the most frequent first. The first ones form trees, level by
     level: `roots` roots, then `branching` children of each, down to `depth`. The rest are independent.
@@ -59,7 +59,7 @@ class WorldConfig(Json):
     """Every feature has its own standard deviation of magnitudes, |N(spread_mean, spread_std^2)|."""
     spread_std: float = number(0.5, _SCALE)
     orthogonal_steps: int = number(100, at_least(0, 1_000_000))
-    """Steps of Adam that make the random feature vectors more orthogonal, section 3.1; 0 leaves them random."""
+    """Steps of Adam that make the random feature vectors more orthogonal; 0 leaves them random."""
     orthogonal_rate: float = number(3e-4, RATE)
     """Learning rate of these steps."""
     bias_norm: float = number(0.5, WEIGHT)
@@ -93,16 +93,16 @@ class WorldConfig(Json):
 PRESETS: Mapping[str, WorldConfig] = {
     "published": WorldConfig(),
     "small": WorldConfig(
-        num_features=512,
-        d_in=128,
+        num_features=256,
+        d_in=96,
         max_probability=0.3,
-        min_probability=5e-3,
+        min_probability=0.01,
         correlation_rank=10,
         correlation_scale=0.15,
-        roots=24,
+        roots=12,
         depth=2,
         orthogonal_steps=200,
         orthogonal_rate=3e-3,
     ),
 }
-"""`published`: SynthSAEBench-16k, for SAEs of 4,096 latents on a GPU. `small`: for SAEs of 512 latents on two cores."""
+"""`published`: SynthSAEBench-16k, for SAEs of 4,096 latents on a GPU. `small`: for SAEs of 256 latents on two cores."""

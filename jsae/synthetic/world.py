@@ -35,9 +35,9 @@ class SyntheticWorld:
     """An endless stream of activations whose features are known, after SynthSAEBench (arXiv 2602.14687).
 
     Every feature fires where a Gaussian exceeds its threshold; the Gaussians of a row share a few dimensions, which
-    correlates the firing (a Gaussian copula, section 3.2). A feature that fires has the magnitude max(N(mean, std^2),
+    correlates the firing (a Gaussian copula). A feature that fires has the magnitude max(N(mean, std^2),
     0). Then, from the roots of the trees down, a child is set to 0 where its parent is 0 or scaled by it, and of the
-    children of an exclusive parent that are left one keeps its magnitude, each with the same probability (section 3.3).
+    children of an exclusive parent that are left one keeps its magnitude, each with the same probability.
 
     It is a `jsae.data.Source`: `jsae.train(world, ...)` trains on it, and resumes exactly. Row r is always the same on
     the same device and versions, whatever the size of blocks: rows are sampled in pieces of `PIECE` rows, piece p of
@@ -50,10 +50,6 @@ class SyntheticWorld:
 
     Raises:
       ConfigError: settings, a name or arrays that are not valid.
-
-    Attributes:
-      features: the true features, unit vectors, (F, d).
-      bias: (d,).
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.benches import peers, quality, quality_search, quality_subjects, smollm2_peer
+from experiments.benches import peers, quality, quality_search, quality_subjects, quality_tables, smollm2_peer
 from experiments.benches.quality_config import OURS, RECIPES
 from experiments.benches.quality_contest import BEST, NOTHING, OWN, Contest
 from jsae.architectures import find
@@ -280,6 +280,16 @@ def test_an_environment_that_cannot_be_made_is_said(tmp_path):
 def test_sizes_that_cannot_be_measured_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         quality.Config(**wrong)
+
+
+def test_a_table_in_a_file_is_not_folded(capsys):
+    spread = {"mean": 0.123456, "min": 0.1, "max": 0.2}
+    scores = dict.fromkeys(quality_tables.COLUMNS, spread)
+    row = {"architecture": "matryoshka", "trainer": OURS, "recipe": "matryoshka", "chosen": BEST, "rate": 0.004243}
+    quality_tables.show(quality_tables.console(), "title", [row | {"scores": scores}], as_markdown=False)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "matryoshka" in line]
+    assert "0.1235 ± 0.0500" in line
+    assert "0.004243" in line
 
 
 def test_a_row_that_missed_its_l0_says_so():

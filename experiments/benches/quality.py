@@ -35,13 +35,12 @@ SYNTHETIC = {"d_sae": 256, "k": 6, "nested_widths": (16, 64)}
 def main(config: Config) -> int:
     """Train and score all SAEs, print a table per subject, write the results."""
     import torch
-    from rich.console import Console
 
     config = _quick(config) if config.quick else config
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     python = peers.trainers(config.peer_env)
-    console = Console()
+    console = quality_tables.console()
     report = functools.partial(console.print, soft_wrap=True, highlight=False)
     tables: dict[str, Any] = {}
     versions: dict[str, str] = {}

@@ -12,8 +12,8 @@ from experiments.benches.quality_contest import NOTHING, OWN
 if TYPE_CHECKING:
     from rich.console import Console
 
-_WIDTH = 150
-"""Columns that a table needs where the output is no terminal."""
+_WIDTH = 180
+"""Characters that a line of the tables needs."""
 
 COLUMNS: Mapping[str, tuple[str, str, bool]] = {
     "fvu": ("FVU", ".4f", True),
@@ -30,6 +30,14 @@ COLUMNS: Mapping[str, tuple[str, str, bool]] = {
 """By score: its heading, its format, and whether the range is shown."""
 
 
+def console() -> Console:
+    """Return a console for the tables: as wide as the terminal, or wide enough where there is none."""
+    from rich.console import Console
+
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=max(plain.width, _WIDTH))
+
+
 def show(console: Console, title: str, rows: Sequence[dict[str, Any]], as_markdown: bool) -> None:
     """Print a table, for a terminal or in Markdown."""
     from rich.table import Table
@@ -41,7 +49,7 @@ def show(console: Console, title: str, rows: Sequence[dict[str, Any]], as_markdo
     table = Table(*_headings(names), title=title)
     for row in rows:
         table.add_row(*_cells(row, names), style="bold" if row["trainer"] == OURS else None)
-    console.print(table, width=max(console.width, _WIDTH), crop=False)
+    console.print(table)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

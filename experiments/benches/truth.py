@@ -120,7 +120,6 @@ class Config:
 def main(config: Config) -> int:
     """Train and score all SAEs, print a table per L0, write the results."""
     import torch
-    from rich.console import Console
 
     from jsae.synthetic import SyntheticWorld
 
@@ -128,7 +127,7 @@ def main(config: Config) -> int:
     sizes = _quick(sizes) if config.quick else sizes
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    console, started = Console(), time.perf_counter()
+    console, started = quality_tables.console(), time.perf_counter()
     report = functools.partial(console.print, soft_wrap=True, highlight=False)
     world = SyntheticWorld(config.preset)
     tables: dict[str, Any] = {}

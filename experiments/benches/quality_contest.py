@@ -98,8 +98,7 @@ class Contest:
         finite = [t for t in tried if t.scores]
         if not finite:
             return {"trainer": recipes[0].trainer, "recipe": recipes[0].name, "failed": "every run diverged"}
-        nearest = min(finite, key=lambda t: quality_search.distance(t.l0, self._plan.k))
-        close = [t for t in finite if self._is_close(t.l0)] or [nearest]
+        close = [t for t in finite if self._is_close(t.l0)] or finite
         best = min(close, key=lambda t: self._cost(t, [s for s in finite if _same_setting(s, t)]))
         return self._figures(best, tried, OWN if best.rate is None else BEST)
 

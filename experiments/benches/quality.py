@@ -28,8 +28,8 @@ from experiments.benches.quality_contest import Contest
 from experiments.benches.quality_subjects import Subject
 from jsae.progress import Progress
 
-SYNTHETIC = {"d_sae": 256, "k": 6, "nested_widths": (16, 64)}
-"""Sizes of SAEs of the small synthetic world, which has 256 features."""
+SYNTHETIC = {"d_sae": 256, "k": 5, "nested_widths": (16, 64)}
+"""Sizes of SAEs of the small synthetic world, which has 256 features, of which 4.9 fire at once."""
 
 
 def main(config: Config) -> int:

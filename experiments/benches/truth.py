@@ -49,7 +49,7 @@ PUBLISHED: Mapping[tuple[str, int], dict[str, float]] = {
 _SIZES: Mapping[str, dict[str, Any]] = {
     "small": {
         "d_sae": 256,
-        "l0s": (6, 4, 9),
+        "l0s": (5, 3, 8),
         "nested_widths": (16, 64),
         "num_activations": 2**18,
         "batch_size": 512,

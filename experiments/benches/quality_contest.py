@@ -1,29 +1,39 @@
-"""The comparison of the `quality` measurement: search for each trainer's learning rate and L0, then its figures."""
+"""The comparison of the quality measurements: search for each trainer's learning rate and L0, then its figures."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.benches import quality_sides
-from experiments.benches.quality_config import OURS, RECIPES, TRAINERS, Config, Recipe
+from experiments.benches import quality_search, quality_sides
+from experiments.benches.quality_config import OURS, RECIPES, TRAINERS, Plan, Recipe
 
 if TYPE_CHECKING:
     from experiments.benches.peers import Ask
-    from experiments.benches.quality_sides import Subject
+    from experiments.benches.quality_subjects import Subject
 
-_LONGEST_STEP = math.log(8)  # of the search for a strength: L0 hardly depends on it where the rate is far too low
 _PARTS = {"warmup": 0.02, "decay": 0.2, "sparsity_warmup": 0.05, "dead": 0.1}
 """Fractions of a run: warm-up and decay of the learning rate, warm-up of penalties, silence of a dead latent."""
 
+_NEAR, _FAR = math.log(1.06), math.log(1.7)
+"""Distances in log L0 between which a second SAE shows how the scores depend on L0."""
+_APART = 1.25
+"""Factor on k, or on the strength, of a second SAE that is trained for that."""
 
-@dataclass(frozen=True)
+_MEASURED = ("l0", "dead_fraction", "dead_latents", "true_l0", "seconds")
+"""Scores that are reported as they were measured; the others are interpolated to the target L0."""
+
+OWN, BEST, NOTHING = "own", "best", "nothing"
+"""How a rate was chosen: the trainer's default, the best of all, or no setting given at all."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Trained:
     """A trained SAE and its scores."""
 
@@ -34,152 +44,251 @@ class Trained:
     coefficient: float | None
     """Weight of the penalty; for jsae the target L0."""
     folder: Path
+    k: int = 0
+    nothing_given: bool = False
     seconds: float = math.nan
-    fvu: float = math.inf
-    """Infinite if training diverged."""
-    l0: float = math.nan
-    dead_fraction: float = math.nan
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Empty if training diverged."""
+
+    @property
+    def l0(self) -> float:
+        """L0 on held-out activations; NaN if training diverged."""
+        return self.scores.get("l0", math.nan)
 
 
 class Contest:
-    """Trains the recipes of one architecture after another.
+    """Trains the recipes of one architecture after another on one subject.
 
     Args:
-      config: sizes and search.
-      subject: model and held-out text for the scores.
-      folder: of the activations; SAEs are written to a new folder in it.
+      plan: sizes and search.
+      subject: activations and scores.
+      scratch: folder for the SAEs.
       ask: sends a job to the peers' process.
       report: called with a line for every SAE that is trained.
     """
 
-    def __init__(self, config: Config, subject: Subject, folder: Path, ask: Ask, report: Callable[[str], None]):
-        self._config, self._subject, self._folder, self._ask, self._report = config, subject, folder, ask, report
-        self._saes, self._count = Path(tempfile.mkdtemp(dir=folder)), 0
+    def __init__(self, plan: Plan, subject: Subject, scratch: Path, ask: Ask, report: Callable[[str], None]):
+        self._plan, self._subject, self._ask, self._report = plan, subject, ask, report
+        self._saes, self._count = Path(tempfile.mkdtemp(dir=scratch)), 0
+        self._first_k = plan.k
+        self._places: dict[Recipe, int] = {}
+        self._strengths: dict[Recipe, float] = {}
+
+    def at(self, k: int) -> None:
+        """Compare at another L0 from now on; searches start from the rates that were best before."""
+        self._plan = dataclasses.replace(self._plan, k=k)
 
     def rows(self, architecture: str) -> list[dict[str, Any]]:
-        """Return the figures of every trainer that has the architecture, the peers' first."""
+        """Return the figures of every trainer that has the architecture; jsae's last, also with nothing given."""
         rows: list[dict[str, Any]] = []
-        trainers = [t for t in TRAINERS if t in self._config.trainers and t != OURS]
-        for trainer in (*trainers, *({OURS} & set(self._config.trainers))):
+        trainers = [t for t in TRAINERS if t in self._plan.trainers and t != OURS]
+        for trainer in (*trainers, *({OURS} & set(self._plan.trainers))):
             recipes = [recipe for recipe in RECIPES[architecture] if recipe.trainer == trainer]
             if recipes:
-                rows.append({"architecture": architecture} | self._figures(recipes, self._target(recipes, rows)))
+                rows.append({"architecture": architecture} | self._best(recipes))
+            if trainer == OURS:
+                rows.append({"architecture": architecture} | self._with_nothing_given(recipes[0]))
         return rows
 
-    def _target(self, recipes: Sequence[Recipe], peers: Sequence[dict[str, Any]]) -> float | None:
-        """Return the target L0: k, or for jsae that of the best peer; None for architectures that have a k."""
-        if not recipes[0].is_penalised:
-            return None
-        if recipes[0].trainer != OURS or not peers:
-            return float(self._config.k)
-        return min(peers, key=lambda row: row["fvu"]["mean"])["l0"]["mean"]
+    # ---- one trainer ----------------------------------------------------------------------------------------------
 
-    def _figures(self, recipes: Sequence[Recipe], target: float | None) -> dict[str, Any]:
+    def _best(self, recipes: Sequence[Recipe]) -> dict[str, Any]:
         """Choose a trainer's best recipe and rate with seed 0, train it with every seed; return the figures."""
-        tried = [trained for recipe in recipes for trained in self._rates(recipe, target)]
-        close = [t for t in tried if target is None or self._is_close(t.l0, target)] or tried
-        best = min(close, key=lambda t: t.fvu)
-        again = [self._train(best.recipe, best.rate, s, best.coefficient) for s in range(1, self._config.seeds)]
-        return _summary(best, [best, *again], tried, [self._loss(t) for t in (best, *again)])
+        tried = [trained for recipe in recipes for trained in self._search_rate(recipe)]
+        finite = [t for t in tried if t.scores]
+        if not finite:
+            return {"trainer": recipes[0].trainer, "recipe": recipes[0].name, "failed": "every run diverged"}
+        close = [t for t in finite if self._is_close(t.l0)] or finite
+        best = min(close, key=lambda t: self._cost(t, [s for s in finite if _same_setting(s, t)]))
+        return self._figures(best, tried, OWN if best.rate is None else BEST)
 
-    def _rates(self, recipe: Recipe, target: float | None) -> Iterable[Trained]:
-        """Yield one SAE per rate, with L0 close to the target; a search starts from the last successful strength."""
-        coefficient = recipe.coefficient
-        for rate in (None, *self._config.rates):
-            if coefficient is None:
-                yield self._direct(recipe, rate, target)
-            else:
-                trained = self._search(recipe, rate, coefficient, target)
-                coefficient = trained.coefficient if self._is_close(trained.l0, target) else recipe.coefficient
-                yield trained
+    def _with_nothing_given(self, recipe: Recipe) -> dict[str, Any]:
+        """Return the figures of jsae with L0 and sizes only: rate, schedules and dead latents at their defaults."""
+        first = self._train(recipe, None, 0, self._first_coefficient(recipe), nothing_given=True)
+        if not first.scores:
+            return {"trainer": recipe.trainer, "recipe": recipe.name, "chosen": NOTHING, "failed": "it diverged"}
+        return self._figures(first, [first], NOTHING)
 
-    def _direct(self, recipe: Recipe, rate: float | None, target: float | None) -> Trained:
-        """Return an SAE trained with k or a target L0; train again if L0 on held-out text misses the target."""
-        trained = self._train(recipe, rate, 0, target)
-        if target is None or self._is_close(trained.l0, target) or not math.isfinite(trained.l0):
-            return trained
-        again = self._train(recipe, rate, 0, target * target / trained.l0)
-        return min(trained, again, key=lambda t: _distance(t, target))
+    def _figures(self, best: Trained, tried: Sequence[Trained], chosen: str) -> dict[str, Any]:
+        """Train the remaining seeds and an SAE of another L0; return the scores of all seeds at the target L0."""
+        same = [t for t in tried if _same_setting(t, best) and t.scores]
+        second = next((t for t in same if _NEAR <= abs(math.log(t.l0 / best.l0)) <= _FAR), None) or self._apart(best)
+        seeds = [best] + [self._again(best, seed) for seed in range(1, self._plan.seeds)]
+        finals = [self._final(t) for t in seeds if t.scores]
+        slopes = quality_search.slopes(finals[0], self._final(second)) if second.scores else {}
+        target, searched_at = float(self._plan.k), self._plan.k if self._plan.next_steps else self._first_k
+        names = set(finals[0]) - set(_MEASURED)
+        at_target = [quality_search.at_l0(scores, slopes, target, names) for scores in finals]
+        return {
+            "trainer": best.recipe.trainer,
+            "recipe": best.recipe.name,
+            "chosen": chosen,
+            "chosen_by": None if chosen == NOTHING else f"{self._subject.chosen_by} at L0 {searched_at}",
+            "target_l0": self._plan.k,
+            "missed": any(quality_search.distance(f["l0"], target) > quality_search.FARTHEST for f in finals),
+            "rate": best.rate,
+            "coefficient": best.coefficient,
+            "diverged_seeds": len(seeds) - len(finals),
+            "slopes": {name: slope for name, slope in slopes.items() if name in names},
+            "scores": {name: _spread([scores[name] for scores in at_target]) for name in finals[0]},
+            "as_measured": {name: _spread([scores[name] for scores in finals]) for name in sorted(names)},
+            "tried": [
+                {"recipe": t.recipe.name, "rate": t.rate, "coefficient": t.coefficient, **t.scores}
+                for t in tried
+                if t.scores
+            ],
+        }
 
-    def _search(self, recipe: Recipe, rate: float | None, coefficient: float, target: float) -> Trained:
-        """Return the SAE whose L0 is closest, by the secant method on the logarithms of strength and L0."""
-        seen: list[Trained] = []
-        for _ in range(self._config.tries):
-            seen.append(self._train(recipe, rate, 0, coefficient))
-            if self._is_close(seen[-1].l0, target):
+    # ---- searches -------------------------------------------------------------------------------------------------
+
+    def _search_rate(self, recipe: Recipe) -> list[Trained]:
+        """Return the SAEs of a search for the rate with the lowest cost, which begins with the trainer's own rate.
+
+        At another L0 it begins with the rate that was best before.
+        """
+        runs: list[Trained] = []
+
+        def cost(rate: float | None) -> float:
+            tries = self._near_target(recipe, rate)
+            runs.extend(tries)
+            closest = min(tries, key=lambda t: quality_search.distance(t.l0, self._plan.k))
+            return self._cost(closest, tries)
+
+        start, low, high = self._plan.places
+        known = recipe in self._places
+        if not known and recipe.trainer != OURS:
+            cost(None)
+        climb = functools.partial(
+            quality_search.climb, lambda place: cost(self._plan.rate_at(place)), low=low, high=high
+        )
+        steps = self._plan.next_steps if known else self._plan.steps
+        self._places[recipe] = climb(start=self._places.get(recipe, start), steps=steps)
+        return runs
+
+    def _near_target(self, recipe: Recipe, rate: float | None) -> list[Trained]:
+        """Return SAEs of one rate, the last or an earlier one of which is near the target L0 if that was found."""
+        first = self._strengths.get(recipe, recipe.coefficient)
+        if recipe.coefficient is None:
+            return self._direct(recipe, rate)
+        tries: list[Trained] = []
+        for _ in range(self._plan.tries):
+            strength = quality_search.next_strength(_points(tries), self._plan.k) if tries else first
+            tries.append(self._train(recipe, rate, 0, strength))
+            if self._is_close(tries[-1].l0):
+                self._strengths[recipe] = tries[-1].coefficient
                 break
-            coefficient = _next(seen, target)
-        return min(seen, key=lambda t: _distance(t, target))
+        return tries
 
-    def _is_close(self, l0: float, target: float) -> bool:
-        return abs(l0 / target - 1) <= self._config.tolerance
+    def _direct(self, recipe: Recipe, rate: float | None) -> list[Trained]:
+        """Return an SAE trained with k or a target L0, and a second one if L0 on held-out text misses the target."""
+        target = self._first_coefficient(recipe)
+        runs = [self._train(recipe, rate, 0, target)]
+        if target is not None and runs[0].scores and not self._is_close(runs[0].l0):
+            runs.append(self._train(recipe, rate, 0, target * target / runs[0].l0))
+        return runs
 
-    def _train(self, recipe: Recipe, rate: float | None, seed: int, coefficient: float | None) -> Trained:
+    def _apart(self, trained: Trained) -> Trained:
+        """Return an SAE of the same setting and seed with a larger L0."""
+        coefficient, k = trained.coefficient, self._plan.k
+        if coefficient is None:
+            k = min(math.ceil(k * _APART), self._plan.d_sae)
+        else:
+            coefficient *= _APART if trained.recipe.trainer == OURS else 1 / _APART
+        return self._train(trained.recipe, trained.rate, 0, coefficient, k=k, nothing_given=trained.nothing_given)
+
+    def _again(self, trained: Trained, seed: int) -> Trained:
+        return self._train(trained.recipe, trained.rate, seed, trained.coefficient, nothing_given=trained.nothing_given)
+
+    def _first_coefficient(self, recipe: Recipe) -> float | None:
+        """Return jsae's target L0; None for an architecture with a k, and for peers with a k."""
+        return float(self._plan.k) if recipe.is_penalised and recipe.trainer == OURS else None
+
+    def _cost(self, trained: Trained, tries: Sequence[Trained]) -> float:
+        """Return the cost of an SAE at the target L0, from how the scores of tries at its setting depend on L0.
+
+        An SAE whose L0 is not close costs its distance from the target more: it shows little of the scores there.
+        """
+        if not trained.scores:
+            return math.inf
+        others = [t for t in tries if t.scores and t is not trained]
+        other = min(others, key=lambda t: quality_search.distance(t.l0, self._plan.k), default=None)
+        slopes = quality_search.slopes(trained.scores, other.scores) if other else {}
+        moved = quality_search.at_l0(trained.scores, slopes, float(self._plan.k), {self._subject.chosen_by})
+        away = 0 if self._is_close(trained.l0) else quality_search.distance(trained.l0, self._plan.k)
+        return self._subject.cost(moved) + away
+
+    def _is_close(self, l0: float) -> bool:
+        return abs(l0 / self._plan.k - 1) <= self._plan.tolerance
+
+    # ---- one SAE --------------------------------------------------------------------------------------------------
+
+    def _train(
+        self,
+        recipe: Recipe,
+        rate: float | None,
+        seed: int,
+        coefficient: float | None,
+        *,
+        k: int | None = None,
+        nothing_given: bool = False,
+    ) -> Trained:
         """Return one SAE, trained and scored."""
         self._count += 1
-        config, folder = self._config, self._saes / str(self._count)
+        plan, folder = self._plan, self._saes / str(self._count)
         job = {
             "library": recipe.trainer,
             "recipe": recipe.name,
             "rate": rate,
             "seed": seed,
             "coefficient": coefficient,
+            "nothing_given": nothing_given,
             "folder": str(folder),
-            "steps": config.num_activations // config.batch_size,
-            "batch_size": config.batch_size,
-            "k": config.k,
+            "steps": plan.num_activations // plan.batch_size,
+            "batch_size": plan.batch_size,
+            "k": plan.k if k is None else k,
             "d_in": self._subject.d_in,
-            "d_sae": config.d_sae,
-            "widths": [*config.nested_widths, config.d_sae],
-            "threads": config.threads,
+            "d_sae": plan.d_sae,
+            "widths": [*plan.nested_widths, plan.d_sae],
+            "threads": plan.threads,
             **_PARTS,
         }
-        answer = quality_sides.train_here(job, self._folder) if recipe.trainer == OURS else self._ask(job)
-        trained = Trained(recipe, rate, seed, coefficient, folder, answer["seconds"])
+        answer = self._train_here(job) if recipe.trainer == OURS else self._ask(job)
+        trained = Trained(recipe, rate, seed, coefficient, folder, job["k"], nothing_given, answer["seconds"])
         if answer["finite"]:
-            trained = dataclasses.replace(trained, **quality_sides.score(folder, self._folder, self._subject))
-        strength = "" if coefficient is None else f"strength {coefficient:.3g}"
-        self._report(
-            f"{recipe.trainer:20}{recipe.name:14} rate {rate or 'own':<6} seed {seed} {strength:14}"
-            f"FVU {trained.fvu:.4f} L0 {trained.l0:.1f} dead {trained.dead_fraction:.1%} {trained.seconds:.1f} s"
-        )
+            scores = self._subject.scores(folder) | {"seconds": trained.seconds}
+            trained = dataclasses.replace(trained, scores=scores)
+        self._report(_line(trained, self._subject.chosen_by))
         return trained
 
-    def _loss(self, trained: Trained) -> float:
-        return quality_sides.loss_recovered(trained.folder, self._subject)
+    def _train_here(self, job: dict[str, Any]) -> dict[str, Any]:
+        if self._subject.train is not None:
+            return self._subject.train(job)
+        return quality_sides.train_here(job, self._subject.folder)
+
+    def _final(self, trained: Trained) -> dict[str, float]:
+        return trained.scores | self._subject.final_scores(trained.folder)
 
 
-def _distance(trained: Trained, target: float) -> float:
-    """Return |log(L0 / target)|; infinite if training diverged."""
-    return abs(math.log(max(trained.l0, 0.1) / target)) if math.isfinite(trained.l0) else math.inf
+def _line(trained: Trained, chosen_by: str) -> str:
+    """Return one line about an SAE."""
+    strength = "" if trained.coefficient is None else f"strength {trained.coefficient:.3g}"
+    rate = "none" if trained.nothing_given else trained.rate or "own"
+    line = f"{trained.recipe.trainer:20}{trained.recipe.name:14} rate {rate:<9} seed {trained.seed} {strength:14}"
+    if not trained.scores:
+        return f"{line} diverged after {trained.seconds:.1f} s"
+    names = dict.fromkeys(["fvu", chosen_by])
+    shown = " ".join(f"{'FVU' if name == 'fvu' else name} {trained.scores[name]:.4f}" for name in names)
+    dead = trained.scores["dead_fraction"]
+    return f"{line} {shown} L0 {trained.l0:.1f} dead {dead:.1%} {trained.seconds:.1f} s"
 
 
-def _next(seen: Sequence[Trained], target: float) -> float:
-    """Return the strength to try next: on the line through the two closest points, or of slope -1 through one."""
-    points = sorted((t for t in seen if math.isfinite(t.l0)), key=lambda t: _distance(t, target))
-    if not points:
-        return seen[-1].coefficient / 2
-    x, y = zip(*((math.log(t.coefficient), math.log(max(t.l0, 0.1) / target)) for t in points), strict=True)
-    slope = (y[1] - y[0]) / (x[1] - x[0]) if len(points) > 1 and x[0] != x[1] else -1.0
-    step = -y[0] / min(max(slope, -3.0), -0.3)
-    return math.exp(x[0] + min(max(step, -_LONGEST_STEP), _LONGEST_STEP))
+def _points(tries: Sequence[Trained]) -> list[tuple[float, float]]:
+    return [(t.coefficient, t.l0) for t in tries]
 
 
-def _summary(
-    best: Trained, seeds: Sequence[Trained], tried: Sequence[Trained], loss: Sequence[float]
-) -> dict[str, Any]:
-    """Return the figures of one trainer."""
-    values = {name: [getattr(t, name) for t in seeds] for name in ("fvu", "l0", "dead_fraction", "seconds")}
-    values["loss_recovered"] = list(loss)
-    return {
-        "trainer": best.recipe.trainer,
-        "recipe": best.recipe.name,
-        "rate": best.rate,
-        "coefficient": best.coefficient,
-        **{name: {"mean": statistics.fmean(v), "min": min(v), "max": max(v)} for name, v in values.items()},
-        "tried": [
-            {"recipe": t.recipe.name, "rate": t.rate, "coefficient": t.coefficient, "l0": t.l0, "fvu": t.fvu}
-            for t in tried
-            if math.isfinite(t.fvu)
-        ],
-    }
+def _same_setting(a: Trained, b: Trained) -> bool:
+    return (a.recipe, a.rate, a.seed, a.nothing_given) == (b.recipe, b.rate, b.seed, b.nothing_given)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}

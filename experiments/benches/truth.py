@@ -1,0 +1,240 @@
+"""Recovery of known features at equal L0: jsae, SAELens, dictionary_learning and sparsify on a synthetic world.
+
+The world is that of SynthSAEBench (arXiv 2602.14687), `jsae.synthetic`; the scores are `jsae.recovery`'s, which are
+SAELens's too. --preset=small fits two cores: every trainer reads the same samples in the same order, at several L0s.
+Its learning rate is the one with the highest F1 at the first of --l0s, searched in factors of 2 from --rate beside the
+trainer's own; all scores are interpolated to the L0, as in `bench quality`. jsae is also trained with nothing given but
+sizes and L0. Three seeds; means, with half of the range.
+
+--preset=published is SynthSAEBench-16k, for a GPU: jsae alone, on samples that are made on the device, beside the
+values that were published for SAELens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bridge.locations import FilePath
+from bridge.settings import flag
+from experiments.benches import peers, quality, quality_subjects, quality_tables, timing
+from experiments.benches.quality_config import (
+    ARCHITECTURES,
+    OURS,
+    TRAINERS,
+    Plan,
+    check_run,
+    check_sizes,
+    check_trainers,
+)
+from experiments.benches.quality_contest import Contest
+from jsae.progress import Progress
+
+if TYPE_CHECKING:
+    from jsae.synthetic import SyntheticWorld
+
+PUBLISHED: Mapping[tuple[str, int], dict[str, float]] = {
+    ("batchtopk", 25): {"f1": 0.73},
+    ("matryoshka", 25): {"f1": 0.88},
+}
+"""Published scores of SAEs of 4,096 latents after 200 million samples, by architecture and L0 (arXiv 2602.14687)."""
+
+_SIZES: Mapping[str, dict[str, Any]] = {
+    "small": {
+        "d_sae": 256,
+        "l0s": (5, 3, 8),
+        "nested_widths": (16, 64),
+        "num_activations": 2**18,
+        "batch_size": 512,
+        "rate": 6e-3,
+        "samples": 50_000,
+        "seeds": 3,
+    },
+    "published": {
+        "d_sae": 4096,
+        "l0s": (25, 15, 35),
+        "nested_widths": (128, 512, 2048),
+        "num_activations": 200_000_000,
+        "batch_size": 1024,
+        "rate": 6e-4,
+        "samples": 500_000,
+        "seeds": 1,
+    },
+}
+
+
+_OPEN = ("d_sae", "l0s", "num_activations", "batch_size", "rate", "samples", "seeds")
+"""Fields that the preset decides where they are not given."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """World, SAEs, trainers and search of the measurement. Where none is given, the preset decides."""
+
+    preset: Literal["small", "published"] = flag("small", "World and sizes: for two cores, or for a GPU.")
+    architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures to compare.")
+    trainers: tuple[str, ...] = flag(TRAINERS, "Trainers to compare; of the published world jsae alone.")
+    l0s: tuple[int, ...] | None = flag(None, "L0s to compare at; the first one is where learning rates are searched.")
+    d_sae: int | None = flag(None, "Latents.")
+    num_activations: int | None = flag(None, "Samples that every SAE is trained on.")
+    batch_size: int | None = flag(None, "Samples per step.")
+    seeds: int | None = flag(None, "Number of seeds for the weights.")
+    rate: float | None = flag(None, "Learning rate at which the search starts.")
+    rate_range: tuple[float, ...] = flag((9e-5, 4.8e-2), "Lowest and highest learning rate of the search.")
+    samples: int | None = flag(None, "Held-out samples to score on.")
+    tries: int = flag(4, "Largest number of runs to find the strength of a penalty that gives the target L0.")
+    tolerance: float = flag(0.06, "Largest deviation of L0 from the target, as a fraction of the target.")
+    threads: int | None = flag(None, "Threads of torch on both sides; none is torch's default.")
+    quick: bool = flag(False, "Few samples, one L0, one rate, one seed: only to check that everything runs.")
+    markdown: bool = flag(False, "Print the tables as Markdown.")
+    peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
+    out: FilePath = flag("experiments/results/truth_cpu.json", "File for the results.")
+
+    def __post_init__(self) -> None:
+        check_trainers(self.architectures, self.trainers)
+        if self.preset not in _SIZES:
+            raise ValueError(f"preset is {self.preset!r}: choose one of {', '.join(_SIZES)}")
+        if any(getattr(self, name) is None for name in _OPEN):
+            self.sizes()  # checks itself
+            return
+        check_sizes(self, "seeds", "batch_size", "samples", "tries")
+        if not self.l0s:
+            raise ValueError("l0s is empty: give at least one L0")
+        for l0 in self.l0s:
+            check_run(self.num_activations, self.batch_size, l0, self.d_sae, self.rate, self.rate_range)
+
+    def sizes(self) -> Config:
+        """Return the same settings, with the preset's where none was given."""
+        return dataclasses.replace(
+            self, **{name: _SIZES[self.preset][name] for name in _OPEN if getattr(self, name) is None}
+        )
+
+
+def main(config: Config) -> int:
+    """Train and score all SAEs, print a table per L0, write the results."""
+    import torch
+
+    from jsae.synthetic import SyntheticWorld
+
+    sizes = config.sizes()
+    sizes = _quick(sizes) if config.quick else sizes
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    console, started = quality_tables.console(), time.perf_counter()
+    report = functools.partial(console.print, soft_wrap=True, highlight=False)
+    world = SyntheticWorld(config.preset)
+    tables: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch, _contest(sizes, world, Path(scratch), report) as (versions, contest):
+        total = len(sizes.l0s) * len(config.architectures)
+        with Progress("training and scoring", total, "architectures") as progress:
+            for l0 in sizes.l0s:
+                contest.at(l0)
+                rows: list[dict[str, Any]] = []
+                for architecture in config.architectures:
+                    rows += contest.rows(architecture)
+                    progress.advance()
+                tables[str(l0)] = rows
+                results = {"seconds": time.perf_counter() - started, "results": tables}  # as far as they are
+                timing.write(config.out, _described(sizes, world, versions) | results)
+    for l0, rows in sorted(tables.items(), key=lambda item: int(item[0])):
+        shown = rows + _published(config.preset, rows, int(l0))
+        title = f"recovery of known features at L0 {l0}; learning rates with the highest F1 at L0 {sizes.l0s[0]}"
+        quality_tables.show(console, title, shown, config.markdown)
+    console.print(f"figures: {config.out}", soft_wrap=True)
+    return 0
+
+
+def _described(sizes: Config, world: SyntheticWorld, versions: dict[str, str]) -> dict[str, Any]:
+    """Return what the results belong to."""
+    return {
+        "machine": timing.machine("cpu" if sizes.preset == "small" else _device()),
+        "peers": versions,
+        "settings": timing.settings(sizes, "peer_env", "quick"),
+        "world": world.config.to_json(),
+        "published": [{"architecture": a, "l0": k, **scores} for (a, k), scores in PUBLISHED.items()],
+    }
+
+
+def _device() -> str:
+    """Return torch's name of the device that jax computes on."""
+    import jax
+
+    return "cpu" if jax.default_backend() == "cpu" else "cuda"
+
+
+@contextmanager
+def _contest(
+    sizes: Config, world: SyntheticWorld, scratch: Path, report: Any
+) -> Iterator[tuple[dict[str, str], Contest]]:
+    """Yield the versions of the peers and a contest, with the process of the peers where they take part."""
+    plan = _plan(sizes)
+    if sizes.preset == "published":
+        subject = quality_subjects.endless(scratch, world, sizes.samples, "f1")
+        yield {}, Contest(dataclasses.replace(plan, trainers=(OURS,)), subject, scratch, _no_peers, report)
+        return
+    subject = quality_subjects.synthetic(scratch, world, sizes.num_activations, sizes.samples, "f1")
+    python = peers.trainers(sizes.peer_env)
+    with quality.contest_of(plan, subject, scratch, python, report) as opened:
+        yield opened
+
+
+def _no_peers(job: dict[str, Any]) -> dict[str, Any]:
+    raise ValueError(f"{job['library']} is not trained on this world")
+
+
+def _plan(sizes: Config) -> Plan:
+    """Return sizes and search of the contest."""
+    return Plan(
+        trainers=sizes.trainers,
+        d_sae=sizes.d_sae,
+        k=sizes.l0s[0],
+        nested_widths=tuple(width for width in _SIZES[sizes.preset]["nested_widths"] if width < sizes.d_sae),
+        num_activations=sizes.num_activations,
+        batch_size=sizes.batch_size,
+        rate=sizes.rate,
+        rate_range=sizes.rate_range,
+        seeds=sizes.seeds,
+        tries=sizes.tries,
+        tolerance=sizes.tolerance,
+        threads=sizes.threads,
+        steps=(2,),
+        next_steps=(),
+    )
+
+
+def _published(preset: str, rows: list[dict[str, Any]], l0: int) -> list[dict[str, Any]]:
+    """Return rows with the published scores of the architectures at an L0; of the published world only."""
+    if preset != "published":
+        return []
+    architectures = dict.fromkeys(row["architecture"] for row in rows)
+    return [
+        {
+            "architecture": architecture,
+            "trainer": "SAELens, published",
+            "recipe": architecture,
+            "chosen": "own",
+            "rate": 3e-4,
+            "scores": {name: {"mean": v, "min": v, "max": v} for name, v in PUBLISHED[architecture, l0].items()},
+        }
+        for architecture in architectures
+        if (architecture, l0) in PUBLISHED
+    ]
+
+
+def _quick(sizes: Config) -> Config:
+    changes: dict[str, Any] = {
+        "num_activations": 120 * sizes.batch_size,
+        "rate_range": (sizes.rate, sizes.rate),
+        "l0s": sizes.l0s[:1],
+        "seeds": 1,
+        "tries": 1,
+        "samples": 4096,
+    }
+    return dataclasses.replace(sizes, **changes)

@@ -1,0 +1,62 @@
+"""The measurement of recovery: presets, and training on samples that are made on the device."""
+
+import pytest
+from test_synthetic import TINY
+
+from experiments.benches import quality, quality_subjects, truth
+from experiments.benches.quality_config import OURS
+from experiments.benches.quality_contest import Contest
+from jsae.synthetic import SyntheticWorld
+
+
+def plan(trainers):
+    config = truth.Config(
+        rate=0.02,
+        rate_range=(0.02, 0.02),
+        trainers=trainers,
+        num_activations=3200,
+        batch_size=32,
+        d_sae=48,
+        l0s=(4,),
+        seeds=1,
+    )
+    return truth._plan(config.sizes())
+
+
+def test_a_world_without_a_file_is_trained_on_its_device(tmp_path):
+    on = quality_subjects.endless(tmp_path, SyntheticWorld(TINY), 2000, "f1")
+    alone = Contest(plan((OURS,)), on, tmp_path, truth._no_peers, print)
+    ours, _ = alone.rows("matryoshka")
+    assert 0.05 < ours["scores"]["f1"]["mean"] < 1
+    assert not (tmp_path / "train.npy").exists()
+    with pytest.raises(ValueError, match="SAELens is not trained on this world"):
+        Contest(plan(("SAELens",)), on, tmp_path, truth._no_peers, print).rows("topk")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"l0s": ()}, "l0s is empty"),
+        ({"l0s": (300,)}, "k=300 is larger than d_sae=256"),
+        ({"preset": "big"}, "choose one of small, published"),
+        ({"num_activations": 1000}, "less than 100 batches"),
+        ({"samples": 0}, "samples must be at least 1"),
+    ],
+)
+def test_sizes_of_worlds_that_cannot_be_measured_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        truth.Config(**wrong)
+
+
+def test_the_preset_decides_what_is_not_given():
+    assert truth.Config().sizes().d_sae == 256
+    published = truth.Config(preset="published", d_sae=64, l0s=(5,)).sizes()
+    assert (published.d_sae, published.l0s, published.num_activations) == (64, (5,), 200_000_000)
+
+
+def test_published_scores_stand_beside_those_of_the_published_world():
+    rows = [{"architecture": "batchtopk"}, {"architecture": "relu"}]
+    (published,) = truth._published("published", rows, 25)
+    assert published["scores"]["f1"]["mean"] == 0.73
+    assert truth._published("small", rows, 25) == []
+    assert "SAELens, published" in quality.markdown([published])

@@ -16,6 +16,7 @@ from jsae.architectures import SAEConfig
 from jsae.config import TrainConfig
 from jsae.health import ActivationsError, NotFiniteError
 from jsae.ops import Ops, Sharded, Xla, choose, choose_with_reason
+from jsae.pretrained import Pretrained
 from jsae.settings import require
 from jsae.state import Acts, TrainState
 
@@ -50,7 +51,13 @@ States = tuple[TrainState, ...]
 AllSums = tuple[metrics.Sums, ...]
 
 
-def init(members: Sequence[Member], sample: Batch, ops: Ops | None = None, mesh: Mesh | None = None) -> States:
+def init(
+    members: Sequence[Member],
+    sample: Batch,
+    ops: Ops | None = None,
+    mesh: Mesh | None = None,
+    starts: Sequence[Pretrained | None] | None = None,
+) -> States:
     """Return the states before the first step, each scaled and centred on its site's sample of activations.
 
     Args:
@@ -58,17 +65,29 @@ def init(members: Sequence[Member], sample: Batch, ops: Ops | None = None, mesh:
       sample: activations of every site; on a mesh the same on all devices.
       ops: the implementation on one device; None chooses it for the device.
       mesh: devices over which the states are sharded; None: one device.
+      starts: for every member the exported SAE that it continues, or None; None: all start anew.
 
     Raises:
-      ConfigError: activations of other widths than the SAE's.
+      ConfigError: activations of other widths than the SAE's, or a start that is not of the member's kind.
       ActivationsError, DegenerateError: a sample that nothing can be learned from; an abstract one is not checked.
     """
     if mesh is not None:
         ops = Xla(members[0].train.matmul_dtype)  # partitioned by the compiler
-    return tuple(
-        state.init(member.sae, member.train, ops or member.ops, sample[member.site], _optimizer(member, ops), mesh)
-        for member in members
-    )
+
+    def one(member: Member, start: Pretrained | None) -> TrainState:
+        if start is not None:
+            start.check(member.sae)
+        return state.init(
+            member.sae,
+            member.train,
+            ops or member.ops,
+            sample[member.site],
+            _optimizer(member, ops),
+            mesh,
+            None if start is None else start.plain.weights,
+        )
+
+    return tuple(map(one, members, starts or [None] * len(members)))
 
 
 def abstract_states(members: Sequence[Member], ops: Ops | None = None, mesh: Mesh | None = None) -> States:

@@ -50,6 +50,11 @@ class TrainedSAE:
         return cls(plain, metrics)
 
     @property
+    def plain(self) -> saelens.Plain:
+        """The SAE in plain form, in numpy."""
+        return saelens.Plain(self.cfg, {name: np.asarray(weight) for name, weight in self.weights.items()}, self.layers)
+
+    @property
     def architecture(self) -> str:
         """SAELens's name of the architecture; for a crosscoder the name of its encoder's form."""
         return self.cfg["architecture"]
@@ -121,9 +126,8 @@ class TrainedSAE:
         Raises:
           OSError: the folder cannot be written; an earlier export is kept.
         """
-        weights = {name: np.asarray(weight) for name, weight in self.weights.items()}
         added = dict(metadata or {}) | {"sae_lens_version": export.SAELENS_VERSION}
-        export.write_plain(Path(folder), saelens.Plain(self.cfg, weights, self.layers), added)
+        export.write_plain(Path(folder), self.plain, added)
         return Path(folder)
 
     def __repr__(self) -> str:

@@ -150,7 +150,7 @@ class SAE(nnx.Module):
     - `initial_latents`, `activate`, `penalty`, `inference_arrays`: what these methods say;
 
     and where they differ from the defaults `biases`, `maps`, `rate_factors`, `control_gain`, `initialize_latents`,
-    `initial_statistics` and `batch_statistics`. No other method is overridden.
+    `set_inference_arrays`, `initial_statistics` and `batch_statistics`. No other method is overridden.
 
     Raises:
       TypeError: at the definition of a subclass with a `Config` that lacks one of these, that shares its `Config`,
@@ -230,6 +230,24 @@ class SAE(nnx.Module):
 
     def initialize_latents(self, x: Float[Array, "n d"], ops: Ops) -> None:
         """Set arrays of latents from scaled activations, after the encoder has been initialised. A hook."""
+
+    def set_inference_arrays(self, arrays: Mapping[str, Array]) -> None:
+        """Set arrays of latents from those of the inference form, the inverse of `inference_arrays`.
+
+        The default sets arrays of the same names.
+
+        Args:
+          arrays: by SAELens's names, (f,) each, in the units of training.
+
+        Raises:
+          ConfigError: the class has no such array, and does not override this method.
+        """
+        for name, array in arrays.items():
+            require(
+                name in self.initial_latents(self.config),
+                f"{self.name} has no array {name} to continue from: it must define set_inference_arrays",
+            )
+            getattr(self, name)[...] = array
 
     def batch_statistics(self, forward: Forward) -> dict[str, Float[Array, ""]]:
         """Return the value of every running statistic in one batch, by name; training averages them over batches.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import jax
@@ -16,6 +17,7 @@ from jsae.settings import WEIGHT, Range, number, require
 
 _TARGET = Range(1e-6, 2**28, "lie between 0 and d_sae, and be at least 1e-6")
 _BANDWIDTH = Range(1e-6, 1e6, "be finite and positive, from 1e-6 to 1e6")
+_LEAST_THRESHOLD = 1e-6  # of an SAE that training continues, in units where inputs have a mean square of 1
 _THRESHOLD = Range(1e-30, 1e30, "be finite and positive, from 1e-30 to 1e30")
 
 
@@ -213,3 +215,8 @@ class JumpReLU(SAE):
     def inference_arrays(self) -> Arrays:
         """Return the encoder bias and the thresholds."""
         return {"b_enc": self.b_enc[...], "threshold": self.threshold}
+
+    def set_inference_arrays(self, arrays: Mapping[str, Array]) -> None:
+        """Set the encoder bias and the thresholds, which are at least 1e-6: smaller ones would have no logarithm."""
+        self.b_enc[...] = arrays["b_enc"]
+        self.log_threshold[...] = jnp.log(jnp.maximum(arrays["threshold"], _LEAST_THRESHOLD))

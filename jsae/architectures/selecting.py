@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -164,6 +165,11 @@ class BatchSelecting(Selecting):
         """Return the encoder bias, and the threshold once per latent."""
         threshold = jnp.full(self.config.d_sae, self.threshold[...], jnp.float32)
         return {"b_enc": self.b_enc[...], "threshold": threshold}
+
+    def set_inference_arrays(self, arrays: Mapping[str, Array]) -> None:
+        """Set the encoder bias, and the one threshold to the mean of the latents' thresholds."""
+        self.b_enc[...] = arrays["b_enc"]
+        self.threshold[...] = arrays["threshold"].mean()
 
 
 class BatchTopK(BatchSelecting):

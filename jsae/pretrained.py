@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jsae import saelens
+from jsae import jsons, saelens
 from jsae.architectures import ARCHITECTURES, SAE, SAEConfig
 from jsae.architectures.selecting import BatchSelecting
 from jsae.saelens import Plain
 from jsae.saelens.settings import ENCODERS, RANKED, TRANSCODERS
-from jsae.settings import Json, check_fields, require
+from jsae.settings import Json, check_fields, read_fields, require
 
 _SAME_THRESHOLD = 0.1  # relative standard deviation of thresholds that one threshold may stand for
 _SAME_NORM = 0.01  # relative difference of decoder norms that is not worth a note
@@ -48,8 +48,20 @@ class Description(Json):
     """Largest relative deviation of a decoder norm from their mean, of forms that rank latents; else 0."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "nested_widths", tuple(self.nested_widths))
         check_fields(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any] | str) -> "Description":
+        """Return the inverse of `to_json`, also from JSON, whose lists stand for tuples.
+
+        Raises:
+          ConfigError: a name that is no field, a field that is missing, or a value of another type.
+        """
+        values = jsons.loads(values) if isinstance(values, str) else values
+        lists = isinstance(values, dict)
+        return read_fields(
+            cls, {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()} if lists else values
+        )
 
     @property
     def kind(self) -> str:
@@ -69,8 +81,8 @@ class Description(Json):
         if self.norm_spread <= _SAME_NORM:
             return None
         return (
-            f"{self.path}: norms of decoder rows differ by up to {self.norm_spread:.0%} from their mean. Training keeps "
-            "them at 1, so latents are ranked by what they add to the reconstruction, and others may be selected"
+            f"{self.path}: norms of decoder rows differ by up to {self.norm_spread:.0%} from their mean. Training "
+            "keeps them at 1, so latents are ranked by what they add to the reconstruction, and others may be selected"
         )
 
     def check(self, config: SAEConfig) -> None:

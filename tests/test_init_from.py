@@ -1,6 +1,7 @@
 """Training that continues an exported SAE: the same SAE before the first step, or refused with what it is."""
 
 import dataclasses
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -22,7 +23,7 @@ from jsae.settings import ConfigError
 from jsae.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
-D, F, O, N = 12, 40, 9, 256
+D, F, D_OUT, N = 12, 40, 9, 256
 CASES: dict[str, SAEConfig] = {
     "topk": sae_config("topk", D, F, k=3),
     "batchtopk": sae_config("batchtopk", D, F, k=3),
@@ -31,9 +32,9 @@ CASES: dict[str, SAEConfig] = {
     "relu": sae_config("relu", D, F),
     "gated": sae_config("gated", D, F),
     "jumprelu": sae_config("jumprelu", D, F, target_l0=4.0),
-    "transcoder": sae_config("relu", D, F, d_out=O),
-    "skip transcoder": sae_config("jumprelu", D, F, d_out=O, skip=True),
-    "batchtopk skip transcoder": sae_config("batchtopk", D, F, k=3, d_out=O, skip=True),
+    "transcoder": sae_config("relu", D, F, d_out=D_OUT),
+    "skip transcoder": sae_config("jumprelu", D, F, d_out=D_OUT, skip=True),
+    "batchtopk skip transcoder": sae_config("batchtopk", D, F, k=3, d_out=D_OUT, skip=True),
     "crosscoder": sae_config("topk", 2 * D, F, k=3, layers=2),
     "batchtopk crosscoder": sae_config("batchtopk", 2 * D, F, k=3, layers=2),
     "gated crosscoder": sae_config("gated", 2 * D, F, layers=2),
@@ -50,7 +51,7 @@ def acts(width: int, seed: int = 0, rows: int = N) -> np.ndarray:
 
 def sample(config: SAEConfig, factor: float = 1.0, rows: int = N):
     """Activations for an SAE: an array, or one of every layer, or input and target."""
-    widths = [D] * config.layers + ([O] if config.is_transcoder else [])
+    widths = [D] * config.layers + ([D_OUT] if config.is_transcoder else [])
     parts = tuple((1 + i) * factor * acts(width, i, rows) for i, width in enumerate(widths))
     return parts if len(parts) > 1 else parts[0]
 
@@ -107,7 +108,7 @@ FOREIGN = {
     "jumprelu": ("jumprelu", {}),
     "topk": ("topk", {"k": 5, "rescale_acts_by_decoder_norm": True}),
     "abstopk": ("abstopk", {"k": 5, "rescale_acts_by_decoder_norm": True}),
-    "jumprelu_skip_transcoder": ("jumprelu", {"d_out": O, "apply_b_dec_to_input": False}),
+    "jumprelu_skip_transcoder": ("jumprelu", {"d_out": D_OUT, "apply_b_dec_to_input": False}),
 }
 
 
@@ -261,4 +262,4 @@ def test_what_a_file_says_of_its_training_is_checked(details, k, widths):
     plain.cfg["metadata"] = {"training_architecture_details": details}
     found = pretrained.from_plain(plain, "the file").description
     assert (found.k, found.nested_widths) == (k, widths)
-    assert pretrained.Description.from_json(found.to_json()) == found
+    assert pretrained.Description.from_json(json.dumps(found.to_json())) == found

@@ -34,6 +34,7 @@ MODULES = (
     "test_readme",
     "test_sweep_command",
     "test_contract",
+    "test_continue_command",
     "test_init_from",
     "test_signals",
     "test_speed_benches",

@@ -27,6 +27,7 @@ from jsae.settings import (
 
 if TYPE_CHECKING:
     from jsae.architectures import SAE, SAEConfig
+    from jsae.pretrained import Description
 
 HookType = Literal["resid_post", "attn", "mlp_in", "mlp"]
 
@@ -48,6 +49,8 @@ _OWN = ("k", "nested_widths", "l1_coefficient", "l0_coefficient", "jump_recipe",
 """Settings of some architectures. The two tuples above are settings of training, with and without a k."""
 
 MOST_VARIANTS = 1000
+_UNSET: Mapping[str, Any] = {"k": (32,), "expansion_factor": 8}
+"""What settings become that are not given, unless the SAE that a run continues has them."""
 _WIDEST = 2**20  # stands for the width of a model that is not known yet
 
 
@@ -106,9 +109,22 @@ class RunConfig(Json):
             "without a flag keep their defaults."
         ),
     )
-    expansion_factor: int = flag(8, "Latents per dimension of the model.", at_least(1, 2**28))
+    init_from: FilePath | None = flag(
+        None,
+        "Continue from an exported SAE of the same kind, of this project or SAELens: its directory, hf://owner/name, a "
+        "run or a folder with one for every hook. Sizes and k are its own.",
+    )
+    expansion_factor: int | None = flag(
+        None, "Latents per dimension of the model; none is 8, or as --init_from has.", at_least(1, 2**28)
+    )
     k: tuple[int, ...] = flag(
-        (32,), _of("k", "Active latents per token, on average where they are selected in a whole batch"), COUNT
+        (),
+        _of(
+            "k",
+            "Active latents per token, on average where they are selected in a whole batch; none is 32, or as "
+            "--init_from has",
+        ),
+        COUNT,
     )
     nested_widths: tuple[int, ...] = flag(
         (), _of("nested_widths", "Widths of the inner SAEs; none is 1/16, 1/8, 1/4 and 1/2"), COUNT
@@ -183,6 +199,9 @@ class RunConfig(Json):
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.init_from is None:
+            for name, value in _UNSET.items():
+                object.__setattr__(self, name, getattr(self, name) or value)
         accelerators.check_name(self.device)
         require(self.checkpoint_every >= self.batch_size, "checkpoint_every must be at least one batch")
         window = min(self.log_every * self.batch_size, self.checkpoint_every, self.num_activations)
@@ -241,7 +260,7 @@ class RunConfig(Json):
         for name in SWEPT:
             values = getattr(self, name)
             require(len(set(values)) == len(values), f"--{name}={','.join(map(str, values))} has a value twice")
-            require(bool(values) or name in ("learning_rate", "target_l0"), f"--{name} needs at least one value")
+            require(bool(values) or name in ("k", "learning_rate", "target_l0"), f"--{name} needs at least one value")
         count = math.prod(max(len(getattr(self, name)), 1) for name in SWEPT)
         require(count <= MOST_VARIANTS, f"these flags ask for {count} variants: at most {MOST_VARIANTS} train together")
 
@@ -256,6 +275,8 @@ class RunConfig(Json):
     def _check_used(self, given: Collection[str] = ()) -> None:
         """Check that settings which the architecture does not have are not given, and have their defaults."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if self.init_from is None:
+            defaults |= _UNSET
         own = _settings(self.architecture)
         used = {*own, *(_WITH_K if "k" in own else _WITHOUT_K)}
         names = ", ".join(f"--{name}" for name in (*_OWN, *_WITH_K, *_WITHOUT_K) if name in used) or "no flags"
@@ -326,17 +347,36 @@ class RunConfig(Json):
         # k and nested widths are checked later, against the true width of the SAE.
         self._sae_config(_WIDEST, _WIDEST, 1, k=1, nested_widths=self._default_widths(_WIDEST))
 
-    def sae_config(self, width: int, layers: int = 1) -> "SAEConfig":
-        """Return the configuration of a variant's SAE for a model of this width; `layers` are those of a crosscoder.
+    def sae_config(self, width: int, layers: int = 1, start: "Description | None" = None) -> "SAEConfig":
+        """Return the configuration of a variant's SAE for a model of this width.
+
+        Args:
+          width: of the model.
+          layers: those of a crosscoder.
+          start: the SAE that is continued, which has the settings that were not given.
 
         Raises:
-          ConfigError: settings that no SAE of this size can have.
+          ConfigError: settings that no SAE of this size can have, or that contradict those of the SAE to continue.
         """
-        return self._sae_config(width, width * self.expansion_factor, layers)
+        if start is None:
+            return self._sae_config(width, width * self.expansion_factor, layers)
+        d_sae = start.d_sae
+        require(
+            self.expansion_factor in (None, d_sae / width),
+            f"--expansion_factor={self.expansion_factor} of width {width} contradicts {start.path} of {d_sae} latents: "
+            "leave it out",
+        )
+        require(
+            "k" not in _settings(self.architecture) or bool(self.k) or start.k is not None,
+            f"{start.path} does not say how many latents were active per token: give --k",
+        )
+        known: dict[str, Any] = {} if self.k or start.k is None else {"k": start.k}
+        known |= {} if self.nested_widths or not start.nested_widths else {"nested_widths": start.nested_widths}
+        return self._sae_config(width, d_sae, layers, **known)
 
     def _sae_config(self, width: int, d_sae: int, layers: int, **replaced: Any) -> "SAEConfig":
         settings: dict[str, Any] = {
-            "k": self.k[0],
+            "k": self.k[0] if self.k else None,
             "nested_widths": self.nested_widths or self._default_widths(d_sae),
             "l1_coefficient": self.l1_coefficient[0],
             "l0_coefficient": self.l0_coefficient[0],

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bridge.run import Run
+from bridge.training.continuing import Starts
 from bridge.training.memory import SAMPLE
 from bridge.training.report import Reporter
 from jsae import loop, metrics, processes
@@ -54,6 +55,7 @@ def train(
     ops: Ops | None = None,
     mesh: Mesh | None = None,
     shards: Shards | None = None,
+    starts: Starts | None = None,
 ) -> States | None:
     """Train from the start or the last checkpoint to the end.
 
@@ -68,6 +70,7 @@ def train(
       ops: the implementation of operations; None chooses it by the device.
       mesh: the devices of all processes; None: one.
       shards: which parts of every batch the source gives; None: batches have one part.
+      starts: the exported SAEs that the trainees continue; None: they are new.
 
     Returns:
       The states after the last step, in the order of the trainees; None for a run that was saved and stopped.
@@ -82,7 +85,7 @@ def train(
     save_every = max(config.checkpoint_every // config.batch_size, 1)
     add = jax.jit(lambda totals, sums: tuple(map(metrics.add, totals, sums)))
     with Checkpoints(Run(run).checkpoints_folder) as checkpoints:
-        batches, states = _begin(config, members, source, checkpoints, ops, mesh, shards)
+        batches, states = _begin(config, trainees, source, checkpoints, ops, mesh, shards, starts)
         first_states, stopped = states, False
         last_fvu, window, watch = float("nan"), None, Watch(len(trainees))
         with (
@@ -211,14 +214,16 @@ def _watch(
 
 def _begin(
     config: "RunConfig",
-    members: Sequence[Member],
+    trainees: Sequence["Trainee"],
     source: "ActivationStream | SiteSource",
     checkpoints: Checkpoints,
     ops: Ops | None,
     mesh: Mesh | None,
     shards: Shards,
+    starts: Starts | None,
 ) -> tuple[Shuffled, States]:
     """Return batches and states: new ones, or those of the last intact checkpoint if the run is resumed."""
+    members = [trainee.member for trainee in trainees]
     shuffle: dict[str, Any] = {
         "batch_size": config.batch_size * len(shards.own) // shards.count,
         "batches_per_block": config.block_size // config.batch_size,
@@ -237,7 +242,9 @@ def _begin(
         print("there is no checkpoint yet: starting with the first step", flush=True)
     batches = Shuffled(source, **shuffle)
     sample = jax.tree.map(lambda acts: processes.sample_of(acts, len(shards.own), mesh), batches.sample(SAMPLE))
-    return batches, loop.init(members, sample, ops, mesh)
+    with processes.together():
+        pretrained = None if starts is None else [starts.read(trainee.name) for trainee in trainees]
+    return batches, loop.init(members, sample, ops, mesh, pretrained)
 
 
 def _values(members: Sequence[Member], step: int, states: States, window: AllSums) -> list[dict[str, Any]]:

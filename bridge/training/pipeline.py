@@ -20,6 +20,7 @@ from jsae.settings import require
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from bridge.training.continuing import Starts
     from bridge.training.loop import StopRequests
     from bridge.training.origins import Origin
     from bridge.training.plan import Trainee
@@ -100,6 +101,7 @@ class _Prepared(NamedTuple):
     mesh: "Mesh | None"
     choice: "Choice"
     origin: "Origin"
+    starts: "Starts | None"
 
 
 def _train(
@@ -123,9 +125,9 @@ def _train(
         _check_shared(run)
         origin = parts.origin
         shards = loop.Shards(tuple(origin.own_shards), origin.data_shards)
-        devices: dict[str, Any] = {"ops": parts.choice.ops, "mesh": parts.mesh, "shards": shards}
+        given: dict[str, Any] = {"ops": parts.choice.ops, "mesh": parts.mesh, "shards": shards, "starts": parts.starts}
         source = origin.source(plan.sites(parts.trainees))
-        states = loop.train(run.path, config, parts.trainees, source, stop_requests, **devices)
+        states = loop.train(run.path, config, parts.trainees, source, stop_requests, **given)
         if states is None:
             raise Stopped(run)
         saes = finished(states)
@@ -146,21 +148,22 @@ def _train(
 def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
     """Load the model or open the store, and plan the SAEs, each checked before the long training, in all processes."""
     import bridge.nanochat
-    from bridge.training import plan
+    from bridge.training import continuing, plan
     from bridge.training.origins import StoreOrigin, TextOrigin
     from jsae import processes
     from jsae.store import Store
 
-    nano = store = None
+    nano = store = starts = None
     trainees: list[Trainee] = []
     fraction, failure = 0.1, None
     try:
+        starts = continuing.find(run, config)
         if config.activations is None:
             nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
-            trainees = plan.trainees(run.path, config, nano)
+            trainees = plan.trainees(run.path, config, nano, starts)
         else:
             store = Store(config.activations)
-            trainees = plan.stored_trainees(run.path, config, store)
+            trainees = plan.stored_trainees(run.path, config, store, starts)
         fraction = plan.jax_fraction(config, trainees, nano)
     except Exception as error:
         if launch.detected() is None:
@@ -181,9 +184,11 @@ def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
             else StoreOrigin(config, store, sites, torch_device, data_shards)
         )
         _announce(config, origin, trainees, choice, mesh)
+    if starts is not None:
+        origin.facts |= starts.facts(trainee.name for trainee in trainees)
     identity = [config.to_json(), origin.facts, choice.ops.name, directory.versions()]
     processes.check_same("settings, model, data, device or versions", identity)
-    return _Prepared(trainees, mesh, choice, origin)
+    return _Prepared(trainees, mesh, choice, origin, starts)
 
 
 def _check_shared(run: Run) -> None:
@@ -261,6 +266,10 @@ def _announce(
         f"{jax.default_backend()}",
         flush=True,
     )
+    for start in dict.fromkeys(trainee.start for trainee in trainees if trainee.start is not None):
+        print(f"continues {start.path}, {start.kind}", flush=True)
+        if start.note is not None:
+            print(f"note: {start.note}", flush=True)
     if mesh is not None:
         data, shards = mesh.devices.shape
         print(f"{mesh.size} processes: {data} divide the batch, times {shards} that divide the latents", flush=True)

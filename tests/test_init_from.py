@@ -15,7 +15,7 @@ import torch
 from sae_lens.registry import get_sae_class
 
 import jsae
-from jsae import export, loop, pretrained, trained
+from jsae import axes, export, loop, pretrained, trained
 from jsae.architectures import ARCHITECTURES, SAEConfig, make, sae_config
 from jsae.config import TrainConfig
 from jsae.saelens import Plain
@@ -100,6 +100,17 @@ def test_without_a_step_the_export_is_what_it_continues(case, factor):
         np.any(leaf) for leaf in (*map(np.asarray, jax.tree.leaves(state.opt)), np.asarray(state.since_fired))
     )
     np.testing.assert_allclose(np.linalg.norm(state.sae.W_dec, axis=1), 1, atol=1e-6)
+
+
+def test_on_a_mesh_the_state_is_the_same_and_divided():
+    config = CASES["batchtopk"]
+    start = pretrained.from_plain(as_trained(config), "the file")
+    whole = state_of(config, start.plain)
+    mesh = axes.make_mesh(latent=2, devices=jax.devices()[:4])
+    (sharded,) = loop.init([loop.Member(config, RUN)], (sample(config),), mesh=mesh, starts=[start])
+    for ours, theirs in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert not sharded.sae.W_dec[...].sharding.is_fully_replicated
 
 
 FOREIGN = {

@@ -3,6 +3,7 @@
 A single SAE is the case of one member. Every member equals the SAE that is trained alone with the same seeds.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
 
 from jsae import axes, metrics, optim, processes, state, step
 from jsae.architectures import SAEConfig
@@ -157,14 +159,19 @@ class Programs:
         self._compiled: dict[tuple[int | None, ...], Any] = {}
 
     def at(self, number: int) -> Any:
-        """Return `(states, batch) -> (states, sums)` of a step; the program changes where k has come down."""
+        """Return `(states, batch) -> (states, sums)` of a step; the program changes where k has come down.
+
+        A third argument, a number for every member, scales the learning rates of this step.
+        """
         rooms = tuple(room(member, number) for member in self._members)
         if rooms not in self._compiled:
             self._compiled[rooms] = jax.jit(self._step(rooms), donate_argnums=0)
         return self._compiled[rooms]
 
     def _step(self, rooms: tuple[int | None, ...]) -> Any:
-        def all_steps(states: States, batch: Batch) -> tuple[States, AllSums]:
+        def all_steps(
+            states: States, batch: Batch, rate_scales: Sequence[Float[Array, ""]] | None = None
+        ) -> tuple[States, AllSums]:
             if self._mesh is not None:
                 batch = jax.lax.with_sharding_constraint(batch, NamedSharding(self._mesh, axes.spec(("n", "d"))))
             done = [
@@ -174,9 +181,11 @@ class Programs:
                     before,
                     batch[member.site],
                     room,
-                    _optimizer(member, self._ops(member)),
+                    _optimizer(member, self._ops(member), rate_scale),
                 )
-                for member, before, room in zip(self._members, states, rooms, strict=True)
+                for member, before, room, rate_scale in zip(
+                    self._members, states, rooms, rate_scales or [None] * len(states), strict=True
+                )
             ]
             states = tuple(self._placed(after) for after, _ in done)
             return states, tuple(sums for _, sums in done)
@@ -258,6 +267,10 @@ def summaries(members: Sequence[Member], number: int, states: States, sums: AllS
     return metrics_of_all
 
 
-def _optimizer(member: Member, ops: Ops | None) -> optim.Optimizer:
+def _optimizer(member: Member, ops: Ops | None, rate_scale: Float[Array, ""] | None = None) -> optim.Optimizer:
     sae = member.sae
-    return optim.make(member.train, sae.d_sae, ops or member.ops, sae.sae.rate_factors, member.inner)
+    optimizer = optim.make(member.train, sae.d_sae, ops or member.ops, sae.sae.rate_factors, member.inner)
+    if rate_scale is None:
+        return optimizer
+    require(isinstance(optimizer, optim.UnitRowAdam), "an optimiser of your own has its own learning rate")
+    return dataclasses.replace(optimizer, rate_scale=rate_scale)

@@ -56,12 +56,14 @@ class UnitRowAdam:
       d_sae: number of latents, which the default learning rate depends on.
       ops: the implementation of the update.
       rate_factors: pairs (name of an array, factor on its learning rate).
+      rate_scale: factor on the learning rate of all arrays; may be traced.
     """
 
     config: TrainConfig
     d_sae: int
     ops: Ops
     rate_factors: tuple[tuple[str, float], ...] = ()
+    rate_scale: float | Array = 1.0
 
     def init(self, params: Any) -> optax.ScaleByAdamState:
         """Return zero moments."""
@@ -75,7 +77,7 @@ class UnitRowAdam:
         norm = factor * jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
         scalars = AdamScalars(
             factor * jnp.minimum(1, config.clip_norm / norm),
-            schedule(config, self.d_sae)(state.count) / (1 - config.beta1**count),
+            self.rate_scale * schedule(config, self.d_sae)(state.count) / (1 - config.beta1**count),
             1 / (1 - config.beta2**count),
         )
         factors = dict(self.rate_factors)

@@ -1,4 +1,4 @@
-"""Training on a user's own activations: `fit`, which yields progress, and `train`, which returns a finished SAE."""
+"""Training on a user's own activations: `fit` yields progress, `train` returns an SAE, `find_lr` a learning rate."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from jsae import loop, metrics, pretrained, state
+from jsae import loop, metrics, pretrained, rates, state
 from jsae.architectures import SAEConfig
 from jsae.arrays import Activations, source_of
 from jsae.checkpoint import Checkpoints
@@ -22,6 +22,7 @@ from jsae.locks import Lock
 from jsae.ops import Ops
 from jsae.pretrained import Pretrained
 from jsae.progress import Progress as Shown
+from jsae.rates import RateSweep
 from jsae.settings import require
 from jsae.trained import TrainedSAE
 
@@ -104,11 +105,7 @@ def fit(
     )
     config.anneals(sae)  # raises ConfigError if the architecture has no k
     source = source_of(acts, data_seed, config.num_steps * config.batch_size)
-    widths = getattr(source, "widths", None)
-    require(
-        widths in (None, state.widths(sae)),
-        f"this SAE is for activations of widths {state.widths(sae)}, but these have {widths}",
-    )
+    _check_widths(source, sae)
     shuffle: dict[str, Any] = {
         "batch_size": config.batch_size,
         "batches_per_block": min(block_size // config.batch_size, config.num_steps),
@@ -153,6 +150,76 @@ def train(
         with Shown("training", config.num_steps, "steps") as shown:
             return _last(reports, lambda report: shown.update(report.step, str(report)))
     return _last(reports, progress or (lambda report: None))
+
+
+def find_lr(
+    acts: Activations,
+    sae: SAEConfig,
+    config: TrainConfig,
+    *,
+    report: Callable[[RateSweep], None] | None = None,
+    ops: Ops | None = None,
+    block_size: int = BLOCK,
+    data_seed: int = 0,
+    init_from: str | Path | TrainedSAE | None = None,
+) -> float:
+    """Return the learning rate for training an SAE, from short runs at several rates (`jsae.rates.sweep`).
+
+        config = dataclasses.replace(config, learning_rate=jsae.find_lr(acts, sae, config, report=print))
+
+    About nine copies are trained for a twentieth of the run each, but for at least 150 and at most 1,000 steps.
+
+    Args:
+      acts: as `fit` takes them, but no iterator, which could be read once only.
+      sae: sizes and settings.
+      config: the run, without a learning rate.
+      report: called with the sweep, for example `print`.
+      ops: the implementation of operations; None chooses it by the device.
+      block_size: activations that are shuffled together.
+      data_seed: seed of the order of the activations.
+      init_from: an exported SAE that training will continue, as in `fit`.
+
+    Raises:
+      ConfigError: settings that cannot work, a learning rate that is given, activations of another width, or an
+        iterator.
+      ActivationsError, DegenerateError: activations that nothing can be learned from.
+      NotFiniteError: no rate trains with a finite loss.
+    """
+    require(
+        config.learning_rate is None,
+        f"learning_rate={config.learning_rate} is given: leave it out to find one",
+    )
+    require(
+        not isinstance(acts, Iterator),
+        "find_lr reads the activations several times, and an iterator can be read once: give an array, a memory map or "
+        "a generator function",
+    )
+    require(block_size >= config.batch_size, f"block_size={block_size} is less than one batch of {config.batch_size}")
+    config.anneals(sae)
+    source = source_of(acts, data_seed)
+    _check_widths(source, sae)
+    begin, member = source.position(), loop.Member(sae, config)
+    start = None if init_from is None else _start(init_from, sae, None)
+
+    def open_stream(steps: int) -> tuple[Iterator[loop.Batch], loop.Batch]:
+        per_block = min(block_size // config.batch_size, steps)
+        settings: dict[str, Any] = {"batches_per_block": per_block, "seed": data_seed, "num_batches": steps}
+        batches = Shuffled(source, batch_size=config.batch_size, cursor=Cursor(0, 0, begin), **settings)
+        return ((batch,) for batch in batches), (batches.peek(),)
+
+    (found,) = rates.sweep([member], open_stream, _chosen(member) if ops is None else ops, starts=[start])
+    source.seek(begin)
+    if report is not None:
+        report(found)
+    return found.rate
+
+
+def _check_widths(source: Source, sae: SAEConfig) -> None:
+    widths = getattr(source, "widths", None)
+    require(
+        widths in (None, state.widths(sae)),
+        f"this SAE is for activations of widths {state.widths(sae)}, but these have {widths}",
+    )
 
 
 def _last(reports: Iterator[Progress], observe: Callable[[Progress], None]) -> TrainedSAE:

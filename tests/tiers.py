@@ -35,6 +35,7 @@ MODULES = (
     "test_sweep_command",
     "test_contract",
     "test_continue_command",
+    "test_find_lr",
     "test_init_from",
     "test_signals",
     "test_speed_benches",

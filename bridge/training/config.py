@@ -139,6 +139,9 @@ class RunConfig(Json):
     num_activations: int = flag(10_000_000, "Activations to train on.", TOKENS)
     batch_size: int = flag(2048, "Activations per step.", at_least(1, 2**24))
     learning_rate: tuple[float, ...] = flag((), "Peak rate; none is 2e-4 / sqrt(d_sae / 16384).", RATE)
+    find_lr: bool = flag(
+        False, "First find the peak rate by short runs at about nine rates, a twentieth of the run each."
+    )
     warmup_fraction: float = flag(0.02, "Fraction of the run over which the learning rate rises.", FRACTION)
     decay_fraction: float = flag(0.2, "Fraction of the run, at the end, over which it falls to zero.", FRACTION)
     sparsity_warmup_fraction: float = flag(0.05, "Fraction of the run over which sparsity penalties rise.", FRACTION)
@@ -223,6 +226,11 @@ class RunConfig(Json):
         given = f"--layer={','.join(self.layer)}"
         require("all" not in self.layer or len(self.layer) == 1, f"{given} names layers beside all of them")
         require(len(set(self.layers(0))) == len(self.layers(0)), f"{given} names a layer twice")
+        require(
+            not (self.find_lr and self.learning_rate),
+            f"--find_lr chooses the learning rate, and --learning_rate={','.join(map(str, self.learning_rate))} gives "
+            "it: leave out one of them",
+        )
         self._check_kind()
         self._check_swept()
         self._check_stored()

@@ -15,6 +15,7 @@ from bridge.settings import from_keywords
 from bridge.training import determinism, device, joining
 from bridge.training.config import RunConfig
 from jsae import files
+from jsae.jsons import is_finite
 from jsae.settings import require
 
 if TYPE_CHECKING:
@@ -121,12 +122,14 @@ def _train(
 
     with processes.connected():
         parts = _prepare(run, config, torch_device)
-        processes.on_first(lambda: _record(run, config, parts, locks))
-        _check_shared(run)
         origin = parts.origin
         shards = loop.Shards(tuple(origin.own_shards), origin.data_shards)
         given: dict[str, Any] = {"ops": parts.choice.ops, "mesh": parts.mesh, "shards": shards, "starts": parts.starts}
         source = origin.source(plan.sites(parts.trainees))
+        if config.find_lr:
+            parts = parts._replace(trainees=_with_rates(run, config, parts, source, given))
+        processes.on_first(lambda: _record(run, config, parts, locks))
+        _check_shared(run)
         states = loop.train(run.path, config, parts.trainees, source, stop_requests, **given)
         if states is None:
             raise Stopped(run)
@@ -164,7 +167,7 @@ def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
         else:
             store = Store(config.activations)
             trainees = plan.stored_trainees(run.path, config, store, starts)
-        fraction = plan.jax_fraction(config, trainees, nano)
+        fraction = plan.jax_fraction(config, plan.at_once(config, trainees), nano)
     except Exception as error:
         if launch.detected() is None:
             raise
@@ -176,7 +179,7 @@ def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
         mesh = plan.mesh(config, trainees)
         choice = _choose(run, config, trainees, mesh)
         width = max(trainee.member.sae.d_in // trainee.member.sae.layers for trainee in trainees)
-        plan.check_memory(config, trainees, width, plan.available_memory(config), *choice)
+        plan.check_memory(config, plan.at_once(config, trainees), width, plan.available_memory(config), *choice)
         sites, data_shards = plan.sites(trainees), _data_shards(run, config)
         origin: Origin = (
             TextOrigin(config, nano, sites, data_shards)
@@ -189,6 +192,32 @@ def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
     identity = [config.to_json(), origin.facts, choice.ops.name, directory.versions()]
     processes.check_same("settings, model, data, device or versions", identity)
     return _Prepared(trainees, mesh, choice, origin, starts)
+
+
+def _with_rates(run: Run, config: RunConfig, parts: _Prepared, source: Any, given: dict[str, Any]) -> list["Trainee"]:
+    """Return the SAEs with the learning rates that were found, or that a resumed run has found; add them to the facts.
+
+    Raises:
+      ConfigError: the record of a resumed run has none.
+      NotFiniteError: no rate trains with a finite loss.
+    """
+    from bridge.training import loop
+
+    if config.resume and run.config_file.is_file():
+        found = run.facts.get("find_lr")
+        valid = isinstance(found, dict) and all(
+            isinstance(found.get(trainee.label), dict) and is_finite(found[trainee.label].get("rate"))
+            for trainee in parts.trainees
+        )
+        require(valid, f"{run.config_file} does not say which learning rates the run found: start a new one")
+    else:
+        print("finding the learning rate: short runs at several rates", flush=True)
+        sweeps = loop.find_rates(config, parts.trainees, source, **given)
+        found = {trainee.label: sweep.to_json() for trainee, sweep in zip(parts.trainees, sweeps, strict=True)}
+        for trainee, sweep in zip(parts.trainees, sweeps, strict=True):
+            print(f"{trainee.label}\n{sweep}", flush=True)
+    parts.origin.facts |= {"find_lr": found}
+    return [trainee.with_rate(found[trainee.label]["rate"]) for trainee in parts.trainees]
 
 
 def _check_shared(run: Run) -> None:

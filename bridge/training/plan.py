@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from bridge import launch
 from bridge.training import continuing, device, memory
 from bridge.training.config import RunConfig
-from jsae import export
+from jsae import export, rates
 from jsae.loop import Member
 from jsae.settings import require
 
@@ -48,6 +48,11 @@ class Trainee:
     def name(self) -> str:
         """Name of its export: the hook it reads; for a crosscoder the first hook with the numbers of all layers."""
         return _site_name(self.hooks, self.member.sae.layers)
+
+    def with_rate(self, rate: float) -> Trainee:
+        """Return the SAE with another learning rate."""
+        train = dataclasses.replace(self.member.train, learning_rate=rate)
+        return dataclasses.replace(self, member=self.member._replace(train=train))
 
     @property
     def label(self) -> str:
@@ -149,6 +154,12 @@ def _trainees(
             member = Member(sae, variant.train_config(), site)
             saes.append(Trainee(variant, folder != run, folder, hooks, member, start))
     return saes
+
+
+def at_once(config: RunConfig, trainees: list[Trainee]) -> list[Trainee]:
+    """Return the SAEs that are trained together at most: with `find_lr` copies of them at several rates."""
+    copies = len(rates.AROUND) if config.find_lr and not config.resume else 1
+    return trainees * copies
 
 
 def mesh_shape(config: RunConfig) -> tuple[int, int]:

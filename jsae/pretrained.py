@@ -208,10 +208,11 @@ def details(config: SAEConfig) -> dict[str, Any]:
 
     SAELens keeps such settings in the metadata, as `training_architecture_details`.
     """
-    if config.k is None or config.sae.form in RANKED:
+    if config.k is None:
         return {}
-    widths = getattr(config, "nested_widths", ())
-    return {"k": config.k} | ({"nested_widths": list(widths)} if widths else {})
+    names = ("nested_widths", "hierarchical_k")
+    found = {name: list(values) for name in names if (values := getattr(config, name, ()))}
+    return found | ({} if config.sae.form in RANKED else {"k": config.k})
 
 
 def _details(cfg: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -114,6 +114,18 @@ class TrainedSAE:
         skip = self.weights.get("W_skip")
         return y_hat if skip is None else y_hat + _matmul(jnp.asarray(x, jnp.float32), skip.T)
 
+    def with_k(self, k: int) -> "TrainedSAE":
+        """Return the TopK or AbsTopK SAE with another k; the weights are shared.
+
+        Raises:
+          ValueError: the SAE selects no k latents, or k is not between 1 and d_sae.
+        """
+        if self.architecture not in RANKED:
+            raise ValueError(f"a {self.architecture} SAE selects no k latents: of {', '.join(RANKED)} k can be changed")
+        if not 1 <= k <= self.d_sae:
+            raise ValueError(f"k is {k}: it must lie between 1 and d_sae={self.d_sae}")
+        return TrainedSAE(saelens.Plain(self.cfg | {"k": k}, dict(self.weights), self.layers))
+
     def save(self, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
         """Write a SAELens directory, whole or not at all; return its path.
 

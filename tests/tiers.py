@@ -36,6 +36,7 @@ MODULES = (
     "test_contract",
     "test_continue_command",
     "test_find_lr",
+    "test_hierarchical",
     "test_init_from",
     "test_signals",
     "test_speed_benches",

@@ -45,7 +45,16 @@ _OF_TEXT = ("context_size", "tokens_per_forward", "compile_model", "exclude_toke
 """Settings of reading text through a model."""
 _WITH_K = ("k_start", "k_anneal_fraction")
 _WITHOUT_K = ("sparsity_warmup_fraction",)
-_OWN = ("k", "nested_widths", "l1_coefficient", "l0_coefficient", "jump_recipe", "bandwidth", "target_l0")
+_OWN = (
+    "k",
+    "hierarchical_k",
+    "nested_widths",
+    "l1_coefficient",
+    "l0_coefficient",
+    "jump_recipe",
+    "bandwidth",
+    "target_l0",
+)
 """Settings of some architectures. The two tuples above are settings of training, with and without a k."""
 
 MOST_VARIANTS = 1000
@@ -124,6 +133,11 @@ class RunConfig(Json):
             "Active latents per token, on average where they are selected in a whole batch; none is 32, or as "
             "--init_from has",
         ),
+        COUNT,
+    )
+    hierarchical_k: tuple[int, ...] = flag(
+        (),
+        _of("hierarchical_k", "Also reconstruct from these smaller numbers of latents, for use at several sparsities"),
         COUNT,
     )
     nested_widths: tuple[int, ...] = flag(
@@ -352,8 +366,9 @@ class RunConfig(Json):
         Raises:
           ConfigError: a setting that no model's SAE can have.
         """
-        # k and nested widths are checked later, against the true width of the SAE.
-        self._sae_config(_WIDEST, _WIDEST, 1, k=1, nested_widths=self._default_widths(_WIDEST))
+        # k and what goes with it, and nested widths, are checked later, against the true width of the SAE.
+        known = {"hierarchical_k": (), "nested_widths": self._default_widths(_WIDEST)}
+        self._sae_config(_WIDEST, _WIDEST, 1, k=1, **known)
 
     def sae_config(self, width: int, layers: int = 1, start: "Description | None" = None) -> "SAEConfig":
         """Return the configuration of a variant's SAE for a model of this width.
@@ -385,6 +400,7 @@ class RunConfig(Json):
     def _sae_config(self, width: int, d_sae: int, layers: int, **replaced: Any) -> "SAEConfig":
         settings: dict[str, Any] = {
             "k": self.k[0] if self.k else None,
+            "hierarchical_k": self.hierarchical_k,
             "nested_widths": self.nested_widths or self._default_widths(d_sae),
             "l1_coefficient": self.l1_coefficient[0],
             "l0_coefficient": self.l0_coefficient[0],

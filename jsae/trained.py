@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jsae import export, saelens
 from jsae.saelens.settings import RANKED, TRANSCODERS
@@ -104,6 +104,32 @@ class TrainedSAE:
         form = TRANSCODERS.get(self.architecture, self.architecture)
         return _encode(form, self.cfg.get("k"), not self.is_transcoder, self.weights, jnp.asarray(x, jnp.float32))
 
+    def pursue(
+        self, x: Float[Array | np.ndarray, "*n d"], k: int, residual_threshold: float = 0.0
+    ) -> Float[Array, "*n f"]:
+        """Return latents by matching pursuit on the decoder instead of the encoder, (..., d_in) to (..., d_sae).
+
+        Mallat and Zhang 1993, "Matching pursuits with time-frequency dictionaries", with positive coefficients: k times
+        the decoder row with the largest inner product with the residual of a token, over its norm, is taken, and its
+        part of the residual goes into its latent. A token stops at a row that it has taken before, or where nothing is
+        positive. As `matching_pursuit` of SAELens.
+
+        Args:
+          x: activations.
+          k: most latents per token.
+          residual_threshold: norm of the residual below which a token stops; 0 is none.
+
+        Raises:
+          ValueError: a transcoder, whose decoder rows are not in the space of its input, or k below 1.
+        """
+        if self.is_transcoder:
+            raise ValueError("matching pursuit needs decoder rows in the space of the input, and a transcoder has none")
+        if k < 1:
+            raise ValueError(f"k is {k}: matching pursuit takes at least 1 latent per token")
+        x = jnp.asarray(x, jnp.float32)
+        residual = (x - self.b_dec).reshape(-1, self.d_in)
+        return _pursue(self.W_dec, residual, k, jnp.float32(residual_threshold)).reshape(*x.shape[:-1], self.d_sae)
+
     def decode(self, latents: Float[Array | np.ndarray, "*n f"]) -> Float[Array, "*n o"]:
         """Return activations from latents, (..., d_sae) to (..., d_out), without a transcoder's skip path."""
         return _matmul(jnp.asarray(latents, jnp.float32), self.W_dec) + self.b_dec
@@ -171,6 +197,28 @@ def load(path: str | Path) -> TrainedSAE:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _encode(form: str, k: int | None, subtracts: bool, w: Weights, x: Float[Array, "*n d"]) -> Float[Array, "*n f"]:
     return _FORMS[form](w, x - w["b_dec"] if subtracts else x, k)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _pursue(
+    W_dec: Float[Array, "f d"], residual: Float[Array, "n d"], k: int, residual_threshold: Float[Array, ""]
+) -> Float[Array, "n f"]:
+    norms = jnp.maximum(jnp.linalg.norm(W_dec, axis=1), jnp.finfo(jnp.float32).tiny)
+    tokens = jnp.arange(len(residual))
+
+    def step(_: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        latents, residual, active = carry
+        products = _matmul(residual, W_dec.T) / norms
+        index = products.argmax(axis=1)
+        largest = products[tokens, index]
+        taken = (latents[tokens, index] != 0) | (largest <= 0)
+        value = jax.nn.relu(largest) / norms[index] * active
+        residual = residual - value[:, None] * W_dec[index]
+        far = (residual_threshold <= 0) | (jnp.linalg.norm(residual, axis=1) >= residual_threshold)
+        return latents.at[tokens, index].add(value), residual, active & ~taken & far
+
+    start = jnp.zeros((len(residual), len(W_dec))), residual, jnp.ones(len(residual), bool)
+    return jax.lax.fori_loop(0, k, step, start)[0]
 
 
 def _matmul(a: Array, b: Array) -> Array:

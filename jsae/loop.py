@@ -273,4 +273,4 @@ def _optimizer(member: Member, ops: Ops | None, rate_scale: Float[Array, ""] | N
     if rate_scale is None:
         return optimizer
     require(isinstance(optimizer, optim.UnitRowAdam), "an optimiser of your own has its own learning rate")
-    return dataclasses.replace(optimizer, rate_scale=rate_scale)
+    return dataclasses.replace(optimizer, rate_scale=rate_scale)  # type: ignore[type-var]

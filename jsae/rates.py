@@ -251,5 +251,6 @@ def _vertex(points: Sequence[tuple[float, float]]) -> float:
     near = [(octave, math.log(score)) for octave, score in points if abs(octave) < 1.01 and 0 < score < math.inf]
     if len(near) < 3:
         return 0.0
-    curvature, slope, _ = np.polyfit(*zip(*near, strict=True), 2)
+    octaves, logarithms = zip(*near, strict=True)
+    curvature, slope, _ = np.polyfit(octaves, logarithms, 2)
     return float(np.clip(-slope / (2 * curvature), -0.5, 0.5)) if curvature > 0 else 0.0

@@ -1,5 +1,6 @@
 """A finished SAE in the units of the activations, as `jsae.train` and `jsae.load` return it."""
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -150,7 +151,9 @@ class TrainedSAE:
             raise ValueError(f"a {self.architecture} SAE selects no k latents: of {', '.join(RANKED)} k can be changed")
         if not 1 <= k <= self.d_sae:
             raise ValueError(f"k is {k}: it must lie between 1 and d_sae={self.d_sae}")
-        return TrainedSAE(saelens.Plain(self.cfg | {"k": k}, dict(self.weights), self.layers))
+        other = copy.copy(self)
+        other.cfg = self.cfg | {"k": k}
+        return other
 
     def save(self, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
         """Write a SAELens directory, whole or not at all; return its path.

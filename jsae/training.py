@@ -113,7 +113,7 @@ def fit(
         "num_batches": config.num_steps,
     }
     member = loop.Member(sae, config, inner=optimizer)
-    start = None if init_from is None else _start(init_from, sae, checkpoints)
+    start = None if init_from is None else _start_of_run(init_from, sae, checkpoints)
     run = _Run(member, _chosen(member) if ops is None else ops, source, shuffle, report_every, start)
     if checkpoints is None:
         return run.steps(None, 0)
@@ -199,7 +199,7 @@ def find_lr(
     source = source_of(acts, data_seed)
     _check_widths(source, sae)
     begin, member = source.position(), loop.Member(sae, config)
-    start = None if init_from is None else _start(init_from, sae, None)
+    start = None if init_from is None else _start(init_from, sae)
 
     def open_stream(steps: int) -> tuple[Iterator[loop.Batch], loop.Batch]:
         per_block = min(block_size // config.batch_size, steps)
@@ -282,12 +282,13 @@ class _Run(NamedTuple):
     ) -> tuple[Shuffled | None, loop.States, dict[str, float] | None, dict[str, Any]]:
         """Return the batches, the states, None and the settings; of a finished run the last metrics, and no batches."""
         if checkpoints is None or checkpoints.latest() is None:
-            if isinstance(self.start, FileNotFoundError):
-                raise self.start
+            start = self.start
+            if isinstance(start, FileNotFoundError):
+                raise start
             batches = Shuffled(self.source, **self.shuffle)
             return (
                 batches,
-                loop.init([self.member], (batches.peek(),), self.ops, starts=[self.start]),
+                loop.init([self.member], (batches.peek(),), self.ops, starts=[start]),
                 None,
                 self._settings(),
             )
@@ -335,27 +336,32 @@ class _Run(NamedTuple):
         return settings
 
 
-def _start(
+def _start_of_run(
     init_from: str | Path | TrainedSAE, sae: SAEConfig, checkpoints: str | Path | None
 ) -> Pretrained | FileNotFoundError:
-    """Return the SAE that training continues, or the error of a run with a folder of checkpoints that may have begun.
+    """Return the SAE that a run continues, or why it is not found if the run may have checkpoints already."""
+    try:
+        return _start(init_from, sae)
+    except FileNotFoundError as error:
+        if checkpoints is None or not Path(checkpoints).is_dir():
+            raise
+        return error
+
+
+def _start(init_from: str | Path | TrainedSAE, sae: SAEConfig) -> Pretrained:
+    """Return the SAE that training continues; warn of what changes in it.
 
     Raises:
       ConfigError: it is of another kind than `sae`.
       FileNotFoundError, ValueError, ImportError: it cannot be read.
     """
-    try:
-        if isinstance(init_from, TrainedSAE):
-            start = pretrained.from_plain(init_from.plain, "the SAE given as init_from")
-        else:
-            start = pretrained.read(init_from)
-    except FileNotFoundError as error:
-        if checkpoints is None or not Path(checkpoints).is_dir():
-            raise
-        return error
+    if isinstance(init_from, TrainedSAE):
+        start = pretrained.from_plain(init_from.plain, "the SAE given as init_from")
+    else:
+        start = pretrained.read(init_from)
     start.check(sae)
     if start.description.note is not None:
-        warnings.warn(start.description.note, stacklevel=3)
+        warnings.warn(start.description.note, stacklevel=4)
     return start
 
 

@@ -163,6 +163,7 @@ def test_the_options_are_all_that_change_a_training():
         ),
         *("deterministic", "jax_memory_fraction", "compile_model", "resume", "wandb_project", "prepare_neuronpedia"),
         *("model_id", "source_set", "latent_shards", "data_shards", "activations"),
+        *("init_from", "find_lr"),  # test_continue_command.py, test_find_lr.py
         *("num_activations", "hook_type", "target_hook", "skip", "crosscoder"),
     }
     assert told - other == set(OPTIONS) - {"kind"}

@@ -285,7 +285,7 @@ def find_rates(
     """
     shards, begin = shards or Shards(), source.position()
 
-    def open_stream(steps: int) -> tuple[Iterator[Block], Block]:
+    def open_stream(steps: int) -> tuple[Iterator[Any], Any]:
         batches = Shuffled(source, cursor=Cursor(0, 0, begin), **_shuffle(config, steps, shards))
         return batches if mesh is None else _of_all(batches, mesh), _sample(batches, mesh, shards)
 

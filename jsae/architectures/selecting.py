@@ -138,16 +138,14 @@ class TopK(Selecting):
     def _hierarchy(self, forward: Forward, inner: tuple[int, ...]) -> Float[Array, ""]:
         """Return the mean over sparsities of the squared error, less that of the largest.
 
-        From the error at k, the contributions of the smallest latents are taken away level by level, so that each is
-        decoded once.
+        From the error at k, what the smallest latents contribute is taken away, level by level in one decoding.
         """
-        codes: Codes = forward.latents  # type: ignore[assignment]  # sparse, the largest of every token first
-        error, last = forward.error, codes.values.shape[1]
-        whole = total = losses.mean_square(error)
-        for count in reversed(inner):
-            smaller = Codes(codes.values[:, count:last], codes.indices[:, count:last])
-            error = -forward.context.ops.decode(smaller, self.W_dec[...], -error)
-            total, last = total + losses.mean_square(error), count
+        codes: Codes = forward.latents  # type: ignore[assignment]  # sparse
+        rank = jnp.argsort(jnp.argsort(-codes.values, axis=1), axis=1)  # on a mesh codes are in no order
+        level = len(inner) - jnp.searchsorted(jnp.asarray(inner), rank, side="right")
+        smallest = forward.context.ops.decode_parts(codes, self.W_dec[...], level, len(inner), len(forward.y))
+        whole = losses.mean_square(forward.error)
+        total = whole + jnp.square(forward.error - smallest).sum(-1).mean(1).sum()
         return total / (len(inner) + 1) - whole
 
     def inference_arrays(self) -> Arrays:

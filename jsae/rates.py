@@ -32,6 +32,8 @@ _EXTENSIONS = 2  # times that the grid grows by `_AT_ONCE` octaves where the bes
 _AT_ONCE = 2
 _TAIL = 0.1  # fraction of a short run that is scored: its last steps, where the rate falls to zero
 _L0_SLOPE = 0.5  # d log FVU / d log L0, with which an L0 beside its target is corrected
+_NEAR = 1.33  # factor beside the target beyond which an L0 has missed it
+_AS_GOOD = 0.01  # relative difference of scores that is worth less than latents that stay alive
 _LOWEST, _HIGHEST = 1e-12, 1e6  # of `TrainConfig.learning_rate`
 
 Open = Callable[[int], tuple[Iterator[Batch], Batch]]
@@ -56,7 +58,7 @@ class RateSweep(NamedTuple):
     rate: float
     """The rate for the whole run."""
     best: float
-    """The best rate of the short runs, interpolated."""
+    """The best rate for the short runs: interpolated, the lowest of those that are as good to 1 %."""
     num_steps: int
     """Steps of a short run."""
     criterion: str
@@ -115,10 +117,13 @@ def sweep(
 
     The first pass has rates a factor 2 apart around the default. Where the best is the first or the last of them, the
     grid grows. The last pass has the rates a factor sqrt(2) beside the best. Scores are compared as functions of the
-    logarithm of the rate, by the parabola that fits those within a factor 2 of the best.
+    logarithm of the rate, by the parabola that fits those within a factor 2 of the best; of the rates that are as good
+    as its lowest point to 1 %, the lowest is taken, because higher ones kill latents.
 
     Penalised SAEs trade error for sparsity, so equal FVU is not equal quality. With `target_l0` the score is
-    FVU * sqrt(L0 / target), which corrects what the controller has left in a short run; without, it is the loss.
+    FVU * sqrt(L0 / target), which corrects what the controller has left in a short run, and where L0 is off by more than
+    a third, FVU times the factor by which it is off: an SAE without active latents is no good one. Without, it is the
+    loss.
 
     Args:
       members: the SAEs; their learning rates are not used.
@@ -199,7 +204,8 @@ class _Search:
 def _trial(member: Member, rate: float, summary: dict[str, float]) -> Trial:
     target, fvu, l0 = member.sae.target_l0, summary["fvu"], summary["l0"]
     if target is not None:
-        score = fvu * (max(l0, 1e-3) / target) ** _L0_SLOPE
+        ratio = max(l0, 1e-3) / target
+        score = fvu * (ratio**_L0_SLOPE if 1 / _NEAR <= ratio <= _NEAR else max(ratio, 1 / ratio))
     else:
         score = fvu if member.sae.k is not None else summary["loss"]
     score = score if math.isfinite(score) and math.isfinite(fvu) else math.inf
@@ -243,7 +249,10 @@ def _result(member: Member, trials: Sequence[Trial], seconds: float) -> RateSwee
 
 
 def _vertex(points: Sequence[tuple[float, float]]) -> float:
-    """Return where the parabola through the logarithms of scores is lowest, within half an octave of the best rate.
+    """Return the lowest rate that is as good as the best, in octaves above the best of the trials.
+
+    The parabola through the logarithms of scores is lowest within half an octave of the best trial. Rates below it
+    whose score is higher by less than `_AS_GOOD` keep more latents alive; the lowest is taken, within an octave.
 
     Args:
       points: octaves above the best rate, and scores; those within an octave of it count.
@@ -253,4 +262,7 @@ def _vertex(points: Sequence[tuple[float, float]]) -> float:
         return 0.0
     octaves, logarithms = zip(*near, strict=True)
     curvature, slope, _ = np.polyfit(octaves, logarithms, 2)
-    return float(np.clip(-slope / (2 * curvature), -0.5, 0.5)) if curvature > 0 else 0.0
+    if curvature <= 0:
+        return 0.0
+    lowest = float(np.clip(-slope / (2 * curvature), -0.5, 0.5))
+    return lowest - min(math.sqrt(math.log1p(_AS_GOOD) / curvature), 1.0)

@@ -121,9 +121,9 @@ def sweep(
     as its lowest point to 1 %, the lowest is taken, because higher ones kill latents.
 
     Penalised SAEs trade error for sparsity, so equal FVU is not equal quality. With `target_l0` the score is
-    FVU * sqrt(L0 / target), which corrects what the controller has left in a short run, and where L0 is off by more than
-    a third, FVU times the factor by which it is off: an SAE without active latents is no good one. Without, it is the
-    loss.
+    FVU * sqrt(L0 / target), which corrects what the controller has left in a short run. Where L0 is off by more than a
+    third it is FVU times the factor by which it is off: an SAE without active latents is no good one. Without a target
+    it is the loss.
 
     Args:
       members: the SAEs; their learning rates are not used.

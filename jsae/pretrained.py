@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jsae import jsons, saelens
+from jsae import saelens
 from jsae.architectures import ARCHITECTURES, SAE, SAEConfig
 from jsae.architectures.selecting import BatchSelecting
 from jsae.saelens import Plain
 from jsae.saelens.settings import ENCODERS, RANKED, TRANSCODERS
-from jsae.settings import Json, check_fields, read_fields, require
+from jsae.settings import Json, check_fields, require
 
 _SAME_THRESHOLD = 0.1  # relative standard deviation of thresholds that one threshold may stand for
 _SAME_NORM = 0.01  # relative difference of decoder norms that is not worth a note
@@ -49,19 +49,6 @@ class Description(Json):
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any] | str) -> "Description":
-        """Return the inverse of `to_json`, also from JSON, whose lists stand for tuples.
-
-        Raises:
-          ConfigError: a name that is no field, a field that is missing, or a value of another type.
-        """
-        values = jsons.loads(values) if isinstance(values, str) else values
-        lists = isinstance(values, dict)
-        return read_fields(
-            cls, {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()} if lists else values
-        )
 
     @property
     def kind(self) -> str:
@@ -122,6 +109,17 @@ class Description(Json):
                 "latents cannot continue"
             )
         return None
+
+
+def description_from_json(values: Any) -> Description:
+    """Return the inverse of `Description.to_json`, also from JSON, whose lists stand for tuples.
+
+    Raises:
+      ConfigError: no object, a name that is no field, a field that is missing, or a value of another type.
+    """
+    if isinstance(values, dict):
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Description.from_json(values)
 
 
 class Pretrained(NamedTuple):

@@ -273,4 +273,4 @@ def test_what_a_file_says_of_its_training_is_checked(details, k, widths):
     plain.cfg["metadata"] = {"training_architecture_details": details}
     found = pretrained.from_plain(plain, "the file").description
     assert (found.k, found.nested_widths) == (k, widths)
-    assert pretrained.Description.from_json(json.dumps(found.to_json())) == found
+    assert pretrained.description_from_json(json.loads(json.dumps(found.to_json()))) == found

@@ -104,7 +104,7 @@ def find(run: Run, config: RunConfig) -> Starts | None:
         isinstance(recorded, dict) and all(isinstance(value, dict) for value in recorded.values()),
         f"{run.config_file} does not say which SAEs the run continued",
     )
-    return Starts(config.init_from, {site: Description.from_json(value) for site, value in recorded.items()})
+    return Starts(config.init_from, {site: pretrained.description_from_json(value) for site, value in recorded.items()})
 
 
 def check(start: Description, sae: SAEConfig) -> None:

@@ -216,7 +216,7 @@ class JumpReLU(SAE):
         """Return the encoder bias and the thresholds."""
         return {"b_enc": self.b_enc[...], "threshold": self.threshold}
 
-    def set_inference_arrays(self, arrays: Mapping[str, Array]) -> None:
-        """Set the encoder bias and the thresholds, which are at least 1e-6: smaller ones would have no logarithm."""
-        self.b_enc[...] = arrays["b_enc"]
-        self.log_threshold[...] = jnp.log(jnp.maximum(arrays["threshold"], _LEAST_THRESHOLD))
+    def own_arrays(self, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Return the encoder bias and the log of thresholds of at least 1e-6: smaller ones might have no logarithm."""
+        thresholds = jnp.maximum(arrays["threshold"], _LEAST_THRESHOLD)
+        return {"b_enc": arrays["b_enc"], "log_threshold": jnp.log(thresholds)}

@@ -207,10 +207,9 @@ class BatchSelecting(Selecting):
         threshold = jnp.full(self.config.d_sae, self.threshold[...], jnp.float32)
         return {"b_enc": self.b_enc[...], "threshold": threshold}
 
-    def set_inference_arrays(self, arrays: Mapping[str, Array]) -> None:
-        """Set the encoder bias, and the one threshold to the mean of the latents' thresholds."""
-        self.b_enc[...] = arrays["b_enc"]
-        self.threshold[...] = arrays["threshold"].mean()
+    def own_arrays(self, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Return the encoder bias, and as the one threshold the mean of the latents' thresholds."""
+        return {"b_enc": arrays["b_enc"], "threshold": arrays["threshold"].mean()}
 
 
 class BatchTopK(BatchSelecting):

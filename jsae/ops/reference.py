@@ -121,13 +121,6 @@ class Reference(PlainMaps):
         up_to = [codes._replace(values=jnp.where(level <= i, codes.values, 0)) for i in range(levels)]
         return jnp.stack([self.decode(some, W_dec, start) for some in up_to])
 
-    def decode_levels(
-        self, codes: Codes, W_dec: Float[Array, "f o"], widths: tuple[int, ...], n: int
-    ) -> Float[Array, "l n o"]:
-        """Decode once per width."""
-        latents = codes.dense(n, len(W_dec))
-        return jnp.stack([self.matmul(latents[:, :width], W_dec[:width]) for width in widths])
-
     def decode_dead(
         self,
         inputs: Input,

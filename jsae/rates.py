@@ -1,7 +1,7 @@
 """Find the learning rate of SAEs: short runs of copies at several rates on one stream, and what follows for a long run.
 
 The best rate falls with the length of a run. It is found for runs of some hundred steps, with warm-up and decay over
-the same fractions, and lowered by the measured exponent `EXPONENT` of the ratio of both lengths.
+the same fractions, and lowered by the power `EXPONENT` of the ratio of both lengths.
 """
 
 import dataclasses
@@ -23,7 +23,11 @@ from jsae.pretrained import Pretrained
 from jsae.settings import require
 
 EXPONENT = 0.3
-"""The best rate of a run is proportional to its number of steps to the power of minus this."""
+"""The best rate of a run is proportional to its number of steps to the power of minus this.
+
+Of TopK on the demo, 512 latents and batches of 512, the best rates of 150 and 450 steps are 0.0160 and 0.0113 to 1 % of
+FVU, which is an exponent of 0.32. Of ReLU with `target_l0` they rise from 150 to 450 steps, while the controller settles.
+"""
 SHARE, FEWEST, MOST = 0.05, 150, 1000
 """Steps of the short runs: this share of the run, but at least and at most so many, and never more than the run."""
 AROUND = (-2, -1, 0, 1, 2, 3)

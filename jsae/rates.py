@@ -26,8 +26,8 @@ EXPONENT = 0.3
 """The best rate of a run is proportional to its number of steps to the power of minus this.
 
 Of TopK on the demo, 512 latents and batches of 512, the best rates of 150 and 450 steps are 0.0160 and 0.0113 to 1 % of
-FVU, which is an exponent of 0.32. Of ReLU with `target_l0` the best rate rises from 150 to 450 steps, while the controller
-settles.
+FVU, which is an exponent of 0.32. Of ReLU with `target_l0` the best rate rises from 150 to 450 steps, while the
+controller settles.
 """
 SHARE, FEWEST, MOST = 0.05, 150, 1000
 """Steps of the short runs: this share of the run, but at least and at most so many, and never more than the run."""

@@ -1,5 +1,6 @@
 """Exported SAEs as torch modules, for tracking, steering, evaluation and users. Reads SAELens directories."""
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ class TorchSAE(nn.Module):
         self.d_out: int = cfg.get("d_out", self.d_in) if self.is_transcoder else self.d_in
         self._encode = _ENCODE[TRANSCODERS.get(self.architecture, self.architecture)]
         self.metadata: dict[str, Any] = cfg.get("metadata", {})
+        self.pursued: int | None = None
+        """Steps of matching pursuit by which `encode` works, or None for the SAE's own encoder."""
         for name, weight in weights.items():
             if name == "W_enc":  # contiguous per latent, which is fastest for few tokens
                 weight = weight.T.contiguous().T
@@ -45,7 +48,70 @@ class TorchSAE(nn.Module):
 
     def encode(self, x: Float[torch.Tensor, "*tokens d"]) -> Dense:
         """Return the latents of activations, (..., d_in) to (..., d_sae)."""
-        return self._encode(self, self._centred(x))
+        return self._encode(self, self._centred(x)) if self.pursued is None else self.pursue(x, self.pursued)
+
+    def pursue(self, x: Float[torch.Tensor, "*tokens d"], k: int, residual_threshold: float = 0.0) -> Dense:
+        """Return latents by matching pursuit on the decoder instead of the encoder, (..., d_in) to (..., d_sae).
+
+        Mallat and Zhang 1993, "Matching pursuits with time-frequency dictionaries", with positive coefficients: k times
+        the decoder row with the largest inner product with the residual of a token, over its norm, is taken, and its
+        part of the residual goes into its latent. A token stops at a row that it has taken before, or where nothing is
+        positive. As `matching_pursuit` of SAELens.
+
+        Args:
+          x: activations.
+          k: most latents per token.
+          residual_threshold: norm of the residual below which a token stops; 0 is none.
+
+        Raises:
+          ValueError: a transcoder, whose decoder rows are not in the space of its input, or k below 1.
+        """
+        check_pursuit(self.is_transcoder, k)
+        residual = self._centred(x).reshape(-1, self.d_in)
+        squares = self.W_dec.square().sum(1).clamp(min=torch.finfo(residual.dtype).tiny)
+        directions = self.W_dec / squares.sqrt()[:, None]
+        latents = residual.new_zeros(len(residual), self.d_sae)
+        active = torch.ones(len(residual), dtype=torch.bool, device=residual.device)
+        tokens = torch.arange(len(residual), device=residual.device)
+        for _ in range(k):
+            largest, index = (residual @ directions.T).max(dim=1)
+            taken = (latents[tokens, index] != 0) | (largest <= 0)
+            value = largest.relu() / squares[index].sqrt() * active
+            latents[tokens, index] += value
+            residual = residual - value[:, None] * self.W_dec[index]
+            active = active & ~taken
+            if residual_threshold > 0:
+                active = active & (residual.norm(dim=-1) >= residual_threshold)
+            if not active.any():
+                break
+        return latents.reshape(*x.shape[:-1], self.d_sae)
+
+    def with_encoder(self, encoder: str = "own", k: int | None = None) -> "TorchSAE":
+        """Return the SAE with another encoder; the weights are shared.
+
+        Args:
+          encoder: "own", or "matching_pursuit" (`pursue`).
+          k: latents per token; None is the SAE's own k.
+
+        Raises:
+          ValueError: k is missing for an SAE without one, out of range, or given for an encoder that selects no k; or
+            matching pursuit of a transcoder.
+        """
+        other = copy.copy(self)
+        if encoder == "own" and k is None:
+            return other
+        own = self.cfg.get("k")
+        if encoder == "own" and own is None:
+            raise ValueError(f"a {self.architecture} SAE selects no k latents: k is for {', '.join(RANKED)}")
+        k = own if k is None else k
+        if k is None or not 1 <= k <= self.d_sae:
+            raise ValueError(f"k is {k} for a {self.architecture} SAE: give k from 1 to d_sae, which is {self.d_sae}")
+        if encoder == "own":
+            other.cfg = self.cfg | {"k": k}
+        else:
+            check_pursuit(self.is_transcoder, k)
+            other.pursued = k
+        return other
 
     def encode_sparse(
         self, x: Float[torch.Tensor, "*tokens d"], k: int | None = None
@@ -60,7 +126,7 @@ class TorchSAE(nn.Module):
         k = self.cfg.get("k") if k is None else k
         if k is None or not 1 <= k <= self.d_sae:
             raise ValueError(f"k is {k} for a {self.architecture} SAE: give k from 1 to d_sae, which is {self.d_sae}")
-        if self.architecture == "topk" and k <= self.cfg["k"]:
+        if self.architecture == "topk" and self.pursued is None and k <= self.cfg["k"]:
             values, indices = (self._centred(x) @ self.W_enc + self.b_enc).topk(k, dim=-1)
             return values.relu(), indices
         latents = self.encode(x)
@@ -83,7 +149,7 @@ class TorchSAE(nn.Module):
 
     def forward(self, x: Float[torch.Tensor, "*tokens d"]) -> Float[torch.Tensor, "*tokens o"]:
         """Return the reconstruction of activations, (..., d_in) to (..., d_out)."""
-        if self.architecture == "topk" and not torch.is_grad_enabled():
+        if self.architecture == "topk" and self.pursued is None and not torch.is_grad_enabled():
             return self.decode_sparse(*self.encode_sparse(x))
         return self.reconstruct(self.encode(x), x)
 
@@ -96,6 +162,18 @@ class TorchSAE(nn.Module):
         """Return the input in the dtype of the weights, minus `b_dec` except for a transcoder."""
         x = x.to(self.W_enc.dtype)
         return x if self.is_transcoder else x - self.b_dec
+
+
+def check_pursuit(is_transcoder: bool, k: int) -> None:
+    """Check that matching pursuit is defined.
+
+    Raises:
+      ValueError: a transcoder, or k below 1.
+    """
+    if is_transcoder:
+        raise ValueError("matching pursuit needs decoder rows in the space of the input, and a transcoder has none")
+    if k < 1:
+        raise ValueError(f"k is {k}: matching pursuit takes at least 1 latent per token")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> TorchSAE:

@@ -22,10 +22,11 @@ from typing import Literal
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, Data, FilePath
 from bridge.run import Run, commands
+from bridge.run.subjects import Encoder
 from bridge.settings import CONTEXT, STEP, ExcludeTokens, flag, settle
 from experiments import flags
 from jsae import extras
-from jsae.settings import TOKENS, at_least, require
+from jsae.settings import COUNT, TOKENS, at_least, require
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class EvaluateConfig:
     )
     exclude_tokens: ExcludeTokens | None = flag(None, "Special tokens to leave out; none is as the SAE was trained.")
     drop_sinks: bool | None = flag(None, "Do not reconstruct tokens of extreme norm; none is as in the run.")
+    encoder: Encoder = flag("own", "Encoder of the SAEs: their own, or matching pursuit on their decoders.")
+    encoder_k: int | None = flag(None, "Latents per token of --encoder; none is the k of a TopK SAE.", COUNT)
     probes: bool = flag(True, "Sparse probing and TPP (extra [eval]).")
     labels: bool = flag(True, "Label every latent with the simple predicate that fits it best.")
     steering: bool = flag(False, "Measure effect and side effect of steering with a sample of the latents.")
@@ -74,6 +77,12 @@ class EvaluateConfig:
         require(self.steering or not self.latents, "--latents names latents to steer: add --steering")
         require(self.steering or not self.core_bundle, "--core_bundle is for steered models: add --steering")
         require(not (self.compare and self.sae), "--compare names the SAEs itself: leave out --sae")
+        another = self.encoder != "own" or self.encoder_k is not None
+        require(
+            not another or bool(self.compare or self.output_dir),
+            "--encoder and --encoder_k measure another encoder than the exported one, whose results stay as they are: "
+            "give an --output_dir for these",
+        )
 
 
 def main(config: EvaluateConfig) -> int:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from jsae.manifest import DamagedError
     from jsae.settings import ConfigError
     from jsae.trained import TrainedSAE, load
-    from jsae.training import Progress, fit, train
+    from jsae.training import Progress, find_lr, fit, train
 
 _PLACES = {
     "ARCHITECTURES": "jsae.architectures:ARCHITECTURES",
@@ -64,6 +64,7 @@ _PLACES = {
     "TopK": "jsae.architectures:TopK",
     "TrainConfig": "jsae.config:TrainConfig",
     "TrainedSAE": "jsae.trained:TrainedSAE",
+    "find_lr": "jsae.training:find_lr",
     "fit": "jsae.training:fit",
     "load": "jsae.trained:load",
     "recovery": "jsae.recovery",
@@ -102,6 +103,7 @@ __all__ = [
     "TopK",
     "TrainConfig",
     "TrainedSAE",
+    "find_lr",
     "fit",
     "load",
     "recovery",

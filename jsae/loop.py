@@ -3,6 +3,7 @@
 A single SAE is the case of one member. Every member equals the SAE that is trained alone with the same seeds.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,12 +11,14 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
 
 from jsae import axes, metrics, optim, processes, state, step
 from jsae.architectures import SAEConfig
 from jsae.config import TrainConfig
 from jsae.health import ActivationsError, NotFiniteError
 from jsae.ops import Ops, Sharded, Xla, choose, choose_with_reason
+from jsae.pretrained import Pretrained
 from jsae.settings import require
 from jsae.state import Acts, TrainState
 
@@ -50,7 +53,13 @@ States = tuple[TrainState, ...]
 AllSums = tuple[metrics.Sums, ...]
 
 
-def init(members: Sequence[Member], sample: Batch, ops: Ops | None = None, mesh: Mesh | None = None) -> States:
+def init(
+    members: Sequence[Member],
+    sample: Batch,
+    ops: Ops | None = None,
+    mesh: Mesh | None = None,
+    starts: Sequence[Pretrained | None] | None = None,
+) -> States:
     """Return the states before the first step, each scaled and centred on its site's sample of activations.
 
     Args:
@@ -58,17 +67,29 @@ def init(members: Sequence[Member], sample: Batch, ops: Ops | None = None, mesh:
       sample: activations of every site; on a mesh the same on all devices.
       ops: the implementation on one device; None chooses it for the device.
       mesh: devices over which the states are sharded; None: one device.
+      starts: for every member the exported SAE that it continues, or None; None: all start anew.
 
     Raises:
-      ConfigError: activations of other widths than the SAE's.
+      ConfigError: activations of other widths than the SAE's, or a start that is not of the member's kind.
       ActivationsError, DegenerateError: a sample that nothing can be learned from; an abstract one is not checked.
     """
     if mesh is not None:
         ops = Xla(members[0].train.matmul_dtype)  # partitioned by the compiler
-    return tuple(
-        state.init(member.sae, member.train, ops or member.ops, sample[member.site], _optimizer(member, ops), mesh)
-        for member in members
-    )
+
+    def one(member: Member, start: Pretrained | None) -> TrainState:
+        if start is not None:
+            start.check(member.sae)
+        return state.init(
+            member.sae,
+            member.train,
+            ops or member.ops,
+            sample[member.site],
+            _optimizer(member, ops),
+            mesh,
+            None if start is None else start.plain.weights,
+        )
+
+    return tuple(map(one, members, starts or [None] * len(members)))
 
 
 def abstract_states(members: Sequence[Member], ops: Ops | None = None, mesh: Mesh | None = None) -> States:
@@ -138,14 +159,19 @@ class Programs:
         self._compiled: dict[tuple[int | None, ...], Any] = {}
 
     def at(self, number: int) -> Any:
-        """Return `(states, batch) -> (states, sums)` of a step; the program changes where k has come down."""
+        """Return `(states, batch) -> (states, sums)` of a step; the program changes where k has come down.
+
+        A third argument, a number for every member, scales the learning rates of this step.
+        """
         rooms = tuple(room(member, number) for member in self._members)
         if rooms not in self._compiled:
             self._compiled[rooms] = jax.jit(self._step(rooms), donate_argnums=0)
         return self._compiled[rooms]
 
     def _step(self, rooms: tuple[int | None, ...]) -> Any:
-        def all_steps(states: States, batch: Batch) -> tuple[States, AllSums]:
+        def all_steps(
+            states: States, batch: Batch, rate_scales: Sequence[Float[Array, ""]] | None = None
+        ) -> tuple[States, AllSums]:
             if self._mesh is not None:
                 batch = jax.lax.with_sharding_constraint(batch, NamedSharding(self._mesh, axes.spec(("n", "d"))))
             done = [
@@ -155,9 +181,11 @@ class Programs:
                     before,
                     batch[member.site],
                     room,
-                    _optimizer(member, self._ops(member)),
+                    _optimizer(member, self._ops(member), rate_scale),
                 )
-                for member, before, room in zip(self._members, states, rooms, strict=True)
+                for member, before, room, rate_scale in zip(
+                    self._members, states, rooms, rate_scales or [None] * len(states), strict=True
+                )
             ]
             states = tuple(self._placed(after) for after, _ in done)
             return states, tuple(sums for _, sums in done)
@@ -239,5 +267,9 @@ def summaries(members: Sequence[Member], number: int, states: States, sums: AllS
     return metrics_of_all
 
 
-def _optimizer(member: Member, ops: Ops | None) -> optim.Optimizer:
-    return optim.make(member.train, member.sae, ops or member.ops, member.inner)
+def _optimizer(member: Member, ops: Ops | None, rate_scale: Float[Array, ""] | None = None) -> optim.Optimizer:
+    optimizer = optim.make(member.train, member.sae, ops or member.ops, member.inner)
+    if rate_scale is None:
+        return optimizer
+    require(isinstance(optimizer, optim.UnitRowAdam), "an optimiser of your own has its own learning rate")
+    return dataclasses.replace(optimizer, rate_scale=rate_scale)  # type: ignore[type-var]

@@ -55,11 +55,13 @@ class UnitRowAdam:
       config: learning rate, schedule and constants.
       sae: the SAE, which the default learning rate depends on.
       ops: the implementation of the update.
+      rate_scale: factor on the learning rate of all arrays; may be traced.
     """
 
     config: TrainConfig
     sae: SAEConfig
     ops: Ops
+    rate_scale: float | Array = 1.0
 
     def init(self, params: Any) -> optax.ScaleByAdamState:
         """Return zero moments."""
@@ -73,7 +75,7 @@ class UnitRowAdam:
         norm = factor * jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
         scalars = AdamScalars(
             factor * jnp.minimum(1, config.clip_norm / norm),
-            schedule(config, self.sae)(state.count) / (1 - config.beta1**count),
+            self.rate_scale * schedule(config, self.sae)(state.count) / (1 - config.beta1**count),
             1 / (1 - config.beta2**count),
         )
         factors = self.sae.sae.rate_factors

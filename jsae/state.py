@@ -1,6 +1,7 @@
 """The state of training: everything that a step changes, its initialisation, and its sharding."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jsae import axes, control, data, optim
+from jsae import axes, control, data, optim, pretrained
 from jsae.architectures import SAE, SAEConfig, make
 from jsae.config import TrainConfig
 from jsae.control import Control
@@ -55,6 +56,7 @@ def init(
     sample: Acts,
     optimizer: optim.Optimizer | None = None,
     mesh: Mesh | None = None,
+    weights: Mapping[str, Array | np.ndarray] | None = None,
 ) -> TrainState:
     """Return the state before the first step, initialised from a sample of activations.
 
@@ -70,6 +72,8 @@ def init(
       sample: activations, concrete or abstract.
       optimizer: the optimiser; None: `optim.make`.
       mesh: devices over which the state is sharded; None: one device.
+      weights: those of an exported SAE in plain form (`jsae.saelens.Plain`), to continue from instead of new ones; only
+        the scales are then taken from the sample. `jsae.pretrained.Pretrained.check` says whether they fit.
 
     Raises:
       ConfigError: the widths of the activations are not those of the SAE.
@@ -82,7 +86,7 @@ def init(
         if not isinstance(part, jax.core.Tracer):
             which = f" (part {number} of {len(parts)})" if len(parts) > 1 else ""
             data.check(part, f"{len(part)} activations{which}")
-    return _init(sae_config, config, ops, sample, optimizer, mesh)
+    return _init(sae_config, config, ops, sample, optimizer, mesh, weights)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 4, 5))
@@ -93,13 +97,19 @@ def _init(
     sample: Acts,
     optimizer: optim.Optimizer | None,
     mesh: Mesh | None,
+    weights: Mapping[str, Array | np.ndarray] | None,
 ) -> TrainState:
     x, y = input_and_target(sae_config, sample)
     scale, scale_out = (data.scale_of(a, sae_config.layers) for a in (x, y))
-    x, y = (a[:_INIT_ROWS].astype(jnp.float32) * s for a, s in ((x, scale), (y, scale_out)))
-    centre = data.geometric_median(y)
-    sae = make(sae_config, key=jax.random.key(config.seed), b_dec=centre)
-    sae.initialize(x, y - centre, ops)
+    key = jax.random.key(config.seed)
+    if weights is not None:
+        sae = make(sae_config, key=key)
+        pretrained.place(sae, weights, scale, scale_out)
+    else:
+        x, y = (a[:_INIT_ROWS].astype(jnp.float32) * s for a, s in ((x, scale), (y, scale_out)))
+        centre = data.geometric_median(y)
+        sae = make(sae_config, key=key, b_dec=centre)
+        sae.initialize(x, y - centre, ops)
     optimizer = optimizer or optim.make(config, sae_config, ops)
     state = TrainState(
         sae=sae,

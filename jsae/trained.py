@@ -1,5 +1,6 @@
 """A finished SAE in the units of the activations, as `jsae.train` and `jsae.load` return it."""
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jsae import export, saelens
 from jsae.saelens.settings import RANKED, TRANSCODERS
@@ -48,6 +49,11 @@ class TrainedSAE:
         sae = state.exported
         plain = export.plain(sae.config, sae.arrays(), np.asarray(state.scale), np.asarray(state.scale_out))
         return cls(plain, metrics)
+
+    @property
+    def plain(self) -> saelens.Plain:
+        """The SAE in plain form, in numpy."""
+        return saelens.Plain(self.cfg, {name: np.asarray(weight) for name, weight in self.weights.items()}, self.layers)
 
     @property
     def architecture(self) -> str:
@@ -99,6 +105,32 @@ class TrainedSAE:
         form = TRANSCODERS.get(self.architecture, self.architecture)
         return _encode(form, self.cfg.get("k"), not self.is_transcoder, self.weights, jnp.asarray(x, jnp.float32))
 
+    def pursue(
+        self, x: Float[Array | np.ndarray, "*n d"], k: int, residual_threshold: float = 0.0
+    ) -> Float[Array, "*n f"]:
+        """Return latents by matching pursuit on the decoder instead of the encoder, (..., d_in) to (..., d_sae).
+
+        Mallat and Zhang 1993, "Matching pursuits with time-frequency dictionaries", with positive coefficients: k times
+        the decoder row with the largest inner product with the residual of a token, over its norm, is taken, and its
+        part of the residual goes into its latent. A token stops at a row that it has taken before, or where nothing is
+        positive. As `matching_pursuit` of SAELens.
+
+        Args:
+          x: activations.
+          k: most latents per token.
+          residual_threshold: norm of the residual below which a token stops; 0 is none.
+
+        Raises:
+          ValueError: a transcoder, whose decoder rows are not in the space of its input, or k below 1.
+        """
+        if self.is_transcoder:
+            raise ValueError("matching pursuit needs decoder rows in the space of the input, and a transcoder has none")
+        if k < 1:
+            raise ValueError(f"k is {k}: matching pursuit takes at least 1 latent per token")
+        x = jnp.asarray(x, jnp.float32)
+        residual = (x - self.b_dec).reshape(-1, self.d_in)
+        return _pursue(self.W_dec, residual, k, jnp.float32(residual_threshold)).reshape(*x.shape[:-1], self.d_sae)
+
     def decode(self, latents: Float[Array | np.ndarray, "*n f"]) -> Float[Array, "*n o"]:
         """Return activations from latents, (..., d_sae) to (..., d_out), without a transcoder's skip path."""
         return _matmul(jnp.asarray(latents, jnp.float32), self.W_dec) + self.b_dec
@@ -108,6 +140,20 @@ class TrainedSAE:
         y_hat = self.decode(self.encode(x))
         skip = self.weights.get("W_skip")
         return y_hat if skip is None else y_hat + _matmul(jnp.asarray(x, jnp.float32), skip.T)
+
+    def with_k(self, k: int) -> "TrainedSAE":
+        """Return the TopK or AbsTopK SAE with another k; the weights are shared.
+
+        Raises:
+          ValueError: the SAE selects no k latents, or k is not between 1 and d_sae.
+        """
+        if self.architecture not in RANKED:
+            raise ValueError(f"a {self.architecture} SAE selects no k latents: of {', '.join(RANKED)} k can be changed")
+        if not 1 <= k <= self.d_sae:
+            raise ValueError(f"k is {k}: it must lie between 1 and d_sae={self.d_sae}")
+        other = copy.copy(self)
+        other.cfg = self.cfg | {"k": k}
+        return other
 
     def save(self, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
         """Write a SAELens directory, whole or not at all; return its path.
@@ -121,9 +167,8 @@ class TrainedSAE:
         Raises:
           OSError: the folder cannot be written; an earlier export is kept.
         """
-        weights = {name: np.asarray(weight) for name, weight in self.weights.items()}
         added = dict(metadata or {}) | {"sae_lens_version": export.SAELENS_VERSION}
-        export.write_plain(Path(folder), saelens.Plain(self.cfg, weights, self.layers), added)
+        export.write_plain(Path(folder), self.plain, added)
         return Path(folder)
 
     def __repr__(self) -> str:
@@ -155,6 +200,28 @@ def load(path: str | Path) -> TrainedSAE:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _encode(form: str, k: int | None, subtracts: bool, w: Weights, x: Float[Array, "*n d"]) -> Float[Array, "*n f"]:
     return _FORMS[form](w, x - w["b_dec"] if subtracts else x, k)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _pursue(
+    W_dec: Float[Array, "f d"], residual: Float[Array, "n d"], k: int, residual_threshold: Float[Array, ""]
+) -> Float[Array, "n f"]:
+    norms = jnp.maximum(jnp.linalg.norm(W_dec, axis=1), jnp.finfo(jnp.float32).tiny)
+    tokens = jnp.arange(len(residual))
+
+    def step(_: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        latents, residual, active = carry
+        products = _matmul(residual, W_dec.T) / norms
+        index = products.argmax(axis=1)
+        largest = products[tokens, index]
+        taken = (latents[tokens, index] != 0) | (largest <= 0)
+        value = jax.nn.relu(largest) / norms[index] * active
+        residual = residual - value[:, None] * W_dec[index]
+        far = (residual_threshold <= 0) | (jnp.linalg.norm(residual, axis=1) >= residual_threshold)
+        return latents.at[tokens, index].add(value), residual, active & ~taken & far
+
+    start = jnp.zeros((len(residual), len(W_dec))), residual, jnp.ones(len(residual), bool)
+    return jax.lax.fori_loop(0, k, step, start)[0]
 
 
 def _matmul(a: Array, b: Array) -> Array:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 D, F = toy.D_IN, 64
 CASES = {
     "topk": sae_config("topk", D, F, k=3),
+    "hierarchical": sae_config("topk", D, F, k=3, hierarchical_k=(1, 2)),
     "batchtopk": sae_config("batchtopk", D, F, k=3),
     "matryoshka": sae_config("matryoshka", D, F, k=3, nested_widths=(52,)),
     "abstopk": sae_config("abstopk", D, F, k=3),
@@ -30,7 +31,7 @@ CASES = {
     "skip_transcoder": sae_config("batchtopk", D, F, k=3, d_out=toy.D_OUT, skip=True),
     "crosscoder": sae_config("batchtopk", 2 * D, F, k=3, layers=2),
 }
-SHARDED = ("topk", "batchtopk", "relu", "gated", "jumprelu", "skip_transcoder")
+SHARDED = ("topk", "hierarchical", "batchtopk", "relu", "gated", "jumprelu", "skip_transcoder")
 
 # The jump lets gradients through near a threshold only, where no pre-activation may be at the start.
 for case_name, case_config in CASES.items():

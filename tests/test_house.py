@@ -400,6 +400,7 @@ HOOKS = {
     ("SAE", "initial_statistics"): "no statistics by default",
     ("SAE", "batch_statistics"): "no statistics by default",
     ("SAE", "initialize_latents"): "nothing by default",
+    ("SAE", "own_arrays"): "the same arrays by default",
 }
 """Methods that a subclass may define again, because what they do by default is nothing."""
 

@@ -68,7 +68,9 @@ def test_auxk_and_the_squared_error_keep_their_ratio_where_activations_are_scale
     dead = jnp.arange(16) < 6
 
     def terms(factor):
-        aux = auxk(ops, Input(factor * x, None, factor * b_dec), factor * residual, W_enc, factor * b_enc, W_dec, dead, 4)
+        aux = auxk(
+            ops, Input(factor * x, None, factor * b_dec), factor * residual, W_enc, factor * b_enc, W_dec, dead, 4
+        )
         return aux / losses.mean_square(factor * residual)
 
     np.testing.assert_allclose(terms(1.0), terms(7.0), rtol=1e-4)

@@ -202,7 +202,9 @@ def test_a_transformation_gets_projected_gradients_and_its_own_state():
     config = sae_config("relu", D, F)
     start = begin(config, RUN, x(1)[0], inner)
     weights = jax.device_get(start.sae)
-    new, sums = step.update(RUN, choose(), start, x(1)[0], optimizer=optim.make(RUN, start.sae.config, choose(), inner=inner))
+    new, sums = step.update(
+        RUN, choose(), start, x(1)[0], optimizer=optim.make(RUN, start.sae.config, choose(), inner=inner)
+    )
     ((grads, params),) = seen
     assert int(new.opt) == 1
     np.testing.assert_allclose((grads.W_dec * params.W_dec).sum(1), 0, atol=1e-5)

@@ -33,6 +33,7 @@ OPTIONS: dict[str, tuple] = {
     "kind": tuple(KINDS),
     "expansion_factor": (8, 5),
     "k": ((32,), (3,)),
+    "hierarchical_k": ((), (1, 2)),
     "nested_widths": ((), (4, 16)),
     "l1_coefficient": ((5.0,), (0.0,)),
     "l0_coefficient": ((5.0,), (0.1,)),
@@ -58,6 +59,7 @@ NEEDS: dict[tuple[str, object], tuple[str, tuple]] = {
     ("k", (3,)): ("activation", TOPK),
     ("k_start", 34): ("activation", TOPK),
     ("k_anneal_fraction", 0.7): ("activation", TOPK),
+    ("hierarchical_k", (1, 2)): ("activation", ("topk",)),
     ("nested_widths", (4, 16)): ("activation", ("matryoshka",)),
     ("l1_coefficient", (0.0,)): ("activation", ("relu", "gated")),
     ("l0_coefficient", (0.1,)): ("activation", ("jumprelu",)),
@@ -161,6 +163,7 @@ def test_the_options_are_all_that_change_a_training():
         ),
         *("deterministic", "jax_memory_fraction", "compile_model", "resume", "wandb_project", "prepare_neuronpedia"),
         *("model_id", "source_set", "latent_shards", "data_shards", "activations"),
+        *("init_from", "find_lr"),  # test_continue_command.py, test_find_lr.py
         *("num_activations", "hook_type", "target_hook", "skip", "crosscoder"),
     }
     assert told - other == set(OPTIONS) - {"kind"}

@@ -354,7 +354,7 @@ def test_settings_of_another_architecture_are_refused():
 
 
 def test_classes_are_abstract_or_final_and_override_nothing_but_hooks():
-    hooks = {"initial_statistics", "batch_statistics", "initialize_latents"}
+    hooks = {"initial_statistics", "batch_statistics", "initialize_latents", "own_arrays"}
     for architecture in ARCHITECTURES.values():
         assert not any("Config" in vars(base) for base in architecture.__mro__[1:] if base is not SAE)
         for base in architecture.__mro__[: architecture.__mro__.index(SAE)]:
@@ -368,7 +368,7 @@ def test_the_flags_and_the_help_know_every_architecture(monkeypatch):
     monkeypatch.setattr("jsae.architectures.ARCHITECTURES", ARCHITECTURES | {"amplified": Amplified})
     fields = {field.name: field for field in dataclasses.fields(RunConfig)}
     helps = {name: help_text(field) for name, field in fields.items()}
-    defaults = {n: f.default[0] if isinstance(f.default, tuple) and f.default else f.default for n, f in fields.items()}
+    defaults = {n: value[0] if isinstance(value, tuple) and value else value for n, value in vars(RunConfig()).items()}
     assert f": {', '.join(ARCHITECTURES)}, amplified, or your own class" in helps["activation"]
     for name in ("k", "nested_widths", "l1_coefficient", "l0_coefficient", "jump_recipe", "bandwidth", "target_l0"):
         having = [n for n, sae in ARCHITECTURES.items() if name in {f.name for f in dataclasses.fields(sae.Config)}]

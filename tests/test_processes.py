@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 from several_processes import ROOT, Processes
 
+import jsae
 from bridge import launch
 from jsae import store
 from jsae.settings import ConfigError
@@ -201,6 +202,26 @@ def test_two_processes_train_a_sweep_on_a_store_as_one_does(tmp_path):
     assert [code for code, _, _ in results] == [0, 0], results
     for variant in ("k4", "k8"):
         same(tmp_path / "two" / variant, tmp_path / "one" / variant)
+
+
+def test_processes_that_divide_the_latents_continue_an_sae_as_one_does(tmp_path):
+    rng = np.random.default_rng(0)
+    acts = (rng.standard_normal((16_384, 8)) @ rng.standard_normal((8, 32))).astype(np.float32)
+    store.write(tmp_path / "acts", {HOOK: acts})
+    config = jsae.BatchTopK.Config(32, 128, k=4)
+    jsae.train(acts, config, jsae.TrainConfig(512 * 20, 512, 2e-3)).save(tmp_path / "sae")
+    names = ("batch_size", "block_size", "log_every", "dead_after")
+    flags = {name: FLAGS[name] for name in names} | {"activations": tmp_path / "acts", "num_activations": 4096}
+    flags |= {"init_from": tmp_path / "sae", "activation": "batchtopk", "k": 4, "latent_shards": 2}
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    alone = [sys.executable, "-m", "experiments.train", *words[:-1], f"--output_dir={tmp_path / 'one'}"]
+    done = subprocess.run(alone, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    with Processes(["-m", "experiments.train", *words, f"--output_dir={tmp_path / 'two'}"], 2) as processes:
+        results = processes.finish()
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert "continues" in results[0][1]
+    same(tmp_path / "two", tmp_path / "one")
 
 
 def test_three_processes_share_six_parts(text, tmp_path):

@@ -83,8 +83,8 @@ def test_latents_that_never_fire_come_back(name):
         array = getattr(state.sae, bias)
         array[...] = jnp.where(dead, -4.0, array[...])
         batches = [x(seed) for seed in range(2, 202)]
-        for _, state, sums in fit(config, RUN, state, batches):
-            last = sums
+        for _, now, sums in fit(config, RUN, state, batches):
+            last, state = sums, now
         fired[coefficient] = float((np.asarray(state.since_fired)[dead] < 20 * N).mean())
         assert np.isfinite(last.loss)
     assert fired[0.0] < 0.2

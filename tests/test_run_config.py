@@ -121,7 +121,7 @@ def test_a_run_comes_back_from_its_record():
 # Seen in the flags alone, before a model is loaded.
 BAD_FLAGS = {
     "a value twice": ({"k": (8, 16, 8)}, r"--k=8,16,8 has a value twice"),
-    "no value": ({"k": ()}, "--k needs at least one value"),
+    "no value": ({"seed": ()}, "--seed needs at least one value"),
     "a layer twice": ({"layer": ("1", "01")}, "--layer=1,01 names a layer twice"),
     "a layer beside all of them": ({"layer": ("all", "2")}, "--layer=all,2 names layers beside all of them"),
     "a layer that is no number": ({"layer": ("first",)}, "layer 'first' is neither a number from 0 nor 'all'"),

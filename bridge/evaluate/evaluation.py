@@ -116,6 +116,8 @@ def _measure(
         "excluded": list(subject.excluded),
         "drop_sinks": subject.drop_sinks,
     }
+    if sae.pursued is not None:
+        summary["setting"]["encoder"] = f"matching pursuit of {sae.pursued} latents"
     results: dict[str, Any] = {"eval": summary, "latents": columns}
     if extent.probes:
         summary |= _probes(extent, subject, site, rows, data, progress)

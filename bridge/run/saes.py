@@ -25,7 +25,7 @@ def load_saes(path: str | Path, device: str | torch.device = "cpu") -> dict[str,
         have the same hook.
     """
     saes: dict[str, TorchSAE] = {}
-    for folder in _exports(Path(path)):
+    for folder in exports_at(Path(path)):
         sae = torch_sae.load(folder, device)
         check_kind(folder, sae)
         metadata = sae.metadata if isinstance(sae.metadata, dict) else {}
@@ -45,8 +45,12 @@ def is_export(path: Path) -> bool:
     return (path / CFG).is_file()
 
 
-def _exports(path: Path) -> list[Path]:
-    """Return the directories of the exported SAEs at a path. Raises FileNotFoundError if there are none."""
+def exports_at(path: Path) -> list[Path]:
+    """Return the directories of the exported SAEs at a path: itself, those of a run, or those in a folder.
+
+    Raises:
+      FileNotFoundError: there are none; says what there is.
+    """
     if is_export(path):
         return [path]
     if exports := finished(path) or within(path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bridge.run import directory
 from bridge.run.exports import within
@@ -17,6 +17,9 @@ from jsae.settings import require
 if TYPE_CHECKING:
     from bridge.nanochat import Nanochat
     from bridge.torch_sae import TorchSAE
+
+
+Encoder = Literal["own", "matching_pursuit"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Choice:
     exclude_tokens: ExcludeTokens | None = None
     drop_sinks: bool | None = None
     device: str = "cpu"
+    encoder: Encoder = "own"
+    """How SAEs encode (`bridge.torch_sae.TorchSAE.with_encoder`)."""
+    encoder_k: int | None = None
+    """Latents per token of the encoder; None is the SAE's own k."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,23 @@ def find(choice: Choice) -> list[Subject]:
         compatibility.check(nano.model, saes, compatibility.known_fingerprint(nano, saes))
         for hook, sae in saes.items():
             excluded, drop_sinks = _excluded(choice, path, sae, nano), _drop_sinks(choice, sae, inputs)
-            subjects.append(Subject(path, hook, sae, nano, excluded, drop_sinks))
+            encoding = _with_encoder(choice, path, sae)
+            subjects.append(Subject(path, hook, encoding, nano, excluded, drop_sinks))
     return subjects
+
+
+def _with_encoder(choice: Choice, path: Path, sae: TorchSAE) -> TorchSAE:
+    """Return an SAE with the chosen encoder.
+
+    Raises:
+      ValueError: it cannot have it.
+    """
+    if choice.encoder == "own" and choice.encoder_k is None:
+        return sae
+    try:
+        return sae.with_encoder(choice.encoder, choice.encoder_k)
+    except ValueError as error:
+        raise ValueError(f"{path} with --encoder={choice.encoder}: {error} (--encoder_k)") from error
 
 
 def reading(choice: Choice, path: Path) -> Reading:

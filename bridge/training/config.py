@@ -27,6 +27,7 @@ from jsae.settings import (
 
 if TYPE_CHECKING:
     from jsae.architectures import SAE, SAEConfig
+    from jsae.pretrained import Description
 
 HookType = Literal["resid_post", "attn", "mlp_in", "mlp"]
 
@@ -44,10 +45,21 @@ _OF_TEXT = ("context_size", "tokens_per_forward", "compile_model", "exclude_toke
 """Settings of reading text through a model."""
 _WITH_K = ("k_start", "k_anneal_fraction")
 _WITHOUT_K = ("sparsity_warmup_fraction",)
-_OWN = ("k", "nested_widths", "l1_coefficient", "l0_coefficient", "jump_recipe", "bandwidth", "target_l0")
+_OWN = (
+    "k",
+    "hierarchical_k",
+    "nested_widths",
+    "l1_coefficient",
+    "l0_coefficient",
+    "jump_recipe",
+    "bandwidth",
+    "target_l0",
+)
 """Settings of some architectures. The two tuples above are settings of training, with and without a k."""
 
 MOST_VARIANTS = 1000
+_UNSET: Mapping[str, Any] = {"k": (32,), "expansion_factor": 8}
+"""What settings become that are not given, unless the SAE that a run continues has them."""
 _WIDEST = 2**20  # stands for the width of a model that is not known yet
 
 
@@ -106,9 +118,27 @@ class RunConfig(Json):
             "without a flag keep their defaults."
         ),
     )
-    expansion_factor: int = flag(8, "Latents per dimension of the model.", at_least(1, 2**28))
+    init_from: FilePath | None = flag(
+        None,
+        "Continue from an exported SAE of the same kind, of this project or SAELens: its directory, hf://owner/name, a "
+        "run or a folder with one for every hook. Sizes and k are its own.",
+    )
+    expansion_factor: int | None = flag(
+        None, "Latents per dimension of the model; none is 8, or as --init_from has.", at_least(1, 2**28)
+    )
     k: tuple[int, ...] = flag(
-        (32,), _of("k", "Active latents per token, on average where they are selected in a whole batch"), COUNT
+        (),
+        _of(
+            "k",
+            "Active latents per token, on average where they are selected in a whole batch; none is 32, or as "
+            "--init_from has",
+        ),
+        COUNT,
+    )
+    hierarchical_k: tuple[int, ...] = flag(
+        (),
+        _of("hierarchical_k", "Also reconstruct from these smaller numbers of latents, for use at several sparsities"),
+        COUNT,
     )
     nested_widths: tuple[int, ...] = flag(
         (), _of("nested_widths", "Widths of the inner SAEs; none is 1/16, 1/8, 1/4 and 1/2"), COUNT
@@ -129,6 +159,9 @@ class RunConfig(Json):
     batch_size: int = flag(2048, "Activations per step.", at_least(1, 2**24))
     learning_rate: tuple[float, ...] = flag(
         (), "Peak rate; none is a rate for these sizes and this length, which the run prints.", RATE
+    )
+    find_lr: bool = flag(
+        False, "First find the peak rate by short runs at about nine rates, a twentieth of the run each."
     )
     warmup_fraction: float = flag(0.02, "Fraction of the run over which the learning rate rises.", FRACTION)
     decay_fraction: float = flag(0.2, "Fraction of the run, at the end, over which it falls to zero.", FRACTION)
@@ -192,6 +225,9 @@ class RunConfig(Json):
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.init_from is None:
+            for name, value in _UNSET.items():
+                object.__setattr__(self, name, getattr(self, name) or value)
         accelerators.check_name(self.device)
         require(self.checkpoint_every >= self.batch_size, "checkpoint_every must be at least one batch")
         window = min(self.log_every * self.batch_size, self.checkpoint_every, self.num_activations)
@@ -213,6 +249,11 @@ class RunConfig(Json):
         given = f"--layer={','.join(self.layer)}"
         require("all" not in self.layer or len(self.layer) == 1, f"{given} names layers beside all of them")
         require(len(set(self.layers(0))) == len(self.layers(0)), f"{given} names a layer twice")
+        require(
+            not (self.find_lr and self.learning_rate),
+            f"--find_lr chooses the learning rate, and --learning_rate={','.join(map(str, self.learning_rate))} gives "
+            "it: leave out one of them",
+        )
         self._check_kind()
         self._check_swept()
         self._check_stored()
@@ -250,7 +291,7 @@ class RunConfig(Json):
         for name in SWEPT:
             values = getattr(self, name)
             require(len(set(values)) == len(values), f"--{name}={','.join(map(str, values))} has a value twice")
-            require(bool(values) or name in ("learning_rate", "target_l0"), f"--{name} needs at least one value")
+            require(bool(values) or name in ("k", "learning_rate", "target_l0"), f"--{name} needs at least one value")
         count = math.prod(max(len(getattr(self, name)), 1) for name in SWEPT)
         require(count <= MOST_VARIANTS, f"these flags ask for {count} variants: at most {MOST_VARIANTS} train together")
 
@@ -265,6 +306,8 @@ class RunConfig(Json):
     def _check_used(self, given: Collection[str] = ()) -> None:
         """Check that settings which the architecture does not have are not given, and have their defaults."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if self.init_from is None:
+            defaults |= _UNSET
         own = _settings(self.architecture)
         used = {*own, *(_WITH_K if "k" in own else _WITHOUT_K)}
         names = ", ".join(f"--{name}" for name in (*_OWN, *_WITH_K, *_WITHOUT_K) if name in used) or "no flags"
@@ -328,20 +371,41 @@ class RunConfig(Json):
         Raises:
           ConfigError: a setting that no model's SAE can have.
         """
-        # k and nested widths are checked later, against the true width of the SAE.
-        self._sae_config(_WIDEST, _WIDEST, 1, k=1, nested_widths=self._default_widths(_WIDEST))
+        # k and what goes with it, and nested widths, are checked later, against the true width of the SAE.
+        known = {"hierarchical_k": (), "nested_widths": self._default_widths(_WIDEST)}
+        self._sae_config(_WIDEST, _WIDEST, 1, k=1, **known)
 
-    def sae_config(self, width: int, layers: int = 1) -> "SAEConfig":
-        """Return the configuration of a variant's SAE for a model of this width; `layers` are those of a crosscoder.
+    def sae_config(self, width: int, layers: int = 1, start: "Description | None" = None) -> "SAEConfig":
+        """Return the configuration of a variant's SAE for a model of this width.
+
+        Args:
+          width: of the model.
+          layers: those of a crosscoder.
+          start: the SAE that is continued, which has the settings that were not given.
 
         Raises:
-          ConfigError: settings that no SAE of this size can have.
+          ConfigError: settings that no SAE of this size can have, or that contradict those of the SAE to continue.
         """
-        return self._sae_config(width, width * self.expansion_factor, layers)
+        if start is None:
+            return self._sae_config(width, width * self.expansion_factor, layers)
+        d_sae = start.d_sae
+        require(
+            self.expansion_factor in (None, d_sae / width),
+            f"--expansion_factor={self.expansion_factor} of width {width} contradicts {start.path} of {d_sae} latents: "
+            "leave it out",
+        )
+        require(
+            "k" not in _settings(self.architecture) or bool(self.k) or start.k is not None,
+            f"{start.path} does not say how many latents were active per token: give --k",
+        )
+        known: dict[str, Any] = {} if self.k or start.k is None else {"k": start.k}
+        known |= {} if self.nested_widths or not start.nested_widths else {"nested_widths": start.nested_widths}
+        return self._sae_config(width, d_sae, layers, **known)
 
     def _sae_config(self, width: int, d_sae: int, layers: int, **replaced: Any) -> "SAEConfig":
         settings: dict[str, Any] = {
-            "k": self.k[0],
+            "k": self.k[0] if self.k else None,
+            "hierarchical_k": self.hierarchical_k,
             "nested_widths": self.nested_widths or self._default_widths(d_sae),
             "l1_coefficient": self.l1_coefficient[0],
             "l0_coefficient": self.l0_coefficient[0],

@@ -13,7 +13,7 @@ from rich.table import Table
 from bridge.evaluate.core import finite
 from bridge.run import Run
 from bridge.training.origins import hook_metadata
-from jsae import export, files, metrics, processes
+from jsae import export, files, metrics, pretrained, processes
 from jsae.architectures import SAE
 from jsae.health import unusable
 from jsae.loop import States
@@ -109,6 +109,10 @@ def _metadata(config: "RunConfig", trainee: "Trainee", origin: "Origin") -> dict
         "training_architecture": config.activation,
         "training_tokens": train.num_steps * train.batch_size,
     }
+    if details := pretrained.details(trainee.member.sae):
+        metadata |= {"training_architecture_details": details}
+    if trainee.start is not None:
+        metadata |= {"init_from": {"path": trainee.start.path, "digest": trainee.start.digest}}
     if trainee.member.sae.is_transcoder:
         metadata |= hook_metadata(trainee.hooks[1], "_out")
     if trainee.member.sae.layers > 1:

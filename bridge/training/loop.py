@@ -13,14 +13,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bridge.run import Run
+from bridge.training.continuing import Starts
 from bridge.training.memory import SAMPLE
 from bridge.training.report import Reporter
-from jsae import loop, metrics, processes
+from jsae import loop, metrics, processes, rates
 from jsae.checkpoint import Checkpoints
 from jsae.data import Block, Cursor, Shuffled
 from jsae.health import ActivationsError, Watch
 from jsae.loop import AllSums, Member, States
 from jsae.ops import Ops
+from jsae.rates import RateSweep
 
 if TYPE_CHECKING:
     from bridge.stream import ActivationStream
@@ -54,6 +56,7 @@ def train(
     ops: Ops | None = None,
     mesh: Mesh | None = None,
     shards: Shards | None = None,
+    starts: Starts | None = None,
 ) -> States | None:
     """Train from the start or the last checkpoint to the end.
 
@@ -68,6 +71,7 @@ def train(
       ops: the implementation of operations; None chooses it by the device.
       mesh: the devices of all processes; None: one.
       shards: which parts of every batch the source gives; None: batches have one part.
+      starts: the exported SAEs that the trainees continue; None: they are new.
 
     Returns:
       The states after the last step, in the order of the trainees; None for a run that was saved and stopped.
@@ -82,7 +86,7 @@ def train(
     save_every = max(config.checkpoint_every // config.batch_size, 1)
     add = jax.jit(lambda totals, sums: tuple(map(metrics.add, totals, sums)))
     with Checkpoints(Run(run).checkpoints_folder) as checkpoints:
-        batches, states = _begin(config, members, source, checkpoints, ops, mesh, shards)
+        batches, states = _begin(config, trainees, source, checkpoints, ops, mesh, shards, starts)
         first_states, stopped = states, False
         last_fvu, window, watch = float("nan"), None, Watch(len(trainees))
         with (
@@ -211,22 +215,17 @@ def _watch(
 
 def _begin(
     config: "RunConfig",
-    members: Sequence[Member],
+    trainees: Sequence["Trainee"],
     source: "ActivationStream | SiteSource",
     checkpoints: Checkpoints,
     ops: Ops | None,
     mesh: Mesh | None,
     shards: Shards,
+    starts: Starts | None,
 ) -> tuple[Shuffled, States]:
     """Return batches and states: new ones, or those of the last intact checkpoint if the run is resumed."""
-    shuffle: dict[str, Any] = {
-        "batch_size": config.batch_size * len(shards.own) // shards.count,
-        "batches_per_block": config.block_size // config.batch_size,
-        "seed": config.data_seed,
-        "num_batches": members[0].train.num_steps,
-        "shards": shards.own,
-        "shard_count": shards.count,
-    }
+    members = [trainee.member for trainee in trainees]
+    shuffle = _shuffle(config, members[0].train.num_steps, shards)
     if config.resume and checkpoints.latest() is not None:
         restored = checkpoints.restore(loop.abstract_states(members, ops, mesh))
         for step, reason, moved_to in restored.damaged:
@@ -236,8 +235,66 @@ def _begin(
     if config.resume:
         print("there is no checkpoint yet: starting with the first step", flush=True)
     batches = Shuffled(source, **shuffle)
-    sample = jax.tree.map(lambda acts: processes.sample_of(acts, len(shards.own), mesh), batches.sample(SAMPLE))
-    return batches, loop.init(members, sample, ops, mesh)
+    sample = _sample(batches, mesh, shards)
+    with processes.together():
+        pretrained = None if starts is None else [starts.read(trainee.name) for trainee in trainees]
+    return batches, loop.init(members, sample, ops, mesh, pretrained)
+
+
+def _shuffle(config: "RunConfig", num_batches: int, shards: Shards) -> dict[str, Any]:
+    """Return the arguments of `jsae.data.Shuffled` for some steps of a run."""
+    return {
+        "batch_size": config.batch_size * len(shards.own) // shards.count,
+        "batches_per_block": config.block_size // config.batch_size,
+        "seed": config.data_seed,
+        "num_batches": num_batches,
+        "shards": shards.own,
+        "shard_count": shards.count,
+    }
+
+
+def _sample(batches: Shuffled, mesh: Mesh | None, shards: Shards) -> Any:
+    """Return the sample that initialises the states, the same in all processes."""
+    return jax.tree.map(lambda acts: processes.sample_of(acts, len(shards.own), mesh), batches.sample(SAMPLE))
+
+
+def find_rates(
+    config: "RunConfig",
+    trainees: Sequence["Trainee"],
+    source: "ActivationStream | SiteSource",
+    ops: Ops | None = None,
+    mesh: Mesh | None = None,
+    shards: Shards | None = None,
+    starts: Starts | None = None,
+) -> list[RateSweep]:
+    """Find the learning rate of every SAE of a run by short runs on its stream (`jsae.rates.sweep`).
+
+    The source is where it was afterwards.
+
+    Args:
+      config: the run.
+      trainees: its SAEs.
+      source: the activations of their sites.
+      ops: the implementation of operations; None chooses it by the device.
+      mesh: the devices of all processes; None: one.
+      shards: which parts of every batch the source gives; None: batches have one part.
+      starts: the exported SAEs that the trainees continue; None: they are new.
+
+    Raises:
+      NotFiniteError: no rate trains with a finite loss.
+    """
+    shards, begin = shards or Shards(), source.position()
+
+    def open_stream(steps: int) -> tuple[Iterator[Any], Any]:
+        batches = Shuffled(source, cursor=Cursor(0, 0, begin), **_shuffle(config, steps, shards))
+        return batches if mesh is None else _of_all(batches, mesh), _sample(batches, mesh, shards)
+
+    with processes.together():
+        pretrained = None if starts is None else [starts.read(trainee.name) for trainee in trainees]
+    sweeps = rates.sweep([trainee.member for trainee in trainees], open_stream, ops, mesh, pretrained)
+    source.seek(begin)
+    source.tokens_seen = 0
+    return sweeps
 
 
 def _values(members: Sequence[Member], step: int, states: States, window: AllSums) -> list[dict[str, Any]]:

@@ -16,11 +16,13 @@ from bridge.training import determinism, device, joining
 from bridge.training.config import RunConfig
 from jsae import files
 from jsae.config import RECIPE
+from jsae.jsons import is_finite
 from jsae.settings import require
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from bridge.training.continuing import Starts
     from bridge.training.loop import StopRequests
     from bridge.training.origins import Origin
     from bridge.training.plan import Trainee
@@ -101,6 +103,7 @@ class _Prepared(NamedTuple):
     mesh: "Mesh | None"
     choice: "Choice"
     origin: "Origin"
+    starts: "Starts | None"
 
 
 def _train(
@@ -120,13 +123,15 @@ def _train(
 
     with processes.connected():
         parts = _prepare(run, config, torch_device)
-        processes.on_first(lambda: _record(run, config, parts, locks))
-        _check_shared(run)
         origin = parts.origin
         shards = loop.Shards(tuple(origin.own_shards), origin.data_shards)
-        devices: dict[str, Any] = {"ops": parts.choice.ops, "mesh": parts.mesh, "shards": shards}
+        given: dict[str, Any] = {"ops": parts.choice.ops, "mesh": parts.mesh, "shards": shards, "starts": parts.starts}
         source = origin.source(plan.sites(parts.trainees))
-        states = loop.train(run.path, config, parts.trainees, source, stop_requests, **devices)
+        if config.find_lr:
+            parts = parts._replace(trainees=_with_rates(run, config, parts, source, given))
+        processes.on_first(lambda: _record(run, config, parts, locks))
+        _check_shared(run)
+        states = loop.train(run.path, config, parts.trainees, source, stop_requests, **given)
         if states is None:
             raise Stopped(run)
         saes = finished(states)
@@ -147,22 +152,23 @@ def _train(
 def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
     """Load the model or open the store, and plan the SAEs, each checked before the long training, in all processes."""
     import bridge.nanochat
-    from bridge.training import plan
+    from bridge.training import continuing, plan
     from bridge.training.origins import StoreOrigin, TextOrigin
     from jsae import processes
     from jsae.store import Store
 
-    nano = store = None
+    nano = store = starts = None
     trainees: list[Trainee] = []
     fraction, failure = 0.1, None
     try:
+        starts = continuing.find(run, config)
         if config.activations is None:
             nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
-            trainees = plan.trainees(run.path, config, nano)
+            trainees = plan.trainees(run.path, config, nano, starts)
         else:
             store = Store(config.activations)
-            trainees = plan.stored_trainees(run.path, config, store)
-        fraction = plan.jax_fraction(config, trainees, nano)
+            trainees = plan.stored_trainees(run.path, config, store, starts)
+        fraction = plan.jax_fraction(config, plan.at_once(config, trainees), nano)
     except Exception as error:
         if launch.detected() is None:
             raise
@@ -174,7 +180,7 @@ def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
         mesh = plan.mesh(config, trainees)
         choice = _choose(run, config, trainees, mesh)
         width = max(trainee.member.sae.d_in // trainee.member.sae.layers for trainee in trainees)
-        plan.check_memory(config, trainees, width, plan.available_memory(config), *choice)
+        plan.check_memory(config, plan.at_once(config, trainees), width, plan.available_memory(config), *choice)
         sites, data_shards = plan.sites(trainees), _data_shards(run, config)
         origin: Origin = (
             TextOrigin(config, nano, sites, data_shards)
@@ -182,9 +188,37 @@ def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
             else StoreOrigin(config, store, sites, torch_device, data_shards)
         )
         _announce(config, origin, trainees, choice, mesh)
+    if starts is not None:
+        origin.facts |= starts.facts(trainee.name for trainee in trainees)
     identity = [config.to_json(), origin.facts, choice.ops.name, directory.versions()]
     processes.check_same("settings, model, data, device or versions", identity)
-    return _Prepared(trainees, mesh, choice, origin)
+    return _Prepared(trainees, mesh, choice, origin, starts)
+
+
+def _with_rates(run: Run, config: RunConfig, parts: _Prepared, source: Any, given: dict[str, Any]) -> list["Trainee"]:
+    """Return the SAEs with the learning rates that were found, or that a resumed run has found; add them to the facts.
+
+    Raises:
+      ConfigError: the record of a resumed run has none.
+      NotFiniteError: no rate trains with a finite loss.
+    """
+    from bridge.training import loop
+
+    if config.resume and run.config_file.is_file():
+        found = run.facts.get("find_lr")
+        valid = isinstance(found, dict) and all(
+            isinstance(found.get(trainee.label), dict) and is_finite(found[trainee.label].get("rate"))
+            for trainee in parts.trainees
+        )
+        require(valid, f"{run.config_file} does not say which learning rates the run found: start a new one")
+    else:
+        print("finding the learning rate: short runs at several rates", flush=True)
+        sweeps = loop.find_rates(config, parts.trainees, source, **given)
+        found = {trainee.label: sweep.to_json() for trainee, sweep in zip(parts.trainees, sweeps, strict=True)}
+        for trainee, sweep in zip(parts.trainees, sweeps, strict=True):
+            print(f"{trainee.label}\n{sweep}", flush=True)
+    parts.origin.facts |= {"find_lr": found}
+    return [trainee.with_rate(found[trainee.label]["rate"]) for trainee in parts.trainees]
 
 
 def _check_shared(run: Run) -> None:
@@ -263,6 +297,10 @@ def _announce(
         f"{jax.default_backend()}, peak learning rate {', '.join(rates)}",
         flush=True,
     )
+    for start in dict.fromkeys(trainee.start for trainee in trainees if trainee.start is not None):
+        print(f"continues {start.path}, {start.kind}", flush=True)
+        if start.note is not None:
+            print(f"note: {start.note}", flush=True)
     if mesh is not None:
         data, shards = mesh.devices.shape
         print(f"{mesh.size} processes: {data} divide the batch, times {shards} that divide the latents", flush=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge import launch
-from bridge.training import device, memory
+from bridge.training import continuing, device, memory
 from bridge.training.config import RunConfig
-from jsae import export
+from jsae import export, rates
 from jsae.loop import Member
 from jsae.settings import require
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from bridge.nanochat import Nanochat
+    from bridge.training.continuing import Starts
     from jsae.ops import Ops
+    from jsae.pretrained import Description
     from jsae.store import Store
 
 
@@ -39,14 +41,18 @@ class Trainee:
     hooks: tuple[str, ...]
     """The hooks of its site: one, a transcoder's input and target, or a crosscoder's layers."""
     member: Member
+    start: Description | None = None
+    """The exported SAE that it continues."""
 
     @property
     def name(self) -> str:
         """Name of its export: the hook it reads; for a crosscoder the first hook with the numbers of all layers."""
-        if self.member.sae.layers == 1:
-            return self.hooks[0]
-        blocks, _, hook = self.hooks[0].split(".", 2)
-        return f"{blocks}.{'-'.join(name.split('.')[1] for name in self.hooks)}.{hook}"
+        return _site_name(self.hooks, self.member.sae.layers)
+
+    def with_rate(self, rate: float) -> Trainee:
+        """Return the SAE with another learning rate."""
+        train = dataclasses.replace(self.member.train, learning_rate=rate)
+        return dataclasses.replace(self, member=self.member._replace(train=train))
 
     @property
     def label(self) -> str:
@@ -55,8 +61,22 @@ class Trainee:
         return " ".join(part for part in (variant, self.name) if part)
 
 
-def trainees(run: Path, config: RunConfig, nano: Nanochat) -> list[Trainee]:
+def _site_name(hooks: tuple[str, ...], layers: int) -> str:
+    """Return the name of a site's exports."""
+    if layers == 1:
+        return hooks[0]
+    blocks, _, hook = hooks[0].split(".", 2)
+    return f"{blocks}.{'-'.join(name.split('.')[1] for name in hooks)}.{hook}"
+
+
+def trainees(run: Path, config: RunConfig, nano: Nanochat, starts: Starts | None = None) -> list[Trainee]:
     """Return the SAEs of a run.
+
+    Args:
+      run: its directory.
+      config: its settings.
+      nano: its model.
+      starts: the exported SAEs that they continue; None: they are new.
 
     Raises:
       ConfigError: settings of an SAE that cannot work, or an architecture without an exported form.
@@ -68,13 +88,19 @@ def trainees(run: Path, config: RunConfig, nano: Nanochat) -> list[Trainee]:
     hooks = dict.fromkeys(hook for hooks in hooks_of_sites for hook in hooks)
     for hook in hooks:
         find(nano.model, hook)
-    return _trainees(run, config, hooks_of_sites, dict.fromkeys(hooks, nano.config.n_embd))
+    return _trainees(run, config, hooks_of_sites, dict.fromkeys(hooks, nano.config.n_embd), starts)
 
 
-def stored_trainees(run: Path, config: RunConfig, store: Store) -> list[Trainee]:
+def stored_trainees(run: Path, config: RunConfig, store: Store, starts: Starts | None = None) -> list[Trainee]:
     """Return the SAEs of a run on the activations of a store.
 
     Without `--layer` they read all of its hooks of the chosen type; a single hook of any name.
+
+    Args:
+      run: its directory.
+      config: its settings.
+      store: the store.
+      starts: the exported SAEs that they continue; None: they are new.
 
     Raises:
       ConfigError: settings of an SAE that cannot work, hooks that the store does not have, or another model's store for
@@ -89,7 +115,7 @@ def stored_trainees(run: Path, config: RunConfig, store: Store) -> list[Trainee]
         hooks_of_sites = _hooks_of_sites(dataclasses.replace(config, layer=layers), 0)
     for hook in dict.fromkeys(hook for hooks in hooks_of_sites for hook in hooks):
         require(hook in store.hooks, f"{store.location} has no hook {hook}: it has {', '.join(store.hooks)}")
-    return _trainees(run, config, hooks_of_sites, dict(store.hooks))
+    return _trainees(run, config, hooks_of_sites, dict(store.hooks), starts)
 
 
 def _stored_layers(store: Store, hook_type: str) -> list[int]:
@@ -105,7 +131,11 @@ def _stored_layers(store: Store, hook_type: str) -> list[int]:
 
 
 def _trainees(
-    run: Path, config: RunConfig, hooks_of_sites: list[tuple[str, ...]], widths: Mapping[str, int]
+    run: Path,
+    config: RunConfig,
+    hooks_of_sites: list[tuple[str, ...]],
+    widths: Mapping[str, int],
+    starts: Starts | None,
 ) -> list[Trainee]:
     """Return an SAE for every variant and site; `widths` are those of the hooks."""
     saes = []
@@ -114,11 +144,22 @@ def _trainees(
         for site, hooks in enumerate(hooks_of_sites):
             sizes = [widths[hook] for hook in hooks]
             require(len(set(sizes)) == 1, f"{', '.join(hooks)} have different widths, {sizes}: train on one of them")
-            sae = variant.sae_config(sizes[0], len(hooks) if config.crosscoder else 1)
+            layers = len(hooks) if config.crosscoder else 1
+            start = None if starts is None else starts.description(_site_name(hooks, layers))
+            sae = variant.sae_config(sizes[0], layers, start)
+            if start is not None:
+                continuing.check(start, sae)
             export.architecture(sae)
             variant.train_config().anneals(sae)
-            saes.append(Trainee(variant, folder != run, folder, hooks, Member(sae, variant.train_config(), site)))
+            member = Member(sae, variant.train_config(), site)
+            saes.append(Trainee(variant, folder != run, folder, hooks, member, start))
     return saes
+
+
+def at_once(config: RunConfig, trainees: list[Trainee]) -> list[Trainee]:
+    """Return the SAEs that are trained together at most: with `find_lr` copies of them at several rates."""
+    copies = len(rates.AROUND) if config.find_lr and not config.resume else 1
+    return trainees * copies
 
 
 def mesh_shape(config: RunConfig) -> tuple[int, int]:

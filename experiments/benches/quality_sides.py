@@ -78,8 +78,7 @@ def _configs(job: dict[str, Any]) -> tuple[SAEConfig, TrainConfig]:
     settings |= {"nested_widths": tuple(job["widths"])} if nested else {}
     schedule: dict[str, Any] = {}
     if not job["nothing_given"]:
-        dead_after = max(round(job["dead"] * job["steps"]), 1) * job["batch_size"]
-        schedule = {"learning_rate": job["rate"], "dead_after": dead_after}
+        schedule = {"learning_rate": job["rate"]}
     return sae_config(name, job["d_in"], job["d_sae"], **settings), TrainConfig(
         num_activations=job["steps"] * job["batch_size"],
         batch_size=job["batch_size"],

@@ -152,7 +152,7 @@ class SAE(nnx.Module):
     - `initial_latents`, `activate`, `penalty`, `inference_arrays`: what these methods say;
 
     and where they differ from the defaults `biases`, `maps`, `rate_factors`, `control_gain`, `initialize_latents`,
-    `initial_statistics` and `batch_statistics`. No other method is overridden.
+    `own_arrays`, `initial_statistics` and `batch_statistics`. No other method is overridden.
 
     Raises:
       TypeError: at the definition of a subclass with a `Config` that lacks one of these, that shares its `Config`,
@@ -233,6 +233,14 @@ class SAE(nnx.Module):
     def initialize_latents(self, x: Float[Array, "n d"], ops: Ops) -> None:
         """Set arrays of latents from scaled activations, after the encoder has been initialised. A hook."""
 
+    def own_arrays(self, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Return arrays of latents and statistics from those of the inference form: undo `inference_arrays`.
+
+        Args:
+          arrays: by SAELens's names, (f,) each, in the units of training. They are the SAE's own by default.
+        """
+        return arrays
+
     def batch_statistics(self, forward: Forward) -> dict[str, Float[Array, ""]]:
         """Return the value of every running statistic in one batch, by name; training averages them over batches.
 
@@ -286,6 +294,20 @@ class SAE(nnx.Module):
         shared = ("W_enc", "W_dec", "b_dec", *(("W_skip",) if self.config.skip else ()))
         arrays = {name: getattr(self, name)[...] for name in shared} | self.inference_arrays()
         return {name: np.asarray(array) for name, array in arrays.items()}
+
+    def set_inference_arrays(self, arrays: Mapping[str, Array]) -> None:
+        """Set arrays of latents and statistics from those of the inference form.
+
+        Args:
+          arrays: by SAELens's names, (f,) each, in the units of training.
+
+        Raises:
+          ConfigError: the class has no such array, and no `own_arrays` that makes another of it.
+        """
+        known = self.initial_latents(self.config) | self.initial_statistics(self.config)
+        for name, array in self.own_arrays(arrays).items():
+            require(name in known, f"{self.name} has no array {name} to continue from: it must define own_arrays")
+            getattr(self, name)[...] = array
 
     @property
     def b_in(self) -> Array | None:

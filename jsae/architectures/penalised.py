@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import jax
@@ -17,6 +18,7 @@ from jsae.settings import WEIGHT, Range, number, require
 
 _TARGET = Range(1e-6, 2**28, "lie between 0 and d_sae, and be at least 1e-6")
 _BANDWIDTH = Range(1e-6, 1e6, "be finite and positive, from 1e-6 to 1e6")
+_LEAST_THRESHOLD = 1e-6  # of an SAE that training continues, in units where inputs have a mean square of 1
 _THRESHOLD = Range(1e-30, 1e30, "be finite and positive, from 1e-30 to 1e30")
 
 
@@ -232,6 +234,11 @@ class JumpReLU(SAE):
     def inference_arrays(self) -> Arrays:
         """Return the encoder bias and the thresholds."""
         return {"b_enc": self.b_enc[...], "threshold": self.threshold}
+
+    def own_arrays(self, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Return the encoder bias and the log of thresholds of at least 1e-6: smaller ones might have no logarithm."""
+        thresholds = jnp.maximum(arrays["threshold"], _LEAST_THRESHOLD)
+        return {"b_enc": arrays["b_enc"], "log_threshold": jnp.log(thresholds)}
 
 
 def revival(config: PenalisedConfig, context: Context, below: Float[Array, " f"]) -> Float[Array, ""]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -89,6 +90,11 @@ class TopK(Selecting):
     """f = ReLU(TopK_k((x - b_dec) W_enc^T + b_enc)), with AuxK against dead latents.
 
     Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), equations 3 and 4 and section A.2.
+
+    With `hierarchical_k` it is HierarchicalTopK, one SAE for several sparsities: Balagansky et al. 2025, "Train one
+    sparse autoencoder across multiple sparsity budgets to preserve interpretability and accuracy" (arXiv 2505.24473).
+    The squared error is the mean over those numbers j and k of |x - x_hat_j|^2, where x_hat_j is the reconstruction
+    from the j largest latents of a token.
     """
 
     name = "topk"
@@ -96,7 +102,29 @@ class TopK(Selecting):
 
     @dataclasses.dataclass(frozen=True)
     class Config(SelectingConfig):
-        """Settings of TopK."""
+        """Settings of TopK.
+
+        Raises:
+          ConfigError: numbers of `hierarchical_k` that do not increase up to k.
+        """
+
+        hierarchical_k: tuple[int, ...] = ()
+        """Numbers of largest latents that must reconstruct by themselves; k is added. () is plain TopK."""
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "hierarchical_k", tuple(self.hierarchical_k))
+            super().__post_init__()
+            counts = (*self.inner_k, self.k)
+            require(
+                counts[0] >= 1 and all(a < b for a, b in itertools.pairwise(counts)),
+                f"hierarchical_k must increase strictly from at least 1 up to k={self.k}: {self.hierarchical_k} do not",
+            )
+
+        @property
+        def inner_k(self) -> tuple[int, ...]:
+            """`hierarchical_k` without k."""
+            counts = self.hierarchical_k
+            return counts[:-1] if counts and counts[-1] == self.k else counts
 
     def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Codes, None]:
         """Return exactly k codes per token; those that are not positive have value 0."""
@@ -104,8 +132,22 @@ class TopK(Selecting):
         return codes._replace(values=jax.nn.relu(codes.values)), None
 
     def penalty(self, forward: Forward) -> Float[Array, ""]:
-        """Return AuxK."""
-        return self.auxk(forward)
+        """Return AuxK, and what turns the squared error into its mean over the sparsities of `hierarchical_k`."""
+        inner = self.config.inner_k
+        return self.auxk(forward) + (self._hierarchy(forward, inner) if inner else 0)
+
+    def _hierarchy(self, forward: Forward, inner: tuple[int, ...]) -> Float[Array, ""]:
+        """Return the mean over sparsities of the squared error, less that of the largest.
+
+        From the error at k, what the smallest latents contribute is taken away, level by level in one decoding.
+        """
+        codes: Codes = forward.latents  # type: ignore[assignment]  # sparse
+        rank = jnp.argsort(jnp.argsort(-codes.values, axis=1), axis=1)  # on a mesh codes are in no order
+        level = len(inner) - jnp.searchsorted(jnp.asarray(inner), rank, side="right")
+        smallest = forward.context.ops.decode_parts(codes, self.W_dec[...], level, len(inner), len(forward.y))
+        whole = losses.mean_square(forward.error)
+        total = whole + jnp.square(forward.error - smallest).sum(-1).mean(1).sum()
+        return total / (len(inner) + 1) - whole
 
     def inference_arrays(self) -> Arrays:
         """Return the encoder bias."""
@@ -165,6 +207,10 @@ class BatchSelecting(Selecting):
         """Return the encoder bias, and the threshold once per latent."""
         threshold = jnp.full(self.config.d_sae, self.threshold[...], jnp.float32)
         return {"b_enc": self.b_enc[...], "threshold": threshold}
+
+    def own_arrays(self, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Return the encoder bias, and as the one threshold the mean of the latents' thresholds."""
+        return {"b_enc": arrays["b_enc"], "threshold": arrays["threshold"].mean()}
 
 
 class BatchTopK(BatchSelecting):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jsae.ops import products
@@ -187,10 +188,17 @@ class Ops(abc.ABC):
         """Return start[t] + sum of values[i, j] * W_dec[indices[i, j]] over the codes of token t."""
 
     @abc.abstractmethod
+    def decode_parts(
+        self, codes: Codes, W_dec: Float[Array, "f o"], level: Int[Array, "n k"], levels: int, n: int
+    ) -> Float[Array, "l n o"]:
+        """Return for every level l below `levels` the decoding of the codes of n tokens whose level is at most l."""
+
     def decode_levels(
         self, codes: Codes, W_dec: Float[Array, "f o"], widths: tuple[int, ...], n: int
     ) -> Float[Array, "l n o"]:
         """Return for every width w the decoding of the codes of n tokens with indices below w. Widths increase."""
+        level = jnp.searchsorted(jnp.asarray(widths), codes.indices, side="right")
+        return self.decode_parts(codes, W_dec, level, len(widths), n)
 
     @abc.abstractmethod
     def decode_dead(

@@ -122,12 +122,10 @@ class LocalOps(SparseOps):
         """Gather rows."""
         return x[tokens]
 
-    def decode_levels(
-        self, codes: Codes, W_dec: Float[Array, "f o"], widths: tuple[int, ...], n: int
+    def decode_parts(
+        self, codes: Codes, W_dec: Float[Array, "f o"], level: Int[Array, "n k"], levels: int, n: int
     ) -> Float[Array, "l n o"]:
-        """Decode all levels in one pass, each code into the first level that holds its latent, and add them up."""
-        levels = len(widths)
-        level = jnp.searchsorted(jnp.asarray(widths), codes.indices, side="right")
+        """Decode all levels in one pass, each code into its own, and add them up."""
         inside = level < levels
         moved = Codes(jnp.where(inside, codes.values, 0), codes.indices, jnp.where(inside, level, 0) * n + codes.tokens)
         parts = self.decode(self.in_token_order(moved), W_dec, jnp.zeros((levels * n, W_dec.shape[1])))

@@ -113,12 +113,13 @@ class Reference(PlainMaps):
         """Multiply the dense form of the codes by the decoder."""
         return start + self.matmul(codes.dense(len(start), len(W_dec)), W_dec)
 
-    def decode_levels(
-        self, codes: Codes, W_dec: Float[Array, "f o"], widths: tuple[int, ...], n: int
+    def decode_parts(
+        self, codes: Codes, W_dec: Float[Array, "f o"], level: Int[Array, "n k"], levels: int, n: int
     ) -> Float[Array, "l n o"]:
-        """Decode once per width."""
-        latents = codes.dense(n, len(W_dec))
-        return jnp.stack([self.matmul(latents[:, :width], W_dec[:width]) for width in widths])
+        """Decode once per level."""
+        start = jnp.zeros((n, W_dec.shape[1]))
+        up_to = [codes._replace(values=jnp.where(level <= i, codes.values, 0)) for i in range(levels)]
+        return jnp.stack([self.decode(some, W_dec, start) for some in up_to])
 
     def decode_dead(
         self,

@@ -260,12 +260,10 @@ class Sharded(SparseOps):
 
         return self.on_devices(local, (codes, _BOTH), out=_LATENTS)
 
-    def decode_levels(
-        self, codes: Codes, W_dec: Float[Array, "f o"], widths: tuple[int, ...], n: int
+    def decode_parts(
+        self, codes: Codes, W_dec: Float[Array, "f o"], level: Int[Array, "n k"], levels: int, n: int
     ) -> Float[Array, "l n o"]:
-        """Decode all levels in one pass, each code into the first level that holds its latent, and add them up."""
-        levels = len(widths)
-        level = jnp.searchsorted(jnp.asarray(widths), codes.indices, side="right")
+        """Decode all levels in one pass, each code into its own, and add them up."""
         inside = level < levels
         rows = codes.tokens * levels + jnp.where(inside, level, 0)  # a token's levels side by side: on one device
         moved = Codes(jnp.where(inside, codes.values, 0), codes.indices, rows)

@@ -44,7 +44,7 @@ class TrainConfig(Json):
     num_activations: int = dataclasses.field(metadata={"range": TOKENS})
     batch_size: int = number(2048, at_least(1, 2**24))
     learning_rate: float | None = number(None, RATE)
-    """Peak rate; None is `default_rate` for the SAE."""
+    """Peak rate; None is `default_rate` for the SAE, lowered for activations with heavy tails (`jsae.state`)."""
     warmup_fraction: float = number(0.02, FRACTION)
     decay_fraction: float = number(0.2, FRACTION)
     clip_norm: float = number(1.0, Range(1e-12, 1e30, "be positive, from 1e-12 to 1e30 or inf", also=(math.inf,)))
@@ -56,7 +56,8 @@ class TrainConfig(Json):
     average_fraction: float | None = number(None, AVERAGED)
     """Export an exponential mean of the weights over this fraction of the run; None exports the weights."""
     beta1: float = number(0.9, BETA)
-    beta2: float = number(0.999, BETA)
+    beta2: float = number(0.97, BETA)
+    """Decay of the second moment: latents fire rarely, and with a longer memory their steps are uneven."""
     dead_after: int | None = number(None, DEAD_AFTER)
     """A latent is dead after this many activations on which it is zero; None is 3 % of the run, at most 10 million."""
     resample_every: int | None = number(None, TOKENS)
@@ -130,10 +131,6 @@ class TrainConfig(Json):
         if self.dead_after is not None:
             return self.dead_after
         return min(max(round(_DEAD_FRACTION * self.num_activations), 1), _LONGEST_SILENCE)
-
-    def peak_rate(self, sae: "SAEConfig") -> float:
-        """Return the learning rate after warm-up."""
-        return self.learning_rate if self.learning_rate is not None else self.default_rate(sae)
 
     def default_rate(self, sae: "SAEConfig") -> float:
         """Return the peak learning rate where none is given.

@@ -234,6 +234,16 @@ def scale_of(acts: Float[Array, "n d"], layers: int = 1) -> Float[Array, "*d"]:
     return scales[0] if layers == 1 else jnp.repeat(scales, width)
 
 
+def heaviness(x: Float[Array, "n d"]) -> Float[Array, ""]:
+    """Return E|c|^4 / (E|c|^2)^2 with c = x - E x: 1 where all deviations are of one size, large with heavy tails.
+
+    Args:
+      x: activations, scaled to a mean squared norm of about d, (n, d).
+    """
+    squares = jnp.square(x - x.mean(0)).mean(1)
+    return jnp.square(squares).mean() / jnp.maximum(jnp.square(squares.mean()), 1e-30)
+
+
 def check(acts: Float[Array, "n d"], where: str = "activations") -> None:
     """Check that an SAE can be trained on activations. Waits for the device.
 

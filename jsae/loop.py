@@ -3,7 +3,6 @@
 A single SAE is the case of one member. Every member equals the SAE that is trained alone with the same seeds.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float
 
 from jsae import axes, metrics, optim, processes, state, step
 from jsae.architectures import SAEConfig
@@ -159,19 +157,14 @@ class Programs:
         self._compiled: dict[tuple[int | None, ...], Any] = {}
 
     def at(self, number: int) -> Any:
-        """Return `(states, batch) -> (states, sums)` of a step; the program changes where k has come down.
-
-        A third argument, a number for every member, scales the learning rates of this step.
-        """
+        """Return `(states, batch) -> (states, sums)` of a step; the program changes where k has come down."""
         rooms = tuple(room(member, number) for member in self._members)
         if rooms not in self._compiled:
             self._compiled[rooms] = jax.jit(self._step(rooms), donate_argnums=0)
         return self._compiled[rooms]
 
     def _step(self, rooms: tuple[int | None, ...]) -> Any:
-        def all_steps(
-            states: States, batch: Batch, rate_scales: Sequence[Float[Array, ""]] | None = None
-        ) -> tuple[States, AllSums]:
+        def all_steps(states: States, batch: Batch) -> tuple[States, AllSums]:
             if self._mesh is not None:
                 batch = jax.lax.with_sharding_constraint(batch, NamedSharding(self._mesh, axes.spec(("n", "d"))))
             done = [
@@ -181,11 +174,9 @@ class Programs:
                     before,
                     batch[member.site],
                     room,
-                    _optimizer(member, self._ops(member), rate_scale),
+                    _optimizer(member, self._ops(member)),
                 )
-                for member, before, room, rate_scale in zip(
-                    self._members, states, rooms, rate_scales or [None] * len(states), strict=True
-                )
+                for member, before, room in zip(self._members, states, rooms, strict=True)
             ]
             states = tuple(self._placed(after) for after, _ in done)
             return states, tuple(sums for _, sums in done)
@@ -257,19 +248,15 @@ def summaries(members: Sequence[Member], number: int, states: States, sums: AllS
     `dead_after` activations, and `learning_rate` is that of the last step, unless the member has its own optimiser.
     """
     metrics_of_all = []
-    since_fired = processes.fetch([last.since_fired for last in states])
-    for member, own_sums, silent in zip(members, processes.fetch(sums), since_fired, strict=True):
+    fetched = processes.fetch([(last.since_fired, last.rate) for last in states])
+    for member, own_sums, (silent, rate) in zip(members, processes.fetch(sums), fetched, strict=True):
         summary = metrics.summarize(own_sums)
         summary["dead_fraction"] = float(np.mean(silent >= member.train.dead_window))
         if member.inner is None:
-            summary["learning_rate"] = float(optim.schedule(member.train, member.sae)(number - 1))
+            summary["learning_rate"] = float(rate * optim.schedule(member.train)(number - 1))
         metrics_of_all.append(summary)
     return metrics_of_all
 
 
-def _optimizer(member: Member, ops: Ops | None, rate_scale: Float[Array, ""] | None = None) -> optim.Optimizer:
-    optimizer = optim.make(member.train, member.sae, ops or member.ops, member.inner)
-    if rate_scale is None:
-        return optimizer
-    require(isinstance(optimizer, optim.UnitRowAdam), "an optimiser of your own has its own learning rate")
-    return dataclasses.replace(optimizer, rate_scale=rate_scale)  # type: ignore[type-var]
+def _optimizer(member: Member, ops: Ops | None) -> optim.Optimizer:
+    return optim.make(member.train, member.sae, ops or member.ops, member.inner)

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jsae import axes
 from jsae.architectures import SAEConfig
@@ -16,6 +16,7 @@ from jsae.ops.reference import tangent_rows
 
 EPSILON = 1e-8
 _UNIT = "W_dec"  # the array whose rows keep norm 1
+Rate = float | Float[Array, ""]
 
 
 @runtime_checkable
@@ -25,20 +26,22 @@ class Optimizer(Protocol):
     def init(self, params: Any) -> Any:
         """Return the state before the first step."""
 
-    def apply(self, grads: Any, state: Any, params: Any, factor: float = 1.0) -> tuple[Any, Any]:
-        """Return the weights after one update by `factor * grads`, with decoder rows of norm 1, and the new state."""
+    def apply(self, grads: Any, state: Any, params: Any, rate: Rate, factor: float = 1.0) -> tuple[Any, Any]:
+        """Return the weights after one update by `factor * grads`, with decoder rows of norm 1, and the new state.
+
+        `rate` is the peak learning rate, which an optimiser may leave out of account.
+        """
 
 
-def schedule(config: TrainConfig, sae: SAEConfig) -> optax.Schedule:
-    """Return the learning rate as a function of the step: linear warm-up, a plateau, and linear decay to zero."""
+def schedule(config: TrainConfig) -> optax.Schedule:
+    """Return the learning rate over its peak as a function of the step: linear warm-up, 1, and linear decay to zero."""
     steps = config.num_steps
     warmup, decay = round(config.warmup_fraction * steps), round(config.decay_fraction * steps)
-    peak = config.peak_rate(sae)
-    # The ramp goes from peak / warmup to peak, so that the first step has a rate above zero.
+    # The ramp goes from 1 / warmup to 1, so that the first step has a rate above zero.
     pieces = [
-        optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1)),
-        optax.constant_schedule(peak),
-        optax.linear_schedule(peak, 0.0, max(decay, 1)),
+        optax.linear_schedule(1 / max(warmup, 1), 1.0, max(warmup - 1, 1)),
+        optax.constant_schedule(1.0),
+        optax.linear_schedule(1.0, 0.0, max(decay, 1)),
     ]
     return optax.join_schedules(pieces, [warmup, steps - decay])
 
@@ -52,30 +55,28 @@ class UnitRowAdam:
     one pass over every weight.
 
     Args:
-      config: learning rate, schedule and constants.
-      sae: the SAE, which the default learning rate depends on.
+      config: schedule and constants.
+      sae: the SAE, whose architecture has factors on the learning rate.
       ops: the implementation of the update.
-      rate_scale: factor on the learning rate of all arrays; may be traced.
     """
 
     config: TrainConfig
     sae: SAEConfig
     ops: Ops
-    rate_scale: float | Array = 1.0
 
     def init(self, params: Any) -> optax.ScaleByAdamState:
         """Return zero moments."""
         return optax.scale_by_adam(self.config.beta1, self.config.beta2, EPSILON).init(params)
 
     def apply(
-        self, grads: Any, state: optax.ScaleByAdamState, params: Any, factor: float = 1.0
+        self, grads: Any, state: optax.ScaleByAdamState, params: Any, rate: Rate, factor: float = 1.0
     ) -> tuple[Any, optax.ScaleByAdamState]:
         """Return the weights after one update by `factor * grads`, and the new moments."""
         config, count = self.config, state.count + 1
         norm = factor * jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
         scalars = AdamScalars(
             factor * jnp.minimum(1, config.clip_norm / norm),
-            self.rate_scale * schedule(config, self.sae)(state.count) / (1 - config.beta1**count),
+            rate * schedule(config)(state.count) / (1 - config.beta1**count),
             1 / (1 - config.beta2**count),
         )
         factors = self.sae.sae.rate_factors
@@ -108,8 +109,8 @@ class UnitRows:
         """Return the state of the transformation."""
         return self.inner.init(params)
 
-    def apply(self, grads: Any, state: Any, params: Any, factor: float = 1.0) -> tuple[Any, Any]:
-        """Return the weights after one update by `factor * grads`, and the new state."""
+    def apply(self, grads: Any, state: Any, params: Any, rate: Rate, factor: float = 1.0) -> tuple[Any, Any]:
+        """Return the weights after one update by `factor * grads`, and the new state; `rate` has no effect."""
 
         def project(path: tuple[Any, ...], g: Array, p: Array) -> Array:
             return factor * (tangent_rows(g, p) if _UNIT in names_of(path) else g)
@@ -131,7 +132,7 @@ def make(
     """Return the optimiser of an SAE: `UnitRowAdam`, or `UnitRows` around `inner`.
 
     Args:
-      config: learning rate, schedule and constants.
+      config: schedule and constants.
       sae: the SAE; its architecture's factors on the learning rate are not used with `inner`.
       ops: the implementation of the update.
       inner: an optax transformation to use instead of Adam.

@@ -163,7 +163,6 @@ class _Search:
     ):
         self._open, self._ops, self._mesh, self._starts = open_stream, ops, mesh, starts
         self._members = [member._replace(train=short_run(member.train)) for member in members]
-        self._defaults = [member.train.default_rate(member.sae) for member in self._members]
         self._programs = [loop.Programs([member], ops, mesh) for member in self._members]
         self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
         self._add = jax.jit(metrics.add)
@@ -171,7 +170,10 @@ class _Search:
 
     def around(self) -> list[list[float]]:
         """Return the first rates of every member."""
-        return [[default * 2.0**octave for octave in AROUND] for default in self._defaults]
+        _, sample = self._open(self._members[0].train.num_steps)
+        states = loop.init(self._members, sample, self._ops, self._mesh, self._starts)
+        defaults = processes.fetch([state.rate for state in states])
+        return [[float(default) * 2.0**octave for octave in AROUND] for default in defaults]
 
     def run(self, rates: Sequence[Sequence[float]]) -> None:
         """Train every member at its rates, all in one pass, and add their results."""
@@ -187,15 +189,14 @@ class _Search:
         steps = self._members[0].train.num_steps
         batches, sample = self._open(steps)
         first = loop.init(self._members, sample, self._ops, self._mesh, self._starts)
-        states = [self._copy(first[i]) for i, _ in copies]
-        scales = [jnp.float32(rate / self._defaults[i]) for i, rate in copies]
+        states = [self._copy(first[i])._replace(rate=jnp.full_like(first[i].rate, rate)) for i, rate in copies]
         tails: list[metrics.Sums | None] = [None] * len(copies)
         for number in range(1, steps + 1):
             batch = next(batches, None)
             require(batch is not None, f"the activations ended after {number - 1} of {steps} steps: give more of them")
             for copy, (i, _) in enumerate(copies):
                 program = self._programs[i].at(number)
-                (states[copy],), (sums,) = program((states[copy],), tuple(batch), (scales[copy],))
+                (states[copy],), (sums,) = program((states[copy],), tuple(batch))
                 if number > (1 - _TAIL) * steps:
                     tails[copy] = sums if tails[copy] is None else self._add(tails[copy], sums)
         return tails

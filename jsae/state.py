@@ -21,6 +21,7 @@ Acts = Float[Array | np.ndarray, "n d"] | tuple[Float[Array | np.ndarray, "n _"]
 """Activations of n tokens: of one hook, of a transcoder's input and target, or of every layer of a crosscoder."""
 
 _INIT_ROWS = 16384  # rows of the sample that initialise the weights
+_TAIL_EXPONENT = 1 / 3  # of the heaviness of tails by which a default learning rate is divided
 
 
 class TrainState(NamedTuple):
@@ -38,6 +39,8 @@ class TrainState(NamedTuple):
     """Factor on the target; equal to `scale` except for a transcoder."""
     control: Control
     """State of the controller of the sparsity penalty."""
+    rate: Float[Array, ""]
+    """Peak learning rate: the one that was given, or the default for the SAE and the sample."""
     step: Int[Array, ""]
     """Number of steps taken."""
     bad_step: Int[Array, ""]
@@ -101,12 +104,12 @@ def _init(
 ) -> TrainState:
     x, y = input_and_target(sae_config, sample)
     scale, scale_out = (data.scale_of(a, sae_config.layers) for a in (x, y))
+    x, y = (a[:_INIT_ROWS].astype(jnp.float32) * s for a, s in ((x, scale), (y, scale_out)))
     key = jax.random.key(config.seed)
     if weights is not None:
         sae = make(sae_config, key=key)
         pretrained.place(sae, weights, scale, scale_out)
     else:
-        x, y = (a[:_INIT_ROWS].astype(jnp.float32) * s for a, s in ((x, scale), (y, scale_out)))
         centre = data.geometric_median(y)
         sae = make(sae_config, key=key, b_dec=centre)
         sae.initialize(x, y - centre, ops)
@@ -119,11 +122,22 @@ def _init(
         scale=scale,
         scale_out=scale_out,
         control=control.initial(sae_config.target_l0),
+        rate=_rate(config, sae_config, y),
         step=jnp.int32(0),
         bad_step=jnp.int32(-1),
     )
     state = jax.tree.map(_strongly_typed, state)
     return state if mesh is None else jax.lax.with_sharding_constraint(state, shardings(state, mesh))
+
+
+def _rate(config: TrainConfig, sae_config: SAEConfig, y: Float[Array, "n o"]) -> Float[Array, ""]:
+    """Return the peak learning rate; one that is not given is lower where few tokens have most of the variance.
+
+    Of such activations few tokens of a batch determine its gradient, as if the batch were smaller.
+    """
+    if config.learning_rate is not None:
+        return jnp.float32(config.learning_rate)
+    return jnp.float32(config.default_rate(sae_config)) / jnp.maximum(data.heaviness(y), 1) ** _TAIL_EXPONENT
 
 
 def _strongly_typed(leaf: Any) -> Any:

@@ -46,7 +46,7 @@ def update(
     context = _context(config, ops, state, number, room)
     gradients = _sparse_gradients if sae.sparse else _dense_gradients
     sums, grads, statistics = gradients(config, state, acts, context)
-    new, opt = optimizer.apply(grads, state.opt, sae, factor=2 / n)
+    new, opt = optimizer.apply(grads, state.opt, sae, state.rate, factor=2 / n)
     _move_statistics(new, sae, statistics, _statistics_rate(config, number))
     since_fired = dead.update(state.since_fired, sums.fired, n)
     if config.resample_steps is not None:
@@ -63,6 +63,7 @@ def update(
             scale=state.scale,
             scale_out=state.scale_out,
             control=control.update(state.control, target, sums.l0 / n, number, steps),
+            rate=state.rate,
             step=number,
             bad_step=jnp.where(is_bad & (state.bad_step < 0), number, state.bad_step),
         ),

@@ -137,7 +137,7 @@ def test_what_a_config_shares_with_another_dataclass_is_handed_on():
 def test_commands_have_a_flag_for_every_field_that_bridge_takes(target, config, own):
     """Else the field would silently keep its default, whatever the user says."""
     target, config = (pkgutil.resolve_name(name) for name in (target, f"experiments.{config}"))
-    flagless = {"hook", "context_size"} if config.__name__ == "ExploreConfig" and own else set()
+    flagless = {"hook", "context_size", "encoder", "encoder_k"} if config.__name__ == "ExploreConfig" and own else set()
     fields, known = ({field.name for field in dataclasses.fields(of)} for of in (target, config))
     assert fields - known == own | flagless
 

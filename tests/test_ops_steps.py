@@ -100,7 +100,7 @@ def test_the_optimiser_overwrites_blocks_without_an_array_of_all():
         moments = jax.eval_shape(optimizer.init, sae)
 
         def step(params, state, grads):
-            return optimizer.apply(grads, state, params)
+            return optimizer.apply(grads, state, params, 1e-3)
 
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(sae, moments, sae).compile()
         return compiled.memory_analysis().temp_size_in_bytes

@@ -124,7 +124,7 @@ def test_summaries_count_the_latents_that_are_dead_and_give_the_rate_of_the_last
     ):
         assert summary["fvu"] == metrics.summarize(own)["fvu"]
         assert summary["dead_fraction"] == np.mean(state.since_fired >= 300)
-        rate = optim.schedule(member.train, member.sae)(STEPS - 1)
+        rate = float(state.rate) * optim.schedule(member.train)(STEPS - 1)
         assert summary["learning_rate"] == pytest.approx(float(rate))
     given = MEMBERS[0]._replace(inner=optax.sgd(1e-2))
     assert "learning_rate" not in loop.summaries([given], STEPS, states[:1], sums[:1])[0]

@@ -217,7 +217,7 @@ def works(config: SAEConfig | TrainConfig | RunConfig) -> None:
     """Return the result of a config without memory for it."""
     if isinstance(config, TrainConfig):
         assert config.num_steps >= 1
-        assert np.isfinite(config.peak_rate(sae_config("topk", 8, 16, k=1)))
+        assert np.isfinite(config.default_rate(sae_config("topk", 8, 16, k=1)))
         assert config.anneal_steps >= 0
     elif isinstance(config, RunConfig):
         for variant in config.variants():

@@ -291,10 +291,9 @@ def _announce(
     one = f"an {config.activation}" if config.activation[0] in "aeiou" else f"a {config.activation}"
     saes = f"{one} SAE" if len(trainees) == 1 else f"{len(trainees)} {config.activation} SAEs"
     hooks = ", ".join(dict.fromkeys(trainee.name for trainee in trainees))
-    rates = sorted({f"{trainee.member.train.peak_rate(trainee.member.sae):.2g}" for trainee in trainees}, key=float)
     print(
         f"{origin.name}, {hooks}: {saes} of {latents} latents from {config.num_activations:,} activations on "
-        f"{jax.default_backend()}, peak learning rate {', '.join(rates)}",
+        f"{jax.default_backend()}",
         flush=True,
     )
     for start in dict.fromkeys(trainee.start for trainee in trainees if trainee.start is not None):

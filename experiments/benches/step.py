@@ -153,7 +153,7 @@ def _optimiser(state: TrainState, config: TrainConfig, ops: Ops) -> Callable[[],
     grads = jax.tree.map(lambda w: 1e-3 * jax.random.normal(jax.random.key(2), w.shape), state.sae)
 
     def update(grads: Any, sae: Any, opt: Any) -> tuple[Any, Any]:
-        return optimizer.apply(grads, opt, sae)
+        return optimizer.apply(grads, opt, sae, 1e-3)
 
     program = jax.jit(update, donate_argnums=(1, 2))
     current = [(state.sae, state.opt)]

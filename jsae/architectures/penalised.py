@@ -32,7 +32,7 @@ class PenalisedConfig(SAEConfig):
 
     target_l0: float | None = number(None, _TARGET)  # type: ignore[misc]  # a class variable of other architectures
     """A controller moves the sparsity penalty until this many latents are active per token."""
-    revival_coefficient: float = number(5e-3, WEIGHT)
+    revival_coefficient: float = number(2e-2, WEIGHT)
     """Weight of the loss that pulls the pre-activations of dead latents up to their thresholds."""
 
     def __post_init__(self) -> None:
@@ -109,7 +109,7 @@ class Gated(SAE):
     class Config(PenalisedConfig):
         """Settings of Gated."""
 
-        rate_scale = 2.0
+        rate_scale = 1.6
 
         l1_coefficient: float = number(5.0, WEIGHT)
         """Weight of the L1 penalty."""
@@ -177,7 +177,7 @@ class JumpReLU(SAE):
         @property
         def rate_scale(self) -> float:  # type: ignore[override]
             """Factor on the default learning rate: thresholds of the l0 recipe kill latents at higher rates."""
-            return 0.5 if self.jump_recipe == "l0" else 1.0
+            return 0.5 if self.jump_recipe == "l0" else 1.2
 
         @property
         def width(self) -> float:

@@ -241,7 +241,7 @@ def _result(member: Member, trials: Sequence[Trial], seconds: float) -> RateSwee
         )
     finest = best.rate * 2 ** _vertex([(math.log2(t.rate / best.rate), t.score) for t in trials])
     short = short_run(member.train)
-    rate = finest * member.train.default_rate(member.sae) / short.default_rate(member.sae)
+    rate = finest * math.sqrt(short.num_steps / member.train.num_steps)
     if member.sae.target_l0 is not None:
         criterion = "FVU * sqrt(L0 / target_l0)"
     else:

@@ -108,6 +108,8 @@ class Config:
         if not self.l0s:
             raise ValueError("l0s is empty: give at least one L0")
         for l0 in self.l0s:
+            if not 1 <= l0 <= self.d_sae:
+                raise ValueError(f"l0s: {l0} is not between 1 and d_sae={self.d_sae}")
             check_run(self.num_activations, self.batch_size, l0, self.d_sae, self.rate, self.rate_range)
 
     def sizes(self) -> Config:

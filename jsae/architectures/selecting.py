@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ class TopK(Selecting):
         """Numbers of largest latents that must reconstruct by themselves; k is added. () is plain TopK."""
 
         def __post_init__(self) -> None:
-            object.__setattr__(self, "hierarchical_k", tuple(self.hierarchical_k))
+            object.__setattr__(self, "hierarchical_k", _frozen(self.hierarchical_k))
             super().__post_init__()
             counts = (*self.inner_k, self.k)
             require(
@@ -255,7 +255,7 @@ class Matryoshka(BatchSelecting):
         """How many of the first latents must reconstruct by themselves; d_sae is added."""
 
         def __post_init__(self) -> None:
-            object.__setattr__(self, "nested_widths", tuple(self.nested_widths))
+            object.__setattr__(self, "nested_widths", _frozen(self.nested_widths))
             super().__post_init__()
             widths = self.all_widths
             require(len(widths) > 1, "a matryoshka SAE needs nested widths, such as d_sae/16, d_sae/4")
@@ -276,6 +276,11 @@ class Matryoshka(BatchSelecting):
         codes: Codes = forward.latents  # type: ignore[assignment]  # sparse
         parts = forward.context.ops.decode_levels(codes, self.W_dec[...], inner, len(forward.y))
         return losses.nested(forward.y, parts, self.b_dec[...]) + self.auxk(forward)
+
+
+def _frozen(numbers: Any) -> Any:
+    """Return a list as a tuple, and anything else as it is, for `check_fields` to judge."""
+    return tuple(numbers) if isinstance(numbers, list) else numbers
 
 
 def least_active(codes: Codes) -> Float[Array, ""]:

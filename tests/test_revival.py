@@ -89,3 +89,13 @@ def test_latents_that_never_fire_come_back(name):
         assert np.isfinite(last.loss)
     assert fired[0.0] < 0.2
     assert fired[0.5] > 0.8
+
+
+def test_a_latent_is_dead_after_a_share_of_the_run_or_after_the_given_time():
+    def window(num_activations: int, **given) -> int:
+        return TrainConfig(num_activations=num_activations, batch_size=1, **given).dead_window
+
+    assert window(1_000_000) == 10 * window(100_000) > 0
+    assert window(10**11) == 10_000_000, "as in Gao et al. 2024"
+    assert window(1) == 1
+    assert window(1_000_000, dead_after=77) == 77

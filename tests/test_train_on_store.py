@@ -14,6 +14,7 @@ from bridge import collecting, torch_sae
 from bridge.hooks import hook_name
 from bridge.training import RunConfig, Stopped, train
 from jsae import store
+from jsae.config import RECIPE
 from jsae.settings import ConfigError
 from jsae.store import IncompleteError
 
@@ -138,3 +139,18 @@ def test_a_run_on_a_store_is_a_config_of_its_own():
     assert RunConfig(activations="somewhere").activations == "somewhere"
     with pytest.raises(ConfigError, match="--tokens_per_forward means nothing with --activations"):
         RunConfig(activations="somewhere", tokens_per_forward=4096)
+
+
+@pytest.mark.parametrize("recipe", [1, None])
+def test_a_run_of_another_recipe_is_not_resumed(acts, tmp_path, recipe):
+    """The same settings train differently now, so the run would be one thing at first and another afterwards."""
+    settings = {"activations": str(acts), "output_dir": str(tmp_path / "run"), **SETTINGS}
+    with pytest.raises(Stopped):
+        train(**settings, stop_requests=lambda: contextlib.nullcontext(["now"]))
+    config_file = tmp_path / "run" / "config.json"
+    config = json.loads(config_file.read_text())
+    assert config["facts"].pop("recipe") == RECIPE
+    config["facts"] |= {} if recipe is None else {"recipe": recipe}
+    config_file.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"cannot continue with the same numbers: recipe was {recipe}, is {RECIPE}"):
+        train(**settings, resume=True)

@@ -173,7 +173,7 @@ class RunConfig(Json):
     )
     dead_after: int | None = flag(
         None,
-        "Activations without firing after which a latent is dead; none is 3 % of the run, at most 10 million.",
+        "Activations without firing after which a latent is dead; none is 1.5 % of the run, at most 10 million.",
         DEAD_AFTER,
     )
     matmul_dtype: Literal["float32", "bfloat16"] = flag(

@@ -27,8 +27,8 @@ class SelectingConfig(SAEConfig):
 
     k: int = 32  # type: ignore[misc]  # a class variable where no architecture has a k
     """Active latents per token, or on average per token of a batch."""
-    aux_coefficient: float = number(1 / 32, WEIGHT)
-    """Weight of AuxK, Gao et al. 2024 (arXiv 2406.04093), section A.2."""
+    aux_coefficient: float = number(1 / 8, WEIGHT)
+    """Weight of AuxK, Gao et al. 2024 (arXiv 2406.04093), section A.2, where it is 1/32."""
     aux_k: int | None = number(None, at_least(1, 2**28))
     """Dead latents that AuxK uses per token; none is d_in // 2."""
 

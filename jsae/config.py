@@ -59,7 +59,7 @@ class TrainConfig(Json):
     beta2: float = number(0.97, BETA)
     """Decay of the second moment: latents fire rarely, and with a longer memory their steps are uneven."""
     dead_after: int | None = number(None, DEAD_AFTER)
-    """A latent is dead after this many activations on which it is zero; None is 1.5 % of the run, at most 10 million."""
+    """A latent is dead after so many activations on which it is zero; None is 1.5 % of the run, at most 10 million."""
     resample_every: int | None = number(None, TOKENS)
     """Activations between resamplings, which give dead latents new weights and zero Adam moments; None is never."""
     seed: int = number(0, SEED)

@@ -76,8 +76,10 @@ class Description(Json):
         """Check that an SAE with this config can continue it.
 
         Raises:
-          ConfigError: it is of another form, kind or size; says what it is, and which architectures can.
+          ConfigError: it is of another form, kind or size; says what it is, and which architectures can. Or training
+            would align it.
         """
+        require(not config.aligned, f"{self.path} would be another SAE once it is aligned: leave out aligned")
         obstacle = self._obstacle(config.sae)
         names = ", ".join(self.architectures) or "none of this package"
         require(

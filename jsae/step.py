@@ -51,6 +51,8 @@ def update(
     since_fired = dead.update(state.since_fired, sums.fired, n)
     if config.resample_steps is not None:
         new, opt, since_fired = _resampled(config, ops, state, number, new, opt, since_fired, acts)
+    if new.config.aligned:
+        new.align()
     loss = sums.loss / n
     is_bad = ~jnp.isfinite(loss) | (sums.nonfinite > 0)
     target, steps = sae.config.target_l0, config.num_steps
@@ -121,6 +123,8 @@ def _gradients(
 
     def objective(sae: SAE) -> tuple[Float[Array, ""], Outputs]:
         sae = jax.tree_util.tree_map_with_path(constant, sae)
+        if sae.config.aligned:
+            sae.align()
         loss, outputs = loss_of(sae, x, y * state.scale_out, context)
         return loss * (len(x) / 2), outputs
 

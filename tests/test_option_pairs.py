@@ -26,6 +26,7 @@ KINDS = {
     "transcoder": {"hook_type": "mlp_in", "target_hook": "mlp"},
     "skip": {"hook_type": "mlp_in", "target_hook": "mlp", "skip": True},
     "crosscoder": {"crosscoder": True, "layer": ("0", "1")},
+    "aligned": {"aligned": True},
 }
 # Every flag that changes what is trained: its default and another value.
 OPTIONS: dict[str, tuple] = {
@@ -38,7 +39,7 @@ OPTIONS: dict[str, tuple] = {
     "l1_coefficient": ((5.0,), (0.0,)),
     "l0_coefficient": ((5.0,), (0.1,)),
     "jump_recipe": ("tanh", "l0"),
-    "bandwidth": (2.0, 0.05),
+    "bandwidth": (None, 0.05),
     "target_l0": ((), (2.5,)),
     "batch_size": (16, 12),
     "learning_rate": ((), (0.01,)),
@@ -164,7 +165,7 @@ def test_the_options_are_all_that_change_a_training():
         *("deterministic", "jax_memory_fraction", "compile_model", "resume", "wandb_project", "prepare_neuronpedia"),
         *("model_id", "source_set", "latent_shards", "data_shards", "activations"),
         *("init_from", "find_lr"),  # test_continue_command.py, test_find_lr.py
-        *("num_activations", "hook_type", "target_hook", "skip", "crosscoder"),
+        *("num_activations", "hook_type", "target_hook", "skip", "crosscoder", "aligned"),
     }
     assert told - other == set(OPTIONS) - {"kind"}
 

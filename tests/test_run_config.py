@@ -139,6 +139,10 @@ BAD_FLAGS = {
         {"activation": "gated", "l0_coefficient": (1.0, 2.0)},
         "--l0_coefficient means nothing to gated",
     ),
+    "an aligned transcoder": (
+        {"aligned": True, "hook_type": "mlp_in", "target_hook": "mlp"},
+        "--aligned is for autoencoders",
+    ),
     "a skip path of no transcoder": ({"skip": True}, "--skip is for a transcoder: give --target_hook"),
     "a transcoder to what it reads": ({"target_hook": "resid_post"}, "--target_hook=resid_post equals --hook_type"),
     "a crosscoder of one layer": ({"crosscoder": True, "layer": ("2",)}, "--crosscoder reads several layers"),

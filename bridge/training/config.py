@@ -110,6 +110,9 @@ class RunConfig(Json):
         None, "Train a transcoder that predicts this activation of the same layer: mlp from mlp_in."
     )
     skip: bool = flag(False, "Give a transcoder a linear skip connection.")
+    aligned: bool = flag(
+        False, "Keep the inner product of every latent's encoder and decoder row at 1 (aligned training)."
+    )
     crosscoder: bool = flag(False, "Train one crosscoder that reads and reconstructs all of --layer.")
     activation: str = flag(
         "topk",
@@ -265,6 +268,7 @@ class RunConfig(Json):
 
     def _check_kind(self) -> None:
         """Check the settings of transcoders and crosscoders."""
+        require(not self.aligned or self.target_hook is None, "--aligned is for autoencoders: leave out --target_hook")
         require(not self.skip or self.target_hook is not None, "--skip is for a transcoder: give --target_hook")
         require(
             self.target_hook != self.hook_type,
@@ -415,7 +419,9 @@ class RunConfig(Json):
         } | replaced
         own = {name: value for name, value in settings.items() if name in _settings(self.architecture)}
         d_out = None if self.target_hook is None else width
-        return self.architecture.Config(width * layers, d_sae, d_out=d_out, skip=self.skip, layers=layers, **own)
+        return self.architecture.Config(
+            width * layers, d_sae, d_out=d_out, skip=self.skip, layers=layers, aligned=self.aligned, **own
+        )
 
     @staticmethod
     def _default_widths(d_sae: int) -> tuple[int, ...]:

@@ -49,6 +49,8 @@ class SAEConfig:
     """Whether a transcoder has a linear path beside its latents."""
     layers: int = number(1, at_least(1, 2**12))
     """Layers that a crosscoder reads side by side: d_in is their widths together."""
+    aligned: bool = False
+    """Keep the inner product of every latent's encoder and decoder row at 1: aligned training (arXiv 2605.18629)."""
 
     sae: ClassVar[type["SAE"]]
     """The architecture that the settings are of."""
@@ -66,6 +68,9 @@ class SAEConfig:
             f"d_sae={self.d_sae} latents of d_in={self.d_in} are more than {MOST_WEIGHTS} weights: lower d_sae",
         )
         require(self.d_in % self.layers == 0, f"d_in={self.d_in} cannot be {self.layers} layers of one width")
+        require(
+            not (self.aligned and self.is_transcoder), "a transcoder's encoder and decoder rows have no inner product"
+        )
         require(not self.skip or self.is_transcoder, "only a transcoder has a skip path: give a target hook")
 
     @property
@@ -348,7 +353,18 @@ class SAE(nnx.Module):
         for name in self.biases:
             getattr(self, name)[...] = -self.W_enc @ mean
 
+    def align(self) -> None:
+        """Add to every encoder row a multiple of its decoder row, so that their inner product is 1.
+
+        The reparametrisation of aligned training (arXiv 2605.18629), for decoder rows of norm 1: a latent that is the
+        only one to fire then reconstructs its share of the input without shrinking it.
+        """
+        products = (self.W_enc[...] * self.W_dec[...]).sum(1, keepdims=True)
+        self.W_enc[...] = self.W_enc[...] + (1 - products) * self.W_dec[...]
+
     def _scale_encoder(self, factor: Float[Array, ""]) -> None:
+        if self.config.aligned:
+            return  # encoder rows are copies of decoder rows, so the product is 1
         for name in ("W_enc", *self.biases):
             getattr(self, name)[...] = getattr(self, name) * factor
 

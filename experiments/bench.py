@@ -16,6 +16,7 @@ BENCHES: Mapping[str, str] = {
     "memory": "experiments.benches.memory",
     "peers": "experiments.benches.contest",
     "quality": "experiments.benches.quality",
+    "rates": "experiments.benches.rates",
     "runtime": "experiments.benches.runtime",
     "scaling": "experiments.benches.scaling",
     "step": "experiments.benches.step",

@@ -88,6 +88,7 @@ MODULES = (
     "test_recovery",
     "test_synthetic_peer",
     "test_train",
+    "test_rates_bench",
     "test_truth_bench",
     "test_wrong_flags",
     "test_compiled_forward",

@@ -1,0 +1,154 @@
+"""The default learning rate beside the best one of a sweep, for every architecture on several kinds of data.
+
+Every SAE is trained with nothing given, and at rates of the same run that lie factors of sqrt(2) around that default.
+Scores are those of the exported SAE on held-out activations. Penalised architectures aim at an L0 of k; where a rate
+misses it, FVU is moved to that L0 by the slope of -0.5 of log FVU in log L0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge.locations import Checkpoint, Data, FilePath
+from bridge.settings import flag
+from experiments.benches import peers, quality, tables, timing
+from experiments.benches import quality_config as quality_settings
+from jsae.progress import Progress
+
+if TYPE_CHECKING:
+    from experiments.benches.quality_config import Plan
+    from experiments.benches.quality_subjects import Subject
+
+_SLOPE = -0.5
+_COLUMNS = ("architecture", "default rate", "FVU", "dead", "best rate", "FVU", "dead", "default over best")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Data, SAEs and rates of the measurement."""
+
+    subjects: tuple[str, ...] = flag(tuple(quality_settings.SUBJECTS), "Data to train on, as for `bench quality`.")
+    checkpoint: Checkpoint = flag("demo", "nanochat checkpoint whose activations are learned.")
+    data: Data = flag("stdlib", "Text for the checkpoint.")
+    architectures: tuple[str, ...] = flag(quality_settings.ARCHITECTURES, "Architectures to train.")
+    d_sae: int = flag(1024, "Latents. The synthetic world has SAEs of its own size.")
+    k: int = flag(32, "Active latents per token, or the target L0.")
+    nested_widths: tuple[int, ...] = flag((64, 256), "Matryoshka's inner widths.")
+    num_activations: int = flag(2**18, "Activations that every SAE is trained on.")
+    batch_size: int = flag(512, "Activations per step.")
+    places: int = flag(4, "Rates on either side of the default, factors of sqrt(2) apart.")
+    seeds: int = flag(1, "Number of seeds for the weights.")
+    heldout_activations: int = flag(65536, "Held-out activations to score on.")
+    markdown: bool = flag(False, "Print the tables as Markdown.")
+    peer_env: FilePath = flag(peers.TRAINERS_HOME, "The environment of the other trainers, which has SmolLM2.")
+    out: FilePath = flag("experiments/results/rates_cpu.json", "File for the results.")
+
+    def __post_init__(self) -> None:
+        quality_settings.check_sizes(self, "places", "seeds", "heldout_activations")
+        self.quality()  # checks the rest
+
+    def quality(self) -> quality_settings.Config:
+        """Return the settings of data and sizes."""
+        names = {field.name for field in dataclasses.fields(quality_settings.Config)} - {"out"}
+        return quality_settings.Config(
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
+        )
+
+
+def main(config: Config) -> int:
+    """Train at all rates, print a table per kind of data, write the results."""
+    from rich.console import Console
+
+    python = peers.trainers(config.peer_env) if "smollm2" in config.subjects else Path("python")
+    console, found = Console(), {}
+    for name in config.subjects:
+        with tempfile.TemporaryDirectory() as scratch:
+            subject, plan = quality.lay_out(name, config.quality(), Path(scratch), python)
+            rows = []
+            with Progress(name, len(config.architectures), "architectures") as progress:
+                for architecture in config.architectures:
+                    rows.append(_row(architecture, config, subject, plan, Path(scratch)))
+                    progress.advance()
+        found[name] = {"title": subject.title, "results": rows}
+        cells = [_cells(row) for row in rows]
+        tables.show(subject.title, _COLUMNS, cells, timing.machine("cpu"), config.markdown)
+        settings = timing.settings(config, "peer_env", "markdown")
+        timing.write(config.out, {"machine": timing.machine("cpu"), "settings": settings, "subjects": found})
+    console.print(f"figures: {config.out}", soft_wrap=True)
+    return 0
+
+
+def _row(architecture: str, config: Config, subject: Subject, plan: Plan, scratch: Path) -> dict[str, Any]:
+    """Return an architecture's scores at its default rate and at the rates around it."""
+    default = _trained(architecture, None, config, subject, plan, scratch)
+    around = [
+        _trained(architecture, default["rate"] * 2 ** (place / 2), config, subject, plan, scratch)
+        for place in range(-config.places, config.places + 1)
+        if place
+    ]
+    best = min((default, *around), key=lambda trial: trial["fvu"])
+    return {
+        "architecture": architecture,
+        "default": default,
+        "best": best,
+        "default_over_best": default["fvu"] / best["fvu"],
+        "tried": sorted((default, *around), key=lambda trial: trial["rate"]),
+    }
+
+
+def _trained(
+    architecture: str, rate: float | None, config: Config, subject: Subject, plan: Plan, scratch: Path
+) -> dict[str, float]:
+    """Return the rate and the mean scores over seeds; FVU is infinite where a run diverged."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jsae import export, loop
+    from jsae.architectures import find, sae_config
+    from jsae.config import TrainConfig
+
+    settings: dict[str, Any] = (
+        {"k": plan.k} if find(architecture).Config.k is not None else {"target_l0": float(plan.k)}
+    )
+    settings |= {"nested_widths": plan.nested_widths} if architecture == "matryoshka" else {}
+    sae = sae_config(architecture, subject.d_in, plan.d_sae, **settings)
+    rows = np.load(subject.folder / "train.npy", mmap_mode="r")
+    scores = []
+    for seed in range(config.seeds):
+        train = TrainConfig(plan.num_activations, plan.batch_size, learning_rate=rate, seed=seed)
+        member, size = loop.Member(sae, train), plan.batch_size
+        initial = loop.init([member], (jnp.asarray(rows[: 16 * size]),))
+        rate = float(initial[0].rate)
+        batches = ((jnp.asarray(rows[i * size : (i + 1) * size]),) for i in range(train.num_steps))
+        for _, (now,), _ in loop.fit([member], initial, batches):
+            state = now
+        if int(state.bad_step) >= 0:
+            return {"rate": rate, "fvu": math.inf, "l0": math.nan, "dead_fraction": math.nan}
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            arrays = state.exported.arrays()
+            path = Path(folder) / "sae"
+            export.write(path, sae, arrays, np.asarray(state.scale), np.asarray(state.scale_out), {})
+            scores.append(subject.scores(path))
+    for score in scores:
+        score["fvu"] *= (score["l0"] / plan.k) ** -_SLOPE if sae.target_l0 is not None else 1.0
+    names = ("fvu", "l0", "dead_fraction")
+    return {"rate": rate or math.nan} | {name: statistics.fmean(score[name] for score in scores) for name in names}
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    default, best = row["default"], row["best"]
+    return (
+        row["architecture"],
+        *(
+            text
+            for trial in (default, best)
+            for text in (f"{trial['rate']:.2g}", f"{trial['fvu']:.4f}", f"{trial['dead_fraction']:.1%}")
+        ),
+        f"{row['default_over_best']:.3f}",
+    )

@@ -22,7 +22,7 @@ SETTINGS = {
     "topk": {"k": 3},
     "batchtopk": {"k": 3},
     "matryoshka": {"k": 3, "nested_widths": (32,)},
-    "relu": {"l1_coefficient": 0.5},
+    "relu": {"l1_coefficient": 0.5, "revival_coefficient": 0.0},  # else rounding decides when a dead latent fires again
     "gated": {"l1_coefficient": 2.0, "target_l0": 2.5},
     "jumprelu": {"l0_coefficient": 0.5, "target_l0": 2.0},
 }

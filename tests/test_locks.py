@@ -247,7 +247,9 @@ def test_publish_and_explore_take_the_lock_twice_in_one_process(run, capsys):
 
 def test_commands_for_a_finished_run_stand_in_one_line_without_comments(monkeypatch, run):
     monkeypatch.setattr(commands, "is_installed", lambda extra: False)
-    config = RunConfig.from_json(rundir.read(run)["flags"])
+    record = rundir.read(run)
+    config = RunConfig.from_json(record["flags"])
+    (run / "config.json").write_text(json.dumps(record | {"flags": config.to_json()}))  # all flags, as a run has them
     (run / "eval.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"finished\. Next: .*evaluate.*; .*explore.*; .*steer") as refused:
         rundir._check_new(run, config)

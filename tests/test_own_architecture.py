@@ -227,7 +227,7 @@ def test_a_dense_penalty_is_told_which_latents_are_dead(acts):
     losses = []
     for config in (plain, counting):
         start = begin(config, RUN, acts)
-        start = start._replace(since_fired=start.since_fired.at[:7].set(RUN.dead_after))
+        start = start._replace(since_fired=start.since_fired.at[:7].set(RUN.dead_window))
         losses.append(float(stepping(config, RUN)(start, acts[: 4 * N])[1].loss) / (4 * N))
     assert losses[1] - losses[0] == pytest.approx(7000, rel=1e-4)
 

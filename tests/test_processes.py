@@ -31,6 +31,7 @@ FLAGS = {
     "expansion_factor": 4,
     "k": 8,
     "dead_after": 2000,
+    "learning_rate": 0.001,
 }
 STEPS = 64
 

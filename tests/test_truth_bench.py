@@ -37,7 +37,7 @@ def test_a_world_without_a_file_is_trained_on_its_device(tmp_path):
     ("wrong", "message"),
     [
         ({"l0s": ()}, "l0s is empty"),
-        ({"l0s": (300,)}, "k=300 is larger than d_sae=256"),
+        ({"l0s": (300,)}, "l0s: 300 is not between 1 and d_sae=256"),
         ({"preset": "big"}, "choose one of small, published"),
         ({"num_activations": 1000}, "less than 100 batches"),
         ({"samples": 0}, "samples must be at least 1"),

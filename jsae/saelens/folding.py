@@ -9,6 +9,7 @@ from jsae.files import is_system_error
 from jsae.saelens.settings import CHECKPOINTS, FACTORS, SCALER, WHITENING, Settings, shown
 
 _COLUMNS = 8192  # columns of W_enc that are converted to float64 at a time
+_ROUNDING = 1e-6  # relative error of the norm of a float32 row: closer to 1, it is 1
 
 Weights = dict[str, np.ndarray]
 
@@ -67,6 +68,7 @@ def _norms(settings: Settings, weights: Weights) -> Weights:
         raise ValueError(
             f"{settings.folder}: rescale_acts_by_decoder_norm divides by the norms of decoder rows, and {zeros} are 0"
         )
+    norms = np.where(np.abs(norms - 1) < _ROUNDING, np.float32(1), norms)
     scaled = {"W_enc": weights["W_enc"] * norms, "W_dec": weights["W_dec"] / norms[:, None]}
     return weights | scaled | {"b_enc": weights["b_enc"] * norms}
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from jsae import saelens
-from jsae.saelens.settings import RANKED, TRANSCODERS
+from jsae.saelens.settings import RANKED, TRANSCODERS, check_pursuit
 
 __all__ = ["RANKED", "TorchSAE", "load"]
 
@@ -162,18 +162,6 @@ class TorchSAE(nn.Module):
         """Return the input in the dtype of the weights, minus `b_dec` except for a transcoder."""
         x = x.to(self.W_enc.dtype)
         return x if self.is_transcoder else x - self.b_dec
-
-
-def check_pursuit(is_transcoder: bool, k: int) -> None:
-    """Check that matching pursuit is defined.
-
-    Raises:
-      ValueError: a transcoder, or k below 1.
-    """
-    if is_transcoder:
-        raise ValueError("matching pursuit needs decoder rows in the space of the input, and a transcoder has none")
-    if k < 1:
-        raise ValueError(f"k is {k}: matching pursuit takes at least 1 latent per token")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> TorchSAE:

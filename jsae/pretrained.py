@@ -23,7 +23,7 @@ _SAME_NORM = 0.01  # relative difference of decoder norms that is not worth a no
 
 @dataclasses.dataclass(frozen=True)
 class Description(Json):
-    """What an exported SAE is, as far as training that continues it depends on it; without its weights."""
+    """Properties of an exported SAE that training which continues it depends on, without its weights."""
 
     path: str
     """Where it was read from."""
@@ -64,7 +64,7 @@ class Description(Json):
 
     @property
     def note(self) -> str | None:
-        """What changes when training starts, or None: training keeps decoder rows at norm 1."""
+        """A change that starting to train makes, or None: training keeps decoder rows at norm 1."""
         if self.norm_spread <= _SAME_NORM:
             return None
         return (

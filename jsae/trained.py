@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jsae import export, saelens
-from jsae.saelens.settings import RANKED, TRANSCODERS
+from jsae.saelens.settings import RANKED, TRANSCODERS, check_pursuit
 from jsae.state import TrainState
 
 Weights = Mapping[str, Array]
@@ -123,10 +123,7 @@ class TrainedSAE:
         Raises:
           ValueError: a transcoder, whose decoder rows are not in the space of its input, or k below 1.
         """
-        if self.is_transcoder:
-            raise ValueError("matching pursuit needs decoder rows in the space of the input, and a transcoder has none")
-        if k < 1:
-            raise ValueError(f"k is {k}: matching pursuit takes at least 1 latent per token")
+        check_pursuit(self.is_transcoder, k)
         x = jnp.asarray(x, jnp.float32)
         residual = (x - self.b_dec).reshape(-1, self.d_in)
         return _pursue(self.W_dec, residual, k, jnp.float32(residual_threshold)).reshape(*x.shape[:-1], self.d_sae)

@@ -1,4 +1,4 @@
-"""What steering costs in capability: nanochat's CORE tasks on the plain and on the steered model."""
+"""The cost of steering in capability: nanochat's CORE tasks on the plain and on the steered model."""
 
 import dataclasses
 import random

@@ -23,7 +23,7 @@ _FEWEST_FIRINGS = 10
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What is read from text of its own before anything is steered."""
+    """Statistics of separate text, read before anything is steered."""
 
     acts: Float32[np.ndarray, "N d"]
     counts: Bool[np.ndarray, " N"]

@@ -51,7 +51,7 @@ _SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """How much is measured."""
+    """Size of the measurement."""
 
     latents: tuple[int, ...] = ()
     """The latents; () draws `sample_size` of those that fire, evenly by how often they fire."""

@@ -27,7 +27,7 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
       folder: of `train.npy`.
 
     Returns:
-      `seconds` of training without the first step, which compiles; and whether all values stayed `finite`.
+      `seconds` of training without the first step, which compiles; whether all values stayed `finite`; the peak `rate`.
     """
     import jax
     import jax.numpy as jnp
@@ -39,7 +39,7 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     sae, config = _configs(job)
     members = [loop.Member(sae, config)]
     initial = loop.init(members, (jnp.asarray(acts[: 16 * job["batch_size"]]),))
-    start = 0.0
+    start, rate = 0.0, float(initial[0].rate)
     for step, (state,), _ in loop.fit(members, initial, ((batch,) for batch in _batches(job, acts))):
         if step == 1:
             jax.block_until_ready(state.step)
@@ -49,7 +49,7 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     if finite:
         weights = state.exported.arrays()
         export.write(Path(job["folder"]), sae, weights, np.asarray(state.scale), np.asarray(state.scale_out), {})
-    return {"seconds": end - start, "finite": finite}
+    return {"seconds": end - start, "finite": finite, "rate": rate}
 
 
 def train_on_world(job: dict[str, Any], world: SyntheticWorld) -> dict[str, Any]:

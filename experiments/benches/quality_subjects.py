@@ -25,7 +25,7 @@ Scores = dict[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What SAEs are trained on and scored by."""
+    """Data that SAEs are trained on, and their scores."""
 
     title: str
     folder: Path

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.locations import Checkpoint, Data, FilePath
 from bridge.settings import flag
-from experiments.benches import peers, quality, tables, timing
+from experiments.benches import peers, quality, quality_sides, tables, timing
 from experiments.benches import quality_config as quality_settings
 from jsae.progress import Progress
 
@@ -106,37 +106,31 @@ def _trained(
     architecture: str, rate: float | None, config: Config, subject: Subject, plan: Plan, scratch: Path
 ) -> dict[str, float]:
     """Return the rate and the mean scores over seeds; FVU is infinite where a run diverged."""
-    import jax.numpy as jnp
-    import numpy as np
+    from jsae.architectures import find
 
-    from jsae import export, loop
-    from jsae.architectures import find, sae_config
-    from jsae.config import TrainConfig
-
-    settings: dict[str, Any] = (
-        {"k": plan.k} if find(architecture).Config.k is not None else {"target_l0": float(plan.k)}
-    )
-    settings |= {"nested_widths": plan.nested_widths} if architecture == "matryoshka" else {}
-    sae = sae_config(architecture, subject.d_in, plan.d_sae, **settings)
-    rows = np.load(subject.folder / "train.npy", mmap_mode="r")
+    target = None if find(architecture).Config.k is not None else float(plan.k)
+    job: dict[str, Any] = {
+        "recipe": architecture,
+        "coefficient": target,
+        "nothing_given": False,
+        "steps": plan.num_activations // plan.batch_size,
+        "batch_size": plan.batch_size,
+        "k": plan.k,
+        "d_in": subject.d_in,
+        "d_sae": plan.d_sae,
+        "widths": [*plan.nested_widths, plan.d_sae],
+    }
     scores = []
     for seed in range(config.seeds):
-        train = TrainConfig(plan.num_activations, plan.batch_size, learning_rate=rate, seed=seed)
-        member, size = loop.Member(sae, train), plan.batch_size
-        initial = loop.init([member], (jnp.asarray(rows[: 16 * size]),))
-        rate = float(initial[0].rate)
-        batches = ((jnp.asarray(rows[i * size : (i + 1) * size]),) for i in range(train.num_steps))
-        for _, (now,), _ in loop.fit([member], initial, batches):
-            state = now
-        if int(state.bad_step) >= 0:
-            return {"rate": rate, "fvu": math.inf, "l0": math.nan, "dead_fraction": math.nan}
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            arrays = state.exported.arrays()
             path = Path(folder) / "sae"
-            export.write(path, sae, arrays, np.asarray(state.scale), np.asarray(state.scale_out), {})
+            answer = quality_sides.train_here(job | {"rate": rate, "seed": seed, "folder": str(path)}, subject.folder)
+            rate = answer["rate"]
+            if not answer["finite"]:
+                return {"rate": rate, "fvu": math.inf, "l0": math.nan, "dead_fraction": math.nan}
             scores.append(subject.scores(path))
     for score in scores:
-        score["fvu"] *= (score["l0"] / plan.k) ** -_SLOPE if sae.target_l0 is not None else 1.0
+        score["fvu"] *= (score["l0"] / plan.k) ** -_SLOPE if target is not None else 1.0
     names = ("fvu", "l0", "dead_fraction")
     return {"rate": rate or math.nan} | {name: statistics.fmean(score[name] for score in scores) for name in names}
 

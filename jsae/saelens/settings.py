@@ -166,3 +166,15 @@ def _few(shapes: dict[str, Any]) -> str:
     more = len(shapes) - 12
     first = ", ".join(f"{shown_key(name)!r}: {shape}" for name, shape in list(shapes.items())[:12])
     return f"{{{first}{f' and {more} more' if more > 0 else ''}}}"
+
+
+def check_pursuit(is_transcoder: bool, k: int) -> None:
+    """Check that matching pursuit is defined.
+
+    Raises:
+      ValueError: a transcoder, or k below 1.
+    """
+    if is_transcoder:
+        raise ValueError("matching pursuit needs decoder rows in the space of the input, and a transcoder has none")
+    if k < 1:
+        raise ValueError(f"k is {k}: matching pursuit takes at least 1 latent per token")

@@ -1,4 +1,4 @@
-"""What is fixed in a synthetic world: feature vectors, firing probabilities, correlations, magnitudes."""
+"""The fixed parts of a synthetic world: feature vectors, firing probabilities, correlations, magnitudes."""
 
 from __future__ import annotations
 

@@ -17,31 +17,40 @@ from jsae.ops import Cpu, choose
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 D, F, N = 16, 64, 128
+STEPS, SEEDS = 80, range(4)
 CASES = {
     "topk": sae_config("topk", D, F, k=4),
     "batchtopk": sae_config("batchtopk", D, F, k=4),
-    "relu": sae_config("relu", D, F),
-    "gated": sae_config("gated", D, F),
-    "jumprelu": sae_config("jumprelu", D, F),
+    "relu": sae_config("relu", D, F, l1_coefficient=0.5),
+    "gated": sae_config("gated", D, F, l1_coefficient=0.5),
+    "jumprelu": sae_config("jumprelu", D, F, l0_coefficient=0.1),
     "transcoder": sae_config("topk", D, F, k=4, d_out=D, skip=True),
 }
 
 
 def run(config: SAEConfig, dtype: str) -> tuple[states.TrainState, float]:
-    """The state after 40 steps, and the last FVU."""
-    how = TrainConfig(num_activations=50 * N, batch_size=N, learning_rate=5e-3, matmul_dtype=dtype)
-    x = jax.random.normal(jax.random.key(0), (N, D)) @ jax.random.normal(jax.random.key(1), (D, D)) + 5
+    """Return the first state after all steps, and the mean of the last FVUs of all seeds.
+
+    The mean is taken because a choice of latents that rounding turns over changes one run by more
+    than what is to be measured: FVUs of single runs differ by 15 %, and in both directions.
+    """
+    x = jax.random.normal(jax.random.key(0), (N, D)) @ jax.random.normal(jax.random.key(1), (D, D)) / 4 + 1
     acts = (x, x) if config.is_transcoder else x
-    members = [loop.Member(config, how)]
-    programs, state = loop.Programs(members), loop.init(members, [acts])
-    for number in range(1, 41):
-        state, (sums,) = programs.at(number)(state, [acts])
-    return state[0], float(sums.squared_error / (sums.squared_norm - jnp.square(sums.total).sum() / N))
+    how = TrainConfig(num_activations=(STEPS + 10) * N, batch_size=N, learning_rate=5e-3, matmul_dtype=dtype)
+    programs, states_of, fvu = loop.Programs([loop.Member(config, how)]), [], []
+    for seed in SEEDS:
+        state = loop.init([loop.Member(config, dataclasses.replace(how, seed=seed))], [acts])
+        for number in range(1, STEPS + 1):
+            state, (sums,) = programs.at(number)(state, [acts])
+        states_of.append(state[0])
+        fvu.append(sums.squared_error / (sums.squared_norm - jnp.square(sums.total).sum() / N))
+    return states_of[0], float(np.mean(fvu))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_rounded_products_learn_as_well_with_weights_that_are_not_rounded(name):
     exact, rounded = run(CASES[name], "float32"), run(CASES[name], "bfloat16")
+    assert exact[1] < 0.8  # it has learnt something that rounding could spoil
     assert rounded[1] == pytest.approx(exact[1], rel=0.05)
     for weights in jax.tree.leaves((rounded[0].sae, rounded[0].opt)):
         assert weights.dtype in (jnp.float32, jnp.int32)

@@ -103,6 +103,7 @@ def _context(config: TrainConfig, ops: Ops, state: TrainState, number: Int[Array
         ops=ops,
         training=True,
         strength=strength * _ramp(config, number),
+        step=number,
         room=room,
         limit=None if room is None else _annealed_k(config, sae.config.k, number),
         scale=state.scale,

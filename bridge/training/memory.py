@@ -122,6 +122,8 @@ def _row(member: Member) -> int:
 
 def _latents(member: Member, ops: Ops, mesh: tuple[int, int] = (1, 1)) -> int:
     """Return the bytes of what a step holds of latents at once."""
+    from jsae import auxk  # imports jax
+
     sae, n = member.sae, member.train.batch_size // mesh[0]
     d, f = sae.d_in, sae.d_sae // mesh[1]
     number = 2 if ops.name == "gpu" and ops.matmul_dtype == "bfloat16" else _FLOAT
@@ -132,7 +134,7 @@ def _latents(member: Member, ops: Ops, mesh: tuple[int, int] = (1, 1)) -> int:
             return number * (2 + 2 * sae.sae.maps) * tokens * f
         return _DENSE * _FLOAT * tokens * f
     k = max(sae.k or 1, member.train.k_start or 0)
-    pairs = _PAIR * n * (k + getattr(sae, "dead_k", 0))
+    pairs = _PAIR * n * k + _DENSE * _FLOAT * n * auxk.room(sae.d_sae)
     if ops.name == "gpu":
         chunk = getattr(ops, "encode_chunk", lambda n, d_in, d_sae: n)
         by_token = sae.sae.form in ("topk", "abstopk")

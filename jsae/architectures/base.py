@@ -119,6 +119,8 @@ class Context(NamedTuple):
     """Factor on sparsity penalties: their warm-up, and the controller's where L0 has a target."""
     dead: Bool[Array, " f"] | None = None
     """Which latents are dead; None where it is known that none is."""
+    step: Int[Array, ""] | int = 0
+    """Number of the training step."""
     room: int | None = None
     """Codes per token that are selected, while k comes down from a larger one; None is k."""
     limit: Int[Array, ""] | None = None

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jsae import losses
+from jsae import auxk, losses
 from jsae.architectures.base import SAE, Arrays, Context, Forward, SAEConfig, Statistic
 from jsae.ops import Codes, Latents, Select
-from jsae.settings import WEIGHT, at_least, number, require
+from jsae.settings import WEIGHT, number, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +28,7 @@ class SelectingConfig(SAEConfig):
     k: int = 32  # type: ignore[misc]  # a class variable where no architecture has a k
     """Active latents per token, or on average per token of a batch."""
     aux_coefficient: float = number(1 / 8, WEIGHT)
-    """Weight of AuxK, Gao et al. 2024 (arXiv 2406.04093), section A.2, where it is 1/32."""
-    aux_k: int | None = number(None, at_least(1, 2**28))
-    """Dead latents that AuxK uses per token; none is d_in // 2."""
+    """Weight of AuxK (`jsae.auxk`); Gao et al. 2024 (arXiv 2406.04093), section A.2, have 1/32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,11 +37,6 @@ class SelectingConfig(SAEConfig):
             f"k={self.k} active latents out of d_sae={self.d_sae}: k must be between 1 and d_sae; "
             "lower k or raise the expansion factor",
         )
-
-    @property
-    def dead_k(self) -> int:
-        """Number of dead latents that AuxK selects per token: `aux_k`, else half of `d_in`; at most `d_sae`."""
-        return min(self.aux_k or max(self.d_in // 2, 1), self.d_sae)
 
 
 class Selecting(SAE):
@@ -74,16 +67,18 @@ class Selecting(SAE):
         context = forward.context
         if context.dead is None:
             return jnp.zeros(())
-        e_hat = context.ops.decode_dead(
+        n, sizes = len(forward.y), self.config
+        e_hat = auxk.decode_dead(
+            context.ops,
             self.inputs(forward.x, context),
             self.W_enc[...],
             self.b_enc[...],
             self.W_dec[...],
             context.dead,
-            self.config.dead_k,
+            min(max(round(n * sizes.k / sizes.d_sae), 1), n),
+            context.step,
         )
-        coefficient, most = self.config.aux_coefficient, self.config.dead_k
-        return coefficient * losses.auxk(forward.y, -forward.error, e_hat, context.dead, most)
+        return sizes.aux_coefficient * auxk.loss(forward.y, -forward.error, e_hat)
 
 
 class TopK(Selecting):

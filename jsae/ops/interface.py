@@ -201,21 +201,6 @@ class Ops(abc.ABC):
         return self.decode_parts(codes, W_dec, level, len(widths), n)
 
     @abc.abstractmethod
-    def decode_dead(
-        self,
-        inputs: Input,
-        W_enc: Float[Array, "f d"],
-        b_enc: Float[Array, " f"],
-        W_dec: Float[Array, "f o"],
-        dead: Bool[Array, " f"],
-        k: int,
-    ) -> Float[Array, "n o"]:
-        """Return the decoding of the k largest pre-activations of dead latents, or of all where at most k are dead.
-
-        Negative pre-activations count as they are. Gradients reach encoder and decoder of the dead latents.
-        """
-
-    @abc.abstractmethod
     def times_fired(self, codes: Codes, f: int) -> Int[Array, " f"]:
         """Return the number of codes of every latent that are not zero. A selected latent with value 0 did not fire."""
 

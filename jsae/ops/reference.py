@@ -121,23 +121,6 @@ class Reference(PlainMaps):
         up_to = [codes._replace(values=jnp.where(level <= i, codes.values, 0)) for i in range(levels)]
         return jnp.stack([self.decode(some, W_dec, start) for some in up_to])
 
-    def decode_dead(
-        self,
-        inputs: Input,
-        W_enc: Float[Array, "f d"],
-        b_enc: Float[Array, " f"],
-        W_dec: Float[Array, "f o"],
-        dead: Bool[Array, " f"],
-        k: int,
-    ) -> Float[Array, "n o"]:
-        """Sort the pre-activations of all latents, the living at minus infinity."""
-
-        def select(pre: Float[Array, "n f"], **more: Any) -> Codes:
-            return self.top_k(pre, k, **more)
-
-        codes = self.encode(inputs, W_enc, b_enc, select, allowed=dead)
-        return self.decode(codes, W_dec, jnp.zeros((len(inputs.x), W_dec.shape[1])))
-
     def times_fired(self, codes: Codes, f: int) -> Int[Array, " f"]:
         """Scatter ones."""
         return times_fired(codes, f)

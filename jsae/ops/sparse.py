@@ -1,7 +1,7 @@
 """Operations that touch only the rows a token uses, with gradients that stay sparse.
 
-What every fast implementation shares: the derivatives and the forms of AuxK. How latents are selected and rows are
-summed is left to the implementation.
+What every fast implementation shares: the derivatives. How latents are selected and rows are summed is left to the
+implementation.
 """
 
 import abc
@@ -79,30 +79,6 @@ class SparseOps(Ops):
     def decode(self, codes: Codes, W_dec: Float[Array, "f o"], start: Float[Array, "n o"]) -> Float[Array, "n o"]:
         """Sum the rows that the codes name."""
         return _decode(self, codes, W_dec, start)
-
-    def decode_dead(
-        self,
-        inputs: Input,
-        W_enc: Float[Array, "f d"],
-        b_enc: Float[Array, " f"],
-        W_dec: Float[Array, "f o"],
-        dead: Bool[Array, " f"],
-        k: int,
-    ) -> Float[Array, "n o"]:
-        """Compute all dead latents if there are at most k: a small dense product instead of a selection."""
-        n_dead = dead.sum()
-
-        def all_of_them() -> Float[Array, "n o"]:
-            (rows,) = jnp.nonzero(dead, size=k, fill_value=0)
-            real = jnp.arange(k) < n_dead
-            pre = self.pre_activations(inputs, W_enc[rows], b_enc[rows])
-            return self.matmul(jnp.where(real, pre, 0), W_dec[rows])
-
-        def the_largest() -> Float[Array, "n o"]:
-            codes = self.encode(inputs, W_enc, b_enc, functools.partial(self.top_k, k=k), allowed=dead)
-            return self.decode(codes, W_dec, jnp.zeros((len(inputs.x), W_dec.shape[1])))
-
-        return lax.cond(n_dead > k, the_largest, all_of_them)
 
     def if_any(self, condition: Bool[Array, ""], do: Callable[[], Result], otherwise: Callable[[], Result]) -> Result:
         """Decide on the device."""

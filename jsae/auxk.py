@@ -1,0 +1,78 @@
+"""AuxK, the loss of dead latents: they learn what the living leave over.
+
+Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), section A.2, with one change: there
+every token selects its k_aux largest dead latents, here every dead latent selects its largest tokens, as many as an
+average latent fires on. With k_aux = d_in / 2 a few hundred dead latents would each be used on most tokens. They then
+learn what all tokens have in common, and once they are alive they fire where they do not belong.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jsae.losses import squared_error
+from jsae.ops import Input, Ops
+
+_FEW = 128  # dead latents up to which the smaller of two products is enough
+
+
+def room(d_sae: int) -> int:
+    """Return the largest number of dead latents that learn in one step: an eighth of all, from 512 to 4,096."""
+    return min(max(512, min(d_sae // 8, 4096)), d_sae)
+
+
+def decode_dead(
+    ops: Ops,
+    inputs: Input,
+    W_enc: Float[Array, "f d"],
+    b_enc: Float[Array, " f"],
+    W_dec: Float[Array, "f o"],
+    dead: Bool[Array, " f"],
+    tokens: int,
+    step: Int[Array, ""] | int,
+) -> Float[Array, "n o"]:
+    """Return the reconstruction by dead latents without a bias, each active on the tokens where it is largest.
+
+    Negative pre-activations count as they are: otherwise a latent far below zero would never recover. Of more dead
+    latents than there is room for, other ones are used in every step.
+
+    Args:
+      ops: the implementation.
+      inputs: input of the encoder.
+      W_enc: encoder, (f, d).
+      b_enc: encoder bias, (f,).
+      W_dec: decoder, (f, o).
+      dead: mask of the dead latents, (f,).
+      tokens: number of tokens on which each is active.
+      step: number of the training step.
+    """
+    f, most = len(dead), room(len(dead))
+    first = (step * most) % f
+
+    def decoded(size: int) -> Float[Array, "n o"]:
+        (rows,) = jnp.nonzero(jnp.roll(dead, -first), size=size, fill_value=f)
+        is_dead, rows = rows < f, (rows + first) % f
+        pre = ops.pre_activations(inputs, W_enc[rows], b_enc[rows])
+        least = ops.top_k(lax.stop_gradient(pre).T, tokens).values.min(axis=1)
+        return ops.matmul(jnp.where(is_dead & (pre >= least), pre, 0), W_dec[rows])
+
+    if most <= _FEW:
+        return decoded(most)
+    return lax.cond(dead.sum() > _FEW, lambda: decoded(most), lambda: decoded(_FEW))
+
+
+def loss(y: Float[Array, "n o"], residual: Float[Array, "n o"], e_hat: Float[Array, "n o"]) -> Float[Array, ""]:
+    """Return Var(y) |e - e_hat|^2 / |e - mean(e)|^2 with e the detached residual; 0 where that has no variance.
+
+    In the paper both terms of the loss are relative to a variance, the squared error to that of the target. Here the
+    squared error is not, and so AuxK is multiplied by the target's variance: their ratio is the same.
+
+    Args:
+      y: targets, (n, o).
+      residual: the error of the reconstruction, e = y - y_hat, (n, o).
+      e_hat: the reconstruction by dead latents (`decode_dead`), (n, o).
+    """
+    e = lax.stop_gradient(residual)
+    variance, of_target = (jnp.square(a - a.mean(0)).sum(-1).mean() for a in (e, y))
+    share = jnp.where(variance > 0, squared_error(e, e_hat) / jnp.where(variance > 0, variance, 1), 0)
+    return of_target * share

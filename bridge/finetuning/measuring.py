@@ -38,12 +38,11 @@ def measure(site: Site, folder: str | Path, rows: Int[np.ndarray, "R T"], token_
     """
     sae = torch_sae.load(folder, site.device)
     batches = site.batches(rows, max(sae.d_sae, len(token_bytes)))
-    with Progress("measuring on held-out text", PASSES * rows.size, "tokens") as progress:
-        with progress.tokens_of(site.model):
-            sums = survey(site, sae, batches).sums
-            plain = metrics.summarize(sums)
-            mean = np.asarray(sums.total / sums.tokens, np.float32)
-            groups = preservation(effects(site, sae, batches, mean, token_bytes))
+    with Progress("measuring", PASSES * rows.size, "tokens") as progress, progress.tokens_of(site.model):
+        sums = survey(site, sae, batches).sums
+        plain = metrics.summarize(sums)
+        mean = np.asarray(sums.total / sums.tokens, np.float32)
+        groups = preservation(effects(site, sae, batches, mean, token_bytes))
     losses = groups["model_performance_preservation"]
     return {
         "loss_recovered": losses["ce_loss_score"],

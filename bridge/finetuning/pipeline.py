@@ -56,12 +56,13 @@ def finetune(config: FinetuneConfig | None = None, **settings: Any) -> Run:
     require(config is None or not settings, f"give a config or settings, not both: {', '.join(settings)}")
     config = from_keywords(FinetuneConfig, settings) if config is None else config
     require(launch.detected() is None, "fine-tuning runs in one process: start it without a launcher")
+    torch_device = device.open_torch(config.device)
     from bridge.finetuning import subject as subjects
 
     subject = subjects.find(config)
     config = subjects.resolved(config, subject)
     with _claimed(config) as run:
-        _finetune(run, config, subject)
+        _finetune(run, config, subject, torch_device)
     return run
 
 
@@ -83,10 +84,9 @@ def _claimed(config: FinetuneConfig) -> Iterator[Run]:
         yield run
 
 
-def _finetune(run: Run, config: FinetuneConfig, subject: Subject) -> None:
+def _finetune(run: Run, config: FinetuneConfig, subject: Subject, torch_device: str) -> None:
     """Fine-tune into a directory that is locked."""
     started = time.perf_counter()
-    torch_device = device.open_torch(config.device)
     import bridge.nanochat
     from bridge.finetuning import measuring
     from bridge.finetuning import subject as subjects

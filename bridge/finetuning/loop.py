@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -16,7 +16,6 @@ from jsae import loop, metrics, step
 from jsae.loop import Member
 from jsae.ops import Ops
 from jsae.pretrained import Pretrained
-from jsae.state import TrainState
 
 if TYPE_CHECKING:
     from jsae.state import Acts
@@ -28,15 +27,6 @@ RATE_SHARE = 0.1
 
 Windows = Callable[[int], Int[np.ndarray, "R T"]]
 """Returns the next windows of text, so many."""
-
-
-class Report(NamedTuple):
-    """Metrics of the batches since the last report."""
-
-    step: int
-    state: TrainState
-    values: dict[str, float]
-    """Those of `jsae.loop.summaries`; with an objective other than "mse" also `kl` and `ce`, nats per token."""
 
 
 class Steps:
@@ -77,22 +67,27 @@ class Steps:
             self.state = self.state._replace(rate=RATE_SHARE * self.state.rate)
         self._scale = float(self.state.scale_out)
 
-    def run(self, log_every: int) -> Iterator[Report]:
-        """Take all steps; yield a report every `log_every` steps and after the last.
+    def run(self, log_every: int) -> Iterator[tuple[int, dict[str, float] | None]]:
+        """Take all steps; yield the number of each and, every `log_every` steps and after the last, the metrics.
+
+        They are those of `jsae.loop.summaries` over the batches since the last ones; with an objective other than "mse"
+        also `kl` and `ce`, nats per token.
 
         Raises:
           NotFiniteError, ActivationsError: a loss or activations that are not finite.
           ValueError: no token of a batch counts.
         """
-        last, sums, outputs = self._member.train.num_steps, None, []
+        last, sums = self._member.train.num_steps, None
+        outputs: list[Output] = []
         for number in range(1, last + 1):
             batch_sums, output = self._step(number)
             sums = batch_sums if sums is None else jax.tree.map(lambda a, b: a + b, sums, batch_sums)
             outputs += [] if output is None else [output]
+            values = None
             if number % log_every == 0 or number == last:
                 loop.check_finite(self.state, sums)
-                yield Report(number, self.state, self._values(number, sums, outputs))
-                sums, outputs = None, []
+                values, sums, outputs = self._values(number, sums, outputs), None, []
+            yield number, values
 
     def _step(self, number: int) -> tuple[metrics.Sums, Output | None]:
         """Take one step; return the sums of its batch and the output of the model, without its gradient."""

@@ -110,7 +110,7 @@ def _finetune(run: Run, config: FinetuneConfig, subject: Subject, torch_device: 
     steps = _steps(config, trainee, subject, site, origin)
     facts = origin.facts | starts.facts([trainee.name]) | {"finetuning": {"rate": float(steps.state.rate)}}
     directory.record(run.path, config, facts)
-    with contextlib.closing(files.Lines(run.metrics_file, sync=False)) as lines:
+    with files.Lines(run.metrics_file, sync=False) as lines:
         lines.append(json.dumps({"step": 0, "hook": trainee.name, "heldout": before}))
         _train(config, trainee, steps, lines)
         summary = _export(run, settings, trainee, steps, origin, config)
@@ -187,13 +187,15 @@ def _train(config: FinetuneConfig, trainee: Trainee, steps: Steps, lines: files.
     from jsae.progress import Progress
 
     names = ("loss", "fvu", "l0", "mse", "cosine", "dead_fraction", "learning_rate", "kl", "ce")
+    shown = {"kl": "KL", "ce": "CE", "fvu": "FVU", "l0": "L0"}
     with Progress("fine-tuning", trainee.member.train.num_steps, "steps") as progress:
-        for report in steps.run(config.log_every):
-            values = {name: report.values[name] for name in names if name in report.values}
-            lines.append(json.dumps({"step": report.step, "hook": trainee.name, **values}))
-            shown = {"kl": "KL", "ce": "CE", "fvu": "FVU", "l0": "L0"}
-            note = "  ".join(f"{shown[name]} {values[name]:.4g}" for name in shown if name in values)
-            progress.update(report.step, note)
+        note = ""
+        for number, values in steps.run(config.log_every):
+            if values is not None:
+                line = {name: values[name] for name in names if name in values}
+                lines.append(json.dumps({"step": number, "hook": trainee.name, **line}))
+                note = "  ".join(f"{title} {line[name]:.4g}" for name, title in shown.items() if name in line)
+            progress.update(number, note)
 
 
 def _export(

@@ -141,13 +141,16 @@ def test_a_perfect_reconstruction_leaves_the_model_as_it_is(nano, windows):
     assert torch.isfinite(found.gradient).all()
 
 
-def test_divergence_and_cross_entropy_are_those_of_the_evaluation(nano, windows, topk):
-    sae = torch_sae.load(topk / "sae" / HOOK)
-    model = spliced(nano)
+@pytest.mark.parametrize("kind", ["topk", "transcoder"])
+def test_divergence_and_cross_entropy_are_those_of_the_evaluation(nano, windows, run_of, kind):
+    run = run_of(kind, **KINDS.get(kind, {"k": (8,)}))
+    hooks = TRANSCODER if kind == "transcoder" else (HOOK,)
+    sae = torch_sae.load(run / "sae" / hooks[0])
+    model = spliced(nano, hooks)
     batch = model.read(windows)
-    found = model.output(batch, sae(batch.acts[0]), batch.acts[0])
-    site = Site(nano.model, HOOK, (nano.tokenizer.bos_token_id,))
-    mean = np.zeros(sae.d_in, np.float32)
+    found = model.output(batch, sae(batch.acts[0]), batch.acts[-1])
+    site = Site(nano.model, hooks[0], (nano.tokenizer.bos_token_id,), other_hooks=hooks[1:])
+    mean = np.zeros(sae.d_out, np.float32)
     effect = effects(site, sae, [windows], mean, nano.tokenizer.token_bytes)["with_sae"]
     assert float(found.divergence) == pytest.approx(effect.divergence, rel=1e-4)
     assert float(found.cross_entropy) == pytest.approx(effect.cross_entropy, rel=1e-5)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SAMPLE = 16384
 """Tokens, about, from which the scales of activations are estimated."""
-RATE_SHARE = 0.1
+RATE_SHARE = 0.02
 """The default learning rate is this fraction of the default for training of the same length (docs/performance.md)."""
 
 Windows = Callable[[int], Int[np.ndarray, "R T"]]

@@ -33,7 +33,7 @@ _LEAST_L0 = 1e-3  # that the controller of L0 is told to keep
 def finetune(config: FinetuneConfig | None = None, **settings: Any) -> Run:
     """Fine-tune an exported SAE so that the model's output changes less where its reconstruction is put in.
 
-        run = bridge.finetuning.finetune(sae="runs/demo", out="runs/demo-kl")
+        run = bridge.finetune(sae="runs/demo", out="runs/demo-kl")
 
     Karvonen 2025 (arXiv 2503.17272): a short training by MSE + KL(model || model with the reconstruction), the latter
     scaled to the size of the former in every batch, with a fresh Adam and a rate that falls linearly to zero. Penalised

@@ -44,7 +44,10 @@ class FinetuneConfig(Json):
         None, "Architecture to train as, where it is not recorded and several have the SAE's form."
     )
     dead_after: int | None = flag(
-        None, "Activations without firing after which a latent is dead; none is the run's, or 10 million.", DEAD_AFTER
+        None,
+        "Activations without firing after which a latent is dead; none is the run's (else 10 million), at least 64 "
+        "windows.",
+        DEAD_AFTER,
     )
     exclude_tokens: ExcludeTokens | None = flag(
         None, "Special tokens whose activations stay as they are; none is as the SAE was trained."

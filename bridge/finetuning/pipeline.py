@@ -106,7 +106,9 @@ def _finetune(run: Run, config: FinetuneConfig, subject: Subject, torch_device: 
     token_bytes = nano.tokenizer.token_bytes
     before = measuring.measure(site, subject.path, origin.heldout, token_bytes)
     trainee = _keeping_l0(trainee, before["l0"])
-    config = dataclasses.replace(config, batch_size=settings.batch_size, exclude_tokens=settings.exclude_tokens)
+    config = dataclasses.replace(
+        config, **{name: getattr(settings, name) for name in ("batch_size", "exclude_tokens", "dead_after")}
+    )
     steps = _steps(config, trainee, subject, site, origin)
     facts = origin.facts | starts.facts([trainee.name]) | {"finetuning": {"rate": float(steps.state.rate)}}
     directory.record(run.path, config, facts)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from bridge.nanochat import Nanochat
 
 _DEAD_AFTER = 10_000_000  # of an SAE whose run is not known, as in Gao et al. 2024
+_SILENT_WINDOWS = 64
+"""Windows at least on which a dead latent did not fire. Tokens of a window are alike, so that a latent may be silent on
+several windows; revival losses would turn it to something else."""
 _RECORDED = ("l1_coefficient", "l0_coefficient", "jump_recipe", "bandwidth", "hierarchical_k", "nested_widths")
 """Settings of architectures that a run records and an export does not."""
 
@@ -96,7 +99,6 @@ def resolved(config: FinetuneConfig, subject: Subject) -> FinetuneConfig:
         context_size=config.context_size or recorded.get("context_size"),
         drop_sinks=drop_sinks,
         activation=_architecture(config, subject),
-        dead_after=config.dead_after or _dead_after(recorded),
     )
 
 
@@ -125,12 +127,13 @@ def run_config(config: FinetuneConfig, subject: Subject, nano: Nanochat) -> RunC
     layer, kind = parse(subject.hooks[0])
     own = _own_settings(config, subject)
     return RunConfig(
-        **{name: getattr(config, name) for name in ("step", "tokenizer", "context_size", "dead_after", "device")},
+        **{name: getattr(config, name) for name in ("step", "tokenizer", "context_size", "device")},
         **{name: getattr(config, name) for name in ("tokens_per_forward", "heldout_tokens", "log_every")},
         checkpoint=config.checkpoint,
         data=config.data,
         exclude_tokens=config.exclude_tokens or _excluded(subject, nano),
         drop_sinks=config.drop_sinks,
+        dead_after=config.dead_after or max(_dead_after(subject.recorded), _SILENT_WINDOWS * row_len),
         layer=(str(layer),),
         hook_type=kind,
         target_hook=parse(subject.hooks[1])[1] if len(subject.hooks) > 1 else None,

@@ -131,7 +131,8 @@ def _rows(config: Config, found: list[dict[str, Any]]) -> Iterator[tuple[str, ..
     """Yield a row before fine-tuning and a row per objective and rate, means over seeds."""
     for architecture in config.architectures:
         own = [entry for entry in found if entry["architecture"] == architecture]
-        yield architecture, "before", "", *_cells([entry["before"] for entry in own])
+        before = {entry["seed"]: entry["before"] for entry in own}
+        yield architecture, "before", "", *_cells([*before.values()])
         groups = dict.fromkeys((entry["objective"], round(entry["rate"], 9)) for entry in own)
         for objective, rate in groups:
             same = [e["after"] for e in own if e["objective"] == objective and round(e["rate"], 9) == rate]

@@ -205,6 +205,7 @@ def test_the_new_directory_is_a_run_with_its_own_metrics(topk, tmp_path, text):
     assert 0 < run.facts["finetuning"]["rate"] < 0.01
     metadata = torch_sae.load(out / "sae" / HOOK).metadata
     assert metadata["finetuning"] == {"objective": "kl", "activations": 4096}
+    assert metadata["training_tokens"] == SMALL["num_activations"] + 4096
     assert metadata["init_from"]["path"] == str(topk / "sae" / HOOK)
     lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 8, 16, 16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 SAMPLE = 16384
 """Tokens, about, from which the scales of activations are estimated."""
-RATE_SHARE = 0.02
-"""The default learning rate is this fraction of the default for training of the same length (docs/performance.md)."""
+RATE_SHARE = 0.06
+"""The default learning rate is this fraction of the default for the training that the SAE had. The best rate does not
+depend on the length of the fine-tuning (docs/performance.md)."""
 
 Windows = Callable[[int], Int[np.ndarray, "R T"]]
 """Returns the next windows of text, so many."""
@@ -39,6 +41,7 @@ class Steps:
       windows: the text.
       row_len: tokens of a window.
       guided: whether steps have a gradient of the model's output; False for the objective "mse".
+      training: activations that the SAE was trained on before.
       ops: the implementation of operations.
     """
 
@@ -50,6 +53,7 @@ class Steps:
         windows: Windows,
         row_len: int,
         guided: bool,
+        training: int,
         ops: Ops | None = None,
     ):
         self._member, self._model, self._windows, self._guided = member, model, windows, guided
@@ -64,7 +68,8 @@ class Steps:
         sample = self._hand_over(model.read(windows(sample_rows)))
         self.state = loop.init([member], [sample], ops, None, [start])[0]
         if train.learning_rate is None:
-            self.state = self.state._replace(rate=RATE_SHARE * self.state.rate)
+            shorter = math.sqrt(train.num_activations / training)  # defaults fall with the root of the length
+            self.state = self.state._replace(rate=RATE_SHARE * shorter * self.state.rate)
         self._scale = float(self.state.scale_out)
 
     def run(self, log_every: int) -> Iterator[tuple[int, dict[str, float] | None]]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bridge.training.plan import Trainee
 
 _LEAST_L0 = 1e-3  # that the controller of L0 is told to keep
+_PARTS = 20  # length of an unknown training in fine-tunings, as in Karvonen 2025
 
 
 def finetune(config: FinetuneConfig | None = None, **settings: Any) -> Run:
@@ -115,7 +116,7 @@ def _finetune(run: Run, config: FinetuneConfig, subject: Subject, torch_device: 
     with files.Lines(run.metrics_file, sync=False) as lines:
         lines.append(json.dumps({"step": 0, "hook": trainee.name, "heldout": before}))
         _train(config, trainee, steps, lines)
-        summary = _export(run, settings, trainee, steps, origin, config)
+        summary = _export(trainee, steps, origin, _metadata(settings, trainee, origin, subject, config))
         after = measuring.measure(site, run.sae_folder(trainee.name), origin.heldout, token_bytes)
         lines.append(json.dumps({"step": trainee.member.train.num_steps, "hook": trainee.name, "heldout": after}))
     summary["finetuning"] = {"before": before, "after": after}
@@ -181,7 +182,8 @@ def _steps(config: FinetuneConfig, trainee: Trainee, subject: Subject, site: Sit
         rows_per_forward=config.tokens_per_forward // row_len,
     )
     guided = config.objective != "mse"
-    return Steps(trainee.member, subject.start, model, origin.corpus.next_rows, row_len, guided)
+    training = subject.training_tokens or _PARTS * config.num_activations
+    return Steps(trainee.member, subject.start, model, origin.corpus.next_rows, row_len, guided, training)
 
 
 def _train(config: FinetuneConfig, trainee: Trainee, steps: Steps, lines: files.Lines) -> None:
@@ -200,14 +202,22 @@ def _train(config: FinetuneConfig, trainee: Trainee, steps: Steps, lines: files.
             progress.update(number, note)
 
 
-def _export(
-    run: Run, settings: RunConfig, trainee: Trainee, steps: Steps, origin: Any, config: FinetuneConfig
+def _metadata(
+    settings: RunConfig, trainee: Trainee, origin: Any, subject: Subject, config: FinetuneConfig
 ) -> dict[str, Any]:
-    """Export the SAE; return its metrics."""
+    """Return the metadata of the export: that of its training, which both trainings together are now."""
     from bridge.training import finish
 
     metadata = finish.metadata_of(settings, trainee, origin)
-    metadata["finetuning"] = {"objective": config.objective, "activations": metadata["training_tokens"]}
+    activations = metadata["training_tokens"]
+    metadata["finetuning"] = {"objective": config.objective, "activations": activations}
+    return metadata | {"training_tokens": activations + (subject.training_tokens or 0)}
+
+
+def _export(trainee: Trainee, steps: Steps, origin: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Export the SAE; return its metrics."""
+    from bridge.training import finish
+
     (finished,) = finish.finished((steps.state,))
     return finish.write(trainee, finished, origin, metadata)
 

@@ -50,6 +50,12 @@ class Subject:
         metadata = self.start.plain.cfg.get("metadata")
         return metadata if isinstance(metadata, dict) else {}
 
+    @property
+    def training_tokens(self) -> int | None:
+        """Activations that it was trained on, where its metadata says it."""
+        number = self.metadata.get("training_tokens")
+        return number if type(number) is int and 0 < number < 2**63 else None
+
 
 def find(config: FinetuneConfig) -> Subject:
     """Return the SAE that a user chose.

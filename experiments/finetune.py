@@ -20,7 +20,6 @@ def main(config: FinetuneConfig) -> int:
 
 def next_commands(config: FinetuneConfig) -> list[str]:
     """Return what to do next with the run."""
-    assert config.out is not None
     return commands.after_training(Run(config.out).path)
 
 

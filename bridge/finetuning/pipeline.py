@@ -75,7 +75,6 @@ def _claimed(config: FinetuneConfig) -> Iterator[Run]:
       ConfigError: it holds something already.
       LockedError: another process writes to it.
     """
-    assert config.out is not None
     run = Run(config.out)
     require(not run.path.exists() or run.path.is_dir(), f"{run.path} is a file: choose another --out")
     with files.Lock(run.path):
@@ -94,7 +93,7 @@ def _finetune(run: Run, config: FinetuneConfig, subject: Subject, torch_device: 
     from bridge.training import continuing, plan
     from bridge.training.origins import TextOrigin
 
-    nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)  # type: ignore[arg-type]
+    nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
     settings = subjects.run_config(config, subject, nano)
     starts = continuing.Starts(subject.path)
     (trainee,) = plan.trainees(run.path, settings, nano, starts)

@@ -76,9 +76,16 @@ class SplicedModel:
           ValueError: no token of the windows counts.
         """
         parts = [windows[start : start + self._rows] for start in range(0, len(windows), self._rows)]
-        left_out = {"excluded": self._excluded, "drop_sinks": self._drop_sinks}
-        stop = self._objective == "mse"
-        passes = list(activations.read(self._model, self._hooks, parts, **left_out, stop=stop))
+        passes = list(
+            activations.read(
+                self._model,
+                self._hooks,
+                parts,
+                excluded=self._excluded,
+                drop_sinks=self._drop_sinks,
+                stop=self._objective == "mse",
+            )
+        )
         masks = [done.mask(*self._hooks).flatten() for done in passes]
         keep = torch.cat(masks)
         kept = torch.stack([mask.sum() for mask in masks]).tolist()
@@ -132,7 +139,6 @@ class SplicedModel:
         """Return the sums of the KL divergence and of the cross-entropy over the positions of a pass that count."""
         with edit(self._model, {self._hooks[-1]: _replacement(done.mask(*self._hooks), own)}):
             log_probs = self._model(done.tokens).log_softmax(-1)
-        assert done.logits is not None
         base = done.logits.log_softmax(-1)
         divergence = (base.exp() * (base - log_probs)).sum(-1)
         nats = -log_probs[:, :-1].gather(-1, done.tokens[:, 1:, None])[..., 0]

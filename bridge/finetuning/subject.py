@@ -122,7 +122,6 @@ def run_config(config: FinetuneConfig, subject: Subject, nano: Nanochat) -> RunC
       ConfigError: windows that the model does not take or that are longer than a batch, or settings of another
         architecture.
     """
-    assert config.activation is not None
     row_len = nano.row_length(config.context_size)
     require(
         config.batch_size >= row_len,
@@ -130,7 +129,8 @@ def run_config(config: FinetuneConfig, subject: Subject, nano: Nanochat) -> RunC
         "or a smaller --context_size",
     )
     batch_size = config.batch_size // row_len * row_len
-    layer, kind = parse(subject.hooks[0])
+    layer, _ = parse(subject.hooks[0])
+    kinds: list[Any] = [parse(hook)[1] for hook in subject.hooks]
     own = _own_settings(config, subject)
     return RunConfig(
         **{name: getattr(config, name) for name in ("step", "tokenizer", "context_size", "device")},
@@ -141,8 +141,8 @@ def run_config(config: FinetuneConfig, subject: Subject, nano: Nanochat) -> RunC
         drop_sinks=config.drop_sinks,
         dead_after=config.dead_after or max(_dead_after(subject.recorded), _SILENT_WINDOWS * row_len),
         layer=(str(layer),),
-        hook_type=kind,
-        target_hook=parse(subject.hooks[1])[1] if len(subject.hooks) > 1 else None,
+        hook_type=kinds[0],
+        target_hook=kinds[1] if len(kinds) > 1 else None,
         skip=subject.start.description.skip,
         activation=config.activation,
         init_from=subject.path,
@@ -162,7 +162,6 @@ def run_config(config: FinetuneConfig, subject: Subject, nano: Nanochat) -> RunC
 
 def _export(config: FinetuneConfig) -> str:
     """Return the path of the one export that is meant."""
-    assert config.sae is not None
     if is_address(config.sae):
         return config.sae
     folders = exports_at(Path(config.sae).absolute())
@@ -217,7 +216,6 @@ def _own_settings(config: FinetuneConfig, subject: Subject) -> dict[str, Any]:
     """Return the settings that only some architectures have, as the SAE's run recorded them."""
     from jsae.architectures import find
 
-    assert config.activation is not None
     names = {field.name for field in dataclasses.fields(find(config.activation).Config)}
     own: dict[str, Any] = {} if "k" in names else {"sparsity_warmup_fraction": 0.0}
     if subject.recorded.get("activation") != config.activation:

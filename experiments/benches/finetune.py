@@ -112,7 +112,7 @@ def _tuned(config: Config, trained: Run, objective: str, rate: float | None) -> 
             FinetuneConfig(
                 sae=str(trained.path),
                 out=str(run.path),
-                objective=objective,  # type: ignore[arg-type]
+                objective=objective,
                 learning_rate=rate,
                 num_activations=config.tuning_activations,
                 batch_size=config.tuning_batch_size,

@@ -251,7 +251,9 @@ def test_with_a_rate_of_nothing_the_sae_comes_back(run_of, tmp_path, name):
         load_file(path / "sae_weights.safetensors") for path in (folder, tmp_path / "run/sae" / folder.name)
     )
     for array, weight in before.items():
-        assert np.abs(after[array] - weight).max() < 5e-6 * np.abs(weight).max(), array
+        estimated = name == "transcoder" and array == "threshold"  # BatchTopK's, on the batches of fine-tuning
+        tolerance = 0.05 if estimated else 5e-6
+        assert np.abs(after[array] - weight).max() < tolerance * np.abs(weight).max(), array
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------

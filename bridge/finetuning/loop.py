@@ -26,6 +26,8 @@ SAMPLE = 16384
 RATE_SHARE = 0.06
 """The default learning rate is this fraction of the default for the training that the SAE had. The best rate does not
 depend on the length of the fine-tuning (docs/performance.md)."""
+_SLOWER = {"jumprelu": 1 / 3}
+"""Factors on it: JumpReLU's thresholds move ten times as fast as weights."""
 
 Windows = Callable[[int], Int[np.ndarray, "R T"]]
 """Returns the next windows of text, so many."""
@@ -69,7 +71,8 @@ class Steps:
         self.state = loop.init([member], [sample], ops, None, [start])[0]
         if train.learning_rate is None:
             shorter = math.sqrt(train.num_activations / training)  # defaults fall with the root of the length
-            self.state = self.state._replace(rate=RATE_SHARE * shorter * self.state.rate)
+            share = RATE_SHARE * _SLOWER.get(member.sae.architecture, 1)
+            self.state = self.state._replace(rate=share * shorter * self.state.rate)
         self._scale = float(self.state.scale_out)
 
     def run(self, log_every: int) -> Iterator[tuple[int, dict[str, float] | None]]:

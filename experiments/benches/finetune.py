@@ -22,6 +22,7 @@ from bridge.run import Run
 from bridge.settings import flag, settle
 from bridge.training import RunConfig, train
 from experiments.benches import tables, timing
+from experiments.benches.quality_config import ARCHITECTURES
 from jsae.settings import COUNT, RATE, TOKENS, ConfigError, require
 
 _COLUMNS = ("architecture", "objective", "rate", "loss recovered", "KL", "FVU", "L0", "dead")
@@ -51,6 +52,8 @@ class Config:
 
     def __post_init__(self) -> None:
         settle(self)
+        for name in self.architectures:
+            require(name in ARCHITECTURES, f"--architectures has {name!r}: choose of {','.join(ARCHITECTURES)}")
         for objective in self.objectives:
             require(objective in get_args(Objective), f"--objectives has {objective!r}: choose of kl,ce,mse")
         for name, number in (("num_activations", self.batch_size), ("tuning_activations", self.tuning_batch_size)):

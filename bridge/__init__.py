@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jsae import lazy
 
 if TYPE_CHECKING:
+    from bridge.finetuning import FinetuneConfig, finetune
     from bridge.handover import to_jax, to_torch
     from bridge.hooks import capture, edit
     from bridge.nanochat.checkpoint import Nanochat, load
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from bridge.training import RunConfig, train
 
 _PLACES = {
+    "FinetuneConfig": "bridge.finetuning:FinetuneConfig",
     "InterpretableModel": "bridge.runtime:InterpretableModel",
     "Nanochat": "bridge.nanochat.checkpoint:Nanochat",
     "Run": "bridge.run:Run",
@@ -27,6 +29,7 @@ _PLACES = {
     "TorchSAE": "bridge.torch_sae:TorchSAE",
     "capture": "bridge.hooks:capture",
     "edit": "bridge.hooks:edit",
+    "finetune": "bridge.finetuning:finetune",
     "load": "bridge.nanochat.checkpoint:load",
     "load_sae": "bridge.torch_sae:load",
     "load_saes": "bridge.runtime:load_saes",
@@ -37,6 +40,7 @@ _PLACES = {
 """Where every public name is: module:name."""
 
 __all__ = [
+    "FinetuneConfig",
     "InterpretableModel",
     "Nanochat",
     "Run",
@@ -45,6 +49,7 @@ __all__ = [
     "TorchSAE",
     "capture",
     "edit",
+    "finetune",
     "load",
     "load_sae",
     "load_saes",

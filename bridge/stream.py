@@ -1,4 +1,4 @@
-"""Stream nanochat's activations on text to jax. Apart from `handover`, the only module that uses torch and jax."""
+"""Stream activations of a nanochat to jax. Beside `handover` and `bridge.finetuning`, all that uses torch and jax."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

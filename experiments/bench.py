@@ -12,6 +12,7 @@ from experiments import flags
 
 BENCHES: Mapping[str, str] = {
     "dashboard": "experiments.benches.dashboard",
+    "finetune": "experiments.benches.finetune",
     "gpu": "experiments.benches.gpu",
     "memory": "experiments.benches.memory",
     "peers": "experiments.benches.contest",

@@ -12,6 +12,8 @@ from jsae.config import TrainConfig
 from jsae.ops import Codes, Input, Latents, Ops
 from jsae.state import Acts, TrainState, input_and_target
 
+_LEAST_STRENGTH = 1e-3  # of a penalty that balances the loss: the controller of L0 multiplies it
+
 
 class Outputs(NamedTuple):
     """Loss, latents, error and statistics of a batch, or of a part of it."""
@@ -30,8 +32,13 @@ def update(
     acts: Acts,
     room: int | None = None,
     optimizer: optim.Optimizer | None = None,
+    output_gradient: Float[Array, "n o"] | None = None,
 ) -> tuple[TrainState, metrics.Sums]:
     """Return the state after one step on a batch, and the metric sums of the batch. Not compiled.
+
+    With an output gradient the step minimises the loss plus a further term, such as the KL divergence of a model that
+    reads the reconstruction. The term is linearised: only its gradient with respect to the reconstruction is needed,
+    which another framework may compute from `reconstruct`. It is not part of the loss in the metric sums.
 
     Args:
       config: the training configuration.
@@ -40,12 +47,15 @@ def update(
       acts: the batch.
       room: number of codes per token while k is annealed from above the SAE's k; None afterwards.
       optimizer: the optimiser; None: Adam.
+      output_gradient: gradient of the further term with respect to `reconstruct(config, ops, state, acts, room)`, in
+        the units of the activations; the term has the units of the loss. None: no such term.
     """
     sae, number, n = state.sae, state.step + 1, len(jax.tree.leaves(acts)[0])
     optimizer = optimizer or optim.make(config, sae.config, ops)
     context = _context(config, ops, state, number, room)
     gradients = _sparse_gradients if sae.sparse else _dense_gradients
-    sums, grads, statistics = gradients(config, state, acts, context)
+    pull = None if output_gradient is None else output_gradient * (n / 2 / state.scale_out)
+    sums, grads, statistics = gradients(config, state, acts, context, pull)
     new, opt = optimizer.apply(grads, state.opt, sae, state.rate, factor=2 / n)
     _move_statistics(new, sae, statistics, _statistics_rate(config, number))
     since_fired = dead.update(state.since_fired, sums.fired, n)
@@ -71,6 +81,54 @@ def update(
         ),
         sums,
     )
+
+
+def reconstruct(
+    config: TrainConfig, ops: Ops, state: TrainState, acts: Acts, room: int | None = None
+) -> Float[Array, "n o"]:
+    """Return the reconstruction that the loss of the next step is of, in the units of the activations. Not compiled.
+
+    Where training selects latents in a whole batch, this does too. Arguments are those of `update`.
+    """
+    sae, context = state.sae, _context(config, ops, state, state.step + 1, room)
+    if sae.config.aligned:
+        sae = jax.tree.map(jnp.copy, sae)
+        sae.align()
+    x, _ = _floats(state, acts)
+    latents, _ = sae.activate(x, context)
+    return sae.decode(latents, Input(x, context.scale).read(), ops) / state.scale_out
+
+
+def balanced_strength(
+    config: TrainConfig, ops: Ops, state: TrainState, acts: Acts, output_gradient: Float[Array, "n o"] | None = None
+) -> Float[Array, ""]:
+    """Return the strength at which the sparsity penalty balances the rest of the loss on a batch. Not compiled.
+
+    Where an SAE is trained, the gradients of its biases and thresholds vanish: those of the penalty, times its
+    strength, are minus those of the rest. The least squares solution is returned, 1 where the penalty has no gradient.
+    An exported SAE does not say how strong its penalty was; with this strength its L0 stays.
+
+    Args:
+      config: the training configuration.
+      ops: the implementation.
+      state: the state.
+      acts: the batch.
+      output_gradient: as of `update`, a part of the rest.
+    """
+    context = _context(config, ops, state, state.step + 1, None)
+    pull = None if output_gradient is None else output_gradient * (len(output_gradient) / 2 / state.scale_out)
+    gradients = _sparse_gradients if state.sae.sparse else _dense_gradients
+
+    def of_latents(strength: float) -> list[Array]:
+        _, grads, _ = gradients(config, state, acts, context._replace(strength=jnp.float32(strength)), pull)
+        return [getattr(grads, name)[...] for name in state.sae.initial_latents(state.sae.config)]
+
+    rest, whole = of_latents(0.0), of_latents(1.0)
+    penalty = [b - a for a, b in zip(rest, whole, strict=True)]
+    square = sum(jnp.vdot(g, g) for g in penalty)
+    product = sum(jnp.vdot(g, r) for g, r in zip(penalty, rest, strict=True))
+    balanced = -product / jnp.where(square > 0, square, 1)
+    return jnp.where(square > 0, jnp.maximum(balanced, _LEAST_STRENGTH), 1)
 
 
 def loss_of(
@@ -111,11 +169,16 @@ def _context(config: TrainConfig, ops: Ops, state: TrainState, number: Int[Array
 
 
 def _gradients(
-    state: TrainState, x: Float[Array, "n d"], y: Float[Array, "n o"], context: Context
+    state: TrainState,
+    x: Float[Array, "n d"],
+    y: Float[Array, "n o"],
+    context: Context,
+    pull: Float[Array, "n o"] | None = None,
 ) -> tuple[Outputs, Any]:
     """Return the outputs of the forward pass, and the gradients of n / 2 times the loss.
 
-    With this factor the gradient of the reconstruction is the error itself. Running statistics get no gradient.
+    With this factor the gradient of the reconstruction is the error itself, to which `pull` is added: a further
+    gradient of the scaled reconstruction, with the factor n / 2 of the whole batch. Running statistics get no gradient.
     """
     statistics = state.sae.initial_statistics(state.sae.config)
 
@@ -127,29 +190,30 @@ def _gradients(
         if sae.config.aligned:
             sae.align()
         loss, outputs = loss_of(sae, x, y * state.scale_out, context)
-        return loss * (len(x) / 2), outputs
+        total = loss * (len(x) / 2)
+        return (total if pull is None else total + jnp.vdot(pull, outputs.error)), outputs
 
     (_, outputs), grads = jax.value_and_grad(objective, has_aux=True)(state.sae)
     return outputs, grads
 
 
 def _sparse_gradients(
-    config: TrainConfig, state: TrainState, acts: Acts, context: Context
+    config: TrainConfig, state: TrainState, acts: Acts, context: Context, pull: Float[Array, "n o"] | None
 ) -> tuple[metrics.Sums, Any, dict[str, Array]]:
     """Return sums, gradients and statistics of a batch. AuxK is computed only while a latent is dead."""
     x, y = _floats(state, acts)
     is_dead = state.since_fired >= config.dead_window
     outputs, grads = context.ops.if_any(
         is_dead.any(),
-        lambda: _gradients(state, x, y, context._replace(dead=is_dead)),
-        lambda: _gradients(state, x, y, context),
+        lambda: _gradients(state, x, y, context._replace(dead=is_dead), pull),
+        lambda: _gradients(state, x, y, context, pull),
     )
     sums = _sums(state, acts, y, outputs, y.mean(0), context.ops)
     return sums, grads, outputs.statistics
 
 
 def _dense_gradients(
-    config: TrainConfig, state: TrainState, acts: Acts, context: Context
+    config: TrainConfig, state: TrainState, acts: Acts, context: Context, pull: Float[Array, "n o"] | None
 ) -> tuple[metrics.Sums, Any, dict[str, Array]]:
     """Return sums, gradients and statistics of a batch, added over parts of it.
 
@@ -159,13 +223,14 @@ def _dense_gradients(
     n, mean, sizes = len(y), y.mean(0), state.sae.config
     context = context._replace(dead=state.since_fired >= config.dead_window)
 
-    def part(acts: Acts) -> tuple[metrics.Sums, Any, dict[str, Array]]:
+    def part(arrays: tuple[Acts, Array | None]) -> tuple[metrics.Sums, Any, dict[str, Array]]:
+        acts, pull = arrays
         x, y = _floats(state, acts)
-        outputs, grads = _gradients(state, x, y, context)
+        outputs, grads = _gradients(state, x, y, context, pull)
         sums = _sums(state, acts, y, outputs, mean, context.ops)
         return sums, grads, {name: value * (len(y) / n) for name, value in outputs.statistics.items()}
 
-    return context.ops.sum_over_tokens(part, acts, sizes.d_in, sizes.d_sae, gradients=True)
+    return context.ops.sum_over_tokens(part, (acts, pull), sizes.d_in, sizes.d_sae, gradients=True)
 
 
 def _sums(

@@ -6,6 +6,7 @@ _NAMES = {
     "train": "RunConfig",
     "pretrain": "PretrainConfig",
     "steer": "SteerConfig",
+    "finetune": "FinetuneConfig",
     "collect": "CollectConfig",
     "evaluate": "EvaluateConfig",
     "explore": "ExploreConfig",

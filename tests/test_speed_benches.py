@@ -15,6 +15,7 @@ from bridge.training import device
 from experiments.bench import BENCHES
 from experiments.benches import (
     contest,
+    finetune,
     gpu,
     gpu_determinism,
     gpu_peers,
@@ -476,6 +477,9 @@ def test_every_measurement_shows_its_flags_without_torch_and_jax():
         (contest, {"architectures": ("abstopk",)}),
         (contest, {"autocast": True}),
         (contest, {"rounds": 1}),
+        (finetune, {"architectures": ("me",)}),
+        (finetune, {"objectives": ("l2",)}),
+        (finetune, {"tuning_activations": 100}),
         (memory, {"steps": 0}),
         (memory, {"trainers": ("me",)}),
         (stream, {"models": ("gpt2",)}),

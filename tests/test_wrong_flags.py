@@ -28,9 +28,11 @@ from jsae.settings import ConfigError
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = CONFIGS | {f"bench {name}": importlib.import_module(module).Config for name, module in bench.BENCHES.items()}
 ON_A_RUN = ("--run_dir=runs/x",)
-NEEDED = {"collect": ("--out=x",), "steer": ("--prompt=x", *ON_A_RUN)} | dict.fromkeys(
-    ("evaluate", "explore", "export", "publish"), ON_A_RUN
-)
+NEEDED = {
+    "collect": ("--out=x",),
+    "finetune": ("--sae=x", "--out=y"),
+    "steer": ("--prompt=x", *ON_A_RUN),
+} | dict.fromkeys(("evaluate", "explore", "export", "publish"), ON_A_RUN)
 NUMBERS = ("-1", "0", "1", "2147483648", str(2**63), "1e-320", "1e30", "nan", "inf", "-inf", "", "x", "9" * 5000)
 FINITE = ("nan", "inf", "-inf", "x", "9" * 5000)
 
@@ -107,12 +109,12 @@ def test_wrong_names_of_devices_are_refused_at_once(command, name, capsys):
     assert "cuda" in told
 
 
-@pytest.mark.parametrize("command", ["train", "pretrain", "steer", "evaluate", "explore"])
+@pytest.mark.parametrize("command", ["train", "finetune", "pretrain", "steer", "evaluate", "explore"])
 def test_a_gpu_that_is_not_there_is_told_of_before_anything_is_read_or_made(command, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     module = importlib.import_module(f"experiments.{command}")
-    place = "--out=" if command == "pretrain" else "--output_dir=" if command == "train" else "--run_dir="
+    place = {"pretrain": "--out=", "finetune": "--out=", "train": "--output_dir="}.get(command, "--run_dir=")
     arguments = [*NEEDED.get(command, ()), f"{place}{tmp_path}/none", "--device=cuda"]
     if command == "evaluate":
         (tmp_path / "none").mkdir()

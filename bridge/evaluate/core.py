@@ -61,7 +61,7 @@ def measure(
     variants = effects(site, sae, batches, mean, token_bytes)
     columns = latents.columns(sae, statistics)
     groups = {
-        **_preservation(variants),
+        **preservation(variants),
         **_activations(statistics, plain),
         "token_stats": {
             "total_tokens_eval_reconstruction": rows.size,
@@ -87,8 +87,8 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _preservation(variants: dict[str, Effect]) -> dict[str, dict[str, float]]:
-    """Return how well the model is preserved: divergence, loss and bits per byte."""
+def preservation(variants: dict[str, Effect]) -> dict[str, dict[str, float]]:
+    """Return how well the model is preserved, from `effects`: divergence, loss and bits per byte, with scores."""
     divergence = {name: effect.divergence for name, effect in variants.items()}
     loss = {name: effect.cross_entropy for name, effect in variants.items()}
     behavior = {f"kl_div_{name}": value for name, value in divergence.items() if name != "without_sae"}

@@ -45,7 +45,7 @@ def effects(
     (SAEBench's ablation also zeroes BOS.) Sinks that are not excluded count in the averages.
 
     Args:
-      site: the activation to replace, and the tokens at which to replace it.
+      site: the activation to replace, a transcoder's target, and the tokens at which to replace it.
       sae: of the model's width, on the model's device.
       batches: token ids, (rows, row_len) each.
       mean: the activation that mean ablation inserts.
@@ -54,21 +54,22 @@ def effects(
     Raises:
       ValueError: there are no tokens.
     """
-    model, hook_name = site.model, site.hook_name
+    model, hooks = site.model, (site.hook_name, *site.other_hooks)
     lengths = torch.as_tensor(token_bytes, device=site.device).long()
     constant = torch.as_tensor(mean, device=site.device)
     total = torch.zeros(len(VARIANTS), 6, dtype=torch.float64)
-    for forward_pass in site.passes([hook_name], batches, stop=False):
-        tokens, acts, mask = forward_pass.tokens, forward_pass.acts[hook_name], forward_pass.mask(hook_name)
+    for forward_pass in site.passes(hooks, batches, stop=False):
+        tokens, acts, mask = forward_pass.tokens, forward_pass.acts[hooks[-1]], forward_pass.mask(*hooks)
         base = forward_pass.logits.log_softmax(-1)
         probs = base.exp()
-        x = acts[mask]
+        x = forward_pass.acts[hooks[0]][mask]
         counts = ~among(tokens, site.excluded)
         total[0] += _sums(base, torch.zeros_like(counts, dtype=torch.float64), tokens, counts, lengths)
-        for i, new in enumerate((sae(x.float()), torch.zeros_like(x), constant.expand_as(x)), 1):
+        old = acts[mask]
+        for i, new in enumerate((sae(x.float()), torch.zeros_like(old), constant.expand_as(old)), 1):
             replaced = acts.clone()
             replaced[mask] = new.to(acts.dtype)
-            with edit(model, {hook_name: lambda _, replaced=replaced: replaced}):  # type: ignore[misc]
+            with edit(model, {hooks[-1]: lambda _, replaced=replaced: replaced}):  # type: ignore[misc]
                 log_probs = model(tokens).log_softmax(-1)
             divergence = (probs * (base - log_probs)).sum(-1).double()
             total[i] += _sums(log_probs, divergence, tokens, counts, lengths)

@@ -1,7 +1,7 @@
 """The end of a training run: export, evaluation of the exports, and a table of results for the user."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,13 +64,9 @@ def finish(
     """
     results: dict[Path, dict[str, dict[str, Any]]] = {}
     problems: list[str] = []
-    for trainee, (sae, scale, scale_out) in zip(trainees, saes, strict=True):
-        folder = Run(trainee.folder).sae_folder(trainee.name)
-        metadata = _metadata(config, trainee, origin)
-        export.write(folder, sae.config, sae.arrays(), scale, scale_out, metadata)
-        summary = _measure(trainee, folder, origin)
+    for trainee, sae in zip(trainees, saes, strict=True):
+        summary = write(trainee, sae, origin, metadata_of(config, trainee, origin))
         if "problem" in summary:
-            export.mark(folder, summary["problem"])
             problems.append(f"{trainee.label} ({summary['problem']})")
         results.setdefault(trainee.folder, {})[trainee.name] = summary
     for folder, summaries in results.items():
@@ -84,6 +80,20 @@ def finish(
         )
 
 
+def write(trainee: "Trainee", finished: Finished, origin: "Origin", metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Export an SAE and measure the export on held-out tokens; return its metrics.
+
+    An SAE of no use has a `problem` among the metrics and in the metadata.
+    """
+    folder = Run(trainee.folder).sae_folder(trainee.name)
+    sae, scale, scale_out = finished
+    export.write(folder, sae.config, sae.arrays(), scale, scale_out, metadata)
+    summary = _measure(trainee, folder, origin)
+    if "problem" in summary:
+        export.mark(folder, summary["problem"])
+    return summary
+
+
 def _measure(trainee: "Trainee", folder: Path, origin: "Origin") -> dict[str, Any]:
     """Measure an exported SAE, write its `sparsity.safetensors`, and return its metrics, with a `problem` if any."""
     sums = origin.measure(trainee, folder)
@@ -94,7 +104,7 @@ def _measure(trainee: "Trainee", folder: Path, origin: "Origin") -> dict[str, An
     return summary if problem is None else summary | {"problem": problem}
 
 
-def _metadata(config: "RunConfig", trainee: "Trainee", origin: "Origin") -> dict[str, Any]:
+def metadata_of(config: "RunConfig", trainee: "Trainee", origin: "Origin") -> dict[str, Any]:
     """Return the metadata that SAELens keeps of an SAE, and all that is needed to read the same activations again."""
     train = trainee.member.train
     metadata = {

@@ -79,23 +79,23 @@ class TextOrigin(Origin):
 
     def __init__(self, config: RunConfig, nano: Nanochat, sites: Sequence[tuple[str, ...]], data_shards: int | None):
         self._config, self._nano = config, nano
-        self._corpus, heldout = text.texts(config, nano, data_shards)
-        self.data_shards, self.own_shards = self._corpus.data_shards, self._corpus.own_shards
+        self.corpus, heldout = text.texts(config, nano, data_shards)
+        self.data_shards, self.own_shards = self.corpus.data_shards, self.corpus.own_shards
         self.name = (
             f"nanochat {config.checkpoint} ({nano.generation}, {nano.config.n_layer} layers of width "
             f"{nano.config.n_embd}) on {config.data!r}"
         )
-        self._rows = text.heldout_rows(config, heldout)
-        text.check_activations(config, nano, sites, self._rows)
-        text.check_data(Run(config.output_dir).path, self._corpus)
-        self._programs, reason = text.programs(config, nano, self._corpus, sites)
+        self.heldout = text.heldout_rows(config, heldout)
+        text.check_activations(config, nano, sites, self.heldout)
+        text.check_data(Run(config.output_dir).path, self.corpus)
+        self._programs, reason = text.programs(config, nano, self.corpus, sites)
         self.compiled = (None if self._programs is None else "blocks", reason)
-        corpus = self._corpus
+        corpus = self.corpus
         self.facts = {"model": nano.fingerprint, "data": corpus.fingerprint, "data_files": corpus.files}
 
     def source(self, sites: Sequence[tuple[str, ...]]) -> Any:
         """Return the stream of activations on the training text."""
-        return text.stream(self._config, self._nano, self._corpus, sites, self._programs)
+        return text.stream(self._config, self._nano, self.corpus, sites, self._programs)
 
     def measure(self, trainee: Trainee, folder: Path) -> metrics.Sums:
         """Run the model over held-out rows of text."""
@@ -109,9 +109,9 @@ class TextOrigin(Origin):
             config.tokens_per_forward,
             other_hooks=trainee.hooks[1:],
         )
-        size = self._rows.size
+        size = self.heldout.size
         with Progress(f"measuring {trainee.label}", size, "tokens") as progress, progress.tokens_of(nano.model):
-            return survey(site, sae, site.batches(self._rows)).sums
+            return survey(site, sae, site.batches(self.heldout)).sums
 
     def metadata(self) -> dict[str, Any]:
         """Return all that is needed to read the same activations again."""
@@ -120,12 +120,12 @@ class TextOrigin(Origin):
             "model_name": "nanochat-demo" if config.checkpoint == "demo" else nano.name,
             "model_class_name": "nanochat",
             "model_fingerprint": nano.fingerprint,
-            "context_size": self._rows.shape[1],
+            "context_size": self.heldout.shape[1],
             "exclude_special_tokens": list(excluded_ids(config.exclude_tokens, nano.tokenizer)),
             "drop_sinks": config.drop_sinks,
             "sink_norm_multiple": SINK_NORM_MULTIPLE if config.drop_sinks else None,
             "dataset_path": config.data,
-            "dataset_fingerprint": self._corpus.fingerprint,
+            "dataset_fingerprint": self.corpus.fingerprint,
         }
 
 

@@ -92,3 +92,13 @@ def test_a_run_is_served_and_steers_there(done, make_run):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert warnings_in(errors) == []
+
+
+def test_fine_tuning_lowers_the_divergence_of_the_models_output(tmp_path):
+    run, out = tmp_path / "run", tmp_path / "tuned"
+    sizes = {"batch_size": 1024, "heldout_tokens": 4096}
+    finish(start("experiments.train", output_dir=run, num_activations=65_536, k=8, expansion_factor=2, **sizes))
+    _, errors = finish(start("experiments.finetune", sae=run, out=out, num_activations=16_384, **sizes))
+    assert warnings_in(errors) == []
+    tuning = json.loads((out / "eval.json").read_text())[HOOKS[1]]["finetuning"]
+    assert tuning["after"]["kl"] < tuning["before"]["kl"]

@@ -6,6 +6,7 @@ average latent fires on. With k_aux = d_in / 2 a few hundred dead latents would 
 learn what all tokens have in common, and once they are alive they fire where they do not belong.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -14,6 +15,11 @@ from jsae.losses import squared_error
 from jsae.ops import Input, Ops
 
 _FEW = 128  # dead latents up to which the smaller of two products is enough
+
+
+def tokens_of(n: int, l0: float, d_sae: int) -> int:
+    """Return on how many of n tokens an average latent fires, at least 1."""
+    return min(max(round(n * l0 / d_sae), 1), n)
 
 
 def room(d_sae: int) -> int:
@@ -30,11 +36,17 @@ def decode_dead(
     dead: Bool[Array, " f"],
     tokens: int,
     step: Int[Array, ""] | int,
+    *,
+    lifted: bool = False,
 ) -> Float[Array, "n o"]:
     """Return the reconstruction by dead latents without a bias, each active on the tokens where it is largest.
 
     Negative pre-activations count as they are: otherwise a latent far below zero would never recover. Of more dead
     latents than there is room for, other ones are used in every step.
+
+    A latent with a threshold of its own does not come to life by becoming larger than others. `lifted` gives it the
+    values that it would have with a bias that lets it fire on these tokens, p - max(p of the other tokens); encoder and
+    decoder learn their directions, and the bias is left to `jsae.architectures.penalised.revival`.
 
     Args:
       ops: the implementation.
@@ -45,6 +57,7 @@ def decode_dead(
       dead: mask of the dead latents, (f,).
       tokens: number of tokens on which each is active.
       step: number of the training step.
+      lifted: whether values count from the largest of the tokens on which the latent is not active.
     """
     f, most = len(dead), room(len(dead))
     first = (step * most) % f
@@ -53,16 +66,22 @@ def decode_dead(
         (rows,) = jnp.nonzero(jnp.roll(dead, -first), size=size, fill_value=f)
         is_dead, rows = rows < f, (rows + first) % f
         pre = ops.pre_activations(inputs, W_enc[rows], b_enc[rows])
-        least = ops.top_k(lax.stop_gradient(pre).T, tokens).values.min(axis=1)
-        return ops.matmul(jnp.where(is_dead & (pre >= least), pre, 0), W_dec[rows])
+        count = min(tokens + lifted, len(pre))
+        least = ops.top_k(lax.stop_gradient(pre).T, count).values.min(axis=1)
+        values = jax.nn.relu(pre - least) if lifted else jnp.where(pre >= least, pre, 0)
+        return ops.matmul(jnp.where(is_dead, values, 0), W_dec[rows])
 
     if most <= _FEW:
         return decoded(most)
     return lax.cond(dead.sum() > _FEW, lambda: decoded(most), lambda: decoded(_FEW))
 
 
-def loss(y: Float[Array, "n o"], residual: Float[Array, "n o"], e_hat: Float[Array, "n o"]) -> Float[Array, ""]:
-    """Return Var(y) |e - e_hat|^2 / |e - mean(e)|^2 with e the detached residual; 0 where that has no variance.
+def loss(
+    y: Float[Array, "n o"], residual: Float[Array, "n o"], e_hat: Float[Array, "n o"], dead: Bool[Array, " f"]
+) -> Float[Array, ""]:
+    """Return Var(y) |e - e_hat|^2 / |e - mean(e)|^2 with e the detached residual.
+
+    It is 0 where no latent is dead, or the residual has no variance.
 
     In the paper both terms of the loss are relative to a variance, the squared error to that of the target. Here the
     squared error is not, and so AuxK is multiplied by the target's variance: their ratio is the same.
@@ -71,8 +90,10 @@ def loss(y: Float[Array, "n o"], residual: Float[Array, "n o"], e_hat: Float[Arr
       y: targets, (n, o).
       residual: the error of the reconstruction, e = y - y_hat, (n, o).
       e_hat: the reconstruction by dead latents (`decode_dead`), (n, o).
+      dead: mask of the dead latents, (f,).
     """
     e = lax.stop_gradient(residual)
     variance, of_target = (jnp.square(a - a.mean(0)).sum(-1).mean() for a in (e, y))
-    share = jnp.where(variance > 0, squared_error(e, e_hat) / jnp.where(variance > 0, variance, 1), 0)
+    is_any = dead.any() & (variance > 0)
+    share = jnp.where(is_any, squared_error(e, e_hat) / jnp.where(is_any, variance, 1), 0)
     return of_target * share

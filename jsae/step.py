@@ -14,6 +14,8 @@ from jsae.state import Acts, TrainState, input_and_target
 
 _LEAST_STRENGTH = 1e-3  # of a penalty that balances the loss: the controller of L0 multiplies it
 
+_LEAST_TOKENS = 512  # of a batch from which the loss of dead latents is estimated
+
 
 class Outputs(NamedTuple):
     """Loss, latents, error and statistics of a batch, or of a part of it."""
@@ -217,7 +219,7 @@ def _dense_gradients(
 ) -> tuple[metrics.Sums, Any, dict[str, Array]]:
     """Return sums, gradients and statistics of a batch, added over parts of it.
 
-    This is exact because every term of the loss is a mean over tokens.
+    This is exact because every term of the loss is a mean over tokens, but that for dead latents, which is added.
     """
     y = _floats(state, acts)[1]
     n, mean, sizes = len(y), y.mean(0), state.sae.config
@@ -230,7 +232,35 @@ def _dense_gradients(
         sums = _sums(state, acts, y, outputs, mean, context.ops)
         return sums, grads, {name: value * (len(y) / n) for name, value in outputs.statistics.items()}
 
-    return context.ops.sum_over_tokens(part, (acts, pull), sizes.d_in, sizes.d_sae, gradients=True)
+    sums, grads, statistics = context.ops.sum_over_tokens(part, (acts, pull), sizes.d_in, sizes.d_sae, gradients=True)
+    sums, grads = context.ops.if_any(
+        context.dead.any(), lambda: _with_dead(state, acts, context, sums, grads), lambda: (sums, grads)
+    )
+    return sums, grads, statistics
+
+
+def _with_dead(
+    state: TrainState, acts: Acts, context: Context, sums: metrics.Sums, grads: Any
+) -> tuple[metrics.Sums, Any]:
+    """Return sums and gradients with the term of the loss for dead latents, estimated from some of the tokens.
+
+    These are every second or fourth token of a batch that leaves 512 of them: this term has a pass of its own.
+    """
+    n = len(jax.tree.leaves(acts)[0])
+    every = next(every for every in (4, 2, 1) if every == 1 or n % (every * _LEAST_TOKENS) == 0)
+    x, y = _floats(state, jax.tree.map(lambda a: a[::every], acts))
+    y = y * state.scale_out
+
+    def objective(sae: SAE) -> Float[Array, ""]:
+        if sae.config.aligned:
+            sae.align()
+        latents, extra = sae.activate(x, context)
+        error = sae.decode(latents, Input(x, context.scale).read(), context.ops, minus=y)
+        term = sae.loss_of_dead(Forward(x, y, error, latents, extra, context))
+        return jnp.zeros(()) if term is None else term
+
+    loss, more = jax.value_and_grad(objective)(state.sae)
+    return sums._replace(loss=sums.loss + n * loss), jax.tree.map(lambda a, b: a + (n / 2) * b, grads, more)
 
 
 def _sums(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsae import losses
+from jsae import auxk, losses
 from jsae.ops import Cpu, Input, Ops, Reference, Xla
 
 OPS: dict[str, Ops] = {"cpu": Cpu(), "xla": Xla(), "reference": Reference()}
@@ -22,44 +22,49 @@ def weights(seed: int, f: int, d: int) -> tuple[jax.Array, ...]:
     return tuple(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
 
 
-def by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, k):
+def by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, tokens, lifted):
     e = np.asarray(residual, np.float64)
-    pre = np.where(dead, np.asarray((x - b_dec) @ W_enc.T + b_enc, np.float64), -np.inf)
+    pre = np.asarray((x - b_dec) @ W_enc.T + b_enc, np.float64)
     e_hat = np.zeros_like(e)
-    for n in range(len(e)):
-        for i in np.argsort(-pre[n])[: min(k, int(dead.sum()))]:
-            e_hat[n] += pre[n, i] * np.asarray(W_dec[i], np.float64)
+    for i in np.nonzero(dead)[0]:
+        order = np.argsort(-pre[:, i])
+        floor = pre[order[tokens], i] if lifted else 0
+        for n in order[:tokens]:
+            e_hat[n] += (pre[n, i] - floor) * np.asarray(W_dec[i], np.float64)
     share = np.square(e - e_hat).sum() / np.square(e - e.mean(0)).sum()
-    variance = np.square(np.asarray(x) - np.asarray(x).mean(0)).sum(1).mean()
-    return min(dead.sum() / k, 1) * variance * share
+    return np.square(np.asarray(x) - np.asarray(x).mean(0)).sum(1).mean() * share if dead.any() else 0
 
 
-def auxk(ops, inputs, residual, W_enc, b_enc, W_dec, dead, k) -> jax.Array:
+def aux(ops, inputs, residual, W_enc, b_enc, W_dec, dead, tokens=2, step=0, lifted=False) -> jax.Array:
     """The term as an SAE computes it, which reconstructs its input."""
-    return losses.auxk(inputs.x, residual, ops.decode_dead(inputs, W_enc, b_enc, W_dec, dead, k), dead, k)
+    e_hat = auxk.decode_dead(ops, inputs, W_enc, b_enc, W_dec, dead, tokens, step, lifted=lifted)
+    return auxk.loss(inputs.x, residual, e_hat, dead)
 
 
-@pytest.mark.parametrize("n_dead", [0, 2, 4, 5, 16])
-def test_auxk_equals_its_definition_for_no_few_and_many_dead_latents(ops, n_dead):
+@pytest.mark.parametrize("lifted", [False, True])
+@pytest.mark.parametrize("n_dead", [0, 2, 5, 16])
+def test_auxk_equals_its_definition_for_no_few_and_many_dead_latents(ops, n_dead, lifted):
     W_enc, b_enc, W_dec, b_dec, x, residual = weights(1, 16, 5)
     dead = np.arange(16) >= 16 - n_dead
-    ours = auxk(ops, Input(x, None, b_dec), residual, W_enc, b_enc, W_dec, jnp.asarray(dead), 4)
-    np.testing.assert_allclose(ours, by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, 4), rtol=1e-4)
+    ours = aux(ops, Input(x, None, b_dec), residual, W_enc, b_enc, W_dec, jnp.asarray(dead), lifted=lifted)
+    wanted = by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, 2, lifted)
+    np.testing.assert_allclose(ours, wanted, rtol=1e-4)
 
 
+@pytest.mark.parametrize("lifted", [False, True])
 @pytest.mark.parametrize("n_dead", [2, 9])
-def test_the_gradient_of_auxk_reaches_encoder_and_decoder_of_the_dead_only_and_not_the_residual(ops, n_dead):
+def test_the_gradient_of_auxk_reaches_encoder_and_decoder_of_the_dead_only_and_not_the_residual(ops, n_dead, lifted):
     W_enc, b_enc, W_dec, b_dec, x, residual = weights(2, 16, 5)
     dead = jnp.arange(16) < n_dead
 
-    def aux(residual, W_enc, b_enc, W_dec):
-        return auxk(ops, Input(x, None, b_dec), residual, W_enc, b_enc, W_dec, dead, 4)
+    def term(residual, W_enc, W_dec):
+        return aux(ops, Input(x, None, b_dec), residual, W_enc, b_enc, W_dec, dead, lifted=lifted)
 
-    to_residual, *to_weights = jax.grad(aux, (0, 1, 2, 3))(residual, W_enc, b_enc, W_dec)
+    to_residual, *to_weights = jax.grad(term, (0, 1, 2))(residual, W_enc, W_dec)
     assert not np.asarray(to_residual).any()
     for gradient in to_weights:
         assert np.isfinite(gradient).all()
-        assert np.asarray(gradient[:n_dead]).any()
+        assert np.asarray(gradient[:n_dead]).any(1).all()  # every dead latent has tokens
         assert not np.asarray(gradient[n_dead:]).any()
 
 
@@ -68,10 +73,9 @@ def test_auxk_and_the_squared_error_keep_their_ratio_where_activations_are_scale
     dead = jnp.arange(16) < 6
 
     def terms(factor):
-        aux = auxk(
-            ops, Input(factor * x, None, factor * b_dec), factor * residual, W_enc, factor * b_enc, W_dec, dead, 4
-        )
-        return aux / losses.mean_square(factor * residual)
+        inputs = Input(factor * x, None, factor * b_dec)
+        term = aux(ops, inputs, factor * residual, W_enc, factor * b_enc, W_dec, dead)
+        return term / losses.mean_square(factor * residual)
 
     np.testing.assert_allclose(terms(1.0), terms(7.0), rtol=1e-4)
 
@@ -79,12 +83,38 @@ def test_auxk_and_the_squared_error_keep_their_ratio_where_activations_are_scale
 def test_auxk_of_a_residual_that_is_zero_is_zero_with_a_finite_gradient(ops):
     W_enc, b_enc, W_dec, b_dec, x, residual = weights(3, 16, 5)
 
-    def aux(W_dec):
-        return auxk(ops, Input(x, None, b_dec), residual * 0, W_enc, b_enc, W_dec, jnp.zeros(16, bool), 4)
+    def term(W_dec):
+        return aux(ops, Input(x, None, b_dec), residual * 0, W_enc, b_enc, W_dec, jnp.ones(16, bool))
 
-    value, gradient = jax.value_and_grad(aux)(W_dec)
+    value, gradient = jax.value_and_grad(term)(W_dec)
     assert float(value) == 0
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("n_dead", [3, 130, 700, 1200])
+def test_all_dead_latents_have_a_turn_within_a_few_steps_however_many_they_are(n_dead):
+    f, d, n = 1200, 4, 32
+    keys = jax.random.split(jax.random.key(5), 4)
+    W_enc, W_dec, x, residual = (
+        jax.random.normal(key, s) for key, s in zip(keys, [(f, d), (f, d), (n, d), (n, d)], strict=True)
+    )
+    dead = jnp.zeros(f, bool).at[jax.random.permutation(jax.random.key(6), f)[:n_dead]].set(True)
+
+    @jax.jit
+    def gradient(step):
+        return jax.grad(lambda W: aux(Cpu(), Input(x), residual, W_enc, jnp.zeros(f), W, dead, step=step))(W_dec)
+
+    reached = [np.asarray(gradient(step)).any(1) for step in range(1, 5)]
+    for some in reached:
+        assert min(n_dead, auxk.room(f)) == some.sum() or n_dead > auxk.room(f) == some.sum()
+        assert not some[~np.asarray(dead)].any()
+    np.testing.assert_array_equal(np.any(reached, axis=0), dead)
+
+
+def test_an_average_latent_fires_on_its_share_of_the_tokens():
+    assert auxk.tokens_of(2048, 32.0, 1024) == 64
+    assert auxk.tokens_of(8, 1.0, 4096) == 1
+    assert auxk.tokens_of(8, 64.0, 64) == 8
 
 
 def test_l1_weighs_latents_by_their_decoder_norm():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from implementations import ALL, FAST, PIECES
 
+from jsae import auxk
 from jsae.ops import IMPLEMENTATIONS, PLAIN, AdamScalars, AdamSettings, Cpu, Input, Moments, Ops, Reference, Xla, choose
 from jsae.ops.cpu import sorting_order
 from jsae.ops.rows import divisor
@@ -175,15 +176,16 @@ def test_pre_activations_and_their_gradients_equal_the_reference(fast, centred, 
 # ---- dead latents --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_dead", [0, 1, 6, 7, 40])
-def test_dead_latents_decode_as_in_the_reference_whether_none_few_or_many_are_dead(fast, n_dead, sizes):
+@pytest.mark.parametrize("lifted", [False, True])
+@pytest.mark.parametrize("n_dead", [0, 1, 6, 40])
+def test_dead_latents_decode_as_in_the_reference_whether_none_few_or_many_are_dead(fast, n_dead, lifted, sizes):
     n, f, k, d = sizes
     W_enc, b_enc, W_dec = normal(1, f, d), normal(2, f), normal(3, f, d - 3)
     inputs, g = Input(normal(4, n, d), jnp.float32(0.7), normal(5, d)), normal(6, n, d - 3)
     dead = jnp.zeros(f, bool).at[jnp.arange(n_dead) * 2].set(True)
 
     def made(ops, W_enc, b_enc, W_dec):
-        e_hat = ops.decode_dead(inputs, W_enc, b_enc, W_dec, dead, k)
+        e_hat = auxk.decode_dead(ops, inputs, W_enc, b_enc, W_dec, dead, k, 3, lifted=lifted)
         return (e_hat * g).sum(), e_hat
 
     def gradients(ops):

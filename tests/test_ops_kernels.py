@@ -313,9 +313,9 @@ class Leaky(formulas.Rectified):
 
 
 STEPPED = {
-    "topk": sae_config("topk", 12, 40, k=4, aux_k=6),
-    "a transcoder": sae_config("topk", 12, 40, k=4, d_out=9, skip=True, aux_k=6),
-    "matryoshka": sae_config("matryoshka", 12, 40, k=4, nested_widths=(5, 20), aux_k=6),
+    "topk": sae_config("topk", 12, 40, k=4),
+    "a transcoder": sae_config("topk", 12, 40, k=4, d_out=9, skip=True),
+    "matryoshka": sae_config("matryoshka", 12, 40, k=4, nested_widths=(5, 20)),
     "abstopk": sae_config("abstopk", 12, 40, k=4),
     "relu": sae_config("relu", 12, 40, l1_coefficient=0.1),
     "gated": sae_config("gated", 12, 40, l1_coefficient=0.1),

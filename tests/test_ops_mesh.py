@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from jsae import axes
+from jsae import auxk, axes
 from jsae.formulas import GatedMagnitude, Rectified, TanhJump
 from jsae.ops import AdamScalars, AdamSettings, Codes, Cpu, Input, Moments, Reference, Sharded, Xla
 from jsae.settings import ConfigError
@@ -77,14 +77,17 @@ def test_selections_decodings_and_gradients_equal_those_of_one_device(ops, mesh,
     close(run(ops), run(Reference()), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("k", [3, 40])
-def test_dead_latents_decode_as_on_one_device_whether_few_or_many(ops, mesh, k):
-    x, W_enc, b_enc, W_dec = weights(mesh)
-    dead = on(mesh, jnp.arange(F) % 4 != 1, "f")
+@pytest.mark.parametrize("n_dead", [3, 200])
+@pytest.mark.parametrize("lifted", [False, True])
+def test_dead_latents_decode_as_on_one_device_whether_few_or_many(ops, mesh, n_dead, lifted):
+    f = 1024
+    x, W_enc = on(mesh, normal(0, N, D), "n", "d"), on(mesh, normal(1, f, D), "f", "d")
+    W_dec, b_enc = on(mesh, normal(2, f, D), "f", "d"), on(mesh, normal(3, f), "f")
+    dead = on(mesh, jnp.arange(f) % 5 < n_dead * 5 / f, "f")
 
     def run(ops):
         def loss(W_enc, b_enc, W_dec):
-            decoded = ops.decode_dead(Input(x), W_enc, b_enc, W_dec, dead, k)
+            decoded = auxk.decode_dead(ops, Input(x), W_enc, b_enc, W_dec, dead, 3, 2, lifted=lifted)
             return jnp.square(decoded).sum(), decoded
 
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(W_enc, b_enc, W_dec)

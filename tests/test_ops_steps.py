@@ -26,11 +26,11 @@ OTHERS: dict[str, Ops] = {
     "dense": Xla(decoding="dense"),
 }
 SPARSE = {
-    "topk": sae_config("topk", D, F, k=4, aux_k=5),
-    "batchtopk": sae_config("batchtopk", D, F, k=4, aux_k=5),
-    "matryoshka": sae_config("matryoshka", D, F, k=4, nested_widths=(24,), aux_k=5),
-    "abstopk": sae_config("abstopk", D, F, k=4, aux_k=5),
-    "transcoder": sae_config("topk", D, F, k=4, aux_k=5, d_out=8),
+    "topk": sae_config("topk", D, F, k=4),
+    "batchtopk": sae_config("batchtopk", D, F, k=4),
+    "matryoshka": sae_config("matryoshka", D, F, k=4, nested_widths=(24,)),
+    "abstopk": sae_config("abstopk", D, F, k=4),
+    "transcoder": sae_config("topk", D, F, k=4, d_out=8),
 }
 DENSE = {
     "relu": sae_config("relu", D, F, l1_coefficient=0.1),

@@ -27,8 +27,8 @@ ANNEALED = dataclasses.replace(RUN, k_start=12, k_anneal_fraction=1.0)
 # Another architecture, width, k, seed, learning rate or site each; sites 0 and 1 are layers, 2 the ends of a
 # transcoder, 3 the layers of a crosscoder.
 MEMBERS = (
-    Member(sae_config("topk", D, F, k=4, aux_k=6), RUN, 0),
-    Member(sae_config("topk", D, F, k=8, aux_k=6), dataclasses.replace(ANNEALED, seed=1, learning_rate=5e-3), 1),
+    Member(sae_config("topk", D, F, k=4), RUN, 0),
+    Member(sae_config("topk", D, F, k=8), dataclasses.replace(ANNEALED, seed=1, learning_rate=5e-3), 1),
     Member(sae_config("matryoshka", D, F, k=4, nested_widths=(8, 16)), dataclasses.replace(ANNEALED, seed=2), 0),
     Member(sae_config("jumprelu", D, F // 2, target_l0=5.0), dataclasses.replace(RUN, seed=3), 1),
     Member(sae_config("relu", D, F, skip=True, d_out=D), dataclasses.replace(RUN, average_fraction=0.2), 2),

@@ -233,6 +233,13 @@ class SAE(nnx.Module):
     def penalty(self, forward: Forward) -> Float[Array, ""]:
         """Return what the loss adds to the squared error."""
 
+    def loss_of_dead(self, forward: Forward) -> Float[Array, ""] | None:
+        """Return a term of the loss for dead latents that is no mean over tokens. A hook of dense architectures.
+
+        It is computed on a part of the batch, and only while a latent is dead. None is no such term.
+        """
+        return None
+
     @abc.abstractmethod
     def inference_arrays(self) -> Arrays:
         """Return the arrays of latents that the inference form `form` has, (f,) each, by SAELens's names."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jsae import formulas, losses
+from jsae import auxk, formulas, losses
 from jsae.architectures.base import SAE, Arrays, Context, Forward, SAEConfig
 from jsae.ops import Ops, selection
 from jsae.ops.formulas import PerLatent
@@ -19,6 +19,7 @@ from jsae.settings import WEIGHT, Range, number, require
 _TARGET = Range(1e-6, 2**28, "lie between 0 and d_sae, and be at least 1e-6")
 _BANDWIDTH = Range(1e-6, 1e6, "be finite and positive, from 1e-6 to 1e6")
 _LEAST_THRESHOLD = 1e-6  # of an SAE that training continues, in units where inputs have a mean square of 1
+_USUAL_L0 = 32  # assumed where L0 has no target
 _THRESHOLD = Range(1e-30, 1e30, "be finite and positive, from 1e-30 to 1e30")
 
 
@@ -34,6 +35,8 @@ class PenalisedConfig(SAEConfig):
     """A controller moves the sparsity penalty until this many latents are active per token."""
     revival_coefficient: float = number(2e-2, WEIGHT)
     """Weight of the loss that pulls the pre-activations of dead latents up to their thresholds."""
+    aux_coefficient: float = number(1 / 8, WEIGHT)
+    """Weight of AuxK (`jsae.auxk`), by which dead latents learn a direction before they fire again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +46,31 @@ class PenalisedConfig(SAEConfig):
         )
 
 
-class ReLU(SAE):
+class Penalised(SAE):
+    """The losses of dead latents, shared by the architectures with a penalty. Abstract."""
+
+    sparse = False
+    gate_bias: ClassVar[str] = "b_enc"
+    """The bias of the pre-activations that decide whether a latent fires."""
+
+    def loss_of_dead(self, forward: Forward) -> Float[Array, ""]:
+        """Return AuxK times its coefficient: dead latents learn directions of what the living left over."""
+        context, sizes = forward.context, self.config
+        e_hat = auxk.decode_dead(
+            context.ops,
+            self.inputs(forward.x, context),
+            self.W_enc[...],
+            jax.lax.stop_gradient(getattr(self, self.gate_bias)[...]),
+            self.W_dec[...],
+            context.dead,
+            auxk.tokens_of(len(forward.x), float(sizes.target_l0 or _USUAL_L0), sizes.d_sae),
+            context.step,
+            lifted=True,
+        )
+        return sizes.aux_coefficient * auxk.loss(forward.y, -forward.error, e_hat, context.dead)
+
+
+class ReLU(Penalised):
     """f = ReLU((x - b_dec) W_enc^T + b_enc), penalty  l1 * sum_i f_i |W_dec,i|.
 
     Bricken et al. 2023, "Towards monosemanticity"; the weighting by decoder norms from Conerly et al. 2024 (Anthropic,
@@ -52,7 +79,6 @@ class ReLU(SAE):
 
     name = "relu"
     form = "standard"
-    sparse = False
     maps = 1
 
     b_enc: nnx.Param[Float[Array, " f"]]
@@ -87,7 +113,7 @@ class ReLU(SAE):
         return {"b_enc": self.b_enc[...]}
 
 
-class Gated(SAE):
+class Gated(Penalised):
     """f = 1[pi > 0] * ReLU(h exp(r_mag) + b_mag)  with  h = (x - b_dec) W_enc^T  and  pi = h + b_gate.
 
     Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders" (arXiv 2404.16014),
@@ -97,9 +123,9 @@ class Gated(SAE):
 
     name = "gated"
     form = "gated"
-    sparse = False
     maps = 2
     biases = ("b_gate", "b_mag")
+    gate_bias = "b_gate"
 
     b_gate: nnx.Param[Float[Array, " f"]]
     b_mag: nnx.Param[Float[Array, " f"]]
@@ -141,7 +167,7 @@ class Gated(SAE):
         return {name: getattr(self, name)[...] for name in ("b_gate", "b_mag", "r_mag")}
 
 
-class JumpReLU(SAE):
+class JumpReLU(Penalised):
     """f = p * 1[p > theta]  with  p = (x - b_dec) W_enc^T + b_enc  and a learned threshold theta = exp(log_threshold).
 
     Two recipes. `tanh` (Anthropic, January 2025 update): penalty  l0 sum_i tanh(4 f_i |W_dec,i|), gradients of the jump
@@ -151,7 +177,6 @@ class JumpReLU(SAE):
 
     name = "jumprelu"
     form = "jumprelu"
-    sparse = False
     maps = 1
     control_gain = 2.0
     # Adam moves the logarithm of a threshold by at most the learning rate a step, far less than a direction turns.

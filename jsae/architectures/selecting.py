@@ -75,10 +75,10 @@ class Selecting(SAE):
             self.b_enc[...],
             self.W_dec[...],
             context.dead,
-            min(max(round(n * sizes.k / sizes.d_sae), 1), n),
+            auxk.tokens_of(n, float(sizes.k), sizes.d_sae),
             context.step,
         )
-        return sizes.aux_coefficient * auxk.loss(forward.y, -forward.error, e_hat)
+        return sizes.aux_coefficient * auxk.loss(forward.y, -forward.error, e_hat, context.dead)
 
 
 class TopK(Selecting):

@@ -401,6 +401,7 @@ HOOKS = {
     ("SAE", "batch_statistics"): "no statistics by default",
     ("SAE", "initialize_latents"): "nothing by default",
     ("SAE", "own_arrays"): "the same arrays by default",
+    ("SAE", "loss_of_dead"): "no such loss by default",
 }
 """Methods that a subclass may define again, because what they do by default is nothing."""
 

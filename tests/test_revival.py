@@ -1,4 +1,4 @@
-"""The loss that pulls the pre-activations of dead latents up to their thresholds, against its definition."""
+"""The losses of dead latents: the pull of pre-activations up to thresholds, and AuxK of dense architectures."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from alone import begin, fit
 
 from jsae import step
-from jsae.architectures import SAE, Context, make, sae_config
+from jsae.architectures import SAE, Context, Forward, make, sae_config
 from jsae.config import TrainConfig
 from jsae.ops import choose
 
@@ -99,3 +99,24 @@ def test_a_latent_is_dead_after_a_share_of_the_run_or_after_the_given_time():
     assert window(2 * 10**9) == 10_000_000, "as in Gao et al. 2024"
     assert window(1) == 1
     assert window(1_000_000, dead_after=77) == 77
+
+
+@pytest.mark.parametrize(("n", "every"), [(510, 1), (512, 1), (1024, 2), (1536, 1), (2048, 4), (8192, 4)])
+def test_auxk_is_estimated_from_a_part_of_a_large_batch(n, every):
+    acts = jax.random.normal(jax.random.key(4), (n, D))
+    config = sae_config("relu", D, F, aux_coefficient=0.5, revival_coefficient=0.0)
+    run = TrainConfig(num_activations=200 * n, batch_size=n, learning_rate=0.03, dead_after=1)
+    state = begin(config, run, acts)._replace(since_fired=jnp.arange(F) % 4)  # all but a quarter are dead
+
+    def loss_of_step(since_fired):
+        after = jax.jit(lambda state: step.update(run, choose(), state, acts))(state._replace(since_fired=since_fired))
+        return float(after[1].loss / n)
+
+    part = acts[::every]
+    context = Context(choose(), training=True, dead=state.since_fired >= 1, scale=state.scale, step=1)
+    latents, extra = state.sae.activate(part, context)
+    error = state.sae.decode(latents, part * state.scale, context.ops) - part * state.scale
+    expected = state.sae.loss_of_dead(Forward(part, part * state.scale, error, latents, extra, context))
+    assert float(expected) > 0.1
+    added = loss_of_step(state.since_fired) - loss_of_step(jnp.zeros(F, jnp.int32))
+    np.testing.assert_allclose(added, expected, rtol=1e-3)

@@ -22,6 +22,10 @@ HOOK = "blocks.10.hook_resid_post"
 KERNELS = Gpu("bfloat16")
 
 
+CODES = 24 * N * K + 4 * 4 * N * (F // 8)
+"""Bytes of the codes, and of the dead latents that learn in a step."""
+
+
 def member(architecture: str = "topk", n: int = N, d_sae: int = F, site: int = 0, **settings) -> Member:
     own = {"k": K} if architecture in ("topk", "batchtopk", "abstopk") else {}
     average = settings.pop("average_fraction", None)
@@ -38,7 +42,7 @@ def test_a_step_of_the_reference_size_fits_4_gib_and_its_parts_are_the_arrays():
     assert found.state == 3 * WEIGHTS
     assert found.saved == 0
     assert found.gradients == 5 * WEIGHTS
-    assert found.latents == 2 * KERNELS.encode_chunk(N, D, F) * F + 24 * N * (K + D // 2)
+    assert found.latents == 2 * KERNELS.encode_chunk(N, D, F) * F + CODES
     assert 2.9 * 0.8 * GIB < found.total < 2.9 * 1.2 * GIB  # measured on an H100: 2.9
     wide = need(member(d_sae=131072), ops=KERNELS, saving=False)
     assert 11.6 * 0.8 * GIB < wide.total < 11.6 * 1.2 * GIB  # measured: 11.6
@@ -50,8 +54,7 @@ def test_a_batch_that_is_encoded_at_once_holds_all_pre_activations():
 
 
 def test_float32_needs_twice_the_pre_activations():
-    pairs = 24 * N * (K + D // 2)
-    assert need(member(), ops=Gpu("float32")).latents - pairs == 2 * (need(member()).latents - pairs)
+    assert need(member(), ops=Gpu("float32")).latents - CODES == 2 * (need(member()).latents - CODES)
 
 
 def test_a_dense_architecture_holds_the_latents_of_a_part():

@@ -27,7 +27,7 @@ _SPARSE_WEIGHTS, _DENSE_WEIGHTS = 5.0, 1.5
 """Weights of one SAE that a step holds beside them: gradients of both losses, rounded ones, copies for branches. The
 first is fitted to what TopK needs on an H100: 2.9 GiB with 20,480 latents, 11.6 with 131,072."""
 _DENSE = 4
-"""Arrays of the latents of a part in float32 that a step of a dense architecture holds."""
+"""Arrays in float32 that a step holds of the latents of a part in a dense architecture, and of those with AuxK."""
 _XLA_DENSE, _XLA_AT_ONCE = 4, 10
 """Arrays of all pre-activations, and of the rows of all codes, that a sparse step without kernels holds."""
 _LIBRARIES = 2**26  # workspaces of products

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.benches import peers, quality, quality_search, quality_subjects, quality_tables, smollm2_peer
+from experiments.benches import (
+    peers,
+    quality,
+    quality_search,
+    quality_sides,
+    quality_subjects,
+    quality_tables,
+    smollm2_peer,
+)
 from experiments.benches.quality_config import OURS, RECIPES
 from experiments.benches.quality_contest import BEST, NOTHING, OWN, Contest
 from jsae.architectures import find
@@ -124,6 +132,27 @@ def test_the_best_rate_is_trained_with_every_seed_and_one_that_diverges_is_not_i
     assert peer["rate"] is None or peer["rate"] > 0.5
     assert 0.5 not in [t["rate"] for t in peer["tried"]]
     assert peer["scores"]["fvu"]["min"] < peer["scores"]["fvu"]["max"]
+
+
+def test_dead_latents_are_counted_on_held_out_text_and_on_that_of_the_training(tmp_path):
+    from jsae import export
+    from jsae.architectures import sae_config
+
+    config = sae_config("relu", 3, 4)
+    weights = {
+        "W_enc": np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [-1, -1, -1]], np.float32),
+        "W_dec": np.eye(4, 3, dtype=np.float32) + np.eye(4, 3, -1, dtype=np.float32),
+        "b_dec": np.zeros(3, np.float32),
+        "b_enc": np.zeros(4, np.float32),
+    }
+    export.write(tmp_path / "sae", config, weights, 1.0, 1.0, {})
+    train = np.tile(np.array([[1, 0, 0], [0, 1, 0]], np.float32), (9_000, 1))  # more than are scored at once
+    train[-1, 2] = 1
+    np.save(tmp_path / "train.npy", train)
+    heldout = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32) * [1, 0, 0]
+    scores = quality_sides.score(tmp_path / "sae", tmp_path, heldout.astype(np.float32))
+    assert scores["dead_fraction"] == 0.5  # the second and the third
+    assert scores["dead_in_training"] == 0.25  # the last one
 
 
 def test_an_export_that_computes_something_else_than_its_library_is_refused(contest):

@@ -26,7 +26,7 @@ _NEAR, _FAR = math.log(1.06), math.log(1.7)
 _APART = 1.25
 """Factor on k, or on the strength, of a second SAE that is trained for that."""
 
-_MEASURED = ("l0", "dead_fraction", "dead_latents", "true_l0", "seconds")
+_MEASURED = ("l0", "dead_fraction", "dead_in_training", "dead_latents", "true_l0", "seconds")
 """Scores that are reported as they were measured; the others are interpolated to the target L0."""
 
 OWN, BEST, NOTHING = "own", "best", "nothing"

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+    from bridge import TorchSAE
     from jsae import TrainConfig
     from jsae.architectures import SAEConfig
     from jsae.synthetic import SyntheticWorld
 
-_CHUNK = 8192  # held-out activations per batch of the scoring
+_CHUNK = 8192  # activations per batch of the scoring
+_TRAINED = 65_536  # of the last activations of training, on which dead latents are counted too
 _TOLERANCE = 1e-4  # mean error over the norm: a latent at its threshold may be active on one side only
 
 
@@ -95,7 +97,11 @@ def _batches(job: dict[str, Any], acts: np.ndarray) -> Iterator[Any]:
 
 
 def score(folder: Path, activations: Path, heldout: np.ndarray) -> dict[str, float]:
-    """Return FVU, L0 and dead fraction of an exported SAE on held-out activations.
+    """Return FVU, L0 and dead latents of an exported SAE on held-out activations, and its dead latents in training.
+
+    Held-out text is other documents: a latent of a word that stands in one document only is silent there without being
+    dead. So `dead_fraction` counts latents that no held-out activation makes fire, and `dead_in_training` those that
+    none of the last activations of the training makes fire.
 
     Args:
       folder: of the SAE, from any trainer.
@@ -105,6 +111,7 @@ def score(folder: Path, activations: Path, heldout: np.ndarray) -> dict[str, flo
     Raises:
       ValueError: the export reconstructs differently from the library that trained it.
     """
+    import numpy as np
     import torch
 
     from bridge import torch_sae
@@ -124,7 +131,19 @@ def score(folder: Path, activations: Path, heldout: np.ndarray) -> dict[str, flo
             )
             total = sums if total is None else metrics.add(total, sums)
     summary = metrics.summarize(total)
-    return {name: summary[name] for name in ("fvu", "l0", "dead_fraction")}
+    scores = {name: summary[name] for name in ("fvu", "l0", "dead_fraction")}
+    return scores | {"dead_in_training": _dead(sae, np.load(activations / "train.npy", mmap_mode="r")[-_TRAINED:])}
+
+
+def _dead(sae: TorchSAE, acts: np.ndarray) -> float:
+    """Return the fraction of latents that fire on none of some activations."""
+    import torch
+
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
+    with torch.no_grad():
+        for start in range(0, len(acts), _CHUNK):
+            fired |= (sae.encode(torch.from_numpy(acts[start : start + _CHUNK].copy())) != 0).any(0)
+    return float((~fired).float().mean())
 
 
 def check(folder: Path, activations: Path) -> None:

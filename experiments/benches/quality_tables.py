@@ -12,7 +12,7 @@ from experiments.benches.quality_contest import NOTHING, OWN
 if TYPE_CHECKING:
     from rich.console import Console
 
-_WIDTH = 180
+_WIDTH = 200
 """Characters that a line of the tables needs."""
 
 COLUMNS: Mapping[str, tuple[str, str, bool]] = {
@@ -24,7 +24,8 @@ COLUMNS: Mapping[str, tuple[str, str, bool]] = {
     "uniqueness": ("unique", ".3f", False),
     "loss_recovered": ("loss recovered", ".4f", True),
     "l0": ("L0", ".1f", False),
-    "dead_fraction": ("dead latents", ".1%", False),
+    "dead_fraction": ("dead held-out", ".1%", False),
+    "dead_in_training": ("dead in training", ".1%", False),
     "seconds": ("seconds", ".1f", True),
 }
 """By score: its heading, its format, and whether the range is shown."""

@@ -10,7 +10,7 @@ from jsae import axes, loop
 from jsae.config import TrainConfig
 from jsae.testing.collectives import collectives
 
-SIZE = shapes.Size(48, 1536, 8, 1024)
+SIZE = shapes.Size(96, 1536, 8, 1024)
 MESHES = {"2x1": (2, 1), "1x2": (1, 2), "2x2": (2, 2), "1x4": (1, 4)}
 ARCHITECTURES = ("topk", "batchtopk", "abstopk", "matryoshka", "relu", "gated", "jumprelu")
 

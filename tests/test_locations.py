@@ -21,6 +21,7 @@ NEEDED = {
     "explore": {"run_dir": "runs/x"},
     "export": {"run_dir": "runs/x"},
     "publish": {"run_dir": "runs/x"},
+    "finetune": {"sae": "runs/x", "out": "runs/y"},
 }
 PATHS = [
     (command, name)

@@ -354,7 +354,7 @@ def test_settings_of_another_architecture_are_refused():
 
 
 def test_classes_are_abstract_or_final_and_override_nothing_but_hooks():
-    hooks = {"initial_statistics", "batch_statistics", "initialize_latents", "own_arrays"}
+    hooks = {"initial_statistics", "batch_statistics", "initialize_latents", "own_arrays", "loss_of_dead"}
     for architecture in ARCHITECTURES.values():
         assert not any("Config" in vars(base) for base in architecture.__mro__[1:] if base is not SAE)
         for base in architecture.__mro__[: architecture.__mro__.index(SAE)]:

@@ -169,7 +169,7 @@ def test_on_a_synthetic_world_the_recovery_chooses(contest, folder, tmp_path):
     on = quality_subjects.synthetic(tmp_path, world, train=3200, heldout=2000, chosen_by="f1")
     assert np.load(tmp_path / "train.npy").shape == (3200, 128)
     rates = {"rate": 0.02, "rate_range": (0.01, 0.04), "steps": (2,), "next_steps": ()}
-    both = contest(on=on, trainers=(OURS,), **rates)
+    both = contest(on=on, trainers=(OURS,), tolerance=0.5, **rates)  # of L0, which so short runs miss
     ours, default = both.rows("batchtopk")
     assert (ours["chosen_by"], default["chosen_by"]) == ("f1 at L0 4", None)
     tried = {t["rate"]: t["f1"] for t in ours["tried"]}

@@ -6,7 +6,7 @@ candidate of every shard of latents: each device holds the codes of its own late
 - over `latent`: the activations of the tokens whose latents are divided; the values of candidates to the device that
   compares those of a token, and its answers back; the decoding of every token, added up (n/data, o);
 - over `data`: the gradients of this device's latents, added up; counts of latents that fired;
-- over both: thresholds of a batch, as counts; sums of metrics.
+- over both: thresholds of a batch, as counts; sums of metrics; while latents are dead, their largest pre-activations.
 
 Weights, pre-activations and codes stay where they are. What is elementwise or a product the compiler partitions itself.
 """

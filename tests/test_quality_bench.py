@@ -6,6 +6,8 @@ import math
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -94,6 +96,23 @@ def test_activations_are_written_once_and_scored_on_others(subject, folder):
     assert heldout.shape == (600, 128)
     assert not np.isin(heldout[:, 0], acts[:, 0]).all()
     assert 0 < rows.size <= 600
+
+
+def test_programs_are_compiled_once_and_the_cache_is_left_as_it_was():
+    def program(factor):
+        return jax.jit(lambda x: x * factor + 1)(jnp.arange(7.0))
+
+    for _ in range(2):  # the second time in another folder
+        with quality_sides.compiled_once():
+            folder = Path(jax.config.jax_compilation_cache_dir)
+            program(3)
+            count = len(list(folder.iterdir()))
+            assert count > 0
+            program(3)
+            assert len(list(folder.iterdir())) == count
+        assert jax.config.jax_compilation_cache_dir is None
+        assert not folder.exists()
+        program(4)
 
 
 def test_both_sides_are_trained_and_scored_alike(contest):

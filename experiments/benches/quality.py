@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from experiments.benches import peers, quality_subjects, quality_tables, timing
+from experiments.benches import peers, quality_sides, quality_subjects, quality_tables, timing
 from experiments.benches.quality_config import SUBJECTS, Config, Plan
 from experiments.benches.quality_contest import Contest
 from experiments.benches.quality_subjects import Subject
@@ -46,7 +46,7 @@ def main(config: Config) -> int:
     versions: dict[str, str] = {}
     for name in config.subjects:
         report(f"{name}: the {SUBJECTS[name]}")
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, quality_sides.compiled_once():
             subject, plan = lay_out(name, config, Path(scratch), python)
             with contest_of(plan, subject, Path(scratch), python, report) as (versions, contest):
                 results = []

@@ -98,7 +98,7 @@ class Contest:
         finite = [t for t in tried if t.scores]
         if not finite:
             return {"trainer": recipes[0].trainer, "recipe": recipes[0].name, "failed": "every run diverged"}
-        close = [t for t in finite if self._is_close(t.l0)] or finite
+        close = [t for t in finite if self._is_comparable(t)] or finite
         best = min(close, key=lambda t: self._cost(t, [s for s in finite if _same_setting(s, t)]))
         return self._figures(best, tried, OWN if best.rate is None else BEST)
 
@@ -125,7 +125,7 @@ class Contest:
             "chosen": chosen,
             "chosen_by": None if chosen == NOTHING else f"{self._subject.chosen_by} at L0 {searched_at}",
             "target_l0": self._plan.k,
-            "missed": any(quality_search.distance(f["l0"], target) > quality_search.FARTHEST for f in finals),
+            "missed": any(self._is_far(f["l0"]) for f in finals),
             "rate": best.rate,
             "coefficient": best.coefficient,
             "diverged_seeds": len(seeds) - len(finals),
@@ -214,11 +214,19 @@ class Contest:
         other = min(others, key=lambda t: quality_search.distance(t.l0, self._plan.k), default=None)
         slopes = quality_search.slopes(trained.scores, other.scores) if other else {}
         moved = quality_search.at_l0(trained.scores, slopes, float(self._plan.k), {self._subject.chosen_by})
-        away = 0 if self._is_close(trained.l0) else quality_search.distance(trained.l0, self._plan.k)
+        away = 0 if self._is_comparable(trained) else quality_search.distance(trained.l0, self._plan.k)
         return self._subject.cost(moved) + away
+
+    def _is_comparable(self, trained: Trained) -> bool:
+        """Return whether L0 is close to the target, or below it where k leaves it there: few scores gain by that."""
+        below = not trained.recipe.is_penalised and trained.l0 < self._plan.k
+        return self._is_close(trained.l0) or (below and not self._is_far(trained.l0))
 
     def _is_close(self, l0: float) -> bool:
         return abs(l0 / self._plan.k - 1) <= self._plan.tolerance
+
+    def _is_far(self, l0: float) -> bool:
+        return quality_search.distance(l0, float(self._plan.k)) > quality_search.FARTHEST
 
     # ---- one SAE --------------------------------------------------------------------------------------------------
 

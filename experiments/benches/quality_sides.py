@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,31 @@ if TYPE_CHECKING:
 _CHUNK = 8192  # activations per batch of the scoring
 _TRAINED = 65_536  # of the last activations of training, on which dead latents are counted too
 _TOLERANCE = 1e-4  # mean error over the norm: a latent at its threshold may be active on one side only
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """Keep compiled programs on the disk meanwhile: SAEs that differ by rate or seed alone share theirs.
+
+    A cache that the user has configured stays.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        compilation_cache.reset_cache()
+        try:
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+            compilation_cache.reset_cache()  # jax would go on writing to the folder
 
 
 def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:

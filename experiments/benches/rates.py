@@ -68,7 +68,7 @@ def main(config: Config) -> int:
     python = peers.trainers(config.peer_env) if "smollm2" in config.subjects else Path("python")
     console, found = Console(), {}
     for name in config.subjects:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, quality_sides.compiled_once():
             subject, plan = quality.lay_out(name, config.quality(), Path(scratch), python)
             rows = []
             with Progress(name, len(config.architectures), "architectures") as progress:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bridge.locations import FilePath
 from bridge.settings import flag
-from experiments.benches import peers, quality, quality_subjects, quality_tables, timing
+from experiments.benches import peers, quality, quality_sides, quality_subjects, quality_tables, timing
 from experiments.benches.quality_config import (
     ARCHITECTURES,
     OURS,
@@ -133,7 +133,11 @@ def main(config: Config) -> int:
     report = functools.partial(console.print, soft_wrap=True, highlight=False)
     world = SyntheticWorld(config.preset)
     tables: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch, _contest(sizes, world, Path(scratch), report) as (versions, contest):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        quality_sides.compiled_once(),
+        _contest(sizes, world, Path(scratch), report) as (versions, contest),
+    ):
         total = len(sizes.l0s) * len(config.architectures)
         with Progress("training and scoring", total, "architectures") as progress:
             for l0 in sizes.l0s:

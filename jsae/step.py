@@ -56,7 +56,7 @@ def update(
     optimizer = optimizer or optim.make(config, sae.config, ops)
     context = _context(config, ops, state, number, room)
     gradients = _sparse_gradients if sae.sparse else _dense_gradients
-    pull = None if output_gradient is None else output_gradient * (n / 2 / state.scale_out)
+    pull = _pull(state, output_gradient)
     sums, grads, statistics = gradients(config, state, acts, context, pull)
     new, opt = optimizer.apply(grads, state.opt, sae, state.rate, factor=2 / n)
     _move_statistics(new, sae, statistics, _statistics_rate(config, number))
@@ -118,7 +118,7 @@ def balanced_strength(
       output_gradient: as of `update`, a part of the rest.
     """
     context = _context(config, ops, state, state.step + 1, None)
-    pull = None if output_gradient is None else output_gradient * (len(output_gradient) / 2 / state.scale_out)
+    pull = _pull(state, output_gradient)
     gradients = _sparse_gradients if state.sae.sparse else _dense_gradients
 
     def of_latents(strength: float) -> list[Array]:
@@ -168,6 +168,11 @@ def _context(config: TrainConfig, ops: Ops, state: TrainState, number: Int[Array
         limit=None if room is None else _annealed_k(config, sae.config.k, number),
         scale=state.scale,
     )
+
+
+def _pull(state: TrainState, output_gradient: Float[Array, "n o"] | None) -> Float[Array, "n o"] | None:
+    """Return a gradient of the scaled reconstruction with the factor n / 2, as `_gradients` adds it."""
+    return None if output_gradient is None else output_gradient * (len(output_gradient) / 2 / state.scale_out)
 
 
 def _gradients(

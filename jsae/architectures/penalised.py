@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jsae import auxk, formulas, losses
-from jsae.architectures.base import SAE, Arrays, Context, Forward, SAEConfig
+from jsae import formulas, losses
+from jsae.architectures.base import Arrays, Context, Forward, SAEConfig
+from jsae.architectures.reviving import Reviving
 from jsae.ops import Ops, selection
 from jsae.ops.formulas import PerLatent
 from jsae.settings import WEIGHT, Range, number, require
@@ -46,7 +47,7 @@ class PenalisedConfig(SAEConfig):
         )
 
 
-class Penalised(SAE):
+class Penalised(Reviving):
     """The losses of dead latents, shared by the architectures with a penalty. Abstract."""
 
     sparse = False
@@ -54,20 +55,9 @@ class Penalised(SAE):
     """The bias of the pre-activations that decide whether a latent fires."""
 
     def loss_of_dead(self, forward: Forward) -> Float[Array, ""]:
-        """Return AuxK times its coefficient: dead latents learn directions of what the living left over."""
-        context, sizes = forward.context, self.config
-        e_hat = auxk.decode_dead(
-            context.ops,
-            self.inputs(forward.x, context),
-            self.W_enc[...],
-            jax.lax.stop_gradient(getattr(self, self.gate_bias)[...]),
-            self.W_dec[...],
-            context.dead,
-            auxk.tokens_of(len(forward.x), float(sizes.target_l0 or _USUAL_L0), sizes.d_sae),
-            context.step,
-            lifted=True,
-        )
-        return sizes.aux_coefficient * auxk.loss(forward.y, -forward.error, e_hat, context.dead)
+        """Return AuxK of values without a gradient to the bias, which the pull up to thresholds moves."""
+        bias = jax.lax.stop_gradient(getattr(self, self.gate_bias)[...])
+        return self.auxk(forward, bias, float(self.config.target_l0 or _USUAL_L0), lifted=True)
 
 
 class ReLU(Penalised):

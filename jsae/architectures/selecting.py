@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jsae import auxk, losses
-from jsae.architectures.base import SAE, Arrays, Context, Forward, SAEConfig, Statistic
+from jsae import losses
+from jsae.architectures.base import Arrays, Context, Forward, SAEConfig, Statistic
+from jsae.architectures.reviving import Reviving
 from jsae.ops import Codes, Latents, Select
 from jsae.settings import WEIGHT, number, require
 
@@ -39,7 +40,7 @@ class SelectingConfig(SAEConfig):
         )
 
 
-class Selecting(SAE):
+class Selecting(Reviving):
     """Sparse codes and AuxK, shared by the architectures that select latents. Abstract."""
 
     sparse: ClassVar[bool] = True
@@ -62,23 +63,11 @@ class Selecting(SAE):
             by_token=by_token,
         )
 
-    def auxk(self, forward: Forward) -> Float[Array, ""]:
-        """Return AuxK times its coefficient: dead latents learn what the living left over."""
-        context = forward.context
-        if context.dead is None:
+    def of_dead(self, forward: Forward) -> Float[Array, ""]:
+        """Return AuxK, or 0 where it is known that no latent is dead."""
+        if forward.context.dead is None:
             return jnp.zeros(())
-        n, sizes = len(forward.y), self.config
-        e_hat = auxk.decode_dead(
-            context.ops,
-            self.inputs(forward.x, context),
-            self.W_enc[...],
-            self.b_enc[...],
-            self.W_dec[...],
-            context.dead,
-            auxk.tokens_of(n, float(sizes.k), sizes.d_sae),
-            context.step,
-        )
-        return sizes.aux_coefficient * auxk.loss(forward.y, -forward.error, e_hat, context.dead)
+        return self.auxk(forward, self.b_enc[...], float(self.config.k))
 
 
 class TopK(Selecting):
@@ -129,7 +118,7 @@ class TopK(Selecting):
     def penalty(self, forward: Forward) -> Float[Array, ""]:
         """Return AuxK, and what turns the squared error into its mean over the sparsities of `hierarchical_k`."""
         inner = self.config.inner_k
-        return self.auxk(forward) + (self._hierarchy(forward, inner) if inner else 0)
+        return self.of_dead(forward) + (self._hierarchy(forward, inner) if inner else 0)
 
     def _hierarchy(self, forward: Forward, inner: tuple[int, ...]) -> Float[Array, ""]:
         """Return the mean over sparsities of the squared error, less that of the largest.
@@ -168,7 +157,7 @@ class AbsTopK(Selecting):
 
     def penalty(self, forward: Forward) -> Float[Array, ""]:
         """Return AuxK."""
-        return self.auxk(forward)
+        return self.of_dead(forward)
 
     def inference_arrays(self) -> Arrays:
         """Return the encoder bias."""
@@ -225,7 +214,7 @@ class BatchTopK(BatchSelecting):
 
     def penalty(self, forward: Forward) -> Float[Array, ""]:
         """Return AuxK."""
-        return self.auxk(forward)
+        return self.of_dead(forward)
 
 
 class Matryoshka(BatchSelecting):
@@ -270,7 +259,7 @@ class Matryoshka(BatchSelecting):
         inner = self.config.all_widths[:-1]
         codes: Codes = forward.latents  # type: ignore[assignment]  # sparse
         parts = forward.context.ops.decode_levels(codes, self.W_dec[...], inner, len(forward.y))
-        return losses.nested(forward.y, parts, self.b_dec[...]) + self.auxk(forward)
+        return losses.nested(forward.y, parts, self.b_dec[...]) + self.of_dead(forward)
 
 
 def _frozen(numbers: Any) -> Any:

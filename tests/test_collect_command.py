@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import file_limit
 import numpy as np
 import pytest
+import python_text
 import torch
 
 import bridge.nanochat
@@ -37,10 +37,7 @@ def nano():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Forty files of Python."""
-    folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:80:2]:
-        shutil.copy(path, folder)
-    return f"{folder}/*.py"
+    return python_text.copied(tmp_path_factory.mktemp("text"), 80)
 
 
 def text(data, **settings):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import python_text
 from absl import flags as absl_flags
 
 import bridge.run.commands
@@ -54,10 +55,7 @@ def command(name: str, *words: str, **given: object) -> subprocess.CompletedProc
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
     """A few files that are quick to read."""
-    folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:60:2]:
-        shutil.copy(path, folder)
-    return f"{folder}/*.py"
+    return python_text.copied(tmp_path_factory.mktemp("text"), 60)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import python_text
 from safetensors.numpy import load_file
 
 import bridge.nanochat
@@ -31,10 +32,7 @@ TINY_RATE = {"learning_rate": (1e-12,), "warmup_fraction": 0.0}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:40:2]:
-        shutil.copy(path, folder)
-    return f"{folder}/*.py"
+    return python_text.copied(tmp_path_factory.mktemp("text"), 40)
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ import dataclasses
 import json
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import optax
 import pytest
+import python_text
 
 import jsae
 from bridge.training.config import RunConfig
@@ -164,10 +164,7 @@ def test_what_has_no_rate_to_find_is_refused():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:20:2]:
-        shutil.copy(path, folder)
-    return f"{folder}/*.py"
+    return python_text.copied(tmp_path_factory.mktemp("text"), 20)
 
 
 def test_a_command_trains_each_sae_at_its_rate_and_records_it(text, tmp_path, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import python_text
 import torch
 from safetensors.numpy import load_file
 
@@ -51,10 +52,7 @@ def nano():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:40:2]:
-        shutil.copy(path, folder)
-    return f"{folder}/*.py"
+    return python_text.copied(tmp_path_factory.mktemp("text"), 40)
 
 
 @pytest.fixture(scope="module")

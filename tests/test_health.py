@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import python_text
 import torch
 from alone import begin, fit
 from tiny_nanochat import tiny
@@ -261,10 +262,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:60:2]:
-        shutil.copy(path, folder)
-    return f"{folder}/*.py"
+    return python_text.copied(tmp_path_factory.mktemp("text"), 60)
 
 
 def config(run: Path, text: str, **flags: object) -> RunConfig:

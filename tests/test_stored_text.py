@@ -1,12 +1,11 @@
 """The text of an activation store, as the explorer and the evaluation read it."""
 
 import json
-import shutil
 import uuid
-from pathlib import Path
 
 import numpy as np
 import pytest
+import python_text
 from toy_saes import export, toy_sae
 
 import bridge.nanochat
@@ -31,10 +30,7 @@ def nano():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:60:2]:
-        shutil.copy(path, folder)
-    return f"{folder}/*.py"
+    return python_text.copied(tmp_path_factory.mktemp("text"), 60)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import python_text
 import sae_lens
 import torch
 from safetensors.numpy import load_file
@@ -47,10 +48,7 @@ LONGER = {"num_activations": 40_000, "batch_size": 200, "learning_rate": (4e-3,)
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
     """Some thirty files of Python."""
-    folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:60:2]:
-        shutil.copy(path, folder)
-    return f"{folder}/*.py"
+    return python_text.copied(tmp_path_factory.mktemp("text"), 60)
 
 
 def command(run: Path, text: str, **flags: object) -> list[str]:

@@ -111,6 +111,20 @@ def test_the_largest_of_a_batch_are_selected_in_the_order_of_their_tokens(ops, n
     assert [row for row, _ in codes] == sorted(row for row, _ in codes)
 
 
+def test_codes_that_fill_up_a_batch_are_work_for_no_token_and_for_no_single_latent():
+    n, f, k, d = 6, 40, 8, 16
+    pre = normal(0, n, f).at[2:].add(-9.0)  # only two tokens have positive latents
+    codes = selection.batch_top_k(pre, k, None, None)
+    real = int((pre > 0).sum())
+    starts = pairs.starts_of_tokens(codes, n)
+    assert real < n * k
+    assert int(starts[-1]) == int((codes.values != 0).sum()) == real
+    assert np.bincount(codes.indices.ravel()[real:], minlength=f).max() == 1
+    dots = pairs.dots(codes, normal(1, n, d), normal(2, f, d)).ravel()
+    assert np.all(dots[:real] != 0)
+    assert np.all(dots[real:] == 0)
+
+
 def test_a_batch_with_a_bias_a_limit_and_equal_values_keeps_exactly_as_many(ops):
     n, f, k = 5, 60, 8
     pre, bias = jnp.round(normal(4, n, f) * 2) / 2, jnp.round(normal(5, f))

@@ -174,20 +174,20 @@ def sides(
         yield versions, asks
 
 
-def timed(case: Callable[[], None]) -> Callable[[], float]:
-    """Return a function that runs a case and returns its seconds."""
+def timed(case: Callable[[], None], steps: int = 1) -> Callable[[], float]:
+    """Return a function that runs a case of some steps and returns the seconds of one."""
 
     def run() -> float:
         start = time.perf_counter()
         case()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / steps
 
     return run
 
 
-def asking(ask: peers.Ask, work: str) -> Callable[[], float]:
+def asking(ask: peers.Ask, work: str, **settings: int) -> Callable[[], float]:
     """Return a function that has a trainer's process do some work, and returns the seconds that it measured."""
-    return lambda: ask({"do": work})["seconds"]
+    return lambda: ask({"do": work, **settings})["seconds"]
 
 
 def by_turns(cases: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

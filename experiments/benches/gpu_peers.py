@@ -2,7 +2,8 @@
 
 As `bench peers`, which says what a step of each is. Each trainer has one process for all architectures; the processes
 start side by side, and steps alternate. A trainer that fails is named and left out. Results are written after every
-architecture. Peaks are those of torch's allocator during two steps.
+architecture. A round takes --steps of each trainer without waiting for the GPU between them, as training does. Peaks are
+those of torch's allocator during two steps.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Config:
     trainers: tuple[str, ...] = flag(("SAELens", "dictionary_learning", "sparsify"), "Trainers beside jsae.")
     warmup_steps: int = flag(4, "Untimed steps of every trainer.")
     rounds: int = flag(8, "Timed rounds, at least 2.")
+    steps: int = flag(4, "Steps of a round; 1 waits for every step.")
     matmul_dtype: Dtype = flag("bfloat16", "Type of jsae's products; the others run under autocast with bfloat16.")
     device: Literal["cpu", "cuda"] = flag("cuda", "Device of all trainers.")
     peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
@@ -48,6 +50,8 @@ class Config:
         contest.check(self.trainers, False, self.device)
         if self.rounds < 2:
             raise ValueError(f"rounds must be at least 2, got {self.rounds}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
 
 
 def main(config: Config) -> int:
@@ -131,8 +135,9 @@ def _measure(config: Config, size: Size, architecture: str, asks: Asks, failed: 
     ready = _together(makes, failed)
     for name in makes.keys() - ready.keys():
         del asks[name]
-    own = shapes.stepping(architecture, size, warmup_steps=config.warmup_steps, matmul_dtype=config.matmul_dtype)
-    cases = {OURS: contest.timed(own)} | {name: contest.asking(asks[name], "step") for name in ready}
+    settings = {"warmup_steps": config.warmup_steps, "matmul_dtype": config.matmul_dtype, "queued": config.steps}
+    own = contest.timed(shapes.stepping(architecture, size, **settings), config.steps)
+    cases = {OURS: own} | {name: contest.asking(asks[name], "step", queued=config.steps) for name in ready}
     seconds = contest.by_turns(cases, config.rounds)
     peaks = {name: asks[name]({"do": "peak", "steps": 2})["peak"] for name in ready}
     ratios = timing.ratios(seconds, OURS)

@@ -145,16 +145,18 @@ def stepping(
     warmup_steps: int = 0,
     matmul_dtype: Dtype = "float32",
     ops: Ops | None = None,
+    queued: int = 1,
 ) -> Callable[[], None]:
-    """Return a case that takes one training step and waits for it, after some warm-up."""
+    """Return a case that takes `queued` training steps and then waits for them, after some warm-up."""
     import jax
 
     only, inputs = member(architecture, size, matmul_dtype), batches(size)
     endless, current, step = itertools.cycle(inputs), [begin(only, inputs[0], dead, ops)], program(only, ops)
 
     def run() -> None:
-        states, _ = step(current[0], (next(endless),))
-        current[0] = jax.block_until_ready(states)
+        for _ in range(queued):
+            current[0], _ = step(current[0], (next(endless),))
+        jax.block_until_ready(current[0])
 
     for _ in range(warmup_steps):
         run()

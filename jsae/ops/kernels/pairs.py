@@ -51,6 +51,21 @@ def starts(keys: Int[Array, " c"], f: int) -> Int[Array, " s"]:
     return out
 
 
+def starts_of_tokens(codes: Codes, n: int) -> Int[Array, " s"]:
+    """Return where the codes of each of n tokens begin, and the end; zeros that fill up the codes belong to no token.
+
+    A batch with fewer positive latents than codes is filled up with zeros of its last token, which one program would go
+    through alone.
+    """
+    return jnp.minimum(starts(codes.rows.ravel(), n), _used(codes))
+
+
+def _used(codes: Codes) -> Int[Array, ""]:
+    """Return how many codes there are up to the last that is not zero."""
+    values = codes.values.ravel()
+    return jnp.max(jnp.where(values != 0, jnp.arange(1, values.size + 1), 0))
+
+
 def decoded(
     codes: Codes, W: Float[Array, "f d"], start: Float[Array, "n d"], *, columns: int = COLUMNS, together: int = 8,
     warps: int = 1
@@ -62,7 +77,7 @@ def decoded(
         kernels.decode_kernel,
         codes.values,
         codes.indices,
-        starts(codes.rows.ravel(), n) if ragged else codes.indices,
+        starts_of_tokens(codes, n) if ragged else codes.indices,
         W,
         start,
         outputs=[Shape((n, d), jnp.float32)],
@@ -86,7 +101,10 @@ def dots(
     together: int = 8,
     warps: int = 1,
 ) -> Float[Array, "m k"]:
-    """Return g[token] . W[latent] of every code; the codes are in the order of their tokens."""
+    """Return g[token] . W[latent] of every code; the codes are in the order of their tokens.
+
+    Those that fill up a batch have no gradient: zero.
+    """
     m, k = codes.values.shape
     n, d = g.shape
     ragged = codes.rows is not None
@@ -95,7 +113,7 @@ def dots(
         kernels.dots_kernel,
         g,
         codes.indices,
-        starts(codes.rows.ravel(), n) if ragged else codes.indices,
+        starts_of_tokens(codes, n) if ragged else codes.indices,
         W,
         outputs=[Shape((m, k), jnp.float32)],
         grid=(n, parts),
@@ -107,7 +125,7 @@ def dots(
         CODES=together,
         PARTS=parts,
     )
-    return out
+    return jnp.where(jnp.arange(out.size).reshape(out.shape) < _used(codes), out, 0) if ragged else out
 
 
 def latent_sums(

@@ -122,7 +122,8 @@ def batch_top_k(
     where, real = chosen(members, count, size)
     place = places[where // group]
     values = jnp.where(real, members.ravel()[where], 0).astype(jnp.float32)
-    latents = jnp.minimum(place % groups * group + where % group, f - 1)
+    # Codes that fill up the batch are shared out among the latents: one program sums those of a latent.
+    latents = jnp.where(real, place % groups * group + where % group, jnp.arange(size) % f)
     return Codes(*(a.reshape(n, k) for a in (values, latents, place // groups)))
 
 

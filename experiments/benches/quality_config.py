@@ -100,6 +100,8 @@ class Plan:
     """Steps of the search for a rate, in factors of sqrt(2)."""
     next_steps: tuple[int, ...] = (1,)
     """The same at another L0, from the rate that was best before; none keeps that rate."""
+    search: bool = True
+    """Whether rates are searched; if not, every trainer has its default, and jsae nothing but sizes and L0."""
 
     @property
     def places(self) -> tuple[int, int, int]:

@@ -23,6 +23,8 @@ _PARTS = {"warmup": 0.02, "decay": 0.2, "sparsity_warmup": 0.05, "dead": 0.1}
 
 _NEAR, _FAR = math.log(1.06), math.log(1.7)
 """Distances in log L0 between which a second SAE shows how the scores depend on L0."""
+_SAME = 0.005
+"""Distance in log L0 from the target up to which scores are as at the target."""
 _APART = 1.25
 """Factor on k, or on the strength, of a second SAE that is trained for that."""
 
@@ -84,7 +86,7 @@ class Contest:
         trainers = [t for t in TRAINERS if t in self._plan.trainers and t != OURS]
         for trainer in (*trainers, *({OURS} & set(self._plan.trainers))):
             recipes = [recipe for recipe in RECIPES[architecture] if recipe.trainer == trainer]
-            if recipes:
+            if recipes and (self._plan.search or trainer != OURS):
                 rows.append({"architecture": architecture} | self._best(recipes))
             if trainer == OURS:
                 rows.append({"architecture": architecture} | self._with_nothing_given(recipes[0]))
@@ -111,11 +113,14 @@ class Contest:
 
     def _figures(self, best: Trained, tried: Sequence[Trained], chosen: str) -> dict[str, Any]:
         """Train the remaining seeds and an SAE of another L0; return the scores of all seeds at the target L0."""
-        same = [t for t in tried if _same_setting(t, best) and t.scores]
-        second = next((t for t in same if _NEAR <= abs(math.log(t.l0 / best.l0)) <= _FAR), None) or self._apart(best)
         seeds = [best] + [self._again(best, seed) for seed in range(1, self._plan.seeds)]
         finals = [self._final(t) for t in seeds if t.scores]
-        slopes = quality_search.slopes(finals[0], self._final(second)) if second.scores else {}
+        slopes = {}
+        if any(quality_search.distance(scores["l0"], self._plan.k) > _SAME for scores in finals):
+            same = [t for t in tried if _same_setting(t, best) and t.scores]
+            near = (t for t in same if _NEAR <= abs(math.log(t.l0 / best.l0)) <= _FAR)
+            second = next(near, None) or self._apart(best)
+            slopes = quality_search.slopes(finals[0], self._final(second)) if second.scores else {}
         target, searched_at = float(self._plan.k), self._plan.k if self._plan.next_steps else self._first_k
         names = set(finals[0]) - set(_MEASURED)
         at_target = [quality_search.at_l0(scores, slopes, target, names) for scores in finals]
@@ -156,8 +161,10 @@ class Contest:
 
         start, low, high = self._plan.places
         known = recipe in self._places
-        if not known and recipe.trainer != OURS:
+        if not self._plan.search or (not known and recipe.trainer != OURS):
             cost(None)
+        if not self._plan.search:
+            return runs
         climb = functools.partial(
             quality_search.climb, lambda place: cost(self._plan.rate_at(place)), low=low, high=high
         )

@@ -89,6 +89,7 @@ class Config:
     rate: float | None = flag(None, "Learning rate at which the search starts.")
     rate_range: tuple[float, ...] = flag((9e-5, 4.8e-2), "Lowest and highest learning rate of the search.")
     samples: int | None = flag(None, "Held-out samples to score on.")
+    search: bool = flag(True, "Search the best learning rate; if not, every trainer has its default.")
     tries: int = flag(4, "Largest number of runs to find the strength of a penalty that gives the target L0.")
     tolerance: float = flag(0.06, "Largest deviation of L0 from the target, as a fraction of the target.")
     threads: int | None = flag(None, "Threads of torch on both sides; none is torch's default.")
@@ -212,6 +213,7 @@ def _plan(sizes: Config) -> Plan:
         threads=sizes.threads,
         steps=(2,),
         next_steps=(),
+        search=sizes.search,
     )
 
 

@@ -1,6 +1,7 @@
 """Stream activations of a nanochat to jax. Beside `handover` and `bridge.finetuning`, all that uses torch and jax."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -215,7 +216,9 @@ def forbid_waiting() -> Iterator[None]:
     """
     before = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else None
     if before is not None:
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():  # torch warns that the mode is a prototype
+            warnings.filterwarnings("ignore", message="Synchronization debug mode", category=UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
     try:
         with jax.transfer_guard("disallow"):
             yield

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import torch
 from jaxtyping import Bool, Float32, Int
 
@@ -183,9 +184,8 @@ def _general(
     """Return the family of general predicates; hits are counted by a product of sparse firings with the truth table."""
     truth = predicates.truth
     n_tokens = int(token.max(initial=-1)) + 1
-    indices = torch.from_numpy(np.stack([row, token]).astype(np.int64))
-    fires = torch.sparse_coo_tensor(indices, torch.ones(len(row)), (len(fired), n_tokens), check_invariants=False)
-    hits = torch.sparse.mm(fires, torch.from_numpy(truth[:n_tokens].astype(np.float32))).numpy()
+    fires = scipy.sparse.csr_array((np.ones(len(row), np.float32), (row, token)), shape=(len(fired), n_tokens))
+    hits = fires @ truth[:n_tokens].astype(np.float32)
     frequency = [truth[half].sum(0) for half in halves]
     f1 = 2 * hits / (fired[:, None] + frequency[0] + DOUBT)
     best = f1.max(1), f1.argmax(1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse
 import torch
 from jaxtyping import Float, Int, Integer, UInt16
 
@@ -235,8 +236,8 @@ def latent_sums(
 ) -> Float[torch.Tensor, "f d"]:
     """Return for every latent the sum of value * x[token] over its firings.
 
-    A GPU multiplies the dense array of the values faster than torch converts a sparse one, whose conversion there
-    warns of checks that are not made.
+    A GPU multiplies the dense array of the values faster than torch converts a sparse one. On the processor scipy's sparse
+    arrays serve: torch 2.11 warns wherever one of its own is made.
     """
     if x.device.type == "cpu":
         return _sparse_sums(token, latent, value, x, d_sae)
@@ -246,8 +247,9 @@ def latent_sums(
 def _sparse_sums(
     token: torch.Tensor, latent: torch.Tensor, value: torch.Tensor, x: torch.Tensor, d_sae: int
 ) -> torch.Tensor:
-    where = torch.stack([latent, token])
-    return torch.sparse.mm(torch.sparse_coo_tensor(where, value, (d_sae, len(x)), check_invariants=False), x)
+    where = (latent.numpy(), token.numpy())
+    firings = scipy.sparse.csr_array((value.numpy(), where), shape=(d_sae, len(x)))
+    return torch.from_numpy(firings @ x.numpy())
 
 
 def _dense_sums(

@@ -21,13 +21,15 @@ SAMPLE = 65_536
 _FLOAT = 4
 _PAIR = 24
 """Bytes of a code and its gradient: value and latent, each sorted by latent too."""
-_BATCHES = 3.5
-"""Arrays of a batch's input and target in float32 that a step holds: inputs, errors, and their rounded copies."""
-_SPARSE_WEIGHTS, _DENSE_WEIGHTS = 5.0, 1.5
-"""Weights of one SAE that a step holds beside them: gradients of both losses, rounded ones, copies for branches. The
-first is fitted to what TopK needs on an H100: 2.9 GiB with 20,480 latents, 11.6 with 131,072."""
+_BATCHES = 1.5
+"""Arrays of the input and target of a part of a batch in float32 that a step holds: errors and rounded copies."""
+_SPARSE_WEIGHTS, _DENSE_WEIGHTS = 1.35, 1.0
+"""Weights of one SAE that a step holds beside them: gradients, rounded ones. This and `_BATCHES` are fitted to what
+steps need on an H200: TopK 1.79 GiB with 20,480 latents and 6.66 with 131,072, ReLU 2.37, Gated 2.83."""
+_AUXK = 2
+"""Arrays in float32 of the latents that AuxK revives."""
 _DENSE = 4
-"""Arrays in float32 that a step holds of the latents of a part in a dense architecture, and of those with AuxK."""
+"""Arrays in float32 that a step holds of the latents of a part in a dense architecture without kernels."""
 _XLA_DENSE, _XLA_AT_ONCE = 4, 10
 """Arrays of all pre-activations, and of the rows of all codes, that a sparse step without kernels holds."""
 _LIBRARIES = 2**26  # workspaces of products
@@ -77,7 +79,8 @@ def of_steps(
             round(w * (_SPARSE_WEIGHTS if member.sae.sae.sparse else _DENSE_WEIGHTS))
             for w, member in zip(weights, members, strict=True)
         ),
-        batch=rows * sum(sites.values()) + round(_BATCHES * rows * max(map(_row, members))),
+        batch=rows * sum(sites.values())
+        + max(round(_BATCHES * _part(member, ops or member.ops, mesh) * _row(member)) for member in members),
         latents=max(_latents(member, ops or member.ops, mesh) for member in members),
     )
 
@@ -120,6 +123,15 @@ def _row(member: Member) -> int:
     return _FLOAT * (member.sae.d_in + member.sae.width_out)
 
 
+def _part(member: Member, ops: Ops, mesh: tuple[int, int]) -> int:
+    """Return the number of tokens whose step is taken at once; a batch on several GPUs is not taken in parts."""
+    sae, n = member.sae, member.train.batch_size // mesh[0]
+    if sae.sae.sparse or mesh != (1, 1):
+        return n
+    chunk = getattr(ops, "sum_chunk", lambda n, d_in, d_sae, gradients: n)
+    return chunk(n, sae.d_in, sae.d_sae, True)
+
+
 def _latents(member: Member, ops: Ops, mesh: tuple[int, int] = (1, 1)) -> int:
     """Return the bytes of what a step holds of latents at once."""
     from jsae import auxk  # imports jax
@@ -128,13 +140,12 @@ def _latents(member: Member, ops: Ops, mesh: tuple[int, int] = (1, 1)) -> int:
     d, f = sae.d_in, sae.d_sae // mesh[1]
     number = 2 if ops.name == "gpu" and ops.matmul_dtype == "bfloat16" else _FLOAT
     if not sae.sae.sparse:
-        tokens = getattr(ops, "sum_chunk", lambda n, d_in, d_sae, gradients: n)(n, d, f, True)
-        tokens = tokens if mesh == (1, 1) else n  # a batch on several GPUs is not taken in parts
+        tokens = _part(member, ops, mesh)
         if ops.name == "gpu" and sae.sae.maps:  # pre-activations and maps, and the gradients of both
             return number * (2 + 2 * sae.sae.maps) * tokens * f
         return _DENSE * _FLOAT * tokens * f
     k = max(sae.k or 1, member.train.k_start or 0)
-    pairs = _PAIR * n * k + _DENSE * _FLOAT * n * auxk.room(sae.d_sae)
+    pairs = _PAIR * n * k + _AUXK * _FLOAT * n * auxk.room(sae.d_sae)
     if ops.name == "gpu":
         chunk = getattr(ops, "encode_chunk", lambda n, d_in, d_sae: n)
         by_token = sae.sae.form in ("topk", "abstopk")

@@ -76,7 +76,9 @@ def test_a_run_is_served_and_steers_there(done, make_run):
     run = done["explore"][2]
     process = start("experiments.explore", run_dir=run, serve=True, port=0, num_tokens=40_000, context_length=64)
     try:
-        address = next(word for word in process.stdout.readline().split() if word.startswith("http://"))
+        told = iter(process.stdout.readline, "")
+        address = next((word for line in told for word in line.split() if word.startswith("http://")), None)
+        assert address is not None, f"it ended without an address:\n{process.stderr.read()[-4000:]}"
         with urllib.request.urlopen(address, timeout=60) as page:
             assert page.status == 200
         push = {"hook": HOOKS[1], "index": 7, "mode": "additive", "strength": 40, "positions": "all"}

@@ -178,12 +178,11 @@ def kth_largest(values: Float[Array, "m w"], k: int | Int[Array, ""]) -> Int[Arr
         (counts,) = call(
             kernels.digit_kernel,
             values,
-            bits,
+            jnp.stack([bits, jnp.int32(shift)]),
             outputs=[Shape((programs, 16), jnp.int32)],
             grid=(programs,),
             warps=1,
             N=values.size,
-            SHIFT=shift,
             BLOCK=_COUNTED,
             TURNS=_TURNS,
         )

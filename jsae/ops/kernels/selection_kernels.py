@@ -132,16 +132,15 @@ def positive_bits(values, place, N):
 
 
 @triton.jit
-def digit_kernel(
-    values, prefix, counts, N: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr
-):
-    """Count how many positive numbers reach each of 15 thresholds: the prefix with the digits 1 to 15 at SHIFT.
+def digit_kernel(values, prefix, counts, N: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr):
+    """Count how many positive numbers reach each of 15 thresholds: a prefix with the digits 1 to 15 at some bit.
 
-    `counts` is (programs, 16); column 0 is 0. Thresholds above 2^31 are reached by none.
+    `prefix` holds the prefix and the number of that bit, so that one compiled kernel serves all digits. `counts` is
+    (programs, 16); column 0 is 0. Thresholds above 2^31 are reached by none.
     """
     program = tl.program_id(0)
     low = tl.load(prefix).to(tl.uint32, bitcast=True)
-    unit = tl.full((), 1, tl.uint32) << SHIFT
+    unit = tl.full((), 1, tl.uint32) << tl.load(prefix + 1).to(tl.uint32, bitcast=True)
     column = tl.arange(0, 16)
     total = tl.zeros((16,), tl.int32)
     for turn in range(TURNS):

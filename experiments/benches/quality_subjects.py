@@ -69,7 +69,7 @@ def nanochat(
 
     nano = bridge.nanochat.load(checkpoint)
     excluded, row_len = (nano.tokenizer.bos_token_id,), nano.config.sequence_len
-    number = {"middle": nano.config.n_layer // 2, "last": nano.config.n_layer - 1}[layer]
+    number = {"middle": (nano.config.n_layer - 1) // 2, "last": nano.config.n_layer - 1}[layer]
     name = hook_name(number, site)
     reader = Site(nano.model, name, excluded)
     corpus, heldout_corpus = (Corpus(data, nano.tokenizer, split=s, row_len=row_len) for s in ("train", "heldout"))

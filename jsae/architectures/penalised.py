@@ -192,7 +192,7 @@ class JumpReLU(Penalised):
         @property
         def rate_scale(self) -> float:  # type: ignore[override]
             """Factor on the default learning rate: thresholds of the l0 recipe kill latents at higher rates."""
-            return 0.5 if self.jump_recipe == "l0" else 1.0
+            return 0.5 if self.jump_recipe == "l0" else 1.7
 
         @property
         def width(self) -> float:

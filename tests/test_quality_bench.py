@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import math
+import os
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -131,6 +133,39 @@ def test_both_sides_are_trained_and_scored_alike(contest):
     text = quality.markdown([peer, ours, default])
     assert "| topk | SAELens | " in text
     assert "| topk | jsae, nothing given | " in text
+
+
+def test_architectures_are_shared_out_among_contests_that_work_side_by_side():
+    meeting, given, told = threading.Barrier(2, timeout=30), [], []
+
+    def work(contest, architecture):
+        meeting.wait()  # passes only where two work at once
+        given.append(contest)
+        return f"{architecture} done"
+
+    done = quality.shared_out(["one", "other"], ("topk", "relu"), work, told.append)
+    assert done == {"topk": "topk done", "relu": "relu done"}
+    assert sorted(given) == ["one", "other"]
+    assert told[-1] == done
+
+    def failing(contest, architecture):
+        if architecture == "relu":
+            raise ValueError("relu diverged")
+        return architecture
+
+    with pytest.raises(ValueError, match="relu diverged"):
+        quality.shared_out(["one"], ("topk", "relu", "gated"), failing, told.append)
+    assert quality.threads(None, 1) is None
+    assert quality.threads(3, 2) == 3
+    assert 1 <= quality.threads(None, 2) <= max((os.cpu_count() or 2) // 2, 1)
+
+
+def test_without_a_search_every_trainer_has_its_default_and_no_second_sae_where_l0_is_met(contest, capsys):
+    peer, ours = contest(search=False).rows("topk")
+    assert (peer["trainer"], peer["chosen"], peer["rate"]) == ("SAELens", OWN, None)
+    assert (ours["trainer"], ours["chosen"], ours["rate"]) == (OURS, NOTHING, None)
+    assert ours["slopes"] == {}
+    assert len(capsys.readouterr().out.splitlines()) == 2  # one SAE each
 
 
 def test_scores_are_interpolated_to_the_target(contest):

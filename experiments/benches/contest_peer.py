@@ -76,7 +76,7 @@ class _Side:
             self.step(job)
 
     def step(self, job: dict[str, Any]) -> dict[str, float]:
-        """Return the seconds of one training step; `queued` of them, or one, are taken before the device is waited for."""
+        """Return the seconds of one training step; `queued` of them, or one, are taken before it waits."""
         queued = job.get("queued", 1)
 
         def work() -> None:

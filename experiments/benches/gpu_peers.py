@@ -2,8 +2,8 @@
 
 As `bench peers`, which says what a step of each is. Each trainer has one process for all architectures; the processes
 start side by side, and steps alternate. A trainer that fails is named and left out. Results are written after every
-architecture. A round takes --steps of each trainer without waiting for the GPU between them, as training does. Peaks are
-those of torch's allocator during two steps.
+architecture. A round takes --steps of each trainer without waiting for the GPU between them, as training does. Peaks
+are those of torch's allocator during two steps.
 """
 
 from __future__ import annotations

@@ -14,19 +14,25 @@ peers have their own environment, --peer_env, which is created if it does not ex
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import os
+import queue
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.benches import peers, quality_sides, quality_subjects, quality_tables, timing
 from experiments.benches.quality_config import SUBJECTS, Config, Plan
 from experiments.benches.quality_contest import Contest
 from experiments.benches.quality_subjects import Subject
 from jsae.progress import Progress
+
+Result = TypeVar("Result")
 
 SYNTHETIC = {"d_sae": 256, "k": 5, "nested_widths": (16, 64)}
 """Sizes of SAEs of the small synthetic world, which has 256 features, of which 4.9 fire at once."""
@@ -37,6 +43,7 @@ def main(config: Config) -> int:
     import torch
 
     config = _quick(config) if config.quick else config
+    config = dataclasses.replace(config, threads=threads(config.threads, config.jobs))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     python = peers.trainers(config.peer_env)
@@ -44,21 +51,23 @@ def main(config: Config) -> int:
     report = functools.partial(console.print, soft_wrap=True, highlight=False)
     tables: dict[str, Any] = {}
     versions: dict[str, str] = {}
+
+    def write(rows: dict[str, list[dict[str, Any]]]) -> None:
+        tables[name] |= {
+            "results": [row for architecture in config.architectures for row in rows.get(architecture, [])]
+        }
+        described = {"machine": timing.machine("cpu"), "settings": timing.settings(config, "peer_env", "quick")}
+        timing.write(config.out, described | {"peers": versions, "subjects": tables})  # as far as it is
+
     for name in config.subjects:
         report(f"{name}: the {SUBJECTS[name]}")
         with tempfile.TemporaryDirectory() as scratch, quality_sides.compiled_once():
             subject, plan = lay_out(name, config, Path(scratch), python)
-            with contest_of(plan, subject, Path(scratch), python, report) as (versions, contest):
-                results = []
-                with Progress("training and scoring", len(config.architectures), "architectures") as progress:
-                    for architecture in config.architectures:
-                        results += contest.rows(architecture)
-                        progress.advance()
-        tables[name] = {"title": subject.title, "sizes": dataclasses.asdict(plan), "results": results}
+            with contests_of(plan, subject, Path(scratch), python, report, config.jobs) as (versions, contests):
+                tables[name] = {"title": subject.title, "sizes": dataclasses.asdict(plan)}
+                shared_out(contests, config.architectures, Contest.rows, write)
         title = f"{subject.title}: scores at L0 {plan.k}; learning rates with the lowest FVU there"
-        quality_tables.show(console, title, results, config.markdown)
-        described = {"machine": timing.machine("cpu"), "settings": timing.settings(config, "peer_env", "quick")}
-        timing.write(config.out, described | {"peers": versions, "subjects": tables})  # as far as it is
+        quality_tables.show(console, title, tables[name]["results"], config.markdown)
     console.print(f"figures: {config.out}", soft_wrap=True)
     return 0
 
@@ -84,13 +93,62 @@ def lay_out(name: str, config: Config, folder: Path, python: Path) -> tuple[Subj
 
 
 @contextmanager
-def contest_of(
-    plan: Plan, subject: Subject, scratch: Path, python: Path, report: Callable[[str], None]
-) -> Iterator[tuple[dict[str, str], Contest]]:
-    """Yield the versions of the peers and a contest; the peers' process runs meanwhile."""
+def contests_of(
+    plan: Plan, subject: Subject, scratch: Path, python: Path, report: Callable[[str], None], jobs: int
+) -> Iterator[tuple[dict[str, str], list[Contest]]]:
+    """Yield the versions of the peers and as many contests; each has a process of the peers, which runs meanwhile."""
     script = Path(__file__).with_name("quality_peer.py")
-    with peers.process(python, script, subject.folder) as (versions, ask):
-        yield versions, Contest(plan, subject, scratch, ask, report)
+    with contextlib.ExitStack() as running:
+        opened = [running.enter_context(peers.process(python, script, subject.folder)) for _ in range(jobs)]
+        yield opened[0][0], [Contest(plan, subject, scratch, ask, report) for _, ask in opened]
+
+
+def shared_out(
+    contests: Sequence[Contest],
+    architectures: Sequence[str],
+    work: Callable[[Contest, str], Result],
+    after: Callable[[dict[str, Result]], None],
+) -> dict[str, Result]:
+    """Do some work for every architecture; contests do theirs side by side.
+
+    Args:
+      contests: at least one.
+      architectures: their names.
+      work: given a contest that is free and an architecture.
+      after: called with all that is done, whenever an architecture is.
+
+    Returns:
+      What the work returned, by architecture.
+    """
+    free: queue.SimpleQueue[Contest] = queue.SimpleQueue()
+    for contest in contests:
+        free.put(contest)
+
+    def one(architecture: str) -> Result:
+        contest = free.get()
+        try:
+            return work(contest, architecture)
+        finally:
+            free.put(contest)
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(len(contests)) as pool,
+        Progress("training and scoring", len(architectures), "architectures") as progress,
+    ):
+        works = {architecture: pool.submit(one, architecture) for architecture in architectures}
+        try:
+            for _ in concurrent.futures.as_completed(works.values()):
+                after({name: its.result() for name, its in works.items() if its.done()})
+                progress.advance()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {name: its.result() for name, its in works.items()}
+
+
+def threads(given: int | None, jobs: int) -> int | None:
+    """Return the number of threads of torch: what is given, or a share of the cores where several contests run."""
+    return given if given is not None or jobs == 1 else max((os.cpu_count() or 1) // jobs, 1)
 
 
 def _quick(config: Config) -> Config:

@@ -189,7 +189,8 @@ class Config:
     tolerance: float = flag(0.04, "Largest deviation of L0 from the target, as a fraction of the target.")
     heldout_activations: int = flag(65536, "Held-out activations to score on.")
     loss_tokens: int = flag(16384, "Held-out tokens to measure the model's loss on.")
-    threads: int | None = flag(None, "Threads of torch on both sides; none is torch's default.")
+    threads: int | None = flag(None, "Threads of torch on both sides; none shares the cores among the jobs.")
+    jobs: int = flag(1, "Architectures that are compared side by side; seconds are then those of a busy machine.")
     quick: bool = flag(False, "Few activations, one rate, one seed: only to check that everything runs.")
     markdown: bool = flag(False, "Print the tables as Markdown.")
     peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
@@ -200,7 +201,7 @@ class Config:
         if not self.subjects or not set(self.subjects) <= set(SUBJECTS):
             given = ", ".join(self.subjects) or "none"
             raise ValueError(f"subjects must be some of {', '.join(SUBJECTS)}, got {given}")
-        check_sizes(self, "seeds", "tries", "batch_size", "heldout_activations", "loss_tokens")
+        check_sizes(self, "seeds", "tries", "batch_size", "heldout_activations", "loss_tokens", "jobs")
         check_run(self.num_activations, self.batch_size, self.k, self.d_sae, self.rate, self.rate_range)
 
     def plan(self, **changes: object) -> Plan:

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,6 @@ from experiments.benches.quality_config import (
     check_trainers,
 )
 from experiments.benches.quality_contest import Contest
-from jsae.progress import Progress
 
 if TYPE_CHECKING:
     from jsae.synthetic import SyntheticWorld
@@ -49,7 +48,7 @@ PUBLISHED: Mapping[tuple[str, int], dict[str, float]] = {
 _SIZES: Mapping[str, dict[str, Any]] = {
     "small": {
         "d_sae": 256,
-        "l0s": (5, 3, 8),
+        "l0s": (5, 8),
         "nested_widths": (16, 64),
         "num_activations": 2**18,
         "batch_size": 512,
@@ -92,7 +91,8 @@ class Config:
     search: bool = flag(True, "Search the best learning rate; if not, every trainer has its default.")
     tries: int = flag(4, "Largest number of runs to find the strength of a penalty that gives the target L0.")
     tolerance: float = flag(0.06, "Largest deviation of L0 from the target, as a fraction of the target.")
-    threads: int | None = flag(None, "Threads of torch on both sides; none is torch's default.")
+    threads: int | None = flag(None, "Threads of torch on both sides; none shares the cores among the jobs.")
+    jobs: int = flag(2, "Architectures of the small world that are compared side by side.")
     quick: bool = flag(False, "Few samples, one L0, one rate, one seed: only to check that everything runs.")
     markdown: bool = flag(False, "Print the tables as Markdown.")
     peer_env: FilePath = flag(peers.TRAINERS_HOME, "The virtual environment of the other trainers.")
@@ -105,7 +105,7 @@ class Config:
         if any(getattr(self, name) is None for name in _OPEN):
             self.sizes()  # checks itself
             return
-        check_sizes(self, "seeds", "batch_size", "samples", "tries")
+        check_sizes(self, "seeds", "batch_size", "samples", "tries", "jobs")
         if not self.l0s:
             raise ValueError("l0s is empty: give at least one L0")
         for l0 in self.l0s:
@@ -128,34 +128,40 @@ def main(config: Config) -> int:
 
     sizes = config.sizes()
     sizes = _quick(sizes) if config.quick else sizes
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    sizes = dataclasses.replace(sizes, threads=quality.threads(sizes.threads, sizes.jobs))
+    if sizes.threads is not None:
+        torch.set_num_threads(sizes.threads)
     console, started = quality_tables.console(), time.perf_counter()
     report = functools.partial(console.print, soft_wrap=True, highlight=False)
     world = SyntheticWorld(config.preset)
-    tables: dict[str, Any] = {}
+    tables: dict[str, list[dict[str, Any]]] = {}
     with (
         tempfile.TemporaryDirectory() as scratch,
         quality_sides.compiled_once(),
-        _contest(sizes, world, Path(scratch), report) as (versions, contest),
+        _contests(sizes, world, Path(scratch), report) as (versions, contests),
     ):
-        total = len(sizes.l0s) * len(config.architectures)
-        with Progress("training and scoring", total, "architectures") as progress:
-            for l0 in sizes.l0s:
-                contest.at(l0)
-                rows: list[dict[str, Any]] = []
-                for architecture in config.architectures:
-                    rows += contest.rows(architecture)
-                    progress.advance()
-                tables[str(l0)] = rows
-                results = {"seconds": time.perf_counter() - started, "results": tables}  # as far as they are
-                timing.write(config.out, _described(sizes, world, versions) | results)
+
+        def write(found: dict[str, dict[int, list[dict[str, Any]]]]) -> None:
+            tables.update({str(l0): [row for rows in found.values() for row in rows[l0]] for l0 in sizes.l0s})
+            results = {"seconds": time.perf_counter() - started, "results": tables}  # as far as they are
+            timing.write(config.out, _described(sizes, world, versions) | results)
+
+        quality.shared_out(contests, config.architectures, functools.partial(_at_every_l0, l0s=sizes.l0s), write)
     for l0, rows in sorted(tables.items(), key=lambda item: int(item[0])):
         shown = rows + _published(config.preset, rows, int(l0))
         title = f"recovery of known features at L0 {l0}; learning rates with the highest F1 at L0 {sizes.l0s[0]}"
         quality_tables.show(console, title, shown, config.markdown)
     console.print(f"figures: {config.out}", soft_wrap=True)
     return 0
+
+
+def _at_every_l0(contest: Contest, architecture: str, l0s: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
+    """Return the rows of an architecture by L0."""
+    found = {}
+    for l0 in l0s:
+        contest.at(l0)
+        found[l0] = contest.rows(architecture)
+    return found
 
 
 def _described(sizes: Config, world: SyntheticWorld, versions: dict[str, str]) -> dict[str, Any]:
@@ -177,18 +183,18 @@ def _device() -> str:
 
 
 @contextmanager
-def _contest(
+def _contests(
     sizes: Config, world: SyntheticWorld, scratch: Path, report: Any
-) -> Iterator[tuple[dict[str, str], Contest]]:
-    """Yield the versions of the peers and a contest, with the process of the peers where they take part."""
+) -> Iterator[tuple[dict[str, str], list[Contest]]]:
+    """Yield the versions of the peers and contests, each with a process of the peers where they take part."""
     plan = _plan(sizes)
     if sizes.preset == "published":
         subject = quality_subjects.endless(scratch, world, sizes.samples, "f1")
-        yield {}, Contest(dataclasses.replace(plan, trainers=(OURS,)), subject, scratch, _no_peers, report)
+        yield {}, [Contest(dataclasses.replace(plan, trainers=(OURS,)), subject, scratch, _no_peers, report)]
         return
     subject = quality_subjects.synthetic(scratch, world, sizes.num_activations, sizes.samples, "f1")
     python = peers.trainers(sizes.peer_env)
-    with quality.contest_of(plan, subject, scratch, python, report) as opened:
+    with quality.contests_of(plan, subject, scratch, python, report, sizes.jobs) as opened:
         yield opened
 
 

@@ -86,7 +86,7 @@ class ActivationStream:
         """
         require(rows % self._shards == 0, f"a block of {rows} tokens cannot be divided into {self._shards} shards")
         blocks: dict[str, torch.Tensor] = {}
-        places = _places(rows, self._shards, self._rows.row_len).to(self._device)
+        places = _places(rows, self._shards, self._rows.row_len, self._device)
         size = places.shape[0] * -(-places.shape[1] // self._rows.row_len) * self._rows.row_len
         text = np.empty(size, np.int32)
         keep = torch.empty(len(self._sites), size, dtype=torch.bool, device=self._device)
@@ -185,10 +185,10 @@ class _Flags:
         return self._flags.tolist()
 
 
-def _places(rows: int, shards: int, row_len: int) -> Int[torch.Tensor, "shards r"]:
+def _places(rows: int, shards: int, row_len: int, device: torch.device) -> Int[torch.Tensor, "shards r"]:
     """Return where in the text of a block, of rows that are dealt to shards in turn, the tokens of every shard are."""
-    own = torch.arange(rows // shards)
-    return (own // row_len * shards + torch.arange(shards)[:, None]) * row_len + own % row_len
+    own = torch.arange(rows // shards, device=device)
+    return (own // row_len * shards + torch.arange(shards, device=device)[:, None]) * row_len + own % row_len
 
 
 def _only(keep: Bool[torch.Tensor, "sites n"], places: Int[torch.Tensor, "shards r"]) -> Bool[torch.Tensor, "sites n"]:

@@ -236,8 +236,8 @@ def latent_sums(
 ) -> Float[torch.Tensor, "f d"]:
     """Return for every latent the sum of value * x[token] over its firings.
 
-    A GPU multiplies the dense array of the values faster than torch converts a sparse one. On the processor scipy's sparse
-    arrays serve: torch 2.11 warns wherever one of its own is made.
+    A GPU multiplies the dense array of the values faster than torch converts a sparse one. On the processor scipy's
+    sparse arrays serve: torch 2.11 warns wherever one of its own is made.
     """
     if x.device.type == "cpu":
         return _sparse_sums(token, latent, value, x, d_sae)

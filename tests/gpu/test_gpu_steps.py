@@ -9,7 +9,7 @@ from card import REHEARSED, distance, show
 from jsae import loop
 from jsae.architectures import SAEConfig, sae_config
 from jsae.config import TrainConfig
-from jsae.ops import Ops, Reference, choose
+from jsae.ops import Input, Ops, Reference, choose
 from jsae.state import TrainState
 
 D, F, K, N = (160, 2560, 16, 256) if REHEARSED else (1280, 20480, 64, 1024)
@@ -34,6 +34,24 @@ CONFIGS = {
 }
 AT_THE_EDGE = ("jumprelu", "odd jumprelu", "odd jumprelu by its count")
 """Thresholds start at pre-activations, which rounding puts above or below."""
+
+
+class Rounded(Reference):
+    """The reference with pre-activations that are rounded to bfloat16, as the kernels store and select them.
+
+    Of 20,480 latents some three share the bfloat16 of a token's 64th largest: which of them are selected decides a
+    tenth of the gradients.
+    """
+
+    def pre_activations(self, inputs: Input, W_enc: jax.Array, b_enc: jax.Array) -> jax.Array:
+        """Return the rounded numbers, with the gradients of the exact ones."""
+        exact = super().pre_activations(inputs, W_enc, b_enc)
+        return exact + jax.lax.stop_gradient(exact.astype(jnp.bfloat16).astype(jnp.float32) - exact)
+
+
+def reference(dtype: str) -> Reference:
+    """Return the reference that rounds what the implementation for this device does."""
+    return (Rounded if dtype == "bfloat16" and choose(dtype).name == "gpu" else Reference)(dtype)
 
 
 def batches(config: SAEConfig, count: int) -> list:
@@ -66,7 +84,7 @@ STEPS = [(name, dtype) for name, dtype in STEPS if dtype == "bfloat16" or name =
 def test_gradients_and_loss_of_a_step_are_the_references(name, dtype):
     config = CONFIGS[name]
     with jax.default_matmul_precision("highest"):
-        (ours, loss), (theirs, wanted) = (steps(config, ops, 1) for ops in (choose(dtype), Reference(dtype)))
+        (ours, loss), (theirs, wanted) = (steps(config, ops, 1) for ops in (choose(dtype), reference(dtype)))
     # After one step the first moment is the clipped gradient times 1 - beta1.
     mine, other = (dict(jax.tree_util.tree_leaves_with_path(state.opt.mu)) for state in (ours, theirs))
     far = {
@@ -76,7 +94,7 @@ def test_gradients_and_loss_of_a_step_are_the_references(name, dtype):
     }
     gap = abs(loss[0] - wanted[0]) / wanted[0]
     show(f"step {name} {dtype}", loss=gap, **far)
-    near = 2e-3 if dtype == "float32" else 6e-2
+    near = 2e-3 if dtype == "float32" else 2e-2
     near *= 10 if name in AT_THE_EDGE else 1
     assert gap < near / 10
     assert {path: d for path, d in far.items() if not d < near} == {}

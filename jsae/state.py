@@ -21,7 +21,6 @@ Acts = Float[Array | np.ndarray, "n d"] | tuple[Float[Array | np.ndarray, "n _"]
 """Activations of n tokens: of one hook, of a transcoder's input and target, or of every layer of a crosscoder."""
 
 _INIT_ROWS = 16384  # rows of the sample that initialise the weights
-_TAIL_EXPONENT = 1 / 3  # of the heaviness of tails by which a default learning rate is divided
 
 
 class TrainState(NamedTuple):
@@ -133,11 +132,12 @@ def _init(
 def _rate(config: TrainConfig, sae_config: SAEConfig, y: Float[Array, "n o"]) -> Float[Array, ""]:
     """Return the peak learning rate; one that is not given is lower where few tokens have most of the variance.
 
-    Of such activations few tokens of a batch determine its gradient, as if the batch were smaller.
+    Of such activations few tokens of a batch determine its gradient, as if the batch were smaller. `tail_exponent` is
+    larger for architectures with an L1 penalty, many of whose latents died at higher rates in sweeps.
     """
     if config.learning_rate is not None:
         return jnp.float32(config.learning_rate)
-    return jnp.float32(config.default_rate(sae_config)) / jnp.maximum(data.heaviness(y), 1) ** _TAIL_EXPONENT
+    return jnp.float32(config.default_rate(sae_config)) / jnp.maximum(data.heaviness(y), 1) ** sae_config.tail_exponent
 
 
 def _strongly_typed(leaf: Any) -> Any:

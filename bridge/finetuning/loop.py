@@ -26,7 +26,7 @@ SAMPLE = 16384
 RATE_SHARE = 0.06
 """The default learning rate is this fraction of the default for the training that the SAE had. The best rate does not
 depend on the length of the fine-tuning (docs/performance.md)."""
-_SLOWER = {"jumprelu": 1 / 3}
+_SLOWER = {"jumprelu": 1 / 5}
 """Factors on it: JumpReLU's thresholds move ten times as fast as weights."""
 
 Windows = Callable[[int], Int[np.ndarray, "R T"]]

@@ -77,7 +77,8 @@ class ReLU(Penalised):
     class Config(PenalisedConfig):
         """Settings of ReLU."""
 
-        rate_scale = 3.0
+        rate_scale = 3.2
+        tail_exponent = 0.65
 
         l1_coefficient: float = number(5.0, WEIGHT)
         """Weight of the L1 penalty."""
@@ -125,7 +126,8 @@ class Gated(Penalised):
     class Config(PenalisedConfig):
         """Settings of Gated."""
 
-        rate_scale = 1.6
+        rate_scale = 1.75
+        tail_exponent = 0.5
 
         l1_coefficient: float = number(5.0, WEIGHT)
         """Weight of the L1 penalty."""

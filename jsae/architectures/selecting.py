@@ -235,6 +235,7 @@ class Matryoshka(BatchSelecting):
         """
 
         rate_scale = 0.8
+        tail_exponent = 0.25
         nested_widths: tuple[int, ...] = ()
         """How many of the first latents must reconstruct by themselves; d_sae is added."""
 

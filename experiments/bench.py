@@ -11,6 +11,7 @@ from typing import NoReturn
 from experiments import flags
 
 BENCHES: Mapping[str, str] = {
+    "ablations": "experiments.benches.ablations",
     "dashboard": "experiments.benches.dashboard",
     "finetune": "experiments.benches.finetune",
     "gpu": "experiments.benches.gpu",

@@ -96,7 +96,10 @@ def train_on_world(job: dict[str, Any], world: SyntheticWorld) -> dict[str, Any]
 
 
 def _configs(job: dict[str, Any]) -> tuple[SAEConfig, TrainConfig]:
-    """Return the settings of a job; with `nothing_given` all that a recipe can leave out is left out."""
+    """Return the settings of a job; with `nothing_given` all that a recipe can leave out is left out.
+
+    `sae` and `train` of the job are settings that are given besides.
+    """
     from jsae.architectures import find, sae_config
     from jsae.config import TrainConfig
 
@@ -108,6 +111,7 @@ def _configs(job: dict[str, Any]) -> tuple[SAEConfig, TrainConfig]:
     schedule: dict[str, Any] = {}
     if not job["nothing_given"]:
         schedule = {"learning_rate": job["rate"]}
+    settings, schedule = settings | job.get("sae", {}), schedule | job.get("train", {})
     return sae_config(name, job["d_in"], job["d_sae"], **settings), TrainConfig(
         num_activations=job["steps"] * job["batch_size"],
         batch_size=job["batch_size"],

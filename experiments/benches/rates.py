@@ -7,7 +7,6 @@ misses it, FVU is moved to that L0 by the slope of -0.5 of log FVU in log L0.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 import tempfile
@@ -51,14 +50,7 @@ class Config:
 
     def __post_init__(self) -> None:
         quality_settings.check_sizes(self, "places", "seeds", "heldout_activations")
-        self.quality()  # checks the rest
-
-    def quality(self) -> quality_settings.Config:
-        """Return the settings of data and sizes."""
-        names = {field.name for field in dataclasses.fields(quality_settings.Config)} - {"out"}
-        return quality_settings.Config(
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
-        )
+        quality_settings.of_measurement(self)  # checks the rest
 
 
 def main(config: Config) -> int:
@@ -69,7 +61,7 @@ def main(config: Config) -> int:
     console, found = Console(), {}
     for name in config.subjects:
         with tempfile.TemporaryDirectory() as scratch, quality_sides.compiled_once():
-            subject, plan = quality.lay_out(name, config.quality(), Path(scratch), python)
+            subject, plan = quality.lay_out(name, quality_settings.of_measurement(config), Path(scratch), python)
             rows = []
             with Progress(name, len(config.architectures), "architectures") as progress:
                 for architecture in config.architectures:
@@ -86,12 +78,12 @@ def main(config: Config) -> int:
 
 def _row(architecture: str, config: Config, subject: Subject, plan: Plan, scratch: Path) -> dict[str, Any]:
     """Return an architecture's scores at its default rate and at the rates around it."""
-    default = _trained(architecture, None, config, subject, plan, scratch)
-    around = [
-        _trained(architecture, default["rate"] * 2 ** (place / 2), config, subject, plan, scratch)
-        for place in range(-config.places, config.places + 1)
-        if place
-    ]
+
+    def at(rate: float | None) -> dict[str, float]:
+        return trained(job_of(architecture, plan, subject.d_in) | {"rate": rate}, config.seeds, subject, scratch)
+
+    default = at(None)
+    around = [at(default["rate"] * 2 ** (place / 2)) for place in range(-config.places, config.places + 1) if place]
     best = min((default, *around), key=lambda trial: trial["fvu"])
     return {
         "architecture": architecture,
@@ -102,37 +94,39 @@ def _row(architecture: str, config: Config, subject: Subject, plan: Plan, scratc
     }
 
 
-def _trained(
-    architecture: str, rate: float | None, config: Config, subject: Subject, plan: Plan, scratch: Path
-) -> dict[str, float]:
-    """Return the rate and the mean scores over seeds; FVU is infinite where a run diverged."""
+def job_of(recipe: str, plan: Plan, d_in: int) -> dict[str, Any]:
+    """Return the job of training a recipe with nothing given but sizes and L0, for `quality_sides.train_here`."""
     from jsae.architectures import find
 
-    target = None if find(architecture).Config.k is not None else float(plan.k)
-    job: dict[str, Any] = {
-        "recipe": architecture,
-        "coefficient": target,
+    has_k = find(recipe.split()[0]).Config.k is not None
+    return {
+        "recipe": recipe,
+        "rate": None,
+        "coefficient": None if has_k else float(plan.k),
         "nothing_given": False,
         "steps": plan.num_activations // plan.batch_size,
         "batch_size": plan.batch_size,
         "k": plan.k,
-        "d_in": subject.d_in,
+        "d_in": d_in,
         "d_sae": plan.d_sae,
         "widths": [*plan.nested_widths, plan.d_sae],
     }
-    scores = []
-    for seed in range(config.seeds):
+
+
+def trained(job: dict[str, Any], seeds: int, subject: Subject, scratch: Path) -> dict[str, float]:
+    """Return the rate and the mean scores over seeds, FVU at the target L0; it is infinite where a run diverged."""
+    scores, rate = [], math.nan
+    for seed in range(seeds):
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             path = Path(folder) / "sae"
-            answer = quality_sides.train_here(job | {"rate": rate, "seed": seed, "folder": str(path)}, subject.folder)
+            answer = quality_sides.train_here(job | {"seed": seed, "folder": str(path)}, subject.folder)
             rate = answer["rate"]
             if not answer["finite"]:
                 return {"rate": rate, "fvu": math.inf, "l0": math.nan, "dead_fraction": math.nan}
             scores.append(subject.scores(path))
     for score in scores:
-        score["fvu"] *= (score["l0"] / plan.k) ** -_SLOPE if target is not None else 1.0
-    names = ("fvu", "l0", "dead_fraction")
-    return {"rate": rate or math.nan} | {name: statistics.fmean(score[name] for score in scores) for name in names}
+        score["fvu"] *= 1.0 if job["coefficient"] is None else (score["l0"] / job["k"]) ** -_SLOPE
+    return {"rate": rate} | {name: statistics.fmean(score[name] for score in scores) for name in scores[0]}
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, Int
 FIRST_STRENGTH = 0.1
 """Initial strength of a controlled penalty. A penalty that is too strong kills latents before they have learned."""
 
-_LEAD = 0.3  # the fraction of the run over which the desired L0 moves from its first value to the target
 _GAIN = 30.0  # an L0 that is e times too large makes the strength e times larger within 1 / _GAIN of the run
 _MEMORY = 0.8  # decay of the running mean of L0, to which the proportional part responds
 
@@ -30,7 +29,7 @@ def initial(target: float | None) -> Control:
 
 
 def strength(
-    control: Control, target: float | None, proportional: float, number: Int[Array, ""], num_steps: int
+    control: Control, target: float | None, proportional: float, number: Int[Array, ""], num_steps: int, lead: float
 ) -> Float[Array, ""]:
     """Return the factor on the penalty in a step: the integral part times exp(`proportional` * error).
 
@@ -40,15 +39,16 @@ def strength(
       proportional: the gain of the proportional part.
       number: number of the step, from 1.
       num_steps: number of steps of the run.
+      lead: fraction of the run over which the desired L0 falls to the target.
     """
     if target is None:
         return control.strength
-    error = _error(control.l0, control.first_l0, target, number, num_steps)
+    error = _error(control.l0, control.first_l0, target, number, lead * num_steps)
     return control.strength * jnp.where(number == 1, 1, jnp.exp(proportional * error))
 
 
 def update(
-    control: Control, target: float | None, l0: Float[Array, ""], number: Int[Array, ""], num_steps: int
+    control: Control, target: float | None, l0: Float[Array, ""], number: Int[Array, ""], num_steps: int, lead: float
 ) -> Control:
     """Return the state after a step.
 
@@ -61,11 +61,12 @@ def update(
       l0: L0 of the step's batch.
       number: number of the step, from 1.
       num_steps: number of steps of the run.
+      lead: fraction of the run over which the desired L0 falls to the target.
     """
     if target is None:
         return control
     first_l0 = jnp.where(number == 1, l0, control.first_l0)
-    error = _error(l0, first_l0, target, number, num_steps)
+    error = _error(l0, first_l0, target, number, lead * num_steps)
     return Control(
         strength=control.strength * jnp.exp(_GAIN / num_steps * error),
         first_l0=first_l0,
@@ -74,9 +75,9 @@ def update(
 
 
 def _error(
-    l0: Float[Array, ""], first_l0: Float[Array, ""], target: float, number: Int[Array, ""], num_steps: int
+    l0: Float[Array, ""], first_l0: Float[Array, ""], target: float, number: Int[Array, ""], steps: float
 ) -> Float[Array, ""]:
     """Return log(L0 / desired L0), clipped to [-1, 1]."""
-    lead = jnp.maximum(1 - number / (_LEAD * num_steps), 0)
-    desired = jnp.log(target) + lead * jnp.log(jnp.maximum(first_l0, target) / target)
+    left = jnp.maximum(1 - number / max(steps, 1), 0)
+    desired = jnp.log(target) + left * jnp.log(jnp.maximum(first_l0, target) / target)
     return jnp.clip(jnp.log(jnp.maximum(l0, 1e-3)) - desired, -1, 1)

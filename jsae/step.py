@@ -76,7 +76,7 @@ def update(
             since_fired=since_fired,
             scale=state.scale,
             scale_out=state.scale_out,
-            control=control.update(state.control, target, sums.l0 / n, number, steps),
+            control=control.update(state.control, target, sums.l0 / n, number, steps, _lead(sae)),
             rate=state.rate,
             step=number,
             bad_step=jnp.where(is_bad & (state.bad_step < 0), number, state.bad_step),
@@ -156,9 +156,16 @@ def loss_of(
     return loss, Outputs(loss, latents, error, sae.batch_statistics(forward))
 
 
+def _lead(sae: SAE) -> float:
+    """Return the fraction of the run over which L0 falls to its target."""
+    given = sae.config.target_l0_fraction
+    return sae.control_lead if given is None else given
+
+
 def _context(config: TrainConfig, ops: Ops, state: TrainState, number: Int[Array, ""], room: int | None) -> Context:
     sae = state.sae
-    strength = control.strength(state.control, sae.config.target_l0, sae.control_gain, number, config.num_steps)
+    target, steps = sae.config.target_l0, config.num_steps
+    strength = control.strength(state.control, target, sae.control_gain, number, steps, _lead(sae))
     return Context(
         ops=ops,
         training=True,

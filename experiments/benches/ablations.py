@@ -91,7 +91,7 @@ def undone(recipe: str, d_in: int, d_sae: int) -> Iterator[tuple[str, dict[str, 
     from jsae.architectures import find
 
     kind = find(recipe.split()[0]).Config
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(kind)}
     yield AS_IT_IS, {}, {}
     yield "memory of second moments: 0.999", {}, {"beta2": 0.999}
     yield "learning rate: 2e-4 / sqrt(d_sae / 16384)", {}, {"learning_rate": 2e-4 / math.sqrt(d_sae / 16384)}

@@ -23,6 +23,8 @@ class Recipe:
     """The architecture, and the variant if the trainer has several."""
     coefficient: float | None = None
     """Start of the search for the strength of a peer's penalty; None where a number sets L0 directly."""
+    recovers: bool = False
+    """Whether it is for the recovery of features, and no candidate where the lowest FVU chooses."""
 
     @property
     def is_penalised(self) -> bool:
@@ -55,11 +57,13 @@ RECIPES: Mapping[str, tuple[Recipe, ...]] = {
         Recipe("dictionary_learning", "relu", 0.1),
         Recipe("dictionary_learning", "relu april", 0.15),
         Recipe(OURS, "relu"),
+        Recipe(OURS, "relu late", recovers=True),
     ),
     "gated": (
         Recipe("SAELens", "gated", 2.0),
         Recipe("dictionary_learning", "gated", 0.2),
         Recipe(OURS, "gated"),
+        Recipe(OURS, "gated late", recovers=True),
     ),
     "jumprelu": (
         Recipe("SAELens", "jumprelu step", 5.0),

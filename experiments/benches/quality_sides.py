@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _CHUNK = 8192  # activations per batch of the scoring
 _TRAINED = 65_536  # of the last activations of training, on which dead latents are counted too
+LATE = 0.7
+"""Fraction of the run over which L0 falls to its target in the recipes called late."""
 _TOLERANCE = 1e-4  # mean error over the norm: a latent at its threshold may be active on one side only
 
 
@@ -105,7 +107,8 @@ def _configs(job: dict[str, Any]) -> tuple[SAEConfig, TrainConfig]:
 
     name, _, variant = job["recipe"].partition(" ")
     settings = {"k": job["k"]} if job["coefficient"] is None else {"target_l0": job["coefficient"]}
-    settings |= {"jump_recipe": variant} if variant and not job["nothing_given"] else {}
+    if variant and not job["nothing_given"]:
+        settings |= {"target_l0_fraction": LATE} if variant == "late" else {"jump_recipe": variant}
     nested = any(field.name == "nested_widths" for field in dataclasses.fields(find(name).Config))
     settings |= {"nested_widths": tuple(job["widths"])} if nested else {}
     schedule: dict[str, Any] = {}

@@ -62,6 +62,8 @@ class SAEConfig:
     """Active latents per token, of architectures that select so many."""
     target_l0: ClassVar[float | None] = None
     """Active latents per token that a controller of the penalty aims at, of architectures that have one."""
+    target_l0_fraction: ClassVar[float | None] = None
+    """Fraction of the run over which it lets L0 fall to the target; None is the architecture's `control_lead`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -181,6 +183,8 @@ class SAE(nnx.Module):
     """Factors on the learning rate by the name of the array."""
     control_gain: ClassVar[float] = 1.0
     """Proportional gain of the controller of L0 (`jsae.control`); higher where the penalty acts more quickly."""
+    control_lead: ClassVar[float] = 0.3
+    """Fraction of a run over which that controller lets L0 fall to its target, where `target_l0_fraction` is None."""
 
     W_enc: nnx.Param[Float[Array, "f d"]]
     W_dec: nnx.Param[Float[Array, "f o"]]

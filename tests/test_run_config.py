@@ -199,7 +199,7 @@ BAD_SAES = {
         "--target_l0 means nothing to topk: leave it out. topk has --k",
     ),
     "a transcoder without an exported form": (
-        {"hook_type": "mlp_in", "target_hook": "mlp"},
+        {"activation": "topk", "hook_type": "mlp_in", "target_hook": "mlp"},
         "no exported form of a topk transcoder: use batchtopk, matryoshka, relu, jumprelu",
     ),
     "k that starts below its end": ({"k": (8, 16), "k_start": 12}, "k_start=12 must lie between k=16 and d_sae=1024"),

@@ -1,7 +1,6 @@
 """An attribution graph as a matrix of direct effects, and the names of its nodes."""
 
 import dataclasses
-import re
 from typing import Literal
 
 import torch
@@ -93,21 +92,3 @@ class Graph:
         if row < self.feature_count:
             return self.source(row)
         return Node("logit", None, len(self.tokens) - 1, self.logits[row - self.feature_count])
-
-
-_NODE_ID = re.compile(r"(\d{1,6})_(-1|\d{1,9})_(\d{1,9})", re.ASCII)
-
-
-def parse_writer(node_id: str) -> tuple[int, int, int | None]:
-    """Return layer, position and latent of a feature, or None for an error, from its id `LAYER_LATENT_POSITION`.
-
-    Raises:
-      ValueError: it is no such id.
-    """
-    match = _NODE_ID.fullmatch(node_id)
-    if match is None:
-        raise ValueError(
-            f"{node_id[:60]!r} is no feature or error: give LAYER_LATENT_POSITION, such as 3_12_2, or LAYER_-1_POSITION"
-        )
-    layer, latent, position = map(int, match.groups())
-    return layer, position, None if latent < 0 else latent

@@ -49,6 +49,6 @@ def check_slug(slug: str) -> None:
     """Raise ValueError for a name that no graph can have."""
     if not NAME.fullmatch(slug):
         raise ValueError(
-            f"slug is {slug[:60]!r}: give 1 to 128 letters, digits, '_', '.' and '-', beginning with a letter, a digit or "
-            "'_'"
+            f"slug is {slug[:60]!r}: give 1 to 128 letters, digits, '_', '.' and '-', beginning with a letter, a digit "
+            "or '_'"
         )

@@ -27,8 +27,8 @@ def show_graph(graph: Graph, pruned: Pruned, naming: Naming, paths: int) -> None
     console.print(f"scores          replacement {result.replacement:.3f}, completeness {result.completeness:.3f}")
     console.print(
         f"{_token(naming, graph.logits[0])}: {result.logit:.3f} = {result.from_tokens:.3f} from tokens directly, "
-        f"{result.from_features:.3f} from features, {result.from_errors:.3f} from errors, {result.from_biases:.3f} from "
-        "biases",
+        f"{result.from_features:.3f} from features, {result.from_errors:.3f} from errors, {result.from_biases:.3f} "
+        "from biases",
         markup=False,
         soft_wrap=True,
     )
@@ -52,7 +52,9 @@ def show_effect(traced: Traced, naming: Naming, column: int, factor: float) -> N
     """Change a node in the model; print predicted and real changes of the explained logits."""
     effect = intervene(traced, column, factor)
     node = _name(effect.node, traced.graph, naming)
-    table = Table("token", "direct", "all paths", "real", "p before", "p after", title=f"{escape(node)} times {factor:g}")
+    table = Table(
+        "token", "direct", "all paths", "real", "p before", "p after", title=f"{escape(node)} times {factor:g}"
+    )
     for place, token in enumerate(traced.graph.logits):
         changes = (f"{float(part[place]):+.4f}" for part in (effect.direct, effect.total, effect.real))
         table.add_row(

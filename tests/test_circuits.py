@@ -347,7 +347,9 @@ def test_two_tokens_by_hand():
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 
-def refused(match: str, saes: dict[str, TorchSAE] | None = None, length: int = LENGTH, model: GPT | None = None, **limits):
+def refused(
+    match: str, saes: dict[str, TorchSAE] | None = None, length: int = LENGTH, model: GPT | None = None, **limits
+):
     model = tiny("G7", sequence_len=24) if model is None else model
     with pytest.raises(ValueError, match=match):
         trace(
@@ -361,8 +363,13 @@ def refused(match: str, saes: dict[str, TorchSAE] | None = None, length: int = L
 def test_transcoders_that_do_not_replace_the_model_are_refused():
     saes = transcoders(torch.float32)
     first, *others = saes
-    refused(r"needs one for each of its layers 0 to 3 and lacks those of 0, 2", {n: saes[n] for n in saes if "1" in n or "3" in n})
-    refused("a topk SAE, which reconstructs its input. Attribution graphs need", saes | {first: toy_sae("topk", 32, 64)})
+    refused(
+        r"needs one for each of its layers 0 to 3 and lacks those of 0, 2",
+        {n: saes[n] for n in saes if "1" in n or "3" in n},
+    )
+    refused(
+        "a topk SAE, which reconstructs its input. Attribution graphs need", saes | {first: toy_sae("topk", 32, 64)}
+    )
     refused("reads 16 channels, but this model has 32", saes | {first: toy_transcoder(0, 16, 64)})
     wrong = toy_transcoder(0, 32, 64, hook_name_out="blocks.0.hook_attn_out")
     refused("predicts blocks.0.hook_attn_out, not the output of its MLP", saes | {first: wrong})

@@ -86,7 +86,7 @@ def _fields(place: str, item: Mapping[str, Any], fields: Mapping[str, tuple[type
 def _metadata(metadata: Mapping[str, Any]) -> Iterator[str]:
     for name in ("slug", "scan"):
         if not NAME.fullmatch(metadata[name]):
-            yield f"{name} {_shown(metadata[name])}: give 1 to 128 letters, digits, '_', '.' and '-', no '.' or '-' first"
+            yield f"{name} {_shown(metadata[name])}: give at most 128 letters, digits, '_', '.', '-', none of the last two first"
     if len(metadata["prompt_tokens"]) < 2:
         yield "it has a prompt of fewer than two tokens, of which circuit-tracer's page shows nothing"
     if metadata.get("schema_version") != 1:
@@ -125,7 +125,9 @@ def _feature(node: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _whole(nodes: list[Any], length: int) -> Iterator[str]:
-    inner = [int(node["layer"]) for node in nodes if node["feature_type"] in (FEATURE, ERROR) and _is_layer(node["layer"])]
+    inner = [
+        int(node["layer"]) for node in nodes if node["feature_type"] in (FEATURE, ERROR) and _is_layer(node["layer"])
+    ]
     if max(inner, default=0) < 1:
         yield "no feature or error above layer 0 is left, which Neuronpedia's page cannot draw: raise node_threshold"
     if sum(node["feature_type"] == TOKEN for node in nodes) != length:
@@ -152,7 +154,7 @@ def _links(links: list[Any], by_id: Mapping[str, Mapping[str, Any]]) -> Iterator
 
 
 def _view(view: Mapping[str, Any], by_id: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with a saved view: its nodes must exist; circuit-tracer saves text, Neuronpedia wants lists."""
+    """Yield what is wrong with a saved view: its nodes must exist, in lists, though circuit-tracer saves text."""
     pinned, groups = view.get("pinnedIds", []), view.get("supernodes", [])
     if not isinstance(pinned, list) or not isinstance(groups, list) or not all(isinstance(g, list) for g in groups):
         yield "pinnedIds and supernodes of qParams are not lists"

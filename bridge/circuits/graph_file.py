@@ -85,7 +85,7 @@ def write(folder: Path, graph: Graph, pruned: Pruned, naming: Naming, limits: Li
         size = len(texts[site].encode(errors="replace"))
         if not graph_check.SMALLEST_FILE <= size <= graph_check.LARGEST_FILE:
             raise ValueError(
-                f"the file of the graph would have {size:,} bytes, and Neuronpedia takes {graph_check.SMALLEST_FILE:,} to "
+                f"the graph would have {size:,} bytes, and Neuronpedia takes {graph_check.SMALLEST_FILE:,} to "
                 f"{graph_check.LARGEST_FILE:,}: lower the thresholds of nodes or edges if it is too large"
             )
     index = _index(folder / "circuit_tracer" / INDEX, documents["circuit_tracer"]["metadata"])
@@ -108,7 +108,9 @@ def document(graph: Graph, pruned: Pruned, naming: Naming, limits: Limits, site:
     nodes = [_source(graph, pruned, naming, column) for column in columns]
     nodes += [_logit(graph, naming, row) for row in rows]
     nodes.sort(key=_order)
-    shown = max([pruned.node_threshold, *(node["influence"] for node in nodes if node["feature_type"] in (FEATURE, ERROR))])
+    shown = max(
+        [pruned.node_threshold, *(node["influence"] for node in nodes if node["feature_type"] in (FEATURE, ERROR))]
+    )
     return {
         "metadata": _metadata(graph, pruned, naming, limits, site) | {"node_threshold": shown},
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},

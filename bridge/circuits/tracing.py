@@ -84,8 +84,9 @@ def trace(
       limits: of the graph.
 
     Raises:
-      ValueError: the transcoders or the model do not fit (`bridge.compatibility.check_transcoders`, `Frozen`), there are
-        fewer than two tokens or more than the model's context, or the graph does not fit into memory; says how large it is.
+      ValueError: the transcoders or the model do not fit (`bridge.compatibility.check_transcoders`, `Frozen`), there
+        are fewer than two tokens or more than the model's context, or the graph does not fit into memory; says how
+        large it is.
     """
     limits = limits or Limits()
     check_transcoders(model, transcoders)
@@ -105,8 +106,8 @@ def check_length(tokens: int, context: int) -> None:
     """Raise ValueError for a prompt of which no graph can be computed."""
     if not 2 <= tokens <= context:
         raise ValueError(
-            f"the prompt has {tokens} tokens: an attribution graph needs 2, of which the first may be BOS, to {context}, "
-            "the model's context"
+            f"the prompt has {tokens} tokens: an attribution graph needs 2, of which the first may be BOS, to "
+            f"{context}, the model's context"
         )
 
 
@@ -254,8 +255,9 @@ def _check_memory(r: Replacement, limits: Limits, logits: int) -> None:
     free = free_memory(r.activations.device)
     if free is not None and need > free:
         raise ValueError(
-            f"the graph of {r.length} tokens has {len(r.features):,} active features, {nodes:,} of them nodes: it needs "
-            f"about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: give a shorter prompt, or lower max_features"
+            f"the graph of {r.length} tokens has {len(r.features):,} active features, {nodes:,} of them nodes: it "
+            f"needs about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: give a shorter prompt, or lower "
+            "max_features"
         )
 
 

@@ -115,7 +115,7 @@ class Run(Layout):
         return load_saes(self.path, device)
 
     def transcoders(self, device: str | torch.device = "cpu") -> dict[str, TorchSAE]:
-        """Load the transcoders by hook of their input, as `bridge.circuits.trace` takes them; see `load_transcoders`."""
+        """Load the transcoders by hook of their input, for `bridge.circuits.trace`; see `load_transcoders`."""
         from bridge.run.saes import load_transcoders
 
         return load_transcoders(self.path, device)

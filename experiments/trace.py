@@ -47,7 +47,9 @@ class TraceConfig:
     max_logits: int = flag(10, "Most tokens to explain.", at_least(1, 2**20))
     logit_probability: float = flag(0.95, "Explain no more tokens than together have this probability.", SHARE)
     max_features: int = flag(7500, "Most features with nodes of their own; errors take in the others.", COUNT)
-    batch_size: int | None = flag(None, "Rows per backward pass; none is as many as take 256 MiB.", at_least(1, 2**16))
+    batch_size: int | None = flag(
+        None, "Rows per backward pass; none is at most 512, as memory allows.", at_least(1, 2**16)
+    )
     node_threshold: float = flag(0.8, "Share of the influence that the nodes in the file have.", SHARE)
     edge_threshold: float = flag(0.98, "Share of the edges' scores that the edges in the file have.", SHARE)
     paths: int = flag(10, "Paths to print.", at_least(0, 10_000))

@@ -62,8 +62,7 @@ def show_effect(traced: Traced, naming: Naming, column: int, factor: float) -> N
         )
     console = Console()
     console.print(table)
-    gap = float((effect.direct - effect.frozen).abs().max())
-    console.print(f"frozen network  differs from the direct effects by {gap:.1e} at most")
+    console.print(f"frozen network  differs from the direct effects by {effect.frozen_gap:.1e} at most")
 
 
 def show_agreement(traced: Traced, count: int) -> None:

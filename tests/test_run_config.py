@@ -86,7 +86,7 @@ def test_values_that_are_nearly_alike_have_folders_of_their_own():
 
 
 def test_a_transcoder_reads_and_makes_the_same_layer(nano):
-    found = planned(nano, layer=("1", "2"), hook_type="mlp_in", target_hook="mlp", skip=True, activation="batchtopk")
+    found = planned(nano, layer=("1", "2"), hook_type="mlp_in", target_hook="mlp", skip=True)
     assert [t.hooks for t in found] == [
         (f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out") for layer in (1, 2)
     ]

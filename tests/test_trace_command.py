@@ -178,9 +178,11 @@ def test_labels_of_latents_are_in_the_graph(done, run, capfd):
     assert named[feature["node_id"]] == "my name"
 
 
-def test_training_transcoders_suggests_to_trace(run):
+def test_training_transcoders_suggests_to_trace(run, checkpoint, tmp_path):
     (line,) = commands.after_training(run)
     assert "experiments.trace" in line
+    rundir.record(tmp_path, RunConfig(checkpoint=str(checkpoint), hook_type="mlp_in", target_hook="mlp"), {})
+    assert commands.after_training(tmp_path) == []
     assert Run(run).transcoders().keys() == {f"blocks.{i}.ln2.hook_normalized" for i in range(LAYERS)}
 
 

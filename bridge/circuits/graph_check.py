@@ -86,7 +86,7 @@ def _fields(place: str, item: Mapping[str, Any], fields: Mapping[str, tuple[type
 def _metadata(metadata: Mapping[str, Any]) -> Iterator[str]:
     for name in ("slug", "scan"):
         if not NAME.fullmatch(metadata[name]):
-            yield f"{name} {_shown(metadata[name])}: give at most 128 letters, digits, '_', '.', '-', none of the last two first"
+            yield f"{name} {_shown(metadata[name])}: give at most 128 of letters, digits, '_', '.' and '-'"
     if len(metadata["prompt_tokens"]) < 2:
         yield "it has a prompt of fewer than two tokens, of which circuit-tracer's page shows nothing"
     if metadata.get("schema_version") != 1:

@@ -34,6 +34,11 @@ class Effect:
     real: Float[Tensor, " n"]
     probabilities: Float[Tensor, "2 n"]
 
+    @property
+    def frozen_gap(self) -> float:
+        """Largest difference between the direct effect and the change in the frozen network."""
+        return float((self.direct - self.frozen).abs().max())
+
 
 def intervene(traced: Traced, column: int, factor: float = 0.0) -> Effect:
     """Multiply what a feature or error writes by a factor, and compare the predicted with the real change.
@@ -99,7 +104,7 @@ class Agreement:
       direct: correlation of the direct effects with the real changes.
       total: correlation of the effects over all paths.
       slope: real change per predicted total effect, by least squares through the origin.
-      frozen_gap: largest difference of a direct effect from the change in the frozen network.
+      frozen_gap: the largest of the effects (`Effect.frozen_gap`).
     """
 
     count: int
@@ -121,14 +126,13 @@ def agreement(traced: Traced, count: int) -> Agreement:
     if len(columns) < 2:
         raise ValueError(f"a correlation needs at least two features: {len(columns)} of {graph.feature_count} chosen")
     effects = [intervene(traced, column) for column in columns]
-    direct, total, frozen, real = (
-        torch.stack([getattr(effect, name)[0] for effect in effects]).double()
-        for name in ("direct", "total", "frozen", "real")
+    direct, total, real = (
+        torch.stack([getattr(effect, name)[0] for effect in effects]).double() for name in ("direct", "total", "real")
     )
     return Agreement(
         len(effects),
         float(torch.corrcoef(torch.stack([direct, real]))[0, 1]),
         float(torch.corrcoef(torch.stack([total, real]))[0, 1]),
         float(total @ real / total.square().sum()),
-        float((direct - frozen).abs().max()),
+        max(effect.frozen_gap for effect in effects),
     )

@@ -20,7 +20,8 @@ from bridge.torch_sae import TorchSAE
 
 Measure = Literal["logit", "logprob"]
 _BATCH_BYTES = 2**28
-"""Gradients of one backward pass, unless a batch size is given."""
+"""Gradients of one backward pass on a CPU, unless a batch size is given; more would leave its caches."""
+_LARGEST_BATCH = 512
 _RERANKED_AFTER = 1024
 """Features between two rankings by influence."""
 _COPIES = 5
@@ -35,7 +36,8 @@ class Limits:
       max_features: nodes for the features of the largest influence; the errors take in all others.
       max_logits: explain at most as many of the most likely tokens.
       logit_probability: explain no more of them than together have this probability.
-      batch_size: targets per backward pass; None is as many as take 256 MiB.
+      batch_size: targets per backward pass; None is at most 512, as many as 256 MiB or an eighth of a GPU's memory
+        hold.
     """
 
     max_features: int = 7500
@@ -186,7 +188,8 @@ def _batch_size(r: Replacement, limits: Limits) -> int:
         return limits.batch_size
     embedding = r.frozen.embedding
     sites = r.depth + len(r.frozen.values) + 3
-    return max(1, min(512, _BATCH_BYTES // (sites * embedding.numel() * embedding.element_size())))
+    budget = free_memory(embedding.device) // 8 if embedding.is_cuda else _BATCH_BYTES
+    return max(1, min(_LARGEST_BATCH, budget // (sites * embedding.numel() * embedding.element_size())))
 
 
 def _most_influential(

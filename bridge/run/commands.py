@@ -54,9 +54,10 @@ def python() -> str:
 
 
 def after_training(run: Path) -> list[str]:
-    """Return commands for a trained run, or the first run of a sweep."""
-    if _has_transcoders(run):
-        return [line("trace", run_dir=run, prompt=PROMPT)]
+    """Return commands for a trained run, or the first run of a sweep; transcoders of all layers can be traced."""
+    if (flags := _flags(run)).get("target_hook") is not None:
+        kind = flags.get("layer"), flags.get("hook_type"), flags["target_hook"]
+        return [line("trace", run_dir=run, prompt=PROMPT)] if kind == (["all"], "mlp_in", "mlp") else []
     return [
         line("evaluate", "eval", run_dir=run),
         line("explore", "web", run_dir=run, serve=True),
@@ -130,13 +131,12 @@ def _hook(run: Path) -> str | None:
     return hooks[0] if len(hooks) > 1 else None
 
 
-def _has_transcoders(run: Path) -> bool:
-    """Return whether a run trained transcoders, which other commands do not take."""
+def _flags(run: Path) -> dict[str, Any]:
+    """Return the flags that a run was started with; {} if its file cannot be read."""
     try:
-        flags = jsons.read(Layout(run).config_file)["flags"]
-        return flags["target_hook"] is not None
+        return dict(jsons.read(Layout(run).config_file)["flags"])
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return {}
 
 
 def _best(run: Path, hook: str | None) -> int:

@@ -85,7 +85,8 @@ class Frozen:
             x = self._mixed(i, x, x0, self.bigram)
             self.attn_scale.append(inverse_rms(x, self.model.eps))
             normed = (x * self.attn_scale[i])[None]
-            self.patterns.append(_pattern(*block.attn.queries_and_keys(normed, rope), block.attn.window))
+            q, k = block.attn.queries_and_keys(normed, rope)
+            self.patterns.append(_pattern(q, k, block.attn.window))
             if i in self.values:
                 self.gates[i] = block.attn.value_gate(normed)
             x = x + acts[hook_name(i, "attn")]

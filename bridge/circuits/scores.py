@@ -26,8 +26,11 @@ class Scores:
     from_features: float
     from_errors: float
     from_biases: float
-    logit: float
-    """The sum of the four parts."""
+
+    @property
+    def logit(self) -> float:
+        """The sum of the four parts."""
+        return self.from_tokens + self.from_features + self.from_errors + self.from_biases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,7 @@ def scores(graph: Graph) -> Scores:
     row, biases = graph.matrix[graph.feature_count], graph.biases[graph.feature_count].sum()
     parts = (row[graph.token_columns], row[: graph.feature_count], row[graph.errors], biases)
     sums = [float(part.sum()) for part in parts]
-    return Scores(float(tokens / (tokens + errors)), float(1 - lost / everything), *sums, sum(sums))
+    return Scores(float(tokens / (tokens + errors)), float(1 - lost / everything), *sums)
 
 
 def prune(graph: Graph, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> Pruned:

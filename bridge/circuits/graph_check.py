@@ -14,12 +14,21 @@ SMALLEST_FILE, LARGEST_FILE = 1024, 100 * 2**20
 """Bytes of a file that Neuronpedia accepts."""
 _LOGIT_LABEL = re.compile(r'"(?s:.*)" \(p=[0-9.]+\)$')
 _LARGEST_EXACT = 2**53
+_Fields = Mapping[str, tuple[type, ...]]
 _TEXT, _WHOLE, _NUMBER = (str,), (int,), (int, float)
-_METADATA = {"slug": _TEXT, "scan": _TEXT, "prompt": _TEXT, "prompt_tokens": (list,)}
-_NODE = {"node_id": _TEXT, "feature_type": _TEXT, "jsNodeId": _TEXT, "clerp": _TEXT, "ctx_idx": _WHOLE}
-_NODE |= {"layer": (str, int), "feature": (int, type(None))}
-_OPTIONAL = {"influence": (int, float, type(None)), "activation": (int, float, type(None)), "token_prob": _NUMBER}
-_LINK = {"source": _TEXT, "target": _TEXT, "weight": _NUMBER}
+_METADATA: _Fields = {"slug": _TEXT, "scan": _TEXT, "prompt": _TEXT, "prompt_tokens": (list,)}
+_NODE: _Fields = {
+    **dict.fromkeys(("node_id", "feature_type", "jsNodeId", "clerp"), _TEXT),
+    "ctx_idx": _WHOLE,
+    "layer": (str, int),
+    "feature": (int, type(None)),
+}
+_OPTIONAL: _Fields = {
+    "influence": (int, float, type(None)),
+    "activation": (int, float, type(None)),
+    "token_prob": _NUMBER,
+}
+_LINK: _Fields = {"source": _TEXT, "target": _TEXT, "weight": _NUMBER}
 
 
 def check(document: Any) -> None:
@@ -74,7 +83,7 @@ def _shape(document: Any) -> Iterator[str]:
                 yield f"{name}[{number}] is no object"
 
 
-def _fields(place: str, item: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]) -> Iterator[str]:
+def _fields(place: str, item: Mapping[str, Any], fields: _Fields) -> Iterator[str]:
     for name, kinds in fields.items():
         value = item.get(name, ...)
         if not isinstance(value, kinds) or isinstance(value, bool):

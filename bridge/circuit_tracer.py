@@ -18,11 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from bridge.graph_names import pairing, token_text
 from jsae import files
 from jsae.records.store import NON_ACTIVATING, TOP, Store, StoreError, digest
-
-_WHITE_SPACE = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
-"""circuit-tracer's symbols for white space that would break a line."""
 
 
 def write(
@@ -96,11 +94,6 @@ def _json(entry: dict[str, Any], path: Path) -> str:
         raise StoreError(f"the records of latent {entry['index']} at {path} are not finite ({error})") from error
 
 
-def pairing(layer: int, latent: int) -> int:
-    """Return the Cantor pairing of layer and latent, which identifies a feature in a graph."""
-    return (layer + latent) * (layer + latent + 1) // 2 + latent
-
-
 def feature(store: Store, latent: int, scan: str, context: int = 32) -> dict[str, Any]:
     """Return a latent in the format of circuit-tracer's pages, without examples that do not activate it."""
     count = int(store["count"][latent])
@@ -165,7 +158,7 @@ def _example(store: Store, example: int, context: int) -> dict[str, Any]:
     values[positions] = activations
     start, stop = max(center - context, 0), center + context + 1
     return {
-        "tokens": [_token(store.texts.vocabulary[i]) for i in row[start:stop].tolist()],
+        "tokens": [token_text(store.texts.vocabulary[i]) for i in row[start:stop].tolist()],
         "tokens_acts_list": [_rounded(value) for value in values[start:stop].tolist()],
         "train_token_ind": center - start,
         "is_repeated_datapoint": False,  # the records contain every text once
@@ -174,15 +167,7 @@ def _example(store: Store, example: int, context: int) -> dict[str, Any]:
 
 def _logits(store: Store, side: str, latent: int) -> list[str]:
     ids, values = store[f"{side}_logits"][latent], store[f"{side}_logit_values"][latent]
-    return [_token(store.texts.vocabulary[i]) for i in ids[~np.isnan(values)].tolist()]
-
-
-def _token(piece: bytes) -> str:
-    r"""Return a token's text; the bytes of a partial character as \xNN, which the pages join to a character again."""
-    try:
-        return piece.decode("utf-8").translate(_WHITE_SPACE)
-    except UnicodeDecodeError:
-        return "".join(chr(byte) if byte < 0x80 else f"\\x{byte:02x}" for byte in piece).translate(_WHITE_SPACE)
+    return [token_text(store.texts.vocabulary[i]) for i in ids[~np.isnan(values)].tolist()]
 
 
 def _rounded(value: float | np.floating) -> float:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from bridge.hooks import depth, find
+from bridge.hooks import depth, find, hook_name
 from bridge.passes import unwrapped
 from bridge.torch_sae import TorchSAE
 
@@ -32,6 +32,49 @@ def check(model: nn.Module, saes: Mapping[str, TorchSAE], fingerprint: str | Non
     for name in sorted(saes, key=depth):
         find(model, name)
         _check(model, name, saes[name], fingerprint)
+
+
+def check_transcoders(model: nn.Module, transcoders: Mapping[str, TorchSAE], fingerprint: str | None = None) -> None:
+    """Check that transcoders replace every MLP of a model.
+
+    Args:
+      model: a module with transformer.wte and transformer.h[i].attn and .mlp.
+      transcoders: by hook of their input, `blocks.L.ln2.hook_normalized`.
+      fingerprint: see `check`.
+
+    Raises:
+      ValueError: a layer has none or one that is no transcoder from its MLP's input to its output; or one does not fit
+        the model's width, device or fingerprint. Names the layers.
+    """
+    layers = range(len(unwrapped(model).transformer.h))
+    names = [hook_name(layer, "mlp_in") for layer in layers]
+    missing = [layer for layer, name in zip(layers, names, strict=True) if name not in transcoders]
+    if missing or len(transcoders) > len(names):
+        raise ValueError(
+            f"there are transcoders at {', '.join(sorted(transcoders, key=depth)) or 'no hook'}; this model needs one "
+            f"for each of its layers 0 to {layers[-1]}{_lacking(missing)}: train them with --layer=all "
+            "--hook_type=mlp_in --target_hook=mlp --skip"
+        )
+    for layer, name in zip(layers, names, strict=True):
+        check_transcoder(name, transcoders[name])
+        target = transcoders[name].metadata.get("hook_name_out", hook_name(layer, "mlp"))
+        if target != hook_name(layer, "mlp"):
+            raise ValueError(f"the transcoder of {name} predicts {target}, not the output of its MLP")
+        _check_fit(model, name, transcoders[name], fingerprint)
+
+
+def _lacking(layers: list[int]) -> str:
+    return f" and lacks those of {', '.join(map(str, layers))}" if layers else ""
+
+
+def check_transcoder(name: str | Path, sae: TorchSAE) -> None:
+    """Raise ValueError for an SAE or crosscoder, which does not predict another activation than it reads."""
+    if not sae.is_transcoder or sae.layers > 1:
+        kind = "a crosscoder" if sae.layers > 1 else f"a {sae.architecture} SAE, which reconstructs its input"
+        raise ValueError(
+            f"{name} is {kind}. Attribution graphs need transcoders of all layers: train them with --layer=all "
+            "--hook_type=mlp_in --target_hook=mlp --skip"
+        )
 
 
 def known_fingerprint(nano: "Nanochat", saes: Mapping[str, TorchSAE]) -> str | None:
@@ -60,13 +103,19 @@ def trained_on(sae: TorchSAE) -> str | None:
 
 
 def _check(model: nn.Module, name: str, sae: TorchSAE, fingerprint: str | None) -> None:
-    """Raise ValueError for an SAE that does not fit this model."""
+    """Raise ValueError for an SAE that does not reconstruct an activation of this model."""
     check_kind(f"the SAE of {name}", sae)
+    _check_fit(model, name, sae, fingerprint)
+
+
+def _check_fit(model: nn.Module, name: str, sae: TorchSAE, fingerprint: str | None) -> None:
+    """Raise ValueError for an SAE or transcoder of another width, device or model."""
     embedding = unwrapped(model).transformer.wte.weight
     width, device = embedding.size(1), embedding.device
-    if sae.d_in != width:
+    if {sae.d_in, sae.d_out} != {width}:
+        channels = f"{sae.d_in}" if sae.d_in == sae.d_out else f"{sae.d_in} and writes {sae.d_out}"
         raise ValueError(
-            f"the SAE of {name} reads {sae.d_in} channels, but this model has {width}: "
+            f"the SAE of {name} reads {channels} channels, but this model has {width}: "
             "give the model that it was trained on"
         )
     if sae.W_dec.device != device:

@@ -233,6 +233,19 @@ def _results(run: Path, version: int) -> None:
     timing.write(str(run / "results" / "step.json"), {"seconds": [version] * 100})
 
 
+def _graph(run: Path, version: int) -> None:
+    import torch
+
+    from bridge.circuits import Graph, graph_file, prune
+    from bridge.circuits.tracing import Limits
+
+    matrix = version * torch.tensor([[0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 2.0], [2.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0]])
+    feature, one = torch.tensor([[1, 1, 3]]), torch.ones(1)
+    graph = Graph((5, 6), 2, feature, one, (7,), 0.5 * one, matrix, torch.zeros(2, 2), matrix.sum(1), 1)
+    naming = graph_file.Naming("toy", "ab", lambda token: b"x", "toy", "toy-tc", ("first", "second"))
+    graph_file.write(run / "graphs", graph, prune(graph), naming, Limits())
+
+
 WRITERS: Mapping[str, Writer] = {
     "SAE": Writer(_export, "sae/new", tree),
     "sparsity": Writer(_sparsity, f"sae/{HOOK}/sparsity.safetensors", tree),
@@ -241,6 +254,7 @@ WRITERS: Mapping[str, Writer] = {
     "saedashboard": Writer(_dashboard, "out", tree),
     "delphi": Writer(_delphi, "out", tree),
     "circuit_tracer": Writer(_circuit_tracer, "out", tree),
+    "graph": Writer(_graph, "graphs/neuronpedia", tree),
     "upload": Writer(_upload, "out", tree),
     "ledger": Writer(_ledger, "uploads.jsonl", _lines),
     "page": Writer(_write_page, "explorer", _page),
@@ -367,6 +381,7 @@ _IMPORTED = (
     "torch",
     "matplotlib.figure",
     "bridge.circuit_tracer",
+    "bridge.circuits.graph_file",
     "bridge.delphi",
     "bridge.explorer.gather",
     "bridge.explorer.page",

@@ -12,6 +12,7 @@ _NAMES = {
     "explore": "ExploreConfig",
     "export": "ExportConfig",
     "publish": "PublishConfig",
+    "trace": "TraceConfig",
 }
 CONFIGS: dict[str, type] = {
     command: getattr(importlib.import_module(f"experiments.{command}"), name) for command, name in _NAMES.items()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from bridge import circuit_tracer
+from bridge.graph_names import token_text
 from jsae.records.store import NON_ACTIVATING, Store, StoreError
 
 LAYER = 2
@@ -111,8 +112,8 @@ def test_white_space_and_split_characters_are_told_as_the_pages_tell_them(data):
     assert {"⏎", "→"} <= tokens(toy.BLANKS)
     assert {r"\xc3", r"\xa9"} <= tokens(toy.SPLIT)
     assert not {"\n", "\t", "\ufffd"} & (tokens(toy.BLANKS) | tokens(toy.SPLIT))
-    assert circuit_tracer._token(b"a\xf0\x9f") == r"a\xf0\x9f"
-    assert circuit_tracer._token(b"\xed\xa0\x80") == r"\xed\xa0\x80"
+    assert token_text(b"a\xf0\x9f") == r"a\xf0\x9f"
+    assert token_text(b"\xed\xa0\x80") == r"\xed\xa0\x80"
 
 
 def test_a_dead_latent_has_a_file_without_examples(data):

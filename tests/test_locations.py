@@ -17,6 +17,7 @@ from jsae.settings import ConfigError
 NEEDED = {
     "collect": {"out": "runs/x"},
     "steer": {"run_dir": "runs/x", "prompt": "def"},
+    "trace": {"run_dir": "runs/x", "prompt": "def"},
     "evaluate": {"run_dir": "runs/x", "steering": True},
     "explore": {"run_dir": "runs/x"},
     "export": {"run_dir": "runs/x"},

@@ -86,7 +86,7 @@ def test_values_that_are_nearly_alike_have_folders_of_their_own():
 
 
 def test_a_transcoder_reads_and_makes_the_same_layer(nano):
-    found = planned(nano, layer=("1", "2"), hook_type="mlp_in", target_hook="mlp", skip=True, activation="batchtopk")
+    found = planned(nano, layer=("1", "2"), hook_type="mlp_in", target_hook="mlp", skip=True)
     assert [t.hooks for t in found] == [
         (f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out") for layer in (1, 2)
     ]
@@ -199,7 +199,7 @@ BAD_SAES = {
         "--target_l0 means nothing to topk: leave it out. topk has --k",
     ),
     "a transcoder without an exported form": (
-        {"hook_type": "mlp_in", "target_hook": "mlp"},
+        {"activation": "topk", "hook_type": "mlp_in", "target_hook": "mlp"},
         "no exported form of a topk transcoder: use batchtopk, matryoshka, relu, jumprelu",
     ),
     "k that starts below its end": ({"k": (8, 16), "k_start": 12}, "k_start=12 must lie between k=16 and d_sae=1024"),

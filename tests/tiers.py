@@ -42,6 +42,7 @@ MODULES = (
     "test_signals",
     "test_speed_benches",
     "test_text_command",
+    "test_trace_command",
     "test_option_pairs",
     "test_hostile",
     "test_hostile_text",
@@ -115,6 +116,13 @@ TESTS: dict[str, tuple[str, ...]] = {
     "test_circuit_tracer": (
         "test_numbers_that_are_none_are_refused",
         "test_neither_torch_nor_jax_is_loaded",
+    ),
+    "test_circuits": (
+        "test_every_row_sums_to_its_value",
+        "test_every_row_sums_to_its_value_in_float32",
+        "test_the_frozen_network_is_linear_and_gives_the_models_activations",
+        "test_ablations_of_the_strongest_features_are_reported",
+        "test_the_size_of_a_batch_changes_nothing_but_rounding",
     ),
     "test_control": (
         "test_l0_arrives_at_its_target_and_stays",

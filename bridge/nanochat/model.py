@@ -93,19 +93,33 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B T C"]:
         """Return the output; `mask` is that of `attend`."""
         B, T, C = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))
-        if ve is not None:
-            gate = self.gate_mult * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))  # (B, T, Hkv)
-            v = v + gate[..., None] * ve.view_as(v)
-        q, k = norm(rotate(q, rope), self.eps), norm(rotate(k, rope), self.eps)
-        if self.qk_scale != 1.0:
-            q, k = q * self.qk_scale, k * self.qk_scale
+        q, k = self.queries_and_keys(x, rope)
+        v = self.values(x, ve, None if ve is None else self.value_gate(x))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
             mask = cache.mask(self.window)
         y = attend(q, k, v, self.window, mask)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+    def queries_and_keys(self, x: Float[Tensor, "B T C"], rope: Rope) -> tuple[Tensor, Tensor]:
+        """Return queries (B, T, H, D) and keys (B, T, Hkv, D): projected, rotated, normalised and scaled."""
+        q, k = (proj(x).view(*x.shape[:2], -1, self.head_dim) for proj in (self.c_q, self.c_k))
+        q, k = norm(rotate(q, rope), self.eps), norm(rotate(k, rope), self.eps)
+        if self.qk_scale != 1.0:
+            q, k = q * self.qk_scale, k * self.qk_scale
+        return q, k
+
+    def value_gate(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T Hkv"]:
+        """Return the factors on the value embeddings; only layers that have them have a gate."""
+        return self.gate_mult * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))
+
+    def values(
+        self, x: Float[Tensor, "B T C"], ve: Float[Tensor, "B T kv"] | None, gate: Float[Tensor, "B T Hkv"] | None
+    ) -> Float[Tensor, "B T Hkv D"]:
+        """Return the values, to which value embeddings are added through their gate; both are None without them."""
+        v = self.c_v(x).view(*x.shape[:2], -1, self.head_dim)
+        return v if ve is None else v + gate[..., None] * ve.view_as(v)
 
 
 class MLP(nn.Module):
@@ -168,7 +182,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module)
 
 
-def mix(x: Float[Tensor, "B T C"], x0: Float[Tensor, "B T C"], resid: Tensor, first: Tensor) -> Float[Tensor, "B T C"]:
+def mix(x: Float[Tensor, "*n C"], x0: Float[Tensor, "*n C"], resid: Tensor, first: Tensor) -> Float[Tensor, "*n C"]:
     """Return resid x + first x0, the input of a block. Lambdas of 0 dimensions do not promote a bfloat16 stream."""
     return resid * x + first * x0
 
@@ -306,14 +320,15 @@ class GPT(nn.Module):
         embed = (GPT._embed, self, tokens, None if cache is None else cache.last_embedding)
         embedded, x = run(*embed) if run is not None else self._embed(*embed[2:])
         rows = slice(tokens.size(1)) if cache is None else cache.rows(tokens.size(1))
-        rope = (self.cos[rows][None, :, None].to(x.dtype), self.sin[rows][None, :, None].to(x.dtype))
-
-        x = norm(self._blocks(tokens, x, rope, cache, run), self.eps)
+        x = norm(self._blocks(tokens, x, self.rope(rows, x.dtype), cache, run), self.eps)
         logits = self.lm_head(x)[..., : self.config.vocab_size].float()
-
         if cache is not None:
             cache.advance(tokens, embedded if self.config.smear else None)
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
+
+    def rope(self, rows: slice | Tensor, dtype: torch.dtype) -> Rope:
+        """Return cos and sin of these positions."""
+        return self.cos[rows][None, :, None].to(dtype), self.sin[rows][None, :, None].to(dtype)
 
     def _embed(self, tokens: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return (embedded, x), (B, T, C) each: the normed embeddings, and the residual stream before the first block.
@@ -345,8 +360,11 @@ class GPT(nn.Module):
     def _smear(self, x: Float[Tensor, "B T C"], before: Float[Tensor, "B 1 C"] | None) -> Float[Tensor, "B T C"]:
         """Return x_t + smear_lambda sigmoid(smear_gate(x_t)) x_{t-1}, where x_{t-1} is not smeared itself."""
         before = torch.zeros_like(x[:, :1]) if before is None else before
-        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
-        return x + gate * torch.cat([before, x[:, :-1]], dim=1)
+        return x + self.smear_factor(x) * torch.cat([before, x[:, :-1]], dim=1)
+
+    def smear_factor(self, x: Float[Tensor, "*axes C"]) -> Float[Tensor, "*axes 1"]:
+        """Return the factors on the embedding of the token before, from the normed embeddings (G7)."""
+        return self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
 
     def _check(self, tokens: Tensor, cache: KeyValues | None, start: int) -> None:
         if tokens.dtype not in (torch.int64, torch.int32):

@@ -133,6 +133,11 @@ def default_source_set(hook: str, d_sae: int, digests: Iterable[str]) -> str:
     return f"{hook_kind(hook)[0]}-{width(d_sae)}-{_short(digests)}"
 
 
+def default_transcoder_set(d_sae: int, digests: Iterable[str]) -> str:
+    """Return a default source set of transcoders of all layers, `transcoder-1k-41fe07`; see `default_source_set`."""
+    return f"transcoder-{width(d_sae)}-{_short(digests)}"
+
+
 def default_release(model: str, digests: Iterable[str]) -> str:
     """Return a default release, `nanochat-d6-3a0fb378-41fe07`: the model and a digest of the run's SAEs."""
     return f"{model}-{_short(digests)}"

@@ -54,7 +54,10 @@ def python() -> str:
 
 
 def after_training(run: Path) -> list[str]:
-    """Return commands for a trained run, or the first run of a sweep."""
+    """Return commands for a trained run, or the first run of a sweep; transcoders of all layers can be traced."""
+    if (flags := _flags(run)).get("target_hook") is not None:
+        kind = flags.get("layer"), flags.get("hook_type"), flags["target_hook"]
+        return [line("trace", run_dir=run, prompt=PROMPT)] if kind == (["all"], "mlp_in", "mlp") else []
     return [
         line("evaluate", "eval", run_dir=run),
         line("explore", "web", run_dir=run, serve=True),
@@ -93,6 +96,11 @@ def after_steering(run: Path, hook: str | None, pushed: bool, **model: Any) -> l
     return [steer, line("explore", "web", run_dir=run, serve=True)] if Layout(run).config_file.is_file() else [steer]
 
 
+def after_tracing(run: Path, prompt: str, ablated: bool, **model: Any) -> list[str]:
+    """Return commands that compare a graph with the model; `ablated` is whether that was done."""
+    return [] if ablated else [line("trace", run_dir=run, prompt=prompt, **model, ablations=80)]
+
+
 def after_export(run: Path, out: Path, formats: tuple[str, ...], hook: str | None) -> list[str]:
     """Return commands and code that read an export of these formats in the folder `out`."""
     readers = {
@@ -121,6 +129,14 @@ def _hook(run: Path) -> str | None:
     """Return the first hook of a run with several SAEs; None if --hook is not needed."""
     hooks = sorted(path.parent.name for path in Layout(run).saes_folder.glob("*/cfg.json"))
     return hooks[0] if len(hooks) > 1 else None
+
+
+def _flags(run: Path) -> dict[str, Any]:
+    """Return the flags that a run was started with; {} if its file cannot be read."""
+    try:
+        return dict(jsons.read(Layout(run).config_file)["flags"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _best(run: Path, hook: str | None) -> int:

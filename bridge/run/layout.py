@@ -15,6 +15,7 @@
     neuronpedia/FOLDER/         files in the format of another tool, a folder per format
     neuronpedia/upload/         bodies of requests to Neuronpedia
     neuronpedia/uploads.jsonl   what was sent to Neuronpedia
+    graphs/SITE/SLUG.json       attribution graphs, a folder per site that shows them
     VARIANT/                    of a sweep: a run of its own, whose checkpoints and events are in the sweep's directory
 
 No torch, and nothing is read.
@@ -111,6 +112,11 @@ class Layout:
     def store_folder(self, hook: str) -> Path:
         """The records of one SAE."""
         return self.records_folder / hook
+
+    @property
+    def graphs_folder(self) -> Path:
+        """Attribution graphs, a folder per site that shows them."""
+        return self.path / "graphs"
 
     @property
     def neuronpedia_folder(self) -> Path:

@@ -114,6 +114,12 @@ class Run(Layout):
 
         return load_saes(self.path, device)
 
+    def transcoders(self, device: str | torch.device = "cpu") -> dict[str, TorchSAE]:
+        """Load the transcoders by hook of their input, for `bridge.circuits.trace`; see `load_transcoders`."""
+        from bridge.run.saes import load_transcoders
+
+        return load_transcoders(self.path, device)
+
     def sae(self, name: str | None = None, device: str | torch.device = "cpu") -> TorchSAE:
         """Load one SAE, transcoder or crosscoder.
 

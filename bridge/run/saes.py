@@ -1,11 +1,12 @@
 """The exported SAEs of a run, an export or a folder of exports, as torch modules. No jax."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from bridge import torch_sae
-from bridge.compatibility import check_kind
+from bridge.compatibility import check_kind, check_transcoder
 from bridge.hooks import parse
 from bridge.run.exports import finished, within
 from bridge.torch_sae import TorchSAE
@@ -24,10 +25,25 @@ def load_saes(path: str | Path, device: str | torch.device = "cpu") -> dict[str,
       ValueError: an export is damaged, is a transcoder or crosscoder, or names no hook of a nanochat, or two exports
         have the same hook.
     """
+    return _load(path, device, check_kind)
+
+
+def load_transcoders(path: str | Path, device: str | torch.device = "cpu") -> dict[str, TorchSAE]:
+    """Load exported transcoders by the hook of their input; as `load_saes`, which refuses them.
+
+    Raises:
+      FileNotFoundError: as `load_saes`.
+      ValueError: as `load_saes`, but an export that is no transcoder is refused.
+    """
+    return _load(path, device, check_transcoder)
+
+
+def _load(path: str | Path, device: str | torch.device, check: Callable[[Path, TorchSAE], None]) -> dict[str, TorchSAE]:
+    """Return the exports at a path by hook, each checked by a function that raises ValueError."""
     saes: dict[str, TorchSAE] = {}
     for folder in exports_at(Path(path)):
         sae = torch_sae.load(folder, device)
-        check_kind(folder, sae)
+        check(folder, sae)
         metadata = sae.metadata if isinstance(sae.metadata, dict) else {}
         name = str(metadata.get("hook_name") or folder.resolve().name)
         try:

@@ -114,11 +114,11 @@ class RunConfig(Json):
         False, "Keep the inner product of every latent's encoder and decoder row at 1 (aligned training)."
     )
     crosscoder: bool = flag(False, "Train one crosscoder that reads and reconstructs all of --layer.")
-    activation: str = flag(
-        "topk",
+    activation: str | None = flag(
+        None,
         lambda: (
             f"Architecture of the SAE: {_architectures()}, or your own class, written module:Class; its settings "
-            "without a flag keep their defaults."
+            "without a flag keep their defaults; none is topk, or batchtopk for a transcoder."
         ),
     )
     init_from: FilePath | None = flag(
@@ -228,6 +228,8 @@ class RunConfig(Json):
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.activation is None:  # there is no exported form of a TopK transcoder
+            object.__setattr__(self, "activation", "topk" if self.target_hook is None else "batchtopk")
         if self.init_from is None:
             for name, value in _UNSET.items():
                 object.__setattr__(self, name, getattr(self, name) or value)

@@ -16,7 +16,6 @@ from bridge.nanochat import Nanochat
 from bridge.nanochat.units import Split
 from bridge.run import Run
 from bridge.selection import recorded_ids
-from bridge.settings import flag
 from bridge.stages import latents, loading, sums
 from bridge.stages.latents import Thresholds
 from bridge.stages.names import Stage
@@ -25,7 +24,7 @@ from bridge.torch_sae import load as load_sae
 from jsae import saelens
 from jsae.progress import Progress
 from jsae.saelens import layers
-from jsae.settings import TOKENS, require
+from jsae.settings import require
 
 _CHUNK = 2048  # tokens whose latents are in memory at once
 
@@ -37,7 +36,7 @@ class Extent:
     data: str | None = None
     """None is the run's."""
     split: Split = "heldout"
-    tokens: int = flag(200_000, "", TOKENS)
+    heldout_tokens: int = 200_000
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Comparison:
                     self.stages, self.sums.fvu, self.sums.own_fvu, self.sums.own_fired, strict=True
                 )
             ],
-            "tokens": self.sums.tokens,
+            "tokens": int(self.sums.tokens),
             "thresholds": dataclasses.asdict(bounds),
             "summary": latents.summary(names, found, bounds),
             "kinds": latents.kinds(found, bounds),
@@ -115,7 +114,7 @@ def compare(
     console = Console(stderr=True, quiet=not show_progress)
     comparisons = []
     for name, sae in saes.items():
-        with Progress(f"comparing {name}", len(stages) * rows.size, "tokens", console=console) as progress:
+        with Progress(f"comparing {name}", rows.size, "tokens", console=console) as progress:
             site = _site(sae, nanos, bool(flags.get("drop_sinks", True)), int(flags["tokens_per_forward"]))
             with progress.tokens_of(nanos[0].model):
                 comparisons.append(Comparison(name, stages, sae, add_up(run, name, sae, site, rows)))
@@ -145,7 +144,7 @@ def _text(extent: Extent, flags: Any, nanos: Sequence[Nanochat]) -> Any:
     row_len = min(nano.row_length(flags.get("context_size")) for nano in nanos)
     tokenizer = nanos[0].tokenizer
     documents = text.documents(extent.data or flags["data"], extent.split, tokenizer)
-    return text.read(documents, tokenizer, row_len, extent.tokens).tokens
+    return text.read(documents, tokenizer, row_len, extent.heldout_tokens).tokens
 
 
 def _site(sae: TorchSAE, nanos: Sequence[Nanochat], drop_sinks: bool, tokens_per_forward: int) -> Site:

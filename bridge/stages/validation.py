@@ -53,9 +53,7 @@ class Finding(NamedTuple):
         return self._asdict() | {"recall": self.recall}
 
 
-def score(
-    world: StageWorld, crosscoder: Plain, tokens: int = 60_000, thresholds: Thresholds | None = None
-) -> Finding:
+def score(world: StageWorld, crosscoder: Plain, tokens: int = 60_000, thresholds: Thresholds | None = None) -> Finding:
     """Return how well a crosscoder of two layers shows the differences of a world's stages.
 
     Args:
@@ -75,7 +73,10 @@ def score(
     kinds = np.asarray(latents.kinds(found, thresholds))
     cosines = _cosines(world, rows)
     return Finding(
-        found={kind: int(_is_found(kind, world, found, kinds, cosines).sum()) for kind in map(str, dict.fromkeys(world.kinds))},
+        found={
+            kind: int(_is_found(kind, world, found, kinds, cosines).sum())
+            for kind in map(str, dict.fromkeys(world.kinds))
+        },
         features={kind: int((world.kinds == kind).sum()) for kind in map(str, dict.fromkeys(world.kinds))},
         false_alarms=_false_alarms(world, found, kinds, cosines),
         exclusive=int((kinds == "exclusive").sum()),

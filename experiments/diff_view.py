@@ -71,7 +71,9 @@ def _changes(table: Mapping[str, Any]) -> list[str]:
     counts = Counter((event["stage"], event["kind"]) for event in table["events"])
     lines = []
     for stage in table["checkpoints"]:
-        kinds = [f"{counts[stage['name'], kind]} {verb}" for kind, verb in EVENTS.items() if counts[stage["name"], kind]]
+        kinds = [
+            f"{counts[stage['name'], kind]} {verb}" for kind, verb in EVENTS.items() if counts[stage["name"], kind]
+        ]
         lines += [f"at {stage['name']}: {', '.join(kinds)}"] if kinds else []
     return lines
 

@@ -14,6 +14,7 @@ from tiny_nanochat import write
 from bridge import torch_sae
 from bridge.evaluate import Site
 from bridge.hooks import hook_name
+from bridge.nanochat.tokenizer import Tokenizer
 from bridge.run import Run
 from bridge.stages import loading
 from bridge.stages.names import parse
@@ -85,15 +86,16 @@ def test_every_checkpoint_reads_the_same_tokens_as_it_would_alone():
 
 def test_a_token_counts_where_it_counts_in_all_checkpoints():
     models = [stage_files.model(0.0, 0), stage_files.model(0.3, 1)]
-    with torch.no_grad():
-        models[1].transformer.wte.weight[7] *= 1e4  # a sink in the second model only
-        models[1].transformer.h[0].attn.c_proj.weight.zero_()
+    with torch.no_grad():  # the last token becomes a sink in the second model only
+        for name, weight in models[1].named_parameters():
+            if "value_embeds" in name:
+                weight[7] *= 1e4
     ids = np.full((1, 16), 3)
-    ids[0, 5] = 7
-    (batch,) = Site(models[0], HOOK, (3 + 1,), other_models=(models[1],)).read([ids])
-    (alone,) = Site(models[0], HOOK, (3 + 1,)).read([ids])
-    (other,) = Site(models[1], HOOK, (3 + 1,)).read([ids])
-    assert batch.mask.tolist() == (alone.mask & other.mask).tolist()
+    ids[0, 15], ids[0, 2] = 7, 4
+    (batch,) = Site(models[0], HOOK, (4,), other_models=(models[1],)).read([ids])
+    alone, other = (next(Site(model, HOOK, (4,)).read([ids])) for model in models)
+    assert (~alone.mask).nonzero().tolist() == [[0, 2]]
+    assert (~batch.mask).nonzero().tolist() == [[0, 2], [0, 15]]
     torch.testing.assert_close(batch.acts, torch.cat([alone.acts, other.acts], dim=-1))
 
 
@@ -128,24 +130,17 @@ def test_models_of_other_sizes_are_refused_before_their_weights_are_read(size, c
     refused(*items, match=rf"d4 has \d+ {called}, other has {next(iter(size.values()))}: a crosscoder reads")
 
 
-def test_another_tokenizer_is_refused_and_a_missing_one_is_that_of_the_others(copy, tmp_path):
+def test_another_tokenizer_is_refused_and_a_missing_one_is_that_of_the_others(copy, tmp_path, monkeypatch):
     moved = tmp_path / "elsewhere" / "deep" / "er" / "d4"
     shutil.copytree(copy / "chatsft_checkpoints" / "d4", moved)
-    base = f"{copy}/base_checkpoints/d4"
-    first, second = loading.load(parse((f"base={base}", f"sft={moved}")))
+    items = (f"base={copy}/base_checkpoints/d4", f"sft={moved}")
+    first, second = loading.load(parse(items))
     assert first.tokenizer.fingerprint == second.tokenizer.fingerprint
     shutil.copytree(copy / "tokenizer", moved / "tokenizer")
-    other = json.loads(json.dumps({"pattern": r"\p{L}+|\s+|[^\s\p{L}]+"}))["pattern"]
-    from bridge.nanochat import tokenizer
-
-    loaded = tokenizer.load(moved / "tokenizer")
-    changed = tokenizer.Tokenizer({token: i for i, token in enumerate(loaded._bytes[:-9])}, pattern=other)
-    original = loading.load_tokenizer
-    try:
-        loading.load_tokenizer = lambda path: changed if "elsewhere" in str(path) else original(path)
-        refused(f"base={base}", f"sft={moved}", match="sft has another tokenizer .* than base")
-    finally:
-        loading.load_tokenizer = original
+    tokens = first.tokenizer._bytes[: -len(first.tokenizer.special_tokens)]
+    other = Tokenizer({token: i for i, token in enumerate([*tokens[:-2], tokens[-1], tokens[-2]])})
+    monkeypatch.setattr(loading, "load_tokenizer", lambda path: other if "elsewhere" in str(path) else first.tokenizer)
+    refused(*items, match=r"sft has another tokenizer .* than base")
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -182,6 +177,7 @@ def test_one_code_explains_all_checkpoints_and_the_export_names_them(run, root):
     record = sae.metadata["checkpoints"]
     assert [(entry["name"], entry["step"]) for entry in record] == list(zip(STAGES, (100, 200, None), strict=True))
     assert sae.metadata["hook_names"] == [HOOK] * 3
+    assert sae.metadata["exclusive_latents"] == 8
     assert run.facts["checkpoints"] == record
     assert 0 < run.evaluation[HOOK]["fvu"] < 0.6
     dedicated = sae.W_dec.reshape(-1, 3, stage_files.WIDTH).norm(dim=2)[:24].reshape(3, 8, 3)

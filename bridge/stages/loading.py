@@ -62,7 +62,7 @@ def of_record(record: Any) -> list[Stage]:
       ConfigError: it is no such record.
     """
     entries = record if isinstance(record, list) else []
-    wanted = {"name": str, "path": str, "step": int | None, "fingerprint": str}
+    wanted: Mapping[str, Any] = {"name": str, "path": str, "step": int | None, "fingerprint": str}
     for entry in entries or [None]:
         require(
             isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in wanted.items()),

@@ -125,6 +125,8 @@ def metadata_of(config: "RunConfig", trainee: "Trainee", origin: "Origin") -> di
     }
     if details := pretrained.details(trainee.member.sae):
         metadata |= {"training_architecture_details": details}
+    if exclusive := trainee.member.sae.exclusive:
+        metadata |= {"exclusive_latents": exclusive}
     if trainee.start is not None:
         metadata |= {"init_from": {"path": trainee.start.path, "digest": trainee.start.digest}}
     if trainee.member.sae.is_transcoder:

@@ -11,7 +11,7 @@ from bridge.stages import loading
 from jsae import export, saelens
 from jsae.saelens import Plain, layers
 
-_OF_CROSSCODER = ("hook_names", "checkpoints", "training_architecture_details")
+_OF_CROSSCODER = ("hook_names", "checkpoints", "training_architecture_details", "exclusive_latents")
 """Entries of a crosscoder's metadata that its checkpoints' SAEs do not have."""
 
 

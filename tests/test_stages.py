@@ -243,3 +243,22 @@ def test_a_resumed_run_gives_the_same_bits(run, root, tmp_path):
     train(checkpoints=stage_files.flag(root), data=data, output_dir=str(again.path), resume=True, **SETTINGS)
     for name in ("W_enc", "W_dec", "b_dec", "b_enc", "threshold"):
         torch.testing.assert_close(getattr(again.sae(), name), getattr(run.sae(), name), rtol=0, atol=0)
+
+
+# ---- the cheap way --------------------------------------------------------------------------------------------------
+
+
+def test_latents_survive_from_an_sae_to_the_one_that_continues_it(run, root, tmp_path, capsys):
+    settings = {
+        name: value for name, value in SETTINGS.items() if name not in ("exclusive_latents", "expansion_factor")
+    }
+    settings |= {"data": run.flags["data"], "checkpoint": f"{root}/base_checkpoints/d4"}
+    train(step=100, output_dir=str(tmp_path / "a"), expansion_factor=2, **settings)
+    short = settings | {"num_activations": 4096, "checkpoint_every": 4096, "learning_rate": 1e-3}
+    train(step=200, output_dir=str(tmp_path / "b"), init_from=str(tmp_path / "a"), **short)
+    report = tmp_path / "survival.json"
+    diff.main(diff.DiffConfig(saes=(str(tmp_path / "a"), str(tmp_path / "b")), output_file=str(report)))
+    (step,) = json.loads(report.read_text())["steps"]
+    assert step["survived"] > 0.5 * step["alive"] > 0
+    assert step["kept_index"] > 0.9 * step["survived"]  # the one was the other's start
+    assert f"{step['survived']:,}" in capsys.readouterr().out

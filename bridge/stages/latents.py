@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from bridge.stages.sums import StageSums
 from jsae.settings import Range, check_fields, number, require
@@ -90,7 +90,7 @@ def measure(decoder: Float[np.ndarray, "f m d"], sums: StageSums) -> Latents:
     """
     every = np.arange(len(decoder))
     rows = decoder.astype(np.float64)
-    strongest = np.linalg.norm(rows, axis=2).argmax(1)
+    strongest = sums.strongest
     longest = rows[every, strongest]
     fitted = rows + sums.residual / np.maximum(sums.square, 1e-30)[:, None, None]
     along = np.einsum("fmd,fd->fm", fitted, longest)
@@ -182,11 +182,6 @@ def _over(a: Float[np.ndarray, "*n"], b: Float[np.ndarray, "*n"]) -> Float[np.nd
 
 def _cosines(a: Float[np.ndarray, "*n d"], b: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n"]:
     return _over((a * b).sum(-1), np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
-
-
-def alive(latents: Latents, thresholds: Thresholds | None = None) -> Bool[np.ndarray, " f"]:
-    """Return which latents fire often enough to be judged."""
-    return latents.density >= (thresholds or Thresholds()).least_fired
 
 
 def summary(names: Sequence[str], latents: Latents, thresholds: Thresholds | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +86,7 @@ def follow(snapshots: Sequence[Snapshot], bar: float = SAME) -> list[Link]:
             other.decoder.shape[1] == first,
             f"{other.path} reads {other.decoder.shape[1]} channels, {snapshots[0].path} {first}: give SAEs of one hook",
         )
-    return [_link(earlier, later, bar) for earlier, later in zip(snapshots, snapshots[1:], strict=False)]
+    return [_link(earlier, later, bar) for earlier, later in itertools.pairwise(snapshots)]
 
 
 def report(snapshots: Sequence[Snapshot], bar: float = SAME) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def report(snapshots: Sequence[Snapshot], bar: float = SAME) -> dict[str, Any]:
             "kept_index": int((link.match[link.survived] == np.flatnonzero(link.survived)).sum()),
             "mean_cosine": float(link.cosine[link.match >= 0].mean()) if (link.match >= 0).any() else 0.0,
         }
-        for earlier, later, link in zip(snapshots, snapshots[1:], links, strict=False)
+        for (earlier, later), link in zip(itertools.pairwise(snapshots), links, strict=True)
     ]
     return {
         "saes": [snapshot.path for snapshot in snapshots],

@@ -116,7 +116,7 @@ def test_a_norm_that_is_shrunk_does_not_look_like_a_difference():
     x_hat = code @ rows.reshape(1, -1)
     zero = np.zeros((2, 1))
     total = sums.StageSums(
-        *(4000, np.array([1]), (code > 0).sum(0), code.sum(0), np.square(code).sum(0), code.max(0)),
+        *(4000, np.array([1]), (code > 0).sum(0).astype(float), code.sum(0), np.square(code).sum(0), code.max(0)),
         residual=(code.T @ (x - x_hat)).reshape(1, 2, 3),
         explained=np.stack([(code * (x_hat.reshape(-1, 2, 3)[:, m] @ direction[:, None])).sum(0) for m in (0, 1)], 1),
         acts=x.sum(0).reshape(2, 3),
@@ -135,9 +135,9 @@ def test_a_norm_that_is_shrunk_does_not_look_like_a_difference():
 
 def described(strength: list[list[float]], turn: list[list[float]] | None = None, density: float = 0.1) -> Latents:
     """Latents of these strengths in every checkpoint."""
-    values = np.array(strength)
+    values = np.array(strength, float)
     ones = np.ones_like(values)
-    turned = ones if turn is None else np.array(turn)
+    turned = ones if turn is None else np.array(turn, float)
     fired = np.full(len(values), density)
     return Latents(fired, values.argmax(1), values, values, values, values, turned, turned, ones, ones)
 

@@ -167,7 +167,7 @@ def run(root, tmp_path_factory) -> Run:
     for number, file in enumerate(sorted(Path(json.__file__).parents[1].glob("*.py"))[:30]):
         shutil.copy(file, text / f"{number}.txt")
     folder = tmp_path_factory.mktemp("runs") / "stages"
-    return train(checkpoints=stage_files.flag(root), data=str(text), output_dir=str(folder), **SETTINGS)
+    return train(checkpoints=stage_files.flag(root), data=f"{text}/*.txt", output_dir=str(folder), **SETTINGS)
 
 
 def test_one_code_explains_all_checkpoints_and_the_export_names_them(run, root):

@@ -175,12 +175,13 @@ def events(latents: Latents, thresholds: Thresholds | None = None) -> list[Event
     return found
 
 
-def _over(a: Float[np.ndarray, "*n"], b: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
-    """Return a / b, 0 where b is 0."""
+def _over(a: Float[np.ndarray, "*#n"], b: Float[np.ndarray, "*#n"]) -> Float[np.ndarray, "..."]:
+    """Return a / b, broadcast; 0 where b is 0."""
     return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape)), where=b != 0)
 
 
-def _cosines(a: Float[np.ndarray, "*n d"], b: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n"]:
+def _cosines(a: Float[np.ndarray, "f m d"], b: Float[np.ndarray, "f #m d"]) -> Float[np.ndarray, "f m"]:
+    """Return the cosines of rows; 0 where one is 0."""
     return _over((a * b).sum(-1), np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
 
 

@@ -63,7 +63,7 @@ class StageSums:
 
 
 @torch.no_grad()
-def add_up(sae: TorchSAE, singles: Sequence[TorchSAE], batches: Iterable[Float[torch.Tensor, "n d"]]) -> StageSums:
+def add_up(sae: TorchSAE, singles: Sequence[TorchSAE], batches: Iterable[Float[torch.Tensor, "_ _"]]) -> StageSums:
     """Return the sums over some activations.
 
     Args:
@@ -104,7 +104,7 @@ def _add(totals: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> Non
 
 
 def _of_batch(
-    sae: TorchSAE, singles: Sequence[TorchSAE], rows: Float[torch.Tensor, "f d"], x: Float[torch.Tensor, "n d"]
+    sae: TorchSAE, singles: Sequence[TorchSAE], rows: Float[torch.Tensor, "f d"], x: Float[torch.Tensor, "n all"]
 ) -> dict[str, torch.Tensor]:
     """Return the sums over some tokens, by the names of `StageSums`."""
     latents = sae.encode(x)

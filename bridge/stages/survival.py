@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +130,7 @@ def _link(earlier: Snapshot, later: Snapshot, bar: float) -> Link:
     return Link(match, cosine, survived, np.flatnonzero(later.alive & ~continued))
 
 
-def _lineage(latent: int, links: Sequence[Link]) -> list[Mapping[str, Any]]:
+def _lineage(latent: int, links: Sequence[Link]) -> list[dict[str, float]]:
     """Return the latents that continue one through the SAEs, with the cosines from each to the next."""
     line = []
     for link in links:

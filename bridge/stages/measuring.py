@@ -103,7 +103,7 @@ def compare(
     """
     extent, flags = extent or Extent(), run.flags
     exports = run.exports
-    require(bool(exports), f"{run.path} has no exported crosscoder: train it with --checkpoints")
+    require(bool(exports), f"{run.path} has no crosscoder: `python -m experiments.train --checkpoints=…` writes it")
     saes = {name: load_sae(folder, device) for name, folder in exports.items()}
     metadata = next(iter(saes.values())).metadata
     record = metadata.get("checkpoints") if isinstance(metadata, dict) else None

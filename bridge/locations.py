@@ -21,16 +21,22 @@ class Location(NamedTuple):
     """Values that are not paths and stay unchanged."""
     listed: bool = False
     """Whether it is a comma-separated list of paths and globs."""
+    staged: bool = False
+    """Whether it is `[NAME=]PATH[@STEP]`, or the number of a step alone."""
 
 
 FilePath = Annotated[str, Location()]
 """A file or a folder."""
 Checkpoint = Annotated[str, Location(words=("demo",))]
 """A nanochat checkpoint, or `demo`."""
+Stage = Annotated[str, Location(words=("demo",), staged=True)]
+"""A checkpoint of several as `[NAME=]PATH[@STEP]`, or the number of another step of the path before."""
 Data = Annotated[str, Location(words=("stdlib",), listed=True)]
 """Text: paths and globs, comma-separated, or `stdlib`."""
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
+STAGE = re.compile(r"(?:(?P<name>[^/=@]*)=)?(?P<path>.*?)(?:@(?P<step>\d{1,18}))?", re.ASCII | re.DOTALL)
+"""The parts of a `Stage` that is no number."""
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
@@ -114,7 +120,10 @@ def _each(value: Any, location: Location, change: Callable[[str], str]) -> Any:
         return value
     if location.listed:
         return ",".join(_changed(part.strip(), location, change) for part in value.split(","))
-    return _changed(value, location, change)
+    if location.staged and not value.isdecimal() and (parts := STAGE.fullmatch(value)):
+        start, end = parts.span("path")
+        return value[:start] + _changed(parts["path"], location, change) + value[end:]
+    return _changed(value, location, change) if not location.staged else value
 
 
 def _changed(path: str, location: Location, change: Callable[[str], str]) -> str:

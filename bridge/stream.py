@@ -29,8 +29,11 @@ class ActivationStream:
     repetitions of their shard's first other tokens. So a site's shard depends only on its text, not on other sites of
     the same pass nor on other shards, and no shape depends on the data.
 
+    Several checkpoints of a model read the same tokens, one after the other. A site then has the activations of its
+    hooks in the first, in the second and so on, and its tokens count in all of them.
+
     Args:
-      model: a nanochat, on its device, in its compute dtype.
+      model: a nanochat, on its device, in its compute dtype; or several of one width.
       rows: the source of token rows; on a GPU a thread reads them ahead, and nothing else may use it.
       sites: for every SAE the hooks that it reads on the same tokens: one, a transcoder's two, or a crosscoder's.
       excluded: ids of tokens to leave out (`bridge.selection.excluded_ids`); () keeps every token.
@@ -47,7 +50,7 @@ class ActivationStream:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: torch.nn.Module | Sequence[torch.nn.Module],
         rows: Rows,
         sites: Sequence[Sequence[str]],
         *,
@@ -61,19 +64,20 @@ class ActivationStream:
         self._sites = tuple(tuple(site) for site in sites)
         self._hooks = tuple(dict.fromkeys(name for site in self._sites for name in site))
         require(bool(self._sites) and all(self._sites), "a stream needs at least one hook for every SAE")
-        for name in self._hooks:
-            find(model, name)
+        self._models = (model,) if isinstance(model, torch.nn.Module) else tuple(model)
+        for one in self._models:
+            for name in self._hooks:
+                find(one, name)
         require(rows_per_forward >= 1, f"rows_per_forward is {rows_per_forward}: it must be at least 1")
-        self.d_in = unwrapped(model).config.n_embd
+        self.d_in = unwrapped(self._models[0]).config.n_embd
         self.tokens_seen = 0
-        self._model = model
         self._excluded, self._rows_per_forward, self._drop_sinks = excluded, rows_per_forward, drop_sinks
-        self._device, self._decode, self._run = next(model.parameters()).device, decode, run
+        self._device, self._decode, self._run = next(self._models[0].parameters()).device, decode, run
         self._shards = shards
         self._rows: Rows = ReadAhead(rows) if self._device.type == "cuda" else rows
 
     def fill(self, rows: int) -> Filling:
-        """Return the next block: for every site a tuple of (rows, d_in) in the model's dtype.
+        """Return the next block: for every site a tuple of (rows, d_in) in the dtype of the models.
 
         A generator that runs one forward pass per step and yields the share of rows that are done. The tokens of the
         next pass are on their way to the device before it yields. On a GPU nothing waits for the device before the last
@@ -85,7 +89,7 @@ class ActivationStream:
           ValueError: no token of a shard counts at a site.
         """
         require(rows % self._shards == 0, f"a block of {rows} tokens cannot be divided into {self._shards} shards")
-        blocks: dict[str, torch.Tensor] = {}
+        blocks: list[dict[str, torch.Tensor]] = [{} for _ in self._models]
         places = _places(rows, self._shards, self._rows.row_len, self._device)
         size = places.shape[0] * -(-places.shape[1] // self._rows.row_len) * self._rows.row_len
         text = np.empty(size, np.int32)
@@ -93,22 +97,16 @@ class ActivationStream:
         filled = 0
         ids, tokens = self._next_tokens(size, size)
         while True:
-            forward_pass = activations.forward(
-                self._model,
-                self._hooks,
-                tokens,
-                excluded=self._excluded,
-                drop_sinks=self._drop_sinks,
-                rows=len(ids),
-                run=self._run,
-            )
-            self.tokens_seen += ids.size
             end = filled + ids.size
-            for name, acts in forward_pass.acts.items():
-                if name not in blocks:
-                    blocks[name] = torch.empty(size, self.d_in, dtype=acts.dtype, device=acts.device)
-                blocks[name][filled:end] = acts.reshape(-1, self.d_in)
-            keep[:, filled:end] = torch.stack([forward_pass.mask(*site).flatten() for site in self._sites])
+            passes = [self._forward(model, ids, tokens) for model in self._models]
+            self.tokens_seen += ids.size
+            for own, forward_pass in zip(blocks, passes, strict=True):
+                for name, acts in forward_pass.acts.items():
+                    if name not in own:
+                        own[name] = torch.empty(size, self.d_in, dtype=acts.dtype, device=acts.device)
+                    own[name][filled:end] = acts.reshape(-1, self.d_in)
+            counting = [torch.stack([one.mask(*site).flatten() for one in passes]).all(0) for site in self._sites]
+            keep[:, filled:end] = torch.stack(counting)
             text[filled:end] = ids.reshape(-1)
             filled = end
             if filled == size:
@@ -116,7 +114,10 @@ class ActivationStream:
             ids, tokens = self._next_tokens(size, size - filled)
             yield filled / size
         by_shard = keep[:, places]
-        packed = [_packed([blocks[name] for name in site], places, by_shard[i]) for i, site in enumerate(self._sites)]
+        packed = [
+            _packed([own[name] for own in blocks for name in site], places, by_shard[i])
+            for i, site in enumerate(self._sites)
+        ]
         sound = finite.soundness(part for parts in packed for part in parts)
         flags = _Flags(torch.cat([sound[None].to(keep.device), by_shard.any(dim=2).all(dim=1)]))
         yield 1.0
@@ -125,6 +126,20 @@ class ActivationStream:
         if not is_sound:
             self._refuse_unsound(blocks, _only(keep, places), text)
         return tuple(tuple(handover.to_jax(part) for part in parts) for parts in packed)
+
+    def _forward(
+        self, model: torch.nn.Module, ids: Int[np.ndarray, "R T"], tokens: Int[torch.Tensor, "B T"]
+    ) -> activations.ForwardPass:
+        """Return one forward pass of a model up to the deepest hook."""
+        return activations.forward(
+            model,
+            self._hooks,
+            tokens,
+            excluded=self._excluded,
+            drop_sinks=self._drop_sinks,
+            rows=len(ids),
+            run=self._run,
+        )
 
     def _next_tokens(self, block: int, missing: int) -> tuple[Int[np.ndarray, "R T"], Int[torch.Tensor, "B T"]]:
         """Return the next rows for a block of which `missing` tokens are missing, and the tokens of their pass."""
@@ -144,14 +159,18 @@ class ActivationStream:
                 )
 
     def _refuse_unsound(
-        self, blocks: dict[str, torch.Tensor], keep: Bool[torch.Tensor, "sites rows"], text: Int[np.ndarray, " rows"]
+        self,
+        blocks: Sequence[dict[str, torch.Tensor]],
+        keep: Bool[torch.Tensor, "sites rows"],
+        text: Int[np.ndarray, " rows"],
     ) -> None:
         """Raise ActivationsError for the first site with activations that are not sound."""
         for site, stay in zip(self._sites, keep, strict=True):
-            acts = {name: blocks[name] for name in site}
-            if not finite.is_sound(block[stay] for block in acts.values()):
-                location = (acts, stay, text, self._rows.row_len)
-                raise ActivationsError(finite.first_unsound(self._model, *location, self._decode))
+            for model, own in zip(self._models, blocks, strict=True):
+                acts = {name: own[name] for name in site}
+                if not finite.is_sound(block[stay] for block in acts.values()):
+                    location = (acts, stay, text, self._rows.row_len)
+                    raise ActivationsError(finite.first_unsound(model, *location, self._decode))
 
     def position(self) -> dict[str, Any]:
         """Return the position of the next block's text."""

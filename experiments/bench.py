@@ -21,6 +21,7 @@ BENCHES: Mapping[str, str] = {
     "rates": "experiments.benches.rates",
     "runtime": "experiments.benches.runtime",
     "scaling": "experiments.benches.scaling",
+    "stages": "experiments.benches.stages",
     "step": "experiments.benches.step",
     "store": "experiments.benches.store",
     "stream": "experiments.benches.stream",

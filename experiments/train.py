@@ -33,7 +33,8 @@ def main(config: RunConfig) -> int:
 def next_commands(config: RunConfig) -> list[str]:
     """Return what to do next with the run, or with the first run of a sweep."""
     first = config.variant_name(next(config.variants()))
-    return commands.after_training(Run(config.output_dir).path / first)
+    run = Run(config.output_dir).path / first
+    return commands.after_stages(run) if config.stages else commands.after_training(run)
 
 
 if __name__ == "__main__":

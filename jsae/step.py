@@ -58,11 +58,15 @@ def update(
     gradients = _sparse_gradients if sae.sparse else _dense_gradients
     pull = _pull(state, output_gradient)
     sums, grads, statistics = gradients(config, state, acts, context, pull)
+    if sae.config.exclusive:
+        grads = _of_allowed(sae, grads)
     new, opt = optimizer.apply(grads, state.opt, sae, state.rate, factor=2 / n)
     _move_statistics(new, sae, statistics, _statistics_rate(config, number))
     since_fired = dead.update(state.since_fired, sums.fired, n)
     if config.resample_steps is not None:
         new, opt, since_fired = _resampled(config, ops, state, number, new, opt, since_fired, acts)
+        if new.config.exclusive:
+            new.separate()
     if new.config.aligned:
         new.align()
     loss = sums.loss / n
@@ -249,6 +253,18 @@ def _dense_gradients(
         context.dead.any(), lambda: _with_dead(state, acts, context, sums, grads), lambda: (sums, grads)
     )
     return sums, grads, statistics
+
+
+def _of_allowed(sae: SAE, grads: Any) -> Any:
+    """Return gradients without those of weights that exclusive latents do not have; so these stay 0, as their moments.
+
+    An optimiser keeps them at 0 if it moves no weight that is 0 and never had a gradient.
+    """
+
+    def allowed(path: tuple[Any, ...], g: Array) -> Array:
+        return jnp.where(sae.config.allowed(g), g, 0) if {"W_enc", "W_dec"} & set(optim.names_of(path)) else g
+
+    return jax.tree_util.tree_map_with_path(allowed, grads)
 
 
 def _with_dead(

@@ -9,6 +9,7 @@ _NAMES = {
     "finetune": "FinetuneConfig",
     "collect": "CollectConfig",
     "evaluate": "EvaluateConfig",
+    "diff": "DiffConfig",
     "explore": "ExploreConfig",
     "export": "ExportConfig",
     "publish": "PublishConfig",

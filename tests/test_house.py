@@ -288,9 +288,9 @@ def test_direct_writes_are_known_when_they_are_seen(code, direct, tmp_path):
     assert bool(_direct_writes(tmp_path / "module.py")) == direct
 
 
-LAYOUT_FOLDERS = {"sae", "explorer", "records", "checkpoints", "tb", "plots", "neuronpedia", "upload"}
+LAYOUT_FOLDERS = {"sae", "stages", "explorer", "records", "checkpoints", "tb", "plots", "neuronpedia", "upload"}
 LAYOUT_FILES = {
-    *("config.json", "metrics.jsonl", "eval.json", "latents.json", "labels.json"),
+    *("config.json", "metrics.jsonl", "eval.json", "latents.json", "labels.json", "stages.json"),
     *("notes.jsonl", "uploads.jsonl"),
 }
 ELSEWHERE = {

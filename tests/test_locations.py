@@ -23,12 +23,17 @@ NEEDED = {
     "export": {"run_dir": "runs/x"},
     "publish": {"run_dir": "runs/x"},
     "finetune": {"sae": "runs/x", "out": "runs/y"},
+    "diff": {"run_dir": "runs/x"},
 }
 PATHS = [
     (command, name)
     for command, config_class in CONFIGS.items()
     for name in locations._locations(config_class)
-    if (command, name) not in {("publish", "folder"), ("evaluate", "compare"), ("evaluate", "sae")}
+    if (command, name)
+    not in {
+        *(("publish", "folder"), ("evaluate", "compare"), ("evaluate", "sae")),
+        *(("train", "checkpoints"), ("diff", "saes"), ("diff", "output_file")),
+    }
 ]
 
 
@@ -76,6 +81,9 @@ def test_home_and_variables_mean_the_same_in_every_flag(command, name, home):
 def test_lists_of_places_are_expanded_one_by_one(home):
     assert RunConfig(data="~/a/*.txt, $WHERE/b,stdlib").data == f"{home}/a/*.txt,some/where/b,stdlib"
     assert CONFIGS["evaluate"](compare=("~/a", "$WHERE")).compare == (f"{home}/a", "some/where")
+    followed = CONFIGS["diff"](saes=("~/a", "$WHERE"), output_file="~/o")
+    assert (followed.saes, followed.output_file) == ((f"{home}/a", "some/where"), f"{home}/o")
+    assert RunConfig(checkpoints=("b=~/a@1", "2")).checkpoints == (f"b={home}/a@1", "2")
     both = CONFIGS["publish"](import_to="postgresql://localhost/$db", folder="~/v1")
     assert (both.import_to, both.folder) == ("postgresql://localhost/$db", f"{home}/v1")
 

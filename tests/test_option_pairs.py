@@ -25,7 +25,7 @@ KINDS = {
     "autoencoder": {},
     "transcoder": {"hook_type": "mlp_in", "target_hook": "mlp"},
     "skip": {"hook_type": "mlp_in", "target_hook": "mlp", "skip": True},
-    "crosscoder": {"crosscoder": True, "layer": ("0", "1")},
+    "crosscoder": {"crosscoder": True, "layer": ("0", "1"), "exclusive_latents": 3},
     "aligned": {"aligned": True},
 }
 # Every flag that changes what is trained: its default and another value.
@@ -166,6 +166,7 @@ def test_the_options_are_all_that_change_a_training():
         *("model_id", "source_set", "latent_shards", "data_shards", "activations"),
         *("init_from", "find_lr"),  # test_continue_command.py, test_find_lr.py
         *("num_activations", "hook_type", "target_hook", "skip", "crosscoder", "aligned"),
+        *("checkpoints", "exclusive_latents"),
     }
     assert told - other == set(OPTIONS) - {"kind"}
 

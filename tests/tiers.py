@@ -86,6 +86,8 @@ MODULES = (
     "test_run",
     "test_saelens_files",
     "test_steer_command",
+    "test_stages",
+    "test_exclusive",
     "test_stored_text",
     "test_stream",
     "test_recovery",

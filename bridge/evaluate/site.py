@@ -41,6 +41,8 @@ class Site:
     tokens_per_forward: int = 8192
     other_hooks: tuple[str, ...] = ()
     """A transcoder's target, or the other layers of a crosscoder."""
+    other_models: tuple[nn.Module, ...] = ()
+    """The further checkpoints that a crosscoder over checkpoints reads, on the model's device."""
 
     @property
     def device(self) -> torch.device:
@@ -50,11 +52,16 @@ class Site:
     def read(self, batches: Iterable[np.ndarray]) -> Iterator[Batch]:
         """Run batches of token ids, (rows, row_len) each, up to the hook; yield the activations."""
         names = (self.hook_name, *self.other_hooks)
-        for done in self.passes(names, batches):
-            acts = [done.acts[name] for name in names]
+        batches = list(batches) if self.other_models else batches
+        others = [dataclasses.replace(self, model=model, other_models=()) for model in self.other_models]
+        for done in zip(*(site.passes(names, batches) for site in (self, *others)), strict=True):
+            acts = [one.acts[name] for one in done for name in names]
+            mask = done[0].mask(*names)
+            if others:
+                mask = torch.stack([one.mask(*names) for one in done]).all(0)
             if not self.transcodes:
-                acts = [torch.cat(acts, dim=-1) if self.other_hooks else acts[0]]
-            yield Batch(done.first_row, done.tokens, acts[0], acts[-1], done.mask(*names))
+                acts = [torch.cat(acts, dim=-1) if len(acts) > 1 else acts[0]]
+            yield Batch(done[0].first_row, done[0].tokens, acts[0], acts[-1], mask)
 
     def passes(
         self, hooks: Sequence[str], batches: Iterable[np.ndarray], stop: bool = True

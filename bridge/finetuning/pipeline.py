@@ -99,7 +99,7 @@ def _finetune(run: Run, config: FinetuneConfig, subject: Subject, torch_device: 
     (trainee,) = plan.trainees(run.path, settings, nano, starts)
     fraction = plan.jax_fraction(settings, [trainee], nano)
     device.open_jax(torch_device, fraction)
-    origin = TextOrigin(settings, nano, [trainee.hooks], data_shards=1)
+    origin = TextOrigin(settings, [nano], [trainee.hooks], data_shards=1)
     site = _site(settings, trainee, nano)
     _announce(config, settings, subject, nano, origin.name)
 

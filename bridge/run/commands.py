@@ -65,6 +65,11 @@ def after_training(run: Path) -> list[str]:
     ]
 
 
+def after_stages(run: Path) -> list[str]:
+    """Return commands for a run with crosscoders over checkpoints."""
+    return [line("diff", run_dir=run)]
+
+
 def after_evaluation(run: Path) -> list[str]:
     """Return commands for a run that was evaluated."""
     return [line("explore", "web", run_dir=run, serve=True), line("steer", run_dir=run, prompt=PROMPT, hook=_hook(run))]

@@ -8,6 +8,8 @@
     eval.json                   metrics of the exported SAEs, by hook
     latents.json, labels.json   columns and automatic labels of all latents, by hook
     steering.json               effect and side effect of steering with some latents, by hook
+    stages.json                 what became of every latent of a crosscoder over checkpoints, by hook
+    stages/CHECKPOINT/NAME/     of such a crosscoder: every checkpoint's own SAE in SAELens format
     plots/                      pictures of an evaluation
     explorer/index.html         the explorer's page, with its data in page-DIGEST/
     explorer/records/HOOK/      records of an SAE (`jsae.records.store`); their texts are in records/texts/
@@ -25,12 +27,12 @@ import os
 from pathlib import Path
 from typing import Literal
 
-Table = Literal["eval", "latents", "labels", "steering"]
+Table = Literal["eval", "latents", "labels", "steering", "stages"]
 """A file that an evaluation writes, a JSON object by hook."""
 
 WRITTEN = (
     *("config.json", "config", "metrics.jsonl"),
-    *("eval.json", "eval", "latents.json", "labels.json", "steering.json"),
+    *("eval.json", "eval", "latents.json", "labels.json", "steering.json", "stages.json"),
 )
 """Files that this or an earlier version writes directly into a run: a killed process may have left remains of them."""
 
@@ -83,6 +85,10 @@ class Layout:
     def table_file(self, table: Table) -> Path:
         """A table of an evaluation."""
         return self.path / f"{table}.json"
+
+    def stage_folder(self, stage: str, name: str) -> Path:
+        """The SAE of one checkpoint, cut out of the crosscoder of this name."""
+        return self.path / "stages" / stage / name
 
     @property
     def plots_folder(self) -> Path:

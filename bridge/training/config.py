@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from bridge import accelerators
-from bridge.locations import Checkpoint, Data, FilePath
+from bridge.locations import Checkpoint, Data, FilePath, Stage
 from bridge.settings import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
+from bridge.stages import names
 from jsae.config import TrainConfig
 from jsae.settings import (
     AVERAGED,
@@ -96,6 +97,11 @@ class RunConfig(Json):
     )
     step: int | None = flag(None, "Step of the checkpoint directory; none is the last.", STEP)
     tokenizer: FilePath | None = flag(None, "Directory of the tokenizer; none looks beside and above the checkpoint.")
+    checkpoints: tuple[Stage, ...] = flag(
+        (),
+        "Train a crosscoder for every --layer that reads several checkpoints in the place of --checkpoint, over a "
+        "training or its stages: PATH@STEP,STEP,… or NAME=PATH[@STEP],….",
+    )
     data: Data = flag("stdlib", "Text: stdlib, parquet shards, .jsonl, .json or text files, globs; comma-separated.")
     activations: FilePath | None = flag(
         None,
@@ -114,6 +120,9 @@ class RunConfig(Json):
         False, "Keep the inner product of every latent's encoder and decoder row at 1 (aligned training)."
     )
     crosscoder: bool = flag(False, "Train one crosscoder that reads and reconstructs all of --layer.")
+    exclusive_latents: int = flag(
+        0, "Latents of a crosscoder for each layer or checkpoint that read and write it alone.", at_least(0, 2**28)
+    )
     activation: str | None = flag(
         None,
         lambda: (
@@ -282,6 +291,30 @@ class RunConfig(Json):
                 len(self.layer) > 1 or self.layer == ("all",),
                 "--crosscoder reads several layers: give them with --layer=1,2,3 or --layer=all",
             )
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        """Check the settings of crosscoders over checkpoints, and of exclusive latents."""
+        require(
+            not self.exclusive_latents or self.crosscoder or bool(self.checkpoints),
+            "--exclusive_latents are of a crosscoder: give --checkpoints, or --crosscoder and several layers",
+        )
+        require(
+            not self.exclusive_latents or self.init_from is None,
+            "--exclusive_latents begin with weights that are 0, and --init_from with those of an SAE: leave out one",
+        )
+        if not self.checkpoints:
+            return
+        names.parse(self.checkpoints)
+        for name, reason in {
+            "crosscoder": "--checkpoints makes a crosscoder of each of --layer",
+            "target_hook": "a crosscoder reconstructs its input",
+            "activations": "a store has the activations of one model",
+        }.items():
+            require(not getattr(self, name), f"{reason}: leave out --{name}")
+        for name in ("checkpoint", "step"):
+            default = type(self).__dataclass_fields__[name].default
+            require(getattr(self, name) == default, f"--checkpoints names the models: leave out --{name}")
 
     def _check_stored(self) -> None:
         """Check that settings of model and text have their defaults where a store is read."""
@@ -332,8 +365,9 @@ class RunConfig(Json):
         from bridge.neuronpedia import ids
 
         require(
-            not self.prepare_neuronpedia or (self.target_hook is None and not self.crosscoder),
-            "--prepare_neuronpedia is for SAEs of one activation: no transcoder (--target_hook), no --crosscoder",
+            not self.prepare_neuronpedia or not (self.target_hook or self.crosscoder or self.checkpoints),
+            "--prepare_neuronpedia is for SAEs of one activation: no transcoder (--target_hook), no crosscoder "
+            "(--crosscoder, --checkpoints)",
         )
         checks = {"model_id": ids.check_model, "source_set": ids.check_source_set}
         for name, check in checks.items():
@@ -361,6 +395,11 @@ class RunConfig(Json):
         return tuple(range(n_layer)) if "all" in self.layer else tuple(int(layer) for layer in self.layer)
 
     @property
+    def stages(self) -> "tuple[names.Stage, ...]":
+        """The checkpoints of `--checkpoints`; () where there is one model."""
+        return names.parse(self.checkpoints) if self.checkpoints else ()
+
+    @property
     def architecture(self) -> "type[SAE]":
         """The class of the SAE; its module is imported.
 
@@ -379,7 +418,8 @@ class RunConfig(Json):
         """
         # k and what goes with it, and nested widths, are checked later, against the true width of the SAE.
         known = {"hierarchical_k": (), "nested_widths": self._default_widths(_WIDEST)}
-        self._sae_config(_WIDEST, _WIDEST, 1, k=1, **known)
+        layers = 2 if self.exclusive_latents else 1
+        self._sae_config(_WIDEST // layers, _WIDEST, layers, k=1, exclusive=min(self.exclusive_latents, 1), **known)
 
     def sae_config(self, width: int, layers: int = 1, start: "Description | None" = None) -> "SAEConfig":
         """Return the configuration of a variant's SAE for a model of this width.
@@ -420,6 +460,7 @@ class RunConfig(Json):
             "target_l0": self.target_l0[0] if self.target_l0 else None,
         } | replaced
         own = {name: value for name, value in settings.items() if name in _settings(self.architecture)}
+        own = {"exclusive": self.exclusive_latents} | own
         d_out = None if self.target_hook is None else width
         return self.architecture.Config(
             width * layers, d_sae, d_out=d_out, skip=self.skip, layers=layers, aligned=self.aligned, **own

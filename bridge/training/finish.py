@@ -12,6 +12,7 @@ from rich.table import Table
 
 from bridge.evaluate.core import finite
 from bridge.run import Run
+from bridge.training import singles
 from bridge.training.origins import hook_metadata
 from jsae import export, files, metrics, pretrained, processes
 from jsae.architectures import SAE
@@ -65,7 +66,10 @@ def finish(
     results: dict[Path, dict[str, dict[str, Any]]] = {}
     problems: list[str] = []
     for trainee, sae in zip(trainees, saes, strict=True):
-        summary = write(trainee, sae, origin, metadata_of(config, trainee, origin))
+        metadata = metadata_of(config, trainee, origin)
+        summary = write(trainee, sae, origin, metadata)
+        if config.stages:
+            singles.write(Run(trainee.folder), trainee.name)
         if "problem" in summary:
             problems.append(f"{trainee.label} ({summary['problem']})")
         results.setdefault(trainee.folder, {})[trainee.name] = summary
@@ -121,12 +125,14 @@ def metadata_of(config: "RunConfig", trainee: "Trainee", origin: "Origin") -> di
     }
     if details := pretrained.details(trainee.member.sae):
         metadata |= {"training_architecture_details": details}
+    if exclusive := trainee.member.sae.exclusive:
+        metadata |= {"exclusive_latents": exclusive}
     if trainee.start is not None:
         metadata |= {"init_from": {"path": trainee.start.path, "digest": trainee.start.digest}}
     if trainee.member.sae.is_transcoder:
         metadata |= hook_metadata(trainee.hooks[1], "_out")
-    if trainee.member.sae.layers > 1:
-        metadata |= {"hook_names": list(trainee.hooks)}
+    if (layers := trainee.member.sae.layers) > 1:
+        metadata |= {"hook_names": list(trainee.hooks) if len(trainee.hooks) > 1 else [trainee.name] * layers}
     return metadata
 
 
@@ -159,7 +165,11 @@ def _print_results(
     run = Run(config.output_dir)
     for trainee in trainees:
         console.print(f"exported SAE    {Run(trainee.folder).sae_folder(trainee.name)}", soft_wrap=True)
-    readers = ["bridge.torch_sae.load"] + ["sae_lens.SAE.load_from_disk"] * (not config.crosscoder)
+    is_crosscoder = config.crosscoder or bool(config.stages)
+    readers = ["bridge.torch_sae.load"] + ["sae_lens.SAE.load_from_disk"] * (not is_crosscoder)
+    for stage in config.stages:
+        folders = [str(Run(trainee.folder).stage_folder(stage.name, trainee.name)) for trainee in trainees]
+        console.print(f"SAEs of {stage.name:7} {', '.join(folders)} (sae_lens)", soft_wrap=True)
     console.print(f"read it with    {', '.join(readers)}", soft_wrap=True)
     folders = ", ".join(map(str, results))
     console.print(f"metrics         metrics.jsonl and eval.json in {folders}", soft_wrap=True)

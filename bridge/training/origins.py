@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from bridge.hooks import module_name
 from bridge.nanochat.corpus import shards_of_process
 from bridge.run import Run
 from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
+from bridge.stages import loading
 from bridge.training import text
 from jsae import metrics, processes
 from jsae.health import ActivationsError, DegenerateError
@@ -67,38 +69,61 @@ class TextOrigin(Origin):
 
     Args:
       config: the run.
-      nano: its model.
+      nanos: its model, or the checkpoints that its crosscoders read.
       sites: the hooks of every site.
       data_shards: number of parts of the text; None chooses it.
 
     Raises:
-      ConfigError: text that is too short or has changed, or parts that the processes cannot share.
+      ConfigError: text that is too short or has changed, rows that a checkpoint does not take, or parts that the
+        processes cannot share.
       ActivationsError, DegenerateError: activations that nothing can be learned from.
       FileNotFoundError, ValueError: data that cannot be read.
     """
 
-    def __init__(self, config: RunConfig, nano: Nanochat, sites: Sequence[tuple[str, ...]], data_shards: int | None):
-        self._config, self._nano = config, nano
-        self.corpus, heldout = text.texts(config, nano, data_shards)
+    def __init__(
+        self,
+        config: RunConfig,
+        nanos: Sequence[Nanochat],
+        sites: Sequence[tuple[str, ...]],
+        data_shards: int | None,
+    ):
+        self._config, self._nanos, self._nano = config, tuple(nanos), nanos[0]
+        row_len = min(nano.row_length(config.context_size) for nano in nanos)
+        self.corpus, heldout = text.texts(config, self._nano, data_shards, row_len)
         self.data_shards, self.own_shards = self.corpus.data_shards, self.corpus.own_shards
-        self.name = (
-            f"nanochat {config.checkpoint} ({nano.generation}, {nano.config.n_layer} layers of width "
-            f"{nano.config.n_embd}) on {config.data!r}"
-        )
+        self._checkpoints = loading.facts(config.stages, nanos) if config.stages else []
+        self.name = self._described()
         self.heldout = text.heldout_rows(config, heldout)
-        text.check_activations(config, nano, sites, self.heldout)
+        for nano in nanos:
+            text.check_activations(config, nano, sites, self.heldout)
         text.check_data(Run(config.output_dir).path, self.corpus)
-        self._programs, reason = text.programs(config, nano, self.corpus, sites)
+        self._programs, reason = text.programs(config, self._nano, self.corpus, sites)
         self.compiled = (None if self._programs is None else "blocks", reason)
         corpus = self.corpus
-        self.facts = {"model": nano.fingerprint, "data": corpus.fingerprint, "data_files": corpus.files}
+        self.facts = {"model": self._fingerprint(), "data": corpus.fingerprint, "data_files": corpus.files}
+        self.facts |= {"checkpoints": self._checkpoints} if self._checkpoints else {}
+
+    def _described(self) -> str:
+        """Return the model and text, for messages."""
+        config, nano = self._config, self._nano
+        model = f"({nano.generation}, {nano.config.n_layer} layers of width {nano.config.n_embd})"
+        if not self._checkpoints:
+            return f"nanochat {config.checkpoint} {model} on {config.data!r}"
+        names = ", ".join(stage.name for stage in config.stages)
+        return f"{len(self._nanos)} checkpoints of a nanochat {model}, {names}, on {config.data!r}"
+
+    def _fingerprint(self) -> str:
+        """Return the fingerprint of the model; of several that of their fingerprints."""
+        if not self._checkpoints:
+            return self._nano.fingerprint
+        return hashlib.sha256("".join(nano.fingerprint for nano in self._nanos).encode()).hexdigest()
 
     def source(self, sites: Sequence[tuple[str, ...]]) -> Any:
         """Return the stream of activations on the training text."""
-        return text.stream(self._config, self._nano, self.corpus, sites, self._programs)
+        return text.stream(self._config, self._nanos, self.corpus, sites, self._programs)
 
     def measure(self, trainee: Trainee, folder: Path) -> metrics.Sums:
-        """Run the model over held-out rows of text."""
+        """Run the model, or all checkpoints, over held-out rows of text."""
         nano, config = self._nano, self._config
         sae = torch_sae.load(folder, nano.model.lm_head.weight.device)
         site = Site(
@@ -108,6 +133,7 @@ class TextOrigin(Origin):
             config.drop_sinks,
             config.tokens_per_forward,
             other_hooks=trainee.hooks[1:],
+            other_models=tuple(other.model for other in self._nanos[1:]),
         )
         size = self.heldout.size
         with Progress(f"measuring {trainee.label}", size, "tokens") as progress, progress.tokens_of(nano.model):
@@ -119,7 +145,8 @@ class TextOrigin(Origin):
         return {
             "model_name": "nanochat-demo" if config.checkpoint == "demo" else nano.name,
             "model_class_name": "nanochat",
-            "model_fingerprint": nano.fingerprint,
+            "model_fingerprint": self.facts["model"],
+            **({"checkpoints": self._checkpoints} if self._checkpoints else {}),
             "context_size": self.heldout.shape[1],
             "exclude_special_tokens": list(excluded_ids(config.exclude_tokens, nano.tokenizer)),
             "drop_sinks": config.drop_sinks,

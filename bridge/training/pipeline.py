@@ -22,6 +22,7 @@ from jsae.settings import require
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from bridge.nanochat import Nanochat
     from bridge.training.continuing import Starts
     from bridge.training.loop import StopRequests
     from bridge.training.origins import Origin
@@ -152,23 +153,29 @@ def _train(
 def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
     """Load the model or open the store, and plan the SAEs, each checked before the long training, in all processes."""
     import bridge.nanochat
+    from bridge.stages import loading
     from bridge.training import continuing, plan
     from bridge.training.origins import StoreOrigin, TextOrigin
     from jsae import processes
     from jsae.store import Store
 
-    nano = store = starts = None
+    store = starts = None
+    nanos: list[Nanochat] = []
     trainees: list[Trainee] = []
     fraction, failure = 0.1, None
     try:
         starts = continuing.find(run, config)
         if config.activations is None:
-            nano = bridge.nanochat.load(config.checkpoint, config.step, torch_device, tokenizer=config.tokenizer)
-            trainees = plan.trainees(run.path, config, nano, starts)
+            if config.stages:
+                nanos = loading.load(config.stages, torch_device, config.tokenizer)
+            else:
+                given = (config.checkpoint, config.step, torch_device)
+                nanos = [bridge.nanochat.load(*given, tokenizer=config.tokenizer)]
+            trainees = plan.trainees(run.path, config, nanos[0], starts)
         else:
             store = Store(config.activations)
             trainees = plan.stored_trainees(run.path, config, store, starts)
-        fraction = plan.jax_fraction(config, plan.at_once(config, trainees), nano)
+        fraction = plan.jax_fraction(config, plan.at_once(config, trainees), nanos[0] if nanos else None)
     except Exception as error:
         if launch.detected() is None:
             raise
@@ -183,8 +190,8 @@ def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
         plan.check_memory(config, plan.at_once(config, trainees), width, plan.available_memory(config), *choice)
         sites, data_shards = plan.sites(trainees), _data_shards(run, config)
         origin: Origin = (
-            TextOrigin(config, nano, sites, data_shards)
-            if nano is not None
+            TextOrigin(config, nanos, sites, data_shards)
+            if nanos
             else StoreOrigin(config, store, sites, torch_device, data_shards)
         )
         _announce(config, origin, trainees, choice, mesh)
@@ -289,7 +296,8 @@ def _announce(
         print("note: --jax_memory_fraction is for GPUs and has no effect with --device=cpu", flush=True)
     latents = trainees[0].member.sae.d_sae
     one = f"an {config.activation}" if config.activation[0] in "aeiou" else f"a {config.activation}"
-    saes = f"{one} SAE" if len(trainees) == 1 else f"{len(trainees)} {config.activation} SAEs"
+    kind = "crosscoder" if config.crosscoder or config.stages else "SAE"
+    saes = f"{one} {kind}" if len(trainees) == 1 else f"{len(trainees)} {config.activation} {kind}s"
     hooks = ", ".join(dict.fromkeys(trainee.name for trainee in trainees))
     print(
         f"{origin.name}, {hooks}: {saes} of {latents} latents from {config.num_activations:,} activations on "

@@ -39,7 +39,8 @@ class Trainee:
     folder: Path
     """The directory of the run, or of the variant in it, which is a run directory of its own."""
     hooks: tuple[str, ...]
-    """The hooks of its site: one, a transcoder's input and target, or a crosscoder's layers."""
+    """The hooks of its site: one, a transcoder's input and target, or a crosscoder's layers. A crosscoder over
+    checkpoints reads one hook in all of them."""
     member: Member
     start: Description | None = None
     """The exported SAE that it continues."""
@@ -47,7 +48,7 @@ class Trainee:
     @property
     def name(self) -> str:
         """Name of its export: the hook it reads; for a crosscoder the first hook with the numbers of all layers."""
-        return _site_name(self.hooks, self.member.sae.layers)
+        return _site_name(self.hooks)
 
     def with_rate(self, rate: float) -> Trainee:
         """Return the SAE with another learning rate."""
@@ -61,12 +62,13 @@ class Trainee:
         return " ".join(part for part in (variant, self.name) if part)
 
 
-def _site_name(hooks: tuple[str, ...], layers: int) -> str:
+def _site_name(hooks: tuple[str, ...]) -> str:
     """Return the name of a site's exports."""
-    if layers == 1:
+    numbers = dict.fromkeys(name.split(".")[1] for name in hooks) if len(hooks) > 1 else {}
+    if len(numbers) < 2:
         return hooks[0]
     blocks, _, hook = hooks[0].split(".", 2)
-    return f"{blocks}.{'-'.join(name.split('.')[1] for name in hooks)}.{hook}"
+    return f"{blocks}.{'-'.join(numbers)}.{hook}"
 
 
 def trainees(run: Path, config: RunConfig, nano: Nanochat, starts: Starts | None = None) -> list[Trainee]:
@@ -144,8 +146,8 @@ def _trainees(
         for site, hooks in enumerate(hooks_of_sites):
             sizes = [widths[hook] for hook in hooks]
             require(len(set(sizes)) == 1, f"{', '.join(hooks)} have different widths, {sizes}: train on one of them")
-            layers = len(hooks) if config.crosscoder else 1
-            start = None if starts is None else starts.description(_site_name(hooks, layers))
+            layers = len(hooks) if config.crosscoder else max(len(config.stages), 1)
+            start = None if starts is None else starts.description(_site_name(hooks))
             sae = variant.sae_config(sizes[0], layers, start)
             if start is not None:
                 continuing.check(start, sae)
@@ -237,7 +239,7 @@ def check_memory(
     weights = sum(4 * sae.d_sae * (sae.d_in + sae.width_out) for sae in saes)
     copies = (5 + (config.average_fraction is not None)) * data  # weights, gradients, two moments, what is saved
     batch = 2 * 4 * config.batch_size * max(sae.d_sae for sae in saes)
-    blocks = 3 * 4 * config.block_size * width * len(_hooks(trainees))
+    blocks = 3 * 4 * config.block_size * width * _arrays(config, trainees)
     needed = copies * weights + batch + blocks
     require(
         needed <= available,
@@ -298,7 +300,7 @@ def jax_fraction(config: RunConfig, trainees: list[Trainee], nano: Nanochat | No
     if nano is not None:
         itemsize = nano.model.lm_head.weight.element_size()
         row_len = config.context_size or nano.config.sequence_len
-        torch_need = stream_memory(config, nano.config.n_embd, itemsize, row_len, len(_hooks(trainees)))
+        torch_need = stream_memory(config, nano.config.n_embd, itemsize, row_len, _arrays(config, trainees))
     jax_need = saes_memory(config, trainees)
     check_card(card, free, torch.cuda.memory_reserved(), jax_need, torch_need)
     if config.jax_memory_fraction is not None:
@@ -364,8 +366,9 @@ def stream_memory(config: RunConfig, width: int, itemsize: int, row_len: int, ho
     return blocks + (24 + hooks) * tokens * width * itemsize + 4 * row_len**2
 
 
-def _hooks(trainees: list[Trainee]) -> set[str]:
-    return {hook for trainee in trainees for hook in trainee.hooks}
+def _arrays(config: RunConfig, trainees: list[Trainee]) -> int:
+    """Return the number of activations that are captured: hooks, times the checkpoints in which they are read."""
+    return len({hook for trainee in trainees for hook in trainee.hooks}) * max(len(config.stages), 1)
 
 
 def available_memory(config: RunConfig) -> int | None:

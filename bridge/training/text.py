@@ -25,19 +25,22 @@ _LANES = 32  # documents that are read at once, at least
 _MOST_SHARDS = 8  # by default
 
 
-def texts(config: RunConfig, nano: Nanochat, data_shards: int | None = None) -> tuple[Corpus, Corpus]:
-    """Return training and held-out text, in rows as long as the model's context.
+def texts(
+    config: RunConfig, nano: Nanochat, data_shards: int | None = None, row_len: int | None = None
+) -> tuple[Corpus, Corpus]:
+    """Return training and held-out text.
 
     Args:
       config: the run.
       nano: its model.
       data_shards: number of parts of the training text; None chooses it.
+      row_len: tokens of a row; None is as the model and `--context_size` say.
 
     Raises:
       ConfigError: a model without a tokenizer, rows longer than its context, or too little held-out text.
       FileNotFoundError, ValueError: data that cannot be read.
     """
-    row_len = nano.row_length(config.context_size)
+    row_len = nano.row_length(config.context_size) if row_len is None else row_len
     read = {"row_len": row_len, "seed": config.data_seed}
     lanes = _LANES if data_shards is None else data_shards * max(-(-_LANES // data_shards), 4)
     train = Corpus(config.data, nano.tokenizer, split="train", lanes=lanes, data_shards=data_shards or 1, **read)
@@ -161,14 +164,15 @@ def programs(
 
 def stream(
     config: RunConfig,
-    nano: Nanochat,
+    nanos: Sequence[Nanochat],
     corpus: Corpus,
     sites: Sequence[tuple[str, ...]],
     run: compiled.Programs | None = None,
 ) -> ActivationStream:
-    """Return the activations of all sites on the training text; `run` has the compiled parts of the model."""
+    """Return the activations of all sites on the training text; `run` has the compiled parts of the models."""
+    nano = nanos[0]
     return ActivationStream(
-        nano.model,
+        [nano.model for nano in nanos],
         corpus,
         sites,
         excluded=excluded_ids(config.exclude_tokens, nano.tokenizer),

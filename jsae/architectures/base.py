@@ -7,15 +7,16 @@ changes nothing in it. Shapes: n tokens, d = d_in, f = d_sae, o = d_out, which i
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from jsae import jsons
+from jsae.architectures.forward import Context, Forward
 from jsae.ops import Codes, Input, Latents, Ops, Reference
 from jsae.ops.formulas import Formula, Maps, PerLatent
 from jsae.saelens.settings import ENCODERS
@@ -51,6 +52,9 @@ class SAEConfig:
     """Layers that a crosscoder reads side by side: d_in is their widths together."""
     aligned: bool = False
     """Keep the inner product of every latent's encoder and decoder row at 1: aligned training (arXiv 2605.18629)."""
+    exclusive: int = number(0, at_least(0, 2**28))
+    """Latents of every layer of a crosscoder that read and write this layer alone (arXiv 2602.11729): latent j is of
+    layer j // exclusive while there is such a layer, and of all layers otherwise."""
 
     sae: ClassVar[type["SAE"]]
     """The architecture that the settings are of."""
@@ -76,6 +80,12 @@ class SAEConfig:
             not (self.aligned and self.is_transcoder), "a transcoder's encoder and decoder rows have no inner product"
         )
         require(not self.skip or self.is_transcoder, "only a transcoder has a skip path: give a target hook")
+        require(not self.exclusive or self.layers > 1, "only a crosscoder has exclusive latents: give several layers")
+        require(
+            not self.exclusive or self.exclusive * self.layers < self.d_sae,
+            f"{self.exclusive} exclusive latents for each of {self.layers} layers leave none of d_sae={self.d_sae} "
+            "for all layers: lower their number",
+        )
 
     @property
     def architecture(self) -> str:
@@ -91,6 +101,12 @@ class SAEConfig:
     def width_out(self) -> int:
         """Width of the target."""
         return self.d_in if self.d_out is None else self.d_out
+
+    def allowed(self, like: Float[Array, "f d"]) -> Bool[Array, "f d"]:
+        """Return which weights of an encoder or decoder may differ from 0, given their exclusive latents."""
+        owner = jnp.arange(like.shape[0])[:, None] // max(self.exclusive, 1)
+        layer = jnp.arange(like.shape[1]) // (like.shape[1] // self.layers)
+        return (owner >= self.layers) | (owner == layer)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields and the architecture's name as plain JSON values."""
@@ -111,40 +127,6 @@ class SAEConfig:
             f"these settings are of {name!r}: read them with jsae.architectures.config_from_json",
         )
         return read_fields(cls, {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
-
-
-class Context(NamedTuple):
-    """Arguments of a forward pass other than its input. The defaults are those of inference."""
-
-    ops: Ops = Reference()
-    training: bool = False
-    """Whether batch-wide selection is used, where training and inference differ."""
-    strength: Float[Array, ""] | float = 1.0
-    """Factor on sparsity penalties: their warm-up, and the controller's where L0 has a target."""
-    dead: Bool[Array, " f"] | None = None
-    """Which latents are dead; None where it is known that none is."""
-    step: Int[Array, ""] | int = 0
-    """Number of the training step."""
-    room: int | None = None
-    """Codes per token that are selected, while k comes down from a larger one; None is k."""
-    limit: Int[Array, ""] | None = None
-    """How many of the `room` codes count."""
-    scale: Float[Array, "*d"] | None = None
-    """Factor on the activations as they are read; None where they are scaled already."""
-
-
-class Forward(NamedTuple):
-    """One forward pass in training, as a penalty sees it."""
-
-    x: Float[Array, "n d"]
-    y: Float[Array, "n o"]
-    """The target: x, or a transcoder's target."""
-    error: Float[Array, "n o"]
-    """y_hat - y."""
-    latents: Latents
-    extra: Any
-    """The second value of `activate`."""
-    context: Context
 
 
 class Statistic(nnx.Variable):
@@ -211,6 +193,8 @@ class SAE(nnx.Module):
         self.b_dec = nnx.Param(jnp.zeros(config.width_out) if b_dec is None else b_dec)
         if config.skip:
             self.W_skip = nnx.Param(jnp.zeros((config.width_out, config.d_in)))
+        if config.exclusive:
+            self.separate()
         for name, value in self.initial_latents(config).items():
             setattr(self, name, nnx.Param(jnp.full(config.d_sae, value, jnp.float32)))
         for name, value in self.initial_statistics(config).items():
@@ -376,6 +360,13 @@ class SAE(nnx.Module):
         """
         products = (self.W_enc[...] * self.W_dec[...]).sum(1, keepdims=True)
         self.W_enc[...] = self.W_enc[...] + (1 - products) * self.W_dec[...]
+
+    def separate(self) -> None:
+        """Set what exclusive latents may not read or write to 0, and the norms of decoder rows to 1."""
+        allowed = self.config.allowed(self.W_dec[...])
+        self.W_enc[...] = jnp.where(allowed, self.W_enc[...], 0)
+        rows = jnp.where(allowed, self.W_dec[...], 0)
+        self.W_dec[...] = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
     def _scale_encoder(self, factor: Float[Array, ""]) -> None:
         if self.config.aligned:

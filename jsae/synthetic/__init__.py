@@ -7,6 +7,7 @@ print(jsae.recovery.scores(sae, world))
 
 from jsae.synthetic.config import PRESETS, WorldConfig
 from jsae.synthetic.features import Parts
+from jsae.synthetic.stages import StagesConfig, StageWorld
 from jsae.synthetic.world import Samples, SyntheticWorld
 
-__all__ = ["PRESETS", "Parts", "Samples", "SyntheticWorld", "WorldConfig"]
+__all__ = ["PRESETS", "Parts", "Samples", "StageWorld", "StagesConfig", "SyntheticWorld", "WorldConfig"]

@@ -1,0 +1,46 @@
+"""Write every checkpoint's own SAE, cut out of a crosscoder over checkpoints, as a SAELens directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bridge.run import Run
+from bridge.stages import loading
+from jsae import export, saelens
+from jsae.saelens import Plain, layers
+
+_OF_CROSSCODER = ("hook_names", "checkpoints", "training_architecture_details", "exclusive_latents")
+"""Entries of a crosscoder's metadata that its checkpoints' SAEs do not have."""
+
+
+def write(run: Run, name: str) -> list[Path]:
+    """Write the SAE of every checkpoint beside an exported crosscoder; return their folders.
+
+    Each has the crosscoder's latents in its order, and its hook; `model_fingerprint` is that of the checkpoint.
+
+    Args:
+      run: with the crosscoder.
+      name: of its export.
+
+    Raises:
+      ConfigError: the crosscoder does not read checkpoints.
+      OSError: a folder cannot be written.
+    """
+    crosscoder = saelens.read(run.sae_folder(name))
+    metadata: dict[str, Any] = crosscoder.cfg["metadata"]
+    folders = []
+    for layer, stage in enumerate(loading.of_record(metadata.get("checkpoints"))):
+        folder = run.stage_folder(stage.name, name)
+        own = Plain({**(single := layers.single(crosscoder, layer)).cfg, "metadata": {}}, single.weights, 1)
+        export.write_plain(folder, own, _metadata(metadata, layer))
+        folders.append(folder)
+    return folders
+
+
+def _metadata(metadata: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """Return the metadata of one checkpoint's SAE."""
+    stage = metadata["checkpoints"][layer]
+    own = {name: value for name, value in metadata.items() if name not in _OF_CROSSCODER}
+    return own | {"model_fingerprint": stage["fingerprint"], "checkpoint": stage, "cut_from_crosscoder": True}

@@ -130,7 +130,7 @@ def _link(earlier: Snapshot, later: Snapshot, bar: float) -> Link:
     return Link(match, cosine, survived, np.flatnonzero(later.alive & ~continued))
 
 
-def _lineage(latent: int, links: Sequence[Link]) -> list[dict[str, float]]:
+def _lineage(latent: int, links: Sequence[Link]) -> list[dict[str, int | float]]:
     """Return the latents that continue one through the SAEs, with the cosines from each to the next."""
     line = []
     for link in links:

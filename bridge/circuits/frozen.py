@@ -41,7 +41,7 @@ class Inputs:
 
 
 class Frozen:
-    """What is constant in the frozen network at a prompt of T tokens, and the values that the model computed.
+    """Constants of the frozen network at a prompt of T tokens, and the values that the model computed.
 
     The frozen network (`run`) gives the model's own activations for the model's own inputs. With ρ the inverse root
     mean squares, P the attention patterns, γ the factors of the smear, g those of value embeddings:

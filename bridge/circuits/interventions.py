@@ -97,7 +97,7 @@ def total_effects(graph: Graph, column: int) -> Float[Tensor, " n"]:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How the predictions of a graph agree with ablations in the model, for the most likely logit.
+    """Agreement of the predictions of a graph with ablations in the model, for the most likely logit.
 
     Attributes:
       count: number of ablated features, those of the largest direct effects.

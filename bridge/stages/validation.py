@@ -24,7 +24,7 @@ _CHUNK = 4096
 
 
 class Finding(NamedTuple):
-    """How well a crosscoder shows the differences of two stages."""
+    """Score of a crosscoder: which differences of two stages it shows."""
 
     found: dict[str, int]
     """Features of every kind for which there is a latent of this kind, in the right stage and direction."""

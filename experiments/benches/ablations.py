@@ -1,4 +1,4 @@
-"""What the parts of the training recipes are worth: each is undone alone, on several kinds of data.
+"""Ablations of the training recipes: each part is undone alone, on several kinds of data.
 
 Every architecture is trained with nothing given but sizes and L0, then with one default after the other set to what it
 was before: Adam's memory, the learning rate, the weight of AuxK, the time until a latent counts as dead, the window of
@@ -9,18 +9,16 @@ L0 of k; where one misses it, FVU is moved to that L0 by the slope of -0.5 of lo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge.locations import Checkpoint, Data, FilePath
+from bridge.locations import FilePath
 from bridge.settings import flag
-from experiments.benches import peers, quality, quality_sides, rates, tables, timing
-from experiments.benches import quality_config as quality_settings
-from jsae.progress import Progress
+from experiments.benches import quality_runs
 
 if TYPE_CHECKING:
     from experiments.benches.quality_config import Plan
@@ -33,51 +31,24 @@ _PATIENCE = 10_000_000  # activations until a latent was dead
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(quality_runs.Sizes):
     """Data, SAEs and recipes of the measurement."""
 
     subjects: tuple[str, ...] = flag(("nanochat_mid", "synthetic"), "Data to train on, as for `bench quality`.")
-    checkpoint: Checkpoint = flag("demo", "nanochat checkpoint whose activations are learned.")
-    data: Data = flag("stdlib", "Text for the checkpoint.")
     recipes: tuple[str, ...] = flag(RECIPES, "Recipes to train.")
-    d_sae: int = flag(1024, "Latents. The synthetic world has SAEs of its own size.")
-    k: int = flag(32, "Active latents per token, or the target L0.")
-    nested_widths: tuple[int, ...] = flag((64, 256), "Matryoshka's inner widths.")
-    num_activations: int = flag(2**18, "Activations that every SAE is trained on.")
-    batch_size: int = flag(512, "Activations per step.")
-    seeds: int = flag(1, "Number of seeds for the weights.")
-    heldout_activations: int = flag(65536, "Held-out activations to score on.")
-    markdown: bool = flag(False, "Print the tables as Markdown.")
-    peer_env: FilePath = flag(peers.TRAINERS_HOME, "The environment of the other trainers, which has SmolLM2.")
     out: FilePath = flag("experiments/results/ablations_cpu.json", "File for the results.")
 
     def __post_init__(self) -> None:
         if not self.recipes or not set(self.recipes) <= set(RECIPES):
             given = ", ".join(self.recipes) or "none"
             raise ValueError(f"recipes must be some of {', '.join(RECIPES)}, got {given}")
-        quality_settings.check_sizes(self, "seeds", "heldout_activations")
-        quality_settings.of_measurement(self)  # checks the rest
+        super().__post_init__()
 
 
 def main(config: Config) -> int:
     """Train with and without every part, print a table per kind of data, write the results."""
-    python = peers.trainers(config.peer_env) if "smollm2" in config.subjects else Path("python")
-    found: dict[str, Any] = {}
-    for name in config.subjects:
-        with tempfile.TemporaryDirectory() as scratch, quality_sides.compiled_once():
-            settings = quality_settings.of_measurement(config)
-            subject, plan = quality.lay_out(name, settings, Path(scratch), python)
-            rows = []
-            with Progress(name, len(config.recipes), "recipes") as progress:
-                for recipe in config.recipes:
-                    rows += _rows(recipe, config, subject, plan, Path(scratch))
-                    progress.advance()
-        found[name] = {"title": subject.title, "results": rows}
-        tables.show(subject.title, _COLUMNS, [_cells(row) for row in rows], timing.machine("cpu"), config.markdown)
-        settings_ = timing.settings(config, "peer_env", "markdown")
-        timing.write(config.out, {"machine": timing.machine("cpu"), "settings": settings_, "subjects": found})
-    print(f"figures: {config.out}")
-    return 0
+    rows = functools.partial(_rows, config)
+    return quality_runs.on_every_subject(config, config.recipes, "recipes", rows, _COLUMNS, _cells)
 
 
 def undone(recipe: str, d_in: int, d_sae: int) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -105,12 +76,12 @@ def undone(recipe: str, d_in: int, d_sae: int) -> Iterator[tuple[str, dict[str, 
         yield "bandwidth: 2", {"bandwidth": 2.0}, {}
 
 
-def _rows(recipe: str, config: Config, subject: Subject, plan: Plan, scratch: Path) -> list[dict[str, Any]]:
+def _rows(config: Config, recipe: str, subject: Subject, plan: Plan, scratch: Path) -> list[dict[str, Any]]:
     """Return the scores of a recipe as it is, and without each of its parts."""
     rows: list[dict[str, Any]] = []
     for name, sae, train in undone(recipe, subject.d_in, plan.d_sae):
-        job = rates.job_of(recipe, plan, subject.d_in) | {"sae": sae, "train": train}
-        trial = rates.trained(job, config.seeds, subject, scratch)
+        job = quality_runs.job_of(recipe, plan, subject.d_in) | {"sae": sae, "train": train}
+        trial = quality_runs.trained(job, config.seeds, subject, scratch)
         first = rows[0]["scores"]["fvu"] if rows else trial["fvu"]
         rows.append({"recipe": recipe, "undone": name, "scores": trial, "fvu_over_default": trial["fvu"] / first})
     return rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 from bridge.locations import Checkpoint, Data, FilePath
 from bridge.settings import flag
@@ -213,13 +212,3 @@ class Config:
         """Return sizes and search of one subject."""
         names = [field.name for field in fields(Plan) if hasattr(self, field.name)]
         return Plan(**{name: getattr(self, name) for name in names} | changes)
-
-
-def of_measurement(config: Any) -> Config:
-    """Return the settings of data and sizes of another measurement's config.
-
-    Raises:
-      ValueError: sizes or subjects that cannot be measured.
-    """
-    names = {field.name for field in fields(Config)} & {field.name for field in fields(config)} - {"out"}
-    return Config(**{name: getattr(config, name) for name in names})

@@ -76,9 +76,9 @@ def test_a_rate_that_is_not_given_follows_width_length_batch_and_sparsity():
 def test_a_rate_that_is_not_given_depends_on_architecture_and_target():
     topk = default_rate(k=32)
     assert default_rate(architecture="batchtopk", k=32) == pytest.approx(0.8 * topk)
-    assert default_rate(architecture="gated", target_l0=32.0) == pytest.approx(1.6 * topk)
-    assert default_rate(architecture="relu", target_l0=4.0) == pytest.approx(3 * topk / 2)
-    assert default_rate(architecture="jumprelu") == pytest.approx(topk), "without a target as with 32"
+    assert default_rate(architecture="gated", target_l0=32.0) == pytest.approx(1.75 * topk)
+    assert default_rate(architecture="relu", target_l0=4.0) == pytest.approx(3.2 * topk / 2)
+    assert default_rate(architecture="jumprelu") == pytest.approx(1.7 * topk), "without a target as with 32"
     assert default_rate(architecture="jumprelu", jump_recipe="l0") == pytest.approx(topk / 2)
 
 

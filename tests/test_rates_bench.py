@@ -26,11 +26,20 @@ def test_the_default_is_one_of_the_rates_and_its_ratio_to_the_best_is_written(tm
         assert len({trial["fvu"] for trial in row["tried"]}) == 3, "rates make a difference"
 
 
+def test_no_rates_beside_the_default_leave_the_scores_of_the_default(tmp_path):
+    out = tmp_path / "rates.json"
+    sizes = SIZES | {"places": 0}
+    assert rates.main(rates.Config(subjects=("synthetic",), architectures=("topk",), out=str(out), **sizes)) == 0
+    (row,) = json.loads(out.read_text())["subjects"]["synthetic"]["results"]
+    assert row["tried"] == [row["default"]]
+    assert row["default_over_best"] == 1
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"subjects": ("moon",)}, "subjects must be some of"),
-        ({"places": 0}, "places must be at least 1"),
+        ({"places": -1}, "places must be at least 0"),
         ({"k": 0}, "k=0"),
         ({"num_activations": 100}, "less than 100 batches"),
     ],

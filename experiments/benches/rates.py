@@ -16,6 +16,7 @@ from bridge.locations import FilePath
 from bridge.settings import flag
 from experiments.benches import quality_config as quality_settings
 from experiments.benches import quality_runs
+from jsae.settings import require
 
 if TYPE_CHECKING:
     from experiments.benches.quality_config import Plan
@@ -29,11 +30,11 @@ class Config(quality_runs.Sizes):
     """Data, SAEs and rates of the measurement."""
 
     architectures: tuple[str, ...] = flag(quality_settings.ARCHITECTURES, "Architectures to train.")
-    places: int = flag(4, "Rates on either side of the default, factors of sqrt(2) apart.")
+    places: int = flag(4, "Rates on either side of the default, factors of sqrt(2) apart; 0: the default alone.")
     out: FilePath = flag("experiments/results/rates_cpu.json", "File for the results.")
 
     def __post_init__(self) -> None:
-        quality_settings.check_sizes(self, "places")
+        require(self.places >= 0, f"places must be at least 0, got {self.places}")
         super().__post_init__()
 
 

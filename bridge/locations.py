@@ -31,8 +31,8 @@ Checkpoint = Annotated[str, Location(words=("demo",))]
 """A nanochat checkpoint, or `demo`."""
 Stage = Annotated[str, Location(words=("demo",), staged=True)]
 """A checkpoint of several as `[NAME=]PATH[@STEP]`, or the number of another step of the path before."""
-Data = Annotated[str, Location(words=("stdlib",), listed=True)]
-"""Text: paths and globs, comma-separated, or `stdlib`."""
+Data = Annotated[str, Location(words=("stdlib", "stdlib_chats"), listed=True)]
+"""Text: paths and globs, comma-separated, or `stdlib` or `stdlib_chats`."""
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
 STAGE = re.compile(r"(?:(?P<name>[^/=@]*)=)?(?P<path>.*?)(?:@(?P<step>\d{1,18}))?", re.ASCII | re.DOTALL)

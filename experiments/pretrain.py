@@ -1,22 +1,26 @@
 """Train a small nanochat of the newest generation from scratch, tokenizer included, and save it as nanochat does.
 
     python -m experiments.pretrain --flagfile=experiments/configs/pretrain_demo.flags
+    python -m experiments.pretrain --init_from=runs/pretrain_demo --data=chats.jsonl --learned=assistant --out=runs/sft
 
-A run that was stopped or killed continues from its last save with --resume. A run that is asked to stop (Ctrl-C,
-SIGTERM) saves and exits with code 75.
+The second command goes on from a checkpoint with other data, here as nanochat's chat training (SFT). A run that was
+stopped or killed continues from its last save with --resume. A run that is asked to stop (Ctrl-C, SIGTERM) saves and
+exits with code 75.
 """
 
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bridge.accelerators import check_name, require_torch
-from bridge.locations import Data, FilePath
+from bridge.locations import Checkpoint, Data, FilePath
 from bridge.nanochat.config import GPTConfig
 from bridge.run import commands
 from bridge.settings import LONG_SEED, flag, settle
@@ -28,7 +32,9 @@ from jsae.settings import COUNT, FRACTION, RATE, Range, at_least, require
 
 if TYPE_CHECKING:
     from bridge.nanochat.corpus import Corpus
+    from bridge.nanochat.model import GPT
     from bridge.nanochat.pretraining import Trainer
+    from bridge.nanochat.tokenizer import Tokenizer
 
 
 _LAST_LOSSES = 10
@@ -42,6 +48,10 @@ class PretrainConfig:
     data: Data = flag(
         "stdlib", "Text to learn: stdlib, parquet shards, .jsonl, .json or text files, globs; comma-separated."
     )
+    init_from: Checkpoint | None = flag(
+        None, "Checkpoint of any generation to start from; sizes and tokenizer are its own. None starts from scratch."
+    )
+    learned: Literal["all", "assistant"] = flag("all", "Tokens to learn: all, or what the assistant says in chats.")
     tokenizer: FilePath = flag("", "Directory of a tokenizer; empty trains one on the data.")
     vocab_size: int = flag(4096, "Tokens of a newly trained tokenizer.", at_least(1, 2**22))
     n_layer: int = flag(6, "Layers.", at_least(1, 2**10))
@@ -67,6 +77,7 @@ class PretrainConfig:
     save_bf16: bool = flag(True, "Save matrices rounded to bfloat16, in half the size.")
     eval_every: int = flag(200, "Steps between measurements of held-out bits per byte, and saves.", COUNT)
     eval_rows: int = flag(64, "Held-out rows per measurement during training; at the end, four times as many.", COUNT)
+    keep_steps: tuple[int, ...] = flag((), "Steps at which a checkpoint is saved and kept; others are replaced.")
     log_every: int = flag(20, "Steps between lines of progress.", COUNT)
     heldout_fraction: float = flag(0.05, "Fraction of the documents that are held out.", FRACTION)
     seed: int = flag(0, "Seed of the weights and of the order of the data.", LONG_SEED)
@@ -83,6 +94,13 @@ class PretrainConfig:
         require(
             self.batch_rows % self.micro_rows == 0,
             f"batch_rows={self.batch_rows} must be a multiple of micro_rows={self.micro_rows}",
+        )
+        require(
+            not (self.init_from and self.tokenizer), "--tokenizer is for a model from scratch: leave it or --init_from"
+        )
+        require(
+            all(0 < step <= self.steps for step in self.keep_steps),
+            f"keep_steps must be from 1 to steps={self.steps}, got {', '.join(map(str, self.keep_steps))}",
         )
         sizes = ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern", "vocab_size")
         GPTConfig.of_generation("G7", **{name: getattr(self, name) for name in sizes})
@@ -113,7 +131,7 @@ def _pretrain(config: PretrainConfig) -> int:
         advice = "there is no optim_*_rank0.pt to resume from" if config.resume else "give --resume to continue it"
         raise ValueError(f"{out} already holds a model: {advice}, or give another --out")
     with Progress("reading text and preparing the tokenizer", None):
-        trainer, heldout, token_bytes = _build(config, out)
+        trainer, heldout = _build(config, out)
     if state is not None:
         trainer.load_state_dict(state)
     guess = math.log(trainer.model.config.vocab_size)
@@ -128,11 +146,12 @@ def _pretrain(config: PretrainConfig) -> int:
             progress.update(trainer.step, f"loss {figures['loss']:.4f}")
             watch.observe("", trainer.step, trainer.step, figures["loss"])
             if trainer.step % config.log_every == 0:
-                speed = config.batch_rows * config.sequence_len / figures["seconds"]
+                speed = config.batch_rows * trainer.model.config.sequence_len / figures["seconds"]
                 print(f"step {trainer.step} loss {figures['loss']:.4f} {speed:,.0f} tokens/s", flush=True)
             last = trainer.step == config.steps
-            if stopped or last or (trainer.step % config.eval_every == 0 and not watch.all_suspect):
-                _save(config, out, trainer, heldout, token_bytes)
+            due = trainer.step % config.eval_every == 0 or trainer.step in config.keep_steps
+            if stopped or last or (due and not watch.all_suspect):
+                _save(config, out, trainer, heldout)
             if stopped and trainer.step < config.steps:
                 print("stopped and saved; --resume continues from here", flush=True)
                 return STOPPED
@@ -145,23 +164,33 @@ def _pretrain(config: PretrainConfig) -> int:
     return 0
 
 
-def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus, object]:
-    """Return the trainer at step 0, the held-out corpus, and the number of bytes of each token."""
+def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus]:
+    """Return the trainer at step 0, and the held-out corpus."""
+    from bridge.nanochat import tokenizer as tokenizers
+    from bridge.nanochat.corpus import Corpus
+    from bridge.nanochat.pretraining import Recipe, Trainer
+
+    recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
+    model, tokenizer = _new(config, out) if config.init_from is None else _loaded(config.init_from)
+    tokenizers.save(tokenizer, out / "tokenizer")
+    data = _data(config, model.config.sequence_len)
+    corpus = Corpus(config.data, tokenizer, split="train", **data)
+    heldout = Corpus(config.data, tokenizer, split="heldout", **data)
+    return Trainer(model.to(config.device), corpus, recipe, config.workers), heldout
+
+
+def _data(config: PretrainConfig, sequence_len: int) -> dict[str, Any]:
+    return {"row_len": sequence_len + 1, "seed": config.seed, "heldout_fraction": config.heldout_fraction}
+
+
+def _new(config: PretrainConfig, out: Path) -> tuple[GPT, Tokenizer]:
+    """Return a model of random weights, and the tokenizer that is given, was trained before, or is trained now."""
     import torch
 
     from bridge.nanochat import tokenizer as tokenizers
     from bridge.nanochat.corpus import Corpus
     from bridge.nanochat.model import GPT
-    from bridge.nanochat.pretraining import Recipe, Trainer
 
-    recipe = Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
-    fields = ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
-    sizes: dict[str, Any] = {name: getattr(config, name) for name in fields}
-    data: dict[str, Any] = {
-        "row_len": config.sequence_len + 1,
-        "seed": config.seed,
-        "heldout_fraction": config.heldout_fraction,
-    }
     folder = out / "tokenizer"
     if config.tokenizer or (config.resume and (folder / "tokenizer.pkl").is_file()):
         tokenizer = tokenizers.load(config.tokenizer or folder)
@@ -169,19 +198,34 @@ def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus, object]:
             print(f"note: the tokenizer has {tokenizer.vocab_size} tokens; --vocab_size is for a newly trained one")
     else:
         bytes_only = tokenizers.Tokenizer({bytes([i]): i for i in range(256)})
-        tokenizer = tokenizers.train(Corpus(config.data, bytes_only, **data).documents(), config.vocab_size)
-    tokenizers.save(tokenizer, folder)
+        documents = Corpus(config.data, bytes_only, **_data(config, config.sequence_len)).documents()
+        tokenizer = tokenizers.train(documents, config.vocab_size)
+    fields = ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
+    sizes: dict[str, Any] = {name: getattr(config, name) for name in fields}
     model = GPT(GPTConfig.of_generation("G7", vocab_size=tokenizer.vocab_size, **sizes))
     model.init_weights(torch.Generator().manual_seed(config.seed))
-    corpus = Corpus(config.data, tokenizer, split="train", **data)
-    heldout = Corpus(config.data, tokenizer, split="heldout", **data)
-    return Trainer(model.to(config.device), corpus, recipe, config.workers), heldout, tokenizer.token_bytes
+    return model, tokenizer
 
 
-def _save(config: PretrainConfig, out: Path, trainer: Trainer, heldout: Corpus, token_bytes) -> None:
+def _loaded(checkpoint: str) -> tuple[GPT, Tokenizer]:
+    """Return the model of a checkpoint, to be trained, and its tokenizer.
+
+    Raises:
+      ConfigError: there is no tokenizer.
+    """
+    import torch
+
+    from bridge import nanochat
+
+    nano = nanochat.load(checkpoint, dtype=torch.float32)
+    require(nano.tokenizer is not None, f"there is no tokenizer beside or above {nano.path}: put one there")
+    assert nano.tokenizer is not None
+    model = copy.deepcopy(nano.model)  # a checkpoint's file stays as it is: its weights are mapped from there
+    return model.requires_grad_(True).train(), nano.tokenizer
+
+
+def _save(config: PretrainConfig, out: Path, trainer: Trainer, heldout: Corpus) -> None:
     """Measure held-out bits per byte, as trained and as saved, and write the checkpoint."""
-    import copy
-
     from bridge.nanochat import pretraining
 
     done = trainer.step == config.steps
@@ -190,10 +234,16 @@ def _save(config: PretrainConfig, out: Path, trainer: Trainer, heldout: Corpus, 
     if config.save_bf16:
         weights, saved = pretraining.rounded(weights), copy.deepcopy(trainer.model)
         saved.load_state_dict(weights)
-    metrics = {"val_bpb": pretraining.heldout_bits_per_byte(saved, heldout, token_bytes, rows, config.micro_rows)}
+    measure = functools.partial(
+        pretraining.heldout_bits_per_byte,
+        corpus=heldout,
+        rows=rows,
+        micro_rows=config.micro_rows,
+        learned=config.learned,
+    )
+    metrics = {"val_bpb": measure(saved)}
     if done and config.save_bf16:
-        exact = pretraining.heldout_bits_per_byte(trainer.model, heldout, token_bytes, rows, config.micro_rows)
-        metrics["val_bpb_float32"] = exact
+        metrics["val_bpb_float32"] = measure(trainer.model)
     if not all(map(math.isfinite, metrics.values())):
         raise FloatingPointError(
             f"at step {trainer.step} the held-out bits per byte are {metrics['val_bpb']}: the weights are not finite. "
@@ -201,19 +251,20 @@ def _save(config: PretrainConfig, out: Path, trainer: Trainer, heldout: Corpus, 
         )
     values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     print(f"step {trainer.step} held out: {values} ({trainer.seconds:.0f} s)", flush=True)
-    tokens = trainer.step * config.batch_rows * config.sequence_len
+    model = trainer.model.config
+    tokens = trainer.step * config.batch_rows * model.sequence_len
     sizes = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
     meta = {
         "step": trainer.step,
         "val_bpb": metrics["val_bpb"],
-        "model_config": {name: getattr(trainer.model.config, name) for name in sizes},
+        "model_config": {name: getattr(model, name) for name in sizes},
         "user_config": dataclasses.asdict(config),
         "device_batch_size": config.micro_rows,
-        "max_seq_len": config.sequence_len,
-        "total_batch_size": config.batch_rows * config.sequence_len,
+        "max_seq_len": model.sequence_len,
+        "total_batch_size": config.batch_rows * model.sequence_len,
         "loop_state": {**metrics, "tokens": tokens, "total_training_time": trainer.seconds},
     }
-    pretraining.save(out, weights, meta, trainer.state_dict())
+    pretraining.save(out, weights, meta, trainer.state_dict(), config.keep_steps)
 
 
 def next_commands(config: PretrainConfig) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 import bridge.nanochat
 from bridge.nanochat import pretraining
 from bridge.nanochat.corpus import Corpus
+from bridge.nanochat.loss import assistant_tokens
 from bridge.nanochat.model import GPT, GPTConfig
 from bridge.nanochat.pretraining import Recipe, Trainer
 from bridge.nanochat.tokenizer import Tokenizer
@@ -168,6 +169,56 @@ def test_only_the_last_save_is_kept(texts, tmp_path):
     ]
 
 
+def test_steps_to_keep_are_not_deleted_by_later_saves(texts, tmp_path):
+    learner = trainer(texts)
+    for step in (1, 2, 3, 4):
+        pretraining.save(tmp_path, weights(learner), {"step": step}, learner.state_dict(), kept_steps=(1, 3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"meta_00000{step}.json" for step in (1, 3, 4)),
+        *(f"model_00000{step}.pt" for step in (1, 3, 4)),
+        "optim_000004_rank0.pt",
+    ]
+
+
+# ---- what the assistant says --------------------------------------------------------------------------------------
+
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "add 2 and 3"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "text", "text": "let me see: "},
+                {"type": "python", "text": "2+3"},
+                {"type": "python_output", "text": "5"},
+                {"type": "text", "text": "it is 5"},
+            ],
+        },
+        {"role": "user", "content": "thanks"},
+        {"role": "assistant", "content": "bye"},
+    ]
+}
+
+
+def test_the_assistants_tokens_in_a_row_are_those_of_a_rendered_chat():
+    ids, mask = TOKENIZER.render_conversation(CHAT)
+    rows = np.array([[*ids, *ids[:-4]], [*ids[:-4], *ids]], np.int32)  # one chat after the other, the first one cut
+    expected = np.array([[*mask, *mask[:-4]], [*mask[:-4], *mask]], bool)
+    assert np.array_equal(assistant_tokens(rows, TOKENIZER.special_tokens), expected)
+
+
+def test_a_row_that_begins_within_a_turn_is_read_by_what_ends_the_turn():
+    ids, mask = TOKENIZER.render_conversation(CHAT)
+    for start in range(1, len(ids)):
+        row = np.array([[TOKENIZER.bos_token_id, *ids[start:]]], np.int32)
+        assert assistant_tokens(row, TOKENIZER.special_tokens)[0, 1:].tolist() == [bool(m) for m in mask[start:]]
+
+
+def test_text_without_a_chat_has_no_assistant():
+    rows = np.array([[TOKENIZER.bos_token_id, *TOKENIZER.encode("the lamp")]], np.int32)
+    assert not assistant_tokens(rows, TOKENIZER.special_tokens).any()
+
+
 # ---- the command --------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +245,7 @@ def test_a_run_leaves_a_directory_that_nanochats_reader_loads(trained):
     assert {name: getattr(loaded.config, name) for name in SIZES} == SIZES
     meta = json.loads((out / "meta_000012.json").read_text())
     assert meta["step"] == 12
-    assert meta["user_config"] == dataclasses.asdict(config)
+    assert meta["user_config"] == json.loads(json.dumps(dataclasses.asdict(config)))
     assert meta["model_config"] == {**SIZES, "vocab_size": 270}
 
 
@@ -205,7 +256,7 @@ def test_the_file_is_in_bfloat16_and_its_bits_per_byte_are_of_the_file(trained, 
     assert {weight.dtype for weight in stored.values() if weight.ndim == 1} == {torch.float32}
     loaded = bridge.nanochat.load(out)
     heldout = Corpus(texts, loaded.tokenizer, split="heldout", row_len=33, heldout_fraction=0.3)
-    bpb = pretraining.heldout_bits_per_byte(loaded.model, heldout, loaded.tokenizer.token_bytes, 16, 2)
+    bpb = pretraining.heldout_bits_per_byte(loaded.model, heldout, 16, 2)
     meta = json.loads((out / "meta_000012.json").read_text())
     assert meta["val_bpb"] == pytest.approx(bpb, rel=1e-6)
     assert meta["loop_state"]["val_bpb_float32"] == pytest.approx(bpb, rel=0.01)
@@ -231,6 +282,45 @@ def test_a_run_that_is_told_to_stop_saves_and_resumes_to_the_same_weights(traine
         torch.load(tmp_path / "tiny" / "model_000012.pt", weights_only=True),
         torch.load(out / "model_000012.pt", weights_only=True),
     )
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> str:
+    """Chats whose questions are noise, and whose answers are always the same."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    lines = []
+    for _ in range(60):
+        question = "".join(rng.choice(list("abcdefgh"), 12))
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "the pier"}]
+        lines.append(json.dumps({"messages": turns}))
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def test_chat_training_starts_from_a_checkpoint_and_learns_what_the_assistant_says(trained, chats, tmp_path):
+    _, base = trained
+    sizes = {name: value for name, value in TINY.items() if name not in SIZES and name != "vocab_size"}
+    losses = {}
+    for learned in ("all", "assistant"):
+        out = tmp_path / learned
+        config = PretrainConfig(
+            out=str(out), init_from=str(base), data=chats, learned=learned, steps=20, keep_steps=(1, 10), **sizes
+        )
+        assert main(config) == 0
+        assert sorted(path.name for path in out.glob("model_*")) == [f"model_0000{step}.pt" for step in ("01", 10, 20)]
+        losses[learned] = [json.loads(path.read_text())["val_bpb"] for path in sorted(out.glob("meta_*.json"))]
+        assert bridge.nanochat.load(out).tokenizer.fingerprint == bridge.nanochat.load(base).tokenizer.fingerprint
+    assert losses["assistant"][-1] < 0.5 * losses["assistant"][0]
+    assert losses["assistant"][-1] < 0.5 * losses["all"][-1], "noise cannot be learned, and is measured only with all"
+
+
+def test_a_checkpoint_to_start_from_stays_as_it_is(trained, chats, tmp_path):
+    _, base = trained
+    before = (base / "model_000012.pt").read_bytes()
+    sizes = {name: value for name, value in TINY.items() if name not in SIZES and name != "vocab_size"}
+    assert main(PretrainConfig(out=str(tmp_path / "x"), init_from=str(base), data=chats, steps=2, **sizes)) == 0
+    assert (base / "model_000012.pt").read_bytes() == before
 
 
 def test_a_model_is_not_overwritten_unasked(trained):
@@ -277,6 +367,10 @@ def test_there_must_be_something_to_resume_from(tmp_path, texts):
         ({"vocab_size": 100}, "vocab_size must be"),
         ({"micro_rows": 3}, "multiple of micro_rows"),
         ({"workers": 0}, "workers must be at least 1"),
+        ({"keep_steps": (4, 13)}, "keep_steps must be from 1 to steps=12, got 4, 13"),
+        ({"learned": "questions"}, "learned"),
+        ({"init_from": "nowhere"}, "nowhere"),
+        ({"init_from": "demo", "tokenizer": "somewhere"}, "--tokenizer is for a model from scratch"),
     ],
 )
 def test_settings_that_cannot_work_end_before_training(tmp_path, texts, change, told):
@@ -306,7 +400,7 @@ def test_a_run_that_diverges_is_stopped_with_the_last_good_save_kept(tmp_path, t
 def test_weights_that_are_not_finite_are_not_saved_over_the_last_good_save(tmp_path, texts, monkeypatch):
     real = pretraining.heldout_bits_per_byte
     found = iter([1.0, float("nan")])
-    monkeypatch.setattr(pretraining, "heldout_bits_per_byte", lambda *a: real(*a) * next(found))
+    monkeypatch.setattr(pretraining, "heldout_bits_per_byte", lambda *a, **b: real(*a, **b) * next(found))
     with pytest.raises(FloatingPointError, match="at step 12 the held-out bits per byte are nan"):
         main(PretrainConfig(out=str(tmp_path), data=texts, steps=18, **TINY))
     assert [path.name for path in tmp_path.glob("model_*.pt")] == ["model_000006.pt"]

@@ -65,7 +65,7 @@ class Corpus:
     ):
         _check(split, row_len, lanes, heldout_fraction)
         self.spec, self.split, self.row_len = spec, split, row_len
-        self._tokenizer, self._seed, self._fraction = tokenizer, seed, heldout_fraction
+        self.tokenizer, self._seed, self._fraction = tokenizer, seed, heldout_fraction
         units = all_units(spec)
         self.split_by_place = split != "all" and is_split_by_place(units, heldout_fraction)
         self._sources = list(dict.fromkeys(unit.source for unit in units))
@@ -104,7 +104,7 @@ class Corpus:
         self.own_shards = shards_of_process(data_shards, process_index, process_count)
         self._numbers = [lane for lane in range(self.lanes) if lane % data_shards in self.own_shards]
         self._readers = [
-            _Lane(number, self.lanes, self._tokenizer.bos_token_id, self._documents_of_unit, self._ids)
+            _Lane(number, self.lanes, self.tokenizer.bos_token_id, self._documents_of_unit, self._ids)
             for number in self._numbers
         ]
         self._turn = 0
@@ -173,19 +173,19 @@ class Corpus:
         """
         order = np.random.default_rng(0).permutation(len(self._units))
         token_ids = (ids for u in order for ids in map(self._ids, documents(self._units[u])))
-        rows = _pack(token_ids, self._tokenizer.bos_token_id, self.row_len)
+        rows = _pack(token_ids, self.tokenizer.bos_token_id, self.row_len)
         yield from itertools.islice(rows, self._process[0], max_rows and max_rows * self._process[1], self._process[1])
 
     def documents(self) -> Iterator[str]:
         """Yield every text of the split once, in the order of the data; chats as rendered."""
         for unit in self._units:
             for document in documents(unit):
-                yield document if isinstance(document, str) else self._tokenizer.decode(self._ids(document).tolist())
+                yield document if isinstance(document, str) else self.tokenizer.decode(self._ids(document).tolist())
 
     def _identity(self) -> dict[str, Any]:
         return {
             "corpus": self.fingerprint,
-            "tokenizer": self._tokenizer.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
             "row_len": self.row_len,
             "seed": self._seed,
             "lane_count": self.lanes,
@@ -195,8 +195,8 @@ class Corpus:
     def _ids(self, document: Document) -> Int32[np.ndarray, " t"]:
         """Return a document's tokens without the leading BOS."""
         if isinstance(document, str):
-            return np.array(self._tokenizer.encode(document), np.int32)
-        ids, _ = self._tokenizer.render_conversation(document, max_tokens=2**31)
+            return np.array(self.tokenizer.encode(document), np.int32)
+        ids, _ = self.tokenizer.render_conversation(document, max_tokens=2**31)
         return np.array(ids[1:], np.int32)
 
     def _order_of_epoch(self, epoch: int) -> np.ndarray:

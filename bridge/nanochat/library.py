@@ -52,6 +52,12 @@ def _read_checked(name: str, expected: bytes, read: Callable[[], str]) -> list[D
     return [text]
 
 
+def sources() -> Iterator[tuple[str, str]]:
+    """Yield path, relative to the library, and text of every Python source file of the library."""
+    for name, text, _ in _files():
+        yield name, text
+
+
 def _files() -> Iterator[tuple[str, str, Callable[[], str]]]:
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(_python_files(root)):

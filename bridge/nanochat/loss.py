@@ -1,11 +1,11 @@
 """nanochat's loss: nats per token, and bits per byte of text, which does not depend on the vocabulary."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -45,3 +45,30 @@ def bits_per_byte(
             nats += (losses * (sizes > 0)).sum().item()
             total_bytes += sizes.sum().item()
     return nats / (math.log(2) * total_bytes) if total_bytes else math.inf
+
+
+def assistant_tokens(rows: Int[np.ndarray, "B T"], special_tokens: Mapping[str, int]) -> Bool[np.ndarray, "B T"]:
+    """Return which tokens the assistant says, as the mask of upstream's chat training.
+
+    Those are the tokens of its turns and the token that ends a turn, without the token that begins it, and without the
+    output of tools. A row begins with BOS; what follows may be in the middle of a turn.
+
+    Args:
+        rows: token ids of whole rows of a corpus.
+        special_tokens: ids by name.
+    """
+
+    def inside(start: str, *ends: str) -> Bool[np.ndarray, "B T"]:
+        """Return where the last of the markers before a token is `start`."""
+        is_end = np.isin(rows, [special_tokens[name] for name in ends])
+        is_end[:, 0] = False  # the BOS of every row
+        after = np.where(rows == special_tokens[start], 1, np.where(is_end, 0, -1))
+        first = (after >= 0).argmax(1)
+        begun = rows[np.arange(len(rows)), first] == special_tokens[ends[0]]
+        before = np.column_stack([begun, after[:, :-1]])
+        places = np.maximum.accumulate(np.where(before >= 0, np.arange(rows.shape[1]), 0), axis=1)
+        return np.take_along_axis(before, places, axis=1) == 1
+
+    turns = inside("<|assistant_start|>", "<|assistant_end|>", "<|user_start|>", "<|bos|>")
+    output = inside("<|output_start|>", "<|output_end|>", "<|assistant_end|>", "<|bos|>")
+    return turns & ~output & ~np.isin(rows, [special_tokens[name] for name in ("<|bos|>", "<|output_start|>")])

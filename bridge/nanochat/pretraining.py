@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final, get_args
 
 import numpy as np
 import torch
@@ -18,9 +19,12 @@ from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
 from bridge.nanochat.corpus import Corpus
-from bridge.nanochat.loss import bits_per_byte, cross_entropy
+from bridge.nanochat.loss import assistant_tokens, bits_per_byte, cross_entropy
 from bridge.nanochat.model import GPT
 from jsae import files, jsons
+
+Learned = Literal["all", "assistant"]
+"""The tokens whose loss is minimised: all, or as in nanochat's chat training those that the assistant says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +47,11 @@ class Recipe:
     warmdown: float = 0.5
     grad_clip: float = 1.0
     bf16: bool = True
+    learned: Learned = "all"
 
     def __post_init__(self):
+        if self.learned not in get_args(Learned):
+            raise ValueError(f"learned must be one of {', '.join(get_args(Learned))}, got {self.learned!r}")
         for name in ("steps", "batch_rows", "micro_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -132,12 +139,15 @@ class Trainer:
 
     def _update(self, rows: Int32[np.ndarray, "B row_len"]) -> dict[str, float]:
         recipe, weights = self.recipe, list(self.model.parameters())
-        parts = torch.from_numpy(rows).to(weights[0].device).split(recipe.micro_rows)
-        total, gradients = torch.zeros((), device=weights[0].device), [torch.zeros_like(weight) for weight in weights]
+        device, tokens = weights[0].device, torch.from_numpy(rows[:, :-1].copy())
+        targets = torch.from_numpy(learned_targets(rows, recipe.learned, self.corpus.tokenizer.special_tokens))
+        count = max(int((targets >= 0).sum()), 1)
+        parts = zip(*(x.to(device).split(recipe.micro_rows) for x in (tokens, targets)), strict=True)
+        total, gradients = torch.zeros((), device=device), [torch.zeros_like(weight) for weight in weights]
         with ThreadPoolExecutor(self._workers) as pool:
-            for loss, part in pool.map(self._gradients, parts):
-                total += loss / len(parts)
-                torch._foreach_add_(gradients, part, alpha=1 / len(parts))
+            for loss, part in pool.map(lambda part: self._gradients(*part, count), parts):
+                total += loss
+                torch._foreach_add_(gradients, part)
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
         norm = nn.utils.clip_grad_norm_(weights, recipe.grad_clip)
@@ -151,10 +161,12 @@ class Trainer:
             optimizer.step()
         return {"loss": loss, "grad_norm": norm}
 
-    def _gradients(self, tokens: Int32[Tensor, "b row_len"]) -> tuple[Float[Tensor, ""], tuple[Tensor, ...]]:
-        """Return the mean loss of some rows and its gradients."""
+    def _gradients(
+        self, tokens: Int32[Tensor, "b T"], targets: Int32[Tensor, "b T"], count: int
+    ) -> tuple[Float[Tensor, ""], tuple[Tensor, ...]]:
+        """Return the part of some rows in the mean loss of a step, which learns `count` tokens, and its gradients."""
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.recipe.bf16):
-            loss = cross_entropy(self.model, tokens[:, :-1], tokens[:, 1:]).mean()
+            loss = cross_entropy(self.model, tokens, targets).sum() / count
         return loss.detach(), torch.autograd.grad(loss, list(self.model.parameters()))
 
 
@@ -182,32 +194,43 @@ def _optimizers(model: GPT, recipe: Recipe) -> list[torch.optim.Optimizer]:
     return [muon, adam]
 
 
-def heldout_bits_per_byte(model: GPT, corpus: Corpus, token_bytes: np.ndarray, rows: int, micro_rows: int) -> float:
+def learned_targets(
+    rows: Int32[np.ndarray, "B row_len"], learned: Learned, special_tokens: Mapping[str, int]
+) -> Int32[np.ndarray, "B T"]:
+    """Return the targets of rows, shifted by one token; -1 for those that are not learned.
+
+    Args:
+        rows: token ids.
+        learned: which tokens are learned.
+        special_tokens: ids by name.
+    """
+    targets = rows[:, 1:].copy()
+    if learned == "assistant":
+        targets[~assistant_tokens(rows, special_tokens)[:, 1:]] = -1
+    return targets
+
+
+def heldout_bits_per_byte(model: GPT, corpus: Corpus, rows: int, micro_rows: int, learned: Learned = "all") -> float:
     """Return the float32 loss in bits per byte on the first rows of one pass through a corpus.
 
     Args:
         model: the model.
         corpus: the held-out split.
-        token_bytes: the length in bytes of every token.
         rows: number of rows.
         micro_rows: rows per forward pass.
+        learned: which tokens are measured.
     """
-    device = model.lm_head.weight.device
+    tokenizer = corpus.tokenizer
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        pending: list[np.ndarray] = []
-        for row in corpus.one_pass(rows):
-            pending.append(row)
-            if len(pending) == micro_rows:
-                tokens = torch.from_numpy(np.stack(pending)).to(device)
-                yield tokens[:, :-1], tokens[:, 1:]
-                pending.clear()
-        if pending:
-            tokens = torch.from_numpy(np.stack(pending)).to(device)
-            yield tokens[:, :-1], tokens[:, 1:]
+        remaining = corpus.one_pass(rows)
+        while several := list(itertools.islice(remaining, micro_rows)):
+            part = np.stack(several)
+            targets = learned_targets(part, learned, tokenizer.special_tokens)
+            yield torch.from_numpy(part[:, :-1].copy()).to(model.lm_head.weight.device), torch.from_numpy(targets)
 
     model.eval()
-    result = bits_per_byte(model, batches(), token_bytes)
+    result = bits_per_byte(model, batches(), tokenizer.token_bytes)
     model.train()
     return result
 
@@ -220,7 +243,13 @@ def rounded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.bfloat16() if weight.ndim > 1 else weight for name, weight in weights.items()}
 
 
-def save(directory: Path, weights: dict[str, Tensor], meta: dict[str, Any], state: dict[str, Any] | None) -> Path:
+def save(
+    directory: Path,
+    weights: dict[str, Tensor],
+    meta: dict[str, Any],
+    state: dict[str, Any] | None,
+    kept_steps: Collection[int] = (),
+) -> Path:
     """Write a checkpoint as nanochat does: `model_%06d.pt`, `meta_%06d.json` and, with state, `optim_%06d_rank0.pt`.
 
     Each file is written atomically, the weights last. Then earlier checkpoints in the directory are deleted, and the
@@ -231,6 +260,7 @@ def save(directory: Path, weights: dict[str, Tensor], meta: dict[str, Any], stat
         weights: the weights by name.
         meta: the content of the meta file, with the `step`.
         state: the trainer's `state_dict`; None saves none.
+        kept_steps: steps whose weights and meta file are not deleted.
 
     Returns:
         The path of the weights.
@@ -246,9 +276,9 @@ def save(directory: Path, weights: dict[str, Tensor], meta: dict[str, Any], stat
     files.write(directory / f"meta_{step:06d}.json", json.dumps(meta, indent=2))
     model = directory / f"model_{step:06d}.pt"
     _save(weights, model)
-    for pattern in ("model_*.pt", "meta_*.json", "optim_*_rank0.pt"):
+    for pattern, kept in (("model_*.pt", kept_steps), ("meta_*.json", kept_steps), ("optim_*_rank0.pt", ())):
         for old in directory.glob(pattern):
-            if f"_{step:06d}" not in old.name:
+            if not any(f"_{number:06d}" in old.name for number in (step, *kept)):
                 old.unlink()
     return model
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridge.nanochat import library, lines, shards
+from bridge.nanochat import library, library_chats, lines, shards
 from bridge.nanochat.contents import read_again
 from bridge.nanochat.documents import (
     PIECE,
@@ -33,6 +33,8 @@ from bridge.nanochat.documents import (
 
 __all__ = ["Document", "Split", "Unit", "documents", "find_units", "is_heldout"]
 
+BUILT_IN = {"stdlib": library.units, "stdlib_chats": library_chats.units}
+"""Data that every Python installation has, by name."""
 FORMS = ("text", "jsonl", "json", "parquet")
 """Forms of files; `FORM:path` reads a file in this form, whatever its name."""
 
@@ -52,9 +54,9 @@ _BINARY = {
 def find_units(spec: str, split: Split, heldout_fraction: float) -> list[Unit]:
     """Return the units of a comma-separated spec; a unit's `read` returns the documents of the split.
 
-    Parts of a spec are `stdlib`, parquet shards or directories of them, `.jsonl`, `.ndjson` and `.json` files, also
-    with `.gz`, and text files. Suffixes are not case-sensitive. Globs, `~` and environment variables are expanded. One
-    of `FORMS` and a colon before a path determine how it is read: `text:notes.json` is read as prose.
+    Parts of a spec are the names in `BUILT_IN`, parquet shards or directories of them, `.jsonl`, `.ndjson` and `.json`
+    files, also with `.gz`, and text files. Suffixes are not case-sensitive. Globs, `~` and environment variables are
+    expanded. One of `FORMS` and a colon before a path determine how it is read: `text:notes.json` is read as prose.
 
     In nanochat's own directories (`base_data*`) the last shard is held out. Otherwise whole documents are, selected by
     a hash of their content. If this leaves one split empty, as with a single text file, the last `heldout_fraction` of
@@ -78,8 +80,8 @@ def all_units(spec: str) -> list[Unit]:
     units: list[Unit] = []
     checked = 0
     for part in filter(None, (part.strip() for part in spec.split(","))):
-        if part == "stdlib":
-            units += library.units()
+        if part in BUILT_IN:
+            units += BUILT_IN[part]()
             continue
         form, files = _matches(part)
         for file in files:
@@ -162,7 +164,7 @@ def _matches(part: str) -> tuple[str, list[Path]]:
     _check_descriptors()
     if not files:
         raise FileNotFoundError(
-            f"no file matches {part!r}; give stdlib, a directory of parquet shards, files or a glob"
+            f"no file matches {part!r}; give stdlib or stdlib_chats, a directory of parquet shards, files or a glob"
         )
     return form, files
 

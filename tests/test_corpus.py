@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from bridge.nanochat import lines, units
 from bridge.nanochat import tokenizer as tokenizers
 from bridge.nanochat.corpus import Corpus, bestfit_rows, whole_position
+from bridge.nanochat.loss import assistant_tokens
 from bridge.nanochat.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -443,6 +444,23 @@ def test_a_damaged_row_group_is_named(tmp_path):
 def test_arguments_out_of_range_are_errors(tmp_path, change, told):
     with pytest.raises(ValueError, match=told):
         corpus(write_texts(tmp_path), **change)
+
+
+def test_chats_of_the_standard_library_ask_and_answer_and_differ_in_training_and_held_out():
+    train, heldout = (units.find_units("stdlib_chats", split, 0.05) for split in ("train", "heldout"))
+    assert not {u.name for u in train} & {u.name for u in heldout}
+    assert 0.02 < len(heldout) / len([*train, *heldout]) < 0.08
+    chats = [chat for unit in (*train, *heldout) for chat in unit.read()]
+    assert len(chats) > 1500
+    said = {chat["messages"][0]["content"]: chat["messages"][1]["content"] for chat in chats}
+    (sentence,) = [answer for question, answer in said.items() if "textwrap.dedent" in question]
+    assert sentence.startswith("Sure! textwrap.dedent: Remove any common leading whitespace")
+    assert {answer for question, answer in said.items() if "17" in question and " 5" in question} >= {
+        "Sure! 17 + 5 is 22."
+    }
+    assert {len(chat["messages"]) for chat in chats} == {2, 4}
+    rows = Corpus("stdlib_chats", TOKENIZER, split="heldout", row_len=129).next_rows(4)
+    assert assistant_tokens(rows, TOKENIZER.special_tokens).any(1).all()
 
 
 def test_a_seek_into_the_stdlib_continues_there():

@@ -6,6 +6,7 @@ writes base_checkpoints/d4 and chatsft_checkpoints/d4, the latter with one step,
 standard library of the interpreter, so another version of Python gives slightly other models.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,21 @@ def train(out: Path, steps: tuple[int, ...] = STEPS, sft_steps: int = 400) -> No
     main(PretrainConfig(out=str(sft), steps=sft_steps, **learned, **rates, **SHARED))
     for state in out.rglob("optim_*"):
         state.unlink()
+    for meta in out.rglob("meta_*.json"):
+        forget_paths(meta, out)
     (base / "tokenizer").rename(out / "tokenizer")
     for file in (sft / "tokenizer").iterdir():
         file.unlink()
     (sft / "tokenizer").rmdir()
+
+
+def forget_paths(meta: Path, out: Path) -> None:
+    """Name the folders in a meta file as they lie in the series, so that it does not depend on the machine."""
+    told = json.loads(meta.read_text())
+    for name in ("out", "init_from"):
+        if told["user_config"][name] is not None:
+            told["user_config"][name] = Path(told["user_config"][name]).resolve().relative_to(out.resolve()).as_posix()
+    meta.write_text(json.dumps(told, indent=2))
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ MODULES = (
     "test_output_gradient",
     "test_own_architecture",
     "test_pretrain",
+    "test_series",
     "test_absorption",
     "test_probing",
     "test_publish",

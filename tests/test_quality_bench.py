@@ -22,8 +22,8 @@ from experiments.benches import (
     quality_tables,
     smollm2_peer,
 )
-from experiments.benches.quality_config import OURS, RECIPES
-from experiments.benches.quality_contest import BEST, NOTHING, OWN, Contest
+from experiments.benches.quality_config import OURS, RECIPES, Recipe
+from experiments.benches.quality_contest import BEST, NOTHING, OWN, Contest, Trained
 from jsae.architectures import find
 
 PEER = """
@@ -313,10 +313,27 @@ def test_places_of_rates_are_factors_of_the_root_of_two():
     assert [plan.rate_at(place) for place in (-4, -1, 2)] == [1.5e-3, 4.243e-3, 1.2e-2]
 
 
+def test_the_search_of_a_second_recipe_starts_where_that_of_the_first_one_ended(config, subject, tmp_path, monkeypatch):
+    contest = Contest(config.plan(rate_range=(0.0025, 0.16)), subject, tmp_path, lambda _: {}, print)
+    asked: list[tuple[str, float]] = []
+
+    def trained(recipe, rate, seed, coefficient, **_):
+        asked.append((recipe.name, rate))
+        scores = {"fvu": abs(math.log(rate / 0.08)) + 0.1, "l0": 4.0, "dead_fraction": 0.0}
+        return Trained(recipe, rate, seed, coefficient, tmp_path, 4, False, 1.0, scores)
+
+    monkeypatch.setattr(contest, "_train", trained)
+    relu, late, gated = (Recipe(OURS, name) for name in ("relu", "relu late", "gated"))
+    for recipe in (relu, late, gated):
+        contest._search_rate(recipe)
+    first = {name: next(rate for one, rate in asked if one == name) for name in ("relu", "relu late", "gated")}
+    assert first == {"relu": 0.02, "relu late": 0.08, "gated": 0.02}
+
+
 def test_the_recipes_are_of_architectures_of_the_package():
     for name, recipes in RECIPES.items():
         settings = {field.name for field in dataclasses.fields(find(name).Config)}
-        assert {recipe.name.split()[0] for recipe in recipes} == {name}
+        assert {recipe.architecture for recipe in recipes} == {name}
         assert {recipe.is_penalised for recipe in recipes} == {"k" not in settings}
 
 

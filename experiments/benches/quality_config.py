@@ -26,11 +26,16 @@ class Recipe:
     """Whether it is for the recovery of features, and no candidate where the lowest FVU chooses."""
 
     @property
+    def architecture(self) -> str:
+        """The name of the architecture, without the variant."""
+        return self.name.split()[0]
+
+    @property
     def is_penalised(self) -> bool:
         """True if a penalty, not k, determines L0."""
         from jsae.architectures import find
 
-        return find(self.name.split()[0]).Config.k is None
+        return find(self.architecture).Config.k is None
 
 
 RECIPES: Mapping[str, tuple[Recipe, ...]] = {

@@ -150,7 +150,8 @@ class Contest:
     def _search_rate(self, recipe: Recipe) -> list[Trained]:
         """Return the SAEs of a search for the rate with the lowest cost, which begins with the trainer's own rate.
 
-        At another L0 it begins with the rate that was best before.
+        At another L0 it begins with the rate that was best before, and with another recipe of the trainer for the same
+        architecture with that recipe's best rate.
         """
         runs: list[Trained] = []
 
@@ -170,8 +171,15 @@ class Contest:
             quality_search.climb, lambda place: cost(self._plan.rate_at(place)), low=low, high=high
         )
         steps = self._plan.next_steps if known else self._plan.steps
-        self._places[recipe] = climb(start=self._places.get(recipe, start), steps=steps)
+        self._places[recipe] = climb(start=self._places.get(recipe, self._of_sibling(recipe, start)), steps=steps)
         return runs
+
+    def _of_sibling(self, recipe: Recipe, otherwise: int) -> int:
+        """Return the best place of the trainer's last recipe for the same architecture."""
+        alike = [
+            one for one in self._places if (one.trainer, one.architecture) == (recipe.trainer, recipe.architecture)
+        ]
+        return self._places[alike[-1]] if alike else otherwise
 
     def _near_target(self, recipe: Recipe, rate: float | None) -> list[Trained]:
         """Return SAEs of one rate, the last or an earlier one of which is near the target L0 if that was found."""

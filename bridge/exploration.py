@@ -86,8 +86,8 @@ def explore(
 
 
 def of_run(run: Run, device: str = "cpu") -> Choice:
-    """Return the choice of all SAEs of a run, on its model and its text."""
-    return Choice((run.path,), run.path, device=device)
+    """Return the choice of all SAEs and transcoders of a run, on its model and its text."""
+    return Choice((run.path,), run.path, device=device, transcoders=True)
 
 
 def _plan(choice: Choice, extent: Extent, chosen: list[Subject]) -> Plan:

@@ -89,7 +89,7 @@ def _explore(run: Run, config: ExploreConfig) -> Explored:
     from bridge.exploration import Extent, explore
     from bridge.run.subjects import Choice
 
-    choice = Choice((run.path,), run.path, **flags.shared(Choice, config))
+    choice = Choice((run.path,), run.path, transcoders=True, **flags.shared(Choice, config))
     extent = Extent(**flags.shared(Extent, config))
     return explore(choice, extent, force=config.force, keep_page=config.serve, show_progress=True)
 

@@ -75,13 +75,15 @@ def main(config: ExploreConfig) -> int:
     if config.chat:
         flags.warn_of_base(explored.nano)
     if config.serve:  # without the lock: the server writes only users' notes
+        from bridge import graphs
         from bridge.runtime import InterpretableModel
         from bridge.server.server import serve
 
         say = functools.partial(print, flush=True)  # at once, also into a pipe
-        loaded = InterpretableModel.from_nanochat(explored.nano, explored.saes), explored.nano
+        tracer = graphs.tracer(run, explored.nano, explored.saes)
+        loaded = InterpretableModel.from_nanochat(explored.nano, explored.saes, transcoders=True), explored.nano
         settings = {name: getattr(config, name) for name in ("host", "port", "names", "chat", "secret", "model_id")}
-        serve(run.path, lambda: loaded, **settings, say=say)
+        serve(run.path, lambda: loaded, **settings, tracer=tracer, say=say)
     return 0
 
 

@@ -174,6 +174,6 @@ def _write_page(run: Run) -> None:
     """Write the page of a run that has none of this version; records that do not fit its SAEs are left out."""
     with run.held():
         try:
-            page.write(run)
+            page.write(run.path)
         except StoreError:
-            page.write(run, ())
+            page.write(run.path, ())

@@ -171,7 +171,7 @@ def test_labels_of_latents_are_in_the_graph(done, run, capfd):
     layer, latent = unpairing(feature["feature"])
     line = {"hook": f"blocks.{layer}.ln2.hook_normalized", "latent": latent, "label": "my name", "note": "", "time": ""}
     notes = run / "explorer" / "notes.jsonl"
-    notes.parent.mkdir()
+    notes.parent.mkdir(exist_ok=True)
     notes.write_text(json.dumps(line | {"time": "2026-01-01T00:00:00Z"}) + "\n")
     code, _, err = called(capfd, run, slug="labelled")
     assert code == 0, err

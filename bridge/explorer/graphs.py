@@ -16,7 +16,6 @@ from bridge.graph_names import check_slug
 from bridge.run import Run
 from jsae import files, jsons
 
-FOLDER = "graphs"
 LIST = "list"
 _MOST = 500
 """Graphs in the list."""
@@ -82,10 +81,10 @@ def script(name: str, data: Any) -> str:
 
 
 def _path(run: Run, name: str) -> Path:
-    return run.explorer_folder / FOLDER / f"{name}.js"
+    return run.shown_graphs_folder / f"{name}.js"
 
 
 def _write(run: Run, name: str, data: Any) -> None:
     path = _path(run, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, script(f"../{FOLDER}/{name}", data))
+    files.write(path, script(f"../{path.parent.name}/{name}", data))

@@ -35,7 +35,7 @@ INFLUENCE = {LOW: 0.7, FIRES: 0.5, HOSTILE: 0.85, TOP: 0.3, ERROR: 0.95}
 
 
 def write_run(run: Path) -> Path:
-    """Write records at the inputs of the MLPs of all layers, as transcoders have them; labels name what they fire on."""
+    """Write records at the inputs of the MLPs of all layers, as transcoders have them."""
     for layer, hook in enumerate(HOOKS):
         toy.write_store(run, hook, seed=layer)
     return run

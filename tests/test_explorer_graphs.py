@@ -3,10 +3,8 @@
 import copy
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import explorer_toy as toy
 import graph_toy
 import pytest
 from chromium import ENOUGH, PHONE, assert_fits, contrasts

@@ -53,6 +53,7 @@ MODULES = (
     "test_collect_command",
     "test_explorer_page",
     "test_explorer_graphs",
+    "test_explorer_tracing",
     "test_explorer_live",
     "test_explorer_files",
     "test_explorer_server",

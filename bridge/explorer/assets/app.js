@@ -73,7 +73,7 @@
   /* ---- keyboard ---- */
 
   const KEYS = [["j or →", "next latent of the list"], ["k or ←", "previous latent"], ["/", "search"], ["Enter", "open the first result"],
-    ["Esc", "leave the search; back to the overview"], ["Tab, ← → ↑ ↓", "move through the tokens of the texts"], ["f", "snippets or full texts"], ["r", "a random latent that fires"], ["t", "light or dark"], ["?", "this help"]];
+    ["Esc", "leave the search; back to the overview"], ["Tab, ← → ↑ ↓", "move through the tokens of the texts"], ["f", "snippets or full texts"], ["r", "a random latent that fires"], ["In a graph: i, o", "the strongest input or output of a node"], ["In a graph: Enter, p", "select or pin a node"], ["t", "light or dark"], ["?", "this help"]];
 
   const TYPED = "textarea, select, input:not([type=checkbox]):not([type=range])";
 

@@ -75,12 +75,21 @@
       box.addEventListener("scroll", () => this.names.setAttribute("transform", `translate(${box.scrollLeft} 0)`), { passive: true });
     }
 
-    /* Draw the graph for a view. */
+    /* Draw the graph for a view. Shapes that stay where they are keep their elements: one that is replaced between the
+       press and the release of a button loses the click. */
     draw(view) {
       this.view = view;
       const nodes = visible(this.graph, view);
+      const room = [this.box.clientWidth, Math.max(360, this.box.clientHeight)];
+      const drawn = [...room, ...nodes.map(({ id }) => id)].join("\n");
+      if (drawn === this.drawn) {
+        for (const node of nodes) this.shapes.get(node.id).setAttribute("aria-label", this.acts.label(node));
+        this.update(view);
+        return;
+      }
+      this.drawn = drawn;
       this.shown = nodes;
-      this.at = layout(this.graph, nodes, this.box.clientWidth, Math.max(360, this.box.clientHeight));
+      this.at = layout(this.graph, nodes, ...room);
       this.image.setAttribute("width", this.at.width);
       this.image.setAttribute("height", this.at.height);
       this.drawGround();

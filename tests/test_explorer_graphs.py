@@ -30,7 +30,7 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.fixture
 def tab(visit, run) -> Any:
-    return visit(f"{run.page_file.as_uri()}#view=graph&graph=toy", wait=".node")
+    return visit(f"{run.page_file.as_uri()}#view=graph&graph=toy", wait=".picture .node")
 
 
 def node(tab: Any, name: str) -> Any:
@@ -84,7 +84,7 @@ def test_a_page_without_records_shows_graphs_only(visit, tmp_path):
     assert not page.is_current(run)
     page.write(run.path)
     assert page.is_current(run)
-    tab = visit(f"{run.page_file.as_uri()}", wait=".node")
+    tab = visit(f"{run.page_file.as_uri()}", wait=".picture .node")
     assert tab.locator("#tabs a").all_inner_texts() == ["Graphs"]
     node(tab, FIRES).click()
     assert "label 0" in tab.inner_text("#node")
@@ -109,7 +109,7 @@ def test_a_node_shows_its_links_its_label_and_where_it_fires(tab, run):
     tab.mouse.move(5, 5)
     assert links(tab) == of(FIRES)
     assert tab.inner_text("#node") == "token ' cat'"  # of the records: the file has another
-    assert "1/#0 on “ cat”" in tab.inner_text(".about")
+    assert "L1 #0 on “ cat”" in tab.inner_text(".about")
     tab.wait_for_selector(".texts-of .kwic")
     assert " cat" in tab.locator(".texts-of .peak").all_inner_texts()
     inputs = tab.locator("[data-side=source] li").all_inner_texts()
@@ -219,7 +219,7 @@ def test_a_view_survives_a_reload_and_a_saved_file(tab, visit, run, tmp_path):
     tab.reload()
     again = visit(run.page_file.as_uri())
     again.goto(f"{run.page_file.as_uri()}#view=graph&graph=older")
-    again.wait_for_selector(".node")
+    again.wait_for_selector(".picture .node")
     again.set_input_files("#graphfile", file)
     for one in (tab, again):
         one.wait_for_selector(".box.group")
@@ -351,7 +351,7 @@ def test_the_keyboard_reaches_selects_and_pins_nodes(tab):
 
 
 def test_a_phone_shows_the_graph_and_what_is_selected(visit, run):
-    tab = visit(f"{run.page_file.as_uri()}#view=graph&graph=toy", wait=".node", viewport=PHONE, has_touch=True)
+    tab = visit(f"{run.page_file.as_uri()}#view=graph&graph=toy", wait=".picture .node", viewport=PHONE, has_touch=True)
     assert tab.is_visible("#tabs [data-view=graph]")
     node(tab, FIRES).tap()
     tab.wait_for_selector("#node")
@@ -363,7 +363,7 @@ def test_a_phone_shows_the_graph_and_what_is_selected(visit, run):
 def test_texts_are_readable(visit, run, scheme):
     tab = visit(
         f"{run.page_file.as_uri()}#view=graph&graph=toy&clickedId={FIRES}&pinnedIds={FIRES},{TOP}",
-        wait=".node",
+        wait=".picture .node",
         color_scheme=scheme,
     )
     tab.wait_for_selector(".texts-of .kwic")

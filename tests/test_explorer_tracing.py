@@ -45,9 +45,9 @@ def test_a_typed_prompt_is_traced_and_a_reload_shows_the_same(visit, live):
     assert tab.locator("#tabs a:visible").all_inner_texts() == ["Latents", "Your text", "Graphs"]
     tab.fill("#tracedprompt", PROMPT)
     tab.click("#trace")
-    tab.wait_for_selector(".node.feature")
+    tab.wait_for_selector(".picture .node.feature")
     assert "<b>" in tab.inner_text(".asked").replace("\n", "")
-    tab.locator(".node.feature").first.click()
+    tab.locator(".picture .node.feature").first.click()
     label = tab.inner_text("#node")
     tab.wait_for_selector(".texts-of .kwic")
     tab.wait_for_timeout(300)  # until the address is written
@@ -86,12 +86,12 @@ def test_requests_that_cannot_be_traced_are_refused_in_one_line(live, body, stat
 
 
 def test_a_prompt_that_is_too_long_leaves_the_graph_and_says_so(visit, live):
-    tab = visit(f"{live}#view=graph&prompt=def", wait=".node", expected="422")
+    tab = visit(f"{live}#view=graph&prompt=def", wait=".picture .node", expected="422")
     tab.fill("#tracedprompt", "a " * 400)
     tab.click("#trace")
     tab.wait_for_selector("#graphstatus [role=alert]")
     assert "traces at most 128" in tab.inner_text("#graphstatus")
-    assert tab.locator(".node").count() > 3
+    assert tab.locator(".picture .node").count() > 3
 
 
 def test_latents_of_transcoders_are_read_but_not_steered(visit, live):

@@ -244,7 +244,6 @@
       drawControls();
     }
     picture.draw(view);
-    if (fresh) parts.box.scrollLeft = parts.box.scrollWidth; // to the logits
     count();
     drawWhich();
     drawSide();

@@ -88,10 +88,12 @@
         return;
       }
       this.drawn = drawn;
+      const atEnd = this.box.scrollLeft + this.box.clientWidth >= this.box.scrollWidth - 4;
       this.shown = nodes;
       this.at = layout(this.graph, nodes, ...room);
       this.image.setAttribute("width", this.at.width);
       this.image.setAttribute("height", this.at.height);
+      if (atEnd || !this.shapes.size) this.box.scrollLeft = this.box.scrollWidth; // at the logits
       this.drawGround();
       const focused = this.nodes.contains(document.activeElement) ? document.activeElement.dataset.id : null;
       this.shapes = new Map(nodes.map((node) => [node.id, this.shape(node)]));

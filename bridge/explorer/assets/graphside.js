@@ -3,7 +3,7 @@
 
 (() => {
   const { el, number, percent } = jsae;
-  const FIRST = 10; // links of a list before it is expanded
+  const FIRST = 8; // links of a list before it is expanded
   const TEXTS = 6;
   const BEFORE = 28; // characters of a text in a tooltip
   const AFTER = 20;
@@ -52,7 +52,7 @@
     const token = jsae.graphDraw.nameOf(graph.tokens[node.position]);
     if (node.kind === "token") return `token ${node.position}`;
     if (node.kind === "logit") return percent(node.probability);
-    return `${node.layer}${node.latent === null ? "" : `/#${node.latent}`} on “${token}”`;
+    return `L${node.layer}${node.latent === null ? "" : ` #${node.latent}`} on “${token}”`;
   }
 
   /* Load the texts of a feature for its tooltip. */
@@ -104,9 +104,9 @@
         hook >= 0 && el("a", { class: "plain", href: jsae.link(node.latent, hook) }, "Open latent"),
         el("span", { class: "grow" }),
         el("button", { type: "button", class: "plain", id: "unselect", on: { click: () => acts.select(node.id) } }, "Close"))),
+    hook >= 0 && texts,
     node.kind !== "token" && links("Moved by", "what adds to it", node.inputs, "source", graph, view, acts),
-    node.kind !== "logit" && links("Moves", "what it adds to", node.outputs, "target", graph, view, acts),
-    hook >= 0 && texts];
+    node.kind !== "logit" && links("Moves", "what it adds to", node.outputs, "target", graph, view, acts)];
   }
 
   const fact = (name, value) => el("div", {}, el("dt", {}, name), el("dd", {}, value));

@@ -110,8 +110,19 @@ def after_steering(run: Path, hook: str | None, pushed: bool, **model: Any) -> l
 
 
 def after_tracing(run: Path, prompt: str, ablated: bool, **model: Any) -> list[str]:
-    """Return commands that compare a graph with the model; `ablated` is whether that was done."""
-    return [] if ablated else [line("trace", run_dir=run, prompt=prompt, **model, ablations=80)]
+    """Return commands for a run with a graph: that show what features fire on, and that compare it with the model.
+
+    Args:
+      run: the run.
+      prompt: of the graph.
+      ablated: whether the graph was compared with the model.
+      model: the flags of the model.
+    """
+    has_texts = Layout(run).records_folder.is_dir() or not Layout(run).config_file.is_file()
+    return [
+        *([] if has_texts else [line("explore", run_dir=run)]),
+        *([] if ablated else [line("trace", run_dir=run, prompt=prompt, **model, ablations=80)]),
+    ]
 
 
 def after_export(run: Path, out: Path, formats: tuple[str, ...], hook: str | None) -> list[str]:

@@ -8,6 +8,7 @@ from which the operations of all rows follow; without it the whole graph is comp
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from bridge.circuits.replacement import Replacement
     from bridge.nanochat.model import GPT
     from bridge.torch_sae import TorchSAE
+
+
+LARGEST_BATCH = 512
+"""Rows of a backward pass that `trace` computes together where memory allows."""
 
 
 @dataclass(frozen=True)
@@ -94,31 +99,38 @@ def _transcoders(config: Config, model: GPT, tokens: torch.Tensor) -> dict[str, 
 
 
 def _sampled(config: Config, model: GPT, transcoders: dict[str, TorchSAE], tokens: torch.Tensor) -> dict[str, float]:
-    """Compute some rows of every layer; return the operations of all rows."""
-    from torch.utils.flop_counter import FlopCounterMode
+    """Count the operations of some rows of every layer; return those of all rows.
 
+    A batch of rows costs its forward pass and as much for each row: twice as many rows tell the two apart.
+    """
     from bridge.circuits.replacement import Replacement
-    from bridge.circuits.rows import direct_effects
 
     r = Replacement(model, transcoders, tokens, (0,))
-    operations = 0.0
+    count, batch = config.rows_per_layer or 1, config.batch_size or LARGEST_BATCH
+    total = 0.0
     for layer in range(r.depth):
-        part = _spread(r, layer, config.rows_per_layer or 1)
+        few, many = (_operations(r, layer, size) for size in (count, 2 * count))
+        each = (many - few) / count
         of_layer = r.of_layer(layer)
-        scale = (of_layer.stop - of_layer.start) / len(part)
-        vectors, positions = r.encoders(layer, r.features[part, 2]), r.features[part, 1]
-        with FlopCounterMode(display=False) as counter:
-            direct_effects(r, layer, vectors, positions)
-        operations += counter.get_total_flops() * scale
-    return _sizes(r) | {"TFLOP of all rows": operations / 1e12}
+        rows = of_layer.stop - of_layer.start
+        total += rows * each + math.ceil(rows / batch) * (few - count * each)
+    return _sizes(r) | {"TFLOP of all rows": total / 1e12}
 
 
-def _spread(r: Replacement, layer: int, count: int) -> torch.Tensor:
-    """Return features of a layer, evenly spread over its positions."""
+def _operations(r: Replacement, layer: int, count: int) -> int:
+    """Return the floating-point operations of a batch of rows, evenly spread over the features of a layer."""
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from bridge.circuits.rows import direct_effects
 
     of_layer = r.of_layer(layer)
-    return torch.linspace(of_layer.start, of_layer.stop - 1, count, device=r.features.device).long()
+    part = torch.linspace(of_layer.start, of_layer.stop - 1, count, device=r.features.device).long()
+    positions = r.features[part, 1]
+    positions[-1] = r.length - 1  # as in a large batch, the pass runs over the whole prompt
+    with FlopCounterMode(display=False) as counter:
+        direct_effects(r, layer, r.encoders(layer, r.features[part, 2]), positions)
+    return counter.get_total_flops()
 
 
 def _whole(config: Config, model: GPT, transcoders: dict[str, TorchSAE], tokens: torch.Tensor) -> dict[str, float]:

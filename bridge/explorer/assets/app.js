@@ -116,7 +116,7 @@
   /* Draw the links to the views. On a wide screen the list and the overview are side by side and need none. */
   async function drawTabs() {
     const { hooks } = jsae.data.manifest;
-    const graphs = jsae.live?.graphs || (await jsae.load("../graphs/list")).length > 0;
+    const graphs = jsae.live?.graphs || (await jsae.graph.list()).length > 0;
     const steered = jsae.live && !hooks.every(jsae.data.isTranscoder);
     const tabs = [...(hooks.length ? [["", "Latents", "#", !jsae.live && !graphs], ["overview", "Overview", "#view=overview", true]] : []),
       ...(jsae.live && hooks.length ? [["text", "Your text", "#view=text"]] : []), ...(steered ? [["steer", "Steer", "#view=steer"]] : []),

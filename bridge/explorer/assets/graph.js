@@ -10,7 +10,7 @@
 
   /* Show the graph that the fields of the address name, else the last one, else the latest of the run. */
   async function show(main, asked, still) {
-    state.list ??= await jsae.load("../graphs/list");
+    await list();
     const slug = asked.get("graph");
     const prompt = jsae.live?.graphs ? asked.get("prompt") : null;
     const key = prompt !== null ? `prompt ${prompt}` : slug !== null ? `graph ${slug}` : state.key || (state.list.length ? `graph ${state.list[0].slug}` : "");
@@ -22,6 +22,12 @@
     } else if (prompt !== null) await trace(prompt, asked);
     else if (key) await open(key.slice("graph ".length), asked);
     else empty();
+  }
+
+  /* Return the graphs of the run; none if the list is not there. */
+  async function list() {
+    state.list ??= await jsae.load("../graphs/list").catch(() => []);
+    return state.list;
   }
 
   async function open(slug, asked) {
@@ -289,5 +295,5 @@
     parts.count.textContent = `${jsae.whole(shown.length)} of ${jsae.whole(inner.length)} features and errors`;
   }
 
-  jsae.graph = { show };
+  jsae.graph = { show, list };
 })();

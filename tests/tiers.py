@@ -96,6 +96,7 @@ MODULES = (
     "test_synthetic_peer",
     "test_train",
     "test_ablations_bench",
+    "test_circuits_bench",
     "test_rates_bench",
     "test_truth_bench",
     "test_wrong_flags",

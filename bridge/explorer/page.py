@@ -77,9 +77,8 @@ def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
         for asset in _assets().iterdir():
             if asset.is_file() and asset.name != "index.html":
                 (partial / asset.name).write_bytes(asset.read_bytes())
-    page = _publish(run.explorer_folder, unnamed, _index())
     graphs.write_empty(run)
-    return page
+    return _publish(run.explorer_folder, unnamed, _index())
 
 
 def is_current(run: Run) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import FilePath
-from bridge.settings import flag
+from bridge.settings import flag, settle
 from experiments.benches import models, timing
 from jsae.settings import COUNT, at_least
 
@@ -46,6 +46,7 @@ class Config:
     out: FilePath = flag("experiments/results/circuits_{device}.json", "File for the results.")
 
     def __post_init__(self) -> None:
+        settle(self)
         if self.device != "auto":
             check_name(self.device)
 
@@ -88,7 +89,7 @@ def _transcoders(config: Config, model: GPT, tokens: torch.Tensor) -> dict[str, 
     for layer, name in enumerate(names):
         rows = torch.randn(size, width, device=tokens.device) / width**0.5
         pre = acts[name][0, 1:].float() @ rows.T
-        threshold = pre.flatten().topk(each + 1).values[-1].clamp(min=0)
+        threshold = pre.flatten().topk(each + 1).values[-2:].mean().clamp(min=0)
         weights = {"W_enc": rows.T, "W_dec": torch.nn.functional.normalize(rows, dim=1)}
         weights |= {"b_enc": rows.new_zeros(size), "b_dec": rows.new_zeros(width)}
         weights |= {"threshold": threshold.expand(size).clone(), "W_skip": rows[:width] / 2}

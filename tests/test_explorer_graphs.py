@@ -99,6 +99,7 @@ def test_tokens_are_at_the_bottom_layers_above_and_logits_on_top(tab):
     assert heights == sorted(heights, reverse=True)
     across = [center(tab, name)[0] for name in (BOS, SCRIPT, CAT, LOGIT)]
     assert across == sorted(across)
+    assert tab.locator(".rowname").all_text_contents() == ["tokens", "L0", "L1", "L2", "logits"]
     assert abs(center(tab, LOW)[0] - center(tab, CAT)[0]) < 1
     assert "Why “ cat”?" in tab.inner_text("h1")
     assert "<script>alert(1)</script>" in tab.inner_text(".asked")
@@ -273,6 +274,8 @@ DEEP = "[" * 200_000
         (changed(lambda d: d["nodes"].append(d["nodes"][0])), 'two nodes have the id "E_18_0"'),
         (changed(lambda d: d["nodes"][4].update(layer=1e9)), "nodes[4]: layer is 1000000000"),
         (changed(lambda d: d["nodes"][4].update(layer="__proto__")), 'nodes[4]: layer is "__proto__"'),
+        (changed(lambda d: d["nodes"][4].update(layer=None)), "nodes[4]: layer is null"),
+        (changed(lambda d: d["nodes"][9].update(layer=600)), "nodes[9]: layer is 600"),
         (changed(lambda d: d["nodes"][4].update(ctx_idx=4)), "the prompt has tokens 0 to 3"),
         (changed(lambda d: d["nodes"][4].update(influence="high")), 'influence is "high"'),
         (changed(lambda d: d["links"][0].update(weight=None)), "links[0]: weight is null"),

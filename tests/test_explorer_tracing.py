@@ -56,6 +56,10 @@ def test_a_typed_prompt_is_traced_and_a_reload_shows_the_same(visit, live):
     tab.wait_for_selector("#node")
     assert tab.inner_text("#node") == label
     assert tab.input_value("#tracedprompt") == PROMPT
+    tab.click("#rename")
+    tab.fill("#label", "my <i>name</i>")
+    tab.click("#keep")
+    tab.locator("#node", has_text="my <i>name</i>").wait_for()
 
 
 def test_a_graph_is_a_file_that_other_pages_show_and_names_its_transcoders(live):

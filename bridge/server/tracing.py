@@ -1,7 +1,7 @@
 """Compute attribution graphs of prompts for the page."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, get_args, runtime_checkable
 
 from anyio import from_thread
 from starlette.requests import Request
@@ -12,6 +12,7 @@ from bridge.server.bodies import Fields, Refusal, refusing
 from bridge.server.session import Session
 
 
+@runtime_checkable
 class Tracer(Protocol):
     """What computes graphs: `bridge.graphs.Tracer`."""
 

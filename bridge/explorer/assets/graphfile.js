@@ -37,7 +37,7 @@
     });
     const nodes = [...byId.values()];
     check(nodes.length > 0, "it has no nodes");
-    const top = Math.max(0, ...nodes.filter(({ kind }) => kind !== "logit" && kind !== "token").map(({ layer }) => layer + 1));
+    const top = nodes.reduce((most, { kind, layer }) => Math.max(most, kind === "token" ? 0 : kind === "logit" ? layer - 1 : layer + 1), 0);
     for (const node of nodes) node.row = { token: 0, logit: top + 1 }[node.kind] ?? node.layer + 1;
     const links = [];
     let lost = 0;
@@ -64,8 +64,8 @@
     check(typeof type === "string", `${where}: feature_type is ${quoted(type)}, and no text`);
     check(Number.isInteger(position) && position >= 0 && position < length, `${where}: ctx_idx is ${quoted(position)}, and the prompt has tokens 0 to ${length - 1}`);
     const kind = KINDS[type] ?? "feature";
-    const layer = kind === "token" || kind === "logit" ? -1 : Number(item.layer);
-    check(Number.isInteger(layer) && layer <= MOST.layer, `${where}: layer is ${quoted(item.layer)}, and no number from 0 to ${MOST.layer}`);
+    const layer = kind === "token" ? 0 : Number(item.layer); // of a logit the number of layers and 1
+    check(kind === "token" || (/^\d{1,4}$/.test(String(item.layer)) && layer <= MOST.layer), `${where}: layer is ${quoted(item.layer)}, and no number from 0 to ${MOST.layer}`);
     const label = text(item.clerp);
     return {
       id, kind, layer, position, label, latent: kind === "feature" ? latentOf(id, layer, position, item.feature) : null,

@@ -102,6 +102,7 @@
       el("div", { class: "line" },
         el("button", { type: "button", class: pinned ? "plain on" : "plain strong", id: "pin", "aria-pressed": String(pinned), on: { click: () => acts.pin(node.id) } }, pinned ? "Unpin" : "Pin"),
         hook >= 0 && el("a", { class: "plain", href: jsae.link(node.latent, hook) }, "Open latent"),
+        hook >= 0 && jsae.live && el("button", { type: "button", class: "plain", id: "rename", on: { click: async () => jsae.trace.rename(await listOf(hook), node.latent) } }, "Name it"),
         el("span", { class: "grow" }),
         el("button", { type: "button", class: "plain", id: "unselect", on: { click: () => acts.select(node.id) } }, "Close"))),
     hook >= 0 && texts,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class ExploreConfig:
     """Run, text and server of the explorer."""
 
-    run_dir: FilePath | None = flag(None, "The run: all of its SAEs, on its model and its text.")
+    run_dir: FilePath | None = flag(None, "The run: all of its SAEs or transcoders, on its model and its text.")
     num_tokens: int = flag(1_000_000, "Tokens of text to read.", TOKENS)
     context_length: int = flag(128, "Tokens of a row of text, BOS first.", CONTEXT)
     data: Data | None = flag(None, "Text, as for training, or store:LOCATION for that of a store; none is the run's.")

@@ -62,6 +62,7 @@ def told(response: httpx.Response, status: int) -> str:
 def test_info_tells_model_saes_modes_and_limits(client):
     info = client.get("/api/info").json()
     assert info["live"] is True
+    assert info["graphs"] is False
     sizes = {"n_layer": 6, "n_embd": 128, "vocab_size": 4096}
     assert info["model"] == {"name": "demo", **sizes, "chat": False, "trained_to_chat": False}
     assert info["saes"] == [

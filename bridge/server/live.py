@@ -83,7 +83,6 @@ class Api:
                     "max_tokens": session.limits.max_tokens,
                     "seconds": session.limits.seconds,
                     "features": session.limits.features,
-                    "graph_tokens": session.limits.graph_tokens,
                 },
             }
         )

@@ -105,9 +105,13 @@ def test_only_the_page_is_served(client):
         assert "nothing at" in told(client.get("/" + path), 404), path
 
 
+def test_a_run_without_transcoders_has_no_graphs_and_says_so(client):
+    assert "no transcoders of all layers" in told(client.post("/api/graph", json={"prompt": "a"}), 404)
+
+
 def test_the_folder_of_the_page_is_served_and_no_other(tmp_path, model):
     explorer, named = tmp_path / "explorer", "page-0123456789abcdef"
-    for folder in (named, "page-short", "records", "page-0123456789abcdee"):
+    for folder in (named, "graphs", "page-short", "records", "page-0123456789abcdee"):
         (explorer / folder).mkdir(parents=True)
         (explorer / folder / "core.js").write_text(folder)
     (explorer / named / "inner").mkdir()
@@ -117,7 +121,8 @@ def test_the_folder_of_the_page_is_served_and_no_other(tmp_path, model):
     (explorer / "page-0123456789abcdef0").symlink_to(explorer / named)
     (explorer / "page-aaaaaaaaaaaaaaaa").symlink_to(explorer / "records")
     with served(tmp_path, *model) as client:
-        assert client.get(f"/{named}/core.js").text == named
+        for folder in (named, "graphs"):
+            assert client.get(f"/{folder}/core.js").text == folder
         for path in [
             "page-short/core.js",
             "records/core.js",
@@ -126,6 +131,8 @@ def test_the_folder_of_the_page_is_served_and_no_other(tmp_path, model):
             f"{named}/link.js",
             "page-aaaaaaaaaaaaaaaa/core.js",
             f"{named}/../records/core.js",
+            "graphs/../records/core.js",
+            "graphs/.core.js",
             f"{named}/",
             named,
         ]:

@@ -40,8 +40,8 @@ class Graphs:
         if tracer is None:
             raise Refusal(
                 404,
-                "this run has no transcoders of all layers: train them with --layer=all --hook_type=mlp_in "
-                "--target_hook=mlp --skip",
+                "this run has no transcoders of all layers: `python -m experiments.train --layer=all "
+                "--hook_type=mlp_in --target_hook=mlp --skip` trains them",
             )
 
         async def make() -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 from tiny_nanochat import tiny, write
 from toy_saes import export, toy_sae, toy_transcoder
 
+import bridge.graphs
 import bridge.nanochat
 from bridge.circuits import graph_check
 from bridge.circuits.graph_check import ERROR, FEATURE, LOGIT, TOKEN
@@ -185,6 +186,14 @@ def test_the_graph_is_put_beside_the_explorers_page(done, run):
     assert {node["node_id"] for node in pruned["nodes"]} <= {node["node_id"] for node in shown["nodes"]}
     assert shown["metadata"]["pruning_settings"] == pruned["metadata"]["pruning_settings"]
     assert shown["metadata"]["sae_sha256"] == [digest(path) for path in sorted((run / "sae").iterdir())]
+
+
+def test_a_graph_with_too_many_edges_is_shown_as_its_file_is_pruned(run, capfd, monkeypatch):
+    monkeypatch.setattr(bridge.graphs, "MOST_SHOWN", 0)
+    assert called(capfd, run, slug="narrow")[0] == 0
+    (entry,) = [entry for entry in graphs.listed(Run(run)) if entry["slug"] == "narrow"]
+    pruned = document(run, "neuronpedia", "narrow")
+    assert (entry["nodes"], entry["links"]) == (len(pruned["nodes"]), len(pruned["links"]))
 
 
 def test_the_explorer_is_opened_if_that_is_asked_for(run, tmp_path, capfd, monkeypatch):

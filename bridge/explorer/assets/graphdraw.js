@@ -19,7 +19,7 @@
     const inner = graph.nodes.filter(({ kind }) => kind === "feature" || kind === "error");
     const chosen = inner.filter((node) => node.influence <= view.nodes + 1e-9 || pinned.has(node.id));
     chosen.sort((a, b) => a.influence - b.influence);
-    return [...graph.nodes.filter(({ kind }) => kind === "token" || kind === "logit"), ...chosen.slice(0, DRAWN.nodes)];
+    return [...graph.nodes.filter(({ kind }) => kind === "token" || kind === "logit").slice(0, DRAWN.nodes), ...chosen.slice(0, DRAWN.nodes)];
   }
 
   /* Return the places of nodes: columns as wide as their fullest row needs, rows as high as the room allows. */
@@ -159,10 +159,20 @@
     /* Return the links to draw: those of a node, else the strongest of all. */
     linksOf(center, { links, edges }) {
       const here = ({ source, target }) => this.shapes.has(source.id) && this.shapes.has(target.id);
-      if (!center) return this.graph.links.filter((link) => link.place <= edges && here(link)).slice(0, DRAWN.links);
+      if (!center) return this.strongest(edges, here);
       const inputs = links === "output" ? [] : center.inputs.filter(here).slice(0, DRAWN.own);
       const outputs = links === "input" ? [] : center.outputs.filter(here).slice(0, DRAWN.own);
       return [...inputs, ...outputs].sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight));
+    }
+
+    /* Return the links of the highest scores, up to a share of all scores. */
+    strongest(edges, here) {
+      const some = [];
+      for (const link of this.graph.links) {
+        if (link.place > edges || some.length === DRAWN.links) break;
+        if (here(link)) some.push(link);
+      }
+      return some;
     }
 
     curve({ source, target, weight }, size, center) {

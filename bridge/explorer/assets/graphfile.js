@@ -23,7 +23,7 @@
     check(isObject(value), "it is no object with metadata, nodes and links");
     const metadata = value.metadata;
     check(isObject(metadata), "it has no metadata");
-    const tokens = listOf(metadata.prompt_tokens, "metadata.prompt_tokens", MOST.tokens, (token) => typeof token === "string", "text");
+    const tokens = listOf(metadata.prompt_tokens, "metadata.prompt_tokens", MOST.tokens, (token) => typeof token === "string", "text").map(text);
     check(tokens.length > 0, "its prompt has no tokens");
     check(Array.isArray(value.nodes) && Array.isArray(value.links), "nodes or links are missing, or no lists");
     for (const [name, list] of [["nodes", value.nodes], ["links", value.links]]) {

@@ -87,5 +87,5 @@
     el("div", { class: "scroll" }, diagram(graph, view, state, acts)));
   }
 
-  jsae.graphSub = { section, boxes };
+  jsae.graphSub = { section };
 })();

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anyio
 import httpx
@@ -107,6 +109,33 @@ def test_only_the_page_is_served(client):
 
 def test_a_run_without_transcoders_has_no_graphs_and_says_so(client):
     assert "no transcoders of all layers" in told(client.post("/api/graph", json={"prompt": "a"}), 404)
+
+
+class Endless:
+    """A tracer that computes until its client is gone."""
+
+    def __init__(self):
+        self.ended = threading.Event()
+
+    def document(self, prompt: str, measure: str, limits: object, between: Callable[[], object]) -> dict[str, Any]:
+        if prompt == "large":
+            raise ValueError("the graph needs about 9.9 GiB, and 1.0 are free")
+        try:
+            while True:
+                between()
+                time.sleep(0.01)
+        finally:
+            self.ended.set()
+
+
+def test_a_graph_that_takes_too_long_is_given_up_and_the_model_is_free_again(tmp_path, model):
+    tracer = Endless()
+    with served(write_run(tmp_path), *model, limits=Limits(seconds=0.5), tracer=tracer) as client:
+        assert client.get("/api/info").json()["graphs"] is True
+        told(client.post("/api/graph", json={"prompt": "a"}), 503)
+        assert tracer.ended.wait(5)
+        assert client.post("/api/activations", json={"text": "a", "hook": RESID}).status_code == 200
+        assert "about 9.9 GiB" in told(client.post("/api/graph", json={"prompt": "large"}), 400)
 
 
 def test_the_folder_of_the_page_is_served_and_no_other(tmp_path, model):

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from bridge.nanochat import Nanochat
 
 
-def check(model: nn.Module, saes: Mapping[str, TorchSAE], fingerprint: str | None = None) -> None:
+def check(
+    model: nn.Module, saes: Mapping[str, TorchSAE], fingerprint: str | None = None, *, transcoders: bool = False
+) -> None:
     """Check that SAEs read and reconstruct activations of a model.
 
     Args:
@@ -22,16 +24,18 @@ def check(model: nn.Module, saes: Mapping[str, TorchSAE], fingerprint: str | Non
       saes: SAEs by hook name.
       fingerprint: fingerprint of the model, to compare with the checkpoint that the SAEs were trained on; None: do not
         compare.
+      transcoders: whether transcoders are allowed, for what only reads their latents.
 
     Raises:
       ValueError: there is no SAE, or one does not fit the model's layers, width, device or fingerprint, or is a
-        transcoder or crosscoder.
+        crosscoder, or a transcoder where these are not allowed.
     """
     if not saes:
         raise ValueError("no SAE was given: load those of a run with load_saes")
     for name in sorted(saes, key=depth):
         find(model, name)
-        _check(model, name, saes[name], fingerprint)
+        check_kind(f"the SAE of {name}", saes[name], transcoders=transcoders)
+        _check_fit(model, name, saes[name], fingerprint)
 
 
 def check_transcoders(model: nn.Module, transcoders: Mapping[str, TorchSAE], fingerprint: str | None = None) -> None:
@@ -82,30 +86,25 @@ def known_fingerprint(nano: "Nanochat", saes: Mapping[str, TorchSAE]) -> str | N
     return nano.fingerprint if any(trained_on(sae) for sae in saes.values()) else None
 
 
-def check_kind(name: str | Path, sae: TorchSAE) -> None:
-    """Raise ValueError for a transcoder or crosscoder, which does not reconstruct the activation that it reads."""
+def check_kind(name: str | Path, sae: TorchSAE, *, transcoders: bool = False) -> None:
+    """Raise ValueError for a crosscoder, and for a transcoder, which predicts another activation, unless allowed."""
     metadata = sae.metadata if isinstance(sae.metadata, dict) else {}
     if sae.layers > 1:
         kind = f"a crosscoder, which reconstructs {sae.layers} layers from one code"
-    elif sae.is_transcoder:
+    elif sae.is_transcoder and not transcoders:
         kind = f"a transcoder, which predicts {metadata.get('hook_name_out', 'another activation')} from its input"
     else:
         return
     raise ValueError(
-        f"{name} is {kind}. Tracking, steering, evaluation and the explorer need SAEs, which reconstruct their input; "
-        "use bridge.torch_sae.load to get it as a module, and eval.json of its run for its quality"
+        f"{name} is {kind}. Tracking, steering and evaluation need SAEs, which reconstruct their input; the explorer "
+        "and attribution graphs also take transcoders. Use bridge.torch_sae.load to get it as a module, and eval.json "
+        "of its run for its quality"
     )
 
 
 def trained_on(sae: TorchSAE) -> str | None:
     """Return the fingerprint of the checkpoint that an SAE was trained on, or None if its export lacks it."""
     return sae.metadata.get("model_fingerprint") if isinstance(sae.metadata, dict) else None
-
-
-def _check(model: nn.Module, name: str, sae: TorchSAE, fingerprint: str | None) -> None:
-    """Raise ValueError for an SAE that does not reconstruct an activation of this model."""
-    check_kind(f"the SAE of {name}", sae)
-    _check_fit(model, name, sae, fingerprint)
 
 
 def _check_fit(model: nn.Module, name: str, sae: TorchSAE, fingerprint: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Write the explorer's files of a run: records of its SAEs, unless existing ones fit, and their page."""
+"""Write the explorer's files of a run: records of its SAEs or transcoders, unless existing ones fit, and their page."""
 
 import sys
 import time
@@ -86,8 +86,8 @@ def explore(
 
 
 def of_run(run: Run, device: str = "cpu") -> Choice:
-    """Return the choice of all SAEs of a run, on its model and its text."""
-    return Choice((run.path,), run.path, device=device)
+    """Return the choice of all SAEs and transcoders of a run, on its model and its text."""
+    return Choice((run.path,), run.path, device=device, transcoders=True)
 
 
 def _plan(choice: Choice, extent: Extent, chosen: list[Subject]) -> Plan:
@@ -152,7 +152,7 @@ def _label(
             _say(f"{hook}: {count:,} latents labelled from a part of the text, {fitting:,} with an F1 over 0.5")
         elif hook in saes:
             _say(f"{hook}: {count:,} latents have labels in {run.table_file('labels')}")
-    if summaries:
+    if summaries and not any(sae.is_transcoder for sae in saes.values()):
         _say(f"labels from more text, and their scores: python -m experiments.evaluate --run_dir={run.path}")
 
 

@@ -37,10 +37,11 @@ class InterpretableModel:
       saes: SAEs by hook name, on the model's device; see `load_saes`.
       tokenizer: the model's tokenizer; required for text prompts and for the positions "not_special".
       fingerprint: fingerprint of the model (`Nanochat.fingerprint`); SAEs of other models are refused.
+      transcoders: whether transcoders are allowed: their features are tracked, but cannot be steered or attributed to.
 
     Raises:
       ValueError: there is no SAE, or one does not fit the model's layers, width, device or fingerprint, or is a
-        transcoder or crosscoder.
+        crosscoder, or a transcoder where these are not allowed.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class InterpretableModel:
         saes: Mapping[str, TorchSAE],
         tokenizer: Any = None,
         fingerprint: str | None = None,
+        *,
+        transcoders: bool = False,
     ):
-        compatibility.check(model, saes, fingerprint)
+        compatibility.check(model, saes, fingerprint, transcoders=transcoders)
         self.model = model
         self.saes = {name: saes[name] for name in sorted(saes, key=depth)}
         self.tokenizer = tokenizer
@@ -58,12 +61,15 @@ class InterpretableModel:
         self._tracking = False
 
     @classmethod
-    def from_nanochat(cls, nano: "Nanochat", saes: Mapping[str, TorchSAE]) -> "InterpretableModel":
+    def from_nanochat(
+        cls, nano: "Nanochat", saes: Mapping[str, TorchSAE], *, transcoders: bool = False
+    ) -> "InterpretableModel":
         """Return a loaded checkpoint with its SAEs and its tokenizer.
 
         Raises ValueError as the constructor, also for SAEs that were trained on another checkpoint.
         """
-        return cls(nano.model, saes, nano.tokenizer, compatibility.known_fingerprint(nano, saes))
+        fingerprint = compatibility.known_fingerprint(nano, saes)
+        return cls(nano.model, saes, nano.tokenizer, fingerprint, transcoders=transcoders)
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -142,7 +148,7 @@ class InterpretableModel:
         Raises:
           ValueError: the target is outside the text or the vocabulary, is not a scalar, or does not depend on the hook.
         """
-        name = self._hook(hook, self.hooks)
+        name = self._own(hook)
         return attribute(self.model, self.saes[name], name, tokens, target, top_k)
 
     # ---- steering --------------------------------------------------------------------------------------------------
@@ -272,7 +278,7 @@ class InterpretableModel:
         Returns:
           The relative length; None for modes whose c is a factor.
         """
-        name, special = self._hook(steer.hook, self.hooks), self._special_tokens
+        name, special = self._own(steer.hook), self._special_tokens
         if steer.mode not in LENGTHS:
             return None
         with torch.no_grad(), capture(self.model, [name], stop=True) as acts:
@@ -298,6 +304,12 @@ class InterpretableModel:
             raise ValueError(f"{problem}: choose one of {', '.join(known)}")
         return name
 
+    def _own(self, hook: str | None) -> str:
+        """Return the hook of an SAE, or raise ValueError: a transcoder does not write where it reads."""
+        name = self._hook(hook, self.hooks)
+        compatibility.check_kind(f"the SAE of {name}", self.saes[name])
+        return name
+
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if not len(prompt):
             raise ValueError("the prompt is empty: give at least one character or token")
@@ -314,7 +326,7 @@ class InterpretableModel:
         chains: dict[str, list[Edit]] = {}
         special = self._special_tokens
         for request in steers:
-            name = self._hook(request.hook, self.hooks)
+            name = self._own(request.hook)
             if request.positions == "not_special" and special is None:
                 raise ValueError("the positions 'not_special' need a tokenizer, which knows the special tokens")
             if request.positions in ("prompt", "generated") and prompt_length is None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class ExploreConfig:
     """Run, text and server of the explorer."""
 
-    run_dir: FilePath | None = flag(None, "The run: all of its SAEs, on its model and its text.")
+    run_dir: FilePath | None = flag(None, "The run: all of its SAEs or transcoders, on its model and its text.")
     num_tokens: int = flag(1_000_000, "Tokens of text to read.", TOKENS)
     context_length: int = flag(128, "Tokens of a row of text, BOS first.", CONTEXT)
     data: Data | None = flag(None, "Text, as for training, or store:LOCATION for that of a store; none is the run's.")
@@ -75,13 +75,15 @@ def main(config: ExploreConfig) -> int:
     if config.chat:
         flags.warn_of_base(explored.nano)
     if config.serve:  # without the lock: the server writes only users' notes
+        from bridge import graphs
         from bridge.runtime import InterpretableModel
         from bridge.server.server import serve
 
         say = functools.partial(print, flush=True)  # at once, also into a pipe
-        loaded = InterpretableModel.from_nanochat(explored.nano, explored.saes), explored.nano
+        tracer = graphs.tracer(run, explored.nano, explored.saes)
+        loaded = InterpretableModel.from_nanochat(explored.nano, explored.saes, transcoders=True), explored.nano
         settings = {name: getattr(config, name) for name in ("host", "port", "names", "chat", "secret", "model_id")}
-        serve(run.path, lambda: loaded, **settings, say=say)
+        serve(run.path, lambda: loaded, **settings, tracer=tracer, say=say)
     return 0
 
 
@@ -89,7 +91,7 @@ def _explore(run: Run, config: ExploreConfig) -> Explored:
     from bridge.exploration import Extent, explore
     from bridge.run.subjects import Choice
 
-    choice = Choice((run.path,), run.path, **flags.shared(Choice, config))
+    choice = Choice((run.path,), run.path, transcoders=True, **flags.shared(Choice, config))
     extent = Extent(**flags.shared(Extent, config))
     return explore(choice, extent, force=config.force, keep_page=config.serve, show_progress=True)
 

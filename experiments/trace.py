@@ -4,7 +4,8 @@
     python -m experiments.trace --run_dir=runs/transcoders --prompt="def "
     python -m experiments.trace --run_dir=runs/transcoders --prompt="def " --intervene=3_12_2 --factor=0
 
-Prints the strongest paths, and writes graph files for circuit-tracer's pages and Neuronpedia into the run directory.
+Prints the strongest paths, writes graph files for circuit-tracer's pages and Neuronpedia into the run directory, and
+puts the graph beside the explorer's page, explorer/index.html, which shows it; --open opens it there.
 """
 
 from __future__ import annotations
@@ -23,13 +24,10 @@ from experiments import flags
 from jsae.settings import COUNT, Range, at_least, require
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from bridge.circuits import Traced
-    from bridge.circuits.graph_file import Naming
     from bridge.circuits.tracing import Limits
+    from bridge.graphs import Tracer
     from bridge.nanochat import Nanochat
-    from bridge.torch_sae import TorchSAE
 
 SHARE = Range(0, 1, "lie in [0, 1]")
 FACTOR = Range(-1000, 1000, "lie between -1000 and 1000")
@@ -59,7 +57,10 @@ class TraceConfig:
     slug: str | None = flag(None, "Name of the graph; none is made from the prompt.")
     model_id: str | None = flag(None, "Neuronpedia's id of the model; none is nanochat-dDEPTH-HASH.")
     source_set: str | None = flag(None, "Its source set of the transcoders; none is transcoder-WIDTH-HASH.")
-    out: FilePath | None = flag(None, "Folder of the graph files; none is graphs/ in the run.")
+    out: FilePath | None = flag(
+        None, "Folder of the graph files; none is graphs/ in the run, and the graph is put into its explorer."
+    )
+    open: bool = flag(False, "Open the graph in the explorer, in a browser.")
     checkpoint: Checkpoint | None = flag(None, "The nanochat, as for training; none is the run's.")
     step: int | None = flag(None, "Step of --checkpoint; none is the last.", STEP)
     tokenizer: FilePath | None = flag(None, "Directory of its tokenizer; none looks beside and above the checkpoint.")
@@ -76,6 +77,9 @@ class TraceConfig:
         require(
             self.intervene is not None or self.factor == 0.0,
             f"--factor={self.factor:g} is for --intervene, which is not given",
+        )
+        require(
+            not (self.open and self.out), "--open shows the graph in the run's explorer, which --out leaves as it is"
         )
         self._check_names()
 
@@ -94,24 +98,23 @@ def main(config: TraceConfig) -> int:
     require_torch(config.device)
     run = Run(config.run_dir)
     nano = _model(config, run)
-    tokens = _tokens(config, nano)
-    transcoders = run.transcoders(config.device)
-    traced = _trace(config, nano, transcoders, tokens)
+    tracer = _tracer(config, run, nano)
+    traced = tracer.trace(config.prompt, config.measure, _limits(config))
     column = _column(config, traced)
-    from bridge.circuits import graph_file, prune
+    from bridge import graphs
+    from bridge.circuits import prune
     from experiments import trace_view
 
     pruned = prune(traced.graph, config.node_threshold, config.edge_threshold)
-    naming = _naming(config, run, nano, transcoders)
-    folder = Path(config.out) if config.out else run.graphs_folder
-    files = graph_file.write(folder, traced.graph, pruned, naming, _limits(config))
+    naming = tracer.naming(config.prompt, config.slug)
+    out = Path(config.out) if config.out else None
+    written = graphs.write(traced.graph, pruned, naming, _limits(config), run, out)
     trace_view.show_graph(traced.graph, pruned, naming, config.paths)
     if column is not None:
         trace_view.show_effect(traced, naming, column, config.factor)
     if config.ablations:
         trace_view.show_agreement(traced, config.ablations)
-    for path in files:
-        print(f"graph           {path}", flush=True)
+    trace_view.show_files(written, config.open)
     return 0
 
 
@@ -125,22 +128,22 @@ def _is_text(prompt: str) -> bool:
 
 
 def _model(config: TraceConfig, run: Run) -> Nanochat:
-    """Load the model, in float32: bfloat16 is too coarse for graphs whose rows must add up."""
-    model = run.model_path(checkpoint=config.checkpoint, step=config.step, tokenizer=config.tokenizer)
-    nano = model.load(config.device)
-    nano.model.float()
+    """Load the model, and check the length of the prompt before anything takes long."""
+    from bridge.circuits.tracing import check_length
+
+    nano = run.model_path(checkpoint=config.checkpoint, step=config.step, tokenizer=config.tokenizer).load(
+        config.device
+    )
+    check_length(len(nano.tokenizer.encode(config.prompt, prepend_bos=True)), nano.config.sequence_len)
     return nano
 
 
-def _tokens(config: TraceConfig, nano: Nanochat) -> Tensor:
-    """Return the ids of the prompt with BOS, and check how many there are."""
-    import torch
+def _tracer(config: TraceConfig, run: Run, nano: Nanochat) -> Tracer:
+    """Load the transcoders, and check that they are of this model."""
+    from bridge.graphs import Tracer
 
-    from bridge.circuits.tracing import check_length
-
-    ids = nano.tokenizer.encode(config.prompt, prepend_bos=True)
-    check_length(len(ids), nano.config.sequence_len)
-    return torch.tensor(ids, device=config.device)
+    names = {name: getattr(config, name) for name in ("model_id", "source_set")}
+    return Tracer(run, nano, run.transcoders(config.device), **names)
 
 
 def _limits(config: TraceConfig) -> Limits:
@@ -149,53 +152,11 @@ def _limits(config: TraceConfig) -> Limits:
     return Limits(**flags.shared(Limits, config))
 
 
-def _trace(config: TraceConfig, nano: Nanochat, transcoders: dict[str, TorchSAE], tokens: Tensor) -> Traced:
-    """Check that the transcoders are of this model, and compute the graph."""
-    from bridge.circuits import trace
-    from bridge.compatibility import check_transcoders, known_fingerprint
-    from bridge.selection import recorded_ids
-
-    check_transcoders(nano.model, transcoders, known_fingerprint(nano, transcoders))
-    untrained = {token for sae in transcoders.values() for token in recorded_ids(sae.metadata, nano.tokenizer)}
-    return trace(
-        nano.model,
-        {hook: sae.float() for hook, sae in transcoders.items()},
-        tokens,
-        untrained=tuple(sorted(untrained)),
-        measure=config.measure,
-        limits=_limits(config),
-    )
-
-
 def _column(config: TraceConfig, traced: Traced) -> int | None:
     """Return the column of the node of --intervene; ValueError if it is not in the graph."""
     if config.intervene is None:
         return None
     return traced.replacement.column(*graph_names.parse_writer(config.intervene))
-
-
-def _naming(config: TraceConfig, run: Run, nano: Nanochat, transcoders: dict[str, TorchSAE]) -> Naming:
-    """Return the names of model, transcoders and latents in the files."""
-    from bridge.circuits.graph_file import Naming, default_slug
-    from bridge.hooks import depth
-    from bridge.neuronpedia import ids
-    from bridge.run.labels import Names
-    from bridge.run.saes import exports_at
-    from jsae.records.store import digest
-
-    hooks = sorted(transcoders, key=depth)
-    names = [Names.read(run.path, hook) for hook in hooks]
-    digests = [digest(folder) for folder in exports_at(run.path)]
-    width = max(sae.d_sae for sae in transcoders.values())
-    return Naming(
-        config.slug or default_slug(config.prompt),
-        config.prompt,
-        nano.tokenizer.token_bytes_of,
-        config.model_id or ids.default_model(nano.config.n_layer, nano.fingerprint),
-        config.source_set or ids.default_transcoder_set(width, digests),
-        hooks,
-        lambda layer, latent: names[layer].label(latent),
-    )
 
 
 def next_commands(config: TraceConfig) -> list[str]:

@@ -1,5 +1,7 @@
 """Terminal output of attribution graphs: scores, strongest paths, effects of interventions."""
 
+import webbrowser
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -10,6 +12,7 @@ from bridge.circuits.graph_file import Naming
 from bridge.circuits.interventions import agreement
 from bridge.circuits.paths import Path, strongest
 from bridge.graph_names import token_text
+from bridge.graphs import Written
 from experiments.steer_view import shown
 
 
@@ -74,6 +77,16 @@ def show_agreement(traced: Traced, count: int) -> None:
         f"{result.frozen_gap:.1e}",
         soft_wrap=True,
     )
+
+
+def show_files(written: Written, opened: bool) -> None:
+    """Print the paths of the graph, and open it in a browser if that is asked for."""
+    for path in written.files:
+        print(f"graph           {path}", flush=True)
+    if written.address is not None:
+        print(f"explorer        {written.address}", flush=True)
+        if opened and not webbrowser.open(written.address):
+            print("no browser was found here: open the address by hand", flush=True)
 
 
 def _name(node: Node, graph: Graph, naming: Naming) -> str:

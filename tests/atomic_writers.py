@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -246,6 +247,21 @@ def _graph(run: Path, version: int) -> None:
     graph_file.write(run / "graphs", graph, prune(graph), naming, Limits())
 
 
+def _shown_graph(run: Path, version: int) -> None:
+    from graph_toy import document
+
+    from bridge.explorer import graphs
+    from bridge.run import Run
+
+    graphs.add(Run(run), document(slug=f"graph{version}"))
+
+
+def _listed(folder: Path) -> Content:
+    """Return the graphs of a list that exist."""
+    names = re.findall(r'"slug":"(\w+)"', (folder / "list.js").read_text()) if (folder / "list.js").is_file() else []
+    return {name: (folder / f"{name}.graph.js").read_bytes() for name in names}
+
+
 WRITERS: Mapping[str, Writer] = {
     "SAE": Writer(_export, "sae/new", tree),
     "sparsity": Writer(_sparsity, f"sae/{HOOK}/sparsity.safetensors", tree),
@@ -255,6 +271,7 @@ WRITERS: Mapping[str, Writer] = {
     "delphi": Writer(_delphi, "out", tree),
     "circuit_tracer": Writer(_circuit_tracer, "out", tree),
     "graph": Writer(_graph, "graphs/neuronpedia", tree),
+    "shown graph": Writer(_shown_graph, "explorer/graphs", _listed),
     "upload": Writer(_upload, "out", tree),
     "ledger": Writer(_ledger, "uploads.jsonl", _lines),
     "page": Writer(_write_page, "explorer", _page),

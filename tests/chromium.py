@@ -49,7 +49,7 @@ def visit(browser) -> Iterator[Visit]:
     problems: list[str] = []
     contexts = []
 
-    def opened(url: str, expected: str = "", **settings: Any) -> Any:
+    def opened(url: str, expected: str = "", wait: str = ".row", **settings: Any) -> Any:
         context = browser.new_context(**({"viewport": {"width": 1400, "height": 900}} | settings))
         contexts.append(context)
         tab = context.new_page()
@@ -61,7 +61,7 @@ def visit(browser) -> Iterator[Visit]:
                 problems.append(f"console: {message.text}")
 
         def on_request(request: Any) -> None:
-            if not request.url.startswith((home, "data:")):
+            if not request.url.startswith((home, "data:", "blob:")):
                 problems.append(f"requested {request.url}")
 
         tab.on("console", on_console)
@@ -69,7 +69,7 @@ def visit(browser) -> Iterator[Visit]:
         tab.on("request", on_request)
         tab.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         tab.goto(url)
-        tab.wait_for_selector(".row, [role=alert]", state="attached")
+        tab.wait_for_selector(f"{wait}, [role=alert]", state="attached")
         return tab
 
     yield opened

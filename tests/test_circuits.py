@@ -188,6 +188,20 @@ def test_the_size_of_a_batch_changes_nothing_but_rounding(g7):
     assert torch.equal(again.graph.matrix, g7.graph.matrix)
 
 
+@pytest.mark.parametrize("most", [40, 7500])
+def test_what_is_called_between_backward_passes_can_end_the_computation(g7, most):
+    calls = []
+
+    def between() -> None:
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise TimeoutError("enough")
+
+    with pytest.raises(TimeoutError, match="enough"):
+        traced(batch_size=4, limits={"max_features": most}, between=between)
+    assert calls == [0, 1, 2]
+
+
 def test_only_what_is_below_and_before_reaches_a_feature(g7):
     graph = g7.graph
     for row in range(0, graph.feature_count, 29):

@@ -23,7 +23,7 @@ def files(run: Path) -> dict[str, bytes]:
 
 def names(run: Path) -> list[str]:
     """The names of the files of the folder that index.html shows."""
-    (folder,) = {name.partition("/")[0] for name in files(run)} - {"index.html"}
+    (folder,) = {name.partition("/")[0] for name in files(run)} - {"index.html", "graphs"}
     assert f'src="{folder}/core.js"' in (run / "explorer" / "index.html").read_text()
     return sorted(path.name for path in (run / "explorer" / folder).iterdir())
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anyio
 import httpx
@@ -62,6 +64,7 @@ def told(response: httpx.Response, status: int) -> str:
 def test_info_tells_model_saes_modes_and_limits(client):
     info = client.get("/api/info").json()
     assert info["live"] is True
+    assert info["graphs"] is False
     sizes = {"n_layer": 6, "n_embd": 128, "vocab_size": 4096}
     assert info["model"] == {"name": "demo", **sizes, "chat": False, "trained_to_chat": False}
     assert info["saes"] == [
@@ -104,9 +107,40 @@ def test_only_the_page_is_served(client):
         assert "nothing at" in told(client.get("/" + path), 404), path
 
 
+def test_a_run_without_transcoders_has_no_graphs_and_says_so(client):
+    assert "no transcoders of all layers" in told(client.post("/api/graph", json={"prompt": "a"}), 404)
+
+
+class Endless:
+    """A tracer that computes until its client is gone."""
+
+    def __init__(self):
+        self.ended = threading.Event()
+
+    def document(self, prompt: str, measure: str, limits: object, between: Callable[[], object]) -> dict[str, Any]:
+        if prompt == "large":
+            raise ValueError("the graph needs about 9.9 GiB, and 1.0 are free")
+        try:
+            while True:
+                between()
+                time.sleep(0.01)
+        finally:
+            self.ended.set()
+
+
+def test_a_graph_that_takes_too_long_is_given_up_and_the_model_is_free_again(tmp_path, model):
+    tracer = Endless()
+    with served(write_run(tmp_path), *model, limits=Limits(seconds=0.5), tracer=tracer) as client:
+        assert client.get("/api/info").json()["graphs"] is True
+        told(client.post("/api/graph", json={"prompt": "a"}), 503)
+        assert tracer.ended.wait(5)
+        assert client.post("/api/activations", json={"text": "a", "hook": RESID}).status_code == 200
+        assert "about 9.9 GiB" in told(client.post("/api/graph", json={"prompt": "large"}), 400)
+
+
 def test_the_folder_of_the_page_is_served_and_no_other(tmp_path, model):
     explorer, named = tmp_path / "explorer", "page-0123456789abcdef"
-    for folder in (named, "page-short", "records", "page-0123456789abcdee"):
+    for folder in (named, "graphs", "page-short", "records", "page-0123456789abcdee"):
         (explorer / folder).mkdir(parents=True)
         (explorer / folder / "core.js").write_text(folder)
     (explorer / named / "inner").mkdir()
@@ -116,7 +150,8 @@ def test_the_folder_of_the_page_is_served_and_no_other(tmp_path, model):
     (explorer / "page-0123456789abcdef0").symlink_to(explorer / named)
     (explorer / "page-aaaaaaaaaaaaaaaa").symlink_to(explorer / "records")
     with served(tmp_path, *model) as client:
-        assert client.get(f"/{named}/core.js").text == named
+        for folder in (named, "graphs"):
+            assert client.get(f"/{folder}/core.js").text == folder
         for path in [
             "page-short/core.js",
             "records/core.js",
@@ -125,6 +160,8 @@ def test_the_folder_of_the_page_is_served_and_no_other(tmp_path, model):
             f"{named}/link.js",
             "page-aaaaaaaaaaaaaaaa/core.js",
             f"{named}/../records/core.js",
+            "graphs/../records/core.js",
+            "graphs/.core.js",
             f"{named}/",
             named,
         ]:

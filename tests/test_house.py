@@ -186,6 +186,7 @@ WRITES = {
     "bridge/circuit_tracer.py: _write": "into a folder that is being replaced",
     "bridge/training/pipeline.py: silence": "into the null device",
     "bridge/explorer/gather.py: _write": "removes scratch in a folder that is being replaced",
+    "bridge/explorer/page.py: _put": "into a folder that is being replaced",
     "bridge/explorer/page.py: _publish": "removes a page that is no longer shown",
     "bridge/neuronpedia/dashboard.py: _write_tokens": "into a folder that is being replaced",
     "bridge/neuronpedia/strict.py: write_json": "into a folder that is being replaced",

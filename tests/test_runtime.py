@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_hooks import UpstreamLike, traces
 from tiny_nanochat import SIZES, tiny, tokens
-from toy_saes import FORMS, export, toy_sae
+from toy_saes import FORMS, export, toy_sae, toy_transcoder
 
 import bridge.nanochat
 from bridge import torch_sae
@@ -601,6 +601,22 @@ def test_transcoders_and_crosscoders_are_refused_by_name(kind, model, tmp_path):
         load_saes(tmp_path / "run")
     with pytest.raises(ValueError, match=f"the SAE of {EARLY} {complaint}"):
         InterpretableModel(model, {EARLY: torch_sae.load(folder)})
+
+
+def test_transcoders_are_tracked_where_that_is_asked_for_and_never_steered(model):
+    transcoder = toy_transcoder(1, C, 64)
+    hook = transcoder.metadata["hook_name"]
+    im = InterpretableModel(model, {hook: transcoder}, transcoders=True)
+    tokens = torch.arange(6)[None]
+    with torch.no_grad(), capture(model, [hook]) as acts, im.interpretation_enabled():
+        im(tokens)
+    features = im.get_active_features(top_k=3)
+    expected = transcoder.encode(acts[hook]).topk(3, dim=-1)
+    torch.testing.assert_close(features.values, expected.values)
+    with pytest.raises(ValueError, match=f"the SAE of {hook} is a transcoder"):
+        im.steer(tokens, (hook, 0), 1.0)
+    with pytest.raises(ValueError, match=f"the SAE of {hook} is a transcoder"):
+        im.attribution(tokens, hook, (0, 1))
 
 
 @pytest.mark.parametrize(

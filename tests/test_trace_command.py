@@ -2,23 +2,30 @@
 
 import copy
 import json
+import re
+import shutil
 import subprocess
 import sys
+import webbrowser
 from pathlib import Path
 
+import explorer_toy as toy
 import pytest
 from tiny_nanochat import tiny, write
 from toy_saes import export, toy_sae, toy_transcoder
 
+import bridge.graphs
 import bridge.nanochat
 from bridge.circuits import graph_check
 from bridge.circuits.graph_check import ERROR, FEATURE, LOGIT, TOKEN
+from bridge.explorer import graphs, page
 from bridge.graph_names import pairing, unpairing
 from bridge.nanochat import tokenizer as tokenizers
 from bridge.run import Run, commands
 from bridge.run import directory as rundir
 from bridge.training.config import RunConfig
 from experiments import flags, trace
+from jsae.records.store import digest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = 'def "é\n'
@@ -166,12 +173,57 @@ def test_a_folder_of_exports_is_traced_with_a_checkpoint_and_a_measure(run, chec
     assert len(list((tmp_path / "graphs").glob("*/*.json"))) == 3
 
 
+def test_the_graph_is_put_beside_the_explorers_page(done, run):
+    address = re.search(r"explorer +(file:\S+)", done.stdout)[1]
+    assert address == f"{run.as_uri()}/explorer/index.html#view=graph&graph=first"
+    entry = next(entry for entry in graphs.listed(Run(run)) if entry["slug"] == "first")
+    pruned = document(run, "neuronpedia")
+    assert entry["prompt"] == PROMPT
+    assert entry["nodes"] > len(pruned["nodes"])  # the page prunes by sliders, which begin where the file is pruned
+    script = (run / "explorer" / "graphs" / "first.graph.js").read_text()
+    shown = json.loads(script.removeprefix('jsae.put("../graphs/first.graph",').removesuffix(");\n"))
+    graph_check.check(shown)
+    assert {node["node_id"] for node in pruned["nodes"]} <= {node["node_id"] for node in shown["nodes"]}
+    assert shown["metadata"]["pruning_settings"] == pruned["metadata"]["pruning_settings"]
+    assert shown["metadata"]["sae_sha256"] == [digest(path) for path in sorted((run / "sae").iterdir())]
+
+
+def test_a_graph_with_too_many_edges_is_shown_as_its_file_is_pruned(run, capfd, monkeypatch):
+    monkeypatch.setattr(bridge.graphs, "MOST_SHOWN", 0)
+    assert called(capfd, run, slug="narrow")[0] == 0
+    (entry,) = [entry for entry in graphs.listed(Run(run)) if entry["slug"] == "narrow"]
+    pruned = document(run, "neuronpedia", "narrow")
+    assert (entry["nodes"], entry["links"]) == (len(pruned["nodes"]), len(pruned["links"]))
+
+
+def test_the_explorer_is_opened_if_that_is_asked_for(run, tmp_path, capfd, monkeypatch):
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", lambda address: bool(opened.append(address)))
+    code, out, err = called(capfd, run, slug="opened", open=True)
+    assert code == 0, err
+    assert opened == [f"{run.as_uri()}/explorer/index.html#view=graph&graph=opened"]
+    assert "no browser was found here: open the address by hand" in out
+    refused(capfd, run, "--open shows the graph in the run's explorer", code=2, open=True, out=tmp_path)
+    called(capfd, run, slug="elsewhere", out=tmp_path)
+    assert "elsewhere" not in {entry["slug"] for entry in graphs.listed(Run(run))}
+    assert not (tmp_path / "explorer").exists()
+
+
+def test_records_of_other_transcoders_leave_a_page_of_graphs(run, checkpoint, fingerprint, tmp_path, capfd):
+    other = make_run(checkpoint, tmp_path / "other", *replacement(fingerprint))
+    shutil.copytree(toy.write_store(tmp_path / "toy").parent, other / "explorer" / "records")
+    (other / "explorer" / "records" / toy.HOOK).rename(other / "explorer/records/blocks.0.ln2.hook_normalized")
+    code, _, err = called(capfd, other, slug="alone")
+    assert code == 0, err
+    assert page.is_current(Run(other))
+
+
 def test_labels_of_latents_are_in_the_graph(done, run, capfd):
     feature = next(n for n in document(run, "neuronpedia")["nodes"] if n["feature_type"] == FEATURE)
     layer, latent = unpairing(feature["feature"])
     line = {"hook": f"blocks.{layer}.ln2.hook_normalized", "latent": latent, "label": "my name", "note": "", "time": ""}
     notes = run / "explorer" / "notes.jsonl"
-    notes.parent.mkdir()
+    notes.parent.mkdir(exist_ok=True)
     notes.write_text(json.dumps(line | {"time": "2026-01-01T00:00:00Z"}) + "\n")
     code, _, err = called(capfd, run, slug="labelled")
     assert code == 0, err
@@ -180,10 +232,13 @@ def test_labels_of_latents_are_in_the_graph(done, run, capfd):
 
 
 def test_training_transcoders_suggests_to_trace(run, checkpoint, tmp_path):
-    (line,) = commands.after_training(run)
-    assert "experiments.trace" in line
+    trace_line, explore_line = commands.after_training(run)
+    assert "experiments.trace" in trace_line
+    assert "experiments.explore" in explore_line
+    assert "experiments.trace" in commands.after_exploring(run, True)[0]
     rundir.record(tmp_path, RunConfig(checkpoint=str(checkpoint), hook_type="mlp_in", target_hook="mlp"), {})
-    assert commands.after_training(tmp_path) == []
+    assert len(commands.after_training(tmp_path)) == 1
+    assert commands.after_exploring(tmp_path, True) == []
     assert Run(run).transcoders().keys() == {f"blocks.{i}.ln2.hook_normalized" for i in range(LAYERS)}
 
 

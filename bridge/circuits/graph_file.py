@@ -45,6 +45,7 @@ class Naming:
       source_set: Neuronpedia's source set of the transcoders; a feature is shown as `LAYER-SOURCE_SET`.
       scans: folders of the features of each layer for circuit-tracer's server (`bridge.circuit_tracer`).
       label: returns the label of a latent of a layer, "" without one.
+      digests: of the transcoders by layer (`jsae.records.store.digest`), by which the explorer finds their records.
       creator: name of the graph's creator.
 
     Raises:
@@ -58,6 +59,7 @@ class Naming:
     source_set: str
     scans: Sequence[str]
     label: Callable[[int, int], str] = lambda layer, latent: ""
+    digests: Sequence[str] = ()
     creator: str = "jsae"
 
     def __post_init__(self) -> None:
@@ -128,6 +130,7 @@ def _metadata(graph: Graph, pruned: Pruned, naming: Naming, limits: Limits, site
         "prompt_tokens": [token_text(naming.pieces(token)) for token in graph.tokens],
         "prompt": naming.prompt,
         "schema_version": 1,
+        "sae_sha256": list(naming.digests),
         "feature_details": {"neuronpedia_source_set": naming.source_set},
         "info": {
             "description": f"Attribution graph of {naming.model} from transcoders of its {graph.layers} layers",

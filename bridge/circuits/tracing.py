@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -72,6 +72,7 @@ def trace(
     untrained: tuple[int, ...] = (),
     measure: Measure = "logit",
     limits: Limits | None = None,
+    between: Callable[[], object] = lambda: None,
 ) -> Traced:
     """Return the attribution graph of a prompt: why the model predicts what it predicts after its last token.
 
@@ -84,6 +85,7 @@ def trace(
       measure: what is explained of a token t: "logit" is its logit before the softcap minus the mean over all tokens;
         "logprob" is the linear part of its log-probability, sum_v (δ_tv - p_v) (1 - tanh²(z_v / c)) z_v.
       limits: of the graph.
+      between: called before every backward pass; what it raises ends the computation.
 
     Raises:
       ValueError: the transcoders or the model do not fit (`bridge.compatibility.check_transcoders`, `Frozen`), there
@@ -99,7 +101,7 @@ def trace(
         targets = _target_vectors(replacement, logits, measure)
         _check_memory(replacement, limits, len(logits))
         active = len(replacement.features)
-        matrix, biases = _matrix(replacement, targets, probabilities, limits)
+        matrix, biases = _matrix(replacement, targets, probabilities, limits, between)
         graph = _graph(replacement, logits, probabilities, targets, matrix, biases, active)
     return Traced(graph, replacement, targets)
 
@@ -133,16 +135,20 @@ def _target_vectors(r: Replacement, logits: Int[Tensor, " n"], measure: Measure)
 
 
 def _matrix(
-    r: Replacement, targets: Float[Tensor, "n C"], probabilities: Float[Tensor, " n"], limits: Limits
+    r: Replacement,
+    targets: Float[Tensor, "n C"],
+    probabilities: Float[Tensor, " n"],
+    limits: Limits,
+    between: Callable[[], object],
 ) -> tuple[Float[Tensor, "R S"], Float[Tensor, "R 2"]]:
     """Return the rows of the features that become nodes, and of the logits; `r` keeps these features only."""
     last = torch.full((len(targets),), r.length - 1, device=targets.device)
     outer = [_rows(r, None, targets, last)]
     kept = torch.ones(len(r.features), dtype=torch.bool, device=targets.device)
     if len(kept) <= limits.max_features:
-        inner = [(part, *_feature_rows(r, part)) for part in _batches(r, kept, limits)]
+        inner = [(part, *_feature_rows(r, part)) for part in _batches(r, kept, limits, between)]
     else:
-        inner, kept = _most_influential(r, outer[0][0], probabilities, limits)
+        inner, kept = _most_influential(r, outer[0][0], probabilities, limits, between)
     inner.sort(key=lambda part: int(part[0][0]))
     order = torch.cat([part for part, _, _ in inner]) if inner else kept.nonzero()[:, 0]
     matrix = torch.cat([rows for _, rows, _ in inner] + [rows for rows, _ in outer])
@@ -173,13 +179,17 @@ def _feature_rows(r: Replacement, part: Int[Tensor, " B"]) -> tuple[Float[Tensor
     return rows, biases
 
 
-def _batches(r: Replacement, wanted: Bool[Tensor, " F"], limits: Limits) -> Iterator[Int[Tensor, " B"]]:
-    """Yield the wanted features in batches of one layer, by position."""
+def _batches(
+    r: Replacement, wanted: Bool[Tensor, " F"], limits: Limits, between: Callable[[], object]
+) -> Iterator[Int[Tensor, " B"]]:
+    """Yield the wanted features in batches of one layer, by position; call `between` before each."""
     for layer in range(r.depth):
         of_layer = r.of_layer(layer)
         places = wanted[of_layer].nonzero()[:, 0] + of_layer.start
         if len(places):
-            yield from places.split(_batch_size(r, limits))
+            for part in places.split(_batch_size(r, limits)):
+                between()
+                yield part
 
 
 def _batch_size(r: Replacement, limits: Limits) -> int:
@@ -193,7 +203,11 @@ def _batch_size(r: Replacement, limits: Limits) -> int:
 
 
 def _most_influential(
-    r: Replacement, outer: Float[Tensor, "n S"], probabilities: Float[Tensor, " n"], limits: Limits
+    r: Replacement,
+    outer: Float[Tensor, "n S"],
+    probabilities: Float[Tensor, " n"],
+    limits: Limits,
+    between: Callable[[], object],
 ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Bool[Tensor, " F"]]:
     """Return the rows of the most influential features, and which they are.
 
@@ -210,7 +224,7 @@ def _most_influential(
         chosen = torch.zeros_like(visited)
         chosen[best] = True
         visited |= chosen
-        new = [(part, *_feature_rows(r, part)) for part in _batches(r, chosen, limits)]
+        new = [(part, *_feature_rows(r, part)) for part in _batches(r, chosen, limits, between)]
         inner += new
         targets = torch.cat([targets, *(part for part, _, _ in new)])
         shares = torch.cat([shares[: -len(outer)], *(normalised(rows) for _, rows, _ in new), shares[-len(outer) :]])

@@ -112,8 +112,8 @@ def gather(
       OSError: the records cannot be written, for example because the disk is full; earlier records stay.
     """
     _check(nano, plan)
-    for hook in saes:
-        factor = weights.direct_path(nano.model, hook)
+    for hook, sae in saes.items():
+        factor = weights.direct_path(nano.model, weights.written_hook(hook, sae))
         if factor <= 0:
             warnings.warn(
                 f"{hook}: nanochat's lambdas and backout multiply the direct path to the logits by {factor:.3g}: "
@@ -398,7 +398,8 @@ def _write(
     else:
         columns = recorder.finish(moments, progress=report_count)
     report(f"reading the weights of {hook}", 0.0)
-    columns |= weights.columns(nano.model, hook, sae, nearest=settings.nearest, bins=settings.bins)
+    written = weights.written_hook(hook, sae)
+    columns |= weights.columns(nano.model, written, sae, nearest=settings.nearest, bins=settings.bins)
     shutil.rmtree(folder / "scratch")
     header = Header(
         version=VERSION,
@@ -409,7 +410,7 @@ def _write(
         architecture=sae.architecture,
         sae_sha256=digest,
         tokens=recorder.counted,
-        direct_path=weights.direct_path(nano.model, hook),
+        direct_path=weights.direct_path(nano.model, written),
         duplicate_rows=dropped,
         settings=plan.settings(),
     )

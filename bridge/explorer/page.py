@@ -7,6 +7,7 @@
                          list-H.js                a line per latent of hook number H
                          shard-H-S.js             details of the latents S * 64 to S * 64 + 63 of hook number H
                          texts-N.js               the tokens that the examples of all hooks show
+             graphs/                      attribution graphs (`bridge.explorer.graphs`)
 
 The folder is named by a digest of its content and written atomically; replacing index.html then changes the page in one
 step. A page from disk may not read files, but it may load scripts: each data file calls `jsae.put(name, data)`. Columns
@@ -15,18 +16,19 @@ are base64 of little-endian numbers. The context of examples shrinks until the p
 
 import base64
 import hashlib
-import json
 import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bridge.explorer import graphs
 from bridge.run import Run
 from bridge.run.labels import Names
 from jsae import files
@@ -48,45 +50,73 @@ _FORMER = ("manifest.js", "vocabulary.js", "list-*.js", "shard-*.js", "texts-*.j
 def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
     """Write the page of a run's records; return the path of its `index.html`. The same records give the same bytes.
 
+    A run without records gets a page if it has attribution graphs, which that page then shows.
+
     The page changes in one step: after a kill, or with a full disk, there is either the former page or the new one.
 
     Args:
       run: the run's directory, with its records in explorer/records.
-      hooks: which stores to show; None shows all, from the lowest layer up.
+      hooks: which stores to show; None shows all, from the lowest layer up, and () none, but graphs.
 
     Raises:
-      FileNotFoundError: there are no records.
+      FileNotFoundError: there are no records and no attribution graphs.
       StoreError: records are broken, of another version, or of another SAE than the run's export.
       ValueError: the run's labels or notes are broken.
       OSError: the page cannot be written; the former one stays.
     """
     run = Run(run)
-    folder = run.explorer_folder
     stores = _stores(run, hooks)
     names = [Names.read(run.path, store.header.hook) for store in stores]
+    unnamed = run.explorer_folder / "page"
+    with files.replacing_folder(unnamed) as partial:
+        if stores:
+            _write_records(partial, run, stores, names)
+        else:
+            _put(partial, "vocabulary", {"lengths": "", "bytes": ""})
+            _put(partial, "manifest", {"run": run.path.resolve().name, "special": [], "hooks": []})
+        for asset in _assets().iterdir():
+            if asset.is_file() and asset.name != "index.html":
+                (partial / asset.name).write_bytes(asset.read_bytes())
+    graphs.write_empty(run)
+    return _publish(run.explorer_folder, unnamed, _index())
+
+
+def is_current(run: Run) -> bool:
+    """Return whether a run has a page of this version, whatever it shows."""
+    page = run.page_file
+    return page.is_file() and _without_folders(page.read_text(encoding="utf-8", errors="replace")) == _index()
+
+
+def _write_records(folder: Path, run: Run, stores: Sequence[Store], names: Sequence[Names]) -> None:
+    """Write the data files of the records of a page."""
     texts = stores[0].texts
     radius = _radius(stores, texts)
     shown = _Shown.around_examples(stores, texts, radius)
-    assets = resources.files("bridge.explorer").joinpath("assets")
-    unnamed = folder / "page"
-    with files.replacing_folder(unnamed) as partial:
+    _put(folder, "vocabulary", _vocabulary(texts))
+    for number, chunk in enumerate(shown.chunks(texts)):
+        _put(folder, f"texts-{number}", chunk)
+    for number, (store, named) in enumerate(zip(stores, names, strict=True)):
+        _put(folder, f"list-{number}", _list(store, named))
+        for shard, first in enumerate(range(0, store.header.d_sae, SHARD)):
+            _put(folder, f"shard-{number}-{shard}", _shard(store, first, radius))
+    _put(folder, "manifest", _manifest(run.path, stores, texts, shown, radius))
 
-        def put(name: str, data: Any) -> None:
-            text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-            (partial / f"{name}.js").write_bytes(f'jsae.put("{name}",{text});\n'.encode("ascii"))
 
-        put("vocabulary", _vocabulary(texts))
-        for number, chunk in enumerate(shown.chunks(texts)):
-            put(f"texts-{number}", chunk)
-        for number, (store, named) in enumerate(zip(stores, names, strict=True)):
-            put(f"list-{number}", _list(store, named))
-            for shard, first in enumerate(range(0, store.header.d_sae, SHARD)):
-                put(f"shard-{number}-{shard}", _shard(store, first, radius))
-        put("manifest", _manifest(run.path, stores, texts, shown, radius))
-        for asset in assets.iterdir():
-            if asset.is_file() and asset.name != "index.html":
-                (partial / asset.name).write_bytes(asset.read_bytes())
-    return _publish(folder, unnamed, assets.joinpath("index.html").read_text(encoding="utf-8"))
+def _put(folder: Path, name: str, data: Any) -> None:
+    (folder / f"{name}.js").write_text(graphs.script(name, data), encoding="ascii")
+
+
+def _assets() -> Traversable:
+    return resources.files("bridge.explorer").joinpath("assets")
+
+
+def _index() -> str:
+    """Return the packaged index.html, whose references name no folder."""
+    return _assets().joinpath("index.html").read_text(encoding="utf-8")
+
+
+def _without_folders(index: str) -> str:
+    return re.sub(r'(href|src)="page-[0-9a-f]{16}/', r'\1="', index)
 
 
 def _publish(folder: Path, page: Path, index: str) -> Path:
@@ -121,8 +151,7 @@ def _digest(page: Path) -> str:
 
 def _stores(run: Run, hooks: Sequence[str] | None) -> list[Store]:
     """Return the stores of a run, from the lowest layer up, checked against the exports that the run has."""
-    hooks = run.recorded_hooks if hooks is None else hooks
-    if not hooks:
+    if hooks is None and not (hooks := run.recorded_hooks) and not graphs.listed(run):
         raise FileNotFoundError(
             f"no records in {run.records_folder}: `python -m experiments.explore --run_dir={run.path}` gathers them"
         )

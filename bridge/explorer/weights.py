@@ -16,6 +16,11 @@ LOGITS, CHANNELS = 20, 3
 _MOST_NUMBERS = 2**25  # in a block of logits or cosines
 
 
+def written_hook(hook_name: str, sae: TorchSAE) -> str:
+    """Return the hook whose activation an SAE reconstructs or, as a transcoder, predicts."""
+    return str((sae.metadata or {}).get("hook_name_out") or hook_name)
+
+
 def direct_path(model: GPT, hook_name: str) -> float:
     """Return the factor with which an addition to an activation reaches the final norm if no later block reacts to it.
 
@@ -34,7 +39,7 @@ def direct_path(model: GPT, hook_name: str) -> float:
 
 @torch.no_grad()
 def columns(model: GPT, hook_name: str, sae: TorchSAE, *, nearest: int, bins: int) -> dict[str, np.ndarray]:
-    """Return the columns of `jsae.records.store.COLUMNS` that follow from the weights.
+    """Return the columns of `jsae.records.store.COLUMNS` that follow from the weights; `hook_name` is what is written.
 
     Logits are `direct_path * W_dec lm_head^T` over the vocabulary without its padding, without the final norm and the
     softcap. Except for the factor `direct_path`, by which they can be divided, this is the usual convention.

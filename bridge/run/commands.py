@@ -55,9 +55,9 @@ def python() -> str:
 
 def after_training(run: Path) -> list[str]:
     """Return commands for a trained run, or the first run of a sweep; transcoders of all layers can be traced."""
-    if (flags := _flags(run)).get("target_hook") is not None:
-        kind = flags.get("layer"), flags.get("hook_type"), flags["target_hook"]
-        return [line("trace", run_dir=run, prompt=PROMPT)] if kind == (["all"], "mlp_in", "mlp") else []
+    if _has_transcoders(run):
+        explore = line("explore", "web", run_dir=run, serve=True)
+        return [line("trace", run_dir=run, prompt=PROMPT), explore] if _is_traceable(run) else [explore]
     return [
         line("evaluate", "eval", run_dir=run),
         line("explore", "web", run_dir=run, serve=True),
@@ -79,6 +79,14 @@ def after_exploring(run: Path, served: bool) -> list[str]:
     """Return commands for a run whose records were gathered; `served` is whether its page was served."""
     return [
         *([] if served else [line("explore", "web", run_dir=run, serve=True)]),
+        *_after_records(run),
+    ]
+
+
+def _after_records(run: Path) -> list[str]:
+    if _has_transcoders(run):
+        return [line("trace", run_dir=run, prompt=PROMPT, open=True)] if _is_traceable(run) else []
+    return [
         *([] if _is_evaluated(run) else [line("evaluate", "eval", run_dir=run)]),
         line("export", run_dir=run, format="neuronpedia"),
         line("publish", run_dir=run, dry_run=True),
@@ -102,8 +110,19 @@ def after_steering(run: Path, hook: str | None, pushed: bool, **model: Any) -> l
 
 
 def after_tracing(run: Path, prompt: str, ablated: bool, **model: Any) -> list[str]:
-    """Return commands that compare a graph with the model; `ablated` is whether that was done."""
-    return [] if ablated else [line("trace", run_dir=run, prompt=prompt, **model, ablations=80)]
+    """Return commands for a run with a graph: that show what features fire on, and that compare it with the model.
+
+    Args:
+      run: the run.
+      prompt: of the graph.
+      ablated: whether the graph was compared with the model.
+      model: the flags of the model.
+    """
+    has_texts = Layout(run).records_folder.is_dir() or not Layout(run).config_file.is_file()
+    return [
+        *([] if has_texts else [line("explore", run_dir=run)]),
+        *([] if ablated else [line("trace", run_dir=run, prompt=prompt, **model, ablations=80)]),
+    ]
 
 
 def after_export(run: Path, out: Path, formats: tuple[str, ...], hook: str | None) -> list[str]:
@@ -142,6 +161,16 @@ def _flags(run: Path) -> dict[str, Any]:
         return dict(jsons.read(Layout(run).config_file)["flags"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _has_transcoders(run: Path) -> bool:
+    return _flags(run).get("target_hook") is not None
+
+
+def _is_traceable(run: Path) -> bool:
+    """Return whether a run has transcoders of the MLPs of all layers."""
+    flags = _flags(run)
+    return (flags.get("layer"), flags.get("hook_type"), flags.get("target_hook")) == (["all"], "mlp_in", "mlp")
 
 
 def _best(run: Path, hook: str | None) -> int:

@@ -12,6 +12,7 @@
     stages/CHECKPOINT/NAME/     of such a crosscoder: every checkpoint's own SAE in SAELens format
     plots/                      pictures of an evaluation
     explorer/index.html         the explorer's page, with its data in page-DIGEST/
+    explorer/graphs/            attribution graphs that the page shows
     explorer/records/HOOK/      records of an SAE (`jsae.records.store`); their texts are in records/texts/
     explorer/notes.jsonl        labels and notes that people wrote
     neuronpedia/FOLDER/         files in the format of another tool, a folder per format
@@ -104,6 +105,11 @@ class Layout:
     def page_file(self) -> Path:
         """The explorer's page."""
         return self.explorer_folder / "index.html"
+
+    @property
+    def shown_graphs_folder(self) -> Path:
+        """Attribution graphs that the explorer's page shows."""
+        return self.explorer_folder / "graphs"
 
     @property
     def notes_file(self) -> Path:

@@ -1,5 +1,6 @@
 """The exported SAEs of a run, an export or a folder of exports, as torch modules. No jax."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,19 +14,22 @@ from bridge.torch_sae import TorchSAE
 from jsae.saelens.settings import CFG
 
 
-def load_saes(path: str | Path, device: str | torch.device = "cpu") -> dict[str, TorchSAE]:
+def load_saes(
+    path: str | Path, device: str | torch.device = "cpu", *, transcoders: bool = False
+) -> dict[str, TorchSAE]:
     """Load exported SAEs; return them by hook name, from `metadata.hook_name` in cfg.json or the name of the folder.
 
     Args:
       path: an exported SAE, a run directory (for a sweep, that of a variant), or a folder of exports.
       device: the device of the SAEs.
+      transcoders: whether transcoders are allowed too, by the hook of their input.
 
     Raises:
       FileNotFoundError: there is no export at the path; the message lists what exists.
-      ValueError: an export is damaged, is a transcoder or crosscoder, or names no hook of a nanochat, or two exports
-        have the same hook.
+      ValueError: an export is damaged, is a crosscoder, or a transcoder where these are not allowed, or names no hook
+        of a nanochat, or two exports have the same hook.
     """
-    return _load(path, device, check_kind)
+    return _load(path, device, functools.partial(check_kind, transcoders=transcoders))
 
 
 def load_transcoders(path: str | Path, device: str | torch.device = "cpu") -> dict[str, TorchSAE]:

@@ -46,6 +46,8 @@ class Choice:
     """How SAEs encode (`bridge.torch_sae.TorchSAE.with_encoder`)."""
     encoder_k: int | None = None
     """Latents per token of the encoder; None is the SAE's own k."""
+    transcoders: bool = False
+    """Whether transcoders are allowed beside SAEs, by the hook of their input."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def find(choice: Choice) -> list[Subject]:
         if inputs.model not in models:
             models[inputs.model] = inputs.model.load(choice.device)
         nano = models[inputs.model]
-        compatibility.check(nano.model, saes, compatibility.known_fingerprint(nano, saes))
+        fingerprint = compatibility.known_fingerprint(nano, saes)
+        compatibility.check(nano.model, saes, fingerprint, transcoders=choice.transcoders)
         for hook, sae in saes.items():
             excluded, drop_sinks = _excluded(choice, path, sae, nano), _drop_sinks(choice, sae, inputs)
             encoding = _with_encoder(choice, path, sae)
@@ -177,7 +180,7 @@ def _saes(choice: Choice, path: Path) -> dict[str, TorchSAE]:
         require(recorded == choice.hook, f"{path} is an SAE of {recorded}, not of --hook={choice.hook}")
         saes = {choice.hook: sae}
     else:
-        saes = load_saes(path, choice.device)
+        saes = load_saes(path, choice.device, transcoders=choice.transcoders)
     if choice.hook is not None:
         require(choice.hook in saes, f"{path} has no SAE of {choice.hook}: there are {', '.join(saes)}")
         saes = {choice.hook: saes[choice.hook]}

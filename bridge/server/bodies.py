@@ -21,6 +21,10 @@ class Limits:
     prompt_tokens: int = 1024
     max_tokens: int = 256
     """Tokens of a continuation."""
+    graph_tokens: int = 128
+    """Tokens of a prompt whose attribution graph is computed."""
+    graph_features: int = 4000
+    """Features of such a graph."""
     features: int = 16
     """Features steered by one request."""
     seconds: float = 60.0

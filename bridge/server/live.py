@@ -1,4 +1,4 @@
-"""Answer the page's requests below /api: features of a text, steered continuations, notes."""
+"""Answer the page's requests below /api: features of a text, steered continuations, notes; graphs are in tracing.py."""
 
 import contextlib
 import functools
@@ -20,6 +20,7 @@ from bridge.runtime import Steer, Token
 from bridge.server.answers import Stream
 from bridge.server.bodies import Fields, Refusal, refusing
 from bridge.server.session import Session
+from bridge.server.tracing import Graphs, Tracer
 from bridge.steering import MODES, POSITIONS
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,9 @@ _STEER_FIELDS = ("hook", "index", "mode", "strength", "positions")
 class Api:
     """The endpoints below /api; requests and answers are JSON."""
 
-    def __init__(self, session: Session, run: Path):
+    def __init__(self, session: Session, run: Path, tracer: Tracer | None = None):
         self._session, self._run = session, run
+        self._graphs = Graphs(session, tracer)
         self._writing = threading.Lock()
 
     def routes(self) -> list[Route]:
@@ -47,6 +49,7 @@ class Api:
             Route("/api/info", self.info),
             Route("/api/activations", self.activations, methods=["POST"]),
             Route("/api/latent", self.latent, methods=["POST"]),
+            Route("/api/graph", self._graphs.graph, methods=["POST"]),
             Route("/api/steer", self.steer, methods=["POST"]),
             Route("/api/notes", self.notes),
             Route("/api/notes", self.note, methods=["POST"]),
@@ -58,6 +61,7 @@ class Api:
         return JSONResponse(
             {
                 "live": True,
+                "graphs": self._graphs.exist,
                 "model": {
                     "name": session.nano.name,
                     "n_layer": config.n_layer,

@@ -33,6 +33,7 @@ from bridge.server.connections import Connection, OpenConnections
 from bridge.server.guard import Guard, answer, is_loopback
 from bridge.server.live import Api
 from bridge.server.session import Session
+from bridge.server.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def app(
     limits: Limits | None = None,
     chat: bool | None = None,
     model_id: str | None = None,
+    tracer: Tracer | None = None,
 ) -> Starlette:
     """Return the app of a run: its page, the live endpoints below /api, Neuronpedia's inference API below /v1.
 
@@ -74,6 +76,7 @@ def app(
       limits: the limits of requests.
       chat: whether the model can chat; None decides by its path.
       model_id: Neuronpedia's name for the model; None accepts any name.
+      tracer: computes attribution graphs with the same model; None offers none.
 
     Raises:
       ValueError: there is no token although others can reach the host, or the model has no tokenizer.
@@ -82,7 +85,7 @@ def app(
         raise ValueError(f"others can reach a server at {host}: give it a token")
     session = Session(im, nano, limits or Limits(), chat)
     everything_else = Route("/{name:path}", functools.partial(page, Run(run).explorer_folder))
-    routes = [*Api(session, run).routes(), *wire.routes(session, model_id), everything_else]
+    routes = [*Api(session, run, tracer).routes(), *wire.routes(session, model_id), everything_else]
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, host=host, names=names, token=token, secret=secret)],
@@ -101,6 +104,7 @@ def serve(
     limits: Limits | None = None,
     chat: bool | None = None,
     model_id: str | None = None,
+    tracer: Tracer | None = None,
     say: Callable[[str], Any] = log.info,
 ) -> None:
     """Serve a run until interrupted (SIGINT, SIGTERM).
@@ -115,6 +119,7 @@ def serve(
       limits: the limits of requests.
       chat: whether the model can chat; None decides by its path.
       model_id: Neuronpedia's name for the model; None accepts any name.
+      tracer: computes attribution graphs with the same model; None offers none.
       say: called with the address to open.
 
     Raises:
@@ -137,6 +142,7 @@ def serve(
             limits=limits,
             chat=chat,
             model_id=model_id,
+            tracer=tracer,
         )
         gc.freeze()  # loaded objects stay: the garbage collector need not traverse them while clients wait
         say(f"explorer at {address(host, listener.getsockname()[1], token)}")
@@ -204,7 +210,7 @@ async def page(folder: Path, request: Request) -> Response:
     name = request.path_params["name"] or "index.html"
     file = folder / name
     try:
-        served = re.fullmatch(r"(page-[0-9a-f]{16}/)?[^./][^/]*", name) is not None and file.suffix in _PAGE
+        served = re.fullmatch(r"(page-[0-9a-f]{16}/|graphs/)?[^./][^/]*", name) is not None and file.suffix in _PAGE
         served = served and file.resolve() == folder.resolve() / name and file.is_file()
     except (OSError, ValueError):  # a name that is invalid for files
         served = False

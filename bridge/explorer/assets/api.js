@@ -74,6 +74,7 @@
   jsae.api = {
     lines, latest,
     steer: (request, signal) => ask("steer", request, signal),
+    graph: async (request) => (await ask("graph", request)).json(),
     note: async (line) => (await ask("notes", line)).json(),
   };
 })();

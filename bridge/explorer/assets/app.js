@@ -33,13 +33,18 @@
     const still = () => mine === turn;
     const { hook, latent, view, asked } = read();
     try {
+      document.body.toggleAttribute("data-wide", view === "graph" || !jsae.data.manifest.hooks.length);
+      if (view === "graph" || !jsae.data.manifest.hooks.length) {
+        await showGraph(hook, asked, still);
+        return;
+      }
       if (hook < 0) throw new Error(`no activation ${asked.get("hook")} in this run`);
       const list = await jsae.data.list(hook);
       if (!still()) return;
       if (jsae.list.current !== list) jsae.list.show(list);
       Object.assign(at, { hook, latent, view });
       document.getElementById("hook").value = String(hook);
-      for (const tab of document.querySelectorAll("#tabs a")) tab.toggleAttribute("aria-current", tab.dataset.view === view);
+      mark(view);
       document.body.dataset.view = latent !== null || view ? "main" : "list";
       jsae.list.choose(latent ?? -1);
       if (asked.has("latent") && (latent === null || latent >= list.size)) {
@@ -53,18 +58,32 @@
     }
   }
 
+  async function showGraph(hook, asked, still) {
+    Object.assign(at, { latent: null, view: "graph" });
+    document.body.dataset.view = "main";
+    mark("graph");
+    await jsae.graph.show(main, asked, still);
+  }
+
+  /* Mark the tab of a view. */
+  function mark(view) {
+    for (const tab of document.querySelectorAll("#tabs a")) tab.toggleAttribute("aria-current", tab.dataset.view === view);
+  }
+
   /* ---- keyboard ---- */
 
   const KEYS = [["j or →", "next latent of the list"], ["k or ←", "previous latent"], ["/", "search"], ["Enter", "open the first result"],
-    ["Esc", "leave the search; back to the overview"], ["Tab, ← → ↑ ↓", "move through the tokens of the texts"], ["f", "snippets or full texts"], ["r", "a random latent that fires"], ["t", "light or dark"], ["?", "this help"]];
+    ["Esc", "leave the search; back to the overview"], ["Tab, ← → ↑ ↓", "move through the tokens of the texts"], ["f", "snippets or full texts"], ["r", "a random latent that fires"], ["In a graph: i, o", "the strongest input or output of a node"], ["In a graph: Enter, p", "select or pin a node"], ["t", "light or dark"], ["?", "this help"]];
 
   const TYPED = "textarea, select, input:not([type=checkbox]):not([type=range])";
 
   function press(event) {
     const { target, key } = event;
+    const { hooks } = jsae.data.manifest;
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (target.closest(TYPED) || document.querySelector("dialog[open]")) return;
     if (target.type === "range" && key.startsWith("Arrow")) return;
+    if ((at.view === "graph" || !hooks.length) && !["t", "?", "Escape"].includes(key)) return;
     const step = { j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1 }[key];
     if (step) location.hash = link(jsae.list.step(at.latent ?? -1, step));
     else if (key === "/") jsae.list.focus();
@@ -95,9 +114,13 @@
   /* ---- views ---- */
 
   /* Draw the links to the views. On a wide screen the list and the overview are side by side and need none. */
-  function drawTabs() {
-    const tabs = [["", "Latents", "#", !jsae.live], ["overview", "Overview", "#view=overview", true],
-      ...(jsae.live ? [["text", "Your text", "#view=text"], ["steer", "Steer", "#view=steer"]] : [])];
+  async function drawTabs() {
+    const { hooks } = jsae.data.manifest;
+    const graphs = jsae.live?.graphs || (await jsae.graph.list()).length > 0;
+    const steered = jsae.live && !hooks.every(jsae.data.isTranscoder);
+    const tabs = [...(hooks.length ? [["", "Latents", "#", !jsae.live && !graphs], ["overview", "Overview", "#view=overview", true]] : []),
+      ...(jsae.live && hooks.length ? [["text", "Your text", "#view=text"]] : []), ...(steered ? [["steer", "Steer", "#view=steer"]] : []),
+      ...(graphs ? [["graph", "Graphs", "#view=graph"]] : [])];
     document.getElementById("tabs").append(...tabs.map(([view, name, href, narrow]) =>
       el("a", { href, "data-view": view, class: narrow && "narrow" }, name)));
   }
@@ -125,7 +148,7 @@
     });
     window.addEventListener("hashchange", route);
     await jsae.connect?.();
-    drawTabs();
+    await drawTabs();
     await route();
   }
 

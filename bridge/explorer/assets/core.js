@@ -111,6 +111,7 @@ window.jsae = {};
   }
 
   function place(tip, box, event) {
+    tip.style.left = "0"; // where it was, it may have been squeezed against the edge
     const wide = tip.offsetWidth;
     const broad = box.width > 300 && event.clientX; // then place it at the pointer
     const middle = broad ? event.clientX : box.left + box.width / 2;

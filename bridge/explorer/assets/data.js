@@ -32,6 +32,8 @@
     return manifest;
   };
 
+  data.isTranscoder = ({ architecture }) => architecture.endsWith("transcoder");
+
   /* Load the list of latents of hook number `hook`. */
   data.list = (hook) => {
     if (!lists.has(hook)) {

@@ -33,7 +33,7 @@
       el("div", { class: "line" }, el("a", { class: "plain back", href: "#" }, "‹ All"),
         el("span", { class: "id" }, `#${latent}`), step(-1, "Previous (k)", "‹"), step(1, "Next (j)", "›"), el("span", { class: "grow" }),
         jsae.live && el("button", { type: "button", class: "plain", id: "rename", on: { click: () => jsae.trace.rename(list, latent) } }, "Name it"),
-        jsae.live && el("button", { type: "button", class: "plain strong", id: "push", on: { click: () => jsae.steer.add(list, latent) } }, "Steer with it"),
+        jsae.live && !jsae.data.isTranscoder(list.info) && el("button", { type: "button", class: "plain strong", id: "push", on: { click: () => jsae.steer.add(list, latent) } }, "Steer with it"),
         el("button", { type: "button", class: "plain", on: { click: () => jsae.copy(location.href, "Link") } }, "Copy link")),
       title,
       el("p", { class: "origin quiet" }, origin(list, latent)),

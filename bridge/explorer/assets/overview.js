@@ -3,6 +3,14 @@
 
 (() => {
   const { el, number, percent, whole, short } = jsae;
+
+  /* Return what an SAE is, up to the name of its hook. */
+  function kindOf(info) {
+    const name = info.architecture.replace(/_?(skip_)?transcoder$/, "") || "relu";
+    const kind = jsae.data.isTranscoder(info) ? `${info.architecture.includes("skip_") ? "skip " : ""}transcoder that reads` : "SAE on";
+    return `${KINDS[name] ?? name} ${kind} `;
+  }
+
   const KINDS = { topk: "TopK", batchtopk: "BatchTopK", standard: "ReLU", relu: "ReLU", jumprelu: "JumpReLU", gated: "Gated", matryoshka: "Matryoshka" };
 
   function show(main, list) {
@@ -16,7 +24,7 @@
     main.replaceChildren(
       el("div", { class: "page overview" },
         el("header", {}, el("h1", {}, `What ${whole(list.size)} latents fire on`),
-          el("p", { class: "quiet" }, `${KINDS[info.architecture] ?? info.architecture} SAE on `, el("code", {}, info.hook), ` of ${manifest.model}, read over ${short(info.tokens)} tokens of ${manifest.dataset}`,
+          el("p", { class: "quiet" }, kindOf(info), el("code", {}, info.hook), ` of ${manifest.model}, read over ${short(info.tokens)} tokens of ${manifest.dataset}`,
             manifest.split === "all" ? "" : ` (${manifest.split})`, ".")),
         el("div", { class: "tiles" },
           tile(whole(alive.length), "alive", alive.length === list.size ? "all of them" : `${whole(list.size - alive.length)} never ${list.size - alive.length === 1 ? "fires" : "fire"}`),

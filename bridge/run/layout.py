@@ -18,6 +18,7 @@
     neuronpedia/upload/         bodies of requests to Neuronpedia
     neuronpedia/uploads.jsonl   what was sent to Neuronpedia
     graphs/SITE/SLUG.json       attribution graphs, a folder per site that shows them
+    lenses/KIND.pt              fitted lenses on the model: jacobian.pt and tuned.pt
     VARIANT/                    of a sweep: a run of its own, whose checkpoints and events are in the sweep's directory
 
 No torch, and nothing is read.
@@ -123,6 +124,10 @@ class Layout:
     def graphs_folder(self) -> Path:
         """Attribution graphs, a folder per site that shows them."""
         return self.path / "graphs"
+
+    def lens_file(self, kind: Literal["jacobian", "tuned"]) -> Path:
+        """A fitted lens on the run's model."""
+        return self.path / "lenses" / f"{kind}.pt"
 
     @property
     def neuronpedia_folder(self) -> Path:

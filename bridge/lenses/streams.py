@@ -19,23 +19,24 @@ class Streams:
 
     Attributes:
       blocks: outputs of all blocks, `blocks.L.hook_resid_post`, (B, T, C) each.
-      x0: the stream before the first block.
+      x0: the stream before the first block; None where only outputs of blocks were read.
       bigram: bigram embeddings (G4e); None without.
       logits: the model's own, (B, T, V); None if the pass ended after the last block.
     """
 
     blocks: list[Stream]
-    x0: Stream
+    x0: Stream | None
     bigram: Stream | None
     logits: Float[Tensor, "B T V"] | None
 
     def at(self, positions: slice) -> "Streams":
         """Return the streams of some positions."""
-        bigram, logits = (None if x is None else x[:, positions] for x in (self.bigram, self.logits))
-        return Streams([h[:, positions] for h in self.blocks], self.x0[:, positions], bigram, logits)
+        x0, bigram, logits = (None if x is None else x[:, positions] for x in (self.x0, self.bigram, self.logits))
+        return Streams([h[:, positions] for h in self.blocks], x0, bigram, logits)
 
     def direct(self, path: DirectPath, layer: int) -> Stream:
-        """Return the final stream without the writes of the blocks after a layer."""
+        """Return the final stream without the writes of the blocks after a layer; it needs `x0`."""
+        assert self.x0 is not None
         stream = path.own * self.blocks[layer] + path.x0 * self.x0
         if path.middle:
             stream = stream + path.middle * self.blocks[len(self.blocks) // 2]

@@ -47,7 +47,7 @@
       }
       document.title = `${latent === null ? "" : `#${latent} ${list.labels[latent]} · `}${jsae.data.manifest.run} · jsae`;
       if (latent !== null) await jsae.latent.show(main, hook, latent, still);
-      else (jsae.live && { text: jsae.trace, steer: jsae.steer }[view] || jsae.overview).show(main, list);
+      else (jsae.live && { text: jsae.trace, lens: jsae.lens, steer: jsae.steer }[view] || jsae.overview).show(main, list);
     } catch (error) {
       if (still()) main.replaceChildren(el("p", { class: "pad bad", role: "alert" }, error.message));
     }
@@ -97,7 +97,7 @@
   /* Draw the links to the views. On a wide screen the list and the overview are side by side and need none. */
   function drawTabs() {
     const tabs = [["", "Latents", "#", !jsae.live], ["overview", "Overview", "#view=overview", true],
-      ...(jsae.live ? [["text", "Your text", "#view=text"], ["steer", "Steer", "#view=steer"]] : [])];
+      ...(jsae.live ? [["text", "Your text", "#view=text"], ["lens", "Lenses", "#view=lens"], ["steer", "Steer", "#view=steer"]] : [])];
     document.getElementById("tabs").append(...tabs.map(([view, name, href, narrow]) =>
       el("a", { href, "data-view": view, class: narrow && "narrow" }, name)));
   }

@@ -191,7 +191,7 @@ def _fit(config: LensConfig, nano: Nanochat) -> int:
         command = shlex.join(word for word in sys.argv[1:] if word not in ("--resume", "--resume=true"))
         print(f"stopped; continue with: python -m experiments.lens {command} --resume", flush=True)
         return signals.STOPPED
-    first, following = lens.provenance["prompts"]  # type: ignore[misc]
+    first, following = fitting.span(lens)
     print(f"jacobian lens   {out}: {lens.n_prompts} prompts, pieces {first} to {following - 1} of the text", flush=True)
     return 0
 
@@ -219,8 +219,7 @@ def _lenses(config: LensConfig, nano: Nanochat) -> dict[str, Lens]:
     found: dict[str, Lens] = {"logit": LogitLens(nano.model), "direct": DirectLens(nano.model)}
     paths = [Path(path) for path in config.lens]
     if config.run_dir and not paths:
-        files = (Layout(config.run_dir).lens_file(kind) for kind in ("jacobian", "tuned"))
-        paths = [file for file in files if file.is_file()]
+        paths = Layout(config.run_dir).lens_files
     for path in paths:
         lens = fitting.load(nano, path)
         require(lens.name not in found, f"{path} is a second {lens.name} lens: give one of each kind")

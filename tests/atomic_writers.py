@@ -246,6 +246,15 @@ def _graph(run: Path, version: int) -> None:
     graph_file.write(run / "graphs", graph, prune(graph), naming, Limits())
 
 
+def _lens(run: Path, version: int) -> None:
+    import torch
+
+    from bridge import lenses
+    from bridge.run import Run
+
+    lenses.save(lenses.JacobianLens({0: torch.full((40, 40), float(version))}, version), Run(run).lens_file("jacobian"))
+
+
 WRITERS: Mapping[str, Writer] = {
     "SAE": Writer(_export, "sae/new", tree),
     "sparsity": Writer(_sparsity, f"sae/{HOOK}/sparsity.safetensors", tree),
@@ -255,6 +264,7 @@ WRITERS: Mapping[str, Writer] = {
     "delphi": Writer(_delphi, "out", tree),
     "circuit_tracer": Writer(_circuit_tracer, "out", tree),
     "graph": Writer(_graph, "graphs/neuronpedia", tree),
+    "lens": Writer(_lens, "lenses/jacobian.pt", tree),
     "upload": Writer(_upload, "out", tree),
     "ledger": Writer(_ledger, "uploads.jsonl", _lines),
     "page": Writer(_write_page, "explorer", _page),

@@ -155,7 +155,7 @@ def _start(
     require(state.exists(), f"there is no unfinished fit at {state}: leave --resume out")
     lens = lens_file.load(state, nano.model.lm_head.weight.device)
     expected = about | {"first_prompt": first_prompt}
-    recorded = {name: lens.provenance.get(name) for name in about} | {"first_prompt": _span(lens)[0]}
+    recorded = {name: lens.provenance.get(name) for name in about} | {"first_prompt": span(lens)[0]}
     for name, value in expected.items():
         require(
             recorded[name] == value,
@@ -164,17 +164,19 @@ def _start(
         )
     moves = lens.provenance.get("moves")
     assert isinstance(lens, JacobianLens)
-    return jacobian.Mean(lens, moves if isinstance(moves, list) else ()), _span(lens)[1]
+    return jacobian.Mean(lens, moves if isinstance(moves, list) else ()), span(lens)[1]
 
 
-def _span(lens: JacobianLens | TunedLens) -> tuple[int, int]:
-    """Return the pieces of text that an unfinished fit has read, [first, next)."""
-    span = lens.provenance.get("prompts")
-    require(
-        isinstance(lens, JacobianLens) and isinstance(span, list) and [type(i) for i in span] == [int, int],
-        "the unfinished fit does not say which prompts it has: move it to start anew",
-    )
-    return span[0], span[1]  # type: ignore[index]
+def span(lens: JacobianLens | TunedLens) -> tuple[int, int]:
+    """Return the pieces of text that a fit of a Jacobian lens has read, [first, next).
+
+    Raises:
+      ValueError: the lens does not say so.
+    """
+    pieces = lens.provenance.get("prompts")
+    if not (isinstance(lens, JacobianLens) and isinstance(pieces, list) and [type(i) for i in pieces] == [int, int]):
+        raise ValueError(f"the {lens.name} lens does not say which prompts it has: fit it anew")
+    return pieces[0], pieces[1]
 
 
 def fit_tuned(

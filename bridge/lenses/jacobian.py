@@ -73,7 +73,7 @@ def row_jacobians(
 
 def _batch_size(gpt: nn.Module, length: int) -> int:
     weight = gpt.lm_head.weight
-    budget = free_memory(weight.device) // 8 if weight.is_cuda else _BATCH_BYTES  # type: ignore[operator]
+    budget = free_memory(weight.device) // 8 if weight.is_cuda else _BATCH_BYTES
     return max(1, budget // (_COPY_FLOATS * gpt.config.n_layer * length * gpt.config.n_embd * weight.element_size()))
 
 

@@ -149,8 +149,8 @@ class TunedLens:
 
     def to(self, device: torch.device | str) -> "TunedLens":
         """Return the lens on a device."""
-        moved = ({i: x.to(device) for i, x in part.items()} for part in (self.matrices, self.biases))
-        return dataclasses.replace(self, **dict(zip(("matrices", "biases"), moved, strict=True)))
+        matrices, biases = ({i: x.to(device) for i, x in part.items()} for part in (self.matrices, self.biases))
+        return dataclasses.replace(self, matrices=matrices, biases=biases)
 
 
 FittedLens = JacobianLens | TunedLens

@@ -47,7 +47,7 @@ def rows(model: nn.Module, lens: Lens, streams: Streams, layer: int) -> Float[Te
       layer: one of the lens's layers, or the last layer.
     """
     if layer == len(streams.blocks) - 1:
-        return streams.logits.log_softmax(-1)  # type: ignore[union-attr]
+        return streams.logits.log_softmax(-1)
     return unembed(model, lens.stream(streams, layer)).log_softmax(-1)
 
 
@@ -103,7 +103,7 @@ def _row(
         parts.append(
             (best.indices, best.values.exp(), (logs[: len(following)] > own).sum(1), -(logs.exp() * logs).sum(1))
         )
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 # ---- directions -----------------------------------------------------------------------------------------------------

@@ -130,6 +130,11 @@ class Layout:
         return self.path / "lenses" / f"{kind}.pt"
 
     @property
+    def lens_files(self) -> list[Path]:
+        """The fitted lenses that the run has."""
+        return [file for file in (self.lens_file("jacobian"), self.lens_file("tuned")) if file.is_file()]
+
+    @property
     def neuronpedia_folder(self) -> Path:
         """Files in formats of other tools, a folder per format."""
         return self.path / "neuronpedia"

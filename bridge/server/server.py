@@ -9,7 +9,7 @@ import secrets
 import socket
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jsae import extras
 
@@ -99,8 +99,7 @@ def _fitted_lenses(run: Run, nano: Nanochat) -> list[FittedLens]:
     Raises:
       ValueError: one is broken, or of another model; names its file.
     """
-    kinds: tuple[Literal["jacobian"], Literal["tuned"]] = ("jacobian", "tuned")
-    return [fitting.load(nano, file) for file in map(run.lens_file, kinds) if file.is_file()]
+    return [fitting.load(nano, file) for file in run.lens_files]
 
 
 def serve(

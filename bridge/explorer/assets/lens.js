@@ -88,7 +88,7 @@
     return el("td", {
       class: ["hot", hit && "hit"].filter(Boolean).join(" "), vars: { "--h": heat(reply, row, at).toFixed(3) },
       tip: () => hover(reply, row, at),
-    }, jsae.tokens.line(jsae.tokens.word(id)).replace(/^ /, "·"));
+    }, visible(jsae.tokens.word(id)));
   }
 
   /* Return the strength of a cell's colour, from 0 to 1. */
@@ -105,7 +105,11 @@
     return [...likely, ...next, ["entropy", `${number(reply.entropy[row][at])} nats`]];
   }
 
-  const visible = (text) => (text === "" ? "◌" : jsae.tokens.line(text).replace(/^ /, "·"));
+  /* Return a token in one short line, with blanks as dots; many blanks are counted. */
+  function visible(text) {
+    if (text === "") return "◌";
+    return jsae.tokens.line(text).replace(/ {4,}/g, (blanks) => `·×${blanks.length}`).replaceAll(" ", "·");
+  }
 
   /* Let the arrow keys move from cell to cell; Tab stops at the table once. */
   function walk(grid) {

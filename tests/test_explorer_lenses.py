@@ -1,6 +1,7 @@
 """Lenses over real HTTP, on Neuronpedia's wire and below /api: names, formats, the model's own numbers, refusals."""
 
 import json
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -328,14 +329,15 @@ def test_the_server_reports_its_state(client):
 
 
 def test_a_busy_server_says_so_at_once_if_asked(model):
+    handle = model[1].model.transformer.wte.register_forward_hook(lambda *_: time.sleep(2))
     with served(*model, model_id=MODEL, limits=Limits(generations=1)) as client:
-        body = BASE | {"stream": True, "numCompletionTokens": 200}
-        with client.stream("POST", "/v1/lens/prompt", json=body) as response:
+        with client.stream("POST", "/v1/lens/prompt", json=BASE | {"stream": True}) as response:
             next(response.iter_lines())
             busy = ask(client, 429, failIfBusy=True)
+            handle.remove()
             assert busy["busy"] is True
             assert set(busy) == {"error", "busy"}
-        assert "try again" in client.post("/v1/lens/prompt", json=BASE | {"type": []}).json().get("error", "try again")
+            assert "try again" in ask(client, 429)["error"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """What lenses show: the most likely tokens after every layer of a text, and the tokens that a direction writes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -63,7 +64,16 @@ def rows_of(lens: Lens, depth: int, layers: Sequence[int] = ()) -> list[int]:
     return [*(layer for layer in lens.layers if layer in wanted and layer < depth - 1), depth - 1]
 
 
-@torch.no_grad()
+class Row(NamedTuple):
+    """One row of a table: what `Table` has, for a layer."""
+
+    layer: int
+    tokens: Int[Tensor, "T n"]
+    probabilities: Float[Tensor, "T n"]
+    ranks: Int[Tensor, " T-1"]
+    entropy: Float[Tensor, " T"]
+
+
 def table(
     model: nn.Module,
     lens: Lens,
@@ -83,27 +93,39 @@ def table(
       top: number of tokens per cell.
       layers: rows; none are all that the lens has.
     """
-    chosen = rows_of(lens, len(streams.blocks), layers)
-    gpt = check_model(model, "lenses", coarse=True)
-    step = max(1, _NUMBERS_AT_ONCE // gpt.config.vocab_size)
-    cells = [_row(model, lens, streams, tokens, layer, min(top, gpt.config.vocab_size), step) for layer in chosen]
-    return Table(lens.name, tuple(chosen), *(torch.stack(part) for part in zip(*cells, strict=True)))
+    return assembled(lens.name, list(table_rows(model, lens, streams, tokens, top=top, layers=layers)))
 
 
+def table_rows(
+    model: nn.Module, lens: Lens, streams: Streams, tokens: Int[Tensor, " T"], *, top: int, layers: Sequence[int] = ()
+) -> Iterator[Row]:
+    """Yield the rows of `table` one by one, as a server needs them that does other work between."""
+    vocabulary = check_model(model, "lenses", coarse=True).config.vocab_size
+    step = max(1, _NUMBERS_AT_ONCE // vocabulary)
+    for layer in rows_of(lens, len(streams.blocks), layers):
+        yield _row(model, lens, streams, tokens, layer, min(top, vocabulary), step)
+
+
+def assembled(name: str, rows: Sequence[Row]) -> Table:
+    """Return the table of some rows by a lens."""
+    layers, *parts = zip(*rows, strict=True)
+    return Table(name, tuple(layers), *(torch.stack(part) for part in parts))
+
+
+@torch.no_grad()
 def _row(
     model: nn.Module, lens: Lens, streams: Streams, tokens: Int[Tensor, " T"], layer: int, top: int, step: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return tokens, probabilities, ranks and entropy of one row, computed some positions at a time."""
+) -> Row:
+    """Return one row, computed some positions at a time."""
     parts = []
     for start in range(0, len(tokens), step):
         logs = rows(model, lens, streams.at(slice(start, start + step)), layer)[0]
         best = logs.topk(top)
         following = tokens[start + 1 : start + 1 + len(logs)]
         own = logs[: len(following)].gather(1, following[:, None])
-        parts.append(
-            (best.indices, best.values.exp(), (logs[: len(following)] > own).sum(1), -(logs.exp() * logs).sum(1))
-        )
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        ranks = (logs[: len(following)] > own).sum(1)
+        parts.append((best.indices, best.values.exp(), ranks, -(logs.exp() * logs).sum(1)))
+    return Row(layer, *(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 # ---- directions -----------------------------------------------------------------------------------------------------

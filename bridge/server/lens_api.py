@@ -30,7 +30,7 @@ async def text(session: Session, request: Request) -> Response:
     async def make() -> dict[str, Any]:
         ids = await session.ids(content)
         session.check_size(top * session.nano.config.n_layer, len(ids), numbers=2)
-        found = await session.run(lens_tables.table, session, ids, name, top, ())
+        found = await lens_tables.table(session, ids, name, top)
         return {"tokens": [{"id": i, "text": t} for i, t in zip(ids, session.spell(ids), strict=True)]} | found
 
     return await session.answer(request, make)

@@ -7,6 +7,7 @@ import torch
 
 from bridge import lenses
 from bridge.hooks import parse
+from bridge.lenses import tables
 from bridge.lenses.lens import JacobianLens
 from bridge.server.bodies import Refusal
 from bridge.server.session import Session
@@ -15,20 +16,22 @@ _WRITTEN = 20
 """Tokens that a direction raises, and that it lowers, in an answer."""
 
 
-def table(session: Session, ids: Sequence[int], name: str, top: int, layers: Sequence[int]) -> dict[str, Any]:
-    """Return a lens on a text, rows from the first layer to the model's own output. Call it through `Session.run`.
+async def table(session: Session, ids: Sequence[int], name: str, top: int) -> dict[str, Any]:
+    """Return a lens on a text, rows from the first layer to the model's own output; every row takes its own turn.
 
     Args:
       session: the model and its lenses.
       ids: the text, BOS first.
       name: of the lens.
       top: tokens per cell.
-      layers: rows; none are all.
     """
     model = session.im.model
     tokens = torch.tensor(ids, device=model.lm_head.weight.device)
-    streams = lenses.read(model, tokens[None])
-    found = lenses.table(model, session.lenses[name], streams, tokens, top=top, layers=layers)
+    streams = await session.run(lenses.read, model, tokens[None])
+    rows, remaining = [], tables.table_rows(model, session.lenses[name], streams, tokens, top=top)
+    while (row := await session.run(next, remaining, None)) is not None:
+        rows.append(row)
+    found = tables.assembled(name, rows)
     return {
         "layers": list(found.layers),
         "ids": found.tokens.tolist(),

@@ -7,10 +7,11 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import anyio
+from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -24,7 +25,7 @@ from bridge.server.lens_steering import Intervention, intervention
 from bridge.server.session import Session
 from bridge.server.source_ids import Sources
 from bridge.server.wire_steer import BOS
-from bridge.server.words import display
+from bridge.server.words import LONGEST_CHARACTER, UNKNOWN, Shown, display
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ TYPES: Mapping[str, str] = {"LOGIT_LENS": "logit", "JACOBIAN_LENS": "jacobian"}
 _MOST = 100  # tokens per cell
 _AT_ONCE = 16  # positions that are read out in one turn at the model
 _SECONDS_TO_END = 30.0
-_DECIMALS = 4
 
 Frame = dict[str, Any]
 
@@ -113,7 +113,7 @@ class Lenses:
         new = 0 if fields.items("inputTokenIds", 2**20, []) else fields.whole("numCompletionTokens", 0, 2**31, 0)
         new = min(new, session.limits.max_tokens, max(self.token_limit - len(ids), 0))
         session.check_size(top * sum(map(len, layers.values())), len(ids) + new, numbers=2)
-        change = intervention(session, fields)
+        change = await to_thread.run_sync(intervention, session, fields)
         cached = fields.indices("cachedTokenIds", session.nano.config.vocab_size)
         ends = ["<|bos|>", *(["<|assistant_end|>"] if chat else [])]
         stop_tokens = tuple(session.im.tokenizer.special_tokens[name] for name in ends)
@@ -155,19 +155,24 @@ class Lenses:
     async def _frames(self, wanted: _Wanted) -> AsyncGenerator[Frame, None]:
         """Yield the frames of an answer: meta, prompt, a token per position, done; or an error in the place of done."""
         yield _meta(wanted)
-        prompt = self._display(wanted.ids)
-        yield {"kind": "prompt", "tokens": [self._token(wanted, i, wanted.ids[i], shown) for i, shown in prompt]}
+        shown = self._display(wanted.ids)
+        yield {
+            "kind": "prompt",
+            "tokens": [self._token(wanted, *one) for one in zip(range(len(shown)), wanted.ids, shown, strict=True)],
+        }
         try:
             completion: list[int] = []
-            pending: list[Frame] = []
-            async for position, token, results in self._positions(wanted):
-                if position >= len(wanted.ids):
-                    completion.append(token)
-                frame = {"kind": "token", **self._token(wanted, position, token, ("", False)), "results": results}
-                for ready in self._named(wanted, pending, frame, prompt):
-                    yield ready
-            for ready in self._as_they_are(pending):
-                yield ready
+            waiting: list[_Read] = []
+            async for read in self._positions(wanted):
+                if read.position < len(shown):
+                    yield self._frame(wanted, read, shown[read.position])
+                    continue
+                completion.append(read.token)
+                waiting.append(read)
+                for frame in self._complete(wanted, waiting):
+                    yield frame
+            for frame in self._complete(wanted, waiting, at_the_end=True):
+                yield frame
             yield {
                 "kind": "done",
                 "seq_len": len(wanted.ids) + len(completion),
@@ -181,40 +186,34 @@ class Lenses:
             log.exception("a lens failed")
             yield {"kind": "error", "error": "the lens failed: see the server's log"}
 
-    def _display(self, ids: Sequence[int]) -> list[tuple[int, tuple[str, bool]]]:
-        return list(enumerate(display([self._session.im.tokenizer.token_bytes_of(token) for token in ids])))
+    def _display(self, ids: Sequence[int]) -> list[Shown]:
+        return display([self._session.im.tokenizer.token_bytes_of(token) for token in ids])
 
-    def _token(self, wanted: _Wanted, position: int, token: int, shown: tuple[str, bool]) -> Frame:
+    def _token(self, wanted: _Wanted, position: int, token: int, shown: Shown) -> Frame:
         return {
             "position": position,
-            "token": shown[0],
+            "token": shown.text,
             "id": token,
             "is_generated": position >= len(wanted.ids),
-            "is_char_continuation": shown[1],
+            "is_char_continuation": shown.repeats,
             **wanted.span(position),
         }
 
-    def _named(
-        self, wanted: _Wanted, pending: list[Frame], frame: Frame, prompt: Sequence[tuple[int, tuple[str, bool]]]
-    ) -> Iterator[Frame]:
-        """Yield the frames whose text is known; tokens of a character that is not complete yet wait in `pending`."""
-        if frame["position"] < len(prompt):
-            frame["token"], frame["is_char_continuation"] = prompt[frame["position"]][1]
-            yield frame
-            return
-        pending.append(frame)
-        shown = self._display([one["id"] for one in pending])
-        if "\ufffd" not in shown[0][1][0] or len(pending) > 3:  # no character has more than four bytes
-            yield from self._as_they_are(pending)
+    def _frame(self, wanted: _Wanted, read: "_Read", shown: Shown) -> Frame:
+        token = self._token(wanted, read.position, read.token, shown)
+        return {"kind": "token", **token, "results": read.results}
 
-    def _as_they_are(self, pending: list[Frame]) -> Iterator[Frame]:
-        """Yield frames that waited, with the text of their tokens together."""
-        for place, (text, continues) in self._display([frame["id"] for frame in pending]):
-            yield pending[place] | {"token": text, "is_char_continuation": continues}
-        pending.clear()
+    def _complete(self, wanted: _Wanted, waiting: list["_Read"], at_the_end: bool = False) -> list[Frame]:
+        """Return the frames of new tokens that form whole characters, and remove these tokens from `waiting`."""
+        shown = self._display([read.token for read in waiting])
+        if not at_the_end and len(waiting) < LONGEST_CHARACTER and UNKNOWN in shown[0].text:
+            return []
+        frames = [self._frame(wanted, *one) for one in zip(waiting, shown, strict=True)]
+        waiting.clear()
+        return frames
 
-    async def _positions(self, wanted: _Wanted) -> AsyncGenerator[tuple[int, int, list[Frame]], None]:
-        """Yield position, token and read-outs: of the prompt after the reused positions, then of every new token."""
+    async def _positions(self, wanted: _Wanted) -> AsyncGenerator["_Read", None]:
+        """Yield what lenses read: at the prompt after the reused positions, then at every new token."""
         session = self._session
         passes = iter(Passes(session, wanted.ids, wanted.continuation, wanted.change))
         chosen = {kind: (session.lenses[TYPES[kind]], layers) for kind, layers in wanted.layers.items()}
@@ -226,8 +225,16 @@ class Lenses:
             for start in range(first, len(tokens), _AT_ONCE):
                 results = await session.run(read_outs, streams.at(slice(start, start + _AT_ONCE)))
                 for place, result in enumerate(results, start):
-                    yield position + place, tokens[place], result
+                    yield _Read(position + place, tokens[place], result)
             position += len(tokens)
+
+
+class _Read(NamedTuple):
+    """What lenses read at a position."""
+
+    position: int
+    token: int
+    results: list[Frame]
 
 
 def _meta(wanted: _Wanted) -> Frame:

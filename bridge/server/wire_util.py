@@ -37,9 +37,10 @@ class Utilities:
         most = min(count, MOST_SIMILAR, sae.d_sae)
 
         def find() -> list[dict[str, Any]]:
-            rows = torch.nn.functional.normalize(sae.W_dec.float(), dim=1)
-            cosines = (rows @ torch.nn.functional.normalize(query.to(rows), dim=0)).nan_to_num(0.0)
-            best = cosines.topk(most)
+            lengths = torch.linalg.vector_norm(sae.W_dec, dim=1, dtype=torch.float32)  # without a copy of W_dec
+            direction = query.to(sae.W_dec)
+            products = (sae.W_dec @ direction).float()
+            best = (products / (lengths * direction.float().norm()).clamp(min=1e-8)).nan_to_num(0.0).topk(most)
             return [
                 {"feature": {"model": fields.text("model"), "source": source, "index": i}, "cosineSimilarity": value}
                 for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -330,14 +330,16 @@ def test_the_server_reports_its_state(client):
 
 def test_a_busy_server_says_so_at_once_if_asked(model):
     handle = model[1].model.transformer.wte.register_forward_hook(lambda *_: time.sleep(2))
-    with served(*model, model_id=MODEL, limits=Limits(generations=1)) as client:
-        with client.stream("POST", "/v1/lens/prompt", json=BASE | {"stream": True}) as response:
-            next(response.iter_lines())
-            busy = ask(client, 429, failIfBusy=True)
-            handle.remove()
-            assert busy["busy"] is True
-            assert set(busy) == {"error", "busy"}
-            assert "try again" in ask(client, 429)["error"]
+    with (
+        served(*model, model_id=MODEL, limits=Limits(generations=1)) as client,
+        client.stream("POST", "/v1/lens/prompt", json=BASE | {"stream": True}) as response,
+    ):
+        next(response.iter_lines())
+        busy = ask(client, 429, failIfBusy=True)
+        handle.remove()
+        assert busy["busy"] is True
+        assert set(busy) == {"error", "busy"}
+        assert "try again" in ask(client, 429)["error"]
 
 
 @pytest.mark.parametrize(

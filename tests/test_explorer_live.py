@@ -146,7 +146,7 @@ def test_a_text_shows_what_every_layer_expects(visit, live):
     text = "def mean(values):\n    return <b>x</b>"
     nano = bridge.nanochat.load("demo")
     ids = torch.tensor(nano.tokenizer.encode(text, prepend_bos=True))
-    tab = visit(f"{live[0]}#hook={toy.HOOK}&view=lens")
+    tab = visit(f"{live[0]}#hook={toy.HOOK}&view=lens", expected="400")
     tab.fill("#lensed", text)
     tab.wait_for_selector(".lenstable td")
     rows = tab.locator(".lenstable tbody tr")

@@ -232,6 +232,13 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_of_a_latent_that_may_be_negative_the_positive_side_is_named",
         "test_the_text_is_cut_where_an_sae_fires_too_often",
     ),
+    "test_lenses": (
+        "test_jacobians_are_finite_differences_summed_over_later_targets",
+        "test_lenses_of_halves_merge_to_the_lens_of_all",
+        "test_any_number_of_copies_gives_the_same_jacobians",
+        "test_a_fit_ends_when_the_mean_has_settled_or_prompts_end",
+        "test_a_tuned_lens_starts_as_the_logit_lens_and_learns",
+    ),
     "test_locations": (
         "test_flagfiles_that_are_none_are_refused_in_one_line",
         "test_a_chain_of_1500_flagfiles_is_refused_and_one_of_50_is_read",

@@ -1,5 +1,6 @@
 """Small endpoints of Neuronpedia's inference API: similar features, chat templates, the state of the server."""
 
+import os
 import resource
 import threading
 import time
@@ -9,6 +10,7 @@ import torch
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from bridge.circuits.tracing import free_memory
 from bridge.server.bodies import Fields, Refusal
 from bridge.server.chats import MESSAGES, spans
 from bridge.server.session import Session
@@ -140,12 +142,11 @@ class Utilities:
 
 def _system_memory() -> tuple[int, int]:
     """Return the bytes of memory in use and in all; zeros where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - a stream of the kernel, not a file
-            sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in file)}
-        return sizes["MemTotal"] - sizes["MemAvailable"], sizes["MemTotal"]
-    except (OSError, KeyError, ValueError, IndexError):
+    available = free_memory(torch.device("cpu"))
+    if available is None:
         return 0, 0
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total - available, total
 
 
 def _gpus() -> list[dict[str, Any]]:

@@ -72,7 +72,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> FittedLens:
     if not path.is_file():
         raise FileNotFoundError(f"no lens at {path}: fit one with `python -m experiments.lens --fit=jacobian`")
     try:
-        return _parse(torch_file.read(path), device)
+        content = torch_file.read(path)
+        _check_size(content, path.stat().st_size)
+        return _parse(content, device)
     except ValueError as error:
         raise ValueError(f"{path} is not a lens that can be read: {error}") from error
 
@@ -121,6 +123,15 @@ def _stored(tensors: Mapping[int, Tensor], dtype: torch.dtype) -> dict[int, Tens
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def _check_size(content: Any, size: int) -> None:
+    """Raise ValueError if tensors share their numbers, so that copies of them may fill the memory."""
+    parts = content.values() if type(content) is dict else ()
+    tensors = [tensor for part in parts if type(part) is dict for tensor in part.values() if isinstance(tensor, Tensor)]
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if total > size:
+        raise ValueError(f"its tensors have {total:,} bytes, more than the file: several are the same one")
 
 
 def _parse(content: Any, device: torch.device | str) -> FittedLens:

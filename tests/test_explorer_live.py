@@ -172,6 +172,12 @@ def test_a_text_shows_what_every_layer_expects(visit, live):
     assert "No tuned lens yet" in tab.locator(".absent").inner_text()
     tab.fill("#lensed", "x " * 3000)
     tab.wait_for_selector(".traced .bad")
+    tab.fill("#lensed", "import os")
+    tab.wait_for_selector(".lenstable td")
+    tab.click("#tabs [data-view=text]")
+    assert tab.input_value("#typed") == "import os", "both views have one text"
+    tab.click("#tabs [data-view=lens]")
+    tab.wait_for_selector(".lenstable td")
     assert min(contrasts(tab))[0] >= ENOUGH, min(contrasts(tab))
 
 

@@ -12,12 +12,13 @@
     tuned: ["Tuned", "Each layer's output, translated by a fit to the model's own output."],
   };
   const COLOURS = [["probability", "Probability", "How sure the lens is of its token"], ["next", "Next token", "How high the lens ranks the token that follows"]];
-  const state = { text: "", lens: "direct", colour: "probability" };
+  const state = { lens: "direct", colour: "probability" }; // the text is that of the other view
 
   /* ---- a text ---- */
 
   function show(main, list) {
     const result = el("div", { class: "traced" });
+    const typed = jsae.trace.state;
     let reply = null;
     const draw = () => reply && result.replaceChildren(...table(reply, list));
     const ask = jsae.api.latest("lens", (answer) => {
@@ -30,16 +31,16 @@
     const about = el("p", { class: "quiet small" });
     const read = () => {
       about.textContent = KINDS[state.lens][1];
-      if (state.text) ask({ text: state.text, lens: state.lens, top: TOP });
+      if (typed.text) ask({ text: typed.text, lens: state.lens, top: TOP });
       else {
         reply = null;
         result.replaceChildren(el("p", { class: "quiet" }, "A table of layers by tokens appears here as you type."));
       }
     };
     const box = el("textarea", {
-      class: "typed", id: "lensed", rows: 3, "aria-label": "Type or paste text", placeholder: "Type or paste text", spellcheck: "false", value: state.text,
+      class: "typed", id: "lensed", rows: 3, "aria-label": "Type or paste text", placeholder: "Type or paste text", spellcheck: "false", value: typed.text,
       on: { input: later((event) => {
-        state.text = event.target.value;
+        typed.text = event.target.value;
         read();
       }, PAUSE) },
     });

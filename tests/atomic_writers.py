@@ -262,6 +262,15 @@ def _listed(folder: Path) -> Content:
     return {name: (folder / f"{name}.graph.js").read_bytes() for name in names}
 
 
+def _lens(run: Path, version: int) -> None:
+    import torch
+
+    from bridge import lenses
+    from bridge.run import Run
+
+    lenses.save(lenses.JacobianLens({0: torch.full((40, 40), float(version))}, version), Run(run).lens_file("jacobian"))
+
+
 WRITERS: Mapping[str, Writer] = {
     "SAE": Writer(_export, "sae/new", tree),
     "sparsity": Writer(_sparsity, f"sae/{HOOK}/sparsity.safetensors", tree),
@@ -272,6 +281,7 @@ WRITERS: Mapping[str, Writer] = {
     "circuit_tracer": Writer(_circuit_tracer, "out", tree),
     "graph": Writer(_graph, "graphs/neuronpedia", tree),
     "shown graph": Writer(_shown_graph, "explorer/graphs", _listed),
+    "lens": Writer(_lens, "lenses/jacobian.pt", tree),
     "upload": Writer(_upload, "out", tree),
     "ledger": Writer(_ledger, "uploads.jsonl", _lines),
     "page": Writer(_write_page, "explorer", _page),

@@ -14,6 +14,7 @@ _NAMES = {
     "export": "ExportConfig",
     "publish": "PublishConfig",
     "trace": "TraceConfig",
+    "lens": "LensConfig",
 }
 CONFIGS: dict[str, type] = {
     command: getattr(importlib.import_module(f"experiments.{command}"), name) for command, name in _NAMES.items()

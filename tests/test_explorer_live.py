@@ -13,10 +13,12 @@ from typing import Any
 import explorer_toy as toy
 import numpy as np
 import pytest
+import torch
 from chromium import ENOUGH, PHONE, assert_fits, contrasts, open_latent
 from toy_saes import export, toy_sae
 
 import bridge.nanochat
+from bridge import lenses
 from bridge.explorer import page
 from bridge.run import directory as rundir
 from bridge.run import labels
@@ -40,6 +42,7 @@ def live(browser, tmp_path_factory) -> Iterator[tuple[str, Path]]:
     for hook, seed in ((toy.HOOK, 0), (OTHER, 1)):
         sae = toy_sae("topk", C, 192, seed=seed, k=8, hook_name=hook, model_fingerprint=fingerprint)
         export(sae, run / "sae" / hook)
+    lenses.save(lenses.JacobianLens({i: torch.eye(C) for i in range(6)}, 20), run / "lenses" / "jacobian.pt")
     text = folder / "text.txt"
     text.write_text("\n".join(path.read_text() for path in sorted((ROOT / "jsae").glob("*.py"))[:4]))
     rundir.record(run, RunConfig(checkpoint=str(checkpoint), data=str(text)), {"model": fingerprint})
@@ -137,6 +140,58 @@ def test_a_latent_is_tried_on_a_text_of_ones_own(visit, live):
     tab.hover(".try .tok >> nth=1")
     assert "activation" in tab.inner_text("#tip")
     assert re.search("fires on [0-9]+ of|does not fire", tab.inner_text(".try"))
+
+
+def test_a_text_shows_what_every_layer_expects(visit, live):
+    text = "def mean(values):\n    return <b>x</b>"
+    nano = bridge.nanochat.load("demo")
+    ids = torch.tensor(nano.tokenizer.encode(text, prepend_bos=True))
+    tab = visit(f"{live[0]}#hook={toy.HOOK}&view=lens", expected="400")
+    tab.fill("#lensed", text)
+    tab.wait_for_selector(".lenstable td")
+    rows = tab.locator(".lenstable tbody tr")
+    assert rows.locator("th").all_inner_texts() == ["output", "4", "3", "2", "1", "0"]
+    assert rows.locator("th").nth(3).evaluate("th => th.parentElement.className") == "own"
+    assert tab.locator(".lenstable thead th").count() == 1 + len(ids)
+    streams = lenses.read(nano.model, ids[None])
+    for name, lens in {"direct": lenses.DirectLens, "logit": lenses.LogitLens}.items():
+        tab.click(f".segmented [data-value={name}]")
+        table = lenses.table(nano.model, lens(nano.model), streams, ids, top=1)
+        cell = "document.querySelectorAll('.lenstable tbody tr')[1].cells[5]"
+        wanted = f"{float(table.probabilities[4, 4, 0]):.3f}"
+        tab.wait_for_function(f"wanted => {cell}.style.getPropertyValue('--h') == wanted", arg=wanted)
+        assert rows.nth(0).locator(".hit").count() == int((table.ranks[5] == 0).sum())
+    tab.focus(".lenstable")
+    for key in ("ArrowDown", "ArrowRight", "ArrowDown"):
+        tab.keyboard.press(key)
+    assert tab.evaluate("[document.activeElement.cellIndex, document.activeElement.parentElement.rowIndex]") == [2, 2]
+    assert "next token" in tab.locator("#tip").inner_text()
+    assert "entropy" in tab.locator("#tip").inner_text()
+    tab.click(".segmented [data-value=next]")
+    tab.wait_for_selector(".lenstable td")
+    assert "No tuned lens yet" in tab.locator(".absent").inner_text()
+    tab.fill("#lensed", "x " * 3000)
+    tab.wait_for_selector(".traced .bad")
+    tab.fill("#lensed", "import os")
+    tab.wait_for_selector(".lenstable td")
+    tab.click("#tabs [data-view=text]")
+    assert tab.input_value("#typed") == "import os", "both views have one text"
+    tab.click("#tabs [data-view=lens]")
+    tab.wait_for_selector(".lenstable td")
+    assert min(contrasts(tab))[0] >= ENOUGH, min(contrasts(tab))
+
+
+def test_a_latent_shows_what_it_writes_through_later_layers(visit, live):
+    tab = visit(f"{live[0]}#hook={toy.HOOK}&latent=3")
+    tab.wait_for_selector(".lenscard table")
+    card = tab.locator(".lenscard")
+    assert "over 20 prompts" in card.inner_text()
+    assert card.locator("caption").all_inner_texts() == ["Raised", "Lowered"]
+    nano = bridge.nanochat.load("demo")
+    W_dec = bridge.load_sae(live[1] / "sae" / toy.HOOK).W_dec
+    (direct, through) = lenses.written(nano.model, W_dec[3], 2, lenses.load(live[1] / "lenses" / "jacobian.pt"))
+    assert f"{through.top_values[0]:.2f}" in card.inner_text()
+    assert f"{direct.overlap(through)} of its ten most raised tokens" in card.inner_text()
 
 
 def test_steering_writes_both_continuations_side_by_side(visit, live):
@@ -258,11 +313,14 @@ def test_refusals_of_the_server_are_shown(visit, live):
     tab.wait_for_selector(".sheet h2 .bad")
 
 
-@pytest.mark.parametrize("view", ["text", "steer"])
+@pytest.mark.parametrize("view", ["text", "lens", "steer"])
 def test_the_live_part_fits_a_phone(visit, live, view):
     tab = visit(f"{live[0]}#view={view}", viewport=PHONE, has_touch=True, is_mobile=True)
-    tab.wait_for_selector("#typed, #prompt")
-    if view == "text":
+    tab.wait_for_selector("#typed, #lensed, #prompt")
+    if view == "lens":
+        tab.fill("#lensed", "for name in names: pass")
+        tab.wait_for_selector(".lenstable td")
+    elif view == "text":
         tab.fill("#typed", "for name in names: pass")
         tab.wait_for_selector(".perToken li")
     else:

@@ -24,6 +24,7 @@ NEEDED = {
     "publish": {"run_dir": "runs/x"},
     "finetune": {"sae": "runs/x", "out": "runs/y"},
     "diff": {"run_dir": "runs/x"},
+    "lens": {"run_dir": "runs/x", "prompt": "def"},
 }
 PATHS = [
     (command, name)
@@ -33,6 +34,7 @@ PATHS = [
     not in {
         *(("publish", "folder"), ("evaluate", "compare"), ("evaluate", "sae")),
         *(("train", "checkpoints"), ("diff", "saes"), ("diff", "output_file")),
+        *(("lens", "merge"), ("lens", "lens")),
     }
 ]
 

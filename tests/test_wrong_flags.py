@@ -33,6 +33,7 @@ NEEDED = {
     "finetune": ("--sae=x", "--out=y"),
     "steer": ("--prompt=x", *ON_A_RUN),
     "trace": ("--prompt=x", *ON_A_RUN),
+    "lens": ("--prompt=x", *ON_A_RUN),
 } | dict.fromkeys(("evaluate", "diff", "explore", "export", "publish"), ON_A_RUN)
 NUMBERS = ("-1", "0", "1", "2147483648", str(2**63), "1e-320", "1e30", "nan", "inf", "-inf", "", "x", "9" * 5000)
 FINITE = ("nan", "inf", "-inf", "x", "9" * 5000)
@@ -110,7 +111,7 @@ def test_wrong_names_of_devices_are_refused_at_once(command, name, capsys):
     assert "cuda" in told
 
 
-@pytest.mark.parametrize("command", ["train", "finetune", "pretrain", "steer", "evaluate", "explore", "trace"])
+@pytest.mark.parametrize("command", ["train", "finetune", "pretrain", "steer", "evaluate", "explore", "trace", "lens"])
 def test_a_gpu_that_is_not_there_is_told_of_before_anything_is_read_or_made(command, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

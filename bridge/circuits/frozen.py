@@ -150,17 +150,22 @@ class Frozen:
         return x - self.model.backout_lambda.to(x.dtype) * middle if self.config.backout else x
 
 
-def check_model(model: torch.nn.Module) -> GPT:
+def check_model(model: torch.nn.Module, purpose: str = "attribution graphs", coarse: bool = False) -> GPT:
     """Return the nanochat inside its wrappers.
+
+    Args:
+      model: the model.
+      purpose: what it is for, in the plural, for the message of an error.
+      coarse: whether it may compute in less than float32.
 
     Raises:
       ValueError: it is another class, or computes in less than float32.
     """
     inner = unwrapped(model)
     if not isinstance(inner, GPT):
-        raise ValueError(f"attribution graphs need a bridge.nanochat.model.GPT, got a {type(inner).__name__}")
-    if (dtype := inner.lm_head.weight.dtype) not in (torch.float32, torch.float64):
-        raise ValueError(f"the model is in {dtype}, too coarse for an attribution graph: convert it with model.float()")
+        raise ValueError(f"{purpose} need a bridge.nanochat.model.GPT, got a {type(inner).__name__}")
+    if not coarse and (dtype := inner.lm_head.weight.dtype) not in (torch.float32, torch.float64):
+        raise ValueError(f"the model is in {dtype}, too coarse for {purpose}: convert it with model.float()")
     return inner
 
 

@@ -1,6 +1,5 @@
 """Compute records that follow from weights alone: tokens that latents raise and lower, neighbours, channels."""
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,6 +8,7 @@ from jaxtyping import Float
 from torch import nn
 
 from bridge.hooks import parse
+from bridge.lenses.paths import direct_paths
 from bridge.nanochat.model import GPT
 from bridge.torch_sae import TorchSAE
 
@@ -28,13 +28,7 @@ def direct_path(model: GPT, hook_name: str) -> float:
     the output of block n_layer // 2 from that of the last block. A factor below 0 reverses the sign of logits.
     """
     layer, _ = parse(hook_name)
-    config = model.config
-    lambdas = model.resid_lambdas.float().tolist() if config.lambdas else [1.0] * config.n_layer
-    factor = math.prod(lambdas[layer + 1 :], start=1.0)
-    middle = config.n_layer // 2
-    if config.backout and layer <= middle:
-        factor -= model.backout_lambda.float().item() * math.prod(lambdas[layer + 1 : middle + 1], start=1.0)
-    return factor
+    return direct_paths(model)[layer].own
 
 
 @torch.no_grad()

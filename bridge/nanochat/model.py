@@ -317,20 +317,24 @@ class GPT(nn.Module):
         """
         self._check(tokens, cache, 0 if cache is None else cache.position)
         run = run if cache is None else None
-        embed = (GPT._embed, self, tokens, None if cache is None else cache.last_embedding)
-        embedded, x = run(*embed) if run is not None else self._embed(*embed[2:])
+        embed = (GPT.embed, self, tokens, None if cache is None else cache.last_embedding)
+        embedded, x = run(*embed) if run is not None else self.embed(*embed[2:])
         rows = slice(tokens.size(1)) if cache is None else cache.rows(tokens.size(1))
-        x = norm(self._blocks(tokens, x, self.rope(rows, x.dtype), cache, run), self.eps)
-        logits = self.lm_head(x)[..., : self.config.vocab_size].float()
+        logits = self.unembed(self._blocks(tokens, x, self.rope(rows, x.dtype), cache, run))
         if cache is not None:
             cache.advance(tokens, embedded if self.config.smear else None)
+        return logits
+
+    def unembed(self, x: Float[Tensor, "*axes C"]) -> Float[Tensor, "*axes V"]:
+        """Return float32 logits, softcapped, of the residual stream before the final norm."""
+        logits = self.lm_head(norm(x, self.eps))[..., : self.config.vocab_size].float()
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
 
     def rope(self, rows: slice | Tensor, dtype: torch.dtype) -> Rope:
         """Return cos and sin of these positions."""
         return self.cos[rows][None, :, None].to(dtype), self.sin[rows][None, :, None].to(dtype)
 
-    def _embed(self, tokens: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    def embed(self, tokens: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (embedded, x), (B, T, C) each: the normed embeddings, and the residual stream before the first block.
 
         `before` is the normed embedding of the token before each row, (B, 1, C); None at the start of a text.

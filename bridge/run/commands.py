@@ -125,6 +125,11 @@ def after_tracing(run: Path, prompt: str, ablated: bool, **model: Any) -> list[s
     ]
 
 
+def after_lens(fitted: str | None, out: Path | None, **model: Any) -> list[str]:
+    """Return a command that shows a lens which was fitted into the file `out`, or into the run."""
+    return [] if fitted is None else [line("lens", **model, lens=out, prompt=PROMPT)]
+
+
 def after_export(run: Path, out: Path, formats: tuple[str, ...], hook: str | None) -> list[str]:
     """Return commands and code that read an export of these formats in the folder `out`."""
     readers = {

@@ -19,6 +19,7 @@
     neuronpedia/upload/         bodies of requests to Neuronpedia
     neuronpedia/uploads.jsonl   what was sent to Neuronpedia
     graphs/SITE/SLUG.json       attribution graphs, a folder per site that shows them
+    lenses/KIND.pt              fitted lenses on the model: jacobian.pt and tuned.pt
     VARIANT/                    of a sweep: a run of its own, whose checkpoints and events are in the sweep's directory
 
 No torch, and nothing is read.
@@ -129,6 +130,15 @@ class Layout:
     def graphs_folder(self) -> Path:
         """Attribution graphs, a folder per site that shows them."""
         return self.path / "graphs"
+
+    def lens_file(self, kind: Literal["jacobian", "tuned"]) -> Path:
+        """A fitted lens on the run's model."""
+        return self.path / "lenses" / f"{kind}.pt"
+
+    @property
+    def lens_files(self) -> list[Path]:
+        """The fitted lenses that the run has."""
+        return [file for file in (self.lens_file("jacobian"), self.lens_file("tuned")) if file.is_file()]
 
     @property
     def neuronpedia_folder(self) -> Path:

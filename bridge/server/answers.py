@@ -59,6 +59,11 @@ class Slots:
     def __init__(self, limit: int, kind: str):
         self._limit, self._kind, self._taken = limit, kind, 0
 
+    @property
+    def taken(self) -> int:
+        """The number of slots that are taken."""
+        return self._taken
+
     @contextlib.contextmanager
     def take(self) -> Iterator[None]:
         """Take one slot within the context.

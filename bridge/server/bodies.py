@@ -279,6 +279,10 @@ class Fields:
         values = self.items(name, at_most, [])
         return [Fields(value, f"{self._where}{name}[{i}].", known) for i, value in enumerate(values)]
 
+    def object(self, name: str, known: Collection[str] | None = None) -> "Fields":
+        """Return the fields of an object."""
+        return Fields(self._get(name, _REQUIRED), f"{self._where}{name}.", known)
+
     def _get(self, name: str, default: Any) -> Any:
         value = self._value.get(name)
         if value is None and default is _REQUIRED:

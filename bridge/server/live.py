@@ -17,6 +17,7 @@ from starlette.routing import Route
 from bridge import ranges
 from bridge.run import labels
 from bridge.runtime import Steer, Token
+from bridge.server import lens_api
 from bridge.server.answers import Stream
 from bridge.server.bodies import Fields, Refusal, refusing
 from bridge.server.session import Session
@@ -53,6 +54,7 @@ class Api:
             Route("/api/steer", self.steer, methods=["POST"]),
             Route("/api/notes", self.notes),
             Route("/api/notes", self.note, methods=["POST"]),
+            *lens_api.routes(self._session),
         ]
 
     async def info(self, request: Request) -> Response:
@@ -78,6 +80,7 @@ class Api:
                     {"name": mode, "needs_strength": mode != "ablate", "neutral": _NEUTRAL.get(mode)} for mode in MODES
                 ],
                 "positions": list(POSITIONS),
+                "lenses": list(self._session.lenses),
                 "limits": {
                     "prompt_tokens": session.longest_prompt,
                     "max_tokens": session.limits.max_tokens,

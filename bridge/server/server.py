@@ -24,6 +24,8 @@ try:
 except ImportError as error:
     raise ImportError(f"the live explorer needs starlette and uvicorn: {extras.advice('web')}") from error
 
+from bridge.lenses import fitting
+from bridge.lenses.lens import FittedLens
 from bridge.nanochat import Nanochat
 from bridge.run import Run
 from bridge.runtime import InterpretableModel
@@ -79,11 +81,12 @@ def app(
       tracer: computes attribution graphs with the same model; None offers none.
 
     Raises:
-      ValueError: there is no token although others can reach the host, or the model has no tokenizer.
+      ValueError: there is no token although others can reach the host, the model has no tokenizer, or a lens of the
+        run is broken or of another model.
     """
     if token is None and not is_loopback(host):
         raise ValueError(f"others can reach a server at {host}: give it a token")
-    session = Session(im, nano, limits or Limits(), chat)
+    session = Session(im, nano, limits or Limits(), chat, _fitted_lenses(Run(run), nano))
     everything_else = Route("/{name:path}", functools.partial(page, Run(run).explorer_folder))
     routes = [*Api(session, run, tracer).routes(), *wire.routes(session, model_id), everything_else]
     return Starlette(
@@ -91,6 +94,15 @@ def app(
         middleware=[Middleware(Guard, host=host, names=names, token=token, secret=secret)],
         exception_handlers={HTTPException: _refused_route},  # type: ignore[dict-item]  # for this exception only
     )
+
+
+def _fitted_lenses(run: Run, nano: Nanochat) -> list[FittedLens]:
+    """Return the fitted lenses of a run.
+
+    Raises:
+      ValueError: one is broken, or of another model; names its file.
+    """
+    return [fitting.load(nano, file) for file in run.lens_files]
 
 
 def serve(

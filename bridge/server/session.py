@@ -13,6 +13,7 @@ from jaxtyping import Float
 from starlette.requests import Request
 
 from bridge.hooks import capture
+from bridge.lenses.lens import DirectLens, FittedLens, Lens, LogitLens
 from bridge.nanochat import Nanochat
 from bridge.nanochat.engine import NotFiniteError, chat_prompt, max_positions
 from bridge.runtime import InterpretableModel, Token
@@ -39,15 +40,28 @@ class Session:
       nano: the checkpoint.
       limits: the limits of requests.
       chat: whether it is a chat checkpoint; None decides by its path, as nanochat names directories of these.
+      lenses: fitted lenses on the model, on its device.
 
     Raises:
       ValueError: the model has no tokenizer.
     """
 
-    def __init__(self, im: InterpretableModel, nano: Nanochat, limits: Limits, chat: bool | None = None):
+    def __init__(
+        self,
+        im: InterpretableModel,
+        nano: Nanochat,
+        limits: Limits,
+        chat: bool | None = None,
+        lenses: Sequence[FittedLens] = (),
+    ):
         if im.tokenizer is None:
             raise ValueError("the model has no tokenizer: give the directory of the one it was trained with")
         self.im, self.nano, self.limits = im, nano, limits
+        self.lenses: dict[str, Lens] = {
+            lens.name: lens for lens in (LogitLens(im.model), DirectLens(im.model), *lenses)
+        }
+        self.words: torch.Tensor | None = None
+        """Which tokens are words, (V,); computed when first needed."""
         self.chat = nano.is_chat if chat is None else chat
         self.longest_prompt = max(min(limits.prompt_tokens, max_positions(im.model) - limits.max_tokens), 1)
         self._longest_token = max(len(im.tokenizer.token_bytes_of(i)) for i in range(im.tokenizer.vocab_size))
@@ -108,8 +122,8 @@ class Session:
         """
         if not text:
             raise Refusal(400, "the text is empty: give at least one character")
-        self._check_bytes(text)
-        return self._short(await to_thread.run_sync(self.im.tokenizer.encode, text, bos))
+        self.check_bytes(text)
+        return self.short(await to_thread.run_sync(self.im.tokenizer.encode, text, bos))
 
     async def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], tuple[int, ...]]:
         """Return the tokens of a chat up to the assistant's next message, and those that end that message.
@@ -119,20 +133,20 @@ class Session:
         """
         if not self.chat:
             raise Refusal(400, "this checkpoint was not trained to chat: send a prompt, not messages")
-        self._check_bytes("".join(message["content"] for message in messages))
+        self.check_bytes("".join(message["content"] for message in messages))
         render = functools.partial(chat_prompt, self.im.model, self.im.tokenizer, list(map(dict, messages)))
         with refusing():
             ids, stop_tokens = await to_thread.run_sync(render)
-        return self._short(ids), stop_tokens
+        return self.short(ids), stop_tokens
 
-    def _check_bytes(self, text: str) -> None:
+    def check_bytes(self, text: str) -> None:
         """Raise Refusal for a text with too many tokens in any tokenization, before it is tokenized."""
         size, most = len(text.encode()), self.longest_prompt * self._longest_token
         if size > most:
             limit = f"at most {self.longest_prompt:,} tokens are read, which have at most {most:,} bytes"
             raise Refusal(400, f"the text has {size:,} bytes: {limit}")
 
-    def _short(self, ids: list[int]) -> list[int]:
+    def short(self, ids: list[int]) -> list[int]:
         """Return the ids; raise Refusal if there are too many."""
         if len(ids) > self.longest_prompt:
             raise Refusal(400, f"the text has {len(ids):,} tokens: at most {self.longest_prompt:,} are read")

@@ -1,7 +1,8 @@
 """Neuronpedia's inference API, so that a local Neuronpedia can use a nanochat: activations of a text, and tokens.
 
 Names and formats are those of the inference server of github.com/hijohnnylin/neuronpedia (apps/inference/openapi.json);
-steering is in `wire_steer`. A Neuronpedia whose USE_LOCALHOST_INFERENCE is true connects to port 5002.
+steering is in `wire_steer`, lenses in `wire_lens`, other endpoints in `wire_util`. A Neuronpedia whose
+USE_LOCALHOST_INFERENCE is true connects to port 5002.
 """
 
 import dataclasses
@@ -18,7 +19,9 @@ from bridge.server.bodies import Fields, Refusal, refusing
 from bridge.server.ranking import Strongest, strongest
 from bridge.server.session import Session
 from bridge.server.source_ids import Sources
+from bridge.server.wire_lens import Lenses
 from bridge.server.wire_steer import BOS, LARGEST, Steering
+from bridge.server.wire_util import Utilities
 
 MOST_RESULTS = 1000
 """The maximal number of features in an answer of /v1/activation/all."""
@@ -35,7 +38,8 @@ def routes(session: Session, model_id: str | None = None) -> list[Route]:
       model_id: Neuronpedia's name for the model; requests for another are refused. None accepts any.
     """
     sources = Sources(session, model_id)
-    wire, steering = Wire(session, sources), Steering(session, sources)
+    lenses, steering, utilities = Lenses(session, sources), Steering(session, sources), Utilities(session, sources)
+    wire = Wire(session, sources, lenses.token_limit)
     posted: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "activation/single": wire.one(wire.single),
         "activation/single-batch": wire.batch(wire.single),
@@ -47,10 +51,20 @@ def routes(session: Session, model_id: str | None = None) -> list[Route]:
         "util/sae-vector": wire.sae_vector,
         "steer/completion": steering.completion,
         "steer/completion-chat": steering.completion_chat,
+        "lens/prompt": lenses.prompt,
+        "apply-chat-template": utilities.apply_chat_template,
+        "util/sae-topk-by-decoder-cossim": utilities.similar,
+        "util/similarity-matrix-pred": utilities.similarity_matrix,
     }
-    read_only = {"v1/capabilities": wire.capabilities, "capabilities": wire.capabilities, "health": wire.health}
+    read_only = {
+        "v1/capabilities": wire.capabilities,
+        "capabilities": wire.capabilities,
+        "health": wire.health,
+        "v1/steer/health": utilities.steer_health,
+    }
     return [
         *(Route(f"/v1/{path}", endpoint, methods=["POST"]) for path, endpoint in posted.items()),
+        Route("/initialize", utilities.initialize, methods=["POST"]),
         *(Route(f"/{path}", endpoint) for path, endpoint in read_only.items()),
     ]
 
@@ -74,8 +88,8 @@ Read = Callable[[Fields, Sequence[int]], Reading]
 class Wire:
     """The endpoints that read activations. A prompt gets a BOS, whose activations are left out, as in Neuronpedia."""
 
-    def __init__(self, session: Session, sources: Sources):
-        self._session, self._sources = session, sources
+    def __init__(self, session: Session, sources: Sources, lens_token_limit: int):
+        self._session, self._sources, self._lens_token_limit = session, sources, lens_token_limit
 
     def one(self, read: Read) -> Callable[[Request], Awaitable[Response]]:
         """Return an endpoint for one prompt."""
@@ -225,7 +239,7 @@ class Wire:
         """Describe this server; field names are in snake case, as in Neuronpedia's own server."""
         session, limits = self._session, self._session.limits
         endpoints = ("tokenize", "activation_single", "activation_all", "activation_topk_by_token", "steer_completion")
-        others = ("activation_source", "activation_raw", "activation_attention", "dfa", "lens_logit", "lens_jacobian")
+        others = ("activation_source", "activation_raw", "activation_attention", "dfa", "neurons")
         return JSONResponse(
             {
                 "model": self._sources.model_id or session.nano.name,
@@ -235,6 +249,7 @@ class Wire:
                 "max_tokens": session.longest_prompt + limits.max_tokens,
                 "token_limit": session.longest_prompt,
                 "activation_token_limit": session.longest_prompt,
+                "lens_token_limit": self._lens_token_limit,
                 "max_num_results": MOST_RESULTS,
                 "capture_points": ["attn_out", "mlp_out", "resid_post"],
                 "hooks_available": True,
@@ -242,7 +257,8 @@ class Wire:
                 "sae_sets": self._sources.sets,
                 "endpoints": dict.fromkeys(endpoints, True)
                 | {"steer_completion_chat": session.chat}
-                | dict.fromkeys((*others, "neurons"), False),
+                | {"lens_logit": True, "lens_jacobian": "jacobian" in session.lenses}
+                | dict.fromkeys(others, False),
             }
         )
 

@@ -15,6 +15,7 @@ from bridge import ranges
 from bridge.runtime import InterpretableModel, Steer, Token
 from bridge.server.answers import Stream, while_connected
 from bridge.server.bodies import Fields, Refusal, refusing
+from bridge.server.chats import MESSAGES, ROLES
 from bridge.server.session import Session
 from bridge.server.source_ids import Sources
 from bridge.steering import feature
@@ -30,8 +31,6 @@ _METHODS: Mapping[str, str] = {
     "PROJECTION_CAP": "projection_cap",
 }
 _TYPES = ("STEERED", "DEFAULT")
-_ROLES: Mapping[str, str] = {"user": "user", "assistant": "assistant", "model": "assistant", "system": "system"}
-_MESSAGES = 64
 _SECONDS_TO_END = 30.0
 """How long the last token of a generation may take after its time is over."""
 
@@ -66,10 +65,10 @@ class Steering:
         if fields.has("features") and fields.has("vectors"):
             raise Refusal(400, "provide at most one of features or vectors")
         messages = [
-            {"role": m.choice("role", tuple(_ROLES)), "content": m.text("content")}
-            for m in fields.objects("prompt", _MESSAGES)
+            {"role": m.choice("role", tuple(ROLES)), "content": m.text("content")}
+            for m in fields.objects("prompt", MESSAGES)
         ]
-        ids, stop_tokens = await self._session.chat_ids([m | {"role": _ROLES[m["role"]]} for m in messages])
+        ids, stop_tokens = await self._session.chat_ids([m | {"role": ROLES[m["role"]]} for m in messages])
         raw = self._session.im.tokenizer.decode(ids)
 
         def answer(outputs: Outputs) -> dict[str, Any]:

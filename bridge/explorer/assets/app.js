@@ -52,7 +52,7 @@
       }
       document.title = `${latent === null ? "" : `#${latent} ${list.labels[latent]} · `}${jsae.data.manifest.run} · jsae`;
       if (latent !== null) await jsae.latent.show(main, hook, latent, still);
-      else (jsae.live && { text: jsae.trace, steer: jsae.steer }[view] || jsae.overview).show(main, list);
+      else (jsae.live && { text: jsae.trace, lens: jsae.lens, steer: jsae.steer }[view] || jsae.overview).show(main, list);
     } catch (error) {
       if (still()) main.replaceChildren(el("p", { class: "pad bad", role: "alert" }, error.message));
     }
@@ -119,7 +119,8 @@
     const graphs = jsae.live?.graphs || (await jsae.graph.list()).length > 0;
     const steered = jsae.live && !hooks.every(jsae.data.isTranscoder);
     const tabs = [...(hooks.length ? [["", "Latents", "#", !jsae.live && !graphs], ["overview", "Overview", "#view=overview", true]] : []),
-      ...(jsae.live && hooks.length ? [["text", "Your text", "#view=text"]] : []), ...(steered ? [["steer", "Steer", "#view=steer"]] : []),
+      ...(jsae.live && hooks.length ? [["text", "Your text", "#view=text"]] : []),
+      ...(jsae.live ? [["lens", "Lenses", "#view=lens"]] : []), ...(steered ? [["steer", "Steer", "#view=steer"]] : []),
       ...(graphs ? [["graph", "Graphs", "#view=graph"]] : [])];
     document.getElementById("tabs").append(...tabs.map(([view, name, href, narrow]) =>
       el("a", { href, "data-view": view, class: narrow && "narrow" }, name)));

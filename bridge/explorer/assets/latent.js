@@ -16,7 +16,7 @@
       head(details),
       el("div", { class: "columns" },
         el("div", { class: "texts" }, jsae.trace?.card(details), contexts(details, texts)),
-        el("aside", { class: "side", "aria-label": "Numbers" }, fires(details), writes(details), alike(details)))));
+        el("aside", { class: "side", "aria-label": "Numbers" }, fires(details), writes(details), jsae.lens?.card(details), alike(details)))));
     main.scrollTop = 0;
   }
 
@@ -165,5 +165,5 @@
       el("button", { type: "button", class: "icon copy", "aria-label": "Copy this text", title: "Copy this text", on: { click: () => jsae.copy(raw, "Text") } }, jsae.icon(COPY)));
   }
 
-  jsae.latent = { show };
+  jsae.latent = { show, logits };
 })();

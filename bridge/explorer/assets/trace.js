@@ -143,5 +143,5 @@
     label.focus();
   }
 
-  jsae.trace = { show, card, rename };
+  jsae.trace = { show, card, rename, state };
 })();

@@ -119,8 +119,8 @@
     const graphs = jsae.live?.graphs || (await jsae.graph.list()).length > 0;
     const steered = jsae.live && !hooks.every(jsae.data.isTranscoder);
     const tabs = [...(hooks.length ? [["", "Latents", "#", !jsae.live && !graphs], ["overview", "Overview", "#view=overview", true]] : []),
-      ...(jsae.live && hooks.length ? [["text", "Your text", "#view=text"]] : []),
-      ...(jsae.live ? [["lens", "Lenses", "#view=lens"]] : []), ...(steered ? [["steer", "Steer", "#view=steer"]] : []),
+      ...(jsae.live && hooks.length ? [["text", "Your text", "#view=text"], ["lens", "Lenses", "#view=lens"]] : []),
+      ...(steered ? [["steer", "Steer", "#view=steer"]] : []),
       ...(graphs ? [["graph", "Graphs", "#view=graph"]] : [])];
     document.getElementById("tabs").append(...tabs.map(([view, name, href, narrow]) =>
       el("a", { href, "data-view": view, class: narrow && "narrow" }, name)));

@@ -43,6 +43,7 @@ MODULES = (
     "test_speed_benches",
     "test_text_command",
     "test_trace_command",
+    "test_watch",
     "test_option_pairs",
     "test_hostile",
     "test_hostile_text",

@@ -88,7 +88,7 @@ class PretrainConfig:
     watch_every: int = flag(1, "Steps from one whose activations are taken, to the next.", COUNT)
     watch_tokens: int = flag(2048, "Activations that are taken from such a step, a batch of the SAEs.", COUNT)
     watch_share: float = flag(
-        0.05, "Largest part of the pretraining's own time for these SAEs; inf sets no limit.", WATCH_SHARE
+        0.05, "Largest part of the pretraining's own time for these SAEs; 1e6 is no limit.", WATCH_SHARE
     )
 
     def __post_init__(self):

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 HOOK = "blocks.1.hook_resid_post"
 WATCH = {
-    **{"layer": ["1"], "tokens": 64, "batch_size": 32, "k": 4, "expansion_factor": 2, "share": float("inf")},
+    **{"layer": ["1"], "tokens": 64, "batch_size": 32, "k": 4, "expansion_factor": 2, "share": 1e6},
     **{"log_every": 2, "exclude_tokens": "bos"},
 }
 STEPS = 9
@@ -194,9 +194,9 @@ def test_a_process_beside_a_killed_training_saves_what_it_was_told(tmp_path, cap
 
 def test_a_step_without_a_checkpoint_is_reported(tmp_path, watched, capsys):
     model = upstream_loop.GPT()
-    with pytest.raises(ConfigError, match="finished"):
-        Watcher(model, checkpoint="models", **watch(watched["folder"]))
     settings = watch(watched["folder"]) | {"checkpoint": watched["folder"] / "base_checkpoints" / "d3"}
+    with pytest.raises(ConfigError, match="already holds this run, finished"):
+        Watcher(model, **settings)
     Watcher(model, resume_from=6, **settings).close()
     assert "no checkpoint of step 6: they go on from that of step 4" in capsys.readouterr().err
     Watcher(model, resume_from=2, **settings).close()
@@ -295,7 +295,7 @@ def test_a_process_that_dies_ends_the_watching_only(tmp_path, capsys):
 
 
 def test_a_process_that_cannot_start_says_why(watched):
-    with pytest.raises(ConfigError, match="finished"):
+    with pytest.raises(ConfigError, match=r"cannot watch: .*already holds another run"):
         Watcher(upstream_loop.GPT(), checkpoint="models", **watch(watched["folder"], place="sidecar"))
 
 
@@ -309,14 +309,16 @@ def test_pretraining_is_watched_stopped_and_resumed(tmp_path, monkeypatch):
         (folder / f"{i}.txt").write_text(f"{i}: " + "the lamp, the boat, the pier; " * 12)
     settings = TINY | {
         **{"data": f"{folder}/*.txt", "vocab_size": 265, "watch_layer": ("1",), "watch_k": 4, "watch_tokens": 64},
-        **{"watch_share": float("inf"), "watch_expansion_factor": 2},
+        **{"watch_share": 1e6, "watch_expansion_factor": 2},
     }
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert pretrain.main(pretrain.PretrainConfig(out=str(whole), steps=12, **settings)) == 0
 
-    stop = [False] * 7
-
     class Stopping:
+        """Asks twice a step: a request after step 4."""
+
+        asked = 0
+
         def __enter__(self):
             return self
 
@@ -324,7 +326,8 @@ def test_pretraining_is_watched_stopped_and_resumed(tmp_path, monkeypatch):
             pass
 
         def __bool__(self):
-            return bool(stop) and stop.pop() is False and not stop
+            self.asked += 1
+            return self.asked > 8
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "stop_requests", Stopping)

@@ -17,7 +17,7 @@ class Budget:
     Compiling and other preparations are counted apart: they happen once, and are reported.
 
     Args:
-      share: the largest ratio of the time that is spent to the rest of the time; inf sets no limit.
+      share: the largest ratio of the time that is spent to the rest of the time.
       clock: returns seconds.
     """
 

@@ -85,10 +85,12 @@ class Capture:
         self._key = key = next(_KEYS)
         _LISTENERS[key] = self
         embedding = inner.transformer.wte
-        forward = _listener(embedding, key, _TOKENS)
+        device = embedding.weight.device
+        forward = _listener(embedding, key, _TOKENS, device)
         self._handles = [embedding.register_forward_pre_hook(lambda called, inputs: forward(called, inputs[0]))]
         self._handles += [
-            register(module, name, _listener(module, key, number)) for number, (module, name) in enumerate(places)
+            register(module, name, _listener(module, key, number, device))
+            for number, (module, name) in enumerate(places)
         ]
 
     def detach(self) -> None:
@@ -189,9 +191,11 @@ _KEYS = itertools.count()
 _LISTENERS: weakref.WeakValueDictionary[int, Capture] = weakref.WeakValueDictionary()
 
 
-def _listener(module: nn.Module, key: int, number: int) -> Callable[[nn.Module, torch.Tensor], None]:
+def _listener(
+    module: nn.Module, key: int, number: int, device: torch.device
+) -> Callable[[nn.Module, torch.Tensor], None]:
     """Return a hook that passes values on. A plain function, which copies of the model share and compilers read."""
-    observe, marker = _operation(), torch.zeros(1, device=next(module.parameters()).device)
+    observe, marker = _operation(), torch.zeros(1, device=device)
 
     def call(called: nn.Module, value: torch.Tensor) -> None:
         if called is not module:  # a copy of the model

@@ -150,6 +150,7 @@ class Remote:
 def _environment() -> dict[str, str]:
     """Return the variables of the process: none that concern the training, and this project on the path."""
     env = {name: value for name, value in os.environ.items() if name not in _LAUNCH}
+    env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU may be the training's too
     root = str(Path(bridge.__file__).resolve().parents[1])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH", "")]))
     return env

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -61,14 +62,21 @@ class Ring:
 
 
 def _new(size: int) -> int:
-    """Return a descriptor of an unlinked file of some bytes, which are taken at once."""
-    folder = str(_SHARED) if os.access(_SHARED, os.W_OK) else None
+    """Return a descriptor of an unlinked file of some bytes, which are taken at once; in memory if there is room.
+
+    Raises:
+      OSError: there is no room on the disk either.
+    """
+    if os.access(_SHARED, os.W_OK):
+        with contextlib.suppress(OSError):
+            return _file(str(_SHARED), size)
+    return _file(None, size)
+
+
+def _file(folder: str | None, size: int) -> int:
     with tempfile.TemporaryFile(dir=folder) as file:
-        descriptor = os.dup(file.fileno())
-    try:
-        os.posix_fallocate(descriptor, 0, size)  # writing to a hole on a full disk would end the process
-    except OSError:
-        os.close(descriptor)
-        raise
-    os.set_inheritable(descriptor, True)
-    return descriptor
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # writing to a hole on a full disk would end the process
+        else:
+            os.ftruncate(file.fileno(), size)
+        return os.dup(file.fileno())

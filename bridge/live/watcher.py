@@ -175,14 +175,14 @@ class Watcher:
         self._budget.add(self._capture.seconds(), not prepared)
         if prepared and parts is not None:
             self._budget.batch(self._budget.spent - before)
-        if (problem := self._budget.too_slow()) is not None:
-            _say(problem)
 
     def _listen(self) -> None:
         """Listen to the next step if it is due and within the budget, as is decided once for every step."""
         if self._decided != self._step:
             due = self._step % self._config.every == 0
             self._allowed, self._decided = due and self._budget.allows(), self._step
+            if (problem := self._budget.too_slow()) is not None:
+                _say(problem)
         self._wanted = self._config.tokens if self._allowed else 0
         self._capture.arm(self._wanted, self._step)
 

@@ -55,6 +55,7 @@ class Remote:
         """Batches that were trained on, as last reported."""
         self.dropped = 0
         """Steps whose activations were dropped, because no slot was free."""
+        ring = {"descriptor": self._ring.descriptor, "shape": shape.to_json()}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bridge.live.sidecar"],
             stdin=subprocess.PIPE,
@@ -63,9 +64,9 @@ class Remote:
             start_new_session=True,
             env=_environment(),
         )
+        os.close(ring["descriptor"])  # the memory stays
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
-        ring = {"descriptor": self._ring.descriptor, "shape": shape.to_json()}
         self._send({"config": config.to_json(), "sizes": sizes.to_json(), "ring": ring})
         try:
             problem = self._started.get(timeout=_START_TIMEOUT)
@@ -114,7 +115,8 @@ class Remote:
         except subprocess.TimeoutExpired:
             self._say(f"process {self._process.pid} still trains on what it was given, saves, and then ends by itself")
             return
-        self._reader.join(1.0)
+        self._reader.join()
+        self._process.stdout.close()
 
     def _check(self) -> None:
         if self._problem is not None:

@@ -25,13 +25,13 @@ class Config:
     """Model, training and SAEs of the measurement."""
 
     data: Data = flag("stdlib", "Text to learn.")
-    n_layer: int = flag(4, "Layers.", at_least(1, 2**10))
+    n_layer: int = flag(3, "Layers.", at_least(1, 2**10))
     n_embd: int = flag(128, "Channels.", at_least(1, 2**16))
-    sequence_len: int = flag(256, "Tokens of a row.", at_least(1, 2**17))
-    batch_rows: int = flag(16, "Rows per step.", COUNT)
-    steps: int = flag(200, "Steps of every training.", at_least(20))
+    sequence_len: int = flag(128, "Tokens of a row.", at_least(1, 2**17))
+    batch_rows: int = flag(8, "Rows per step.", COUNT)
+    steps: int = flag(60, "Steps of every training.", at_least(20))
     share: float = flag(0.05, "Share of the training's time for the SAEs.", WATCH_SHARE)
-    tokens: int = flag(2048, "Activations of a step, a batch of the SAEs.", COUNT)
+    tokens: int = flag(1024, "Activations of a step, a batch of the SAEs.", COUNT)
     expansion_factor: int = flag(8, "Latents per channel.", COUNT)
     out: FilePath = flag("experiments/results/watch_cpu.json", "File for the results.")
 

@@ -93,10 +93,10 @@ def test_an_sae_that_follows_keeps_its_quality_while_activations_grow_and_move(a
         state, means = start(acts(1))
         for number in range(100):
             growth = number / 100
-            x = jnp.asarray(acts(10 + number, 1 + 9 * growth, 20 * growth))
+            x = jnp.asarray(acts(10 + number, 1 + 29 * growth, 90 * growth))
             state, sums, means = advance(state, means, x, follows)
         return metrics.summarize(jax.device_get(sums))["fvu"]
 
     following, fixed = fvu(True), fvu(False)
     assert following < 0.35
-    assert following < 0.8 * fixed
+    assert following < 0.9 * fixed

@@ -24,6 +24,7 @@ NEEDED = {
     "publish": {"run_dir": "runs/x"},
     "finetune": {"sae": "runs/x", "out": "runs/y"},
     "diff": {"run_dir": "runs/x"},
+    "pretrain": {"watch_layer": ("1",)},
 }
 PATHS = [
     (command, name)

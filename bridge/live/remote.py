@@ -18,6 +18,7 @@ import numpy as np
 import bridge
 from bridge.live.config import Sizes, WatchConfig
 from bridge.live.ring import Ring, Shape
+from jsae import jsons
 from jsae.settings import ConfigError
 
 _SLOTS = 4
@@ -133,7 +134,7 @@ class Remote:
     def _listen(self) -> None:
         """Read what the process says, until it ends."""
         for line in self._process.stdout:
-            message = json.loads(line)
+            message = jsons.loads(line)
             if "ready" in message:
                 self._started.put(None)
             elif "free" in message:

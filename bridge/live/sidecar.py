@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from bridge.live.config import Sizes, WatchConfig
 from bridge.live.ring import Ring, Shape
 from bridge.training import device
+from jsae import jsons
 from jsae.locks import LockedError
 
 _PATIENCE = 60.0  # seconds for the process of a training that died to end
@@ -45,7 +46,7 @@ def main() -> int:
 
 
 def _serve(messages: BinaryIO, tell: Tell) -> int:
-    first = json.loads(messages.readline() or "{}")
+    first = jsons.loads(messages.readline() or "{}")
     if not first:
         return 0
     config, sizes = WatchConfig.from_json(first["config"]), Sizes.from_json(first["sizes"])
@@ -59,7 +60,7 @@ def _serve(messages: BinaryIO, tell: Tell) -> int:
     with _opened(lambda: Learner(config, sizes, lambda text: tell({"say": text}))) as learner:
         tell({"ready": True})
         for line in messages:
-            message = json.loads(line)
+            message = jsons.loads(line)
             if message["do"] == "push":
                 rows = ring.read(message["slot"], message["rows"])
                 watch = (message["watch"] or {}) | {"dropped": message["dropped"]}

@@ -116,9 +116,9 @@ class WatchConfig(Json):
                 *("batch_size", "exclude_tokens", "drop_sinks", "device", "output_dir", "log_every"),
             )
         }
+        own |= {"k": (self.k,)} if self._has_k() else {}
         return RunConfig(
             **own,
-            **({"k": (self.k,)} if self._has_k() else {}),
             seed=(self.seed,),
             learning_rate=() if self.learning_rate is None else (self.learning_rate,),
             dead_after=min(self.dead_after or _SILENT_BATCHES * self.batch_size, 2**30),

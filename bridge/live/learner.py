@@ -209,7 +209,7 @@ def _program(members: tuple[Member, ...], ops: Ops) -> Any:
             state, means = drift.follow(state, means, acts)
             state, sums = step.update(member.train, ops, state, acts)
             taken.append((state, means, sums))
-        return tuple(zip(*taken, strict=True))  # type: ignore[return-value]
+        return tuple(zip(*taken, strict=True))
 
     return jax.jit(advance, donate_argnums=(0, 1))
 

@@ -48,7 +48,8 @@ class Remote:
         hooks = len(config.run_config().layers(sizes.n_layer))
         shape = Shape(_SLOTS, config.tokens, hooks, sizes.n_embd)
         self._ring, self._free = Ring(shape), list(range(_SLOTS))
-        self._guard, self._started = threading.Lock(), queue.SimpleQueue()
+        self._guard = threading.Lock()
+        self._started: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._problem: str | None = None
         self.prepared = True
         """The compiling is done elsewhere."""
@@ -65,7 +66,7 @@ class Remote:
             start_new_session=True,
             env=_environment(),
         )
-        os.close(ring["descriptor"])  # the memory stays
+        os.close(self._ring.descriptor)  # the memory stays
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
         self._send({"config": config.to_json(), "sizes": sizes.to_json(), "ring": ring})

@@ -16,7 +16,7 @@ from several_processes import Processes
 from test_pretrain import TINY, trainer
 from torch import nn
 
-from bridge.live import Watcher
+from bridge.live import Watcher, remote
 from bridge.run import Run
 from bridge.run.saes import load_saes
 from bridge.stages import survival
@@ -31,6 +31,12 @@ WATCH = {
     **{"log_every": 2, "exclude_tokens": "bos"},
 }
 STEPS = 9
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch) -> None:
+    """Processes beside the training end before their test does, however busy the machine is."""
+    monkeypatch.setattr(remote, "_CLOSE_TIMEOUT", 600.0)
 
 
 def watch(folder: Path, **settings: Any) -> dict[str, Any]:

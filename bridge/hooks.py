@@ -209,6 +209,14 @@ def _attach(module: nn.Module, name: str, context: Context, hook: Callable[[Acts
         context.reached.add(name)
         return hook(h)
 
+    return register(module, name, call)
+
+
+def register(module: nn.Module, name: str, call: Callable[[nn.Module, Acts], Acts | None]) -> RemovableHandle:
+    """Have a function called with the module and the activation whenever the module of a hook (see `find`) runs.
+
+    A tensor that it returns replaces the activation. Compiled code calls it only if it was compiled afterwards.
+    """
     if parse(name)[1] == "mlp_in":
         return module.register_forward_pre_hook(lambda called, inputs: call(called, inputs[0]))
     return module.register_forward_hook(lambda called, inputs, output: call(called, output))

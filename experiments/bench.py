@@ -28,6 +28,7 @@ BENCHES: Mapping[str, str] = {
     "stream": "experiments.benches.stream",
     "sweep": "experiments.benches.sweep",
     "truth": "experiments.benches.truth",
+    "watch": "experiments.benches.watch",
 }
 
 

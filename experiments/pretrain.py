@@ -5,12 +5,14 @@
 
 The second command goes on from a checkpoint with other data, here as nanochat's chat training (SFT). A run that was
 stopped or killed continues from its last save with --resume. A run that is asked to stop (Ctrl-C, SIGTERM) saves and
-exits with code 75.
+exits with code 75. With --watch_layer SAEs learn from the activations of the training meanwhile, in a run directory of
+their own, and are saved and resumed with the model.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -23,14 +25,15 @@ from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, Data, FilePath
 from bridge.nanochat.config import GPTConfig
 from bridge.run import commands
-from bridge.settings import LONG_SEED, flag, settle
+from bridge.settings import LONG_SEED, WATCH_SHARE, flag, settle
 from experiments import flags
 from experiments.signals import STOPPED, stop_requests
 from jsae import files
 from jsae.health import DivergedError, Watch
-from jsae.settings import COUNT, FRACTION, RATE, Range, at_least, require
+from jsae.settings import COUNT, FRACTION, RATE, ConfigError, Range, at_least, require
 
 if TYPE_CHECKING:
+    from bridge.live import WatchConfig, Watcher
     from bridge.nanochat.corpus import Corpus
     from bridge.nanochat.model import GPT
     from bridge.nanochat.pretraining import Trainer
@@ -86,6 +89,18 @@ class PretrainConfig:
     )
     device: str = flag("cpu", "Device to train on.")
     resume: bool = flag(False, "Continue from the last save in --out.")
+    watch_layer: tuple[str, ...] = flag(
+        (), "Layers on whose activations SAEs are trained meanwhile, an SAE each, or 'all'; none trains no SAEs."
+    )
+    watch_dir: FilePath | None = flag(None, "Directory of the run with these SAEs; none is --out with -watch.")
+    watch_activation: str = flag("topk", "Architecture of these SAEs.")
+    watch_k: int = flag(32, "Active latents per token of these SAEs, where they have a k.", COUNT)
+    watch_expansion_factor: int = flag(8, "Latents of these SAEs per channel of the model.", at_least(1, 2**28))
+    watch_every: int = flag(1, "Steps from one whose activations are taken, to the next.", COUNT)
+    watch_tokens: int = flag(2048, "Activations that are taken from such a step, a batch of the SAEs.", COUNT)
+    watch_share: float = flag(
+        0.05, "Largest part of the pretraining's own time for these SAEs; 1e6 is no limit.", WATCH_SHARE
+    )
 
     def __post_init__(self):
         require(self.workers >= 1, f"workers must be at least 1, got {self.workers}")
@@ -104,6 +119,43 @@ class PretrainConfig:
         )
         sizes = ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern", "vocab_size")
         GPTConfig.of_generation("G7", **{name: getattr(self, name) for name in sizes})
+        self._check_watch()
+
+    def _check_watch(self) -> None:
+        """Check the settings of watching, before any text is read."""
+        if not self.watch_layer:
+            for field in dataclasses.fields(self):
+                require(
+                    not field.name.startswith("watch_") or getattr(self, field.name) == field.default,
+                    f"--{field.name} means nothing without --watch_layer: give the layers to watch",
+                )
+            return
+        if self.init_from is not None:  # the checkpoint says how many layers there are
+            return
+        layers = self.watch_config(0).run_config().layers(self.n_layer)
+        beyond = [layer for layer in layers if layer >= self.n_layer]
+        require(not beyond, f"--watch_layer={','.join(map(str, beyond))}: the model has layers 0 to {self.n_layer - 1}")
+
+    @property
+    def watch_folder(self) -> str:
+        """Directory of the run with the SAEs that are trained meanwhile."""
+        return self.watch_dir or f"{self.out.rstrip('/')}-watch"
+
+    def watch_config(self, step: int) -> WatchConfig:
+        """Return the settings of watching a pretraining that stands at a step."""
+        from bridge.live.config import WatchConfig
+
+        names = ("layer", "activation", "k", "expansion_factor", "every", "tokens", "share")
+        return WatchConfig(
+            checkpoint=self.out,
+            output_dir=self.watch_folder,
+            **{name: getattr(self, f"watch_{name}") for name in names},
+            batch_size=self.watch_tokens,
+            seed=self.seed % 2**31,
+            resume_from=step,
+            keep_checkpoints=2,  # of the model there is one
+            data=self.data,
+        )
 
 
 def main(config: PretrainConfig) -> int:
@@ -140,8 +192,10 @@ def _pretrain(config: PretrainConfig) -> int:
     count = sum(weight.numel() for weight in trainer.model.parameters())
     print(f"{count:,} parameters, from step {trainer.step} to {config.steps}", flush=True)
     progress = Progress("pretraining", config.steps, "steps", trainer.step)
-    with progress, stop_requests() as stopped:
+    with _watched(config, trainer) as watcher, progress, stop_requests() as stopped:
         for figures in trainer.run():
+            if watcher is not None:
+                watcher.step(trainer.step)
             losses.append(figures["loss"])
             progress.update(trainer.step, f"loss {figures['loss']:.4f}")
             watch.observe("", trainer.step, trainer.step, figures["loss"])
@@ -162,6 +216,22 @@ def _pretrain(config: PretrainConfig) -> int:
             f"and guessing is {guess:.2f}. It is kept for inspection; lower the learning rates"
         )
     return 0
+
+
+def _watched(config: PretrainConfig, trainer: Trainer) -> contextlib.AbstractContextManager[Watcher | None]:
+    """Return the SAEs that are trained meanwhile, if any.
+
+    Raises:
+      ConfigError: their directory holds something else.
+    """
+    if not config.watch_layer:
+        return contextlib.nullcontext()
+    from bridge.live import Watcher
+
+    try:
+        return Watcher(trainer.model, config.watch_config(trainer.step))
+    except ConfigError as error:
+        raise ConfigError(f"the SAEs of --watch_layer in --watch_dir: {error}") from error
 
 
 def _build(config: PretrainConfig, out: Path) -> tuple[Trainer, Corpus]:
@@ -269,7 +339,8 @@ def _save(config: PretrainConfig, out: Path, trainer: Trainer, heldout: Corpus) 
 
 def next_commands(config: PretrainConfig) -> list[str]:
     """Return what to do next with the model."""
-    return commands.after_pretraining(Path(config.out), config.data)
+    watched = Path(config.watch_folder) if config.watch_layer else None
+    return commands.after_pretraining(Path(config.out), config.data, watched)
 
 
 if __name__ == "__main__":

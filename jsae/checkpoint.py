@@ -21,9 +21,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jsae import checksum, manifest, processes
-from jsae.loop import States
 from jsae.manifest import DamagedError
 from jsae.settings import ConfigError
+
+States = Any
+"""A pytree of arrays, such as the training states of all SAEs (`jsae.loop.States`)."""
 
 DAMAGED = ".damaged"
 """Suffix of a damaged checkpoint that was renamed."""
@@ -64,13 +66,13 @@ class Checkpoints:
 
     Args:
       folder: their folder; created if missing.
-      keep: number of latest checkpoints to keep.
+      keep: number of latest checkpoints to keep; None keeps all.
 
     Raises:
       OSError: the folder cannot be created or read.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(self, folder: Path, keep: int | None = 2):
         self._folder, self._keep = folder.absolute(), keep
         self._manager: ocp.CheckpointManager | None = None
         self._fvu: dict[int, float] = {}
@@ -115,6 +117,8 @@ class Checkpoints:
     def save(self, step: int, states: States, notes: dict[str, Any], fvu: float) -> None:
         """Start to save a checkpoint; return as soon as the states may be donated again.
 
+        A checkpoint of the same step, of a run that was resumed from an earlier one, is replaced.
+
         Args:
           step: the number of training steps.
           states: the training states.
@@ -132,6 +136,8 @@ class Checkpoints:
         manager = self._open_manager()
         self._fvu[step], self._saving = fvu, step
         with self._writing(step):
+            if step in self.steps():
+                manager.delete(step)
             manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
@@ -251,6 +257,8 @@ class Checkpoints:
 
     def _kept(self, steps: Sequence[int]) -> set[int]:
         """Return the steps to keep: the latest, and the best one since the first session of the run."""
+        if self._keep is None:
+            return set(steps)
         known = [step for step in steps if not math.isnan(self._fvu.get(step, math.nan))]
         best = sorted(known, key=lambda step: (self._fvu[step], -step))[:1]
         return {*sorted(steps)[-self._keep :], *best}

@@ -189,7 +189,7 @@ def _metrics(run: Path, version: int) -> None:
     if version == 1:
         files.write(run / "metrics.jsonl", "".join(json.dumps({"step": step}) + "\n" for step in range(900)))
     else:
-        report._keep_until(run / "metrics.jsonl", 500)
+        report.keep_until(run / "metrics.jsonl", 500)
 
 
 def _config(run: Path, version: int) -> None:

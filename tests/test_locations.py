@@ -25,6 +25,7 @@ NEEDED = {
     "finetune": {"sae": "runs/x", "out": "runs/y"},
     "diff": {"run_dir": "runs/x"},
     "lens": {"run_dir": "runs/x", "prompt": "def"},
+    "pretrain": {"watch_layer": ("1",)},
 }
 PATHS = [
     (command, name)

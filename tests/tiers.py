@@ -44,6 +44,7 @@ MODULES = (
     "test_text_command",
     "test_lens_command",
     "test_trace_command",
+    "test_watch",
     "test_option_pairs",
     "test_hostile",
     "test_hostile_text",

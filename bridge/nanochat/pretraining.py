@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -142,10 +143,10 @@ class Trainer:
         device, tokens = weights[0].device, torch.from_numpy(rows[:, :-1].copy())
         targets = torch.from_numpy(learned_targets(rows, recipe.learned, self.corpus.tokenizer.special_tokens))
         count = max(int((targets >= 0).sum()), 1)
-        parts = zip(*(x.to(device).split(recipe.micro_rows) for x in (tokens, targets)), strict=True)
+        parts = [x.to(device).split(recipe.micro_rows) for x in (tokens, targets)]
         total, gradients = torch.zeros((), device=device), [torch.zeros_like(weight) for weight in weights]
         with ThreadPoolExecutor(self._workers) as pool:
-            for loss, part in pool.map(lambda part: self._gradients(*part, count), parts):
+            for loss, part in pool.map(functools.partial(self._gradients, count), *parts):
                 total += loss
                 torch._foreach_add_(gradients, part)
         for weight, gradient in zip(weights, gradients, strict=True):
@@ -162,7 +163,7 @@ class Trainer:
         return {"loss": loss, "grad_norm": norm}
 
     def _gradients(
-        self, tokens: Int32[Tensor, "b T"], targets: Int32[Tensor, "b T"], count: int
+        self, count: int, tokens: Int32[Tensor, "b T"], targets: Int32[Tensor, "b T"]
     ) -> tuple[Float[Tensor, ""], tuple[Tensor, ...]]:
         """Return the part of some rows in the mean loss of a step, which learns `count` tokens, and its gradients."""
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.recipe.bf16):

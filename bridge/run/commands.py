@@ -149,8 +149,10 @@ def after_publishing(run: Path, hook: str | None, dry_run: bool) -> list[str]:
     return [line("publish", "neuronpedia", run_dir=run, hook=hook, explanations=0)]
 
 
-def after_pretraining(out: Path, data: str) -> list[str]:
-    """Return commands for a nanochat that was trained."""
+def after_pretraining(out: Path, data: str, watched: Path | None = None) -> list[str]:
+    """Return commands for a nanochat that was trained; `watched` is the run with the SAEs that learned meanwhile."""
+    if watched is not None:
+        return after_training(watched)
     return [line("train", checkpoint=out, data=data, output_dir=out.with_name(out.name + "-sae"))]
 
 

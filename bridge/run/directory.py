@@ -22,6 +22,10 @@ _FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fract
     "prepare_neuronpedia",
     "model_id",
     "source_set",
+    "resume_from",
+    "share",
+    "place",
+    "keep_checkpoints",
 }
 _VERSIONS = ("jsae", "jax", "flax", "optax", "orbax-checkpoint", "torch", "numpy", "jaxlib", "triton", "jax-triton")
 
@@ -49,7 +53,7 @@ def claimed(run: Path, config: Json, variants: Iterable[str] = ()) -> Iterator[c
     config_file = Layout(run).config_file
     require(not run.exists() or run.is_dir(), f"{run} is a file: choose another --output_dir")
     if resume:
-        require(config_file.is_file(), f"{run} holds no run to resume: leave out --resume to start one")
+        require(config_file.is_file(), f"{run} holds no run to resume: leave out {_resuming(config)} to start one")
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.Lock(run))
         _check_resumed(run, config) if resume else _check_new(run, config)
@@ -91,6 +95,11 @@ def is_writable(run: Path) -> bool:
     return os.access(run, os.W_OK)
 
 
+def _resuming(config: Json) -> str:
+    """Return how a run is resumed, for messages: by a flag, unless the class of its settings says otherwise."""
+    return getattr(type(config), "RESUME", "--resume")
+
+
 def _check_new(run: Path, config: Json) -> None:
     """Refuse a directory that holds anything but the lock and remains of killed processes."""
     ignored = {files.LOCK, *(name + files.PARTIAL for name in WRITTEN)}
@@ -101,12 +110,14 @@ def _check_new(run: Path, config: Json) -> None:
         require(False, f"{run} already holds something else: {other}")
     if _differing(run, config):
         require(
-            False, f"{run} already holds another run: {other}, or continue that run with its own flags and --resume"
+            False,
+            f"{run} already holds another run: {other}, or continue that run with its own flags and "
+            f"{_resuming(config)}",
         )
     folders = (run, *sorted(path for path in run.iterdir() if path.is_dir()))
     finished = next((folder for folder in folders if Layout(folder).table_file("eval").is_file()), None)
     if finished is None:
-        require(False, f"{run} already holds this run, unfinished: continue it with --resume, or {other}")
+        require(False, f"{run} already holds this run, unfinished: continue it with {_resuming(config)}, or {other}")
     lines = "; ".join(line.partition("  #")[0] for line in commands.after_training(finished))
     require(False, f"{run} already holds this run, finished. Next: {lines}. To train it again, {other}")
 

@@ -9,7 +9,8 @@
     latents.json, labels.json   columns and automatic labels of all latents, by hook
     steering.json               effect and side effect of steering with some latents, by hook
     stages.json                 what became of every latent of a crosscoder over checkpoints, by hook
-    stages/CHECKPOINT/NAME/     of such a crosscoder: every checkpoint's own SAE in SAELens format
+    stages/CHECKPOINT/NAME/     of such a crosscoder: every checkpoint's own SAE in SAELens format; of a watched
+                                training: its SAE as it was at that checkpoint
     plots/                      pictures of an evaluation
     explorer/index.html         the explorer's page, with its data in page-DIGEST/
     explorer/graphs/            attribution graphs that the page shows
@@ -89,7 +90,7 @@ class Layout:
         return self.path / f"{table}.json"
 
     def stage_folder(self, stage: str, name: str) -> Path:
-        """The SAE of one checkpoint, cut out of the crosscoder of this name."""
+        """The SAE of one checkpoint: cut out of the crosscoder of this name, or as it was then in a live one."""
         return self.path / "stages" / stage / name
 
     @property

@@ -86,11 +86,19 @@ def trainees(run: Path, config: RunConfig, nano: Nanochat, starts: Starts | None
     """
     from bridge.hooks import find
 
-    hooks_of_sites = _hooks_of_sites(config, nano.config.n_layer)
-    hooks = dict.fromkeys(hook for hooks in hooks_of_sites for hook in hooks)
-    for hook in hooks:
+    saes = trainees_of_sizes(run, config, nano.config.n_layer, nano.config.n_embd, starts)
+    for hook in dict.fromkeys(hook for trainee in saes for hook in trainee.hooks):
         find(nano.model, hook)
-    return _trainees(run, config, hooks_of_sites, dict.fromkeys(hooks, nano.config.n_embd), starts)
+    return saes
+
+
+def trainees_of_sizes(
+    run: Path, config: RunConfig, n_layer: int, n_embd: int, starts: Starts | None = None
+) -> list[Trainee]:
+    """Return the SAEs of a run on a model of some layers and width; arguments and errors are those of `trainees`."""
+    hooks_of_sites = _hooks_of_sites(config, n_layer)
+    widths = {hook: n_embd for hooks in hooks_of_sites for hook in hooks}
+    return _trainees(run, config, hooks_of_sites, widths, starts)
 
 
 def stored_trainees(run: Path, config: RunConfig, store: Store, starts: Starts | None = None) -> list[Trainee]:

@@ -49,7 +49,7 @@ class Reporter:
             return
         folders = dict.fromkeys(trainee.folder for trainee in trainees)
         for folder in folders:
-            _keep_until(Run(folder).metrics_file, start)
+            keep_until(Run(folder).metrics_file, start)
         self._lines = {folder: files.Lines(Run(folder).metrics_file, sync=False) for folder in folders}
         self._events = Events(Run(run).events_folder, start + 1)
         self._wandb = None if wandb_project is None else _wandb(wandb_project, run)
@@ -119,7 +119,7 @@ def _note(values: Sequence[dict[str, Any]], rate: float) -> str:
     )
 
 
-def _keep_until(lines: Path, step: int) -> None:
+def keep_until(lines: Path, step: int) -> None:
     """Drop the lines after a step, and an incomplete line."""
     if lines.is_file():
         kept = [line for line, values in jsons.objects(lines) if _step_of(values) <= step]

@@ -13,6 +13,7 @@ _NAMES = {
     "explore": "ExploreConfig",
     "export": "ExportConfig",
     "publish": "PublishConfig",
+    "stability": "StabilityConfig",
     "trace": "TraceConfig",
 }
 CONFIGS: dict[str, type] = {

@@ -52,6 +52,7 @@ MODULES = (
     "test_checkpoint",
     "test_collect_command",
     "test_explorer_page",
+    "test_explorer_seeds",
     "test_explorer_live",
     "test_explorer_files",
     "test_explorer_server",

@@ -82,7 +82,7 @@ def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
             put(f"list-{number}", _list(store, named))
             for shard, first in enumerate(range(0, store.header.d_sae, SHARD)):
                 put(f"shard-{number}-{shard}", _shard(store, first, radius))
-        put("manifest", _manifest(run.path, stores, texts, shown, radius))
+        put("manifest", _manifest(run.path, stores, names, texts, shown, radius))
         for asset in assets.iterdir():
             if asset.is_file() and asset.name != "index.html":
                 (partial / asset.name).write_bytes(asset.read_bytes())
@@ -218,7 +218,9 @@ def _near(store: Store, first: int, last: int, radius: int) -> np.ndarray:
 # ---- the files -----------------------------------------------------------------------------------------------------
 
 
-def _manifest(run: Path, stores: Sequence[Store], texts: Texts, shown: _Shown, radius: int) -> dict[str, Any]:
+def _manifest(
+    run: Path, stores: Sequence[Store], names: Sequence[Names], texts: Texts, shown: _Shown, radius: int
+) -> dict[str, Any]:
     header = texts.header
     return {
         "run": run.resolve().name,
@@ -242,8 +244,9 @@ def _manifest(run: Path, stores: Sequence[Store], texts: Texts, shown: _Shown, r
                 "sae": store.header.sae_sha256,
                 "tokens": store.header.tokens,
                 "direct_path": _number(store.header.direct_path),
+                "other_seeds": 0 if named.recurrence is None else named.recurrence.others,
             }
-            for store in stores
+            for store, named in zip(stores, names, strict=True)
         ],
     }
 
@@ -269,6 +272,7 @@ def _list(store: Store, names: Names) -> dict[str, Any]:
         "f1": _b64(f1, "<f4"),
         "labels": [name.label for name in named],
         "by_person": [[i, names.automatic(i).label, names.automatic(i).f1] for i in latents if named[i].by_person],
+        "recurs": "" if names.recurrence is None else _b64(names.recurrence.share, "<f4"),
         "notes": [[i, named[i].note] for i in latents if named[i].note],
         "fit": [[i, name.precision, name.recall] for i, name in enumerate(named) if name.precision is not None],
         "logits": _b64(store["top_logits"][:, :_LOGITS], "<u2"),

@@ -8,6 +8,7 @@
     eval.json                   metrics of the exported SAEs, by hook
     latents.json, labels.json   columns and automatic labels of all latents, by hook
     steering.json               effect and side effect of steering with some latents, by hook
+    stability.json              how often every latent recurs in SAEs of other seeds, by hook
     stages.json                 what became of every latent of a crosscoder over checkpoints, by hook
     stages/CHECKPOINT/NAME/     of such a crosscoder: every checkpoint's own SAE in SAELens format
     plots/                      pictures of an evaluation
@@ -27,12 +28,13 @@ import os
 from pathlib import Path
 from typing import Literal
 
-Table = Literal["eval", "latents", "labels", "steering", "stages"]
+Table = Literal["eval", "latents", "labels", "steering", "stability", "stages"]
 """A file that an evaluation writes, a JSON object by hook."""
 
 WRITTEN = (
     *("config.json", "config", "metrics.jsonl"),
-    *("eval.json", "eval", "latents.json", "labels.json", "steering.json", "stages.json"),
+    *("eval.json", "eval", "latents.json", "labels.json", "steering.json"),
+    *("stability.json", "stages.json"),
 )
 """Files that this or an earlier version writes directly into a run: a killed process may have left remains of them."""
 

@@ -1,4 +1,4 @@
-"""How often latents recur in SAEs of other seeds: `stability.json` of a run, written by a comparison of runs. No torch."""
+"""How often latents recur in SAEs of other seeds: `stability.json` beside runs that were compared. No torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class Recurrence:
         """Return a sentence about a latent; "" for one of which nothing is known."""
         if not 0 <= latent < len(self.share) or math.isnan(self.share[latent]):
             return ""
-        return f"recurs in {round(self.share[latent] * self.others)} of {self.others} other seed{'s'[: self.others > 1]}"
+        return (
+            f"recurs in {round(self.share[latent] * self.others)} of {self.others} other seed{'s'[: self.others > 1]}"
+        )
 
 
 def read(run: str | Path, hook: str) -> Recurrence | None:
@@ -131,7 +133,9 @@ def _folders(runs: Sequence[Path]) -> list[Mapping[str, Path]]:
     folders = [{folder.name: folder for folder in exports.finished(run)} for run in runs]
     for run, one in zip(runs, folders, strict=True):
         if not one:
-            raise FileNotFoundError(f"{run} has no exported SAE: `python -m experiments.train --seed=0,1,2` writes some")
+            raise FileNotFoundError(
+                f"{run} has no exported SAE: `python -m experiments.train --seed=0,1,2` writes some"
+            )
         require(
             set(one) == set(folders[0]),
             f"{run} has SAEs of {', '.join(one)}, {runs[0]} of {', '.join(folders[0])}: give runs of the same hooks",

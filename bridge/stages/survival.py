@@ -17,7 +17,6 @@ from jsae.saelens.settings import TRANSCODERS
 from jsae.settings import require
 
 
-
 class Link(NamedTuple):
     """Latents of one SAE and their matches in the next, by optimal assignment. f: latents of the earlier SAE."""
 

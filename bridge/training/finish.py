@@ -69,7 +69,8 @@ def finish(
         metadata = metadata_of(config, trainee, origin)
         summary = write(trainee, sae, origin, metadata)
         if config.stages:
-            singles.write(Run(trainee.folder), trainee.name)
+            folder = Run(trainee.folder).sae_folder(trainee.name)
+            singles.write(Run(trainee.folder), trainee.name, origin.own_saes(trainee, folder))
         if "problem" in summary:
             problems.append(f"{trainee.label} ({summary['problem']})")
         results.setdefault(trainee.folder, {})[trainee.name] = summary
@@ -89,7 +90,10 @@ def finish(
 def _compare_seeds(config: "RunConfig", latents: int) -> None:
     """Write how often latents recur in SAEs of other seeds, or say which command does it where that takes minutes."""
     if latents > recurrence.AT_ONCE:
-        print(f"SAEs of several seeds are compared by: {commands.line('stability', run_dir=config.output_dir)}", flush=True)
+        print(
+            f"SAEs of several seeds are compared by: {commands.line('stability', run_dir=config.output_dir)}",
+            flush=True,
+        )
         return
     for group in recurrence.seeds_of(Run(config.output_dir).path):
         for hook, entry in recurrence.compare(group).items():

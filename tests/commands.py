@@ -13,6 +13,7 @@ _NAMES = {
     "explore": "ExploreConfig",
     "export": "ExportConfig",
     "publish": "PublishConfig",
+    "provenance": "ProvenanceConfig",
     "stability": "StabilityConfig",
     "trace": "TraceConfig",
 }

@@ -10,6 +10,7 @@
     steering.json               effect and side effect of steering with some latents, by hook
     stability.json              how often every latent recurs in SAEs of other seeds, by hook
     stages.json                 what became of every latent of a crosscoder over checkpoints, by hook
+    provenance/NAME/LATENT.json documents and tokens that a latent of such a crosscoder comes from
     stages/CHECKPOINT/NAME/     of such a crosscoder: every checkpoint's own SAE in SAELens format
     plots/                      pictures of an evaluation
     explorer/index.html         the explorer's page, with its data in page-DIGEST/
@@ -91,6 +92,10 @@ class Layout:
     def stage_folder(self, stage: str, name: str) -> Path:
         """The SAE of one checkpoint, cut out of the crosscoder of this name."""
         return self.path / "stages" / stage / name
+
+    def provenance_file(self, name: str, latent: int) -> Path:
+        """Where a latent of the crosscoder of this name comes from."""
+        return self.path / "provenance" / name / f"{latent}.json"
 
     @property
     def plots_folder(self) -> Path:

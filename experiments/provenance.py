@@ -33,7 +33,7 @@ class ProvenanceConfig:
     split: Literal["heldout", "train", "all"] = flag(
         "train", "Part of the text, where the checkpoints do not say what was read between them."
     )
-    num_tokens: int = flag(1_000_000, "Tokens to read at most, a sample of what was read between them.", TOKENS)
+    num_tokens: int = flag(1_000_000, "Tokens to read at most, of what was read between the checkpoints.", TOKENS)
     show: int = flag(20, "Entries of every table.", Range(1, 10_000, "lie between 1 and 10,000"))
     models_in_memory: InMemory = flag(
         "all", "'all' checkpoints, or 'one' that has the weights of each in turn, read from its file."

@@ -6,7 +6,7 @@ part: the documents and files on which the latent fires most, and the tokens who
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from jsae.settings import require
 
 MOST_LATENTS = 16
 """Latents that are traced in one pass over the text."""
+_LEAST_OF_PART = 4096  # tokens of a text file or row group that are read, if it has so many
 _CHUNK = 2048  # tokens whose latents are in memory at once
 
 
@@ -43,7 +44,7 @@ class Extent:
     split: Split = "train"
     """Part of the text, where it is not known what was read between the checkpoints."""
     num_tokens: int = 1_000_000
-    """Tokens to read at most; a fair sample of what was read."""
+    """Tokens to read at most, equally many of every file or row group at most."""
     show: int = 20
     """Documents, files, tokens and occurrences to keep."""
 
@@ -196,16 +197,23 @@ def _values(sae: TorchSAE, acts: Float[torch.Tensor, "B T D"], latents: Sequence
 
 
 def _rows(reading: Reading, extent: Extent, nano: Nanochat, row_len: int) -> tuple[Text, list[tuple[str, str, int]]]:
-    """Return rows of the documents of a reading, in a shuffled but fixed order of its parts, and their sources."""
-    tokenizer, sources = nano.tokenizer, []
+    """Return rows of the documents of a reading, and their sources.
 
-    def documents() -> Any:
+    Parts are in a shuffled but fixed order, and each gives equally many tokens at most, so that all have their share.
+    """
+    sources: list[tuple[str, str, int]] = []
+    share = max(extent.num_tokens // max(len(reading.parts), 1), _LEAST_OF_PART)
+
+    def documents() -> Iterator[text.Document]:
         for i in np.random.default_rng(0).permutation(len(reading.parts)):
-            part = reading.parts[i]
+            part, left = reading.parts[i], share
             for number, document in part.documents():
-                if len(ids := token_ids(document, tokenizer)):
+                if len(ids := token_ids(document, nano.tokenizer)[:left]):
                     sources.append((part.unit.source[0], part.unit.where, number))
                     yield text.Document(part.unit.name, ids)
+                    left -= len(ids)
+                if not left:
+                    break
 
-    rows = text.read(documents(), tokenizer, row_len, extent.num_tokens)
+    rows = text.read(documents(), nano.tokenizer, row_len, extent.num_tokens)
     return rows, sources

@@ -24,6 +24,8 @@ NEEDED = {
     "publish": {"run_dir": "runs/x"},
     "finetune": {"sae": "runs/x", "out": "runs/y"},
     "diff": {"run_dir": "runs/x"},
+    "provenance": {"run_dir": "runs/x", "latent": (1,)},
+    "stability": {"run_dir": "runs/x"},
 }
 PATHS = [
     (command, name)
@@ -33,6 +35,7 @@ PATHS = [
     not in {
         *(("publish", "folder"), ("evaluate", "compare"), ("evaluate", "sae")),
         *(("train", "checkpoints"), ("diff", "saes"), ("diff", "output_file")),
+        ("stability", "runs"),
     }
 ]
 

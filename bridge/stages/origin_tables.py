@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from bridge.evaluate.text import Text
 from bridge.nanochat.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from bridge.stages.provenance import Firings
 
 LEAST = 3
 """Occurrences of a token from which a mean over them is given."""
 _BEFORE, _AFTER = 24, 8  # tokens around one that is shown
+
+
+class Firings(NamedTuple):
+    """Values of latents on text, and losses of the model before and after they grew."""
+
+    rows: Text
+    sources: list[tuple[str, str, int]]
+    """File, part of it, and number of the document in that, of every document."""
+    values: Float[np.ndarray, "L R T"]
+    counts: Bool[np.ndarray, "R T"]
+    """Which tokens count."""
+    before: Float[np.ndarray, "R T"]
+    """Loss of the earlier checkpoint in nats: -log p of the token after each; NaN where a row or document ends."""
+    after: Float[np.ndarray, "R T"]
 
 
 def of_latent(firings: Firings, latent: int, most: int, tokenizer: Tokenizer) -> dict[str, Any]:

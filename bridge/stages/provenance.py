@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from rich.console import Console
 
 from bridge.evaluate import text
@@ -25,6 +25,7 @@ from bridge.nanochat.units import Split
 from bridge.run import Run
 from bridge.settings import InMemory
 from bridge.stages import measuring, origin_tables
+from bridge.stages.origin_tables import Firings
 from bridge.torch_sae import TorchSAE
 from jsae.progress import Progress
 from jsae.settings import require
@@ -56,20 +57,6 @@ class Growth(NamedTuple):
     later: int
     levels: list[float]
     """The latent's level in every checkpoint (`bridge.stages.latents.levels`)."""
-
-
-class Firings(NamedTuple):
-    """Values of latents on text, and losses of the model before and after they grew."""
-
-    rows: Text
-    sources: list[tuple[str, str, int]]
-    """File, part of it, and number of the document in that, of every document."""
-    values: Float[np.ndarray, "L R T"]
-    counts: Bool[np.ndarray, "R T"]
-    """Which tokens count."""
-    before: Float[np.ndarray, "R T"]
-    """Loss of the earlier checkpoint in nats: -log p of the token after each; NaN where a row or document ends."""
-    after: Float[np.ndarray, "R T"]
 
 
 def growth(table: Mapping[str, Any], latent: int) -> Growth:

@@ -113,6 +113,9 @@ def test_a_pretraining_of_this_project_is_replayed(tmp_path):
     seen = TOKENIZER.decode([int(i) for i in rows.ravel()])
     assert {name for name in names if f"{name} " in seen} == names
     assert len(names) < 40
+    for name, value in {"batch_rows": 2**40, "sequence_len": 0, "seed": -1, "heldout_fraction": 7.0}.items():
+        metas = ({"step": step, "user_config": settings | {name: value}} for step in (5, 7))
+        assert between(spec, "train", *metas, TOKENIZER).order == "unknown", name
     other = between(spec, "train", *({"step": s, "user_config": settings | {"data": "x"}} for s in (5, 7)), TOKENIZER)
     assert other.order == "unknown"
     assert "trained on 'x': give it with --data" in other.note

@@ -20,6 +20,16 @@ HELDOUT_FRACTION = 0.05
 """The fraction that is held out where documents are chosen by their content."""
 _ROWS_AT_ONCE = 64
 
+_SETTINGS: dict[str, tuple[Any, float, float]] = {  # of a pretraining: type, least and largest value
+    "seed": (int, 0, 2**63),
+    "sequence_len": (int, 1, 2**17),
+    "batch_rows": (int, 1, 2**20),
+    "heldout_fraction": (float, 0, 1),
+    "data": (str, 0, 0),
+}
+MOST_REPLAYED = 2**31
+"""Tokens from the start of a pretraining that are read again to find what followed."""
+
 Order = Literal["shards", "replayed", "unknown"]
 
 
@@ -93,7 +103,7 @@ def _place(meta: Mapping[str, Any]) -> tuple[int, int, int] | None:
     numbers = (state.get("epoch", 0), state.get("pq_idx"), state.get("rg_idx"))
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
         return None
-    return numbers  # type: ignore[return-value]  # three numbers
+    return numbers
 
 
 def _of_shards(units: list[Unit], earlier: tuple[int, int, int], later: tuple[int, int, int]) -> Reading:
@@ -129,15 +139,25 @@ def _of_shards(units: list[Unit], earlier: tuple[int, int, int], later: tuple[in
 
 def _replayable(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the settings of a pretraining of this project, if both checkpoints are of the same; else None."""
-    kinds = {"seed": int, "sequence_len": int, "batch_rows": int, "heldout_fraction": float, "data": str}
-    settings = [meta.get("user_config") for meta in (earlier, later)]
-    for one, meta in zip(settings, (earlier, later), strict=True):
-        if not isinstance(one, dict) or not isinstance(meta.get("step"), int):
-            return None
-        if not all(isinstance(one.get(name), kind) for name, kind in kinds.items()):
-            return None
-    first, second = ({name: one[name] for name in kinds} for one in settings)  # type: ignore[index]
+    metas = (earlier, later)
+    settings = [meta.get("user_config") for meta in metas]
+    if not all(isinstance(one, dict) and _is_valid(one, meta) for one, meta in zip(settings, metas, strict=True)):
+        return None
+    first, second = ({name: one[name] for name in _SETTINGS} for one in settings)
     return first if first == second and earlier["step"] < later["step"] else None
+
+
+def _is_valid(settings: Mapping[str, Any], meta: Mapping[str, Any]) -> bool:
+    """Return whether a pretraining can be replayed, by its settings and the step of a checkpoint."""
+    values = {name: settings.get(name) for name in _SETTINGS} | {"step": meta.get("step")}
+    for name, (kind, least, most) in (_SETTINGS | {"step": (int, 0, 2**31)}).items():
+        value = values[name]
+        if kind is str:
+            if not isinstance(value, str):
+                return False
+        elif isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+            return False
+    return values["step"] * values["batch_rows"] * values["sequence_len"] <= MOST_REPLAYED
 
 
 def _replayed(spec: str, settings: Mapping[str, Any], first: int, last: int, tokenizer: Tokenizer) -> Reading:

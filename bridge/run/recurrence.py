@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def compare(runs: Sequence[Path], bar: float = stability.SAME) -> dict[str, dict
     return summaries
 
 
-def _folders(runs: Sequence[Path]) -> list[Mapping[str, Path]]:
+def _folders(runs: Sequence[Path]) -> list[dict[str, Path]]:
     """Return the exports of every run by hook, checked against each other.
 
     Raises:

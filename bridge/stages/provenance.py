@@ -119,8 +119,8 @@ def trace(
     found: dict[int, dict[str, Any]] = {}
     for interval in dict.fromkeys((one.earlier, one.later) for one in grown.values()):
         own = [latent for latent in latents if (grown[latent].earlier, grown[latent].later) == interval]
-        metas = [subject.nanos[number].meta for number in interval]
-        reading = between(spec, extent.split, *metas, subject.nanos[0].tokenizer)
+        earlier, later = (subject.nanos[number] for number in interval)
+        reading = between(spec, extent.split, earlier.meta, later.meta, later.tokenizer)
         firings = _read(subject, own, interval, reading, extent, Console(stderr=True, quiet=not show_progress))
         for i, latent in enumerate(own):
             names = [stage.name for stage in subject.stages]

@@ -71,7 +71,7 @@ def with_encoder(sae: Plain, W_enc: Float[np.ndarray, "d f"], intercept: Float[n
 
 def _silent(sae: Plain) -> Bool[np.ndarray, " f"]:
     """Return which latents of a layer's SAE read nothing."""
-    return ~sae.weights["W_enc"].any(axis=0)
+    return np.abs(sae.weights["W_enc"]).max(axis=0) == 0
 
 
 def shares(crosscoder: Plain) -> Float[np.ndarray, "f layers"]:

@@ -11,7 +11,14 @@ from jsae.settings import ConfigError
 
 def test_every_noise_and_number_of_dedicated_latents_is_counted(tmp_path, capsys):
     text = python_text.copied(tmp_path, 20)
-    sizes = {"num_activations": 4096, "tokens": 1000, "context_size": 32, "expansion_factor": 1, "k": 8}
+    sizes = {
+        "num_activations": 16_384,
+        "batch_size": 256,
+        "tokens": 1000,
+        "context_size": 32,
+        "expansion_factor": 1,
+        "k": 8,
+    }
     config = alarms.Config(
         data=text,
         noises=(0.01,),

@@ -38,6 +38,7 @@ class Config:
     expansion_factor: int = flag(4, "Latents per dimension of the model.", COUNT)
     k: int = flag(16, "Active latents per token.", COUNT)
     num_activations: int = flag(120_000, "Tokens that every crosscoder is trained on.", TOKENS)
+    batch_size: int = flag(2048, "Tokens per step.", COUNT)
     context_size: int = flag(128, "Tokens of a row of text.", at_least(2, 2**17))
     tokens: int = flag(30_000, "Held-out tokens on which latents are judged.", TOKENS)
     runs: FilePath | None = flag(None, "Directory in which checkpoints and runs are kept.")
@@ -46,6 +47,10 @@ class Config:
 
     def __post_init__(self) -> None:
         settle(self)
+        require(
+            self.num_activations >= self.batch_size,
+            f"--num_activations={self.num_activations} is less than one batch of {self.batch_size}",
+        )
         require(bool(self.noises) and bool(self.exclusive), "--noises and --exclusive need at least one value each")
 
 
@@ -107,6 +112,7 @@ def _compared(config: Config, checkpoints: tuple[str, str], exclusive: int, fold
         expansion_factor=config.expansion_factor,
         exclusive_latents=exclusive,
         num_activations=config.num_activations,
+        batch_size=config.batch_size,
         context_size=config.context_size,
         heldout_tokens=config.tokens,
         output_dir=str(folder),

@@ -5,14 +5,16 @@ import json
 import pytest
 import python_text
 
+from bridge.training import origins
 from experiments.benches import alarms
 from jsae.settings import ConfigError
 
 
-def test_every_noise_and_number_of_dedicated_latents_is_counted(tmp_path, capsys):
+def test_every_noise_and_number_of_dedicated_latents_is_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(origins, "FITTED_TOKENS", 2000)
     text = python_text.copied(tmp_path, 20)
     sizes = {
-        "num_activations": 16_384,
+        "num_activations": 8192,
         "batch_size": 256,
         "tokens": 1000,
         "context_size": 32,

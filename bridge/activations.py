@@ -93,9 +93,9 @@ def read(
     excluded: tuple[int, ...],
     drop_sinks: bool,
     stop: bool = True,
+    first_row: int = 0,
 ) -> Iterator[ForwardPass]:
     """Yield one forward pass for every batch of rows; arguments and errors are those of `forward`."""
-    first_row = 0
     for ids in batches:
         yield forward(model, hooks, ids, excluded=excluded, drop_sinks=drop_sinks, stop=stop, first_row=first_row)
         first_row += len(ids)

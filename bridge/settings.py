@@ -15,6 +15,8 @@ STEP = Range(0, 2**31 - 1, "be a step from 0")
 CONTEXT = Range(2, 2**24, f"be 2 to {2**24} tokens, or less where the model takes less")
 WATCH_SHARE = Range(1e-6, 1e6, "lie between 1e-6 and 1e6, which is no limit")
 LONG_SEED = Range(0, 2**63 - 1, "lie in [0, 2**63)")
+InMemory = Literal["all", "one"]
+"""Models of several checkpoints that are in memory at the same time."""
 ExcludeTokens = Literal["bos", "special", "nothing"]
 """The same as in `bridge.selection`, whose import needs torch."""
 

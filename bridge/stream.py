@@ -1,8 +1,9 @@
 """Stream activations of a nanochat to jax. Beside `handover` and `bridge.finetuning`, all that uses torch and jax."""
 
 import contextlib
+import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +34,8 @@ class ActivationStream:
     hooks in the first, in the second and so on, and its tokens count in all of them.
 
     Args:
-      model: a nanochat, on its device, in its compute dtype; or several of one width.
+      model: a nanochat, on its device, in its compute dtype; or several of one width, which are iterated once for
+        every block (`bridge.stages.loading.models`).
       rows: the source of token rows; on a GPU a thread reads them ahead, and nothing else may use it.
       sites: for every SAE the hooks that it reads on the same tokens: one, a transcoder's two, or a crosscoder's.
       excluded: ids of tokens to leave out (`bridge.selection.excluded_ids`); () keeps every token.
@@ -50,7 +52,7 @@ class ActivationStream:
 
     def __init__(
         self,
-        model: torch.nn.Module | Sequence[torch.nn.Module],
+        model: torch.nn.Module | Collection[torch.nn.Module],
         rows: Rows,
         sites: Sequence[Sequence[str]],
         *,
@@ -64,15 +66,15 @@ class ActivationStream:
         self._sites = tuple(tuple(site) for site in sites)
         self._hooks = tuple(dict.fromkeys(name for site in self._sites for name in site))
         require(bool(self._sites) and all(self._sites), "a stream needs at least one hook for every SAE")
-        self._models = (model,) if isinstance(model, torch.nn.Module) else tuple(model)
+        self._models: Collection[torch.nn.Module] = (model,) if isinstance(model, torch.nn.Module) else model
         for one in self._models:
             for name in self._hooks:
                 find(one, name)
         require(rows_per_forward >= 1, f"rows_per_forward is {rows_per_forward}: it must be at least 1")
-        self.d_in = unwrapped(self._models[0]).config.n_embd
+        self.d_in, self._device = unwrapped(one).config.n_embd, next(one.parameters()).device
         self.tokens_seen = 0
         self._excluded, self._rows_per_forward, self._drop_sinks = excluded, rows_per_forward, drop_sinks
-        self._device, self._decode, self._run = next(self._models[0].parameters()).device, decode, run
+        self._decode, self._run = decode, run
         self._shards = shards
         self._rows: Rows = ReadAhead(rows) if self._device.type == "cuda" else rows
 
@@ -93,26 +95,30 @@ class ActivationStream:
         places = _places(rows, self._shards, self._rows.row_len, self._device)
         size = places.shape[0] * -(-places.shape[1] // self._rows.row_len) * self._rows.row_len
         text = np.empty(size, np.int32)
-        keep = torch.empty(len(self._sites), size, dtype=torch.bool, device=self._device)
-        filled = 0
-        ids, tokens = self._next_tokens(size, size)
-        while True:
-            end = filled + ids.size
-            passes = [self._forward(model, ids, tokens) for model in self._models]
-            self.tokens_seen += ids.size
-            for own, forward_pass in zip(blocks, passes, strict=True):
+        keep = torch.ones(len(self._sites), size, dtype=torch.bool, device=self._device)
+        passes = [self._next_tokens(size, size)]
+        done, total = 0, size * len(self._models)
+        for own, model in zip(blocks, self._models, strict=True):
+            filled = 0
+            for number in itertools.count():
+                ids, tokens = passes[number]
+                end = filled + ids.size
+                forward_pass = self._forward(model, ids, tokens)
                 for name, acts in forward_pass.acts.items():
                     if name not in own:
                         own[name] = torch.empty(size, self.d_in, dtype=acts.dtype, device=acts.device)
                     own[name][filled:end] = acts.reshape(-1, self.d_in)
-            counting = [torch.stack([one.mask(*site).flatten() for one in passes]).all(0) for site in self._sites]
-            keep[:, filled:end] = torch.stack(counting)
-            text[filled:end] = ids.reshape(-1)
-            filled = end
-            if filled == size:
-                break
-            ids, tokens = self._next_tokens(size, size - filled)
-            yield filled / size
+                keep[:, filled:end] &= torch.stack([forward_pass.mask(*site).flatten() for site in self._sites])
+                text[filled:end] = ids.reshape(-1)
+                done, filled = done + ids.size, end
+                if own is blocks[0]:  # the first model reads the text that all of them read
+                    self.tokens_seen += ids.size
+                    if filled < size:
+                        passes.append(self._next_tokens(size, size - filled))
+                if done < total:
+                    yield done / total
+                if filled == size:
+                    break
         by_shard = keep[:, places]
         packed = [
             _packed([own[name] for own in blocks for name in site], places, by_shard[i])

@@ -12,6 +12,7 @@ from experiments import flags
 
 BENCHES: Mapping[str, str] = {
     "ablations": "experiments.benches.ablations",
+    "alarms": "experiments.benches.alarms",
     "circuits": "experiments.benches.circuits",
     "dashboard": "experiments.benches.dashboard",
     "finetune": "experiments.benches.finetune",

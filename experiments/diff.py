@@ -18,7 +18,7 @@ from typing import Literal
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Data, FilePath
 from bridge.run import Run
-from bridge.settings import flag, settle
+from bridge.settings import InMemory, flag, settle
 from experiments import flags
 from jsae.settings import TOKENS, Range, require
 
@@ -41,6 +41,9 @@ class DiffConfig:
     same: float = flag(0.7, "Cosine of decoder rows from which latents of two of --saes are the same.", _SHARE)
     show: int = flag(10, "Latents of every kind to print.", Range(0, 10_000, "lie between 0 and 10,000"))
     output_file: FilePath | None = flag(None, "File for the survival of --saes, JSON; none prints it only.")
+    models_in_memory: InMemory = flag(
+        "all", "Of a run: 'all', or 'one' that has the weights of every checkpoint in turn, read from its file."
+    )
     device: str = flag("cpu", "Device of the models.")
 
     def __post_init__(self) -> None:
@@ -50,6 +53,7 @@ class DiffConfig:
         require(not self.saes or len(self.saes) > 1, "--saes needs at least two SAEs, A,B")
         require(bool(self.saes) or self.output_file is None, "--output_file is for --saes; a run gets stages.json")
         require(bool(self.saes) or self.hook is None, "--hook chooses among the SAEs of --saes: leave it out")
+        require(not self.saes or self.models_in_memory == "all", "--models_in_memory is for --run_dir: leave it out")
         require(self.absent <= self.weak, f"--absent={self.absent} is above --weak={self.weak}: swap them")
 
 
@@ -72,7 +76,7 @@ def _stages(config: DiffConfig, run: Run) -> int:
     extent = measuring.Extent(**flags.shared(measuring.Extent, config))
     bounds = Thresholds(**flags.shared(Thresholds, config))
     tables = {}
-    for comparison in measuring.compare(run, extent, config.device, show_progress=True):
+    for comparison in measuring.compare(run, extent, config.device, config.models_in_memory, show_progress=True):
         tables[comparison.name] = comparison.table(bounds)
         diff_view.show(comparison.name, tables[comparison.name], config.show)
     run.write_evaluation({name: {"stages": table} for name, table in tables.items()})

@@ -1,6 +1,6 @@
 """Output of an evaluation: a table with a column per SAE, and the list of written files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +218,24 @@ def show_stability(found: dict[str, Any]) -> None:
             alive = " and ".join(f"{count:,}" for count in entry["alive"])
             line = f"{hook}: of {alive} living latents, matched one to one, {shares}; mean {entry['mean_cosine']:.3f}"
         Console().print(Text(line), soft_wrap=True)
+
+
+def show_recurrence(found: Mapping[str, Any], same: float) -> None:
+    """Print how many latents of every SAE recur in those of other seeds.
+
+    Args:
+      found: of `bridge.run.recurrence.compare`.
+      same: the cosine from which a latent recurs.
+    """
+    for hook, entry in found.items():
+        table = Table(title=f"{hook}: latents that recur in SAEs of other seeds (cosine {same:g} or more)")
+        for column in ("run", "alive", "mean share", f"in all {entry['others']}", "in none"):
+            table.add_column(column, justify="left" if column == "run" else "right")
+        for run, counts in entry["runs"].items():
+            alive = max(counts["alive"], 1)
+            shares = [f"{counts[name]:,} ({counts[name] / alive:.1%})" for name in ("in_all", "in_none")]
+            table.add_row(Path(run).name, f"{counts['alive']:,}", f"{counts['mean']:.1%}", *shares)
+        Console().print(table)
 
 
 def show_written(output: Path, results: dict[str, dict[str, Any]], plots: bool, max_labels: int = 5) -> None:

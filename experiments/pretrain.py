@@ -323,12 +323,13 @@ def _save(config: PretrainConfig, out: Path, trainer: Trainer, heldout: Corpus) 
     print(f"step {trainer.step} held out: {values} ({trainer.seconds:.0f} s)", flush=True)
     model = trainer.model.config
     tokens = trainer.step * config.batch_rows * model.sequence_len
-    sizes = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
+    names = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
+    sizes = {name: getattr(model, name) for name in names}
     meta = {
         "step": trainer.step,
         "val_bpb": metrics["val_bpb"],
-        "model_config": {name: getattr(model, name) for name in sizes},
-        "user_config": dataclasses.asdict(config),
+        "model_config": sizes,
+        "user_config": dataclasses.asdict(config) | sizes,
         "device_batch_size": config.micro_rows,
         "max_seq_len": model.sequence_len,
         "total_batch_size": config.batch_rows * model.sequence_len,

@@ -1,4 +1,4 @@
-"""Compare what SAEs of several seeds learned: one-to-one matches of their decoder rows."""
+"""Compare what SAEs of several seeds learned: one-to-one matches of their decoder rows, and which latents recur."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,6 +11,10 @@ MOST_LATENTS = 16_384
 """Latents of an SAE that are matched: the assignment takes minutes and gigabytes beyond."""
 THRESHOLDS = (0.7, 0.9)
 """Cosines above which two latents count as the same."""
+
+
+SAME = 0.7
+"""Cosine of decoder rows from which two latents are the same, unless another is given."""
 
 
 class Match(NamedTuple):
@@ -71,19 +75,58 @@ def stability(
     Raises:
       ValueError: fewer than two SAEs, other sizes, or too many latents (`match`).
     """
+    masks, matches = _matches(decoders, alive)
+    pairs = []
+    for (i, j), found in matches.items():
+        most = max(masks[i].sum(), masks[j].sum())
+        shares = {f"share_over_{bar}": float((found.cosine > bar).sum() / most) if most else 0.0 for bar in THRESHOLDS}
+        pairs.append({"mean_cosine": float(found.cosine.mean()) if len(found.cosine) else 0.0, **shares})
+    means = {name: float(np.mean([pair[name] for pair in pairs])) for name in pairs[0]}
+    return means | {"pairs": pairs, "alive": [int(mask.sum()) for mask in masks]}
+
+
+def recurrence(
+    decoders: Sequence[Float[np.ndarray, "f d"]],
+    alive: Sequence[Bool[np.ndarray, " f"]] | None = None,
+    bar: float = SAME,
+) -> list[Float[np.ndarray, " f"]]:
+    """Return for every SAE the share of the other SAEs in which each of its latents recurs, from 0 to 1.
+
+    A latent recurs in another SAE if the cosine of its decoder row to the row that it is matched with (`match`) is at
+    least `bar`. Dead latents have NaN.
+
+    Args:
+      decoders: decoder rows of at least two SAEs of the same size, on the same activations.
+      alive: which latents of each fire; None is all.
+      bar: the least cosine.
+
+    Raises:
+      ValueError: as `stability`.
+    """
+    masks, matches = _matches(decoders, alive)
+    counts = [np.where(mask, 0.0, np.nan) for mask in masks]
+    for (i, j), found in matches.items():
+        same = found.cosine >= bar
+        counts[i][found.first[same]] += 1
+        counts[j][found.second[same]] += 1
+    return [count / (len(decoders) - 1) for count in counts]
+
+
+def _matches(
+    decoders: Sequence[Float[np.ndarray, "f d"]], alive: Sequence[Bool[np.ndarray, " f"]] | None
+) -> tuple[list[Bool[np.ndarray, " f"]], dict[tuple[int, int], Match]]:
+    """Return which latents of every SAE take part, and the matches of all pairs of SAEs by their indices.
+
+    Raises:
+      ValueError: as `stability`.
+    """
     if len(decoders) < 2:
         raise ValueError(f"{len(decoders)} SAEs were given: stability compares at least two")
     if len({weights.shape for weights in decoders}) > 1:
         raise ValueError(f"decoders of the shapes {', '.join(str(w.shape) for w in decoders)}: give SAEs of one size")
     masks = [np.ones(len(weights), bool) for weights in decoders] if alive is None else list(alive)
-    pairs = []
-    for i, j in itertools.combinations(range(len(decoders)), 2):
-        cosine = match(decoders[i], decoders[j], (masks[i], masks[j])).cosine
-        most = max(masks[i].sum(), masks[j].sum())
-        shares = {f"share_over_{bar}": float((cosine > bar).sum() / most) if most else 0.0 for bar in THRESHOLDS}
-        pairs.append({"mean_cosine": float(cosine.mean()) if len(cosine) else 0.0, **shares})
-    means = {name: float(np.mean([pair[name] for pair in pairs])) for name in pairs[0]}
-    return means | {"pairs": pairs, "alive": [int(mask.sum()) for mask in masks]}
+    pairs = itertools.combinations(range(len(decoders)), 2)
+    return masks, {(i, j): match(decoders[i], decoders[j], (masks[i], masks[j])) for i, j in pairs}
 
 
 def _unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

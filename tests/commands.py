@@ -13,6 +13,8 @@ _NAMES = {
     "explore": "ExploreConfig",
     "export": "ExportConfig",
     "publish": "PublishConfig",
+    "provenance": "ProvenanceConfig",
+    "stability": "StabilityConfig",
     "trace": "TraceConfig",
     "lens": "LensConfig",
 }

@@ -26,6 +26,8 @@ NEEDED = {
     "diff": {"run_dir": "runs/x"},
     "lens": {"run_dir": "runs/x", "prompt": "def"},
     "pretrain": {"watch_layer": ("1",)},
+    "provenance": {"run_dir": "runs/x", "latent": (1,)},
+    "stability": {"run_dir": "runs/x"},
 }
 PATHS = [
     (command, name)
@@ -36,6 +38,7 @@ PATHS = [
         *(("publish", "folder"), ("evaluate", "compare"), ("evaluate", "sae")),
         *(("train", "checkpoints"), ("diff", "saes"), ("diff", "output_file")),
         *(("lens", "merge"), ("lens", "lens")),
+        ("stability", "runs"),
     }
 ]
 

@@ -166,7 +166,7 @@ def test_the_options_are_all_that_change_a_training():
         *("model_id", "source_set", "latent_shards", "data_shards", "activations"),
         *("init_from", "find_lr"),  # test_continue_command.py, test_find_lr.py
         *("num_activations", "hook_type", "target_hook", "skip", "crosscoder", "aligned"),
-        *("checkpoints", "exclusive_latents"),
+        *("checkpoints", "models_in_memory", "exclusive_latents"),  # test_stages.py
     }
     assert told - other == set(OPTIONS) - {"kind"}
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from bridge.stages import latents, sums, survival, validation
+from bridge.stages import latents, own_encoders, sums, survival, validation
 from bridge.stages.latents import Latents, Thresholds
 from bridge.torch_sae import TorchSAE
 from jsae import saelens
@@ -63,6 +63,60 @@ def test_shares_are_those_of_the_pre_activation_and_a_silent_latent_never_fires(
     assert layers.shares(plain)[0, 1] == 0
     x = torch.from_numpy(np.random.default_rng(1).normal(size=(1000, D)) * 100)
     assert not module(layers.single(plain, 1)).encode(x)[:, 0].any()
+
+
+@pytest.mark.parametrize("form", ["jumprelu", "standard", "gated", "topk", "abstopk"])
+def test_a_fitted_encoder_reads_what_the_crosscoder_reads_where_a_layer_tells_all(form):
+    plain = crosscoder(form, **({"k": 2} if "topk" in form else {}))
+    random = np.random.default_rng(3)
+    first = random.normal(size=(4000, D)) * 3
+    turns = [np.linalg.qr(random.normal(size=(D, D)))[0] for _ in range(2)]
+    parts = [first, first @ turns[0] + 1, 2 * first @ turns[1] - 2]
+    x = torch.from_numpy(np.concatenate(parts, axis=1))
+    sae = module(plain)
+    fitted = own_encoders.fit(plain, sae, x.split(1000))
+    expected = sae.encode(x)
+    for layer, (own, part) in enumerate(zip(fitted, parts, strict=True)):
+        silent = layers.shares(plain)[:, layer] < layers.LEAST_SHARE
+        found = module(own).encode(torch.from_numpy(part))
+        if "topk" in form:  # without the silent latent, others are selected
+            assert not found[:, silent].any()
+            if silent.any():
+                continue
+        wrong = ((found - expected).abs() > 1e-2 * expected.abs().max()).double().mean(0)
+        assert wrong[~silent].max() < 0.01, (layer, wrong)
+        np.testing.assert_array_equal(own.weights["W_dec"], layers.single(plain, layer).weights["W_dec"])
+
+
+def test_a_fitted_encoder_is_the_least_squares_solution():
+    plain, random = crosscoder("standard"), np.random.default_rng(4)
+    x = random.normal(size=(500, L * D)) + 1
+    own = own_encoders.fit(plain, module(plain), [torch.from_numpy(x)])[1]
+    centred = x - plain.weights["b_dec"]
+    u = np.concatenate([centred[:, D : 2 * D], np.ones((500, 1))], axis=1)
+    exact, *_ = np.linalg.lstsq(u, centred @ plain.weights["W_enc"], rcond=None)
+    found = np.concatenate([own.weights["W_enc"], own.weights["b_enc"][None]])[:, 1:]
+    gain = np.linalg.norm(found, axis=0) / np.linalg.norm(exact[:, 1:], axis=0)
+    assert gain.min() > 1  # one layer tells less than all: its values are raised
+    np.testing.assert_allclose(found / gain, exact[:, 1:], rtol=2e-3, atol=2e-4)
+    assert not own.weights["W_enc"][:, 0].any()  # the latent is not in this layer
+    with pytest.raises(ValueError, match="no tokens to fit the encoders"):
+        own_encoders.fit(plain, module(plain), [])
+
+
+def test_as_many_latents_fire_as_in_the_crosscoder_and_their_values_are_nearest_to_its():
+    plain, random = crosscoder(), np.random.default_rng(5)
+    shared = random.normal(size=(6000, D)) * 3
+    x = torch.from_numpy(np.concatenate([shared + random.normal(size=(6000, D)) for _ in range(L)], axis=1))
+    sae = module(plain)
+    expected = sae.encode(x)
+    for layer, own in enumerate(own_encoders.fit(plain, sae, x.split(1500))):
+        present = layers.shares(plain)[:, layer] >= layers.LEAST_SHARE
+        found = module(own).encode(x.chunk(L, dim=1)[layer])[:, present]
+        fired, wanted = (float((codes != 0).double().mean()) for codes in (found, expected[:, present]))
+        assert fired == pytest.approx(wanted, rel=0.01)
+        gain = (found * expected[:, present]).sum(0) / found.square().sum(0)
+        np.testing.assert_allclose(gain, 1, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layer", [-1, 3])

@@ -48,6 +48,10 @@ BAD = {
     "no path": (("base=", "b"), "is not .NAME=.PATH"),
     "a step twice": (("a/d12@5", "5"), "names step 5 of a/d12 twice"),
     "steps out of order": (("a/d12@2000", "1000"), "step 1000 of a/d12 comes after step 2000"),
+    "a stage before the one that it was tuned from": (
+        ("a/chatsft_checkpoints/d4", "base=a/base_checkpoints/d4"),
+        "base_checkpoints/d4 is no successor of a/chatsft_checkpoints/d4: name base",
+    ),
     "two of one name": (("a/d12", "b/d12"), "a/d12 and b/d12 have the name 'd12': give others"),
     "a name that is no folder's": (("ba se=a", "b"), "'ba se' is no name"),
     "a step of too many digits": (("a/d12@1", "9" * 30), "is no step"),

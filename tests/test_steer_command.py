@@ -309,7 +309,7 @@ def test_the_runtime_bench_measures_every_case(tmp_path):
 def test_the_bench_knows_what_it_can_measure():
     done = process(["bench", "nothing"])
     assert done.returncode == 2
-    assert "'nothing' is not a measurement: choose one of ablations, dashboard, " in done.stderr
+    assert "'nothing' is not a measurement: choose one of ablations, alarms, " in done.stderr
 
 
 def test_a_chat_with_a_base_checkpoint_warns(checkpoint, run, tmp_path, capsys):

@@ -34,7 +34,8 @@ NEEDED = {
     "steer": ("--prompt=x", *ON_A_RUN),
     "trace": ("--prompt=x", *ON_A_RUN),
     "lens": ("--prompt=x", *ON_A_RUN),
-} | dict.fromkeys(("evaluate", "diff", "explore", "export", "publish"), ON_A_RUN)
+    "provenance": ("--latent=1", *ON_A_RUN),
+} | dict.fromkeys(("evaluate", "diff", "stability", "explore", "export", "publish"), ON_A_RUN)
 NUMBERS = ("-1", "0", "1", "2147483648", str(2**63), "1e-320", "1e30", "nan", "inf", "-inf", "", "x", "9" * 5000)
 FINITE = ("nan", "inf", "-inf", "x", "9" * 5000)
 

@@ -1,7 +1,7 @@
 """Read activations: a hook of a model, the tokens that count there, and text run up to it."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import nn
 
 from bridge import activations
 from bridge.hooks import parse
+from bridge.passes import unwrapped
 
 
 class Batch(NamedTuple):
@@ -41,8 +42,9 @@ class Site:
     tokens_per_forward: int = 8192
     other_hooks: tuple[str, ...] = ()
     """A transcoder's target, or the other layers of a crosscoder."""
-    other_models: tuple[nn.Module, ...] = ()
-    """The further checkpoints that a crosscoder over checkpoints reads, on the model's device."""
+    models: Collection[nn.Module] = ()
+    """The checkpoints that a crosscoder over checkpoints reads, `model` among them, on one device; () is `model`
+    alone. Unless they are a tuple, each is of use until the next one is asked for (`bridge.stages.loading.models`)."""
 
     @property
     def device(self) -> torch.device:
@@ -52,23 +54,58 @@ class Site:
     def read(self, batches: Iterable[np.ndarray]) -> Iterator[Batch]:
         """Run batches of token ids, (rows, row_len) each, up to the hook; yield the activations."""
         names = (self.hook_name, *self.other_hooks)
-        batches = list(batches) if self.other_models else batches
-        others = [dataclasses.replace(self, model=model, other_models=()) for model in self.other_models]
-        for done in zip(*(site.passes(names, batches) for site in (self, *others)), strict=True):
+        for done in self.passes_of_all(names, batches):
             acts = [one.acts[name] for one in done for name in names]
-            mask = done[0].mask(*names)
-            if others:
-                mask = torch.stack([one.mask(*names) for one in done]).all(0)
+            mask = done[0].mask(*names) if len(done) == 1 else torch.stack([one.mask(*names) for one in done]).all(0)
             if not self.transcodes:
                 acts = [torch.cat(acts, dim=-1) if len(acts) > 1 else acts[0]]
             yield Batch(done[0].first_row, done[0].tokens, acts[0], acts[-1], mask)
 
+    def passes_of_all(
+        self, hooks: Sequence[str], batches: Iterable[np.ndarray], complete: Collection[int] = ()
+    ) -> Iterator[list[activations.ForwardPass]]:
+        """Yield for every batch of token ids one forward pass of each model.
+
+        Models that are of use in turn read several batches each: up to half a GiB of activations and logits.
+
+        Args:
+          hooks: names of the activations to capture.
+          batches: token ids, (rows, row_len) each.
+          complete: numbers of the models whose passes go to the end and give logits.
+        """
+        models = self.models or (self.model,)
+        start = 0
+        sizes = unwrapped(self.model).config
+        numbers = len(models) * len(hooks) * sizes.n_embd + len(complete) * sizes.vocab_size
+        for group in self._groups(batches, numbers):
+            of_models: list[list[activations.ForwardPass]] = []
+            for number, model in enumerate(models):
+                own = dataclasses.replace(self, model=model, models=())
+                of_models.append(list(own.passes(hooks, group, stop=number not in complete, first_row=start)))
+            start += sum(map(len, group))
+            yield from map(list, zip(*of_models, strict=True))
+
+    def _groups(self, batches: Iterable[np.ndarray], numbers_per_token: int) -> Iterator[list[np.ndarray]]:
+        """Yield the batches that a model reads before the next one does."""
+        if isinstance(self.models, tuple):
+            yield from ([batch] for batch in batches)
+            return
+        group: list[np.ndarray] = []
+        for batch in batches:
+            group.append(batch)
+            if sum(one.size for one in group) * numbers_per_token >= _MOST_NUMBERS:
+                yield group
+                group = []
+        if group:
+            yield group
+
     def passes(
-        self, hooks: Sequence[str], batches: Iterable[np.ndarray], stop: bool = True
+        self, hooks: Sequence[str], batches: Iterable[np.ndarray], stop: bool = True, first_row: int = 0
     ) -> Iterator[activations.ForwardPass]:
-        """Yield the forward pass of every batch of token ids, (rows, row_len) each."""
+        """Yield the forward pass of every batch of token ids, (rows, row_len) each; `first_row` precede them."""
+        excluded, drop_sinks = self.excluded, self.drop_sinks
         return activations.read(
-            self.model, hooks, batches, excluded=self.excluded, drop_sinks=self.drop_sinks, stop=stop
+            self.model, hooks, batches, excluded=excluded, drop_sinks=drop_sinks, stop=stop, first_row=first_row
         )
 
     @property

@@ -11,6 +11,7 @@ from jaxtyping import Int32
 
 from bridge import stored_text
 from bridge.nanochat import units
+from bridge.nanochat.corpus import token_ids
 from bridge.nanochat.tokenizer import Tokenizer
 from bridge.nanochat.units import Split, Unit, find_units
 
@@ -56,12 +57,9 @@ def documents(spec: str, split: Split, tokenizer: Tokenizer) -> Iterator[Documen
 def unit_documents(unit: Unit, tokenizer: Tokenizer) -> Iterator[Document]:
     """Yield the documents of one unit; long ones in pieces, chats as nanochat renders them."""
     for document in units.documents(unit):
-        if isinstance(document, str):
-            ids = tokenizer.encode(document)
-        else:
-            ids = tokenizer.render_conversation(document, max_tokens=2**31)[0][1:]
-        if ids:
-            yield Document(unit.name, np.array(ids, np.int32))
+        ids = token_ids(document, tokenizer)
+        if len(ids):
+            yield Document(unit.name, ids)
 
 
 def read(documents: Iterable[Document], tokenizer: Tokenizer, row_len: int, max_tokens: int) -> Text:

@@ -99,7 +99,7 @@ def _write_records(folder: Path, run: Run, stores: Sequence[Store], names: Seque
         _put(folder, f"list-{number}", _list(store, named))
         for shard, first in enumerate(range(0, store.header.d_sae, SHARD)):
             _put(folder, f"shard-{number}-{shard}", _shard(store, first, radius))
-    _put(folder, "manifest", _manifest(run.path, stores, texts, shown, radius))
+    _put(folder, "manifest", _manifest(run.path, stores, names, texts, shown, radius))
 
 
 def _put(folder: Path, name: str, data: Any) -> None:
@@ -247,7 +247,9 @@ def _near(store: Store, first: int, last: int, radius: int) -> np.ndarray:
 # ---- the files -----------------------------------------------------------------------------------------------------
 
 
-def _manifest(run: Path, stores: Sequence[Store], texts: Texts, shown: _Shown, radius: int) -> dict[str, Any]:
+def _manifest(
+    run: Path, stores: Sequence[Store], names: Sequence[Names], texts: Texts, shown: _Shown, radius: int
+) -> dict[str, Any]:
     header = texts.header
     return {
         "run": run.resolve().name,
@@ -271,8 +273,9 @@ def _manifest(run: Path, stores: Sequence[Store], texts: Texts, shown: _Shown, r
                 "sae": store.header.sae_sha256,
                 "tokens": store.header.tokens,
                 "direct_path": _number(store.header.direct_path),
+                "other_seeds": 0 if named.recurrence is None else named.recurrence.others,
             }
-            for store in stores
+            for store, named in zip(stores, names, strict=True)
         ],
     }
 
@@ -298,6 +301,7 @@ def _list(store: Store, names: Names) -> dict[str, Any]:
         "f1": _b64(f1, "<f4"),
         "labels": [name.label for name in named],
         "by_person": [[i, names.automatic(i).label, names.automatic(i).f1] for i in latents if named[i].by_person],
+        "recurs": "" if names.recurrence is None else _b64(names.recurrence.share, "<f4"),
         "notes": [[i, named[i].note] for i in latents if named[i].note],
         "fit": [[i, name.precision, name.recall] for i, name in enumerate(named) if name.precision is not None],
         "logits": _b64(store["top_logits"][:, :_LOGITS], "<u2"),

@@ -193,19 +193,18 @@ class Corpus:
         }
 
     def _ids(self, document: Document) -> Int32[np.ndarray, " t"]:
-        """Return a document's tokens without the leading BOS."""
-        if isinstance(document, str):
-            return np.array(self.tokenizer.encode(document), np.int32)
-        ids, _ = self.tokenizer.render_conversation(document, max_tokens=2**31)
-        return np.array(ids[1:], np.int32)
+        return token_ids(document, self.tokenizer)
 
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._units))
 
-    def _documents_of_unit(self, s: int) -> Iterator[Document]:
-        """Return the documents of unit number s in the endless sequence of all epochs."""
-        epoch, i = divmod(s, len(self._units))
-        return documents(self._units[self._order(epoch)[i]])
+    def unit(self, number: int) -> Unit:
+        """Return a unit by its number in the endless sequence of all epochs."""
+        epoch, i = divmod(number, len(self._units))
+        return self._units[self._order(epoch)[i]]
+
+    def _documents_of_unit(self, number: int) -> Iterator[Document]:
+        return documents(self.unit(number))
 
 
 @final
@@ -266,6 +265,13 @@ class _Lane:
             else:
                 self._ids = self._encode(document)
         return self._ids
+
+
+def token_ids(document: Document, tokenizer: Tokenizer) -> Int32[np.ndarray, " t"]:
+    """Return a document's tokens without the leading BOS; those of a chat as nanochat renders it."""
+    if isinstance(document, str):
+        return np.array(tokenizer.encode(document), np.int32)
+    return np.array(tokenizer.render_conversation(document, max_tokens=2**31)[0][1:], np.int32)
 
 
 def bestfit_rows(

@@ -34,6 +34,8 @@ class Unit:
         content: SHA-256 digest of its only document, or of the document that it is a piece of; None for several.
         side: the split that it belongs to by a rule of its data set (nanochat's last shard), or None.
         span: the part of a document that it contains, from 0 to 1; (0, 1) for whole documents.
+        where: its part of the file, for people: "row group 3"; "" for the whole file.
+        number: of a parquet file's row group, from 0.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Unit:
     content: bytes | None = None
     side: Split | None = None
     span: tuple[float, float] = (0.0, 1.0)
+    where: str = ""
+    number: int = 0
 
 
 def document_from_record(record: Any) -> Document | None:

@@ -39,9 +39,14 @@ def units() -> list[Unit]:
             entries.append((f"text {name} {content.hex()[:12]}", content, read))
     source = ("stdlib", hashlib.sha256("\n".join(name for name, *_ in entries).encode()).hexdigest()[:12])
     return [
-        Unit(name, functools.partial(_read_checked, name, content, read), source, content=content)
+        Unit(name, functools.partial(_read_checked, name, content, read), source, content=content, where=_title(name))
         for name, content, read in entries
     ]
+
+
+def _title(name: str) -> str:
+    """Return the name of a document without its kind and digest."""
+    return name.split(" ", 1)[1].rsplit(" ", 1)[0]
 
 
 def _read_checked(name: str, expected: bytes, read: Callable[[], str]) -> list[Document]:

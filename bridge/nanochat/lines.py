@@ -110,6 +110,7 @@ def units(file: Path, form: str, gzipped: bool, spool: Spool) -> list[Unit]:
             f"jsonl {file.name} {chunk.first} {chunk.digest[:12]}",
             functools.partial(_documents, file, word, chunk),
             source,
+            where=f"{word}s from {chunk.first + 1}" if len(chunks) > 1 else "",
         )
         for chunk in chunks
     ]

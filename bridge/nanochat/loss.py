@@ -12,7 +12,11 @@ from torch.nn import functional
 
 def cross_entropy(model: nn.Module, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Return -log p(target) of every position in nats, from the softcapped float32 logits; 0 for negative targets."""
-    logits = model(tokens)
+    return losses_of(model(tokens), targets)
+
+
+def losses_of(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Return -log p(target) of every position in nats, from a model's logits; 0 for negative targets."""
     targets = targets.long().clamp(min=-1)
     losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     return losses.view(targets.shape)

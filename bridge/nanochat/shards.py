@@ -55,7 +55,8 @@ def units(file: Path, siblings: Sequence[Path], checked: int) -> list[Unit]:
     for group in range(meta.num_row_groups):
         read = functools.partial(_documents, content, column, group)
         name = f"parquet {file.name} {content.digest} {group}"
-        group_units.append(Unit(name, read, (file.name, content.digest), side=side))
+        source, where = (file.name, content.digest), f"row group {group}"
+        group_units.append(Unit(name, read, source, side=side, where=where, number=group))
         if checked + group < _CHECKED:
             _check_group(content, meta, column, group)
     if group_units and column != "text":

@@ -258,6 +258,7 @@ def _text_units(file: Path, explicit: bool) -> list[Unit]:
             (file.name, digest),
             content=hasher.digest(),
             span=(start / size, (start + length) / size),
+            where=f"from byte {start}" if len(spans) > 1 else "",
         )
         for start, length, expected in spans
     ]

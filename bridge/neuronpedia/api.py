@@ -20,7 +20,8 @@ def api_features(store: Store, sae_dir: Path, names: Names) -> Iterator[dict[str
     Args:
       store: the records.
       sae_dir: the export of the same SAE.
-      names: manual and automatic labels, which become explanations without method and model.
+      names: manual and automatic labels, which become explanations without method and model; with how often latents
+        recur in other seeds, where that is known.
 
     Raises:
       FileNotFoundError, StoreError: there is no export, or the records are of another SAE; raised at the first latent.
@@ -29,7 +30,7 @@ def api_features(store: Store, sae_dir: Path, names: Names) -> Iterator[dict[str
     for i in range(len(latents)):
         latent = latents[i]
         if latent.contexts:
-            yield _feature(latent, names.label(i))
+            yield _feature(latent, names.description(i))
 
 
 def _feature(latent: Latent, label: str) -> dict[str, Any]:

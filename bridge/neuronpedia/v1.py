@@ -39,7 +39,7 @@ def write(
       out: the folder of all models.
       ids: Neuronpedia's ids of the SAE.
       about: the description of the export.
-      names: manual and automatic labels, which become explanations.
+      names: manual and automatic labels, which become explanations, with how often latents recur in other seeds.
       vectors: whether to include decoder rows, with which a host of the model can steer without the SAE.
 
     Returns:
@@ -70,8 +70,8 @@ def _write_batch(folder: Path, name: str, latents: Iterable[Latent], ids: Ids, a
             features.add(feature(latent, ids, about))
             for rank, context in enumerate(latent.contexts):
                 activations.add(activation(latent.index, rank, context, ids, about))
-            if names.label(latent.index):
-                explanations.add(explanation(latent.index, names[latent.index], ids, about))
+            if text := names.description(latent.index):
+                explanations.add(explanation(latent.index, text, names[latent.index], ids, about))
 
 
 def metadata(store: Store, ids: Ids, about: About) -> dict[str, Row]:
@@ -207,15 +207,23 @@ def activation(index: int, rank: int, context: Context, ids: Ids, about: About) 
     }
 
 
-def explanation(index: int, name: Name, ids: Ids, about: About) -> Row:
-    """Return a label's row of the table Explanation, without type and model, which the site would have to know."""
+def explanation(index: int, text: str, name: Name, ids: Ids, about: About) -> Row:
+    """Return a row of the table Explanation, without type and model, which the site would have to know.
+
+    Args:
+      index: of the latent.
+      text: its description: the label, with how often it recurs in other seeds where that is known.
+      name: its label with scores and note.
+      ids: Neuronpedia's ids of the SAE.
+      about: the description of the export.
+    """
     note = None if name.f1 is None else f"found automatically, F1 {name.f1:.2f}"
     return {
         "id": ids.explanation(index),
         "modelId": ids.model,
         "layer": ids.source,
         "index": str(index),
-        "description": name.label,
+        "description": text,
         "authorId": CREATOR,
         "typeName": None,
         "explanationModelName": None,

@@ -70,6 +70,11 @@ def after_stages(run: Path) -> list[str]:
     return [line("diff", run_dir=run)]
 
 
+def after_comparing(run: Path) -> list[str]:
+    """Return commands for a run whose latents were compared with those of other seeds."""
+    return [line("explore", "web", run_dir=run, serve=True), line("export", run_dir=run, format="neuronpedia")]
+
+
 def after_evaluation(run: Path) -> list[str]:
     """Return commands for a run that was evaluated."""
     return [line("explore", "web", run_dir=run, serve=True), line("steer", run_dir=run, prompt=PROMPT, hook=_hook(run))]

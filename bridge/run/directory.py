@@ -17,7 +17,15 @@ from jsae import files, jsons
 from jsae.settings import ConfigError, Json, require
 
 # Flags that may differ between a run and its continuation without changing a number.
-_FREE = {"resume", "output_dir", "log_every", "wandb_project", "jax_memory_fraction", "heldout_tokens"} | {
+_FREE = {
+    "resume",
+    "output_dir",
+    "log_every",
+    "wandb_project",
+    "jax_memory_fraction",
+    "heldout_tokens",
+    "models_in_memory",
+} | {
     "latent_shards",
     "prepare_neuronpedia",
     "model_id",

@@ -4,9 +4,15 @@ import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Bool
+
 from bridge.run.layout import Layout
 from jsae import files, jsons
-from jsae.saelens.settings import CFG, is_complete
+from jsae.saelens.settings import CFG, SPARSITY, is_complete
+from jsae.settings import require
+
+_FIRES = 1e-9  # share of tokens; files hold log10(share + 1e-10)
 
 
 def within(folder: Path) -> list[Path]:
@@ -71,6 +77,27 @@ def known_digest(export: Path) -> str | None:
     from jsae.records.store import digest
 
     return digest(export) if is_complete(export) else None
+
+
+def alive(export: Path, latents: int) -> Bool[np.ndarray, " f"]:
+    """Return which latents of an exported SAE fire, by `sparsity.safetensors`; all where there is no such file.
+
+    Raises:
+      ConfigError: the file is of another number of latents.
+      ValueError: it is broken.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = export / SPARSITY
+    if not path.is_file():
+        return np.ones(latents, bool)
+    try:
+        sparsity = load_file(path)["sparsity"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is broken: {error}") from error
+    require(sparsity.shape == (latents,), f"{path} is of {sparsity.shape} latents, the SAE has {latents}")
+    return np.power(10.0, sparsity.astype(np.float64)) > _FIRES
 
 
 def warn_of_marked(exports: Iterable[Path]) -> list[Path]:

@@ -11,7 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bridge.run import recurrence
 from bridge.run.layout import Layout
+from bridge.run.recurrence import Recurrence
 from jsae import files, jsons
 
 LONGEST_LABEL = 512
@@ -44,7 +46,14 @@ class Names:
     A label that a person gave hides the automatic one, its F1 included; a note alone leaves it as it is.
     """
 
-    def __init__(self, automatic: Mapping[int, Name], notes: Mapping[int, Mapping[str, Any]]):
+    def __init__(
+        self,
+        automatic: Mapping[int, Name],
+        notes: Mapping[int, Mapping[str, Any]],
+        recurrence: Recurrence | None = None,
+    ):
+        self.recurrence = recurrence
+        """How often latents recur in SAEs of other seeds; None is unknown."""
         self._automatic, self._names = dict(automatic), dict(automatic)
         for latent, line in notes.items():
             known = self._names.get(latent, Name(""))
@@ -57,12 +66,14 @@ class Names:
     def read(cls, run: str | Path, hook: str) -> "Names":
         """Return the names of a run's latents at a hook: from labels.json, overridden by those from notes.jsonl.
 
-        Both files may be absent.
+        Both files may be absent, and stability.json, which says how often latents recur.
 
         Raises:
-          ValueError: labels.json is broken, or notes.jsonl cannot be read as notes (too large, not UTF-8).
+          ValueError: labels.json or stability.json is broken, or notes.jsonl cannot be read as notes (too large, not
+            UTF-8).
         """
-        return cls(_automatic(Layout(run).table_file("labels"), hook), _last(notes(run), hook))
+        automatic = _automatic(Layout(run).table_file("labels"), hook)
+        return cls(automatic, _last(notes(run), hook), recurrence.read(run, hook))
 
     def __getitem__(self, latent: int) -> Name:
         """Return the name of a latent; one without a label if it has none."""
@@ -81,6 +92,11 @@ class Names:
     def label(self, latent: int) -> str:
         """Return the label of a latent, "" if it has none."""
         return self[latent].label
+
+    def description(self, latent: int) -> str:
+        """Return the label of a latent with how often it recurs, if that is known; "" if it has no label."""
+        label, recurs = self.label(latent), "" if self.recurrence is None else self.recurrence.text(latent)
+        return f"{label} ({recurs})" if label and recurs else label
 
 
 def automatic_hooks(run: str | Path) -> dict[str, int]:

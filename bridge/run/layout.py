@@ -8,7 +8,9 @@
     eval.json                   metrics of the exported SAEs, by hook
     latents.json, labels.json   columns and automatic labels of all latents, by hook
     steering.json               effect and side effect of steering with some latents, by hook
+    stability.json              how often every latent recurs in SAEs of other seeds, by hook
     stages.json                 what became of every latent of a crosscoder over checkpoints, by hook
+    provenance/NAME/LATENT.json documents and tokens that a latent of such a crosscoder comes from
     stages/CHECKPOINT/NAME/     of such a crosscoder: every checkpoint's own SAE in SAELens format; of a watched
                                 training: its SAE as it was at that checkpoint
     plots/                      pictures of an evaluation
@@ -30,12 +32,13 @@ import os
 from pathlib import Path
 from typing import Literal
 
-Table = Literal["eval", "latents", "labels", "steering", "stages"]
+Table = Literal["eval", "latents", "labels", "steering", "stability", "stages"]
 """A file that an evaluation writes, a JSON object by hook."""
 
 WRITTEN = (
     *("config.json", "config", "metrics.jsonl"),
-    *("eval.json", "eval", "latents.json", "labels.json", "steering.json", "stages.json"),
+    *("eval.json", "eval", "latents.json", "labels.json", "steering.json"),
+    *("stability.json", "stages.json"),
 )
 """Files that this or an earlier version writes directly into a run: a killed process may have left remains of them."""
 
@@ -92,6 +95,10 @@ class Layout:
     def stage_folder(self, stage: str, name: str) -> Path:
         """The SAE of one checkpoint: cut out of the crosscoder of this name, or as it was then in a live one."""
         return self.path / "stages" / stage / name
+
+    def provenance_file(self, name: str, latent: int) -> Path:
+        """Where a latent of the crosscoder of this name comes from."""
+        return self.path / "provenance" / name / f"{latent}.json"
 
     @property
     def plots_folder(self) -> Path:

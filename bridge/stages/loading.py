@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.nanochat import hub, json_file, locate
+from bridge.nanochat.contents import DataChangedError, Signature, signature_of
 from bridge.nanochat.tokenizer import Tokenizer
 from bridge.nanochat.tokenizer import load as load_tokenizer
+from bridge.settings import InMemory
 from bridge.stages.names import Stage
 from jsae.settings import ConfigError, require
 
 if TYPE_CHECKING:
     from bridge.nanochat import Nanochat
+    from bridge.nanochat.model import GPT
 
+_STRANGE = 0.02
+"""Cosine of the blocks' matrices below which two checkpoints seem to be of different trainings."""
 _ALIKE = {"n_embd": "width", "n_layer": "layers", "vocab_size": "tokens in the vocabulary"}
 
 
-def load(stages: Sequence[Stage], device: str = "cpu", tokenizer: str | None = None) -> list[Nanochat]:
+def load(
+    stages: Sequence[Stage], device: str = "cpu", tokenizer: str | None = None, in_memory: InMemory = "all"
+) -> list[Nanochat]:
     """Load the checkpoints of a comparison, in their order; all have the same tokenizer.
 
     Files, sizes in the meta files and tokenizers are compared before weights are read; what the weights say of sizes,
@@ -29,10 +38,11 @@ def load(stages: Sequence[Stage], device: str = "cpu", tokenizer: str | None = N
       stages: the checkpoints.
       device: of all models.
       tokenizer: directory of the tokenizer; None takes the one in, beside or above the checkpoints.
+      in_memory: with "one" all share one model, which `models` fills with the weights of each in turn.
 
     Raises:
       ConfigError: a checkpoint or step that does not exist, a checkpoint that is given twice, checkpoints of different
-        widths, depths or vocabularies, tokenizers that differ, or none.
+        widths, depths or vocabularies, tokenizers that differ, or none; models that cannot share their memory.
       ValueError: a file that is broken or no nanochat.
     """
     import bridge.nanochat
@@ -41,10 +51,96 @@ def load(stages: Sequence[Stage], device: str = "cpu", tokenizer: str | None = N
     _refuse_twice(stages, [files.weights.resolve() for files in found])
     _require_alike(stages, [_sizes(files) for files in found])
     shared = _tokenizer(stages, found, tokenizer)
-    nanos = [bridge.nanochat.load(stage.path, stage.step, device, tokenizer=shared) for stage in stages]
+    nanos: list[Nanochat] = []
+    for stage in stages:
+        nano = bridge.nanochat.load(stage.path, stage.step, device, tokenizer=shared)
+        if nanos:
+            _warn_of_strangers(stages[0], nanos[0], stage, nano)
+        if nanos and in_memory == "one":
+            _require_shareable(stages[0], nanos[0], stage, nano)
+            nano = dataclasses.replace(nano, model=nanos[0].model)
+        nanos.append(nano)
     _require_alike(stages, [dataclasses.asdict(nano.config) for nano in nanos])
     _refuse_twice(stages, [nano.fingerprint for nano in nanos])
     return nanos
+
+
+def models(nanos: Sequence[Nanochat]) -> Collection[GPT]:
+    """Return the models of checkpoints that `load` returned, to be iterated any number of times.
+
+    Those that share their memory are read from their files again whenever they are iterated: each is of use until the
+    next one is asked for.
+    """
+    if len({id(nano.model) for nano in nanos}) == len(nanos):
+        return tuple(nano.model for nano in nanos)
+    return _InTurn(nanos)
+
+
+class _InTurn:
+    """Models of several checkpoints that share the memory of one."""
+
+    def __init__(self, nanos: Sequence[Nanochat]):
+        self._nanos = tuple(nanos)
+        self._files = [_signatures(nano) for nano in nanos]
+
+    def __len__(self) -> int:
+        return len(self._nanos)
+
+    def __contains__(self, model: object) -> bool:
+        return any(model is nano.model for nano in self._nanos)
+
+    def __iter__(self) -> Iterator[GPT]:
+        for number in range(len(self._nanos)):
+            self._fill(number)
+            yield self._nanos[number].model
+
+    def _fill(self, number: int) -> None:
+        """Read the weights of a checkpoint into the shared model.
+
+        Raises:
+          DataChangedError: its files have changed since they were loaded.
+        """
+        import bridge.nanochat
+
+        nano = self._nanos[number]
+        if _signatures(nano) != self._files[number]:
+            raise DataChangedError(nano.path, "has changed")
+        device = next(nano.model.parameters()).device
+        read = bridge.nanochat.load(nano.path, device=device, tokenizer=nano.tokenizer)
+        nano.model.load_state_dict(read.model.state_dict())
+
+
+def _warn_of_strangers(first_stage: Stage, first: Nanochat, stage: Stage, nano: Nanochat) -> None:
+    """Warn of a checkpoint whose matrices are as different from the first's as those of another training."""
+    matrices = [dict(one.model.named_parameters()) for one in (first, nano)]
+    names = [name for name, weight in matrices[0].items() if ".h." in name and weight.ndim == 2]
+    pairs = [(matrices[0][name], matrices[1].get(name)) for name in names]
+    alike = [(a.float(), b.float()) for a, b in pairs if b is not None and a.shape == b.shape]
+    product = sum(float((a * b).sum()) for a, b in alike)
+    squares = [sum(float(pair[i].square().sum()) for pair in alike) for i in range(2)]
+    cosine = product / math.sqrt(squares[0] * squares[1]) if min(squares) > 0 else 1.0
+    if cosine < _STRANGE:
+        print(
+            f"note: {first_stage.name} and {stage.name} are as different as two trainings from other seeds (cosine of "
+            f"their matrices {cosine:.3f}): is the one the successor of the other?",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _signatures(nano: Nanochat) -> list[Signature]:
+    return [signature_of(file.stat()) for file in nano.files]
+
+
+def _require_shareable(first_stage: Stage, first: Nanochat, stage: Stage, nano: Nanochat) -> None:
+    """Raise ConfigError for models that are not alike in everything but their weights."""
+    sizes, others = dataclasses.asdict(first.config), dataclasses.asdict(nano.config)
+    differing = [f"{name} {sizes[name]} and {others[name]}" for name in sizes if sizes[name] != others[name]]
+    require(
+        not differing,
+        f"--models_in_memory=one: {first_stage.name} and {stage.name} differ in {', '.join(differing)}: they cannot "
+        "share one model, take --models_in_memory=all",
+    )
 
 
 def facts(stages: Sequence[Stage], nanos: Sequence[Nanochat]) -> list[dict[str, Any]]:

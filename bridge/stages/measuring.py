@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from bridge.evaluate import text
 from bridge.evaluate.site import Site
 from bridge.nanochat import Nanochat
 from bridge.nanochat.units import Split
-from bridge.run import Run
+from bridge.run import Run, tables
 from bridge.selection import recorded_ids
+from bridge.settings import InMemory
 from bridge.stages import latents, loading, sums
 from bridge.stages.latents import Thresholds
 from bridge.stages.names import Stage
 from bridge.torch_sae import TorchSAE
 from bridge.torch_sae import load as load_sae
-from jsae import saelens
 from jsae.progress import Progress
-from jsae.saelens import layers
 from jsae.settings import require
 
 _CHUNK = 2048  # tokens whose latents are in memory at once
@@ -85,8 +84,58 @@ def decoder(sae: TorchSAE) -> Any:
     return sae.W_dec.reshape(sae.d_sae, sae.layers, -1).cpu().numpy()
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A crosscoder with the checkpoints that it reads."""
+
+    name: str
+    """Of its export."""
+    stages: tuple[Stage, ...]
+    nanos: tuple[Nanochat, ...]
+    sae: TorchSAE
+    site: Site
+    row_len: int
+    """Tokens of a row of text, which all checkpoints take."""
+
+
+def open_subject(run: Run, name: str, device: str = "cpu", in_memory: InMemory = "all") -> Subject:
+    """Load a crosscoder and its checkpoints.
+
+    Raises:
+      ConfigError: it does not read checkpoints, or one has changed.
+      FileNotFoundError: a checkpoint that does not exist.
+      ValueError: a broken file.
+    """
+    return next(_subjects(run, {name: run.sae_folder(name)}, device, in_memory))
+
+
+def table_of(run: Run, name: str) -> Mapping[str, Any]:
+    """Return what `stages.json` says of a crosscoder.
+
+    Raises:
+      FileNotFoundError: the crosscoder was not compared; names the command that does it.
+      ValueError: the file is broken.
+    """
+    file = run.table_file("stages")
+    command = f"`python -m experiments.diff --run_dir={run.path}`"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: {command} writes it")
+    table = tables.read(file).get(name)
+    if table is None:
+        raise FileNotFoundError(f"{file} says nothing of {name}: {command} writes it anew")
+    lists = isinstance(table, dict) and all(isinstance(table.get(key), list) for key in ("kinds", "checkpoints"))
+    if not lists or not {"strength", "present"} <= set(table.get("latents", ())):
+        raise ValueError(f"{file} is broken at {name}: {command} writes it anew")
+    return table
+
+
 def compare(
-    run: Run, extent: Extent | None = None, device: str = "cpu", *, show_progress: bool = False
+    run: Run,
+    extent: Extent | None = None,
+    device: str = "cpu",
+    in_memory: InMemory = "all",
+    *,
+    show_progress: bool = False,
 ) -> list[Comparison]:
     """Compare the checkpoints that every crosscoder of a run reads, on the same text.
 
@@ -94,6 +143,7 @@ def compare(
       run: trained with `--checkpoints`.
       extent: the text.
       device: of models and crosscoders.
+      in_memory: see `bridge.stages.loading.load`.
       show_progress: show progress on stderr.
 
     Raises:
@@ -104,51 +154,50 @@ def compare(
     extent, flags = extent or Extent(), run.flags
     exports = run.exports
     require(bool(exports), f"{run.path} has no crosscoder: `python -m experiments.train --checkpoints=…` writes it")
+    rows, comparisons = None, []
+    console = Console(stderr=True, quiet=not show_progress)
+    for subject in _subjects(run, exports, device, in_memory):
+        if rows is None:
+            tokenizer = subject.nanos[0].tokenizer
+            documents = text.documents(extent.data or flags["data"], extent.split, tokenizer)
+            rows = text.read(documents, tokenizer, subject.row_len, extent.heldout_tokens).tokens
+        progress = Progress(f"comparing {subject.name}", rows.size, "tokens", console=console)
+        with progress, progress.tokens_of(subject.site.model):
+            total = add_up(run, subject, rows)
+        comparisons.append(Comparison(subject.name, subject.stages, subject.sae, total))
+    return comparisons
+
+
+def _subjects(run: Run, exports: Mapping[str, Path], device: str, in_memory: InMemory) -> Iterator[Subject]:
+    """Yield the crosscoders of a run with the checkpoints that they read, which are loaded once."""
+    flags = run.flags
     saes = {name: load_sae(folder, device) for name, folder in exports.items()}
     metadata = next(iter(saes.values())).metadata
     record = metadata.get("checkpoints") if isinstance(metadata, dict) else None
     stages = tuple(loading.of_record(record))
-    nanos = loading.load(stages, device, flags.get("tokenizer"))
+    nanos = tuple(loading.load(stages, device, flags.get("tokenizer"), in_memory))
     loading.check_recorded(record, nanos)
-    rows = _text(extent, flags, nanos)
-    console = Console(stderr=True, quiet=not show_progress)
-    comparisons = []
+    row_len = min(nano.row_length(flags.get("context_size")) for nano in nanos)
     for name, sae in saes.items():
-        with Progress(f"comparing {name}", rows.size, "tokens", console=console) as progress:
-            site = _site(sae, nanos, bool(flags.get("drop_sinks", True)), int(flags["tokens_per_forward"]))
-            with progress.tokens_of(nanos[0].model):
-                comparisons.append(Comparison(name, stages, sae, add_up(run, name, sae, site, rows)))
-    return comparisons
+        site = _site(sae, nanos, bool(flags.get("drop_sinks", True)), int(flags["tokens_per_forward"]))
+        yield Subject(name, stages, nanos, sae, site, row_len)
 
 
-def add_up(run: Run, name: str, sae: TorchSAE, site: Site, rows: Any) -> sums.StageSums:
-    """Return the sums of a crosscoder over rows of text."""
-    plain = saelens.read(run.sae_folder(name))
-    own = [_single(layers.single(plain, layer), site.device) for layer in range(plain.layers)]
+def add_up(run: Run, subject: Subject, rows: Any) -> sums.StageSums:
+    """Return the sums of a crosscoder, and of its checkpoints' own SAEs, over rows of text."""
+    folders = [run.stage_folder(stage.name, subject.name) for stage in subject.stages]
+    own = [load_sae(folder, subject.site.device) for folder in folders]
+    site = subject.site
 
     def chunks() -> Any:
         for batch in site.read(site.batches(rows)):
             yield from batch.acts[batch.mask].split(_CHUNK)
 
-    return sums.add_up(sae, own, chunks())
-
-
-def _single(plain: saelens.Plain, device: torch.device) -> TorchSAE:
-    """Return an SAE in plain form as a module."""
-    weights = {name: torch.from_numpy(weight) for name, weight in plain.weights.items()}
-    return TorchSAE(plain.cfg, weights).eval().to(device)
-
-
-def _text(extent: Extent, flags: Any, nanos: Sequence[Nanochat]) -> Any:
-    """Return rows of tokens, (R, T), as long as all checkpoints take them."""
-    row_len = min(nano.row_length(flags.get("context_size")) for nano in nanos)
-    tokenizer = nanos[0].tokenizer
-    documents = text.documents(extent.data or flags["data"], extent.split, tokenizer)
-    return text.read(documents, tokenizer, row_len, extent.heldout_tokens).tokens
+    return sums.add_up(subject.sae, own, chunks())
 
 
 def _site(sae: TorchSAE, nanos: Sequence[Nanochat], drop_sinks: bool, tokens_per_forward: int) -> Site:
     """Return where a crosscoder reads."""
     excluded = recorded_ids(sae.metadata, nanos[0].tokenizer)
-    first, *others = [nano.model for nano in nanos]
-    return Site(first, sae.metadata["hook_name"], excluded, drop_sinks, tokens_per_forward, other_models=tuple(others))
+    hook, models = sae.metadata["hook_name"], loading.models(nanos)
+    return Site(nanos[0].model, hook, excluded, drop_sinks, tokens_per_forward, models=models)

@@ -9,6 +9,14 @@ from jsae.settings import require
 
 MOST = 256
 """Checkpoints that are read together."""
+_FOLDERS = {  # in which nanochat writes its stages, in their order
+    "base_checkpoints": 0,
+    "mid_checkpoints": 1,
+    "sft_checkpoints": 2,
+    "chatsft_checkpoints": 2,
+    "rl_checkpoints": 3,
+    "chatrl_checkpoints": 3,
+}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -34,8 +42,8 @@ def parse(items: Sequence[str]) -> tuple[Stage, ...]:
       items: `[NAME=]PATH[@STEP]` each, or the number of another step of the path before.
 
     Raises:
-      ConfigError: fewer than two, a step without a path, steps of one path that do not increase, a name that is no name
-        of a folder, or two checkpoints of one name.
+      ConfigError: fewer than two, a step without a path, steps of one path that do not increase, stages in another
+        order than nanochat trains them, a name that is no name of a folder, or two checkpoints of one name.
     """
     stages: list[Stage] = []
     for item in items:
@@ -54,6 +62,7 @@ def parse(items: Sequence[str]) -> tuple[Stage, ...]:
     given = f"--checkpoints={','.join(items)}"
     require(2 <= len(stages) <= MOST, f"{given:.200} names {len(stages)} checkpoint(s): give 2 to {MOST}")
     _check_steps(stages)
+    _check_order(stages)
     for stage in stages:
         require(
             _NAME.fullmatch(stage.name) is not None,
@@ -88,3 +97,19 @@ def _check_steps(stages: Sequence[Stage]) -> None:
             f"--checkpoints: step {stage.step} of {stage.path} comes after step {before}: name them in their order",
         )
         last[stage.path] = stage.step
+
+
+def _check_order(stages: Sequence[Stage]) -> None:
+    """Check that stages whose folders nanochat named follow each other as it trains them."""
+    latest: tuple[int, Stage] | None = None
+    for stage in stages:
+        ranks = [rank for folder, rank in _FOLDERS.items() if folder in stage.path.split("/")]
+        if not ranks:
+            continue
+        if latest is not None:
+            require(
+                ranks[0] >= latest[0],
+                f"--checkpoints: {stage.location} is no successor of {latest[1].location}: name base, mid, SFT and RL "
+                "in the order in which they were trained",
+            )
+        latest = ranks[0], stage

@@ -41,7 +41,7 @@ class StageSums:
     error_square: Float[np.ndarray, " m"]
     """sum |x_m - x_hat_m|^2"""
     own_fired: Float[np.ndarray, "m f"]
-    """Tokens on which each latent is not 0 in the checkpoint's own SAE (`jsae.layers.single`)."""
+    """Tokens on which each latent is not 0 in the checkpoint's own SAE."""
     own_total: Float[np.ndarray, "m f"]
     """Sums of its values there."""
     own_error_square: Float[np.ndarray, " m"]

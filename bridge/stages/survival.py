@@ -10,14 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from bridge.run.exports import alive
 from bridge.run.saes import exports_at
 from jsae import saelens, stability
-from jsae.saelens.settings import SPARSITY, TRANSCODERS
+from jsae.saelens.settings import TRANSCODERS
 from jsae.settings import require
-
-SAME = 0.7
-"""Cosine of decoder rows from which two latents are the same."""
-_FIRES = 1e-9  # share of tokens; files hold log10(share + 1e-10)
 
 
 class Link(NamedTuple):
@@ -65,10 +62,10 @@ def read(path: str | Path, name: str | None = None) -> Snapshot:
         plain.layers == 1 and plain.cfg["architecture"] not in TRANSCODERS,
         f"{folder} is no SAE of one activation: survival is followed through SAEs of successive checkpoints",
     )
-    return Snapshot(str(folder), plain.weights["W_dec"], _alive(folder, len(plain.weights["W_dec"])))
+    return Snapshot(str(folder), plain.weights["W_dec"], alive(folder, len(plain.weights["W_dec"])))
 
 
-def follow(snapshots: Sequence[Snapshot], bar: float = SAME) -> list[Link]:
+def follow(snapshots: Sequence[Snapshot], bar: float = stability.SAME) -> list[Link]:
     """Return the links between each SAE and the next.
 
     Args:
@@ -89,7 +86,7 @@ def follow(snapshots: Sequence[Snapshot], bar: float = SAME) -> list[Link]:
     return [_link(earlier, later, bar) for earlier, later in itertools.pairwise(snapshots)]
 
 
-def report(snapshots: Sequence[Snapshot], bar: float = SAME) -> dict[str, Any]:
+def report(snapshots: Sequence[Snapshot], bar: float = stability.SAME) -> dict[str, Any]:
     """Return the links and their summary as JSON values.
 
     `lineage` has a line for every latent of the first SAE that lives: the latents that continue it, up to the last that
@@ -139,19 +136,3 @@ def _lineage(latent: int, links: Sequence[Link]) -> list[dict[str, int | float]]
         line.append({"latent": int(link.match[latent]), "cosine": round(float(link.cosine[latent]), 4)})
         latent = int(link.match[latent])
     return line
-
-
-def _alive(folder: Path, latents: int) -> Bool[np.ndarray, " f"]:
-    """Return which latents fire, by the file beside an SAE."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    path = folder / SPARSITY
-    if not path.is_file():
-        return np.ones(latents, bool)
-    try:
-        sparsity = load_file(path)["sparsity"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is broken: {error}") from error
-    require(sparsity.shape == (latents,), f"{path} is of {sparsity.shape} latents, the SAE has {latents}")
-    return np.power(10.0, sparsity.astype(np.float64)) > _FIRES

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bridge import accelerators
 from bridge.locations import Checkpoint, Data, FilePath, Stage
-from bridge.settings import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
+from bridge.settings import CONTEXT, LONG_SEED, STEP, ExcludeTokens, InMemory, flag, settle
 from bridge.stages import names
 from jsae.config import TrainConfig
 from jsae.settings import (
@@ -101,6 +101,11 @@ class RunConfig(Json):
         (),
         "Train a crosscoder for every --layer that reads several checkpoints in the place of --checkpoint, over a "
         "training or its stages: PATH@STEP,STEP,… or NAME=PATH[@STEP],….",
+    )
+    models_in_memory: InMemory = flag(
+        "all",
+        "Of --checkpoints: 'all', or 'one' that has the weights of every checkpoint in turn, read from its file for "
+        "every block of text.",
     )
     data: Data = flag("stdlib", "Text: stdlib, parquet shards, .jsonl, .json or text files, globs; comma-separated.")
     activations: FilePath | None = flag(
@@ -304,6 +309,7 @@ class RunConfig(Json):
             "--exclusive_latents begin with weights that are 0, and --init_from with those of an SAE: leave out one",
         )
         if not self.checkpoints:
+            require(self.models_in_memory == "all", "--models_in_memory is for --checkpoints: leave it out")
             return
         names.parse(self.checkpoints)
         for name, reason in {

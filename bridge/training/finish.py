@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bridge.evaluate.core import finite
-from bridge.run import Run
+from bridge.run import Run, commands, recurrence
 from bridge.training import singles
 from bridge.training.origins import hook_metadata
 from jsae import export, files, metrics, pretrained, processes
@@ -69,7 +69,8 @@ def finish(
         metadata = metadata_of(config, trainee, origin)
         summary = write(trainee, sae, origin, metadata)
         if config.stages:
-            singles.write(Run(trainee.folder), trainee.name)
+            folder = Run(trainee.folder).sae_folder(trainee.name)
+            singles.write(Run(trainee.folder), trainee.name, origin.own_saes(trainee, folder))
         if "problem" in summary:
             problems.append(f"{trainee.label} ({summary['problem']})")
         results.setdefault(trainee.folder, {})[trainee.name] = summary
@@ -77,11 +78,27 @@ def finish(
         text = json.dumps(finite(summaries), indent=2, allow_nan=False)
         files.write(Run(folder).table_file("eval"), text + "\n")
     _print_results(config, trainees, results)
+    if len(config.seed) > 1 and not problems:
+        _compare_seeds(config, max(trainee.member.sae.d_sae for trainee in trainees))
     if problems:
         raise UnusableError(
             f"{len(problems)} of {len(trainees)} exported SAEs are of no use: {'; '.join(problems)}. They are kept for "
             "inspection, and marked. Lower --learning_rate, or the penalty if L0 is 0, or train longer"
         )
+
+
+def _compare_seeds(config: "RunConfig", latents: int) -> None:
+    """Write how often latents recur in SAEs of other seeds, or say which command does it where that takes minutes."""
+    if latents > recurrence.AT_ONCE:
+        print(
+            f"SAEs of several seeds are compared by: {commands.line('stability', run_dir=config.output_dir)}",
+            flush=True,
+        )
+        return
+    for group in recurrence.seeds_of(Run(config.output_dir).path):
+        for hook, entry in recurrence.compare(group).items():
+            means = ", ".join(f"{Path(run).name} {counts['mean']:.0%}" for run, counts in entry["runs"].items())
+            print(f"{hook}: latents that recur in another seed, on average: {means} (stability.json)", flush=True)
 
 
 def write(trainee: "Trainee", finished: Finished, origin: "Origin", metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +19,13 @@ from bridge.hooks import module_name
 from bridge.nanochat.corpus import shards_of_process
 from bridge.run import Run
 from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
-from bridge.stages import loading
+from bridge.stages import loading, own_encoders
 from bridge.training import text
-from jsae import metrics, processes
+from jsae import metrics, processes, saelens
 from jsae.health import ActivationsError, DegenerateError
 from jsae.progress import Progress
-from jsae.settings import require
+from jsae.saelens import Plain
+from jsae.settings import ConfigError, require
 from jsae.store.source import SiteSource
 
 if TYPE_CHECKING:
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
 
 HELD_OUT = 0.05
 """Share of a store, at its end, that SAEs are measured on and not trained on."""
-_ROWS = 8192  # of a store that an SAE is measured on at once
+FITTED_TOKENS, FITTED_TOKENS_PER_CHANNEL = 100_000, 50
+"""Tokens on which the encoders of single checkpoints are fitted, at least, and per channel of the model."""
+_ROWS = 8192  # that are measured, or fitted, at once
 
 
 class Origin(abc.ABC):
@@ -58,6 +62,14 @@ class Origin(abc.ABC):
     @abc.abstractmethod
     def measure(self, trainee: Trainee, folder: Path) -> metrics.Sums:
         """Return the sums of an exported SAE over held-out tokens."""
+
+    @abc.abstractmethod
+    def own_saes(self, trainee: Trainee, folder: Path) -> list[Plain]:
+        """Return the SAE of every checkpoint that an exported crosscoder reads.
+
+        Raises:
+          ConfigError: it reads no checkpoints.
+        """
 
     @abc.abstractmethod
     def metadata(self) -> dict[str, Any]:
@@ -91,11 +103,12 @@ class TextOrigin(Origin):
         row_len = min(nano.row_length(config.context_size) for nano in nanos)
         self.corpus, heldout = text.texts(config, self._nano, data_shards, row_len)
         self.data_shards, self.own_shards = self.corpus.data_shards, self.corpus.own_shards
+        self._models = loading.models(nanos)
         self._checkpoints = loading.facts(config.stages, nanos) if config.stages else []
         self.name = self._described()
         self.heldout = text.heldout_rows(config, heldout)
-        for nano in nanos:
-            text.check_activations(config, nano, sites, self.heldout)
+        for model in self._models:
+            text.check_activations(config, dataclasses.replace(self._nano, model=model), sites, self.heldout)
         text.check_data(Run(config.output_dir).path, self.corpus)
         self._programs, reason = text.programs(config, self._nano, self.corpus, sites)
         self.compiled = (None if self._programs is None else "blocks", reason)
@@ -120,24 +133,37 @@ class TextOrigin(Origin):
 
     def source(self, sites: Sequence[tuple[str, ...]]) -> Any:
         """Return the stream of activations on the training text."""
-        return text.stream(self._config, self._nanos, self.corpus, sites, self._programs)
+        return text.stream(self._config, self._nano, self._models, self.corpus, sites, self._programs)
 
     def measure(self, trainee: Trainee, folder: Path) -> metrics.Sums:
         """Run the model, or all checkpoints, over held-out rows of text."""
+        sae = torch_sae.load(folder, self._nano.model.lm_head.weight.device)
+        site, size = self._site(trainee), self.heldout.size
+        with Progress(f"measuring {trainee.label}", size, "tokens") as progress, progress.tokens_of(self._nano.model):
+            return survey(site, sae, site.batches(self.heldout)).sums
+
+    def own_saes(self, trainee: Trainee, folder: Path) -> list[Plain]:
+        """Fit the SAEs of all checkpoints to an exported crosscoder, on training text."""
+        sae, site = torch_sae.load(folder, self._nano.model.lm_head.weight.device), self._site(trainee)
+        tokens = max(FITTED_TOKENS, FITTED_TOKENS_PER_CHANNEL * self._nano.config.n_embd)
+        rows = np.stack(list(self.corpus.one_pass(-(-tokens // self.corpus.row_len))))
+        label = f"fitting the checkpoints' SAEs to {trainee.label}"
+        with Progress(label, rows.size, "tokens") as progress, progress.tokens_of(self._nano.model):
+            acts = (part for batch in site.read(site.batches(rows)) for part in batch.acts[batch.mask].split(_ROWS))
+            return own_encoders.fit(saelens.read(folder), sae, acts)
+
+    def _site(self, trainee: Trainee) -> Site:
+        """Return where an SAE reads the model, or all checkpoints."""
         nano, config = self._nano, self._config
-        sae = torch_sae.load(folder, nano.model.lm_head.weight.device)
-        site = Site(
+        return Site(
             nano.model,
             trainee.hooks[0],
             excluded_ids(config.exclude_tokens, nano.tokenizer),
             config.drop_sinks,
             config.tokens_per_forward,
             other_hooks=trainee.hooks[1:],
-            other_models=tuple(other.model for other in self._nanos[1:]),
+            models=self._models,
         )
-        size = self.heldout.size
-        with Progress(f"measuring {trainee.label}", size, "tokens") as progress, progress.tokens_of(nano.model):
-            return survey(site, sae, site.batches(self.heldout)).sums
 
     def metadata(self) -> dict[str, Any]:
         """Return all that is needed to read the same activations again."""
@@ -225,6 +251,10 @@ class StoreOrigin(Origin):
                 progress.advance(end - start)
         require(total is not None, f"no held-out row of {store.location} counts at {', '.join(trainee.hooks)}")
         return total
+
+    def own_saes(self, trainee: Trainee, folder: Path) -> list[Plain]:
+        """Raise ConfigError: a store has the activations of one model."""
+        raise ConfigError(f"{folder} reads a store, not checkpoints")
 
     def metadata(self) -> dict[str, Any]:
         """Return what the store says of model and text."""

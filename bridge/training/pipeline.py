@@ -167,7 +167,7 @@ def _prepare(run: Run, config: RunConfig, torch_device: str) -> _Prepared:
         starts = continuing.find(run, config)
         if config.activations is None:
             if config.stages:
-                nanos = loading.load(config.stages, torch_device, config.tokenizer)
+                nanos = loading.load(config.stages, torch_device, config.tokenizer, config.models_in_memory)
             else:
                 given = (config.checkpoint, config.step, torch_device)
                 nanos = [bridge.nanochat.load(*given, tokenizer=config.tokenizer)]

@@ -1,21 +1,21 @@
-"""Write every checkpoint's own SAE, cut out of a crosscoder over checkpoints, as a SAELens directory."""
+"""Write every checkpoint's own SAE, that belongs to a crosscoder over checkpoints, as a SAELens directory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bridge.run import Run
 from bridge.stages import loading
 from jsae import export, saelens
-from jsae.saelens import Plain, layers
+from jsae.saelens import Plain
 
 _OF_CROSSCODER = ("hook_names", "checkpoints", "training_architecture_details", "exclusive_latents")
 """Entries of a crosscoder's metadata that its checkpoints' SAEs do not have."""
 
 
-def write(run: Run, name: str) -> list[Path]:
+def write(run: Run, name: str, own: Sequence[Plain]) -> list[Path]:
     """Write the SAE of every checkpoint beside an exported crosscoder; return their folders.
 
     Each has the crosscoder's latents in its order, and its hook; `model_fingerprint` is that of the checkpoint.
@@ -23,18 +23,19 @@ def write(run: Run, name: str) -> list[Path]:
     Args:
       run: with the crosscoder.
       name: of its export.
+      own: the SAEs of its checkpoints (`bridge.stages.own_encoders.fit`).
 
     Raises:
       ConfigError: the crosscoder does not read checkpoints.
       OSError: a folder cannot be written.
     """
-    crosscoder = saelens.read(run.sae_folder(name))
-    metadata: dict[str, Any] = crosscoder.cfg["metadata"]
+    metadata: dict[str, Any] = saelens.read(run.sae_folder(name)).cfg["metadata"]
     folders = []
     for layer, stage in enumerate(loading.of_record(metadata.get("checkpoints"))):
         folder = run.stage_folder(stage.name, name)
-        own = Plain({**(single := layers.single(crosscoder, layer)).cfg, "metadata": {}}, single.weights, 1)
-        export.write_plain(folder, own, _metadata(metadata, layer))
+        export.write_plain(
+            folder, Plain({**own[layer].cfg, "metadata": {}}, own[layer].weights, 1), _metadata(metadata, layer)
+        )
         folders.append(folder)
     return folders
 

@@ -1,6 +1,6 @@
 """Text of a training run: its training and held-out rows, their checks, and the stream of activations on them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jax
@@ -11,6 +11,7 @@ from bridge import finite
 from bridge.hooks import parse
 from bridge.nanochat import Nanochat, compiled
 from bridge.nanochat.corpus import Corpus, changed
+from bridge.nanochat.model import GPT
 from bridge.run import Run
 from bridge.selection import excluded_ids
 from bridge.stream import ActivationStream
@@ -164,15 +165,24 @@ def programs(
 
 def stream(
     config: RunConfig,
-    nanos: Sequence[Nanochat],
+    nano: Nanochat,
+    models: Collection[GPT],
     corpus: Corpus,
     sites: Sequence[tuple[str, ...]],
     run: compiled.Programs | None = None,
 ) -> ActivationStream:
-    """Return the activations of all sites on the training text; `run` has the compiled parts of the models."""
-    nano = nanos[0]
+    """Return the activations of all sites on the training text.
+
+    Args:
+      config: the run.
+      nano: the model, or the first of several.
+      models: all of them.
+      corpus: the text.
+      sites: the hooks of every site.
+      run: the compiled parts of the models.
+    """
     return ActivationStream(
-        [nano.model for nano in nanos],
+        models,
         corpus,
         sites,
         excluded=excluded_ids(config.exclude_tokens, nano.tokenizer),

@@ -49,6 +49,31 @@ def single(crosscoder: Plain, layer: int) -> Plain:
     return Plain(crosscoder.cfg | {"d_in": width}, plain, 1)
 
 
+def with_encoder(sae: Plain, W_enc: Float[np.ndarray, "d f"], intercept: Float[np.ndarray, " f"]) -> Plain:
+    """Return the SAE of one layer with another encoder, for the latents that are not silent.
+
+    Args:
+      sae: of `single`.
+      W_enc: reads the centred activations of the layer.
+      intercept: is added to what it reads.
+    """
+    off = _silent(sae)
+    weights = dict(sae.weights)
+    shift = dict.fromkeys(("b_enc", "b_gate"), intercept)
+    if "r_mag" in weights:  # the magnitude of a gated SAE reads the same product, rescaled
+        shift["b_mag"] = intercept * np.exp(weights["r_mag"])
+    for name, value in shift.items():
+        if name in weights:
+            weights[name] = np.where(off, weights[name], weights[name] + value).astype(np.float32)
+    weights["W_enc"] = np.ascontiguousarray(np.where(off, 0, W_enc), np.float32)
+    return Plain(sae.cfg, weights, 1)
+
+
+def _silent(sae: Plain) -> Bool[np.ndarray, " f"]:
+    """Return which latents of a layer's SAE read nothing."""
+    return np.abs(sae.weights["W_enc"]).max(axis=0) == 0
+
+
 def shares(crosscoder: Plain) -> Float[np.ndarray, "f layers"]:
     """Return the share that every layer has in the pre-activation of a latent that fires alone; from 0 to 1."""
     enc, dec = crosscoder.weights["W_enc"].T, crosscoder.weights["W_dec"]

@@ -55,6 +55,7 @@
       this.max = column(file.max, Float32Array);
       this.mean = column(file.mean, Float32Array);
       this.f1 = column(file.f1, Float32Array);
+      this.recurs = column(file.recurs, Float32Array); // share of other seeds; empty where it is not known
       this.labels = file.labels;
       this.byPerson = new Set(file.by_person.map(([latent]) => latent));
       this.automatic = new Map(file.by_person.map(([latent, label, f1]) => [latent, [label, f1 ?? NaN]]));
@@ -80,6 +81,11 @@
 
     dense(latent) {
       return this.density(latent) > 0.1;
+    }
+
+    /* Return the share of SAEs of other seeds in which a latent recurs; NaN where it is not known. */
+    recurrence(latent) {
+      return this.recurs[latent] ?? NaN;
     }
 
     /* Return the label, or a description of a latent without one. */

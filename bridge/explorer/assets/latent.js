@@ -43,6 +43,7 @@
         fact("Largest", number(list.max[latent]), "activation"),
         fact("Mean", number(list.mean[latent]), "where it fires"),
         fact("Fired", jsae.short(list.count[latent]), `times in ${jsae.short(list.info.tokens)} tokens`),
+        !Number.isNaN(list.recurrence(latent)) && fact("Seeds", jsae.list.seeds(list, latent), "in which it recurs"),
         manifest.hooks.length > 1 && fact("Layer", String(list.info.layer), list.info.hook)));
   }
 

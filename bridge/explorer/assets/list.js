@@ -14,6 +14,7 @@
     mean: ["Mean activation", (list, i) => list.mean[i], -1],
     label: ["Label", (list, i) => list.labels[i].toLowerCase() || "\uffff", 1],
     f1: ["F1 of the label", (list, i) => (Number.isNaN(list.f1[i]) ? -1 : list.f1[i]), -1],
+    recurs: ["Recurs in other seeds", (list, i) => (Number.isNaN(list.recurrence(i)) ? -1 : list.recurrence(i)), -1],
   };
   const STATES = {
     alive: ["Alive", (list, i) => !list.dead(i), "fire somewhere in the text"],
@@ -21,7 +22,10 @@
     dense: ["Dense", (list, i) => list.dense(i), "fire on more than a tenth of the tokens"],
     labelled: ["Labelled", (list, i) => list.labels[i] !== "", "have a label"],
     named: ["Named", (list, i) => list.byPerson.has(i) || list.notes.has(i), "named or noted by a person"],
+    stable: ["Stable", (list, i) => list.recurrence(i) === 1, "recur in the SAEs of all other seeds"],
+    unique: ["Unique", (list, i) => list.recurrence(i) === 0, "recur in the SAE of no other seed"],
   };
+  const OF_SEEDS = ["stable", "unique"]; // states that are known where SAEs of several seeds were compared
   const RANGES = {
     density: { name: "Density", value: (list, i) => list.density(i), format: percent, bounds: () => [1e-6, 1] },
     max: { name: "Largest activation", value: (list, i) => list.max[i], format: number, bounds: maxima },
@@ -60,6 +64,12 @@
 
   function show(list) {
     view.list = list;
+    const compared = list.recurs.length > 0;
+    parts.sort.querySelector("#sort-recurs").hidden = !compared;
+    if (!compared) {
+      for (const name of OF_SEEDS) view.state.states.delete(name);
+      if (view.state.sort === "recurs") view.state.sort = "match";
+    }
     drawFilters();
     set({});
   }
@@ -143,7 +153,8 @@
 
   function drawFilters() {
     const { state } = view;
-    const chips = Object.entries(STATES).map(([key, [name, , title]]) => {
+    const states = Object.entries(STATES).filter(([key]) => view.list.recurs.length > 0 || !OF_SEEDS.includes(key));
+    const chips = states.map(([key, [name, , title]]) => {
       const button = el("button", {
         type: "button", class: "pill", "data-state": key, title, "aria-pressed": String(state.states.has(key)), on: { click: () => {
           if (!state.states.delete(key)) state.states.add(key);
@@ -269,7 +280,7 @@
     el("span", { class: "head" }, el("span", { class: "id" }, `#${latent}`),
       el("span", { class: label ? "label" : "label none" }, jsae.tokens.shown(list.title(latent))),
       list.byPerson.has(latent) && el("span", { class: "mine", title: "named by a person" }, "✎"),
-      view.matches.has(latent) && jsae.search.reason(view.matches.get(latent)), badge(list, latent)),
+      view.matches.has(latent) && jsae.search.reason(view.matches.get(latent)), seeds(list, latent), badge(list, latent)),
     ids.length ? el("span", { class: "kwic" }, el("span", { class: "left" }, el("span", {}, spans.slice(0, peak))),
       el("span", { class: "right" }, spans.slice(peak))) : el("span", { class: "kwic" }),
     el("span", { class: "foot" }, el("span", {}, percent(list.density(latent))), el("span", {}, `max ${number(list.max[latent])}`)));
@@ -283,6 +294,16 @@
     if (Number.isNaN(f1)) return null;
     const kind = f1 >= 0.8 ? "good" : f1 >= 0.5 ? "fair" : "poor";
     return el("span", { class: `badge ${kind}`, title: `F1 of the label: ${f1.toFixed(2)}` }, f1.toFixed(2));
+  }
+
+  /* Return a badge with the number of other seeds in which a latent recurs. */
+  function seeds(list, latent) {
+    const share = list.recurrence(latent);
+    if (Number.isNaN(share)) return null;
+    const others = list.info.other_seeds;
+    const count = Math.round(share * others);
+    const kind = share >= 0.8 ? "good" : share >= 0.5 ? "fair" : "poor";
+    return el("span", { class: `badge seeds ${kind}`, title: `recurs in ${count} of ${others} other seeds` }, `${count}/${others}`);
   }
 
   /* Mark a latent as open and scroll its row into view. */
@@ -325,7 +346,7 @@
   }
 
   jsae.list = {
-    build, show, choose, step, any, set, badge, find, fresh,
+    build, show, choose, step, any, set, badge, seeds, find, fresh,
     redraw,
     focus() {
       parts.search.focus();

@@ -107,8 +107,8 @@ def _configs(job: dict[str, Any]) -> tuple[SAEConfig, TrainConfig]:
 
     name, _, variant = job["recipe"].partition(" ")
     settings = {"k": job["k"]} if job["coefficient"] is None else {"target_l0": job["coefficient"]}
-    if variant and not job["nothing_given"]:
-        settings |= {"target_l0_fraction": LATE} if variant == "late" else {"jump_recipe": variant}
+    for word in () if job["nothing_given"] else variant.split():
+        settings |= {"target_l0_fraction": LATE} if word == "late" else {"jump_recipe": word}
     nested = any(field.name == "nested_widths" for field in dataclasses.fields(find(name).Config))
     settings |= {"nested_widths": tuple(job["widths"])} if nested else {}
     schedule: dict[str, Any] = {}

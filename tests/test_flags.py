@@ -126,8 +126,8 @@ def test_what_a_config_shares_with_another_dataclass_is_handed_on():
 @pytest.mark.parametrize(
     ("target", "config", "own"),
     [
-        ("bridge.run.subjects.Choice", "evaluate.EvaluateConfig", {"paths", "run", "own_runs_first"}),
-        ("bridge.run.subjects.Choice", "explore.ExploreConfig", {"paths", "run", "own_runs_first"}),
+        ("bridge.run.subjects.Choice", "evaluate.EvaluateConfig", {"paths", "run", "own_runs_first", "transcoders"}),
+        ("bridge.run.subjects.Choice", "explore.ExploreConfig", {"paths", "run", "own_runs_first", "transcoders"}),
         ("bridge.evaluate.evaluation.Extent", "evaluate.EvaluateConfig", set()),
         ("bridge.exploration.Extent", "explore.ExploreConfig", set()),
         ("bridge.neuronpedia.sources.Wanted", "export.ExportConfig", set()),

@@ -152,10 +152,10 @@ def test_a_stage_that_seems_to_be_of_another_training_is_pointed_out(copy, capsy
         for weight in other.parameters():
             weight.normal_(generator=torch.Generator().manual_seed(weight.numel()))
     write(copy / "chatsft_checkpoints" / "other", other, "G7", 5)
-    loading.load(parse((f"{copy}/base_checkpoints/d4", f"{copy}/chatsft_checkpoints/d4")))
+    loading.load(parse((f"base={copy}/base_checkpoints/d4", f"sft={copy}/chatsft_checkpoints/d4")))
     assert capsys.readouterr().err == ""
-    loading.load(parse((f"{copy}/base_checkpoints/d4", f"sft={copy}/chatsft_checkpoints/other")))
-    assert "note: d4 and sft are as different as two trainings from other seeds" in capsys.readouterr().err
+    loading.load(parse((f"base={copy}/base_checkpoints/d4", f"sft={copy}/chatsft_checkpoints/other")))
+    assert "note: base and sft are as different as two trainings from other seeds" in capsys.readouterr().err
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------

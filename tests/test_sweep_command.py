@@ -239,7 +239,7 @@ def test_a_transcoder_makes_of_what_the_mlp_reads_what_it_gives(transcoder):
     assert measured(transcoder)[READ]["fvu"] == pytest.approx(fvu, abs=0.2)
 
 
-@pytest.mark.parametrize("reader", ["evaluate", "explore", "steer"])
+@pytest.mark.parametrize("reader", ["evaluate", "steer"])
 def test_commands_for_saes_say_of_a_transcoder_that_it_is_none(reader, transcoder):
     with pytest.raises(ValueError, match=f"is a transcoder, which predicts {MADE} from its input"):
         READERS[reader](str(transcoder))
@@ -284,7 +284,7 @@ def test_a_crosscoder_makes_all_its_layers_of_one_code(crosscoder):
     assert weights(folder)["W_dec"].shape == (128, 3, 128)
 
 
-@pytest.mark.parametrize("reader", ["evaluate", "explore", "steer"])
+@pytest.mark.parametrize("reader", ["evaluate", "steer"])
 def test_commands_for_saes_say_of_a_crosscoder_that_it_is_none(reader, crosscoder):
     with pytest.raises(ValueError, match="is a crosscoder, which reconstructs 3 layers from one code"):
         READERS[reader](str(crosscoder))

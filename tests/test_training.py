@@ -174,7 +174,7 @@ def test_every_step_but_the_first_is_taken_within_the_guard(text, tmp_path):
             entered.append(True)
             yield
 
-    source = training_text.stream(config, [nano], corpus, plan.sites(trainees))
+    source = training_text.stream(config, nano, (nano.model,), corpus, plan.sites(trainees))
     (state,) = loop.train(run, config, trainees, source, guard=guard)
     assert int(state.step) == len(entered) == 8  # seven steps after the first, and the end
 

@@ -75,8 +75,10 @@ class Site:
         """
         models = self.models or (self.model,)
         start = 0
-        sizes = unwrapped(self.model).config
-        numbers = len(models) * len(hooks) * sizes.n_embd + len(complete) * sizes.vocab_size
+        numbers = 0
+        if not isinstance(self.models, tuple):
+            sizes = unwrapped(self.model).config
+            numbers = len(models) * len(hooks) * sizes.n_embd + len(complete) * sizes.vocab_size
         for group in self._groups(batches, numbers):
             of_models: list[list[activations.ForwardPass]] = []
             for number, model in enumerate(models):

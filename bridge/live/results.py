@@ -12,6 +12,7 @@ from bridge.selection import SINK_NORM_MULTIPLE
 from bridge.training import finish, report
 from bridge.training.origins import Origin
 from jsae import export, files, metrics
+from jsae.settings import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from bridge.training.config import RunConfig
     from bridge.training.plan import Trainee
     from jsae.loop import AllSums, States
+    from jsae.saelens import Plain
 
 _REPORTED = ("loss", "fvu", "l0", "mse", "cosine", "dead_fraction", "learning_rate")
 
@@ -46,6 +48,10 @@ class LiveOrigin(Origin):
     def measure(self, trainee: Trainee, folder: Path) -> metrics.Sums:
         """Return the sums of the batches since the last checkpoint, none of which was trained on before."""
         return self.sums[trainee.name]
+
+    def own_saes(self, trainee: Trainee, folder: Path) -> list[Plain]:
+        """Raise ConfigError: one model is trained."""
+        raise ConfigError(f"{folder} reads a training of one model, not checkpoints")
 
     def metadata(self) -> dict[str, Any]:
         """Return what is known of the model; its fingerprint is not, before its file is written."""

@@ -63,13 +63,13 @@ class Origin(abc.ABC):
     def measure(self, trainee: Trainee, folder: Path) -> metrics.Sums:
         """Return the sums of an exported SAE over held-out tokens."""
 
+    @abc.abstractmethod
     def own_saes(self, trainee: Trainee, folder: Path) -> list[Plain]:
         """Return the SAE of every checkpoint that an exported crosscoder reads.
 
         Raises:
-          ConfigError: this source has the activations of one model.
+          ConfigError: it reads no checkpoints.
         """
-        raise ConfigError(f"{folder} reads the activations of one model, not of checkpoints")
 
     @abc.abstractmethod
     def metadata(self) -> dict[str, Any]:
@@ -251,6 +251,10 @@ class StoreOrigin(Origin):
                 progress.advance(end - start)
         require(total is not None, f"no held-out row of {store.location} counts at {', '.join(trainee.hooks)}")
         return total
+
+    def own_saes(self, trainee: Trainee, folder: Path) -> list[Plain]:
+        """Raise ConfigError: a store has the activations of one model."""
+        raise ConfigError(f"{folder} reads a store, not checkpoints")
 
     def metadata(self) -> dict[str, Any]:
         """Return what the store says of model and text."""

@@ -75,11 +75,9 @@ def _stages(config: DiffConfig, run: Run) -> int:
 
     extent = measuring.Extent(**flags.shared(measuring.Extent, config))
     bounds = Thresholds(**flags.shared(Thresholds, config))
-    tables = {}
-    for comparison in measuring.compare(run, extent, config.device, config.models_in_memory, show_progress=True):
-        tables[comparison.name] = comparison.table(bounds)
-        diff_view.show(comparison.name, tables[comparison.name], config.show)
-    run.write_evaluation({name: {"stages": table} for name, table in tables.items()})
+    tables = measuring.write(run, extent, bounds, config.device, config.models_in_memory, show_progress=True)
+    for name, table in tables.items():
+        diff_view.show(name, table, config.show)
     print(f"stages          {run.table_file('stages')}")
     return 0
 

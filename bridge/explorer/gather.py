@@ -54,6 +54,9 @@ class Plan(Json):
     data_fingerprint: str | None = dataclasses.field(default=None, kw_only=True)
     """From `data_fingerprint`; None if the text is not available: then records of any text fit."""
 
+    stage: str | None = dataclasses.field(default=None, kw_only=True)
+    """Name of the checkpoint whose own SAEs are read; None for SAEs that are no part of a crosscoder."""
+
     def settings(self) -> dict[str, object]:
         """Return the settings as the header of a store holds them, flattened."""
         settings = self.to_json() | {"excluded": list(self.excluded)}

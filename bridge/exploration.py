@@ -48,8 +48,8 @@ class Explored:
 
     nano: Nanochat
     saes: dict[str, TorchSAE]
-    stages: tuple[Stage, ...] = ()
-    """The checkpoints that a crosscoder reads, whose last or chosen one's SAEs these are; else ()."""
+    checkpoints: exploring.Checkpoints | None = None
+    """The checkpoints that the run's crosscoders read; None for a run on one."""
 
 
 def explore(
@@ -98,7 +98,7 @@ def explore(
             with Progress("writing the page", None, console=console):
                 page.write(run.path, list(saes))
             _say(f"written to {run.page_file}")
-    return Explored(nano, saes, () if stage is None else exploring.stages_of(run))
+    return Explored(nano, saes, None if stage is None else exploring.Checkpoints(run, stage.name, nano))
 
 
 def of_run(run: Run, device: str = "cpu") -> Choice:

@@ -90,7 +90,7 @@ def main(config: ExploreConfig) -> int:
         tracer = graphs.tracer(run, explored.nano, explored.saes)
         loaded = InterpretableModel.from_nanochat(explored.nano, explored.saes, transcoders=True), explored.nano
         settings = {name: getattr(config, name) for name in ("host", "port", "names", "chat", "secret", "model_id")}
-        serve(run.path, lambda: loaded, **settings, tracer=tracer, say=say)
+        serve(run.path, lambda: loaded, **settings, tracer=tracer, checkpoints=explored.checkpoints, say=say)
     return 0
 
 

@@ -1,6 +1,7 @@
 """The explorer of a crosscoder over checkpoints, in a real Chromium: orders, timelines, and the film."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def files(tmp_path) -> Path:
 def test_records_of_a_checkpoint_are_checked_against_its_own_sae(files):
     assert Run(files).records(toy.HOOK).header.settings["stage"] == "sft"
     file = files / "stages" / "sft" / toy.HOOK / "cfg.json"
-    file.write_text(file.read_text().replace("nanochat-toy", "nanochat-other"))
+    file.write_text(re.sub(r'"k": 2', '"k": 3', file.read_text()))
     with pytest.raises(StoreError, match="it was trained again"):
         Run(files).records(toy.HOOK)
 

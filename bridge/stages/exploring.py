@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 
+from bridge.nanochat import Nanochat
 from bridge.run import Run, exports, timelines
+from bridge.run.saes import load_saes
 from bridge.run.subjects import Choice
+from bridge.runtime import InterpretableModel
 from bridge.settings import InMemory
 from bridge.stages import loading, losses, measuring
 from bridge.stages.names import Stage
+from bridge.torch_sae import TorchSAE
 from jsae import jsons
 from jsae.progress import Progress
 from jsae.saelens.settings import CFG
@@ -65,6 +70,44 @@ def choose(run: Run, choice: Choice, name: str | None) -> tuple[Choice, Stage | 
     paths = (run.stage_folder(stage.name, hook).parent for hook in run.exports)
     found = dataclasses.replace(choice, paths=(next(paths),), checkpoint=stage.path, step=stage.step)
     return found, stage
+
+
+class Checkpoints:
+    """The checkpoints of a run for a live explorer, loaded when they are asked for; two of them stay in memory.
+
+    Args:
+      run: with crosscoders over checkpoints.
+      chosen: name of the checkpoint that is served, and in memory already.
+      nano: that checkpoint, on the device of all others.
+    """
+
+    def __init__(self, run: Run, chosen: str, nano: Nanochat):
+        self._run, self._nano, self._stages = run, nano, {stage.name: stage for stage in stages_of(run)}
+        self.names, self.chosen = tuple(self._stages), chosen
+        self.opened = functools.lru_cache(maxsize=2)(self._open)
+        self.saes = functools.lru_cache(maxsize=2)(self._load)
+
+    def _open(self, name: str) -> InterpretableModel:
+        """Return a checkpoint with its own SAEs.
+
+        Raises:
+          ConfigError, OSError, ValueError: it cannot be read, or is another one than the SAEs were trained on.
+        """
+        import bridge.nanochat
+
+        stage, device = self._stages[name], self._nano.model.lm_head.weight.device
+        nano = bridge.nanochat.load(stage.path, stage.step, device, tokenizer=self._nano.tokenizer)
+        return InterpretableModel.from_nanochat(nano, self.saes(name))
+
+    def _load(self, name: str) -> dict[str, TorchSAE]:
+        """Return a checkpoint's own SAEs by hook.
+
+        Raises:
+          OSError, ValueError: they cannot be read.
+        """
+        hooks = list(self._run.exports)
+        folder = self._run.stage_folder(name, hooks[0]).parent
+        return load_saes(folder, self._nano.model.lm_head.weight.device)
 
 
 def compare_unless_done(run: Run, device: str, in_memory: InMemory, console: Console) -> None:

@@ -41,7 +41,7 @@
     const run = stepper(node, end, draw, update);
     main.replaceChildren(el("div", { class: "page film" },
       el("header", { class: "title" }, el("h1", {}, "How the latents came to be"),
-        el("p", { class: "quiet" }, "Every dot is a latent: to the right how often it fires in the checkpoint's own SAE, upwards the norm of its direction. The colour says how near the direction is to that in ", el("b", {}, timeline.names[end]), ": ", el("span", { class: "scale" }, "far"), " to ", el("span", { class: "scale near" }, "there"), ". Click on a latent to open it.")),
+        el("p", { class: "quiet" }, "Every dot is a latent: to the right how often it fires in the checkpoint's own SAE, upwards the norm of its direction. The colour says how near the direction is to that in ", el("b", {}, timeline.names[end]), ": ", el("span", { class: "scale" }, "far"), " to ", el("span", { class: "scale near" }, "there"), ". Latents that have not appeared yet, or have died, are pale. Click on one to open it.")),
       el("section", { class: "card" }, node, el("div", { class: "line reel" }, play, slider, name)), side));
     update();
     run();
@@ -125,13 +125,13 @@
     };
     dots.length = 0;
     for (const latent of alive) {
-      const shown = mix((stage) => (timeline.at("density", latent, stage) > 0 ? Math.min(1, timeline.at("level", latent, stage)) : 0));
+      const shown = mix((stage) => (timeline.at("density", latent, stage) > 0 ? timeline.there(latent, stage) ? 1 : 0.2 : 0));
       const dot = { latent, x: place(x, bounds.x, "density", latent), y: place(y, bounds.y, "norm", latent) };
-      if (shown < 0.02 || !Number.isFinite(dot.x) || !Number.isFinite(dot.y)) continue;
+      if (shown === 0 || !Number.isFinite(dot.x) || !Number.isFinite(dot.y)) continue;
       dots.push(dot);
       const near = Math.max(0, Math.min(1, mix((stage) => timeline.at("final", latent, stage))));
       const [red, green, blue] = colours[0].map((value, i) => value + (colours[1][i] - value) * near);
-      pen.globalAlpha = 0.12 + 0.78 * shown;
+      pen.globalAlpha = 0.8 * shown;
       pen.fillStyle = `rgb(${red} ${green} ${blue})`;
       pen.beginPath();
       pen.arc(dot.x, dot.y, alive.length > 5000 ? 1.6 : 3, 0, 7);

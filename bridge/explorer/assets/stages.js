@@ -4,7 +4,6 @@
 (() => {
   const { el, number, percent } = jsae;
   const COLUMNS = ["norm", "density", "final", "level", "change", "loss"];
-  const THERE = 0.5; // level above which a latent is there, as in stages.json by default
   const EVENTS = { appears: "appears", grows: "grows", rotates: "rotates", shrinks: "shrinks", dies: "dies" };
   const KINDS = {
     exclusive: ["Exclusive", "absent in some checkpoint: new, or removed"],
@@ -40,8 +39,11 @@
       return this.kinds[latent] === "dead";
     }
 
+    /* Return whether a latent has appeared up to a checkpoint, and not died since. */
     there(latent, stage) {
-      return !this.dead(latent) && this.at("level", latent, stage) > THERE;
+      if (this.appeared(latent) > stage) return false;
+      const last = (this.events.get(latent) ?? []).filter((event) => event.stage <= stage && ["appears", "dies"].includes(event.kind)).at(-1);
+      return last?.kind !== "dies";
     }
 
     /* Return the checkpoint in which a latent is there for the first time; Infinity for a dead one. */

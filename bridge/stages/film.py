@@ -140,5 +140,5 @@ def _names(names: Sequence[str], times: Sequence[float], length: str) -> list[st
     return shown
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
+def _text(x: float | int, y: float | int, text: str, anchor: str) -> str:
     return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="#6a635a">{html.escape(text)}</text>'

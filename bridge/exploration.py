@@ -158,10 +158,14 @@ def _gather(
 def _label(
     run: Run, nano: Nanochat, saes: dict[str, TorchSAE], plan: Plan, gathered: float | None, console: Console
 ) -> None:
-    """Find quick labels for SAEs that have none, in at most a third of the time that gathering took."""
+    """Find quick labels for SAEs that have none, in at most a third of the time that gathering took.
+
+    A checkpoint's own SAEs get new ones with new records, which may be of another checkpoint than before.
+    """
+    anew = plan.stage is not None and gathered is not None
     try:
         with Progress("labelling latents", None, console=console):
-            summaries = quick_labels.write(run, nano, saes, plan, None if gathered is None else gathered / 6)
+            summaries = quick_labels.write(run, nano, saes, plan, None if gathered is None else gathered / 6, anew=anew)
     except FileNotFoundError as error:
         _say(f"latents were not labelled: {error}")
         return

@@ -42,7 +42,9 @@ class DiffConfig:
     same: float = flag(0.7, "Cosine of decoder rows from which latents of two of --saes are the same.", _SHARE)
     show: int = flag(10, "Latents of every kind to print.", Range(0, 10_000, "lie between 0 and 10,000"))
     output_file: FilePath | None = flag(None, "File for the survival of --saes, JSON; none prints it only.")
-    film: FilePath | None = flag(None, "File for an animated picture of the latents of --run_dir, SVG; none draws none.")
+    film: FilePath | None = flag(
+        None, "File for an animated picture of the latents of --run_dir, SVG; none draws none."
+    )
     models_in_memory: InMemory = flag(
         "all", "Of a run: 'all', or 'one' that has the weights of every checkpoint in turn, read from its file."
     )

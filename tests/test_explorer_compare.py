@@ -147,7 +147,14 @@ def test_what_does_not_exist_is_refused_by_name(live, path, body, said):
 
 def test_the_page_compares_and_steers(visit, live):
     tab = visit(f"{live}#view=compare", wait="#compared")
-    assert tab.locator("#tabs a:visible").all_inner_texts() == ["Latents", "Film", "Your text", "Compare", "Lenses", "Steer"]
+    assert tab.locator("#tabs a:visible").all_inner_texts() == [
+        "Latents",
+        "Film",
+        "Your text",
+        "Compare",
+        "Lenses",
+        "Steer",
+    ]
     tab.select_option("#first", "d4-100")
     tab.fill("#compared", TEXT)
     tab.wait_for_selector(".differ tbody tr")
@@ -174,12 +181,13 @@ def test_comparing_fits_on_a_phone(visit, live):
 # ---- another checkpoint, and what is refused -----------------------------------------------------------------------
 
 
-def test_another_checkpoint_is_explored_by_its_name(run, tmp_path):
+def test_another_checkpoint_is_explored_by_its_name(live, run, tmp_path, capsys):
     copy = Run(shutil.copytree(run.path, tmp_path / "copy"))
     explored = explore(of_run(copy), Extent(num_tokens=2_000, stage="d4-100", models_in_memory="one"))
     assert copy.records(HOOK).header.settings["stage"] == "d4-100"
     assert explored.checkpoints.chosen == "d4-100"
-    assert explored.nano.step == 100
+    assert explored.nano.fingerprint == run.facts["checkpoints"][0]["fingerprint"]
+    assert "the records of blocks.1.hook_resid_post are of checkpoint sft" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--stage=rl: .* is on d4-100, d4-200, sft"):
         explore(of_run(copy), Extent(stage="rl"))
     shutil.rmtree(copy.stage_folder("d4-200", HOOK))

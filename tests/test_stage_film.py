@@ -43,7 +43,9 @@ def test_every_living_latent_is_a_dot_that_moves_appears_and_dies(timeline):
 
 
 def test_names_are_text_and_every_one_is_shown(timeline):
-    hostile = Timeline(["<script>", "b", "c"], *(getattr(timeline, name) for name in ("steps", "kinds", "events")), timeline.measures)
+    hostile = Timeline(
+        ["<script>", "b", "c"], *(getattr(timeline, name) for name in ("steps", "kinds", "events")), timeline.measures
+    )
     words = [text.text for text in ElementTree.fromstring(film.svg(hostile, "t")).iter(f"{SVG}text")]
     assert {"<script>", "b", "c"} <= set(words)
 

@@ -73,6 +73,11 @@ def mismatch(folder: Path, digests: Mapping[str, str], nano: Nanochat, plan: Pla
     del wanted["data_fingerprint"]
     try:
         for hook, digest in digests.items():
+            stage = Store(folder / hook, hook=hook).header.settings.get("stage")
+            if stage != plan.stage:
+                return (
+                    f"the records of {hook} are of {'one checkpoint alone' if stage is None else f'checkpoint {stage}'}"
+                )
             store = Store(folder / hook, digest, hook)
             settings = store.header.settings | any_kept
             differences = [f"{n} was {settings.get(n)}" for n, value in wanted.items() if settings.get(n) != value]

@@ -120,9 +120,7 @@ def _read(session: Session, checkpoints: Checkpoints, name: str, ids: Sequence[i
 
 
 @torch.no_grad()
-def _compare(
-    readings: Sequence[_Reading], top_k: int
-) -> tuple[list[list[list[dict[str, Any]]]], list[dict[str, Any]]]:
+def _compare(readings: Sequence[_Reading], top_k: int) -> tuple[list[list[list[dict[str, Any]]]], list[dict[str, Any]]]:
     """Return the strongest features of every token in both readings, and those whose activations differ most.
 
     Activations of checkpoints' own SAEs have the units of the crosscoder, so that they can be compared.

@@ -127,7 +127,16 @@ class Api:
 
     async def steer(self, request: Request) -> Response:
         """Stream a continuation without and with steering, one line of JSON per token, alternating."""
-        names = ["prompt", "messages", "steer", "directions_of", "strength_multiplier", "temperature", "max_tokens", "seed"]
+        names = [
+            "prompt",
+            "messages",
+            "steer",
+            "directions_of",
+            "strength_multiplier",
+            "temperature",
+            "max_tokens",
+            "seed",
+        ]
         fields, limits = await self._fields(request, *names), self._session.limits
         steers = [self._steer(entry) for entry in fields.objects("steer", limits.features, _STEER_FIELDS)]
         sampling = {

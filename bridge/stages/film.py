@@ -109,9 +109,7 @@ def _animate(name: str, values: Sequence[str], times: Sequence[float], length: s
     )
 
 
-def _dot(
-    x: np.ndarray, y: np.ndarray, seen: np.ndarray, final: np.ndarray, times: Sequence[float], length: str
-) -> str:
+def _dot(x: np.ndarray, y: np.ndarray, seen: np.ndarray, final: np.ndarray, times: Sequence[float], length: str) -> str:
     """Return the circle of a latent, which stands still in its last place where nothing plays."""
     colours = [
         "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(_FAR, _NEAR, strict=True)) for share in final

@@ -159,7 +159,7 @@ def write_stages(folder: Path, hook: str = HOOK) -> dict[str, Any]:
     turn[ONCE, 2] = 0.2
     final = np.where(level > 0, 1.0, 0.1)
     final[ONCE, :2] = 0.2
-    measures = {name: level for name in ("norm", "corrected_norm", "strength", "present", "own_mean")}
+    measures = dict.fromkeys(("norm", "corrected_norm", "strength", "present", "own_mean"), level)
     measures |= {"turn": turn, "final": final, "own_density": 0.1 * level}
     events = [(HOSTILE, "appears", 1), (BLANKS, "appears", 2), (SPLIT, "dies", 2), (EMPTY, "appears", 2)]
     events.append((ONCE, "rotates", 2))

@@ -120,7 +120,7 @@ def test_directions_of_another_checkpoint_are_pushed(live, run):
         reply = asked(live, "api/steer", prompt="def", steer=steer, temperature=0, max_tokens=6, **more)
         lines = [json.loads(line) for line in reply.text.splitlines()]
         pushed = [line["features"][HOOK] for line in lines if line.get("which") == "steered" and "features" in line]
-        return [dict((f["index"], f["value"]) for f in some).get(40, 0.0) for some in pushed]
+        return [{f["index"]: f["value"] for f in some}.get(40, 0.0) for some in pushed]
 
     nano = bridge.nanochat.load(Path(run.facts["checkpoints"][2]["path"]))
     im = InterpretableModel(nano.model, {HOOK: load(run.stage_folder("d4-100", HOOK))}, nano.tokenizer)
@@ -188,7 +188,7 @@ def test_another_checkpoint_is_explored_by_its_name(live, run, tmp_path, capsys)
     assert explored.checkpoints.chosen == "d4-100"
     assert explored.nano.fingerprint == run.facts["checkpoints"][0]["fingerprint"]
     assert "the records of blocks.1.hook_resid_post are of checkpoint sft" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="--stage=rl: .* is on d4-100, d4-200, sft"):
+    with pytest.raises(ConfigError, match=r"--stage=rl: .* is on d4-100, d4-200, sft"):
         explore(of_run(copy), Extent(stage="rl"))
     shutil.rmtree(copy.stage_folder("d4-200", HOOK))
     with pytest.raises(ConfigError, match="d4-200 has no SAE of its own"):

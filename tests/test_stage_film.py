@@ -39,7 +39,9 @@ def test_every_living_latent_is_a_dot_that_moves_appears_and_dies(timeline):
     assert animations(by_latent[toy.EMPTY])["opacity"][:4] == ["0.16"] * 4
     assert len(set(animations(by_latent[toy.ONCE])["fill"])) == 2  # it turns
     times = [float(time) for time in next(by_latent[toy.SPLIT].iter(f"{SVG}animate")).get("keyTimes").split(";")]
-    assert times[0] == 0 and times[-1] == 1 and times == sorted(times)
+    assert times[0] == 0
+    assert times[-1] == 1
+    assert times == sorted(times)
 
 
 def test_names_are_text_and_every_one_is_shown(timeline):

@@ -39,7 +39,7 @@ def stages_of(run: Run) -> tuple[Stage, ...]:
 
 
 def choose(run: Run, choice: Choice, name: str | None) -> tuple[Choice, Stage | None]:
-    """Return the choice of one checkpoint's own SAEs, and the checkpoint; the choice itself for a run on one checkpoint.
+    """Return the choice of one checkpoint's own SAEs, and the checkpoint; the choice itself for a run on one.
 
     Args:
       run: whose SAEs are explored.

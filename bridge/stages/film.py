@@ -73,7 +73,10 @@ def _there(timeline: Timeline) -> Bool[np.ndarray, "f m"]:
 def _axis(
     values: Float[np.ndarray, "f m"], known: Bool[np.ndarray, "f m"], start: int, end: int
 ) -> tuple[Float[np.ndarray, "f m"], list[tuple[float, float]]]:
-    """Return the places of values on a logarithmic axis, and those of its ticks; an unknown value is where its nearest is."""
+    """Return the places of values on a logarithmic axis, and places and values of its ticks.
+
+    An unknown value is where the known one before it is, or else the one after it.
+    """
     logs = np.log10(np.where(known, values, np.nan))
     for stage in range(1, logs.shape[1]):
         logs[:, stage] = np.where(np.isnan(logs[:, stage]), logs[:, stage - 1], logs[:, stage])

@@ -60,9 +60,9 @@ def _json(value: float) -> float | None:
 
 
 def _places(store: Store, rows: Int[np.ndarray, " r"]) -> tuple[np.ndarray, np.ndarray]:
-    """Return latents and the cells of some rows on which they fire: all, or those of the examples if only these are kept.
+    """Return latents and the cells of some rows on which they fire; cells number the tokens of these rows.
 
-    Cells number the tokens of these rows.
+    All firings count, or those in the examples if only these were kept.
     """
     length = store.texts.header.row_length
     try:

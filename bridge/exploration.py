@@ -14,6 +14,9 @@ from bridge.nanochat.units import Split
 from bridge.run import Run, subjects
 from bridge.run.labels import automatic_hooks
 from bridge.run.subjects import Choice, Subject
+from bridge.settings import InMemory
+from bridge.stages import exploring
+from bridge.stages.names import Stage
 from bridge.torch_sae import TorchSAE
 from jsae.progress import Progress
 from jsae.records.recorder import Settings
@@ -33,6 +36,10 @@ class Extent:
     """Seed of the random samples of texts."""
     keep_activations: bool = True
     """Whether to keep every activation, six bytes each; delphi's files need them."""
+    stage: str | None = None
+    """Of a crosscoder over checkpoints, the checkpoint whose own SAE is explored; None is the last."""
+    models_in_memory: InMemory = "all"
+    """Of such a crosscoder, see `bridge.stages.loading.load`."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Explored:
 
     nano: Nanochat
     saes: dict[str, TorchSAE]
+    checkpoints: exploring.Checkpoints | None = None
+    """The checkpoints that the run's crosscoders read; None for a run on one."""
 
 
 def explore(
@@ -53,7 +62,9 @@ def explore(
 ) -> Explored:
     """Gather the records of a run's SAEs unless existing ones fit, label latents, and write the page.
 
-    SAEs without labels get quick ones, from a part of the text. Progress is reported on stderr.
+    SAEs without labels get quick ones, from a part of the text. Progress is reported on stderr. Of crosscoders over
+    checkpoints, one checkpoint's own SAEs are explored, and the page shows what became of their latents: for this the
+    checkpoints are compared (`stages.json`), unless they were.
 
     Args:
       choice: one run, with settings that override those that it recorded; see `of_run`.
@@ -67,13 +78,18 @@ def explore(
       FileNotFoundError: the run, an export, the checkpoint or the text does not exist.
       OSError: a file cannot be written; earlier files stay.
     """
-    run = Run(choice.paths[0])
+    run, console = Run(choice.paths[0]), Console(stderr=True, quiet=not show_progress)
     with run.held():
+        choice, stage = exploring.choose(run, choice, extent.stage)
+        if stage is not None and run.is_writable:
+            exploring.compare_unless_done(run, choice.device, extent.models_in_memory, console)
         chosen = subjects.find(choice)
         nano, saes = chosen[0].nano, {subject.hook: subject.sae for subject in chosen}
         run.warn_of_marked(saes)
-        plan, console = _plan(choice, extent, chosen), Console(stderr=True, quiet=not show_progress)
+        plan = _plan(choice, extent, chosen, stage)
         seconds = _gather(run, nano, saes, plan, force, console)
+        if stage is not None and run.is_writable:
+            exploring.write_losses(run, list(saes), choice.device, extent.models_in_memory, console)
         if run.is_writable:
             _label(run, nano, saes, plan, seconds, console)
         if keep_page and run.page_file.is_file() and not run.is_writable:
@@ -82,7 +98,7 @@ def explore(
             with Progress("writing the page", None, console=console):
                 page.write(run.path, list(saes))
             _say(f"written to {run.page_file}")
-    return Explored(nano, saes)
+    return Explored(nano, saes, None if stage is None else exploring.Checkpoints(run, stage.name, nano))
 
 
 def of_run(run: Run, device: str = "cpu") -> Choice:
@@ -90,7 +106,7 @@ def of_run(run: Run, device: str = "cpu") -> Choice:
     return Choice((run.path,), run.path, device=device, transcoders=True)
 
 
-def _plan(choice: Choice, extent: Extent, chosen: list[Subject]) -> Plan:
+def _plan(choice: Choice, extent: Extent, chosen: list[Subject], stage: Stage | None) -> Plan:
     """Return what to read and keep for the SAEs, which must all count the same tokens."""
     counted = {(subject.excluded, subject.drop_sinks) for subject in chosen}
     require(
@@ -110,6 +126,7 @@ def _plan(choice: Choice, extent: Extent, chosen: list[Subject]) -> Plan:
         drop_sinks=drop_sinks,
         keep_activations=extent.keep_activations,
         records=Settings(seed=extent.seed),
+        stage=None if stage is None else stage.name,
     )
 
 
@@ -117,7 +134,9 @@ def _gather(
     run: Run, nano: Nanochat, saes: dict[str, TorchSAE], plan: Plan, force: bool, console: Console
 ) -> float | None:
     """Gather records unless existing ones fit; return the seconds that it took, or None if they fit."""
-    digests = {hook: digest(run.sae_folder(hook)) for hook in saes}
+    stage = plan.stage
+    exports = {hook: run.sae_folder(hook) if stage is None else run.stage_folder(stage, hook) for hook in saes}
+    digests = {hook: digest(folder) for hook, folder in exports.items()}
     reason = "--force" if force else gather.mismatch(run.records_folder, digests, nano, plan)
     seconds = None
     if reason is None:
@@ -139,10 +158,14 @@ def _gather(
 def _label(
     run: Run, nano: Nanochat, saes: dict[str, TorchSAE], plan: Plan, gathered: float | None, console: Console
 ) -> None:
-    """Find quick labels for SAEs that have none, in at most a third of the time that gathering took."""
+    """Find quick labels for SAEs that have none, in at most a third of the time that gathering took.
+
+    A checkpoint's own SAEs get new ones with new records, which may be of another checkpoint than before.
+    """
+    anew = plan.stage is not None and gathered is not None
     try:
         with Progress("labelling latents", None, console=console):
-            summaries = quick_labels.write(run, nano, saes, plan, None if gathered is None else gathered / 6)
+            summaries = quick_labels.write(run, nano, saes, plan, None if gathered is None else gathered / 6, anew=anew)
     except FileNotFoundError as error:
         _say(f"latents were not labelled: {error}")
         return

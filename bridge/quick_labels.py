@@ -26,6 +26,8 @@ def write(
     plan: Plan,
     seconds: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    anew: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Label the latents of SAEs without labels, and add the labels to the run's `labels.json`, as an evaluation does.
 
@@ -36,6 +38,7 @@ def write(
       plan: the text, the length of its rows, and which tokens count.
       seconds: time after which no further batch is read; None reads the whole part.
       clock: returns seconds that never decrease.
+      anew: whether SAEs that have labels get others.
 
     Returns:
       `bridge.evaluate.labels.summary` of every SAE that was labelled, by hook name.
@@ -43,7 +46,7 @@ def write(
     Raises:
       FileNotFoundError, ValueError: the text does not exist or does not fill one row, or `labels.json` is broken.
     """
-    missing = [hook for hook in saes if hook not in automatic_hooks(run.path)]
+    missing = [hook for hook in saes if anew or hook not in automatic_hooks(run.path)]
     if not missing:
         return {}
     size = min(plan.num_tokens, max(FEWEST_TOKENS, min(plan.num_tokens // SHARE, MOST_TOKENS)))

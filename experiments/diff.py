@@ -1,6 +1,7 @@
 """Say what became of latents over the checkpoints of a nanochat: which are new, gone, weaker, turned, or survive.
 
     python -m experiments.diff --run_dir=runs/stages
+    python -m experiments.diff --run_dir=runs/stages --film=film.svg
     python -m experiments.diff --saes=runs/sae1000,runs/sae2000,runs/sae4000 --output_file=survival.json
 
 --run_dir is a run that was trained with --checkpoints: its crosscoder is compared on held-out text, checkpoint by
@@ -41,6 +42,9 @@ class DiffConfig:
     same: float = flag(0.7, "Cosine of decoder rows from which latents of two of --saes are the same.", _SHARE)
     show: int = flag(10, "Latents of every kind to print.", Range(0, 10_000, "lie between 0 and 10,000"))
     output_file: FilePath | None = flag(None, "File for the survival of --saes, JSON; none prints it only.")
+    film: FilePath | None = flag(
+        None, "File for an animated picture of the latents of --run_dir, SVG; none draws none."
+    )
     models_in_memory: InMemory = flag(
         "all", "Of a run: 'all', or 'one' that has the weights of every checkpoint in turn, read from its file."
     )
@@ -53,6 +57,8 @@ class DiffConfig:
         require(not self.saes or len(self.saes) > 1, "--saes needs at least two SAEs, A,B")
         require(bool(self.saes) or self.output_file is None, "--output_file is for --saes; a run gets stages.json")
         require(bool(self.saes) or self.hook is None, "--hook chooses among the SAEs of --saes: leave it out")
+        require(not self.saes or self.film is None, "--film is for --run_dir: leave it out")
+        require(self.film is None or str(self.film).endswith(".svg"), f"--film={self.film} does not end in .svg")
         require(not self.saes or self.models_in_memory == "all", "--models_in_memory is for --run_dir: leave it out")
         require(self.absent <= self.weak, f"--absent={self.absent} is above --weak={self.weak}: swap them")
 
@@ -75,13 +81,28 @@ def _stages(config: DiffConfig, run: Run) -> int:
 
     extent = measuring.Extent(**flags.shared(measuring.Extent, config))
     bounds = Thresholds(**flags.shared(Thresholds, config))
-    tables = {}
-    for comparison in measuring.compare(run, extent, config.device, config.models_in_memory, show_progress=True):
-        tables[comparison.name] = comparison.table(bounds)
-        diff_view.show(comparison.name, tables[comparison.name], config.show)
-    run.write_evaluation({name: {"stages": table} for name, table in tables.items()})
+    tables = measuring.write(run, extent, bounds, config.device, config.models_in_memory, show_progress=True)
+    for name, table in tables.items():
+        diff_view.show(name, table, config.show)
     print(f"stages          {run.table_file('stages')}")
+    if config.film is not None:
+        _draw(run, config.film, list(tables))
     return 0
+
+
+def _draw(run: Run, film_file: str, names: list[str]) -> None:
+    """Write the film of every crosscoder, with its name in that of the file if there are several."""
+    from bridge.run import timelines
+    from bridge.stages import film
+    from jsae import files
+
+    for name in names:
+        file = Path(film_file)
+        file = file if len(names) == 1 else file.with_name(f"{file.stem}-{name}.svg")
+        timeline = timelines.read(run.path, name)
+        assert timeline is not None  # it was just written
+        files.write(file, film.svg(timeline, f"The latents of {name} over {len(timeline.names)} checkpoints"))
+        print(f"film            {file}")
 
 
 def _survival(config: DiffConfig) -> int:

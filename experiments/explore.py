@@ -5,8 +5,9 @@
     python -m experiments.explore --run_dir=runs/demo --serve --port=5002 --secret=localhost-secret
 
 Writes explorer/index.html, which opens without a server or a network, and explorer/records/ into the run directory.
-Records that fit the flags are kept. With --serve (extra [web]) a person can also type text, steer and take notes, and
-a local Neuronpedia with USE_LOCALHOST_INFERENCE=true can use the model (last line).
+Records that fit the flags are kept. Of crosscoders over checkpoints (`train --checkpoints`) they are those of one
+checkpoint's own SAE, and the page shows what became of every latent. With --serve (extra [web]) a person can also type
+text, steer and take notes, and a local Neuronpedia with USE_LOCALHOST_INFERENCE=true can use the model (last line).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from bridge.accelerators import check_name, require_torch
 from bridge.locations import Checkpoint, Data, FilePath
 from bridge.run import Run, commands
-from bridge.settings import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
+from bridge.settings import CONTEXT, LONG_SEED, STEP, ExcludeTokens, InMemory, flag, settle
 from experiments import flags
 from jsae.settings import TOKENS, Range, require
 
@@ -35,6 +36,12 @@ class ExploreConfig:
     context_length: int = flag(128, "Tokens of a row of text, BOS first.", CONTEXT)
     data: Data | None = flag(None, "Text, as for training, or store:LOCATION for that of a store; none is the run's.")
     split: Literal["all", "train", "heldout"] = flag("all", "Part of the text.")
+    stage: str | None = flag(
+        None, "Of a run with --checkpoints: the checkpoint whose own SAE is explored; none is the last."
+    )
+    models_in_memory: InMemory = flag(
+        "all", "Of such a run: 'all', or 'one' that has the weights of every checkpoint in turn, read from its file."
+    )
     seed: int = flag(0, "Seed of the random samples of texts.", LONG_SEED)
     keep_activations: bool = flag(True, "Keep every activation, 6 bytes each; the export --format=delphi needs them.")
     force: bool = flag(False, "Gather again even if the records fit.")
@@ -83,7 +90,7 @@ def main(config: ExploreConfig) -> int:
         tracer = graphs.tracer(run, explored.nano, explored.saes)
         loaded = InterpretableModel.from_nanochat(explored.nano, explored.saes, transcoders=True), explored.nano
         settings = {name: getattr(config, name) for name in ("host", "port", "names", "chat", "secret", "model_id")}
-        serve(run.path, lambda: loaded, **settings, tracer=tracer, say=say)
+        serve(run.path, lambda: loaded, **settings, tracer=tracer, checkpoints=explored.checkpoints, say=say)
     return 0
 
 

@@ -5,6 +5,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,9 @@ def activations(text: np.ndarray) -> np.ndarray:
     return acts
 
 
-def write_store(folder: Path, hook: str = HOOK, everything: bool = True, seed: int = 0) -> Path:
+def write_store(
+    folder: Path, hook: str = HOOK, everything: bool = True, seed: int = 0, stage: str | None = None
+) -> Path:
     """Write a run of one hook: config.json, labels.json, sae/HOOK, explorer/records; return the path of its store.
 
     May be called again for another hook of the same run.
@@ -98,8 +101,9 @@ def write_store(folder: Path, hook: str = HOOK, everything: bool = True, seed: i
       hook: of the SAE.
       everything: whether to keep all activations, besides those of the examples.
       seed: of the SAE's weights.
+      stage: the checkpoint whose own SAE it is, of a crosscoder that `write_stages` describes.
     """
-    sae_folder = folder / "sae" / hook
+    sae_folder = folder / "sae" / hook if stage is None else folder / "stages" / stage / hook
     weights = _weights(seed)
     metadata = {"hook_name": hook, "model_name": "nanochat-toy", "model_fingerprint": "ab" * 32, "context_size": LENGTH}
     export.write(sae_folder, sae_config("topk", D_IN, D_SAE, k=2), weights, 1.0, 1.0, metadata)
@@ -131,13 +135,47 @@ def write_store(folder: Path, hook: str = HOOK, everything: bool = True, seed: i
         tokens=int((text != ID["<|bos|>"]).sum()),
         direct_path=0.5,
         duplicate_rows=0,
-        settings={"num_tokens": text.size, "context_length": LENGTH, "data": "toy", "split": "all", "seed": 0},
+        settings={"num_tokens": text.size, "context_length": LENGTH, "data": "toy", "split": "all", "seed": 0}
+        | ({} if stage is None else {"stage": stage}),
     )
     Store.write(records / hook, header, columns(text, acts) | _weight_columns(weights["W_dec"]))
     if everything:
         _write_all(records / hook / "all", acts, header.sae_sha256)
     _write_labels(folder, hook)
     return records / hook
+
+
+STAGES = ("step-10", "step-100", "sft")
+LEVELS = [[1, 1, 1], [0, 0, 0], [1, 0.9, 1], [0, 1, 0.9], [0, 0, 1], [1, 1, 0], [0.2, 0.4, 1], [1, 1, 1]]
+"""Of every latent in every checkpoint of `STAGES`: HOSTILE appears in the second, BLANKS and EMPTY in the last, where
+SPLIT dies; ONCE rotates there."""
+KINDS = ["shared", "dead", "shared", "exclusive", "exclusive", "exclusive", "weakened", "rotated"]
+
+
+def write_stages(folder: Path, hook: str = HOOK) -> dict[str, Any]:
+    """Write `stages.json` and the losses of a run whose records are of the stage of a crosscoder; return its table."""
+    level = np.array(LEVELS, float)
+    turn = np.ones_like(level)
+    turn[ONCE, 2] = 0.2
+    final = np.where(level > 0, 1.0, 0.1)
+    final[ONCE, :2] = 0.2
+    measures = dict.fromkeys(("norm", "corrected_norm", "strength", "present", "own_mean"), level)
+    measures |= {"turn": turn, "final": final, "own_density": 0.1 * level}
+    events = [(HOSTILE, "appears", 1), (BLANKS, "appears", 2), (SPLIT, "dies", 2), (EMPTY, "appears", 2)]
+    events.append((ONCE, "rotates", 2))
+    table = {
+        "crosscoder": "not exported",
+        "checkpoints": [{"name": name, "path": "somewhere", "step": None} for name in STAGES],
+        "kinds": KINDS,
+        "events": [{"latent": latent, "kind": kind, "stage": STAGES[at]} for latent, kind, at in events],
+        "latents": {name: values.tolist() for name, values in measures.items()},
+    }
+    (folder / "stages.json").write_text(json.dumps({hook: table}))
+    losses = (5 - level).tolist()
+    losses[DEAD] = [None] * len(STAGES)
+    file = folder / "explorer" / "records" / hook / "losses.json"
+    file.write_text(json.dumps({"everywhere": [6.0, 5.0, 4.5], "latents": losses}))
+    return table
 
 
 def columns(text: np.ndarray, acts: np.ndarray) -> dict[str, np.ndarray]:

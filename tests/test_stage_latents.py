@@ -193,7 +193,7 @@ def described(strength: list[list[float]], turn: list[list[float]] | None = None
     ones = np.ones_like(values)
     turned = ones if turn is None else np.array(turn, float)
     fired = np.full(len(values), density)
-    return Latents(fired, values.argmax(1), values, values, values, values, turned, turned, ones, ones)
+    return Latents(fired, values.argmax(1), values, values, values, values, turned, turned, turned, ones, ones)
 
 
 def test_kinds_follow_the_bounds():

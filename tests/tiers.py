@@ -58,6 +58,8 @@ MODULES = (
     "test_explorer_tracing",
     "test_explorer_lenses",
     "test_explorer_seeds",
+    "test_explorer_stages",
+    "test_explorer_compare",
     "test_explorer_live",
     "test_explorer_files",
     "test_explorer_server",

@@ -54,6 +54,9 @@ class Plan(Json):
     data_fingerprint: str | None = dataclasses.field(default=None, kw_only=True)
     """From `data_fingerprint`; None if the text is not available: then records of any text fit."""
 
+    stage: str | None = dataclasses.field(default=None, kw_only=True)
+    """Name of the checkpoint whose own SAEs are read; None for SAEs that are no part of a crosscoder."""
+
     def settings(self) -> dict[str, object]:
         """Return the settings as the header of a store holds them, flattened."""
         settings = self.to_json() | {"excluded": list(self.excluded)}
@@ -70,6 +73,11 @@ def mismatch(folder: Path, digests: Mapping[str, str], nano: Nanochat, plan: Pla
     del wanted["data_fingerprint"]
     try:
         for hook, digest in digests.items():
+            stage = Store(folder / hook, hook=hook).header.settings.get("stage")
+            if stage != plan.stage:
+                return (
+                    f"the records of {hook} are of {'one checkpoint alone' if stage is None else f'checkpoint {stage}'}"
+                )
             store = Store(folder / hook, digest, hook)
             settings = store.header.settings | any_kept
             differences = [f"{n} was {settings.get(n)}" for n, value in wanted.items() if settings.get(n) != value]

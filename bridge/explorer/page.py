@@ -7,6 +7,7 @@
                          list-H.js                a line per latent of hook number H
                          shard-H-S.js             details of the latents S * 64 to S * 64 + 63 of hook number H
                          texts-N.js               the tokens that the examples of all hooks show
+                         timeline-H.js            of a crosscoder over checkpoints: what became of every latent
              graphs/                      attribution graphs (`bridge.explorer.graphs`)
 
 The folder is named by a digest of its content and written atomically; replacing index.html then changes the page in one
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge.explorer import graphs
+from bridge.explorer import graphs, timeline
 from bridge.run import Run
 from bridge.run.labels import Names
 from jsae import files
@@ -95,11 +96,17 @@ def _write_records(folder: Path, run: Run, stores: Sequence[Store], names: Seque
     _put(folder, "vocabulary", _vocabulary(texts))
     for number, chunk in enumerate(shown.chunks(texts)):
         _put(folder, f"texts-{number}", chunk)
+    stages = [timeline.of_hook(run, store) for store in stores]
     for number, (store, named) in enumerate(zip(stores, names, strict=True)):
         _put(folder, f"list-{number}", _list(store, named))
+        if stages[number] is not None:
+            _put(folder, f"timeline-{number}", stages[number])
         for shard, first in enumerate(range(0, store.header.d_sae, SHARD)):
             _put(folder, f"shard-{number}-{shard}", _shard(store, first, radius))
-    _put(folder, "manifest", _manifest(run.path, stores, names, texts, shown, radius))
+    manifest = _manifest(run.path, stores, names, texts, shown, radius)
+    for info, columns in zip(manifest["hooks"], stages, strict=True):
+        info["over_checkpoints"] = columns is not None
+    _put(folder, "manifest", manifest)
 
 
 def _put(folder: Path, name: str, data: Any) -> None:

@@ -67,7 +67,7 @@ def after_training(run: Path) -> list[str]:
 
 def after_stages(run: Path) -> list[str]:
     """Return commands for a run with crosscoders over checkpoints."""
-    return [line("diff", run_dir=run)]
+    return [line("diff", run_dir=run), line("explore", "web", run_dir=run, serve=True)]
 
 
 def after_comparing(run: Path) -> list[str]:
@@ -89,6 +89,8 @@ def after_exploring(run: Path, served: bool) -> list[str]:
 
 
 def _after_records(run: Path) -> list[str]:
+    if _flags(run).get("checkpoints"):
+        return [line("diff", run_dir=run, film="film.svg")]
     if _has_transcoders(run):
         return [line("trace", run_dir=run, prompt=PROMPT, open=True)] if _is_traceable(run) else []
     return [

@@ -72,6 +72,11 @@ def recorded(records: Path) -> list[str]:
     return sorted(path.parent.name for path in records.glob("*/records.json"))
 
 
+def stages(run: Path, name: str) -> list[str]:
+    """Return the checkpoints of which a run has SAEs of this name of their own, in alphabetical order."""
+    return sorted(file.parents[1].name for file in run.glob(f"stages/*/{name}/{CFG}"))
+
+
 def known_digest(export: Path) -> str | None:
     """Return the digest of an exported SAE, which its records state; None if there is no complete export."""
     from jsae.records.store import digest

@@ -16,7 +16,8 @@
     plots/                      pictures of an evaluation
     explorer/index.html         the explorer's page, with its data in page-DIGEST/
     explorer/graphs/            attribution graphs that the page shows
-    explorer/records/HOOK/      records of an SAE (`jsae.records.store`); their texts are in records/texts/
+    explorer/records/HOOK/      records of an SAE (`jsae.records.store`); their texts are in records/texts/; of a
+                                checkpoint's own SAE also losses.json, of every checkpoint where each latent fires
     explorer/notes.jsonl        labels and notes that people wrote
     neuronpedia/FOLDER/         files in the format of another tool, a folder per format
     neuronpedia/upload/         bodies of requests to Neuronpedia
@@ -133,6 +134,10 @@ class Layout:
     def store_folder(self, hook: str) -> Path:
         """The records of one SAE."""
         return self.records_folder / hook
+
+    def losses_file(self, hook: str) -> Path:
+        """Losses of every checkpoint on the texts of the latents, beside the records of a checkpoint's own SAE."""
+        return self.store_folder(hook) / "losses.json"
 
     @property
     def graphs_folder(self) -> Path:

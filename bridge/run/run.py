@@ -157,6 +157,8 @@ class Run(Layout):
     def records(self, hook: str | None = None) -> Store:
         """Open the records of an SAE, checked against its export if there is one.
 
+        Of a crosscoder over checkpoints, they are those of one checkpoint's own SAE.
+
         Args:
           hook: of the SAE; None is the only one with records.
 
@@ -167,7 +169,10 @@ class Run(Layout):
         from jsae.records.store import Store
 
         hook = exports.choose(self.path, self.recorded_hooks, hook, "records") if hook is None else hook
-        return Store(self.store_folder(hook), exports.known_digest(self.sae_folder(hook)), hook)
+        stage = Store(self.store_folder(hook), hook=hook).header.settings.get("stage")
+        known = stage in exports.stages(self.path, hook)  # the name comes from a file
+        export = self.stage_folder(str(stage), hook) if known else self.sae_folder(hook)
+        return Store(self.store_folder(hook), exports.known_digest(export), hook)
 
     @property
     def labels(self) -> Mapping[str, Names]:

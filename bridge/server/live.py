@@ -16,10 +16,11 @@ from starlette.routing import Route
 
 from bridge import ranges
 from bridge.run import labels
-from bridge.runtime import Steer, Token
-from bridge.server import lens_api
+from bridge.runtime import InterpretableModel, Steer, Token
+from bridge.server import compare, lens_api
 from bridge.server.answers import Stream
 from bridge.server.bodies import Fields, Refusal, refusing
+from bridge.server.compare import Checkpoints
 from bridge.server.session import Session
 from bridge.server.tracing import Graphs, Tracer
 from bridge.steering import MODES, POSITIONS
@@ -39,8 +40,10 @@ _STEER_FIELDS = ("hook", "index", "mode", "strength", "positions")
 class Api:
     """The endpoints below /api; requests and answers are JSON."""
 
-    def __init__(self, session: Session, run: Path, tracer: Tracer | None = None):
-        self._session, self._run = session, run
+    def __init__(
+        self, session: Session, run: Path, tracer: Tracer | None = None, checkpoints: Checkpoints | None = None
+    ):
+        self._session, self._run, self._checkpoints = session, run, checkpoints
         self._graphs = Graphs(session, tracer)
         self._writing = threading.Lock()
 
@@ -55,11 +58,12 @@ class Api:
             Route("/api/notes", self.notes),
             Route("/api/notes", self.note, methods=["POST"]),
             *lens_api.routes(self._session),
+            *compare.routes(self._session, self._checkpoints),
         ]
 
     async def info(self, request: Request) -> Response:
         """Describe the model, its SAEs, the ways to steer, and the limits."""
-        session, config = self._session, self._session.nano.config
+        session, config, checkpoints = self._session, self._session.nano.config, self._checkpoints
         return JSONResponse(
             {
                 "live": True,
@@ -81,6 +85,8 @@ class Api:
                 ],
                 "positions": list(POSITIONS),
                 "lenses": list(self._session.lenses),
+                "checkpoints": list(checkpoints.names) if checkpoints else [],
+                "checkpoint": checkpoints.chosen if checkpoints else None,
                 "limits": {
                     "prompt_tokens": session.longest_prompt,
                     "max_tokens": session.limits.max_tokens,
@@ -121,7 +127,16 @@ class Api:
 
     async def steer(self, request: Request) -> Response:
         """Stream a continuation without and with steering, one line of JSON per token, alternating."""
-        names = ["prompt", "messages", "steer", "strength_multiplier", "temperature", "max_tokens", "seed"]
+        names = [
+            "prompt",
+            "messages",
+            "steer",
+            "directions_of",
+            "strength_multiplier",
+            "temperature",
+            "max_tokens",
+            "seed",
+        ]
         fields, limits = await self._fields(request, *names), self._session.limits
         steers = [self._steer(entry) for entry in fields.objects("steer", limits.features, _STEER_FIELDS)]
         sampling = {
@@ -134,14 +149,24 @@ class Api:
         with contextlib.ExitStack() as held:
             held.enter_context(self._session.generations.take())
             ids, stop_tokens = await self._prompt(fields)
+            im = await self._steered(fields)
             with refusing():
                 streams = {
-                    which: self._session.im.generate(ids, steers if pushed else [], stop_tokens=stop_tokens, **sampling)
+                    which: im.generate(ids, steers if pushed else [], stop_tokens=stop_tokens, **sampling)
                     for which, pushed in {"default": False, "steered": True}.items()
                     if steers or not pushed
                 }
             lines = self._lines(streams, sampling["max_tokens"])
             return Stream(lines, "application/x-ndjson", held.pop_all(), limits.seconds)
+
+    async def _steered(self, fields: Fields) -> InterpretableModel:
+        """Return the model with the SAEs whose directions are pushed: its own, or those of another checkpoint."""
+        if self._checkpoints is None:
+            if fields.has("directions_of"):
+                raise Refusal(400, "directions_of is for a run on several checkpoints: leave it out")
+            return self._session.im
+        name = fields.choice("directions_of", self._checkpoints.names, self._checkpoints.chosen)
+        return await self._session.run(compare.steering_with, self._session, self._checkpoints, name)
 
     async def notes(self, request: Request) -> Response:
         """Return the notes of people."""

@@ -31,6 +31,7 @@ from bridge.run import Run
 from bridge.runtime import InterpretableModel
 from bridge.server import wire
 from bridge.server.bodies import Limits, Refusal
+from bridge.server.compare import Checkpoints
 from bridge.server.connections import Connection, OpenConnections
 from bridge.server.guard import Guard, answer, is_loopback
 from bridge.server.live import Api
@@ -64,6 +65,7 @@ def app(
     chat: bool | None = None,
     model_id: str | None = None,
     tracer: Tracer | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Starlette:
     """Return the app of a run: its page, the live endpoints below /api, Neuronpedia's inference API below /v1.
 
@@ -79,6 +81,7 @@ def app(
       chat: whether the model can chat; None decides by its path.
       model_id: Neuronpedia's name for the model; None accepts any name.
       tracer: computes attribution graphs with the same model; None offers none.
+      checkpoints: those that the run's crosscoders read, the model among them; None for a run on one.
 
     Raises:
       ValueError: there is no token although others can reach the host, the model has no tokenizer, or a lens of the
@@ -88,7 +91,7 @@ def app(
         raise ValueError(f"others can reach a server at {host}: give it a token")
     session = Session(im, nano, limits or Limits(), chat, _fitted_lenses(Run(run), nano))
     everything_else = Route("/{name:path}", functools.partial(page, Run(run).explorer_folder))
-    routes = [*Api(session, run, tracer).routes(), *wire.routes(session, model_id), everything_else]
+    routes = [*Api(session, run, tracer, checkpoints).routes(), *wire.routes(session, model_id), everything_else]
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, host=host, names=names, token=token, secret=secret)],
@@ -117,6 +120,7 @@ def serve(
     chat: bool | None = None,
     model_id: str | None = None,
     tracer: Tracer | None = None,
+    checkpoints: Checkpoints | None = None,
     say: Callable[[str], Any] = log.info,
 ) -> None:
     """Serve a run until interrupted (SIGINT, SIGTERM).
@@ -132,6 +136,7 @@ def serve(
       chat: whether the model can chat; None decides by its path.
       model_id: Neuronpedia's name for the model; None accepts any name.
       tracer: computes attribution graphs with the same model; None offers none.
+      checkpoints: those that the run's crosscoders read, the model among them; None for a run on one.
       say: called with the address to open.
 
     Raises:
@@ -155,6 +160,7 @@ def serve(
             chat=chat,
             model_id=model_id,
             tracer=tracer,
+            checkpoints=checkpoints,
         )
         gc.freeze()  # loaded objects stay: the garbage collector need not traverse them while clients wait
         say(f"explorer at {address(host, listener.getsockname()[1], token)}")

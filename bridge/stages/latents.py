@@ -63,6 +63,8 @@ class Latents(NamedTuple):
     """Cosine of the corrected row to that of the strongest checkpoint."""
     turn: Float[np.ndarray, "f m"]
     """Cosine of the corrected row to that of the checkpoint before; 1 in the first."""
+    final: Float[np.ndarray, "f m"]
+    """Cosine of the corrected row to that of the last checkpoint."""
     own_density: Float[np.ndarray, "f m"]
     """Share of tokens on which the latent fires in the checkpoint's own SAE."""
     own_mean: Float[np.ndarray, "f m"]
@@ -106,6 +108,7 @@ def measure(decoder: Float[np.ndarray, "f m d"], sums: StageSums) -> Latents:
         present=_over(together, together[every, strongest][:, None]),
         cosine=_cosines(fitted, fitted[every, strongest][:, None]),
         turn=np.concatenate([np.ones((len(every), 1)), _cosines(fitted[:, 1:], fitted[:, :-1])], axis=1),
+        final=_cosines(fitted, fitted[:, -1:]),
         own_density=own_fired / sums.tokens,
         own_mean=_over(sums.own_total.T, own_fired),
     )

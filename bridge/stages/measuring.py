@@ -23,6 +23,7 @@ from bridge.stages.names import Stage
 from bridge.torch_sae import TorchSAE
 from bridge.torch_sae import load as load_sae
 from jsae.progress import Progress
+from jsae.records.store import digest
 from jsae.settings import require
 
 _CHUNK = 2048  # tokens whose latents are in memory at once
@@ -44,6 +45,8 @@ class Comparison:
 
     name: str
     """Of its export."""
+    digest: str
+    """Of its export (`jsae.records.store.digest`)."""
     stages: tuple[Stage, ...]
     sae: TorchSAE
     sums: sums.StageSums
@@ -57,6 +60,7 @@ class Comparison:
         bounds, found = thresholds or Thresholds(), self.latents()
         names = [stage.name for stage in self.stages]
         return {
+            "crosscoder": self.digest,
             "checkpoints": [
                 {
                     "name": stage.name,
@@ -164,7 +168,23 @@ def compare(
         progress = Progress(f"comparing {subject.name}", rows.size, "tokens", console=console)
         with progress, progress.tokens_of(subject.site.model):
             total = add_up(run, subject, rows)
-        comparisons.append(Comparison(subject.name, subject.stages, subject.sae, total))
+        comparisons.append(Comparison(subject.name, digest(exports[subject.name]), subject.stages, subject.sae, total))
+    return comparisons
+
+
+def write(
+    run: Run,
+    extent: Extent | None = None,
+    thresholds: Thresholds | None = None,
+    device: str = "cpu",
+    in_memory: InMemory = "all",
+    *,
+    show_progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Compare as `compare`, write the run's `stages.json`, and return its tables by crosscoder."""
+    found = compare(run, extent, device, in_memory, show_progress=show_progress)
+    comparisons = {comparison.name: comparison.table(thresholds) for comparison in found}
+    run.write_evaluation({name: {"stages": table} for name, table in comparisons.items()})
     return comparisons
 
 

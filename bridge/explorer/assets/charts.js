@@ -1,4 +1,4 @@
-/* Draw histograms and bars as SVG. */
+/* Draw histograms, courses and bars as SVG. */
 "use strict";
 
 (() => {
@@ -32,8 +32,31 @@
       el("figcaption", {}, el("span", {}, number(from)), zero, el("span", {}, number(to))));
   }
 
+  /* Return the course of a number over checkpoints as a line, with a second one for comparison. */
+  function course(values, { names, format, label, chosen = -1, other = [], low = Infinity, high = -Infinity }) {
+    const [wide, tall, edge] = [160, 56, 6];
+    const known = [...values, ...other].filter(Number.isFinite);
+    const [from, to] = [Math.min(low, ...known), Math.max(high, ...known)];
+    const x = (i) => edge + (values.length > 1 ? i / (values.length - 1) : 0.5) * (wide - 2 * edge);
+    const y = (value) => tall - edge - ((value - from) / (to - from || 1)) * (tall - 2 * edge);
+    const path = (some) => some.map((value, i) => [value, i]).filter(([value]) => Number.isFinite(value)).map(([value, i], n) => `${n ? "L" : "M"}${x(i).toFixed(1)} ${y(value).toFixed(1)}`).join("");
+    const step = (wide - 2 * edge) / Math.max(1, values.length - 1);
+    const over = values.map((value, i) => svg("rect", {
+      class: "over", x: Math.max(0, x(i) - step / 2).toFixed(1), y: 0, height: tall,
+      width: (Math.min(wide, x(i) + step / 2) - Math.max(0, x(i) - step / 2)).toFixed(1),
+      tip: [["", names[i]], [label.toLowerCase(), Number.isFinite(value) ? format(value) : "–"], ...(Number.isFinite(other[i]) ? [["everywhere", format(other[i])]] : [])],
+    }));
+    const dots = values.map((value, i) => Number.isFinite(value) && svg("circle", { cx: x(i).toFixed(1), cy: y(value).toFixed(1), r: values.length > 24 ? 1 : 2.4, class: i === chosen && "chosen" }));
+    const said = values.map((value, i) => `${names[i]} ${Number.isFinite(value) ? format(value) : "unknown"}`).join(", ");
+    return el("figure", { class: "course" },
+      svg("svg", { viewBox: `0 0 ${wide} ${tall}`, role: "img", "aria-label": `${label}: ${said}` },
+        svg("line", { class: "base", x1: 0, x2: wide, y1: tall - edge, y2: tall - edge }),
+        other.length > 0 && svg("path", { class: "other", d: path(other) }), svg("path", { class: "line", d: path(values) }), dots, over),
+      el("figcaption", {}, el("span", {}, names[0]), el("span", {}, names.at(-1))));
+  }
+
   /* Return a value as a bar within a cell; `share` is from 0 to 1. */
   const bar = (share, kind = "") => el("span", { class: `meter ${kind}`, vars: { "--w": `${Math.max(0, Math.min(1, share)) * 100}%` } });
 
-  jsae.charts = { histogram, bar };
+  jsae.charts = { histogram, course, bar };
 })();

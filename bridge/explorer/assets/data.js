@@ -37,8 +37,10 @@
   /* Load the list of latents of hook number `hook`. */
   data.list = (hook) => {
     if (!lists.has(hook)) {
-      lists.set(hook, load(`list-${hook}`).then((file) => {
+      const compared = data.manifest.hooks[hook].over_checkpoints;
+      lists.set(hook, Promise.all([load(`list-${hook}`), compared && load(`timeline-${hook}`)]).then(([file, timeline]) => {
         const list = new Latents(hook, file);
+        if (timeline) list.timeline = new jsae.stages.Timeline(timeline, column);
         for (const note of data.notes) if (note.hook === list.info.hook) list.name(note);
         return list;
       }));
@@ -69,6 +71,7 @@
       this.peaks = column(file.peaks, Uint16Array);
       this.peakOffsets = offsets(bytes(file.peak_lengths));
       this.haystacks = new Array(this.size);
+      this.timeline = null; // what became of the latents over checkpoints, if there are several
     }
 
     density(latent) {

@@ -25,6 +25,8 @@
     stable: ["Stable", (list, i) => list.recurrence(i) === 1, "recur in the SAEs of all other seeds"],
     unique: ["Unique", (list, i) => list.recurrence(i) === 0, "recur in the SAE of no other seed"],
   };
+  const sorts = (list) => ({ ...SORTS, ...jsae.stages.sorts(list) });
+  const statesOf = (list) => ({ ...STATES, ...jsae.stages.states(list) });
   const OF_SEEDS = ["stable", "unique"]; // states that are known where SAEs of several seeds were compared
   const RANGES = {
     density: { name: "Density", value: (list, i) => list.density(i), format: percent, bounds: () => [1e-6, 1] },
@@ -70,6 +72,11 @@
       for (const name of OF_SEEDS) view.state.states.delete(name);
       if (view.state.sort === "recurs") view.state.sort = "match";
     }
+    const further = Object.entries(jsae.stages.sorts(list));
+    for (const option of parts.sort.querySelectorAll(".of-stages")) option.remove();
+    parts.sort.append(...further.map(([key, [name]]) => el("option", { value: key, class: "of-stages" }, name)));
+    if (!(view.state.sort in sorts(list))) view.state.sort = "match";
+    for (const name of view.state.states) if (!(name in statesOf(list))) view.state.states.delete(name);
     drawFilters();
     set({});
   }
@@ -98,11 +105,12 @@
     const words = query.toLowerCase().trim();
     const token = logit.toLowerCase();
     const within = Object.keys(RANGES).map((key) => inside(list, key, rest[key]));
-    const [, key, direction] = SORTS[sort];
+    const [, key, direction] = sorts(list)[sort];
+    const tests = [...states].map((name) => statesOf(list)[name][1]);
     const latents = [];
     const reasons = new Map();
     for (let i = 0; i < list.size; i++) {
-      if ([...states].some((name) => !STATES[name][1](list, i))) continue;
+      if (tests.some((fits) => !fits(list, i))) continue;
       if (!within.every((fits) => fits(i))) continue;
       if (token && !Array.from(list.raised(i)).some((id) => matches(jsae.tokens.word(id).toLowerCase(), token))) continue;
       if (words) {
@@ -153,7 +161,7 @@
 
   function drawFilters() {
     const { state } = view;
-    const states = Object.entries(STATES).filter(([key]) => view.list.recurs.length > 0 || !OF_SEEDS.includes(key));
+    const states = Object.entries(statesOf(view.list)).filter(([key]) => view.list.recurs.length > 0 || !OF_SEEDS.includes(key));
     const chips = states.map(([key, [name, , title]]) => {
       const button = el("button", {
         type: "button", class: "pill", "data-state": key, title, "aria-pressed": String(state.states.has(key)), on: { click: () => {
@@ -280,7 +288,7 @@
     el("span", { class: "head" }, el("span", { class: "id" }, `#${latent}`),
       el("span", { class: label ? "label" : "label none" }, jsae.tokens.shown(list.title(latent))),
       list.byPerson.has(latent) && el("span", { class: "mine", title: "named by a person" }, "✎"),
-      view.matches.has(latent) && jsae.search.reason(view.matches.get(latent)), seeds(list, latent), badge(list, latent)),
+      view.matches.has(latent) && jsae.search.reason(view.matches.get(latent)), jsae.stages.badge(list, latent), seeds(list, latent), badge(list, latent)),
     ids.length ? el("span", { class: "kwic" }, el("span", { class: "left" }, el("span", {}, spans.slice(0, peak))),
       el("span", { class: "right" }, spans.slice(peak))) : el("span", { class: "kwic" }),
     el("span", { class: "foot" }, el("span", {}, percent(list.density(latent))), el("span", {}, `max ${number(list.max[latent])}`)));

@@ -137,5 +137,5 @@
     return latent;
   }
 
-  jsae.overview = { show };
+  jsae.overview = { show, picks, tile, axis, grid, nearest };
 })();

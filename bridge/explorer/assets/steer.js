@@ -14,7 +14,7 @@
   const REPEATS = 4; // consecutive repetitions at the end of a text that count as repeating
   const FEWEST_REPEATED = 8; // tokens of all repetitions together
   const state = {
-    pushed: [], prompt: "", chat: false, talk: [], follow: "steered",
+    pushed: [], prompt: "", chat: false, talk: [], follow: "steered", directionsOf: null,
     settings: { temperature: 0.5, max_tokens: 64, seed: 16, strength_multiplier: 1 },
   };
   let running = null;
@@ -52,7 +52,8 @@
   function request(messages) {
     const steer = state.pushed.map(({ list, latent, mode: name, strength, positions }) =>
       ({ hook: list.info.hook, index: latent, mode: name, strength, positions }));
-    return { ...(messages ? { messages } : { prompt: state.prompt }), steer, ...state.settings };
+    const from = state.directionsOf && { directions_of: state.directionsOf };
+    return { ...from, ...(messages ? { messages } : { prompt: state.prompt }), steer, ...state.settings };
   }
 
   /* ---- the page ---- */
@@ -79,7 +80,7 @@
       el("header", { class: "title" }, el("h1", {}, "Push features, read the continuation"),
         el("p", { class: "quiet" }, `${jsae.data.manifest.model} continues the same text with the same seed, with and without the pushed features.`)),
       el("div", { class: "desk" }, el("div", { class: "controls" },
-        el("section", { class: "card" }, el("h2", {}, "Features"), parts.pushed, finder(list)),
+        el("section", { class: "card" }, el("h2", {}, "Features"), parts.pushed, finder(list), directions()),
         el("section", { class: "card settings" }, el("h2", {}, "Sampling"),
           setting("temperature", "Temperature", 0, 2, 0.1), setting("max_tokens", "Tokens", 1, limits.max_tokens, 1),
           setting("seed", "Seed", 0, 999999, 1), setting("strength_multiplier", "Strength ×", 0, 10, 0.1))),
@@ -93,6 +94,15 @@
     drawPushed();
     if (parts.answers.children.length) said(state.chat);
     else talkAnew();
+  }
+
+  /* Return the choice of the checkpoint whose directions are pushed; null for a run on one. */
+  function directions() {
+    const { checkpoints, checkpoint } = jsae.live;
+    if (!checkpoints?.length) return null;
+    return el("label", { class: "field", title: "The features' directions and encoders as they are in this checkpoint" }, "As in checkpoint", el("select", {
+      id: "directions", on: { change: (event) => { state.directionsOf = event.target.value; } },
+    }, checkpoints.map((name) => el("option", { value: name, selected: name === (state.directionsOf ?? checkpoint) }, name))));
   }
 
   /* Set the texts of the prompt's controls. */

@@ -36,7 +36,7 @@ PATHS = [
     if (command, name)
     not in {
         *(("publish", "folder"), ("evaluate", "compare"), ("evaluate", "sae")),
-        *(("train", "checkpoints"), ("diff", "saes"), ("diff", "output_file")),
+        *(("train", "checkpoints"), ("diff", "saes"), ("diff", "output_file"), ("diff", "film")),
         *(("lens", "merge"), ("lens", "lens")),
         ("stability", "runs"),
     }

@@ -20,17 +20,19 @@ _LENGTHS = range(20, 121)  # characters of a description
 _HIGHEST = 20  # of the numbers that are added
 
 
-def units() -> list[Unit]:
+@functools.cache
+def units() -> tuple[Unit, ...]:
     """Return a unit per chat: a question about a function, a class or a sum, an answer, and to some of them thanks.
 
-    The descriptions are first lines of docstrings of the running interpreter's library. Chats depend on nothing else.
+    The descriptions are first lines of docstrings of the running interpreter's library. Chats depend on nothing else,
+    and reading them takes seconds, so a process does it once.
     """
     chats = [(chat, digest(json.dumps(chat))) for chat in _chats()]
     source = ("stdlib_chats", hashlib.sha256(b"".join(content for _, content in chats)).hexdigest()[:12])
-    return [
+    return tuple(
         Unit(f"chat {content.hex()[:12]}", functools.partial(_one, chat), source, content=content)
         for chat, content in chats
-    ]
+    )
 
 
 def _one(chat: dict[str, Any]) -> list[Document]:

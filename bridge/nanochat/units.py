@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bridge.nanochat import library, library_chats, lines, shards
@@ -33,7 +33,7 @@ from bridge.nanochat.documents import (
 
 __all__ = ["Document", "Split", "Unit", "documents", "find_units", "is_heldout"]
 
-BUILT_IN = {"stdlib": library.units, "stdlib_chats": library_chats.units}
+BUILT_IN: Mapping[str, Callable[[], Sequence[Unit]]] = {"stdlib": library.units, "stdlib_chats": library_chats.units}
 """Data that every Python installation has, by name."""
 FORMS = ("text", "jsonl", "json", "parquet")
 """Forms of files; `FORM:path` reads a file in this form, whatever its name."""

@@ -1,12 +1,15 @@
 """The measurement of quality: jsae's side on real activations, with a stand-in for the other trainers."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 import math
 import os
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +161,25 @@ def test_architectures_are_shared_out_among_contests_that_work_side_by_side():
     assert quality.threads(None, 1) is None
     assert quality.threads(3, 2) == 3
     assert 1 <= quality.threads(None, 2) <= max((os.cpu_count() or 2) // 2, 1)
+
+
+def test_contests_side_by_side_take_turns_at_the_model(subject, tmp_path, monkeypatch):
+    """Hooks of two passes through one model would edit each other's activations."""
+    inside, most = [], []
+
+    def effects(*_):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        names = ("with_ablation", "with_sae", "without_sae")
+        return {name: SimpleNamespace(cross_entropy=float(i)) for i, name in enumerate(names)}
+
+    monkeypatch.setattr("bridge.evaluate.splice.effects", effects)
+    monkeypatch.setattr("bridge.torch_sae.load", lambda folder: None)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(subject.final_scores, [tmp_path] * 3)) == [{"loss_recovered": 0.5}] * 3
+    assert most == [1, 1, 1]
 
 
 def test_without_a_search_every_trainer_has_its_default_and_no_second_sae_where_l0_is_met(contest, capsys):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import subprocess
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +92,7 @@ def nanochat(
             rows=rows[: max(loss // row_len, 1)],
             mean=held.mean(0),
             token_bytes=token_bytes,
+            turn=threading.Lock(),
         ),
     )
 
@@ -178,15 +181,25 @@ def _gathered(site: Site, batches: Any, limit: int) -> np.ndarray:
     return np.concatenate(parts)[:limit]
 
 
-def _loss_recovered(folder: Path, site: Site, rows: np.ndarray, mean: np.ndarray, token_bytes: np.ndarray) -> Scores:
+def _loss_recovered(
+    folder: Path,
+    site: Site,
+    rows: np.ndarray,
+    mean: np.ndarray,
+    token_bytes: np.ndarray,
+    turn: AbstractContextManager[object],
+) -> Scores:
     """Return (ablated - spliced) / (ablated - original), of the model's cross-entropy.
 
-    The activations are replaced by zeros in the ablated model, by their reconstruction in the spliced one.
+    The activations are replaced by zeros in the ablated model, by their reconstruction in the spliced one. `turn` is
+    held meanwhile: a model has one set of hooks, and contests work side by side.
     """
     from bridge import torch_sae
     from bridge.evaluate.splice import effects
 
-    losses = effects(site, torch_sae.load(folder), site.batches(rows, len(token_bytes)), mean, token_bytes)
+    sae, batches = torch_sae.load(folder), site.batches(rows, len(token_bytes))
+    with turn:
+        losses = effects(site, sae, batches, mean, token_bytes)
     ablated = losses["with_ablation"].cross_entropy
     recovered = ablated - losses["with_sae"].cross_entropy
     return {"loss_recovered": recovered / (ablated - losses["without_sae"].cross_entropy)}

@@ -1,4 +1,4 @@
-/* Draw histograms, courses and bars as SVG. */
+/* Draw histograms and courses as SVG, bars, and prepare canvases. */
 "use strict";
 
 (() => {
@@ -58,5 +58,15 @@
   /* Return a value as a bar within a cell; `share` is from 0 to 1. */
   const bar = (share, kind = "") => el("span", { class: `meter ${kind}`, vars: { "--w": `${Math.max(0, Math.min(1, share)) * 100}%` } });
 
-  jsae.charts = { histogram, course, bar };
+  /* Fit a canvas of a size in CSS pixels to the screen, clear it, and return its context. */
+  function pen(canvas, wide, high) {
+    const ratio = window.devicePixelRatio || 1;
+    canvas.width = wide * ratio;
+    canvas.height = high * ratio;
+    const context = canvas.getContext("2d");
+    context.scale(ratio, ratio);
+    return context;
+  }
+
+  jsae.charts = { histogram, course, bar, pen };
 })();

@@ -107,11 +107,7 @@
   function paint(canvas, timeline, alive, bounds, dots, at) {
     const [wide, high] = [canvas.clientWidth, canvas.clientHeight];
     if (!wide || !bounds.x.length || !bounds.y.length) return;
-    const ratio = window.devicePixelRatio || 1;
-    canvas.width = wide * ratio;
-    canvas.height = high * ratio;
-    const pen = canvas.getContext("2d");
-    pen.scale(ratio, ratio);
+    const pen = jsae.charts.pen(canvas, wide, high);
     const style = getComputedStyle(canvas);
     const [x, y] = [jsae.overview.axis(bounds.x, 44, wide - 14), jsae.overview.axis(bounds.y, high - 26, 12)];
     jsae.overview.grid(pen, style, x, y, wide, high);

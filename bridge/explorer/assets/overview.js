@@ -71,11 +71,7 @@
   function paint(canvas, list, alive, dots) {
     const [wide, high] = [canvas.clientWidth, canvas.clientHeight];
     if (!wide || !alive.length) return;
-    const ratio = window.devicePixelRatio || 1;
-    canvas.width = wide * ratio;
-    canvas.height = high * ratio;
-    const pen = canvas.getContext("2d");
-    pen.scale(ratio, ratio);
+    const pen = jsae.charts.pen(canvas, wide, high);
     const style = getComputedStyle(canvas);
     const logs = (value) => alive.map((i) => Math.log10(value(i)));
     const [xs, ys] = [logs((i) => list.density(i)), logs((i) => list.max[i])];

@@ -4,6 +4,7 @@ A lens maps the output of a block to an estimate of the final residual stream, w
 softcap) turns into logits. At the last layer the output of G7 is the logits only after the backout; see `tables`.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -72,8 +73,24 @@ class DirectLens:
         return streams.direct(self.paths[layer], layer)
 
 
+class _Fitted(abc.ABC):
+    """A lens with a matrix for each of some layers. Abstract."""
+
+    matrices: Mapping[int, Float[Tensor, "C C"]]
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The layers that it has a matrix of, in order."""
+        return sorted(self.matrices)
+
+    @property
+    def width(self) -> int:
+        """The width of the model."""
+        return len(next(iter(self.matrices.values())))
+
+
 @dataclasses.dataclass(frozen=True)
-class JacobianLens:
+class JacobianLens(_Fitted):
     """Reads J_l h_l, where J_l is the mean derivative of the final stream with respect to a layer's output.
 
     J_l = E_prompts E_{valid p} sum over valid p' >= p of dy[p'] / dh_l[p]; see `bridge.lenses.jacobian`. x0 does not
@@ -91,16 +108,6 @@ class JacobianLens:
 
     name = "jacobian"
 
-    @property
-    def layers(self) -> Sequence[int]:
-        """The layers that it has a matrix of, in order."""
-        return sorted(self.matrices)
-
-    @property
-    def width(self) -> int:
-        """The width of the model."""
-        return len(next(iter(self.matrices.values())))
-
     def stream(self, streams: Streams, layer: int) -> Stream:
         """Return J_l h_l, (B, T, C), in the precision of the lens."""
         matrix = self.matrices[layer]
@@ -112,7 +119,7 @@ class JacobianLens:
 
 
 @dataclasses.dataclass(frozen=True)
-class TunedLens:
+class TunedLens(_Fitted):
     """Reads s h_l + A_l h_l + b_l, a translation that is fitted to the model's output (Belrose et al. 2023).
 
     s is the sign of the logit lens, so a lens of zeros is the logit lens.
@@ -130,16 +137,6 @@ class TunedLens:
     provenance: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     name = "tuned"
-
-    @property
-    def layers(self) -> Sequence[int]:
-        """The layers that it translates, in order."""
-        return sorted(self.matrices)
-
-    @property
-    def width(self) -> int:
-        """The width of the model."""
-        return len(next(iter(self.matrices.values())))
 
     def stream(self, streams: Streams, layer: int) -> Stream:
         """Return s h_l + A_l h_l + b_l, (B, T, C), in the precision of the lens."""

@@ -1,4 +1,4 @@
-"""What became of the latents of a crosscoder over checkpoints, as the explorer shows it: `stages.json` of a run.
+"""The latents of a crosscoder over checkpoints in `stages.json` of a run, for the explorer.
 
 No torch.
 """
@@ -39,12 +39,12 @@ class Timeline:
 
     @property
     def level(self) -> Float[np.ndarray, "f m"]:
-        """How much of every latent is in every checkpoint (`bridge.stages.latents.levels`)."""
-        return np.maximum(np.abs(self.measures["strength"]), np.abs(self.measures["present"]))
+        """The `levels` of all latents in every checkpoint."""
+        return levels(self.measures["strength"], self.measures["present"])
 
     @property
     def change(self) -> Float[np.ndarray, "f m"]:
-        """How far every latent moves from the checkpoint before; 0 in the first.
+        """The distance that every latent moves from the checkpoint before; 0 in the first.
 
         The distance of two vectors as long as the latent's levels there, with the angle between its corrected rows:
         sqrt(a^2 + b^2 - 2 a b turn). It is large where a latent appears, dies or rotates.
@@ -52,6 +52,16 @@ class Timeline:
         before, now = self.level[:, :-1], self.level[:, 1:]
         square = before**2 + now**2 - 2 * before * now * self.measures["turn"][:, 1:]
         return np.pad(np.sqrt(np.maximum(square, 0)), ((0, 0), (1, 0)))
+
+
+def levels(strength: Float[np.ndarray, "*f m"], present: Float[np.ndarray, "*f m"]) -> Float[np.ndarray, "*f m"]:
+    """Return how much of latents is in every checkpoint: the larger magnitude of `strength` and `present`.
+
+    Args:
+      strength: as in `bridge.stages.latents.Latents`.
+      present: likewise.
+    """
+    return np.maximum(np.abs(strength), np.abs(present))
 
 
 def read(run: str | Path, name: str) -> Timeline | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from bridge.run.timelines import levels
 from bridge.stages.sums import StageSums
 from jsae.settings import Range, check_fields, number, require
 
@@ -70,6 +71,11 @@ class Latents(NamedTuple):
     own_mean: Float[np.ndarray, "f m"]
     """Mean value there, where it fires."""
 
+    @property
+    def level(self) -> Float[np.ndarray, "f m"]:
+        """The magnitude of every latent in every checkpoint (`bridge.run.timelines.levels`)."""
+        return levels(self.strength, self.present)
+
     def table(self) -> dict[str, Any]:
         """Return the measures as JSON values, one list for each."""
         return {name: np.round(value, 5).tolist() for name, value in self._asdict().items()}
@@ -121,10 +127,10 @@ def kinds(latents: Latents, thresholds: Thresholds | None = None) -> list[Kind]:
     "rotated": as strong, in another direction. "shared": alike in all. "dead": too rare to be judged.
     """
     bounds = thresholds or Thresholds()
-    level = levels(latents).min(1)
-    turned = np.where(levels(latents) > bounds.absent, latents.cosine, 1).min(1) < bounds.turned
+    level = latents.level
+    turned = np.where(level > bounds.absent, latents.cosine, 1).min(1) < bounds.turned
     found: list[Kind] = []
-    for density, low, is_turned in zip(latents.density, level, turned, strict=True):
+    for density, low, is_turned in zip(latents.density, level.min(1), turned, strict=True):
         if density < bounds.least_fired:
             found.append("dead")
         elif low <= bounds.absent:
@@ -134,11 +140,6 @@ def kinds(latents: Latents, thresholds: Thresholds | None = None) -> list[Kind]:
         else:
             found.append("rotated" if is_turned else "shared")
     return found
-
-
-def levels(latents: Latents) -> Float[np.ndarray, "f m"]:
-    """Return how much of every latent is in every checkpoint: the larger of `strength` and `present`."""
-    return np.maximum(np.abs(latents.strength), np.abs(latents.present))
 
 
 class Event(NamedTuple):
@@ -153,13 +154,13 @@ class Event(NamedTuple):
 def events(latents: Latents, thresholds: Thresholds | None = None) -> list[Event]:
     """Return the changes of all living latents, in the order of latents and checkpoints.
 
-    A latent appears where its level (`levels`) rises above `weak`, and dies where it then falls to `absent`. While it
-    is there it rotates where the cosine of the rows of two neighbouring checkpoints is below `turned`, and otherwise
-    grows or shrinks where its level changes by more than `_STEP`.
+    A latent appears where its level (`Latents.level`) rises above `weak`, and dies where it then falls to `absent`.
+    While it is there it rotates where the cosine of the rows of two neighbouring checkpoints is below `turned`, and
+    otherwise grows or shrinks where its level changes by more than `_STEP`.
     """
     bounds = thresholds or Thresholds()
     found: list[Event] = []
-    level = levels(latents)
+    level = latents.level
     for latent in np.flatnonzero(latents.density >= bounds.least_fired):
         was_there = bool(level[latent, 0] > bounds.weak)
         for stage in range(1, level.shape[1]):

@@ -26,8 +26,6 @@ from jsae.progress import Progress
 from jsae.records.store import digest
 from jsae.settings import require
 
-_CHUNK = 2048  # tokens whose latents are in memory at once
-
 
 @dataclass(frozen=True)
 class Extent:
@@ -211,7 +209,7 @@ def add_up(run: Run, subject: Subject, rows: Any) -> sums.StageSums:
 
     def chunks() -> Any:
         for batch in site.read(site.batches(rows)):
-            yield from batch.acts[batch.mask].split(_CHUNK)
+            yield from batch.acts[batch.mask].split(sums.CHUNK)
 
     return sums.add_up(subject.sae, own, chunks())
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
+from bridge.stages.sums import CHUNK
 from bridge.torch_sae import RANKED, TorchSAE
 from jsae.saelens import Plain, layers
 
@@ -25,7 +26,6 @@ CALIBRATED = 8192
 """Tokens on which thresholds and values are adjusted."""
 _LEAST_FIRED = 20  # tokens on which a latent fires whose values are adjusted by themselves
 _HALVINGS = 12  # of the interval in which the factor on thresholds lies
-_CHUNK = 2048  # tokens whose latents are in memory at once
 
 
 @dataclasses.dataclass
@@ -69,7 +69,7 @@ def fit(crosscoder: Plain, sae: TorchSAE, batches: Iterable[Float[torch.Tensor, 
                 sums[number].product += product
     if not sums:
         raise ValueError("there are no tokens to fit the encoders of single checkpoints on: give more text")
-    parts = [part for x in sample for part in x.to(sae.W_enc.dtype).split(_CHUNK)]
+    parts = [part for x in sample for part in x.to(sae.W_enc.dtype).split(CHUNK)]
     return [_calibrated(_solved(crosscoder, layer, one), sae, layer, parts) for layer, one in enumerate(sums)]
 
 

@@ -23,9 +23,11 @@ from bridge.nanochat.loss import losses_of
 from bridge.nanochat.reading_order import Reading, between
 from bridge.nanochat.units import Split
 from bridge.run import Run
+from bridge.run.timelines import levels
 from bridge.settings import InMemory
 from bridge.stages import measuring, origin_tables
 from bridge.stages.origin_tables import Firings
+from bridge.stages.sums import CHUNK
 from bridge.torch_sae import TorchSAE
 from jsae.progress import Progress
 from jsae.settings import require
@@ -33,7 +35,6 @@ from jsae.settings import require
 MOST_LATENTS = 16
 """Latents that are traced in one pass over the text."""
 _LEAST_OF_PART = 4096  # tokens of a text file or row group that are read, if it has so many
-_CHUNK = 2048  # tokens whose latents are in memory at once
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Growth(NamedTuple):
     earlier: int
     later: int
     levels: list[float]
-    """The latent's level in every checkpoint (`bridge.stages.latents.levels`)."""
+    """The latent's level in every checkpoint (`bridge.run.timelines.levels`)."""
 
 
 def growth(table: Mapping[str, Any], latent: int) -> Growth:
@@ -72,15 +73,14 @@ def growth(table: Mapping[str, Any], latent: int) -> Growth:
     kinds, measures = table["kinds"], table["latents"]
     require(0 <= latent < len(kinds), f"--latent={latent}: the crosscoder has the latents 0 to {len(kinds) - 1}")
     require(kinds[latent] != "dead", f"--latent={latent} is dead: it fires too rarely to say when it grew")
-    pairs = zip(measures["strength"][latent], measures["present"][latent], strict=True)
-    levels = [max(abs(strength), abs(present)) for strength, present in pairs]
-    rises = np.diff(levels)
+    course = levels(np.array(measures["strength"][latent], float), np.array(measures["present"][latent], float))
+    rises = np.diff(course)
     names = [checkpoint["name"] for checkpoint in table["checkpoints"]]
     later = int(np.argmax(rises)) + 1
     if rises[later - 1] <= 0:
-        course = ", ".join(f"{level:.2f} at {name}" for name, level in zip(names, levels, strict=True))
-        require(False, f"--latent={latent} does not grow between any two checkpoints ({course}): it was there before")
-    return Growth(later - 1, later, levels)
+        told = ", ".join(f"{level:.2f} at {name}" for name, level in zip(names, course, strict=True))
+        require(False, f"--latent={latent} does not grow between any two checkpoints ({told}): it was there before")
+    return Growth(later - 1, later, course.tolist())
 
 
 def trace(
@@ -179,7 +179,7 @@ def _read(
 def _values(sae: TorchSAE, acts: Float[torch.Tensor, "B T D"], latents: Sequence[int]) -> Float[np.ndarray, "L B T"]:
     """Return the values of some latents."""
     index = torch.tensor(list(latents), device=acts.device)
-    parts = [sae.encode(part)[:, index] for part in acts.flatten(0, 1).split(_CHUNK)]
+    parts = [sae.encode(part)[:, index] for part in acts.flatten(0, 1).split(CHUNK)]
     return torch.cat(parts).T.reshape(len(latents), *acts.shape[:2]).float().cpu().numpy()
 
 

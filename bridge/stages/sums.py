@@ -9,6 +9,9 @@ from jaxtyping import Float, Int
 
 from bridge.torch_sae import TorchSAE
 
+CHUNK = 2048
+"""Tokens whose latents are in memory at once."""
+
 
 @dataclasses.dataclass
 class StageSums:

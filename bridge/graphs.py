@@ -140,7 +140,7 @@ def explorer_document(graph: Graph, pruned: Pruned, naming: Naming, limits: Limi
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """Where a graph was written: its files for other tools, and its address in the explorer, if it is shown there."""
+    """The files of a graph for other tools, and its address in the explorer, if it is shown there."""
 
     files: list[Path]
     address: str | None

@@ -106,7 +106,7 @@ class LensConfig:
 
     @property
     def _actions(self) -> list[str]:
-        """What is asked for."""
+        """The actions that are asked for."""
         asked = {
             "prompt": bool(self.prompt),
             "latent": self.latent is not None,

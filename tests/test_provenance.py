@@ -1,4 +1,4 @@
-"""Where a latent comes from: what was read between checkpoints, and the tables of documents and tokens."""
+"""The origin of a latent: what was read between checkpoints, and the tables of documents and tokens."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""How often latents recur in SAEs of other seeds: the numbers, the file beside a run, and who reads it."""
+"""Recurrence of latents in SAEs of other seeds: the numbers, the file beside a run, and who reads it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is said of latents over checkpoints, against definitions and hand-made cases, in float64 where it matters."""
+"""Statements about latents over checkpoints, against definitions and hand-made cases, in float64 where it matters."""
 
 import numpy as np
 import pytest

@@ -61,7 +61,7 @@ class Traced:
     graph: Graph
     replacement: Replacement
     targets: Float[Tensor, "n C"]
-    """What each logit reads of the normed final stream."""
+    """The direction of the normed final stream that each logit reads."""
 
 
 def trace(

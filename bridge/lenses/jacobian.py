@@ -79,7 +79,7 @@ def _batch_size(gpt: nn.Module, length: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """When a fit ends.
+    """The conditions under which a fit ends.
 
     Attributes:
       max_prompts: most prompts.

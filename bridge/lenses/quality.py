@@ -1,4 +1,4 @@
-"""How well lenses predict: their divergence from the model on held-out text, layer by layer."""
+"""Measure how well lenses predict: their divergence from the model on held-out text, layer by layer."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence

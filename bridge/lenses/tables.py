@@ -1,4 +1,4 @@
-"""What lenses show: the most likely tokens after every layer of a text, and the tokens that a direction writes."""
+"""Tables of lenses: the most likely tokens after every layer of a text, and the tokens that a direction writes."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

@@ -69,7 +69,7 @@ class Capture:
         self._wanted = self._reserved = self._step = 0
         self._seconds = 0.0
         self.error: Exception | None = None
-        """What went wrong in a forward pass, which it does not disturb."""
+        """The error of a forward pass, which it did not disturb."""
         self.attach(model)
 
     def attach(self, model: nn.Module) -> None:

@@ -100,7 +100,7 @@ class WatchConfig(Json):
 
     @property
     def resume(self) -> bool:
-        """Whether the run in `output_dir` is continued: the training goes on, and there is one."""
+        """True if the run in `output_dir` is continued: the training goes on, and there is one."""
         return self.resume_from > 0 and Layout(self.output_dir).config_file.is_file()
 
     def run_config(self) -> RunConfig:

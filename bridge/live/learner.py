@@ -67,7 +67,7 @@ class Learner:
         self.batches = 0
         """Number of batches that were trained on."""
         self.prepared = False
-        """Whether a batch was trained on in this process, so that everything is compiled."""
+        """True if a batch was trained on in this process, so that everything is compiled."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(directory.claimed(run.path, config))
             facts = {"model": None, "data": None, "sizes": sizes.to_json(), "recipe": RECIPE}

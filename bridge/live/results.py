@@ -1,4 +1,4 @@
-"""What watching writes into its run directory: metrics, and the exported SAEs of every checkpoint."""
+"""The files that watching writes into its run directory: metrics, and the exported SAEs of every checkpoint."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Watcher:
         config = from_keywords(WatchConfig, settings) if config is None else config
         self._config = config
         self.active = _is_first()
-        """Whether this process watches, and nothing has ended it."""
+        """True while this process watches and nothing has ended it."""
         self._start = self._step = self._saved = max(config.resume_from, 0)
         self._budget = Budget(config.share)
         self._unheard, self._heard_once, self._called = 0, False, False
@@ -95,7 +95,7 @@ class Watcher:
 
     @property
     def budget(self) -> Budget:
-        """What watching has taken of the training's time."""
+        """The account of the training's time that watching has taken."""
         return self._budget
 
     @property

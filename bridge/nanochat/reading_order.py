@@ -49,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read between two checkpoints."""
+    """The documents that were read between two checkpoints."""
 
     parts: list[Part]
     order: Order

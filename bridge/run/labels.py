@@ -53,7 +53,7 @@ class Names:
         recurrence: Recurrence | None = None,
     ):
         self.recurrence = recurrence
-        """How often latents recur in SAEs of other seeds; None is unknown."""
+        """The recurrence of latents in SAEs of other seeds; None is unknown."""
         self._automatic, self._names = dict(automatic), dict(automatic)
         for latent, line in notes.items():
             known = self._names.get(latent, Name(""))

@@ -98,7 +98,7 @@ class Layout:
         return self.path / "stages" / stage / name
 
     def provenance_file(self, name: str, latent: int) -> Path:
-        """Where a latent of the crosscoder of this name comes from."""
+        """The documents and tokens that a latent of the crosscoder of this name comes from."""
         return self.path / "provenance" / name / f"{latent}.json"
 
     @property

@@ -1,4 +1,4 @@
-"""How often latents recur in SAEs of other seeds: `stability.json` beside runs that were compared. No torch."""
+"""Recurrence of latents in SAEs of other seeds: `stability.json` beside runs that were compared. No torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AT_ONCE = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Recurrence:
-    """How often the latents of an SAE recur in SAEs that differ in their seed only."""
+    """The share of SAEs that differ in their seed only in which each latent of an SAE recurs."""
 
     share: Float[np.ndarray, " f"]
     """Share of the others in which each latent recurs; NaN for one that is dead."""

@@ -47,7 +47,7 @@ class Choice:
     encoder_k: int | None = None
     """Latents per token of the encoder; None is the SAE's own k."""
     transcoders: bool = False
-    """Whether transcoders are allowed beside SAEs, by the hook of their input."""
+    """True if transcoders are allowed beside SAEs, by the hook of their input."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ MESSAGES = 64
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Where a token of a chat belongs: Neuronpedia groups tokens into messages by it.
+    """The message that a token of a chat belongs to: Neuronpedia groups tokens into messages by it.
 
     Attributes:
       token: its id.

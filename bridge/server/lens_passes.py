@@ -22,7 +22,7 @@ _DECIMALS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """What the model writes after a text.
+    """A continuation of a text by the model.
 
     Attributes:
       tokens: how many tokens at most.

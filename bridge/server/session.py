@@ -61,7 +61,7 @@ class Session:
             lens.name: lens for lens in (LogitLens(im.model), DirectLens(im.model), *lenses)
         }
         self.words: torch.Tensor | None = None
-        """Which tokens are words, (V,); computed when first needed."""
+        """True for tokens that are words, (V,); computed when first needed."""
         self.chat = nano.is_chat if chat is None else chat
         self.longest_prompt = max(min(limits.prompt_tokens, max_positions(im.model) - limits.max_tokens), 1)
         self._longest_token = max(len(im.tokenizer.token_bytes_of(i)) for i in range(im.tokenizer.vocab_size))

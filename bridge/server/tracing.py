@@ -14,7 +14,7 @@ from bridge.server.session import Session
 
 @runtime_checkable
 class Tracer(Protocol):
-    """What computes graphs: `bridge.graphs.Tracer`."""
+    """The part of `bridge.graphs.Tracer` that a server uses."""
 
     def document(self, prompt: str, measure: Measure, limits: Limits, between: Callable[[], object]) -> dict[str, Any]:
         """Return the graph of a prompt as the page reads it; ValueError if there can be none."""
@@ -28,7 +28,7 @@ class Graphs:
 
     @property
     def exist(self) -> bool:
-        """Whether prompts can be traced."""
+        """True if prompts can be traced."""
         return self._tracer is not None
 
     async def graph(self, request: Request) -> Response:

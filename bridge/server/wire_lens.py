@@ -230,7 +230,7 @@ class Lenses:
 
 
 class _Read(NamedTuple):
-    """What lenses read at a position."""
+    """The readings of lenses at a position."""
 
     position: int
     token: int

@@ -8,7 +8,7 @@ _INNER = ("'", "-", "\u2019")
 LONGEST_CHARACTER = 4
 """Bytes of the longest character, and so the most tokens that it can be split over."""
 UNKNOWN = "\ufffd"
-"""What stands for bytes that are no character."""
+"""The replacement of bytes that are no character."""
 
 
 class Shown(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the explorer needs of a run with crosscoders over checkpoints: one checkpoint's own SAEs, and timelines."""
+"""Prepare a run with crosscoders over checkpoints for the explorer: one checkpoint's own SAEs, and timelines."""
 
 from __future__ import annotations
 

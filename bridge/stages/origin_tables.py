@@ -23,7 +23,7 @@ class Firings(NamedTuple):
     """File, part of it, and number of the document in that, of every document."""
     values: Float[np.ndarray, "L R T"]
     counts: Bool[np.ndarray, "R T"]
-    """Which tokens count."""
+    """True for tokens that count."""
     before: Float[np.ndarray, "R T"]
     """Loss of the earlier checkpoint in nats: -log p of the token after each; NaN where a row or document ends."""
     after: Float[np.ndarray, "R T"]

@@ -25,7 +25,7 @@ class Link(NamedTuple):
     cosine: Float[np.ndarray, " f"]
     """Cosine of their decoder rows; 0 without a match."""
     survived: Bool[np.ndarray, " f"]
-    """Whether it is at least the bar."""
+    """True if it is at least the bar."""
     born: Int[np.ndarray, " b"]
     """Living latents of the next SAE that continue none."""
 
@@ -36,7 +36,7 @@ class Snapshot(NamedTuple):
     path: str
     decoder: Float[np.ndarray, "f d"]
     alive: Bool[np.ndarray, " f"]
-    """Which latents fire, by `sparsity.safetensors` beside the SAE; all where there is no such file."""
+    """True for latents that fire, by `sparsity.safetensors` beside the SAE; all where there is no such file."""
 
 
 def read(path: str | Path, name: str | None = None) -> Snapshot:

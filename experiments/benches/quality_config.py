@@ -23,7 +23,7 @@ class Recipe:
     coefficient: float | None = None
     """Start of the search for the strength of a peer's penalty; None where a number sets L0 directly."""
     recovers: bool = False
-    """Whether it is for the recovery of features, and no candidate where the lowest FVU chooses."""
+    """True if it is for the recovery of features, and no candidate where the lowest FVU chooses."""
 
     @property
     def architecture(self) -> str:
@@ -111,7 +111,7 @@ class Plan:
     next_steps: tuple[int, ...] = (1,)
     """The same at another L0, from the rate that was best before; none keeps that rate."""
     search: bool = True
-    """Whether rates are searched; if not, every trainer has its default, and jsae nothing but sizes and L0."""
+    """True if rates are searched; if not, every trainer has its default, and jsae nothing but sizes and L0."""
 
     @property
     def places(self) -> tuple[int, int, int]:
@@ -173,7 +173,7 @@ SUBJECTS: Mapping[str, str] = {
     "smollm2": "residual stream of SmolLM2-135M-Instruct after half of its layers",
     "synthetic": "synthetic world with known features",
 }
-"""What `bench quality` can train on."""
+"""Data that `bench quality` can train on."""
 
 
 @dataclass(frozen=True)

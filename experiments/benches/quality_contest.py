@@ -32,7 +32,7 @@ _MEASURED = ("l0", "dead_fraction", "dead_in_training", "dead_latents", "true_l0
 """Scores that are reported as they were measured; the others are interpolated to the target L0."""
 
 OWN, BEST, NOTHING = "own", "best", "nothing"
-"""How a rate was chosen: the trainer's default, the best of all, or no setting given at all."""
+"""Ways in which a rate was chosen: the trainer's default, the best of all, or no setting given at all."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What watching a training costs: steps of a small nanochat alone, with SAEs between its steps, and with a sidecar.
+"""The cost of watching a training: steps of a small nanochat alone, with SAEs between its steps, and with a sidecar.
 
 Every training has the same seed, so their losses must be equal to the last bit. Counted are seconds of the clock and of
 the processor per step, without the first steps; the sidecar's own processor time is not in it.

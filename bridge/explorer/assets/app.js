@@ -53,7 +53,7 @@
       document.title = `${latent === null ? "" : `#${latent} ${list.labels[latent]} · `}${jsae.data.manifest.run} · jsae`;
       if (latent !== null) await jsae.latent.show(main, hook, latent, still);
       else if (view === "film" && list.timeline) jsae.film.show(main, list);
-      else (jsae.live && { text: jsae.trace, lens: jsae.lens, steer: jsae.steer, compare: jsae.live?.checkpoints?.length && jsae.compare }[view] || jsae.overview).show(main, list);
+      else (jsae.live && { text: jsae.trace, lens: jsae.lens, steer: jsae.steer, checkpoints: jsae.live?.checkpoints?.length && jsae.checkpoints }[view] || jsae.overview).show(main, list);
     } catch (error) {
       if (still()) main.replaceChildren(el("p", { class: "pad bad", role: "alert" }, error.message));
     }
@@ -122,7 +122,7 @@
     const film = hooks.some((one) => one.over_checkpoints);
     const tabs = [...(hooks.length ? [["", "Latents", "#", !jsae.live && !graphs && !film], ["overview", "Overview", "#view=overview", true]] : []),
       ...(film ? [["film", "Film", "#view=film"]] : []),
-      ...(jsae.live && hooks.length ? [["text", "Your text", "#view=text"], ...(jsae.live.checkpoints?.length ? [["compare", "Compare", "#view=compare"]] : []), ["lens", "Lenses", "#view=lens"]] : []),
+      ...(jsae.live && hooks.length ? [["text", "Your text", "#view=text"], ...(jsae.live.checkpoints?.length ? [["checkpoints", "Checkpoints", "#view=checkpoints"]] : []), ["lens", "Lenses", "#view=lens"]] : []),
       ...(steered ? [["steer", "Steer", "#view=steer"]] : []),
       ...(graphs ? [["graph", "Graphs", "#view=graph"]] : [])];
     document.getElementById("tabs").append(...tabs.map(([view, name, href, narrow]) =>

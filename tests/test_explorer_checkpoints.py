@@ -146,12 +146,12 @@ def test_what_does_not_exist_is_refused_by_name(live, path, body, said):
 
 
 def test_the_page_compares_and_steers(visit, live):
-    tab = visit(f"{live}#view=compare", wait="#compared")
+    tab = visit(f"{live}#view=checkpoints", wait="#compared")
     assert tab.locator("#tabs a:visible").all_inner_texts() == [
         "Latents",
         "Film",
         "Your text",
-        "Compare",
+        "Checkpoints",
         "Lenses",
         "Steer",
     ]
@@ -172,7 +172,7 @@ def test_the_page_compares_and_steers(visit, live):
 
 
 def test_comparing_fits_on_a_phone(visit, live):
-    tab = visit(f"{live}#view=compare", wait="#compared", viewport=PHONE)
+    tab = visit(f"{live}#view=checkpoints", wait="#compared", viewport=PHONE)
     tab.fill("#compared", TEXT)
     tab.wait_for_selector(".differ tbody tr")
     assert_fits(tab)

@@ -71,5 +71,5 @@
   const hover = (list, token, side, i) => [["", jsae.tokens.quoted(token.text)], ["loss", `${number(side.losses[i])} nats`],
     ...side.features[i].slice(0, 4).map(({ index, value }) => [`#${index} ${list.labels[index].slice(0, 28)}`, number(value)])];
 
-  jsae.compare = { show };
+  jsae.checkpoints = { show };
 })();

@@ -54,6 +54,7 @@ MODULES = (
     "test_checkpoint",
     "test_collect_command",
     "test_explorer_page",
+    "test_explorer_share",
     "test_explorer_graphs",
     "test_explorer_tracing",
     "test_explorer_lenses",

@@ -32,6 +32,9 @@
     const mine = ++turn;
     const still = () => mine === turn;
     const { hook, latent, view, asked } = read();
+    jsae.address.forget();
+    document.body.toggleAttribute("data-embed", asked.has("embed") && latent !== null);
+    if (asked.has("text")) jsae.trace.state.text = asked.get("text");
     try {
       document.body.toggleAttribute("data-wide", view === "graph" || !jsae.data.manifest.hooks.length);
       if (view === "graph" || !jsae.data.manifest.hooks.length) {
@@ -52,11 +55,17 @@
       }
       document.title = `${latent === null ? "" : `#${latent} ${list.labels[latent]} · `}${jsae.data.manifest.run} · jsae`;
       if (latent !== null) await jsae.latent.show(main, hook, latent, still);
-      else (jsae.live && { text: jsae.trace, lens: jsae.lens, steer: jsae.steer }[view] || jsae.overview).show(main, list);
+      else await (shownWith(view) || jsae.overview).show(main, list, asked, still);
+      if (still()) jsae.list.keep();
+      if (still() && jsae.live && (latent !== null || ["text", "lens"].includes(view))) jsae.address.keep({ text: jsae.trace.state.text });
     } catch (error) {
       if (still()) main.replaceChildren(el("p", { class: "pad bad", role: "alert" }, error.message));
     }
   }
+
+  /* Return what draws a view: some need a server. */
+  const shownWith = (view) => ({ lists: jsae.lists, compare: jsae.compare })[view]
+    || (jsae.live && { text: jsae.trace, lens: jsae.lens, steer: jsae.steer }[view]);
 
   async function showGraph(hook, asked, still) {
     Object.assign(at, { latent: null, view: "graph" });
@@ -118,9 +127,10 @@
     const { hooks } = jsae.data.manifest;
     const graphs = jsae.live?.graphs || (await jsae.graph.list()).length > 0;
     const steered = jsae.live && !hooks.every(jsae.data.isTranscoder);
-    const tabs = [...(hooks.length ? [["", "Latents", "#", !jsae.live && !graphs], ["overview", "Overview", "#view=overview", true]] : []),
+    const tabs = [...(hooks.length ? [["", "Latents", "#"], ["overview", "Overview", "#view=overview", true]] : []),
       ...(jsae.live && hooks.length ? [["text", "Your text", "#view=text"], ["lens", "Lenses", "#view=lens"]] : []),
       ...(steered ? [["steer", "Steer", "#view=steer"]] : []),
+      ...(hooks.length ? [["lists", "Lists", "#view=lists"]] : []),
       ...(graphs ? [["graph", "Graphs", "#view=graph"]] : [])];
     document.getElementById("tabs").append(...tabs.map(([view, name, href, narrow]) =>
       el("a", { href, "data-view": view, class: narrow && "narrow" }, name)));
@@ -139,6 +149,7 @@
     });
     choice.parentElement.hidden = manifest.hooks.length < 2;
     jsae.list.build();
+    jsae.list.restore(jsae.address.asked());
     jsae.watchTips();
     document.addEventListener("keydown", press);
     document.getElementById("theme").addEventListener("click", turnTheme);

@@ -37,7 +37,8 @@ class ExploreConfig:
 
     run_dir: FilePath | None = flag(None, "The run: all of its SAEs or transcoders, on its model and its text.")
     demo: bool = flag(
-        False, f"Explore the packaged SAE of the packaged nanochat; it is copied to --run_dir, by default {packaged.FOLDER}."
+        False,
+        f"Explore the packaged SAE of the packaged nanochat; it is copied to --run_dir, by default {packaged.FOLDER}.",
     )
     num_tokens: int | None = flag(
         None, f"Tokens of text to read; none is {NUM_TOKENS:,}, with --demo {DEMO_TOKENS:,}.", TOKENS
@@ -75,7 +76,9 @@ class ExploreConfig:
         require(bool(self.run_dir), "nothing to explore: give --run_dir, or --demo for the packaged SAE")
         if self.num_tokens is None:
             object.__setattr__(self, "num_tokens", DEMO_TOKENS if self.demo else NUM_TOKENS)
-        require(not (self.open and self.serve), "--open is for the page from disk: open the address that --serve prints")
+        require(
+            not (self.open and self.serve), "--open is for the page from disk: open the address that --serve prints"
+        )
         for name in ("names", "chat", "secret", "model_id"):
             require(self.serve or getattr(self, name) in (None, ()), f"--{name} needs --serve, which is not given")
 

@@ -1,4 +1,4 @@
-"""Combine predicates: rules of up to three predicates, joined by "or", "and" and "but not", that fit a latent better."""
+"""Combine predicates: up to three, joined by "or", "and" and "but not", fit a latent better than one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -145,7 +145,9 @@ def _combine(
             rules[i] = Rule((*rules[i].joints, JOINTS[joint[i]]), (*rules[i].columns, int(column[i])))
         truths = [_joined(truth, half[column], joint, better) for truth, half in zip(truths, turned, strict=True)]
     both = _sums(fires[1].multiply(truths[1]))
-    return [Fit(*fit) for fit in zip(rules, both.astype(int).tolist(), _sums(truths[1]).astype(int).tolist(), strict=True)]
+    return [
+        Fit(*fit) for fit in zip(rules, both.astype(int).tolist(), _sums(truths[1]).astype(int).tolist(), strict=True)
+    ]
 
 
 def _scores(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from bridge.accelerators import check_name, require_torch
-from bridge.locations import Checkpoint, Data, FilePath
+from bridge.locations import Checkpoint, Data, FilePath, check_origins
 from bridge.run import Run, commands, packaged
 from bridge.settings import CONTEXT, LONG_SEED, STEP, ExcludeTokens, flag, settle
 from experiments import browsing, flags
@@ -64,6 +64,7 @@ class ExploreConfig:
         8000, "Port on which --serve listens; 0 is any free port.", Range(0, 2**16 - 1, f"be from 0 to {2**16 - 1}")
     )
     names: tuple[str, ...] = flag((), "Other names of --host in browsers, such as host.docker.internal.")
+    embed: tuple[str, ...] = flag((), "Origins whose pages may show the page in a frame, such as https://blog.example.")
     chat: bool | None = flag(None, "Offer to chat on the page; none decides by the checkpoint's directory.")
     secret: str | None = flag(None, "INFERENCE_SERVER_SECRET of the Neuronpedia that uses the server.")
     model_id: str | None = flag(None, "That Neuronpedia's name for the model; none accepts any name.")
@@ -79,7 +80,8 @@ class ExploreConfig:
         require(
             not (self.open and self.serve), "--open is for the page from disk: open the address that --serve prints"
         )
-        for name in ("names", "chat", "secret", "model_id"):
+        check_origins(self.embed)
+        for name in ("names", "embed", "chat", "secret", "model_id"):
             require(self.serve or getattr(self, name) in (None, ()), f"--{name} needs --serve, which is not given")
 
 
@@ -105,7 +107,9 @@ def main(config: ExploreConfig) -> int:
         say = functools.partial(print, flush=True)  # at once, also into a pipe
         tracer = graphs.tracer(run, explored.nano, explored.saes)
         loaded = InterpretableModel.from_nanochat(explored.nano, explored.saes, transcoders=True), explored.nano
-        settings = {name: getattr(config, name) for name in ("host", "port", "names", "chat", "secret", "model_id")}
+        settings = {
+            name: getattr(config, name) for name in ("host", "port", "names", "embed", "chat", "secret", "model_id")
+        }
         serve(run.path, lambda: loaded, **settings, tracer=tracer, say=say)
     return 0
 

@@ -96,7 +96,7 @@ def combine(
     fires: tuple[Sparse, Sparse],
     holds: tuple[Sparse, Sparse],
     start: Int[np.ndarray, " f"],
-    doubt: float,
+    doubt: int,
 ) -> list[Fit | None]:
     """Return the best rule of every latent that begins with a given predicate, and how it fits on other tokens.
 
@@ -125,7 +125,7 @@ def _combine(
     turned: tuple[Sparse, ...],
     frequency: Float[np.ndarray, " C"],
     start: np.ndarray,
-    doubt: float,
+    doubt: int,
 ) -> list[Fit]:
     """Return the fits of some latents."""
     rules = [Rule(("",), (int(column),)) for column in start]
@@ -151,7 +151,7 @@ def _combine(
 
 
 def _scores(
-    fires: Sparse, truth: Sparse, holds: Sparse, known: tuple[np.ndarray, np.ndarray, np.ndarray], doubt: float
+    fires: Sparse, truth: Sparse, holds: Sparse, known: tuple[np.ndarray, np.ndarray, np.ndarray], doubt: int
 ) -> Float[np.ndarray, "f 3 C"]:
     """Return the F1 of every predicate joined to the rules so far, by joint."""
     fired, hits, frequency = known

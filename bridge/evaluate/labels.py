@@ -316,19 +316,26 @@ def _neighbours(text: Text) -> dict[str, np.ndarray]:
     return {"token": text.tokens.reshape(-1), "after": before.reshape(-1), "before": after.reshape(-1)}
 
 
-def table(labels: list[Label]) -> dict[str, Any]:
-    """Return the labels as `labels.json` holds them, by the number of the latent."""
-    return {str(i): dataclasses.asdict(label) for i, label in enumerate(labels)}
+def table(labels: list[Label], simple: list[Label] | None = None) -> dict[str, Any]:
+    """Return the labels as `labels.json` holds them, by the number of the latent.
+
+    Where `simple` has another label of a latent, its label and F1 are added as "simple".
+    """
+    entries = {str(i): dataclasses.asdict(label) for i, label in enumerate(labels)}
+    for i, label in enumerate(simple or []):
+        if label.label != labels[i].label:
+            entries[str(i)]["simple"] = {"label": label.label, "f1": label.f1}
+    return entries
 
 
-def summary(labels: list[Label]) -> dict[str, Any]:
-    """Return how many latents have a label, and how well labels fit."""
+def summary(labels: list[Label], simple: list[Label] | None = None) -> dict[str, Any]:
+    """Return how many latents have a label, and how well labels fit; `detection` is that of `simple` if it is given."""
     f1 = [label.f1 or 0.0 for label in labels if label.label is not None]
     return {
         "labelled": len(f1),
         "mean_f1": float(np.mean(f1)) if f1 else None,
         **{f"f1_over_{int(bar * 100)}_percent": sum(value > bar for value in f1) for bar in (0.5, 0.8)},
-        "detection": detection(labels),
+        "detection": detection(simple or labels),
     }
 
 

@@ -26,6 +26,7 @@ except ImportError as error:
 
 from bridge.lenses import fitting
 from bridge.lenses.lens import FittedLens
+from bridge.locations import check_origins
 from bridge.nanochat import Nanochat
 from bridge.run import Run
 from bridge.runtime import InterpretableModel
@@ -64,6 +65,7 @@ def app(
     chat: bool | None = None,
     model_id: str | None = None,
     tracer: Tracer | None = None,
+    embed: Collection[str] = (),
 ) -> Starlette:
     """Return the app of a run: its page, the live endpoints below /api, Neuronpedia's inference API below /v1.
 
@@ -79,19 +81,21 @@ def app(
       chat: whether the model can chat; None decides by its path.
       model_id: Neuronpedia's name for the model; None accepts any name.
       tracer: computes attribution graphs with the same model; None offers none.
+      embed: origins whose pages may show this server's pages in a frame, see `Guard`.
 
     Raises:
       ValueError: there is no token although others can reach the host, the model has no tokenizer, or a lens of the
-        run is broken or of another model.
+        run is broken or of another model; ConfigError: what is in `embed` is not an origin.
     """
     if token is None and not is_loopback(host):
         raise ValueError(f"others can reach a server at {host}: give it a token")
+    check_origins(embed)
     session = Session(im, nano, limits or Limits(), chat, _fitted_lenses(Run(run), nano))
     everything_else = Route("/{name:path}", functools.partial(page, Run(run).explorer_folder))
     routes = [*Api(session, run, tracer).routes(), *wire.routes(session, model_id), everything_else]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, host=host, names=names, token=token, secret=secret)],
+        middleware=[Middleware(Guard, host=host, names=names, token=token, secret=secret, embed=tuple(embed))],
         exception_handlers={HTTPException: _refused_route},  # type: ignore[dict-item]  # for this exception only
     )
 
@@ -117,6 +121,7 @@ def serve(
     chat: bool | None = None,
     model_id: str | None = None,
     tracer: Tracer | None = None,
+    embed: Collection[str] = (),
     say: Callable[[str], Any] = log.info,
 ) -> None:
     """Serve a run until interrupted (SIGINT, SIGTERM).
@@ -132,6 +137,7 @@ def serve(
       chat: whether the model can chat; None decides by its path.
       model_id: Neuronpedia's name for the model; None accepts any name.
       tracer: computes attribution graphs with the same model; None offers none.
+      embed: origins whose pages may show this server's pages in a frame, see `Guard`.
       say: called with the address to open.
 
     Raises:
@@ -155,6 +161,7 @@ def serve(
             chat=chat,
             model_id=model_id,
             tracer=tracer,
+            embed=embed,
         )
         gc.freeze()  # loaded objects stay: the garbage collector need not traverse them while clients wait
         say(f"explorer at {address(host, listener.getsockname()[1], token)}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_array
 
 MOST_RULES = 3
 """Most predicates of a label."""
@@ -17,14 +18,12 @@ JOINTS = ("or", "and", "but not")
 _LATENTS = 64  # at a time
 _LONGEST = 500  # characters of a label
 
-Sparse = scipy.sparse.csr_array
-
 
 @dataclass(frozen=True)
 class Candidates:
     """Predicates that may be joined: where each holds, and how it is named."""
 
-    holds: Sparse
+    holds: csr_array
     """(N, C): 1 where a predicate holds at a token."""
     name: Callable[[int], str]
 
@@ -79,22 +78,22 @@ def candidates(
         column = np.where(common, np.cumsum(common) - 1, -1)
         token = np.flatnonzero((ids >= 0) & (column[ids] >= 0))
         ones = np.ones(len(token), np.float32)
-        parts.append(scipy.sparse.csr_array((ones, (token, column[ids[token]])), shape=(tokens, int(common.sum()))))
+        parts.append(csr_array((ones, (token, column[ids[token]])), shape=(tokens, int(common.sum()))))
         columns.append(np.where(common, column + first, -1))
         kinds += [(kind, int(i)) for i in np.flatnonzero(common)]
         first += int(common.sum())
-    parts.append(scipy.sparse.csr_array(truth.astype(np.float32)))
+    parts.append(csr_array(truth.astype(np.float32)))
     columns.append(np.arange(first, first + truth.shape[1]))
 
     def name(column: int) -> str:
         return names[column - first] if column >= first else f"{kinds[column][0]} {spell(kinds[column][1])!r}"
 
-    return Candidates(scipy.sparse.csr_array(scipy.sparse.hstack(parts, format="csr")), name), columns
+    return Candidates(csr_array(scipy.sparse.hstack(parts, format="csr")), name), columns
 
 
 def combine(
-    fires: tuple[Sparse, Sparse],
-    holds: tuple[Sparse, Sparse],
+    fires: tuple[csr_array, csr_array],
+    holds: tuple[csr_array, csr_array],
     start: Int[np.ndarray, " f"],
     doubt: int,
 ) -> list[Fit | None]:
@@ -110,7 +109,7 @@ def combine(
     """
     fits: list[Fit | None] = [None] * len(start)
     known = np.flatnonzero(start >= 0)
-    turned = tuple(scipy.sparse.csr_array(half.T) for half in holds)
+    turned = tuple(csr_array(half.T) for half in holds)
     frequency = np.asarray(holds[0].sum(axis=0)).reshape(-1)
     for latents in np.split(known, range(_LATENTS, len(known), _LATENTS)):
         chunk = fires[0][latents], fires[1][latents]
@@ -120,9 +119,9 @@ def combine(
 
 
 def _combine(
-    fires: tuple[Sparse, Sparse],
-    holds: tuple[Sparse, Sparse],
-    turned: tuple[Sparse, ...],
+    fires: tuple[csr_array, csr_array],
+    holds: tuple[csr_array, csr_array],
+    turned: tuple[csr_array, ...],
     frequency: Float[np.ndarray, " C"],
     start: np.ndarray,
     doubt: int,
@@ -151,11 +150,11 @@ def _combine(
 
 
 def _scores(
-    fires: Sparse, truth: Sparse, holds: Sparse, known: tuple[np.ndarray, np.ndarray, np.ndarray], doubt: int
+    fires: csr_array, truth: csr_array, holds: csr_array, known: tuple[np.ndarray, np.ndarray, np.ndarray], doubt: int
 ) -> Float[np.ndarray, "f 3 C"]:
     """Return the F1 of every predicate joined to the rules so far, by joint."""
     fired, hits, frequency = known
-    firing = scipy.sparse.csr_array(fires.multiply(truth))
+    firing = csr_array(fires.multiply(truth))
     hits_so_far, holds_so_far = _sums(firing)[:, None], _sums(truth)[:, None]
     both_hits, both_hold = (firing @ holds).toarray(), (truth @ holds).toarray()
     pairs = (
@@ -166,20 +165,20 @@ def _scores(
     return np.stack([2 * hit / (fired[:, None] + held + doubt) for hit, held in pairs], axis=1)
 
 
-def _joined(truth: Sparse, added: Sparse, joint: np.ndarray, better: np.ndarray) -> Sparse:
+def _joined(truth: csr_array, added: csr_array, joint: np.ndarray, better: np.ndarray) -> csr_array:
     """Return where the rules hold once each is joined to its new predicate, if that is better."""
     both = truth.multiply(added)
     results = truth + added - both, both, truth - both
     parts = [_rows(truth, ~better)] + [_rows(result, better & (joint == i)) for i, result in enumerate(results)]
-    total = scipy.sparse.csr_array(sum(parts[1:], start=parts[0]))
+    total = csr_array(sum(parts[1:], start=parts[0]))
     total.eliminate_zeros()
     return total
 
 
-def _rows(matrix: Sparse, kept: Bool[np.ndarray, " f"]) -> Sparse:
+def _rows(matrix: csr_array, kept: Bool[np.ndarray, " f"]) -> csr_array:
     """Return a matrix with zeros in the rows that are not kept."""
-    return scipy.sparse.csr_array(scipy.sparse.diags_array(kept.astype(np.float32)) @ matrix)
+    return csr_array(scipy.sparse.diags_array(kept.astype(np.float32)) @ matrix)
 
 
-def _sums(matrix: Sparse) -> Float[np.ndarray, " f"]:
+def _sums(matrix: csr_array) -> Float[np.ndarray, " f"]:
     return np.asarray(matrix.sum(axis=1), np.float64).reshape(-1)

@@ -55,6 +55,7 @@
       this.max = column(file.max, Float32Array);
       this.mean = column(file.mean, Float32Array);
       this.f1 = column(file.f1, Float32Array);
+      this.places = file.places ? column(file.places, Float32Array) : null; // two numbers per latent
       this.labels = file.labels;
       this.byPerson = new Set(file.by_person.map(([latent]) => latent));
       this.automatic = new Map(file.by_person.map(([latent, label, f1]) => [latent, [label, f1 ?? NaN]]));

@@ -67,6 +67,12 @@ def test_noise_gets_no_longer_labels():
     assert [label.label for label in combined] == ["A"] * 20
 
 
+def test_a_label_that_would_be_too_long_stays_simple(monkeypatch):
+    monkeypatch.setattr(combining, "LONGEST", 5)
+    simple, combined = described(A | B)
+    assert combined == simple
+
+
 def test_many_latents_are_combined_as_few_are():
     few = described(A | B, A & C)[1]
     many = described(*([A | B, A & C] * 50))[1]

@@ -15,8 +15,9 @@ GAIN = 0.02
 FEWEST = 8
 """Fewest tokens of those that choose labels at which a predicate about a single token must hold to be added."""
 JOINTS = ("or", "and", "but not")
+LONGEST = 500
+"""Most characters of a label of several predicates: Neuronpedia takes 512."""
 _LATENTS = 64  # at a time
-_LONGEST = 500  # characters of a label
 
 
 @dataclass(frozen=True)

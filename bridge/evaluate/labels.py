@@ -214,13 +214,16 @@ def _combined(
         start,
         DOUBT,
     )
-    tokens = len(places[1])
-    return [
-        old
-        if fit is None or len(fit.rule.columns) == 1
-        else _labelled(fit.rule.spell(candidates.name), old.n, fit.hits, fit.holds, old.threshold, tokens)
-        for old, fit in zip(simple, fits, strict=True)
-    ]
+    tokens, labels = len(places[1]), list(simple)
+    for latent, fit in enumerate(fits):
+        if (
+            fit is not None
+            and len(fit.rule.columns) > 1
+            and len(name := fit.rule.spell(candidates.name)) <= combining.LONGEST
+        ):
+            old = simple[latent]
+            labels[latent] = _labelled(name, old.n, fit.hits, fit.holds, old.threshold, tokens)
+    return labels
 
 
 def _levels(first: Firings, top: np.ndarray) -> tuple[np.ndarray, Firings]:

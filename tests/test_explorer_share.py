@@ -95,6 +95,11 @@ def test_a_comparison_of_nothing_says_what_to_give(visit, address, pair):
     assert "nothing to compare" in tab.inner_text("[role=alert]")
 
 
+def test_a_view_that_does_not_exist_is_the_overview(visit, address):
+    tab = visit(f"{address}#hook={toy.HOOK}&view=constructor", wait=".overview")
+    assert tab.locator(".overview").is_visible()
+
+
 def test_an_embedded_latent_stands_alone_and_fits_a_phone(visit, address):
     tab = visit(f"{address}#hook={toy.HOOK}&latent=0&embed=1", viewport=PHONE)
     open_latent(tab, 0)

@@ -64,8 +64,9 @@
   }
 
   /* Return what draws a view: some need a server. */
-  const shownWith = (view) => ({ lists: jsae.lists, compare: jsae.compare })[view]
-    || (jsae.live && { text: jsae.trace, lens: jsae.lens, steer: jsae.steer }[view]);
+  const shownWith = (view) => new Map(Object.entries({
+    lists: jsae.lists, compare: jsae.compare, ...(jsae.live && { text: jsae.trace, lens: jsae.lens, steer: jsae.steer }),
+  })).get(view);
 
   async function showGraph(hook, asked, still) {
     Object.assign(at, { latent: null, view: "graph" });

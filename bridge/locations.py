@@ -1,4 +1,4 @@
-"""Expand paths in flags, in the same way for all commands: `~`, `~user`, `$VAR` and `${VAR}`."""
+"""Expand paths in flags as all commands do: `~`, `~user`, `$VAR` and `${VAR}`. Check origins of pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Annotated, Any, NamedTuple
 
 from jsae.settings import ConfigError, require
@@ -150,3 +150,13 @@ def _marks(hint: Any) -> Iterable[Location]:
     elif typing.get_origin(hint) in (typing.Union, types.UnionType, tuple):
         for part in typing.get_args(hint):
             yield from _marks(part)
+
+
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:\d{1,5})?", re.IGNORECASE)
+
+
+def check_origins(origins: Collection[str]) -> None:
+    """Raise ConfigError for what is not an origin of pages: http or https, a host, perhaps a port."""
+    for origin in origins:
+        valid = _ORIGIN.fullmatch(origin) is not None
+        require(valid, f"{origin[:100]!r} is not an origin: give one such as https://blog.example")

@@ -57,8 +57,8 @@ def write(
         site = Site(nano.model, hook, plan.excluded, plan.drop_sinks)
         end = None if seconds is None else clock() + seconds / len(missing)
         firings = labels.firings(site, saes[hook], read, lambda end=end: end is not None and clock() >= end)
-        sae_labels = labels.label(firings, read, nano.tokenizer)
-        tables[hook], summaries[hook] = labels.table(sae_labels), labels.summary(sae_labels)
+        simple, combined = labels.describe(firings, read, nano.tokenizer)
+        tables[hook], summaries[hook] = labels.table(combined, simple), labels.summary(combined, simple)
     file = run.table_file("labels")
     earlier = jsons.read(file, LARGEST_TABLE) if file.is_file() else {}
     files.write(file, json.dumps(earlier | tables, allow_nan=False) + "\n")

@@ -13,18 +13,23 @@ text, steer and take notes, and a local Neuronpedia with USE_LOCALHOST_INFERENCE
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from bridge.accelerators import check_name, require_torch
-from bridge.locations import Checkpoint, Data, FilePath
-from bridge.run import Run, commands
+from bridge.locations import Checkpoint, Data, FilePath, check_origins
+from bridge.run import Run, commands, packaged
 from bridge.settings import CONTEXT, LONG_SEED, STEP, ExcludeTokens, InMemory, flag, settle
-from experiments import flags
+from experiments import browsing, flags
 from jsae.settings import TOKENS, Range, require
 
 if TYPE_CHECKING:
     from bridge.exploration import Explored
+
+NUM_TOKENS = 1_000_000
+DEMO_TOKENS = 200_000
+"""Tokens that are read if a user gives no number: with --demo few, so that the page opens soon."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,14 @@ class ExploreConfig:
     """Run, text and server of the explorer."""
 
     run_dir: FilePath | None = flag(None, "The run: all of its SAEs or transcoders, on its model and its text.")
-    num_tokens: int = flag(1_000_000, "Tokens of text to read.", TOKENS)
+    demo: bool = flag(
+        False,
+        f"Explore the packaged SAE of the packaged nanochat; it is copied to --run_dir, by default {packaged.FOLDER}.",
+    )
+    num_tokens: int | None = flag(
+        None, f"Tokens of text to read; none is {NUM_TOKENS:,}, with --demo {DEMO_TOKENS:,}.", TOKENS
+    )
+    open: bool = flag(False, "Open the page in a browser.")
     context_length: int = flag(128, "Tokens of a row of text, BOS first.", CONTEXT)
     data: Data | None = flag(None, "Text, as for training, or store:LOCATION for that of a store; none is the run's.")
     split: Literal["all", "train", "heldout"] = flag("all", "Part of the text.")
@@ -59,6 +71,7 @@ class ExploreConfig:
         8000, "Port on which --serve listens; 0 is any free port.", Range(0, 2**16 - 1, f"be from 0 to {2**16 - 1}")
     )
     names: tuple[str, ...] = flag((), "Other names of --host in browsers, such as host.docker.internal.")
+    embed: tuple[str, ...] = flag((), "Origins whose pages may show the page in a frame, such as https://blog.example.")
     chat: bool | None = flag(None, "Offer to chat on the page; none decides by the checkpoint's directory.")
     secret: str | None = flag(None, "INFERENCE_SERVER_SECRET of the Neuronpedia that uses the server.")
     model_id: str | None = flag(None, "That Neuronpedia's name for the model; none accepts any name.")
@@ -66,8 +79,16 @@ class ExploreConfig:
     def __post_init__(self) -> None:
         settle(self)
         check_name(self.device)
-        require(bool(self.run_dir), "nothing to explore: give --run_dir")
-        for name in ("names", "chat", "secret", "model_id"):
+        if self.demo and not self.run_dir:
+            object.__setattr__(self, "run_dir", packaged.FOLDER)
+        require(bool(self.run_dir), "nothing to explore: give --run_dir, or --demo for the packaged SAE")
+        if self.num_tokens is None:
+            object.__setattr__(self, "num_tokens", DEMO_TOKENS if self.demo else NUM_TOKENS)
+        require(
+            not (self.open and self.serve), "--open is for the page from disk: open the address that --serve prints"
+        )
+        check_origins(self.embed)
+        for name in ("names", "embed", "chat", "secret", "model_id"):
             require(self.serve or getattr(self, name) in (None, ()), f"--{name} needs --serve, which is not given")
 
 
@@ -75,10 +96,14 @@ def main(config: ExploreConfig) -> int:
     """Gather records unless the existing ones fit, write the page, serve it."""
     run = Run(config.run_dir)
     require_torch(config.device)
+    if config.demo and packaged.install(run.path):
+        print(f"the packaged SAE is copied to {run.path}", file=sys.stderr, flush=True)
     with run.held():  # before torch is loaded, so that a run in use is refused at once
         if config.serve:
             _check_serving(config)
         explored = _explore(run, config)
+    if config.open:
+        browsing.open_page(run.page_file.resolve().as_uri())
     if config.chat:
         flags.warn_of_base(explored.nano)
     if config.serve:  # without the lock: the server writes only users' notes
@@ -89,7 +114,9 @@ def main(config: ExploreConfig) -> int:
         say = functools.partial(print, flush=True)  # at once, also into a pipe
         tracer = graphs.tracer(run, explored.nano, explored.saes)
         loaded = InterpretableModel.from_nanochat(explored.nano, explored.saes, transcoders=True), explored.nano
-        settings = {name: getattr(config, name) for name in ("host", "port", "names", "chat", "secret", "model_id")}
+        settings = {
+            name: getattr(config, name) for name in ("host", "port", "names", "embed", "chat", "secret", "model_id")
+        }
         serve(run.path, lambda: loaded, **settings, tracer=tracer, checkpoints=explored.checkpoints, say=say)
     return 0
 

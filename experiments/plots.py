@@ -1,4 +1,4 @@
-"""Plots of an evaluation, as PNG files: density of the latents, L0 and loss during training. Need no display."""
+"""Plots of an evaluation, as PNG files: densities, curves of the training, layers, a sweep. Need no display."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,34 +7,50 @@ from bridge.run import Run
 from jsae import files, jsons
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _SIZE = (7, 4)
+_PANEL = 2.2  # height of a panel of several, in inches
+_CURVES = {
+    "fvu": "FVU",
+    "loss": "loss",
+    "l0": "L0: active latents per token",
+    "dead_fraction": "dead latents",
+    "learning_rate": "learning rate",
+}
+"""Metrics to draw by name, with their titles."""
+_LOGARITHMIC = ("fvu", "loss")
+
+Curves = dict[str, dict[str, tuple[list[float], list[float]]]]
 
 
 def draw(run: Run, entries: dict[str, dict[str, Any]]) -> None:
-    """Write `density_HOOK.png` for every entry of eval.json, and `training.png` of metrics.jsonl."""
-    from matplotlib.figure import Figure
+    """Write the pictures of an evaluation.
 
+    They are `density_HOOK.png` for every entry of eval.json; `training.png` of metrics.jsonl; `layers.png` for several
+    hooks, and `sweep.png` into the sweep that the run is a variant of.
+    """
     plots = run.plots_folder
     plots.mkdir(exist_ok=True)
     for hook, entry in entries.items():
-        figure = Figure(figsize=_SIZE, layout="constrained")
+        figure = _figure(_SIZE)
         _density(figure.subplots(), hook, entry)
         _save(figure, plots / f"density_{hook}.png")
     if curves := _curves(run.metrics_file):
-        figure = Figure(figsize=(_SIZE[0], len(curves) * _SIZE[1]), layout="constrained")
-        panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
-        for axes, (name, (steps, values)) in zip(panels, curves.items(), strict=True):
-            axes.plot(steps, values, linewidth=1)
-            axes.set(ylabel=name)
-            if name == "loss" and min(values) > 0:
-                axes.set(yscale="log")
-            else:
-                axes.set(ylim=(0, 1.1 * max(values) or 1))
-            axes.grid(alpha=0.3)
-        panels[-1].set(xlabel="step")
-        _save(figure, plots / "training.png")
+        _save(_training(curves), plots / "training.png")
+    if len(entries) > 1:
+        _save(_layers(entries), plots / "layers.png")
+    sweep = Run(run.path.absolute().parent)
+    if len(points := _frontier(sweep)) > 1 and sweep.is_writable:
+        sweep.plots_folder.mkdir(exist_ok=True)
+        _save(_sweep(points), sweep.plots_folder / "sweep.png")
+
+
+def _figure(size: tuple[float, float]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
 
 
 def _save(figure: "Figure", path: Path) -> None:
@@ -43,7 +59,7 @@ def _save(figure: "Figure", path: Path) -> None:
         figure.savefig(partial, format="png", dpi=150)
 
 
-def _density(axes: Any, hook: str, entry: dict[str, Any]) -> None:
+def _density(axes: "Axes", hook: str, entry: dict[str, Any]) -> None:
     histogram = entry["density_histogram"]
     edges = histogram["log10_edges"]
     axes.stairs(histogram["counts"], edges, fill=True)
@@ -58,13 +74,104 @@ def _density(axes: Any, hook: str, entry: dict[str, Any]) -> None:
     )
 
 
-def _curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Return steps and values of loss and L0 in a run's metrics; {} if there are none."""
-    curves: dict[str, tuple[list[float], list[float]]] = {}
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def _curves(path: Path) -> Curves:
+    """Return steps and values by metric and hook from a run's metrics; {} if there are none."""
+    curves: Curves = {}
     for _, line in jsons.objects(path):
-        for name, label in (("loss", "loss"), ("l0", "L0")):
+        hook = (line or {}).get("hook")
+        for name in _CURVES:
             point = [(line or {}).get("step"), (line or {}).get(name)]
             if all(map(jsons.is_finite, point)):
-                for values, value in zip(curves.setdefault(label, ([], [])), point, strict=True):
+                by_hook = curves.setdefault(name, {})
+                series = by_hook.setdefault(hook if isinstance(hook, str) else "", ([], []))
+                for values, value in zip(series, point, strict=True):
                     values.append(value)
-    return curves
+    return {name: curves[name] for name in _CURVES if name in curves}
+
+
+def _training(curves: Curves) -> "Figure":
+    """Return a panel per metric, with a line per hook."""
+    from matplotlib.ticker import EngFormatter, PercentFormatter
+
+    figure = _figure((_SIZE[0], max(_SIZE[1], _PANEL * len(curves))))
+    panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, by_hook) in zip(panels, curves.items(), strict=True):
+        for hook, (steps, values) in by_hook.items():
+            axes.plot(steps, values, linewidth=1.2, label=hook)
+        positive = min(min(values) for _, values in by_hook.values()) > 0
+        if name in _LOGARITHMIC and positive:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, 1.1 * max(max(values) for _, values in by_hook.values()) or 1)
+        if name == "dead_fraction":
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_title(_CURVES[name], loc="left", fontsize="medium")
+        axes.grid(alpha=0.3)
+    hooks = [hook for hook in next(iter(curves.values())) if hook]
+    if len(hooks) > 1:
+        panels[0].legend(fontsize="small")
+    panels[-1].set_xlabel("step")
+    panels[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.suptitle(f"Training of {hooks[0]}" if len(hooks) == 1 else "Training")
+    return figure
+
+
+# ---- layers and sweeps ---------------------------------------------------------------------------------------------
+
+
+def _layers(entries: dict[str, dict[str, Any]]) -> "Figure":
+    """Return explained variance and recovered loss of every hook, in the order of the hooks."""
+    figure = _figure(_SIZE)
+    axes = figure.subplots()
+    scores = {
+        "explained variance": [entry.get("explained_variance") for entry in entries.values()],
+        "loss recovered (CE score)": [
+            (entry.get("model_performance_preservation") or {}).get("ce_loss_score") for entry in entries.values()
+        ],
+    }
+    for name, values in scores.items():
+        axes.plot(
+            range(len(values)),
+            [value if jsons.is_finite(value) else float("nan") for value in values],
+            "o-",
+            label=name,
+        )
+    axes.set_xticks(range(len(entries)), list(entries), rotation=30, ha="right", fontsize="small")
+    axes.set(title="What the SAE of every layer keeps", ylabel="1 is all")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _frontier(sweep: Run) -> list[tuple[str, str, float, float]]:
+    """Return variant, hook, L0 and FVU of everything in a sweep that is evaluated; [] if it is not a sweep."""
+    points = []
+    for variant in sweep.variants if sweep.config_file.is_file() else []:
+        if not variant.table_file("eval").is_file():
+            continue
+        try:
+            evaluation = variant.evaluation
+        except ValueError:  # the variant's own commands report it
+            continue
+        for hook, entry in evaluation.items():
+            if jsons.is_finite(entry.get("l0")) and jsons.is_finite(entry.get("fvu")):
+                points.append((variant.path.name, hook, entry["l0"], entry["fvu"]))
+    return points
+
+
+def _sweep(points: list[tuple[str, str, float, float]]) -> "Figure":
+    """Return FVU against L0, a line per hook and a name per variant."""
+    figure = _figure(_SIZE)
+    axes = figure.subplots()
+    for hook in dict.fromkeys(hook for _, hook, _, _ in points):
+        own = sorted((l0, fvu, name) for name, other, l0, fvu in points if other == hook)
+        axes.plot([l0 for l0, _, _ in own], [fvu for _, fvu, _ in own], "o-", label=hook)
+        for l0, fvu, name in own:
+            axes.annotate(name, (l0, fvu), (4, 4), textcoords="offset points", fontsize="small")
+    axes.set(title="Sparsity against error", xlabel="L0: active latents per token", ylabel="FVU")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    return figure

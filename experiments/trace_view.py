@@ -1,7 +1,5 @@
 """Terminal output of attribution graphs: scores, strongest paths, effects of interventions."""
 
-import webbrowser
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -13,6 +11,7 @@ from bridge.circuits.interventions import agreement
 from bridge.circuits.paths import Path, strongest
 from bridge.graph_names import token_text
 from bridge.graphs import Written
+from experiments import browsing
 from experiments.steer_view import shown
 
 
@@ -85,8 +84,8 @@ def show_files(written: Written, opened: bool) -> None:
         print(f"graph           {path}", flush=True)
     if written.address is not None:
         print(f"explorer        {written.address}", flush=True)
-        if opened and not webbrowser.open(written.address):
-            print("no browser was found here: open the address by hand", flush=True)
+        if opened:
+            browsing.open_page(written.address)
 
 
 def _name(node: Node, graph: Graph, naming: Naming) -> str:

@@ -95,6 +95,11 @@ def open_latent(tab: Any, latent: int) -> None:
     tab.wait_for_selector(f".latent[data-latent='{latent}']")
 
 
+def wait_for_address(tab: Any, *parts: str) -> None:
+    """Wait until the address of a page holds some parts."""
+    tab.wait_for_function("parts => parts.every(part => location.hash.includes(part))", arg=list(parts))
+
+
 def assert_fits(tab: Any, *places: str) -> None:
     """Assert that these elements need no horizontal scrolling on a phone."""
     for selector in ("html", *places):

@@ -93,6 +93,14 @@ def test_a_run_is_gathered_and_its_page_written(explored, run):
     assert f"written to {run / 'explorer' / 'index.html'}" in explored.stderr
 
 
+def test_the_packaged_sae_is_explored_without_a_run(tmp_path):
+    done = command(demo=True, run_dir=tmp_path / "demo")
+    assert done.returncode == 0, done.stderr
+    assert f"the packaged SAE is copied to {tmp_path / 'demo'}" in done.stderr
+    assert "1,024 latents have labels in" in done.stderr
+    assert (tmp_path / "demo" / "explorer" / "index.html").is_file()
+
+
 def test_latents_get_labels_from_a_part_of_the_text_and_the_output_says_how_many(explored, run):
     table = json.loads((run / "labels.json").read_text())
     page = "".join(file.read_text() for file in (run / "explorer").glob("page-*/list-*.js"))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import stage_files
 import torch
-from chromium import PHONE, assert_fits
+from chromium import PHONE, assert_fits, wait_for_address
 from test_explorer_live import server
 
 import bridge.nanochat
@@ -154,6 +154,7 @@ def test_the_page_compares_and_steers(visit, live):
         "Checkpoints",
         "Lenses",
         "Steer",
+        "Lists",
     ]
     tab.select_option("#first", "d4-100")
     tab.fill("#compared", TEXT)
@@ -169,6 +170,23 @@ def test_the_page_compares_and_steers(visit, live):
         tab.fill("#prompt", "def")
         tab.click("#go")
     assert sent.value.post_data_json["directions_of"] == "d4-100"
+
+
+def test_a_link_shows_the_same_checkpoints_and_directions(visit, live):
+    tab = visit(f"{live}#view=checkpoints", wait="#compared")
+    tab.select_option("#first", "sft")
+    tab.select_option("#second", "d4-100")
+    tab.fill("#compared", TEXT)
+    wait_for_address(tab, "first=sft", "second=d4-100", "text=")
+    other = visit(tab.url, wait=".differ tbody tr")
+    assert [other.locator(name).input_value() for name in ("#first", "#second", "#compared")] == ["sft", "d4-100", TEXT]
+    tab.goto(f"{live}#view=steer")
+    tab.select_option("#directions", "d4-100")
+    wait_for_address(tab, "directions=d4-100")
+    again = visit(tab.url, wait="#directions")
+    assert again.locator("#directions").input_value() == "d4-100"
+    unknown = visit(f"{live}#view=checkpoints&first=none", wait="#compared")
+    assert unknown.locator("#first").input_value() == "d4-200"
 
 
 def test_comparing_fits_on_a_phone(visit, live):

@@ -182,6 +182,18 @@ def test_a_run_without_a_page_says_how_to_make_one(tmp_path, model):
         assert client.get("/api/info").status_code == 200
 
 
+def test_only_pages_of_chosen_origins_may_show_the_page_in_a_frame(run, model):
+    with served(run, *model, embed=("https://blog.example", "http://localhost:3000")) as client:
+        for path in ("/", "/api/info", "/missing"):
+            headers = client.get(path).headers
+            assert "frame-ancestors https://blog.example http://localhost:3000" in headers["content-security-policy"]
+            assert "x-frame-options" not in headers
+        assert client.get("/api/info", headers={"origin": "https://blog.example"}).status_code == 403
+    for wrong in ("*", "blog.example", "https://a.b; script-src *", "https://a b", "https://a/b"):
+        with pytest.raises(ValueError, match="is not an origin"):
+            server.app(run, *model, embed=(wrong,))
+
+
 def test_answers_carry_the_headers_that_browsers_obey(client):
     for path in ("/", "/api/info", "/missing", "/v1/capabilities"):
         headers = client.get(path).headers

@@ -42,7 +42,7 @@ def asked(live: str, **body: object) -> httpx.Response:
 
 def test_a_typed_prompt_is_traced_and_a_reload_shows_the_same(visit, live):
     tab = visit(f"{live}#view=graph", wait="#tracedprompt")
-    assert tab.locator("#tabs a:visible").all_inner_texts() == ["Latents", "Your text", "Lenses", "Graphs"]
+    assert tab.locator("#tabs a:visible").all_inner_texts() == ["Latents", "Your text", "Lenses", "Lists", "Graphs"]
     tab.fill("#tracedprompt", PROMPT)
     tab.click("#trace")
     tab.wait_for_selector(".picture .node")

@@ -58,11 +58,11 @@ def test_every_sae_without_labels_gets_those_that_an_evaluation_of_that_text_fin
     read = text.read(text.documents(plan.data, "all", nano.tokenizer), nano.tokenizer, 64, 10_000)
     table = json.loads((tmp_path / "labels.json").read_text())
     for hook, sae in saes.items():
-        found = labels.label(
+        simple, combined = labels.describe(
             labels.firings(Site(nano.model, hook, plan.excluded, True), sae, read), read, nano.tokenizer
         )
-        assert table[hook] == labels.table(found)
-        assert summaries[hook] == labels.summary(found)
+        assert table[hook] == labels.table(combined, simple)
+        assert summaries[hook] == labels.summary(combined, simple)
         assert summaries[hook]["labelled"] > 24
     assert automatic_hooks(tmp_path) == {hook: summaries[hook]["labelled"] for hook in saes}
 

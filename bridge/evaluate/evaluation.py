@@ -124,9 +124,9 @@ def _measure(
     labelled = None
     if extent.labels:
         progress.phase("labelling latents", rows.tokens.size, "tokens")
-        labelled = labels.label(labels.firings(site, sae, rows), rows, nano.tokenizer)
-        summary["labels"] = labels.summary(labelled)
-        results["labels"] = labels.table(labelled)
+        labelled, combined = labels.describe(labels.firings(site, sae, rows), rows, nano.tokenizer)
+        summary["labels"] = labels.summary(combined, labelled)
+        results["labels"] = labels.table(combined, labelled)
     if extent.steering:
         results["steering"] = _steering(extent, subject, site, rows, labelled, progress, tasks)
         summary["steering"] = results["steering"]["summary"]

@@ -9,7 +9,7 @@ import scipy.sparse
 import torch
 from jaxtyping import Bool, Float32, Int
 
-from bridge.evaluate import bootstrap
+from bridge.evaluate import bootstrap, combining
 from bridge.evaluate.predicates import Predicates, build
 from bridge.evaluate.site import Site
 from bridge.evaluate.text import Text
@@ -101,16 +101,43 @@ def firings(site: Site, sae: TorchSAE, text: Text, enough: Callable[[], bool] = 
     return Firings(latent, token, value, counts.reshape(-1), sae.d_sae)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """The best predicate of every latent, and what it was chosen from."""
+
+    families: list[_Family]
+    family: np.ndarray
+    number: np.ndarray
+    threshold: np.ndarray
+    alive: np.ndarray
+
+
+def describe(firings: Firings, text: Text, tokenizer: Tokenizer) -> tuple[list[Label], list[Label]]:
+    """Return the labels of `label`, and labels of up to three predicates that are joined (`combining`).
+
+    The second list has the same thresholds. It describes latents better; the first compares SAEs, whose labels are all
+    of one predicate.
+    """
+    predicates, exact, chooses = build(text, tokenizer), _neighbours(text), _halves(text)
+    chosen = _choose(firings, predicates, exact, tokenizer.token_text, chooses)
+    simple = _score(firings, chosen, chooses)
+    return simple, _combined(firings, chosen, simple, predicates, exact, tokenizer.token_text, chooses)
+
+
 def label(firings: Firings, text: Text, tokenizer: Tokenizer) -> list[Label]:
-    """Return the best label of every latent.
+    """Return the best label of one predicate of every latent.
 
     Candidates are all predicates of `predicates.build`, and "the token is X", "after the token X" and "before the token
     X" for every token of the vocabulary. Even rows choose predicate and level (`LEVELS`) by F1, odd rows score the
     choice; a single row is halved.
     """
+    return search(firings, build(text, tokenizer), _neighbours(text), tokenizer.token_text, _halves(text))
+
+
+def _halves(text: Text) -> Bool[np.ndarray, " N"]:
+    """Return which tokens choose labels: those of even rows, or of the first half of a single row."""
     rows, length = text.tokens.shape
-    chooses = np.arange(rows * length) // length % 2 == 0 if rows > 1 else np.arange(length) < length // 2
-    return search(firings, build(text, tokenizer), _neighbours(text), tokenizer.token_text, chooses)
+    return np.arange(rows * length) // length % 2 == 0 if rows > 1 else np.arange(length) < length // 2
 
 
 def search(
@@ -129,7 +156,18 @@ def search(
       spell: returns the text of a token id.
       chooses: which tokens choose labels; the others score them.
     """
-    first, second = (firings.where(half[firings.token]) for half in (chooses, ~chooses))
+    return _score(firings, _choose(firings, predicates, exact, spell, chooses), chooses)
+
+
+def _choose(
+    firings: Firings,
+    predicates: Predicates,
+    exact: dict[str, Int[np.ndarray, " N"]],
+    spell: Callable[[int], str],
+    chooses: Bool[np.ndarray, " N"],
+) -> _Chosen:
+    """Return the best predicate and level of every latent on the tokens that choose."""
+    first = firings.where(chooses[firings.token])
     halves = firings.counts & chooses, firings.counts & ~chooses
     top = np.zeros(firings.d_sae, np.float32)
     np.maximum.at(top, first.latent, first.value)
@@ -146,7 +184,46 @@ def search(
     family, chosen_level = np.divmod(winner, len(LEVELS))
     number = np.stack([f.best[1] for f in families]).reshape(flat.shape)[winner, np.arange(firings.d_sae)]
     threshold = np.asarray(LEVELS, np.float32)[chosen_level] * top
-    return _score(second, families, family, number, threshold, top > 0, int(halves[1].sum()))
+    return _Chosen(families, family, number, threshold, top > 0)
+
+
+def _combined(
+    firings: Firings,
+    chosen: _Chosen,
+    simple: list[Label],
+    predicates: Predicates,
+    exact: dict[str, Int[np.ndarray, " N"]],
+    spell: Callable[[int], str],
+    chooses: Bool[np.ndarray, " N"],
+) -> list[Label]:
+    """Return the labels with joined predicates; a latent whose predicate gains nothing by that keeps its label."""
+    halves = firings.counts & chooses, firings.counts & ~chooses
+    candidates, columns = combining.candidates(predicates.truth, predicates.names, exact, spell, halves[0])
+    start = np.select(
+        [chosen.family == i for i in range(len(columns))],
+        [np.pad(column, (0, 1), constant_values=-1)[np.minimum(chosen.number, len(column))] for column in columns],
+    )
+    start = np.where(chosen.alive, start, -1)
+    above = firings.where(firings.value > chosen.threshold[firings.latent])
+    shape = (firings.d_sae, len(chooses))
+    fires = scipy.sparse.csr_array((np.ones(len(above.latent), np.float32), (above.latent, above.token)), shape=shape)
+    places = [np.flatnonzero(half) for half in halves]
+    fits = combining.combine(
+        (fires[:, places[0]], fires[:, places[1]]),
+        (candidates.holds[places[0]], candidates.holds[places[1]]),
+        start,
+        DOUBT,
+    )
+    tokens, labels = len(places[1]), list(simple)
+    for latent, fit in enumerate(fits):
+        if (
+            fit is not None
+            and len(fit.rule.columns) > 1
+            and len(name := fit.rule.spell(candidates.name)) <= combining.LONGEST
+        ):
+            old = simple[latent]
+            labels[latent] = _labelled(name, old.n, fit.hits, fit.holds, old.threshold, tokens)
+    return labels
 
 
 def _levels(first: Firings, top: np.ndarray) -> tuple[np.ndarray, Firings]:
@@ -192,37 +269,43 @@ def _general(
     return _Family(best, lambda t, p: truth[t, p], frequency[1], lambda p: predicates.names[p])
 
 
-def _score(
-    second: Firings,
-    families: list[_Family],
-    family: np.ndarray,
-    number: np.ndarray,
-    threshold: np.ndarray,
-    alive: np.ndarray,
-    tokens: int,
-) -> list[Label]:
-    """Return the chosen labels, scored on the other half."""
-    fires = second.where(second.value > threshold[second.latent])
+def _score(firings: Firings, chosen: _Chosen, chooses: Bool[np.ndarray, " N"]) -> list[Label]:
+    """Return the chosen labels, scored on the tokens that did not choose them."""
+    family, number = chosen.family, chosen.number
+    second = firings.where(~chooses[firings.token])
+    fires = second.where(second.value > chosen.threshold[second.latent])
     n = np.bincount(fires.latent, minlength=second.d_sae)
     hits, holds = np.zeros(second.d_sae, np.int64), np.zeros(second.d_sae, np.int64)
-    for i, current in enumerate(families):
+    for i, current in enumerate(chosen.families):
         in_family = family[fires.latent] == i
         hit = current.holds(fires.token[in_family], number[fires.latent[in_family]])
         hits += np.bincount(fires.latent[in_family][hit], minlength=second.d_sae)
         holds[family == i] = current.frequency[number[family == i]]
-
-    def score_label(i: int, n: int, hits: int, holds: int) -> Label:
-        if not alive[i]:
-            return Label(None, None, None, None, n, None)
-        name = families[family[i]].name(int(number[i]))
-        ratios = _ratio(2 * hits, n + holds), _ratio(hits, n), _ratio(hits, holds)
-        rejected = _ratio(tokens - n - holds + hits, tokens - n)
-        balanced = None if ratios[1] is None or rejected is None else (ratios[1] + rejected) / 2
-        return Label(name, *ratios, n, float(threshold[i]), balanced)
-
+    tokens = int((firings.counts & ~chooses).sum())
+    numbers = zip(n.tolist(), hits.tolist(), holds.tolist(), chosen.threshold.tolist(), strict=True)
     return [
-        score_label(*numbers) for numbers in zip(range(len(n)), n.tolist(), hits.tolist(), holds.tolist(), strict=True)
+        _labelled(chosen.families[family[i]].name(int(number[i])), *counts, tokens)
+        if chosen.alive[i]
+        else Label(None, None, None, None, counts[0], None)
+        for i, counts in enumerate(numbers)
     ]
+
+
+def _labelled(name: str, n: int, hits: int, holds: int, threshold: float | None, tokens: int) -> Label:
+    """Return a label with its scores.
+
+    Args:
+      name: the label.
+      n: tokens at which the latent is above its threshold.
+      hits: those at which the label holds too.
+      holds: tokens at which the label holds.
+      threshold: of the latent.
+      tokens: all tokens that score labels.
+    """
+    ratios = _ratio(2 * hits, n + holds), _ratio(hits, n), _ratio(hits, holds)
+    rejected = _ratio(tokens - n - holds + hits, tokens - n)
+    balanced = None if ratios[1] is None or rejected is None else (ratios[1] + rejected) / 2
+    return Label(name, *ratios, n, threshold, balanced)
 
 
 def _ratio(part: int, whole: int) -> float | None:
@@ -236,19 +319,26 @@ def _neighbours(text: Text) -> dict[str, np.ndarray]:
     return {"token": text.tokens.reshape(-1), "after": before.reshape(-1), "before": after.reshape(-1)}
 
 
-def table(labels: list[Label]) -> dict[str, Any]:
-    """Return the labels as `labels.json` holds them, by the number of the latent."""
-    return {str(i): dataclasses.asdict(label) for i, label in enumerate(labels)}
+def table(labels: list[Label], simple: list[Label] | None = None) -> dict[str, Any]:
+    """Return the labels as `labels.json` holds them, by the number of the latent.
+
+    Where `simple` has another label of a latent, its label and F1 are added as "simple".
+    """
+    entries = {str(i): dataclasses.asdict(label) for i, label in enumerate(labels)}
+    for i, label in enumerate(simple or []):
+        if label.label != labels[i].label:
+            entries[str(i)]["simple"] = {"label": label.label, "f1": label.f1}
+    return entries
 
 
-def summary(labels: list[Label]) -> dict[str, Any]:
-    """Return how many latents have a label, and how well labels fit."""
+def summary(labels: list[Label], simple: list[Label] | None = None) -> dict[str, Any]:
+    """Return how many latents have a label, and how well labels fit; `detection` is that of `simple` if it is given."""
     f1 = [label.f1 or 0.0 for label in labels if label.label is not None]
     return {
         "labelled": len(f1),
         "mean_f1": float(np.mean(f1)) if f1 else None,
         **{f"f1_over_{int(bar * 100)}_percent": sum(value > bar for value in f1) for bar in (0.5, 0.8)},
-        "detection": detection(labels),
+        "detection": detection(simple or labels),
     }
 
 

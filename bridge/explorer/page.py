@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge.explorer import graphs, timeline
+from bridge.explorer import directions, graphs, timeline
 from bridge.run import Run
 from bridge.run.labels import Names
 from jsae import files
@@ -49,9 +49,10 @@ _FORMER = ("manifest.js", "vocabulary.js", "list-*.js", "shard-*.js", "texts-*.j
 
 
 def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
-    """Write the page of a run's records; return the path of its `index.html`. The same records give the same bytes.
+    """Write the page of a run's records; return the path of its `index.html`.
 
-    A run without records gets a page if it has attribution graphs, which that page then shows.
+    The same records and exports give the same bytes. A run without records gets a page if it has attribution graphs,
+    which that page then shows.
 
     The page changes in one step: after a kill, or with a full disk, there is either the former page or the new one.
 
@@ -98,7 +99,8 @@ def _write_records(folder: Path, run: Run, stores: Sequence[Store], names: Seque
         _put(folder, f"texts-{number}", chunk)
     stages = [timeline.of_hook(run, store) for store in stores]
     for number, (store, named) in enumerate(zip(stores, names, strict=True)):
-        _put(folder, f"list-{number}", _list(store, named))
+        places = directions.of_export(run.sae_folder(store.header.hook))
+        _put(folder, f"list-{number}", _list(store, named, places))
         if stages[number] is not None:
             _put(folder, f"timeline-{number}", stages[number])
         for shard, first in enumerate(range(0, store.header.d_sae, SHARD)):
@@ -294,8 +296,8 @@ def _vocabulary(texts: Texts) -> dict[str, str]:
     }
 
 
-def _list(store: Store, names: Names) -> dict[str, Any]:
-    """Return a line per latent: numbers, names, and the tokens by which the search finds it."""
+def _list(store: Store, names: Names, places: np.ndarray | None = None) -> dict[str, Any]:
+    """Return a line per latent: numbers, names, the tokens by which the search finds it, its place on a map."""
     latents = range(store.header.d_sae)
     named = [names[i] for i in latents]
     f1 = [math.nan if name.f1 is None else name.f1 for name in named]
@@ -306,6 +308,7 @@ def _list(store: Store, names: Names) -> dict[str, Any]:
         "max": _b64(store["max"], "<f4"),
         "mean": _b64(store["mean"], "<f4"),
         "f1": _b64(f1, "<f4"),
+        "places": "" if places is None else _b64(places, "<f4"),
         "labels": [name.label for name in named],
         "by_person": [[i, names.automatic(i).label, names.automatic(i).f1] for i in latents if named[i].by_person],
         "recurs": "" if names.recurrence is None else _b64(names.recurrence.share, "<f4"),

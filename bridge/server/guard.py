@@ -35,6 +35,18 @@ _HEADERS: Mapping[str, str] = {
 }
 
 
+def _headers(embed: Collection[str]) -> dict[str, str]:
+    """Return the security headers of every answer; only pages of the origins `embed` may show it in a frame."""
+    headers = dict(_HEADERS)
+    if embed:
+        del headers["x-frame-options"]
+        policy = headers["content-security-policy"]
+        headers["content-security-policy"] = policy.replace(
+            "frame-ancestors 'none'", f"frame-ancestors {' '.join(embed)}"
+        )
+    return headers
+
+
 def is_loopback(host: str) -> bool:
     """Return whether only this machine can reach a server at the host."""
     if host.lower() == "localhost":
@@ -59,6 +71,7 @@ class Guard:
       token: the token that every request must carry as `Authorization: Bearer T`, or as the cookie that `/?token=T`
         sets; None requires none.
       secret: the secret that requests below /v1/ may carry instead, as `X-Secret-Key`; without a token they must.
+      embed: origins whose pages may show this server's pages in a frame, such as https://blog.example.
     """
 
     def __init__(
@@ -68,8 +81,10 @@ class Guard:
         names: Collection[str] = (),
         token: str | None = None,
         secret: str | None = None,
+        embed: Collection[str] = (),
     ):
         self.app = app
+        self._headers = _headers(embed)
         self._local = is_loopback(host)
         own = () if self._local else (host, socket.gethostname())
         self._names = {name.lower() for name in ("localhost", *own, *names)}
@@ -90,7 +105,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
+                for name, value in self._headers.items():
                     headers.setdefault(name, value)
                 if cookie and message["status"] < 400:
                     headers.append("set-cookie", cookie)

@@ -26,6 +26,7 @@ except ImportError as error:
 
 from bridge.lenses import fitting
 from bridge.lenses.lens import FittedLens
+from bridge.locations import check_origins
 from bridge.nanochat import Nanochat
 from bridge.run import Run
 from bridge.runtime import InterpretableModel
@@ -66,6 +67,7 @@ def app(
     model_id: str | None = None,
     tracer: Tracer | None = None,
     checkpoints: Checkpoints | None = None,
+    embed: Collection[str] = (),
 ) -> Starlette:
     """Return the app of a run: its page, the live endpoints below /api, Neuronpedia's inference API below /v1.
 
@@ -82,19 +84,21 @@ def app(
       model_id: Neuronpedia's name for the model; None accepts any name.
       tracer: computes attribution graphs with the same model; None offers none.
       checkpoints: those that the run's crosscoders read, the model among them; None for a run on one.
+      embed: origins whose pages may show this server's pages in a frame, see `Guard`.
 
     Raises:
       ValueError: there is no token although others can reach the host, the model has no tokenizer, or a lens of the
-        run is broken or of another model.
+        run is broken or of another model; ConfigError: what is in `embed` is not an origin.
     """
     if token is None and not is_loopback(host):
         raise ValueError(f"others can reach a server at {host}: give it a token")
+    check_origins(embed)
     session = Session(im, nano, limits or Limits(), chat, _fitted_lenses(Run(run), nano))
     everything_else = Route("/{name:path}", functools.partial(page, Run(run).explorer_folder))
     routes = [*Api(session, run, tracer, checkpoints).routes(), *wire.routes(session, model_id), everything_else]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, host=host, names=names, token=token, secret=secret)],
+        middleware=[Middleware(Guard, host=host, names=names, token=token, secret=secret, embed=tuple(embed))],
         exception_handlers={HTTPException: _refused_route},  # type: ignore[dict-item]  # for this exception only
     )
 
@@ -121,6 +125,7 @@ def serve(
     model_id: str | None = None,
     tracer: Tracer | None = None,
     checkpoints: Checkpoints | None = None,
+    embed: Collection[str] = (),
     say: Callable[[str], Any] = log.info,
 ) -> None:
     """Serve a run until interrupted (SIGINT, SIGTERM).
@@ -137,6 +142,7 @@ def serve(
       model_id: Neuronpedia's name for the model; None accepts any name.
       tracer: computes attribution graphs with the same model; None offers none.
       checkpoints: those that the run's crosscoders read, the model among them; None for a run on one.
+      embed: origins whose pages may show this server's pages in a frame, see `Guard`.
       say: called with the address to open.
 
     Raises:
@@ -161,6 +167,7 @@ def serve(
             model_id=model_id,
             tracer=tracer,
             checkpoints=checkpoints,
+            embed=embed,
         )
         gc.freeze()  # loaded objects stay: the garbage collector need not traverse them while clients wait
         say(f"explorer at {address(host, listener.getsockname()[1], token)}")

@@ -32,6 +32,9 @@
     const mine = ++turn;
     const still = () => mine === turn;
     const { hook, latent, view, asked } = read();
+    jsae.address.forget();
+    document.body.toggleAttribute("data-embed", asked.has("embed") && latent !== null);
+    if (asked.has("text")) jsae.trace.state.text = asked.get("text");
     try {
       document.body.toggleAttribute("data-wide", view === "graph" || !jsae.data.manifest.hooks.length);
       if (view === "graph" || !jsae.data.manifest.hooks.length) {
@@ -52,12 +55,19 @@
       }
       document.title = `${latent === null ? "" : `#${latent} ${list.labels[latent]} · `}${jsae.data.manifest.run} · jsae`;
       if (latent !== null) await jsae.latent.show(main, hook, latent, still);
-      else if (view === "film" && list.timeline) jsae.film.show(main, list);
-      else (jsae.live && { text: jsae.trace, lens: jsae.lens, steer: jsae.steer, checkpoints: jsae.live?.checkpoints?.length && jsae.checkpoints }[view] || jsae.overview).show(main, list);
+      else await (shownWith(view, list) || jsae.overview).show(main, list, asked, still);
+      if (still()) jsae.list.keep();
+      if (still() && jsae.live && (latent !== null || ["text", "checkpoints", "lens"].includes(view))) jsae.address.keep({ text: jsae.trace.state.text });
     } catch (error) {
       if (still()) main.replaceChildren(el("p", { class: "pad bad", role: "alert" }, error.message));
     }
   }
+
+  /* Return what draws a view: some need a server, some a run on several checkpoints. */
+  const shownWith = (view, list) => new Map(Object.entries({
+    lists: jsae.lists, compare: jsae.compare, film: list.timeline && jsae.film,
+    ...(jsae.live && { text: jsae.trace, lens: jsae.lens, steer: jsae.steer, checkpoints: jsae.live.checkpoints?.length && jsae.checkpoints }),
+  })).get(view);
 
   async function showGraph(hook, asked, still) {
     Object.assign(at, { latent: null, view: "graph" });
@@ -120,10 +130,11 @@
     const graphs = jsae.live?.graphs || (await jsae.graph.list()).length > 0;
     const steered = jsae.live && !hooks.every(jsae.data.isTranscoder);
     const film = hooks.some((one) => one.over_checkpoints);
-    const tabs = [...(hooks.length ? [["", "Latents", "#", !jsae.live && !graphs && !film], ["overview", "Overview", "#view=overview", true]] : []),
+    const tabs = [...(hooks.length ? [["", "Latents", "#"], ["overview", "Overview", "#view=overview", true]] : []),
       ...(film ? [["film", "Film", "#view=film"]] : []),
       ...(jsae.live && hooks.length ? [["text", "Your text", "#view=text"], ...(jsae.live.checkpoints?.length ? [["checkpoints", "Checkpoints", "#view=checkpoints"]] : []), ["lens", "Lenses", "#view=lens"]] : []),
       ...(steered ? [["steer", "Steer", "#view=steer"]] : []),
+      ...(hooks.length ? [["lists", "Lists", "#view=lists"]] : []),
       ...(graphs ? [["graph", "Graphs", "#view=graph"]] : [])];
     document.getElementById("tabs").append(...tabs.map(([view, name, href, narrow]) =>
       el("a", { href, "data-view": view, class: narrow && "narrow" }, name)));
@@ -142,6 +153,7 @@
     });
     choice.parentElement.hidden = manifest.hooks.length < 2;
     jsae.list.build();
+    jsae.list.restore(jsae.address.asked());
     jsae.watchTips();
     document.addEventListener("keydown", press);
     document.getElementById("theme").addEventListener("click", turnTheme);

@@ -6,16 +6,17 @@
   const WIDE = 320;
   const HIGH = 96;
 
-  /* Return a histogram with its range below. `tone(i)` returns the class and the strength of bar i. */
-  function histogram(counts, [from, to], { label, unit, tone, marks = [] }) {
+  /* Return a histogram with its range below; `log` draws the logarithm of the counts. `tone(i)` returns the class and the strength of bar i. */
+  function histogram(counts, [from, to], { label, unit, tone, marks = [], log = false }) {
     const most = Math.max(1, ...counts);
+    const share = (count) => (log ? Math.log1p(count) / Math.log1p(most) : count / most);
     const step = WIDE / counts.length;
     const bars = Array.from(counts, (count, i) => {
-      const high = count ? Math.max(1.5, (count / most) * HIGH) : 0;
-      const { kind, share } = tone(i);
+      const high = count ? Math.max(1.5, share(count) * HIGH) : 0;
+      const { kind, share: strength } = tone(i);
       return svg("rect", {
         class: kind, x: (i * step + 0.5).toFixed(2), y: (HIGH - high).toFixed(2), width: (step - 1).toFixed(2),
-        height: high.toFixed(2), rx: 1, vars: { "--h": share.toFixed(3) },
+        height: high.toFixed(2), rx: 1, vars: { "--h": strength.toFixed(3) },
       });
     });
     const edge = (i) => from + ((to - from) * i) / counts.length;

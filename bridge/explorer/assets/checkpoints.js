@@ -5,11 +5,13 @@
   const { el, number, later } = jsae;
   const PAUSE = 300; // milliseconds without a key
   const TOP = 8; // requested features per token
+  const SIDES = ["first", "second"]; // parameters of the address and of a request
   const state = { sides: null, light: null };
 
-  function show(main, list) {
+  function show(main, list, asked) {
     const names = jsae.live.checkpoints;
-    state.sides ??= [names.at(-2), names.at(-1)];
+    const usual = state.sides ?? [names.at(-2), names.at(-1)];
+    state.sides = SIDES.map((name, i) => jsae.address.oneOf(asked, name, names) ?? usual[i]);
     const result = el("div", { class: "compared" });
     const ask = jsae.api.latest("compare", (reply) => draw(result, list, reply),
       (error) => result.replaceChildren(el("p", { class: "bad", role: "alert" }, error.message)));
@@ -20,17 +22,19 @@
     };
     const side = (i, name) => el("select", { id: name, "aria-label": `${name} checkpoint`, on: { change: (event) => {
       state.sides[i] = event.target.value;
+      jsae.address.keep({ [name]: event.target.value });
       read();
     } } }, names.map((one) => el("option", { value: one, selected: one === state.sides[i] }, one)));
     const later_ = later(read, PAUSE);
     const box = el("textarea", { class: "typed", id: "compared", rows: 3, "aria-label": "Type or paste text", placeholder: "Type or paste text", spellcheck: "false", value: jsae.trace.state.text, on: { input: (event) => {
       jsae.trace.state.text = event.target.value;
+      jsae.address.keep({ text: event.target.value });
       later_();
     } } });
     main.replaceChildren(el("div", { class: "page" },
       el("header", { class: "title" }, el("h1", {}, "What two checkpoints read"),
         el("p", { class: "quiet" }, "Each checkpoint reads your text with its own SAE. A latent means the same in both: the brighter a token, the more its features differ.")),
-      el("div", { class: "line pair" }, side(0, "first"), el("span", { class: "quiet" }, "against"), side(1, "second")), box, result));
+      el("div", { class: "line pair" }, side(0, SIDES[0]), el("span", { class: "quiet" }, "against"), side(1, SIDES[1])), box, result));
     read();
     box.focus();
   }
@@ -57,7 +61,7 @@
       link.addEventListener("pointerleave", () => light(null));
       const token = reply.tokens[one.position];
       return el("tr", {}, el("td", {}, link), el("td", {}, el("code", { class: "chip" }, jsae.tokens.line(token.text) || "◌")),
-        ...["first", "second"].map((which) => el("td", { class: "number" }, jsae.charts.bar(list.max[one.index] ? one[which] / list.max[one.index] : 0, which === "first" ? "cool" : ""), number(one[which]))));
+        ...SIDES.map((which) => el("td", { class: "number" }, jsae.charts.bar(list.max[one.index] ? one[which] / list.max[one.index] : 0, which === "first" ? "cool" : ""), number(one[which]))));
     });
     light(null);
     const losses = reply.sides.map(({ losses: some }) => some.reduce((sum, one) => sum + one, 0) / Math.max(1, some.length));

@@ -58,6 +58,7 @@
       this.mean = column(file.mean, Float32Array);
       this.f1 = column(file.f1, Float32Array);
       this.recurs = column(file.recurs, Float32Array); // share of other seeds; empty where it is not known
+      this.places = file.places ? column(file.places, Float32Array) : null; // two numbers per latent
       this.labels = file.labels;
       this.byPerson = new Set(file.by_person.map(([latent]) => latent));
       this.automatic = new Map(file.by_person.map(([latent, label, f1]) => [latent, [label, f1 ?? NaN]]));

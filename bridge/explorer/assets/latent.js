@@ -6,7 +6,7 @@
   const COPY = "M9 9h11v11H9zM15 9V4H4v11h5";
   const FIRST = 10; // entries of a table before it is expanded
   const GROUPS = 7; // the strongest, five fifths of [0, max], texts without activations
-  const view = { size: "snippet", breaks: jsae.remembered.get("breaks") === "yes" };
+  const view = { size: "snippet", breaks: jsae.remembered.get("breaks") === "yes", log: jsae.remembered.get("scale") !== "linear" };
 
   async function show(main, hook, latent, still) {
     const details = await jsae.data.latent(hook, latent);
@@ -34,6 +34,7 @@
         el("span", { class: "id" }, `#${latent}`), step(-1, "Previous (k)", "‹"), step(1, "Next (j)", "›"), el("span", { class: "grow" }),
         jsae.live && el("button", { type: "button", class: "plain", id: "rename", on: { click: () => jsae.trace.rename(list, latent) } }, "Name it"),
         jsae.live && !jsae.data.isTranscoder(list.info) && el("button", { type: "button", class: "plain strong", id: "push", on: { click: () => jsae.steer.add(list, latent) } }, "Steer with it"),
+        el("button", { type: "button", class: "plain", id: "shelve", on: { click: () => jsae.lists.add(list, latent) } }, "Add to list"),
         el("button", { type: "button", class: "plain", on: { click: () => jsae.copy(location.href, "Link") } }, "Copy link")),
       title,
       el("p", { class: "origin quiet" }, origin(list, latent)),
@@ -65,10 +66,18 @@
     if (list.dead(latent)) return null;
     const [from, to] = histRange;
     const middle = (i) => (from + ((to - from) * (i + 0.5)) / hist.length) / list.max[latent];
-    return card("Activations", "tokens by strength, without zeros", jsae.charts.histogram(hist, [from, to], {
-      label: `Histogram of ${whole(list.count[latent])} activations from ${number(from)} to ${number(to)}`, unit: "tokens",
-      tone: (i) => ({ kind: "warm", share: middle(i) }), marks: [1, 2, 3, 4].map((k) => (list.max[latent] * k) / 5),
+    const place = el("div", {});
+    const draw = () => place.replaceChildren(jsae.charts.histogram(hist, [from, to], {
+      label: `Histogram of ${whole(list.count[latent])} activations from ${number(from)} to ${number(to)}${view.log ? ", logarithmic counts" : ""}`, unit: "tokens",
+      tone: (i) => ({ kind: "warm", share: middle(i) }), marks: [1, 2, 3, 4].map((k) => (list.max[latent] * k) / 5), log: view.log,
     }));
+    draw();
+    return card("Activations", "tokens by strength, without zeros", place, el("div", { class: "line" }, el("span", { class: "grow" }),
+      segmented("Scale of the counts", [["log", "Log"], ["linear", "Linear"]], view.log ? "log" : "linear", (scale) => {
+        view.log = scale === "log";
+        jsae.remembered.set("scale", scale);
+        draw();
+      })));
   }
 
   function writes({ list, logitHist, logitRange, top, bottom }) {
@@ -166,5 +175,5 @@
       el("button", { type: "button", class: "icon copy", "aria-label": "Copy this text", title: "Copy this text", on: { click: () => jsae.copy(raw, "Text") } }, jsae.icon(COPY)));
   }
 
-  jsae.latent = { show, logits };
+  jsae.latent = { show, logits, parts: { fires, writes, contexts } };
 })();

@@ -16,7 +16,9 @@
 
   /* ---- a text ---- */
 
-  function show(main, list) {
+  function show(main, list, asked) {
+    state.lens = jsae.address.oneOf(asked, "lens", jsae.live.lenses) ?? state.lens;
+    state.colour = jsae.address.oneOf(asked, "colour", COLOURS.map(([name]) => name)) ?? state.colour;
     const result = el("div", { class: "traced" });
     const typed = jsae.trace.state;
     let reply = null;
@@ -41,6 +43,7 @@
       class: "typed", id: "lensed", rows: 3, "aria-label": "Type or paste text", placeholder: "Type or paste text", spellcheck: "false", value: typed.text,
       on: { input: later((event) => {
         typed.text = event.target.value;
+        jsae.address.keep({ text: typed.text });
         read();
       }, PAUSE) },
     });
@@ -51,9 +54,11 @@
       box,
       el("div", { class: "line lensbar" }, segmented("Lens", kinds, state.lens, (name) => {
         state.lens = name;
+        jsae.address.keep({ lens: name });
         read();
       }), segmented("Colour", COLOURS, state.colour, (name) => {
         state.colour = name;
+        jsae.address.keep({ colour: name });
         draw();
       })),
       about, result, missing()));

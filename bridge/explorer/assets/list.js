@@ -95,6 +95,32 @@
     parts.filters.classList.toggle("on", active);
     parts.rows.scrollTop = 0;
     redraw();
+    keep();
+  }
+
+  /* Put search, order and filters into the address; what is as usual is left out. */
+  function keep() {
+    const { query, sort, turned, states, logit } = view.state;
+    const range = (key) => (view.state[key][0] > 0 || view.state[key][1] < 1 ? view.state[key].join("-") : "");
+    jsae.address.keep({
+      q: query, sort: sort === "match" ? "" : sort, turned: turned ? "yes" : "", only: [...states].join(","), raises: logit,
+      ...Object.fromEntries(Object.keys(RANGES).map((key) => [key, range(key)])),
+    });
+  }
+
+  /* Take search, order and filters from the address; what is unknown there is left as usual. */
+  function restore(values) {
+    const { state } = view;
+    state.query = values.get("q") ?? "";
+    state.sort = jsae.address.oneOf(values, "sort", Object.keys(SORTS)) ?? state.sort;
+    state.turned = values.get("turned") === "yes";
+    state.states = new Set((values.get("only") ?? "").split(",").filter((name) => Object.hasOwn(STATES, name)));
+    state.logit = values.get("raises") ?? "";
+    for (const key of Object.keys(RANGES)) {
+      const ends = /^([01]?\.?\d*)-([01]?\.?\d*)$/.exec(values.get(key) ?? "")?.slice(1).map(Number);
+      if (ends && ends[0] >= 0 && ends[0] <= ends[1] && ends[1] <= 1) state[key] = ends;
+    }
+    parts.search.value = state.query;
   }
 
   const find = (list, state) => search(list, state).order;
@@ -354,7 +380,7 @@
   }
 
   jsae.list = {
-    build, show, choose, step, any, set, badge, seeds, find, fresh,
+    build, show, choose, step, any, set, badge, seeds, find, fresh, keep, restore,
     redraw,
     focus() {
       parts.search.focus();

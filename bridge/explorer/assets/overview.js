@@ -31,8 +31,7 @@
           tile(densities.length ? percent(densities[densities.length >> 1]) : "–", "median density", "share of tokens on which a latent fires"),
           tile(whole(all.filter((i) => list.dense(i)).length), "dense", "fire on more than a tenth of the tokens"),
           tile(whole(labelled), "labelled", fitting ? `${whole(fitting)} with F1 of 0.5 or more` : "by people and by the evaluation")),
-        el("section", { class: "card" }, el("h2", {}, "Map"),
-          el("p", { class: "quiet" }, "How often a latent fires, and its largest activation; brighter if its label fits well. Click on a latent to open it."), map(list, alive)),
+        mapCard(list, alive),
         el("div", { class: "three" },
           picks(list, "Best explained", all.filter((i) => !Number.isNaN(list.f1[i])), (i) => list.f1[i], (i) => `F1 ${list.f1[i].toFixed(2)}`),
           picks(list, "Strongest", alive, (i) => list.max[i], (i) => number(list.max[i])),
@@ -49,14 +48,37 @@
         : el("p", { class: "quiet" }, "None."));
   }
 
-  /* Draw every latent as a dot: density to the right, largest activation upwards, both on a logarithmic scale. */
-  function map(list, alive) {
-    const canvas = el("canvas", { role: "img", "aria-label": "Latents by density and largest activation", tip: () => content() });
+  const MAPS = {
+    density: ["Density and maximum", "How often a latent fires, and its largest activation; brighter if its label fits well. Click on a latent to open it."],
+    directions: ["Directions", "Latents with similar decoder directions are close together (t-SNE of cosines); distances between groups mean nothing. Brighter if the label fits well."],
+  };
+
+  /* Return the card with the map that is chosen. */
+  function mapCard(list, alive) {
+    const about = el("p", { class: "quiet" });
+    const place = el("div", {});
+    const draw = (kind) => {
+      about.textContent = MAPS[kind][1];
+      place.replaceChildren(map(list, alive, kind));
+    };
+    const chosen = list.places && jsae.remembered.get("map") === "directions" ? "directions" : "density";
+    draw(chosen);
+    return el("section", { class: "card" }, el("div", { class: "line" }, el("h2", {}, "Map"), el("span", { class: "grow" }),
+      list.places && jsae.segmented("Map of latents", Object.entries(MAPS).map(([kind, [name]]) => [kind, name]), chosen, (kind) => {
+        jsae.remembered.set("map", kind);
+        draw(kind);
+      })), about, place);
+  }
+
+  /* Draw every latent as a dot: density to the right and largest activation upwards, both on a logarithmic scale, or
+     at the place of its direction. */
+  function map(list, alive, kind) {
+    const canvas = el("canvas", { role: "img", "aria-label": kind === "density" ? "Latents by density and largest activation" : "Latents by decoder direction", tip: () => content() });
     const dots = [];
     let near = null;
     const content = () => (near === null ? [["", "one dot per latent"]] : [["", `#${near} ${jsae.tokens.shown(list.title(near))}`],
       ["density", percent(list.density(near))], ["max", number(list.max[near])]]);
-    const draw = () => paint(canvas, list, alive, dots);
+    const draw = () => paint(canvas, list, alive, dots, kind);
     canvas.addEventListener("pointermove", (event) => {
       near = nearest(dots, event.offsetX, event.offsetY);
       canvas.style.cursor = near === null ? "default" : "pointer";
@@ -68,15 +90,16 @@
     return el("div", { class: "map" }, canvas);
   }
 
-  function paint(canvas, list, alive, dots) {
+  function paint(canvas, list, alive, dots, kind) {
     const [wide, high] = [canvas.clientWidth, canvas.clientHeight];
     if (!wide || !alive.length) return;
     const pen = jsae.charts.pen(canvas, wide, high);
     const style = getComputedStyle(canvas);
     const logs = (value) => alive.map((i) => Math.log10(value(i)));
-    const [xs, ys] = [logs((i) => list.density(i)), logs((i) => list.max[i])];
-    const [x, y] = [axis(xs, 44, wide - 14), axis(ys, high - 26, 12)];
-    grid(pen, style, x, y, wide, high);
+    const flat = kind === "directions";
+    const [xs, ys] = flat ? [0, 1].map((k) => alive.map((i) => list.places[2 * i + k])) : [logs((i) => list.density(i)), logs((i) => list.max[i])];
+    const [x, y] = flat ? [axis(xs, 12, wide - 12), axis(ys, high - 12, 12)] : [axis(xs, 44, wide - 14), axis(ys, high - 26, 12)];
+    if (!flat) grid(pen, style, x, y, wide, high);
     dots.length = 0;
     alive.forEach((latent, n) => {
       const dot = { latent, x: x.at(xs[n]), y: y.at(ys[n]) };

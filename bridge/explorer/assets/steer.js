@@ -13,10 +13,9 @@
   const LONGEST_PART = 8; // tokens of a repeated part
   const REPEATS = 4; // consecutive repetitions at the end of a text that count as repeating
   const FEWEST_REPEATED = 8; // tokens of all repetitions together
-  const state = {
-    pushed: [], prompt: "", chat: false, talk: [], follow: "steered", directionsOf: null,
-    settings: { temperature: 0.5, max_tokens: 64, seed: 16, strength_multiplier: 1 },
-  };
+  const USUAL = { temperature: 0.5, max_tokens: 64, seed: 16, strength_multiplier: 1 };
+  const state = { pushed: [], prompt: "", chat: false, talk: [], follow: "steered", directionsOf: null, settings: { ...USUAL } };
+  const keep = () => jsae.address.keep(jsae.steerlink.parameters(state, USUAL));
   let running = null;
   let parts = {};
 
@@ -58,14 +57,19 @@
 
   /* ---- the page ---- */
 
-  function show(main, list) {
+  async function show(main, list, asked, still) {
+    await jsae.steerlink.restore(state, asked, USUAL);
+    if (!still()) return;
     const { limits, model } = jsae.live;
     state.settings.max_tokens = Math.min(state.settings.max_tokens, limits.max_tokens);
     parts = {
       pushed: el("div", { class: "pushed" }), answers: parts.answers ?? el("div", { class: "answers" }),
       prompt: el("textarea", {
         id: "prompt", rows: 4, "aria-label": "Prompt", spellcheck: "false", value: state.prompt,
-        on: { input: (event) => { state.prompt = event.target.value; }, keydown: (event) => {
+        on: { input: (event) => {
+          state.prompt = event.target.value;
+          keep();
+        }, keydown: (event) => {
           if (event.key === "Enter" && (event.ctrlKey || event.metaKey || state.chat) && !event.shiftKey) {
             event.preventDefault();
             go();
@@ -87,6 +91,7 @@
       el("div", { class: "paper" }, el("section", { class: "card ask" },
         model.chat && segmented("Continue a text, or chat", [["text", "Continue"], ["chat", "Chat"]], state.chat ? "chat" : "text", (kind) => {
           state.chat = kind === "chat";
+          keep();
           stop();
           talkAnew();
         }), parts.base, parts.prompt, el("div", { class: "line" }, parts.go, parts.stop, el("span", { class: "grow" }),
@@ -101,7 +106,10 @@
     const { checkpoints, checkpoint } = jsae.live;
     if (!checkpoints?.length) return null;
     return el("label", { class: "field", title: "The features' directions and encoders as they are in this checkpoint" }, "As in checkpoint", el("select", {
-      id: "directions", on: { change: (event) => { state.directionsOf = event.target.value; } },
+      id: "directions", on: { change: (event) => {
+        state.directionsOf = event.target.value;
+        keep();
+      } },
     }, checkpoints.map((name) => el("option", { value: name, selected: name === (state.directionsOf ?? checkpoint) }, name))));
   }
 
@@ -118,6 +126,7 @@
         const value = Number(event.target.value);
         state.settings[key] = Math.min(max, Math.max(min, step === 1 ? Math.round(value) : value));
         event.target.value = state.settings[key];
+        keep();
       } },
     }));
   }
@@ -125,25 +134,15 @@
   function drawPushed() {
     const none = el("p", { class: "quiet small" }, "None yet: find one below, or choose “Steer with it” on its page.");
     parts.pushed.replaceChildren(...(state.pushed.length ? state.pushed.map(push) : [none]));
+    keep();
   }
 
   /* Draw one pushed feature: latent, mode, strength and positions. */
   function push(one) {
     const { needs_strength: strong } = mode(one.mode);
-    const [low, high] = [-reach(one), reach(one)];
-    const slider = el("input", { type: "range", min: low, max: high, step: (high - low) / 400, value: one.strength, "aria-label": `Strength of #${one.latent}` });
-    const exact = el("input", { type: "number", step: "any", value: one.strength, "aria-label": `Strength of #${one.latent}, exactly` });
-    const take = (from) => () => {
-      const value = Number(from.value);
-      if (!Number.isFinite(value)) return;
-      one.strength = Number(value.toPrecision(4));
-      for (const box of [slider, exact]) if (box !== from) box.value = one.strength;
-    };
-    slider.addEventListener("input", take(slider));
-    exact.addEventListener("input", take(exact));
     const choice = (name, options, chosen, act) => el("select", { "aria-label": `${name} of #${one.latent}`, on: { change: (event) => act(event.target.value) } },
       options.map((option) => el("option", { value: option, selected: option === chosen, title: MODES[option] ?? "" }, option.replace("_", " "))));
-    return el("div", { class: "push", "data-latent": one.latent }, el("div", { class: "line" }, jsae.latentLink(one.list, one.latent),
+    return el("div", { class: `push ${jsae.strength.colour(state.pushed.indexOf(one))}`, "data-latent": one.latent }, el("div", { class: "line" }, jsae.latentLink(one.list, one.latent),
       el("button", { type: "button", class: "icon", "aria-label": `Remove #${one.latent}`, title: "Remove it", on: { click: () => {
         state.pushed.splice(state.pushed.indexOf(one), 1);
         drawPushed();
@@ -153,8 +152,11 @@
       one.mode = name;
       drawPushed();
       parts.pushed.children[state.pushed.indexOf(one)].querySelector("select").focus();
-    }), choice("Tokens", jsae.live.positions, one.positions, (positions) => { one.positions = positions; })),
-    strong && el("div", { class: "line" }, slider, exact),
+    }), choice("Tokens", jsae.live.positions, one.positions, (positions) => {
+      one.positions = positions;
+      keep();
+    })),
+    strong && jsae.strength.controls(one, factor(one.mode), reach(one), keep),
     el("p", { class: "quiet small" }, MODES[one.mode] ?? "", jsae.data.manifest.hooks.length > 1 && ` · ${one.list.info.hook}`));
   }
 
@@ -236,7 +238,8 @@
     else if (line.which) one?.write(line);
   }
 
-  /* Return the sheet of a continuation; the more the pushed features fire on a token, the brighter it is. */
+  /* Return the sheet of a continuation; the more a pushed feature fires on a token, the
+     brighter it is, in the colour of the one that fires most. */
   function sheet(name, before) {
     const text = jsae.tokens.walk(el("div", { class: "text" }, before && el("span", { class: "before" }, jsae.tokens.shown(before))), `${name} continuation`);
     const end = el("small", { class: "writing" }, "writing …");
@@ -250,11 +253,13 @@
       write(line) {
         output.text += line.text;
         const features = line.features ?? {};
-        const share = Math.max(0, ...pushed.map(({ list, latent }) => {
+        const shares = pushed.map(({ list, latent }) => {
           const value = features[list.info.hook]?.find((one) => one.index === latent)?.value ?? 0;
           return list.max[latent] ? value / list.max[latent] : 0;
-        }));
+        });
+        const share = Math.max(0, ...shares);
         const shown = jsae.tokens.span({ id: line.id, text: line.text }, { heat: share, tip: () => hover(line, features) });
+        if (share > 0) shown.classList.add(jsae.strength.colour(shares.indexOf(share)));
         shown.textContent = jsae.tokens.shown(line.text);
         text.append(shown);
         ids.push(line.id);
@@ -306,6 +311,7 @@
     state.talk.push({ said, answers: Object.fromEntries(Object.entries(sheets).map(([which, { output }]) => [which, output.text])) });
     state.prompt = "";
     parts.prompt.value = "";
+    keep();
     parts.answers.querySelector(".follow")?.remove();
     turn.append(el("div", { class: "line follow" }, el("span", { class: "quiet small" }, "Continue from"),
       segmented("Conversation to continue", SIDES, state.follow, (side) => { state.follow = side; }),

@@ -32,6 +32,7 @@
     class: "typed", rows, "aria-label": name, placeholder: name, spellcheck: "false", value: state.text,
     on: { input: (event) => {
       state.text = event.target.value;
+      jsae.address.keep({ text: state.text });
       act();
     } },
   });

@@ -18,11 +18,11 @@ import bridge.evaluate.splice
 import bridge.explorer.gather
 import bridge.nanochat
 import bridge.selection
+import bridge.settings
 import bridge.stream
 from bridge import torch_sae
 from bridge.neuronpedia import dashboard, sources
 from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids, kept, recorded_ids
-from bridge.training import config as run_config
 from bridge.training.config import RunConfig
 from experiments import evaluate, explore, train
 
@@ -72,7 +72,7 @@ def callers() -> set[str]:
     return {frame.f_globals["__name__"] for frame, _ in traceback.walk_stack(sys._getframe(1))}
 
 
-@pytest.fixture(scope="module", params=typing.get_args(run_config.ExcludeTokens))
+@pytest.fixture(scope="module", params=typing.get_args(bridge.settings.ExcludeTokens))
 def run(request, chats, tmp_path_factory) -> Run:
     """A run of each choice, explored and evaluated, with a look at every call of `kept`."""
     folder = tmp_path_factory.mktemp("runs") / request.param
@@ -181,7 +181,7 @@ def test_records_evaluation_and_neuronpedias_files_say_the_same(run, nano):
 
 
 def test_the_words_of_the_flag_are_those_of_the_library():
-    assert typing.get_args(run_config.ExcludeTokens) == typing.get_args(bridge.selection.ExcludeTokens)
+    assert typing.get_args(bridge.settings.ExcludeTokens) == typing.get_args(bridge.selection.ExcludeTokens)
 
 
 def test_what_other_exports_say_is_read(nano):

@@ -9,7 +9,8 @@ from bridge import accelerators
 from bridge.locations import Checkpoint, Data, FilePath
 from bridge.run.layout import Layout
 from bridge.settings import WATCH_SHARE, ExcludeTokens, flag, settle
-from bridge.training.config import HookType, RunConfig
+from bridge.training.config import RunConfig
+from bridge.training.settings import HookType
 from jsae.settings import COUNT, DEAD_AFTER, RATE, SEED, Json, Range, at_least, require
 
 NOMINAL_STEPS = 5000

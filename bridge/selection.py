@@ -10,8 +10,11 @@ ExcludeTokens = Literal["bos", "special", "nothing"]
 """Which special tokens are left out: BOS, all nine of nanochat (the markers of a chat among them), or none."""
 
 SINK_NORM_MULTIPLE = 10.0
-"""A token whose norm exceeds this multiple of the median of its row is an attention sink: such tokens are few, carry no
-information about the text, and would dominate the squared error."""
+"""A token whose norm exceeds this multiple of the `SINK_NORM_QUANTILE` of its row is an attention sink: such tokens are
+few, carry no information about the text, and would dominate the squared error."""
+
+SINK_NORM_QUANTILE = 0.9
+"""High, because an MLP may write nearly nothing on half of the tokens: there the tokens that it writes on are no sinks."""
 
 
 @runtime_checkable
@@ -75,17 +78,23 @@ def kept(
     mask = ~among(tokens, excluded)
     if drop_sinks:
         norms = acts.float().norm(dim=-1)
-        mask &= ~(norms > SINK_NORM_MULTIPLE * median(norms)) | ~norms.isfinite()
+        mask &= ~(norms > SINK_NORM_MULTIPLE * high(norms)) | ~norms.isfinite()
     return mask
 
 
-def median(x: Float[torch.Tensor, "B T"]) -> Float[torch.Tensor, "B 1"]:
-    """Return the lower median of the numbers of every row that are not NaN, without waiting for a GPU."""
-    return x.nanmedian(dim=1, keepdim=True).values if x.device.type == "cpu" else sorted_median(x)
+def high(norms: Float[torch.Tensor, "B T"]) -> Float[torch.Tensor, "B 1"]:
+    """Return the `SINK_NORM_QUANTILE` of the numbers of every row that are not NaN, or the number below it.
+
+    A GPU is not waited for.
+    """
+    values = norms.sort(dim=1).values  # NaN is last
+    last = (norms.shape[1] - 1 - norms.isnan().sum(dim=1, keepdim=True)).clamp(min=0)
+    return values.gather(1, (last * SINK_NORM_QUANTILE).long())
 
 
-def sorted_median(x: Float[torch.Tensor, "B T"]) -> Float[torch.Tensor, "B 1"]:
-    """Return the `median` by sorting; `torch.nanmedian` waits for a GPU."""
-    values = x.sort(dim=1).values  # NaN is last
-    middle = (x.shape[1] - 1 - values.isnan().sum(dim=1, keepdim=True)).clamp(min=0) // 2
-    return values.gather(1, middle)
+def sink_rule(drop_sinks: bool) -> dict[str, float | None]:
+    """Return what metadata say of the tokens that were left out as sinks."""
+    return {
+        "sink_norm_multiple": SINK_NORM_MULTIPLE if drop_sinks else None,
+        "sink_norm_quantile": SINK_NORM_QUANTILE if drop_sinks else None,
+    }

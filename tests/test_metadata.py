@@ -22,7 +22,7 @@ import bridge.settings
 import bridge.stream
 from bridge import torch_sae
 from bridge.neuronpedia import dashboard, sources
-from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids, kept, recorded_ids
+from bridge.selection import excluded_ids, kept, recorded_ids
 from bridge.training.config import RunConfig
 from experiments import evaluate, explore, train
 
@@ -125,7 +125,8 @@ def test_the_ids_that_metadata_names_are_those_that_were_left_out_everywhere(run
         assert {read.drop_sinks for read in reads} == {run.metadata["drop_sinks"]} == {run.config.drop_sinks}
         if not run.config.drop_sinks:
             assert mask[~np.isin(tokens, ids)].all(), name
-    assert run.metadata["sink_norm_multiple"] == (SINK_NORM_MULTIPLE if run.config.drop_sinks else None)
+    rule = {"sink_norm_multiple": 10.0, "sink_norm_quantile": 0.9}
+    assert {name: run.metadata[name] for name in rule} == (rule if run.config.drop_sinks else dict.fromkeys(rule))
 
 
 def test_rows_are_as_long_as_metadata_says_and_begin_with_bos_as_every_document_does(run, nano):

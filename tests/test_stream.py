@@ -218,14 +218,21 @@ def test_an_error_of_the_thread_that_reads_ahead_is_raised_to_who_takes_rows():
         ahead.next_rows(4)
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 8])
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 21])
 @pytest.mark.parametrize("broken", [0, 1, 3])
-def test_the_median_that_waits_for_nothing_is_torchs(count, broken):
+def test_norms_are_compared_with_the_quantile_of_those_that_are_numbers(count, broken):
     x = torch.randn(2, count, generator=torch.Generator().manual_seed(count))
     x[0, : min(broken, count)] = torch.nan
-    expected = x.nanmedian(dim=1, keepdim=True).values
-    assert torch.equal(selection.sorted_median(x).nan_to_num(7), expected.nan_to_num(7))
-    assert torch.equal(selection.median(x).nan_to_num(7), expected.nan_to_num(7))
+    expected = x.nanquantile(selection.SINK_NORM_QUANTILE, dim=1, keepdim=True, interpolation="lower")
+    assert torch.equal(selection.high(x).nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_tokens_that_an_mlp_writes_on_are_no_sinks_where_it_is_silent_on_most():
+    acts = torch.full((1, 32, 4), 1e-6)
+    acts[0, :6] = 1
+    acts[0, 6] = 20
+    mask = selection.kept(acts, torch.ones(1, 32, dtype=torch.int64), (), drop_sinks=True)
+    assert (~mask).nonzero().tolist() == [[0, 6]]
 
 
 def test_a_sink_is_found_by_its_own_row_whatever_rows_are_beside_it():

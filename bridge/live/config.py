@@ -69,7 +69,7 @@ class WatchConfig(Json):
     )
     seed: int = flag(0, "Seed of the initial weights, and of which tokens of a step are taken.", SEED)
     exclude_tokens: ExcludeTokens = flag("bos", "Special tokens to leave out: bos, all nine (special), or nothing.")
-    drop_sinks: bool = flag(True, "Leave out tokens whose norm exceeds 10 times the median of their row.")
+    drop_sinks: bool = flag(True, "Leave out tokens whose norm exceeds 10 times the 0.9 quantile of their row.")
     place: Literal["process", "sidecar"] = flag(
         "process", "Where SAEs are trained: between the steps of the training, or in a process beside it."
     )

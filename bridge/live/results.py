@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.evaluate.core import finite
 from bridge.run import Run
-from bridge.selection import SINK_NORM_MULTIPLE
+from bridge.selection import sink_rule
 from bridge.training import finish, report
 from bridge.training.origins import Origin
 from jsae import export, files, metrics
@@ -62,7 +62,7 @@ class LiveOrigin(Origin):
             "model_fingerprint": None,
             "exclude_special_tokens": self._excluded,
             "drop_sinks": config.drop_sinks,
-            "sink_norm_multiple": SINK_NORM_MULTIPLE if config.drop_sinks else None,
+            **sink_rule(config.drop_sinks),
             "dataset_path": config.data,
         }
 

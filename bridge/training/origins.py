@@ -18,7 +18,7 @@ from bridge.evaluate.survey import survey, survey_of_rows
 from bridge.hooks import module_name
 from bridge.nanochat.corpus import shards_of_process
 from bridge.run import Run
-from bridge.selection import SINK_NORM_MULTIPLE, excluded_ids
+from bridge.selection import excluded_ids, sink_rule
 from bridge.stages import loading, own_encoders
 from bridge.training import text
 from jsae import metrics, processes, saelens
@@ -176,7 +176,7 @@ class TextOrigin(Origin):
             "context_size": self.heldout.shape[1],
             "exclude_special_tokens": list(excluded_ids(config.exclude_tokens, nano.tokenizer)),
             "drop_sinks": config.drop_sinks,
-            "sink_norm_multiple": SINK_NORM_MULTIPLE if config.drop_sinks else None,
+            **sink_rule(config.drop_sinks),
             "dataset_path": config.data,
             "dataset_fingerprint": self.corpus.fingerprint,
         }
@@ -267,7 +267,7 @@ class StoreOrigin(Origin):
             "context_size": layout.row_len,
             "exclude_special_tokens": list(origin.get("excluded") or []),
             "drop_sinks": drops,
-            "sink_norm_multiple": SINK_NORM_MULTIPLE if drops else None,
+            **sink_rule(drops),
             "dataset_path": str(origin.get("data", self._store.location)),
             "dataset_fingerprint": origin.get("data_fingerprint"),
             "activation_store": self._store.location,

@@ -164,7 +164,7 @@ class RunSettings(Json):
     )
     block_size: int = flag(65536, "Activations that are kept in memory and shuffled together.", COUNT)
     exclude_tokens: ExcludeTokens = flag("bos", "Special tokens to leave out: bos, all nine (special), or nothing.")
-    drop_sinks: bool = flag(True, "Leave out tokens whose norm exceeds 10 times the median.")
+    drop_sinks: bool = flag(True, "Leave out tokens whose norm exceeds 10 times the 0.9 quantile of their row.")
     heldout_tokens: int = flag(200_000, "Held-out tokens for the final metrics.", TOKENS)
     checkpoint_every: int = flag(1_000_000, "Activations between checkpoints.", TOKENS)
     log_every: int = flag(50, "Steps between reports.", COUNT)

@@ -124,7 +124,7 @@ class RunSettings(Json):
     bandwidth: float | None = flag(
         None,
         _of(
-            "bandwidth", "Width of the window around thresholds in which they have gradients; none is 2, or 0.5 for l0"
+            "bandwidth", "Width of the window around thresholds in which they have gradients; none is 1, or 0.5 for l0"
         ),
     )
     target_l0: tuple[float, ...] = flag((), _of("target_l0", "Adjust the penalty to reach this mean L0"))

@@ -72,7 +72,7 @@ def undone(recipe: str, d_in: int, d_sae: int) -> Iterator[tuple[str, dict[str, 
     else:
         yield "AuxK: 1 / d_in of its weight", {"aux_coefficient": defaults["aux_coefficient"] / d_in}, {}
         yield "dead after 10 million activations", {}, {"dead_after": _PATIENCE}
-    if recipe == "jumprelu l0":
+    if kind.sae.name == "jumprelu":
         yield "bandwidth: 2", {"bandwidth": 2.0}, {}
 
 

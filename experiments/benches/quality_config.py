@@ -74,7 +74,7 @@ RECIPES: Mapping[str, tuple[Recipe, ...]] = {
         Recipe("SAELens", "jumprelu tanh", 10.0),
         Recipe("dictionary_learning", "jumprelu", 1.0),
         Recipe(OURS, "jumprelu tanh"),
-        Recipe(OURS, "jumprelu tanh late", recovers=True),
+        Recipe(OURS, "jumprelu tanh late wide", recovers=True),
         Recipe(OURS, "jumprelu l0"),
     ),
 }

@@ -140,7 +140,7 @@
 
   /* Return a card with what the latent's direction writes through later layers; null without a Jacobian lens. */
   function card({ list, latent }) {
-    if (!jsae.live?.lenses.includes("jacobian")) return null;
+    if (!jsae.data.isServed(list.info) || !jsae.live.lenses.includes("jacobian")) return null;
     const box = el("section", { class: "card lenscard", "aria-busy": "true" }, el("h2", {}, "Through later layers", el("small", {}, "Jacobian lens")));
     const failed = (error) => {
       box.removeAttribute("aria-busy");

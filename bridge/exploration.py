@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bridge import quick_labels
-from bridge.explorer import gather, page, parts
+from bridge.explorer import gather, lens_sample, page, parts
 from bridge.explorer.gather import Plan
 from bridge.nanochat import Nanochat
 from bridge.nanochat.units import Split
@@ -98,6 +98,8 @@ def explore(
             exploring.write_losses(run, list(saes), choice.device, extent.models_in_memory, console)
         if run.is_writable:
             _label(run, nano, saes, plan, seconds, console)
+            with Progress("reading lenses", None, console=console):
+                lens_sample.write(run, nano, saes)
         if keep_page and run.page_file.is_file() and not run.is_writable:
             _say(f"{run.path} is not writable: the existing page is served")
         else:

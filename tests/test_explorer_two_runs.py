@@ -86,7 +86,8 @@ def test_the_nearest_latents_of_the_other_run_are_those_of_largest_cosine():
     expected = np.argsort(-(a @ b.T), axis=1)[:, : across.NEAREST]
     np.testing.assert_array_equal(ids, expected)
     np.testing.assert_allclose(cosines, np.take_along_axis(a @ b.T, expected, 1), atol=1e-6)
-    assert ids[3, 0] == 9 and 7 not in ids[3]
+    assert ids[3, 0] == 9
+    assert 7 not in ids[3]
 
 
 def test_a_run_beside_itself_and_one_without_records_are_refused(tmp_path):

@@ -8,6 +8,8 @@
                          shard-H-S.js             details of the latents S * 64 to S * 64 + 63 of hook number H
                          texts-N.js               the tokens that the examples of all hooks show
                          timeline-H.js            of a crosscoder over checkpoints: what became of every latent
+                         lens-N.js                lenses on text number N
+                         through-H.js             what latents write through later layers, by the Jacobian lens
                          across-H.js              of two runs: the latents of the other that write most alike
              graphs/                      attribution graphs (`bridge.explorer.graphs`)
 
@@ -29,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge.explorer import across, directions, graphs, parts, timeline
+from bridge.explorer import across, directions, graphs, lens_sample, parts, timeline
 from bridge.explorer.parts import Part
 from bridge.explorer.windows import Shown, is_near, radius_within
 from bridge.run import Run
@@ -110,11 +112,25 @@ def _write_records(folder: Path, run: Run, shown: Sequence[Part]) -> None:
         for shard, first in enumerate(range(0, part.store.header.d_sae, SHARD)):
             _put(folder, f"shard-{number}-{shard}", _shard(part, first, radius, decoder))
     manifest = _manifest(run.path, shown, rows, cells, radius)
+    manifest["lenses"] = _lenses(folder, run)
     for info, columns in zip(manifest["hooks"], timelines, strict=True):
         info["over_checkpoints"] = columns is not None
+    for number, part in enumerate(shown):
+        _, through = lens_sample.read(part.run)
+        manifest["hooks"][number]["through"] = part.hook in through
+        if part.hook in through:
+            _put(folder, f"through-{number}", through[part.hook])
     for number, alike in _across(folder, shown).items():
         manifest["hooks"][number]["across"] = alike
     _put(folder, "manifest", manifest)
+
+
+def _lenses(folder: Path, run: Run) -> dict[str, Any]:
+    """Write the tables of lenses; return the names of the lenses, and the text that each table is of."""
+    texts, _ = lens_sample.read(run)
+    for number, text in enumerate(texts):
+        _put(folder, f"lens-{number}", text)
+    return {"names": list(texts[0]["lenses"]) if texts else [], "texts": len(texts)}
 
 
 def _across(folder: Path, shown: Sequence[Part]) -> dict[int, dict[str, int]]:
@@ -122,7 +138,8 @@ def _across(folder: Path, shown: Sequence[Part]) -> dict[int, dict[str, int]]:
     alike = {}
     for one, other in across.pairs(shown):
         rows, others = shown[one].decoder(), shown[other].decoder()
-        assert rows is not None and others is not None
+        assert rows is not None
+        assert others is not None
         ids, cosines = across.nearest(rows, others)
         _put(folder, f"across-{one}", {"hook": other, "ids": _b64(ids, "<u4"), "cosines": _b64(cosines, "<f4")})
         alike[one] = {"hook": other, "alike": int((cosines[:, 0] >= across.ALIKE).sum())}

@@ -28,6 +28,7 @@ class Part:
 
     @property
     def hook(self) -> str:
+        """The hook whose activation the SAE reads."""
         return self.store.header.hook
 
     @property

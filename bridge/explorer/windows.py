@@ -34,6 +34,7 @@ class Shown:
 
     @property
     def size(self) -> int:
+        """The number of cells."""
         return int(self.lengths.sum())
 
     def cuts(self) -> list[int]:

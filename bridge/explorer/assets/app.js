@@ -25,7 +25,7 @@
     const latent = /^\d+$/.test(asked.get("latent") ?? "") ? Number(asked.get("latent")) : null;
     const view = asked.get("view") ?? "";
     const hook = asked.has("hook") ? jsae.data.hookNumber(asked.get("hook")) : at.hook;
-    const other = SERVED.includes(view) && jsae.data.manifest.hooks[hook]?.run; // the server has only its own run
+    const other = jsae.live && SERVED.includes(view) && jsae.data.manifest.hooks[hook]?.run; // the server has only its own run
     return { hook: other ? 0 : hook, latent, view, asked };
   }
 
@@ -58,6 +58,7 @@
       if (latent !== null) await jsae.latent.show(main, hook, latent, still);
       else await (shownWith(view, list) || jsae.overview).show(main, list, asked, still);
       if (still()) jsae.list.keep();
+      if (still() && view && jsae.data.manifest.hooks.length > 1) jsae.address.keep({ hook: jsae.data.manifest.hooks[hook].name });
       if (still() && jsae.live && (latent !== null || (SERVED.includes(view) && view !== "steer"))) jsae.address.keep({ text: jsae.trace.state.text });
     } catch (error) {
       if (still()) main.replaceChildren(el("p", { class: "pad bad", role: "alert" }, error.message));
@@ -67,7 +68,8 @@
   /* Return what draws a view: some need a server, some a run on several checkpoints. */
   const shownWith = (view, list) => new Map(Object.entries({
     lists: jsae.lists, compare: jsae.compare, film: list.timeline && jsae.film,
-    ...(jsae.live && { text: jsae.trace, lens: jsae.lens, steer: jsae.steer, checkpoints: jsae.live.checkpoints?.length && jsae.checkpoints }),
+    lens: (jsae.live || jsae.data.manifest.lenses.texts > 0) && jsae.lens,
+    ...(jsae.live && { text: jsae.trace, steer: jsae.steer, checkpoints: jsae.live.checkpoints?.length && jsae.checkpoints }),
   })).get(view);
 
   async function showGraph(hook, asked, still) {
@@ -79,7 +81,10 @@
 
   /* Mark the tab of a view. */
   function mark(view) {
-    for (const tab of document.querySelectorAll("#tabs a")) tab.toggleAttribute("aria-current", tab.dataset.view === view);
+    for (const tab of document.querySelectorAll("#tabs a")) {
+      tab.toggleAttribute("aria-current", tab.dataset.view === view);
+      if (tab.dataset.view === view) tab.scrollIntoView({ block: "nearest", inline: "center" });
+    }
   }
 
   /* ---- keyboard ---- */
@@ -133,7 +138,8 @@
     const film = hooks.some((one) => one.over_checkpoints);
     const tabs = [...(hooks.length ? [["", "Latents", "#"], ["overview", "Overview", "#view=overview", true]] : []),
       ...(film ? [["film", "Film", "#view=film"]] : []),
-      ...(jsae.live && hooks.length ? [["text", "Your text", "#view=text"], ...(jsae.live.checkpoints?.length ? [["checkpoints", "Checkpoints", "#view=checkpoints"]] : []), ["lens", "Lenses", "#view=lens"]] : []),
+      ...(jsae.live && hooks.length ? [["text", "Your text", "#view=text"], ...(jsae.live.checkpoints?.length ? [["checkpoints", "Checkpoints", "#view=checkpoints"]] : [])] : []),
+      ...(hooks.length && (jsae.live || jsae.data.manifest.lenses.texts) ? [["lens", "Lenses", "#view=lens"]] : []),
       ...(steered ? [["steer", "Steer", "#view=steer"]] : []),
       ...(hooks.length ? [["lists", "Lists", "#view=lists"]] : []),
       ...(graphs ? [["graph", "Graphs", "#view=graph"]] : [])];

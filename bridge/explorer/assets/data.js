@@ -24,6 +24,7 @@
   const lists = new Map();
   const texts = new Map();
   const nearest = new Map();
+  const written = new Map();
 
   /* Load the manifest and the vocabulary. */
   data.open = async () => {
@@ -169,7 +170,7 @@
       logitHist: row("logit_hist"), logitRange: row("logit_range"),
       top: pairs("top_logits", "top_logit_values"), bottom: pairs("bottom_logits", "bottom_logit_values"),
       neighbours: pairs("neighbours", "neighbour_cosines"), together: pairs("together", "together_share"),
-      decoder: row("decoder"), across: await across(hook, latent),
+      decoder: row("decoder"), across: await across(hook, latent), through: await through(hook, latent),
     };
   };
 
@@ -184,6 +185,20 @@
     const each = table.ids.length / data.manifest.hooks[hook].d_sae;
     const pairs = Array.from(table.ids.subarray(latent * each, (latent + 1) * each), (id, i) => ({ id, value: table.cosines[latent * each + i] }));
     return { list, pairs };
+  }
+
+  /* Return what a latent writes through later layers, by the Jacobian lens of its run; null where there is none. */
+  async function through(hook, latent) {
+    const { through: has, d_sae: size } = data.manifest.hooks[hook];
+    if (!has) return null;
+    if (!written.has(hook)) written.set(hook, load(`through-${hook}`));
+    const file = await written.get(hook);
+    const pairs = (ids, values) => {
+      const all = [column(file[ids], Uint16Array), column(file[values], Float32Array)];
+      const each = all[0].length / size;
+      return Array.from({ length: each }, (_, i) => ({ id: all[0][latent * each + i], value: all[1][latent * each + i] }));
+    };
+    return { ...file, top: pairs("top", "top_values"), bottom: pairs("bottom", "bottom_values") };
   }
 
   /* Return the cosine of two decoder rows of one width; NaN where one is not known. */

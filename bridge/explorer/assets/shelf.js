@@ -102,7 +102,9 @@
 
   /* Return the number of the hook of an item on this page; -1 if its SAE is not here. */
   function place({ hook, latent, sae }) {
-    const number = sae === null ? jsae.data.hookNumber(hook) : hooks().findIndex((one) => one.sae === sae);
+    const named = jsae.data.hookNumber(hook);
+    const isNamed = sae === null || hooks()[named]?.sae === sae; // two runs may have the same SAE
+    const number = isNamed ? named : hooks().findIndex((one) => one.sae === sae);
     return number >= 0 && latent < hooks()[number].d_sae ? number : -1;
   }
 

@@ -57,7 +57,7 @@ def explore(
     choice: Choice,
     extent: Extent,
     *,
-    second: Path | None = None,
+    second: str | Path | None = None,
     force: bool = False,
     keep_page: bool = False,
     show_progress: bool = False,

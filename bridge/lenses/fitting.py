@@ -104,8 +104,7 @@ def fit_jacobian(
             nano.model, fit.counted(ids), settings, mean=mean, report=lambda _: fit.after_prompt(progress, stops)
         )
     lens = fit.lens()
-    lens_file.save(lens, out)
-    unfinished(out).unlink(missing_ok=True)
+    _finish(lens, out)
     return lens
 
 
@@ -154,6 +153,12 @@ def _start(
     moves = lens.provenance.get("moves")
     assert isinstance(lens, JacobianLens)
     return jacobian.Mean(lens, moves if isinstance(moves, list) else ()), span(lens)[1]
+
+
+def _finish(lens: JacobianLens | TunedLens, out: Path) -> None:
+    """Write a lens, and remove the unfinished fit that it comes from."""
+    lens_file.save(lens, out)
+    unfinished(out).unlink(missing_ok=True)
 
 
 def _check_state(out: Path, resume: bool) -> None:
@@ -250,8 +255,7 @@ def fit_tuned(
 
         lens = tuned.fit(nano.model, batches, begun=fit, report=after_step)
     found = dataclasses.replace(lens, provenance=about | {"tokens": settings.steps * rows * corpus.row_len})
-    lens_file.save(found, out)
-    unfinished(out).unlink(missing_ok=True)
+    _finish(found, out)
     return found
 
 

@@ -81,9 +81,11 @@
 
   /* Mark the tab of a view. */
   function mark(view) {
-    for (const tab of document.querySelectorAll("#tabs a")) {
+    const row = document.getElementById("tabs");
+    for (const tab of row.children) {
       tab.toggleAttribute("aria-current", tab.dataset.view === view);
-      if (tab.dataset.view === view) tab.scrollIntoView({ block: "nearest", inline: "center" });
+      // scrollIntoView would also move the place from which Tab goes on
+      if (tab.dataset.view === view) row.scrollLeft = tab.offsetLeft - row.offsetLeft - (row.clientWidth - tab.offsetWidth) / 2;
     }
   }
 

@@ -3,11 +3,12 @@
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
 from bridge import quick_labels
-from bridge.explorer import gather, page
+from bridge.explorer import gather, lens_sample, page, parts
 from bridge.explorer.gather import Plan
 from bridge.nanochat import Nanochat
 from bridge.nanochat.units import Split
@@ -56,6 +57,7 @@ def explore(
     choice: Choice,
     extent: Extent,
     *,
+    second: str | Path | None = None,
     force: bool = False,
     keep_page: bool = False,
     show_progress: bool = False,
@@ -69,16 +71,20 @@ def explore(
     Args:
       choice: one run, with settings that override those that it recorded; see `of_run`.
       extent: how much text to read, and what to keep.
+      second: another run on the same model, whose records the page shows beside those of the run.
       force: gather again even if existing records fit.
       keep_page: leave an existing page unchanged if the run is not writable.
       show_progress: show progress bars.
 
     Raises:
-      ConfigError, ValueError: an SAE does not fit, SAEs were trained on different tokens, or there is too little text.
+      ConfigError, ValueError: an SAE does not fit, SAEs were trained on different tokens, there is too little text, or
+        the second run has no records or is on another model.
       FileNotFoundError: the run, an export, the checkpoint or the text does not exist.
       OSError: a file cannot be written; earlier files stay.
     """
     run, console = Run(choice.paths[0]), Console(stderr=True, quiet=not show_progress)
+    if second is not None:
+        parts.check_second(run, Run(second), extent.context_length)
     with run.held():
         choice, stage = exploring.choose(run, choice, extent.stage)
         if stage is not None and run.is_writable:
@@ -92,11 +98,13 @@ def explore(
             exploring.write_losses(run, list(saes), choice.device, extent.models_in_memory, console)
         if run.is_writable:
             _label(run, nano, saes, plan, seconds, console)
+            with Progress("reading lenses", None, console=console):
+                lens_sample.write(run, nano, saes)
         if keep_page and run.page_file.is_file() and not run.is_writable:
             _say(f"{run.path} is not writable: the existing page is served")
         else:
             with Progress("writing the page", None, console=console):
-                page.write(run.path, list(saes))
+                page.write(run.path, list(saes), second)
             _say(f"written to {run.page_file}")
     return Explored(nano, saes, None if stage is None else exploring.Checkpoints(run, stage.name, nano))
 

@@ -37,6 +37,9 @@ class ExploreConfig:
     """Run, text and server of the explorer."""
 
     run_dir: FilePath | None = flag(None, "The run: all of its SAEs or transcoders, on its model and its text.")
+    with_run: FilePath | None = flag(
+        None, "Another run on the same model, which was explored; the page shows both, with the latents that are alike."
+    )
     demo: bool = flag(
         False,
         f"Explore the packaged SAE of the packaged nanochat; it is copied to --run_dir, by default {packaged.FOLDER}.",
@@ -127,7 +130,9 @@ def _explore(run: Run, config: ExploreConfig) -> Explored:
 
     choice = Choice((run.path,), run.path, transcoders=True, **flags.shared(Choice, config))
     extent = Extent(**flags.shared(Extent, config))
-    return explore(choice, extent, force=config.force, keep_page=config.serve, show_progress=True)
+    return explore(
+        choice, extent, second=config.with_run, force=config.force, keep_page=config.serve, show_progress=True
+    )
 
 
 def _check_serving(config: ExploreConfig) -> None:

@@ -30,8 +30,11 @@ from experiments import flags, signals
 from jsae.settings import COUNT, Range, at_least, require
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bridge.lenses import JacobianLens, Lens
     from bridge.lenses.fitting import Text
+    from bridge.lenses.lens import FittedLens
     from bridge.nanochat import Nanochat
 
 _RATE = Range(0, 10, "lie in (0, 10]")
@@ -42,11 +45,11 @@ _OF_ACTION: dict[str, set[str]] = {
     "latent": {"lens", "hook", "top"},
     "measure": {"lens", "show", "rows", *_TEXT},
     "merge": {"out"},
-    "fit": {"out", *_TEXT},
+    "fit": {"out", "resume", *_TEXT},
 }
 """Flags that only some actions have, by action."""
 _OF_FIT = {
-    "jacobian": {"prompts", "min_prompts", "tolerance", "first_prompt", "batch_size", "resume"},
+    "jacobian": {"prompts", "min_prompts", "tolerance", "first_prompt", "batch_size"},
     "tuned": {"steps", "learning_rate", "weight_decay", "rows", "seed"},
 }
 
@@ -77,7 +80,7 @@ class LensConfig:
     tolerance: float = flag(2e-3, "It ends when its mean moves by less over ten prompts.", Range(0, 1, "lie in [0, 1]"))
     first_prompt: int = flag(0, "Pieces of text to leave out, for lenses to be merged.", at_least(0, 2**40))
     batch_size: int | None = flag(None, "Channels per backward pass; none is as memory allows.", at_least(1, 2**16))
-    resume: bool = flag(False, "Continue an unfinished fit of a Jacobian lens.")
+    resume: bool = flag(False, "Continue an unfinished fit.")
     steps: int = flag(250, "Steps of a tuned lens.", COUNT)
     learning_rate: float = flag(2e-3, "Its learning rate at the start, of Adam; it falls to 0.", _RATE)
     weight_decay: float = flag(0.0, "Pulls its translators to the identity.", Range(0, 1, "lie in [0, 1]"))
@@ -168,29 +171,25 @@ def _out(config: LensConfig) -> Path:
 
 
 def _fit(config: LensConfig, nano: Nanochat) -> int:
-    from bridge.lenses import fitting, jacobian, tuned
+    from bridge.lenses import JacobianLens, fitting, jacobian, tuned
 
     out, text = _out(config), _text(config, "train")
+    fit: Callable[..., FittedLens]
     if config.fit == "tuned":
-        fitting.fit_tuned(
-            nano,
-            out,
-            text,
-            tuned.Settings(**flags.shared(tuned.Settings, config)),
-            rows=config.rows,
-            seed=config.seed,
-            show_progress=True,
-        )
-        print(f"tuned lens      {out}", flush=True)
-        return 0
-    settings = jacobian.Settings(config.prompts, config.min_prompts, config.tolerance, config.batch_size)
-    fit = functools.partial(fitting.fit_jacobian, nano, out, text, settings, first_prompt=config.first_prompt)
+        of_tuned = tuned.Settings(**flags.shared(tuned.Settings, config))
+        fit = functools.partial(fitting.fit_tuned, nano, out, text, of_tuned, rows=config.rows, seed=config.seed)
+    else:
+        settings = jacobian.Settings(config.prompts, config.min_prompts, config.tolerance, config.batch_size)
+        fit = functools.partial(fitting.fit_jacobian, nano, out, text, settings, first_prompt=config.first_prompt)
     try:
         lens = fit(resume=config.resume, stop_requests=signals.stop_requests, show_progress=True)
     except fitting.Stopped:
         command = shlex.join(word for word in sys.argv[1:] if word not in ("--resume", "--resume=true"))
         print(f"stopped; continue with: python -m experiments.lens {command} --resume", flush=True)
         return signals.STOPPED
+    if not isinstance(lens, JacobianLens):
+        print(f"tuned lens      {out}", flush=True)
+        return 0
     first, following = fitting.span(lens)
     print(f"jacobian lens   {out}: {lens.n_prompts} prompts, pieces {first} to {following - 1} of the text", flush=True)
     return 0

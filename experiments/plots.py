@@ -23,13 +23,15 @@ _CURVES = {
 _LOGARITHMIC = ("fvu", "loss")
 
 Curves = dict[str, dict[str, tuple[list[float], list[float]]]]
+Densities = list[tuple[float, list[float], float]]
+"""By report: its step, the latents per bin of density, the highest bin last, and the latents that did not fire."""
 
 
 def draw(run: Run, entries: dict[str, dict[str, Any]]) -> None:
     """Write the pictures of an evaluation.
 
-    They are `density_HOOK.png` for every entry of eval.json; `training.png` of metrics.jsonl; `layers.png` for several
-    hooks, and `sweep.png` into the sweep that the run is a variant of.
+    They are `density_HOOK.png` for every entry of eval.json; of metrics.jsonl `training.png` and, for every hook,
+    `densities_HOOK.png`; `layers.png` for several hooks, and `sweep.png` into the sweep that the run is a variant of.
     """
     plots = run.plots_folder
     plots.mkdir(exist_ok=True)
@@ -39,6 +41,8 @@ def draw(run: Run, entries: dict[str, dict[str, Any]]) -> None:
         _save(figure, plots / f"density_{hook}.png")
     if curves := _curves(run.metrics_file):
         _save(_training(curves), plots / "training.png")
+    for hook, densities in _densities(run.metrics_file).items():
+        _save(_over_training(hook, densities), plots / f"densities_{hook}.png")
     if len(entries) > 1:
         _save(_layers(entries), plots / "layers.png")
     sweep = Run(run.path.absolute().parent)
@@ -116,6 +120,46 @@ def _training(curves: Curves) -> "Figure":
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.suptitle(f"Training of {hooks[0]}" if len(hooks) == 1 else "Training")
+    return figure
+
+
+def _densities(path: Path) -> dict[str, Densities]:
+    """Return the histograms of density by hook that a run's reports hold, where there are at least two."""
+    found: dict[str, Densities] = {}
+    for _, line in jsons.objects(path):
+        histogram = (line or {}).get("density_histogram")
+        if not (line and isinstance(histogram, dict) and isinstance(line.get("hook"), str)):
+            continue
+        numbers = [line.get("step"), histogram.get("never"), *(histogram.get("counts") or [])]
+        if len(numbers) > 2 and all(map(jsons.is_finite, numbers)):
+            found.setdefault(line["hook"], []).append((numbers[0], numbers[2:], numbers[1]))
+    return {hook: some for hook, some in found.items() if len(some) > 1}
+
+
+def _over_training(hook: str, densities: Densities) -> "Figure":
+    """Return the histogram of density, report by report, over the share of latents that did not fire."""
+    import numpy as np
+    from matplotlib.ticker import EngFormatter, PercentFormatter
+
+    from jsae.metrics import BINS_PER_DECADE
+
+    steps = [step for step, _, _ in densities]
+    bins = max(len(counts) for _, counts, _ in densities)
+    latents = [sum(counts) + never for _, counts, never in densities]
+    shares = np.zeros((bins, len(steps)))
+    for column, (_, counts, _) in enumerate(densities):
+        shares[bins - len(counts) :, column] = np.divide(counts, max(latents[column], 1))
+    figure = _figure((_SIZE[0], 1.3 * _SIZE[1]))
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    centres = (np.arange(bins) + 0.5 - bins) / BINS_PER_DECADE
+    image = upper.pcolormesh(steps, centres, np.where(shares > 0, shares, np.nan), shading="nearest", cmap="viridis")
+    figure.colorbar(image, ax=upper, label="share of latents", format=PercentFormatter(1))
+    upper.set(title=f"{hook}: how often latents fire", ylabel="log10 of the share of tokens")
+    lower.plot(steps, [never / max(number, 1) for (_, _, never), number in zip(densities, latents, strict=True)])
+    lower.set(xlabel="step", ylabel="never fire", ylim=(0, None))
+    lower.yaxis.set_major_formatter(PercentFormatter(1))
+    lower.xaxis.set_major_formatter(EngFormatter(sep=""))
+    lower.grid(alpha=0.3)
     return figure
 
 

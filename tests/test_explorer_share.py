@@ -81,6 +81,100 @@ def test_lists_from_elsewhere_are_read_as_far_as_they_are_latents(visit, address
     items = [f"{toy.HOOK},1,fine", f"{toy.HOOK},99,too large", "no.hook,0,", ",,", f"{toy.HOOK},1e1,", f"{OTHER},3,"]
     tab = visit(f"{address}#view=lists&name=a&" + "&".join(f"item={quote(item)}" for item in items), wait=".shelf li")
     assert [row.get_attribute("data-latent") for row in tab.query_selector_all(".shelf li")] == ["1", "3"]
+    assert tab.evaluate("Object.keys(localStorage).length") == 0  # a link keeps nothing by itself
+    tab.click("#keeplist")
+    tab.wait_for_selector("#newlist")
+    tab.evaluate("location.hash = '#view=lists'")
+    tab.wait_for_function("document.querySelectorAll('.shelf li').length === 2")
+    assert tab.input_value("#listname") == "a"
+
+
+def test_several_lists_are_named_noted_chosen_and_deleted(visit, address):
+    tab = visit(f"{address}#hook={toy.HOOK}&latent=0")
+    open_latent(tab, 0)
+    tab.click("#shelve")
+    tab.click("#tabs a[data-view=lists]")
+    tab.click("#newlist")
+    tab.fill("#listname", "Quotes & <b>")
+    tab.fill("#listnote", "what hostile text is made of")
+    wait_for_address(tab, "note=what")
+    tab.evaluate(f"location.hash = '#hook={OTHER}&latent=3'")
+    open_latent(tab, 3)
+    tab.click("#shelve")
+    tab.click(".choices >> text=Quotes & <b>")
+    tab.click("#tabs a[data-view=lists]")
+    tab.wait_for_selector(".shelf li[data-latent='3']")
+    assert tab.input_value("#listnote") == "what hostile text is made of"
+    assert tab.locator("#whichlist option").all_inner_texts() == ["My latents (1)", "Quotes & <b> (1)"]
+    assert [one for one in contrasts(tab) if one[0] < ENOUGH] == []
+    wait_for_address(tab, "item=", "note=")
+    tab.reload()
+    tab.wait_for_selector(".shelf li[data-latent='3']")
+    assert tab.locator("#keeplist").count() == 0  # the address is that of a list which the browser has
+    tab.select_option("#whichlist", "0")
+    tab.wait_for_selector(".shelf li[data-latent='0']")
+    tab.click("#deletelist")
+    tab.click("text=Delete “My latents” for good")
+    tab.wait_for_selector(".shelf li[data-latent='3']")
+    assert tab.locator("#whichlist option").count() == 1
+
+
+def test_lists_are_saved_to_a_file_and_read_from_it(visit, address, tmp_path):
+    tab = visit(f"{address}#hook={toy.HOOK}&latent=2")
+    open_latent(tab, 2)
+    tab.click("#shelve")
+    tab.click("#tabs a[data-view=lists]")
+    tab.fill("[aria-label='Remark on #2']", "“ü”, ok")
+    with tab.expect_download() as download:
+        tab.click("text=Save list")
+    file = tmp_path / download.value.suggested_filename
+    download.value.save_as(file)
+    saved = json.loads(file.read_text())
+    assert (saved["name"], saved["items"][0]["latent"], saved["items"][0]["remark"]) == ("My latents", 2, "“ü”, ok")
+    foreign = {"hook": "blocks.9.elsewhere", "latent": 7, "sae": "0" * 64, "remark": ""}
+    file.write_text(json.dumps({"lists": [saved, saved | {"name": "Foreign", "items": [foreign]}]}))
+    other = visit(f"{address}#view=lists", wait=".shelf")
+    other.set_input_files("#listsfile", file)
+    other.wait_for_selector(".shelf li[data-latent='7']")
+    assert "of an SAE that is not on this page, blocks.9.elsewhere" in other.inner_text(".shelf")
+    names = ["My latents (0)", "My latents (2) (1)", "Foreign (1)"]
+    assert other.locator("#whichlist option").all_inner_texts() == names
+    other.select_option("#whichlist", "1")
+    other.wait_for_selector(".shelf li[data-latent='2']")
+    assert other.input_value("[aria-label='Remark on #2']") == "“ü”, ok"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "this is not JSON"),
+        ("[]", "holds no lists"),
+        ("null", "holds no lists"),
+        ('{"lists": [{"name": "a"}]}', "holds no lists"),
+    ],
+)
+def test_a_file_that_holds_no_lists_is_refused(visit, address, tmp_path, content, message):
+    (tmp_path / "lists.json").write_text(content)
+    tab = visit(f"{address}#view=lists", wait=".shelf")
+    tab.set_input_files("#listsfile", tmp_path / "lists.json")
+    tab.wait_for_function("text => document.getElementById('toast').textContent.includes(text)", arg=message)
+    assert tab.locator("#whichlist option").count() == 1
+
+
+def test_a_file_of_hostile_lists_is_cut_to_what_lists_are(visit, address, tmp_path):
+    items = [{"hook": toy.HOOK, "latent": n, "remark": "r" * 10_000} for n in (1, -1, 1.5, 2**40, 10**9, "1", None)]
+    items += [None, 7, [], {"hook": 7, "latent": 1}, {"__proto__": 1, "latent": 1}]
+    many = {"name": ["x"], "note": "n" * 10_000, "items": items}
+    (tmp_path / "lists.json").write_text(json.dumps({"lists": [many, *[{"items": [], "name": "a"}] * 100]}))
+    tab = visit(f"{address}#view=lists", wait=".shelf")
+    tab.set_input_files("#listsfile", tmp_path / "lists.json")
+    tab.wait_for_function("document.getElementById('toast').textContent.includes('at most 50 lists')")
+    tab.reload()
+    tab.select_option("#whichlist", "1")
+    tab.wait_for_selector(".shelf li[data-latent='1']")
+    assert [row.get_attribute("data-latent") for row in tab.query_selector_all(".shelf li")] == ["1", str(10**9)]
+    assert (tab.input_value("#listname"), len(tab.input_value("#listnote"))) == ("Unnamed", 4000)
+    assert len(tab.input_value("[aria-label='Remark on #1']")) == 500
 
 
 @pytest.mark.parametrize("pair", ["", "a=0,0", "a=0,0&b=9,0", "a=0,0&b=0,999", "a=0,0&b=x"])

@@ -188,7 +188,7 @@ WRITES = {
     "bridge/explorer/gather.py: _write": "removes scratch in a folder that is being replaced",
     "bridge/explorer/page.py: _put": "into a folder that is being replaced",
     "bridge/explorer/page.py: _publish": "removes a page that is no longer shown",
-    "bridge/lenses/fitting.py: fit_jacobian": "removes an unfinished fit when the finished one is whole",
+    "bridge/lenses/fitting.py: _finish": "removes an unfinished fit when the finished one is whole",
     "bridge/lenses/lens_file.py: save": "into memory",
     "bridge/neuronpedia/dashboard.py: _write_tokens": "into a folder that is being replaced",
     "bridge/neuronpedia/strict.py: write_json": "into a folder that is being replaced",

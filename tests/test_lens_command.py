@@ -1,6 +1,7 @@
 """The command for lenses as its users run it: fit, continue, merge, show, measure."""
 
 import contextlib
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from toy_saes import export, toy_sae, toy_transcoder
 
 import bridge.nanochat
 from bridge import lenses
-from bridge.lenses import fitting, jacobian
+from bridge.lenses import fitting, jacobian, lens_file, tuned
 from bridge.nanochat import tokenizer as tokenizers
 from bridge.run import directory as rundir
 from bridge.training.config import RunConfig
@@ -125,6 +126,60 @@ def test_a_stopped_fit_continues_to_the_same_lens(checkpoint, text, tmp_path):
     assert not fitting.unfinished(out).exists()
     assert lens.provenance["prompts"] == [0, 5]
     assert out.read_bytes() == (tmp_path / "whole.pt").read_bytes()
+
+
+def test_a_stopped_fit_of_a_tuned_lens_continues_to_the_same_bytes(checkpoint, text, tmp_path):
+    nano = bridge.nanochat.load(checkpoint)
+    source, settings = fitting.Text(str(text), "train", LENGTH), tuned.Settings(steps=5, weight_decay=0.01)
+    fitting.fit_tuned(nano, tmp_path / "whole.pt", source, settings, rows=2)
+    out = tmp_path / "parts.pt"
+
+    @contextlib.contextmanager
+    def at_once():
+        yield [signal.SIGINT]
+
+    for resume in (False, True, True):
+        with pytest.raises(fitting.Stopped):
+            fitting.fit_tuned(nano, out, source, settings, rows=2, resume=resume, stop_requests=at_once)
+        assert not out.exists()
+    state = fitting.unfinished(out)
+    assert lenses.load(state).provenance["steps_taken"] == 3
+    with pytest.raises(ValueError, match=r"is an unfinished fit: continue it with --resume"):
+        fitting.fit_tuned(nano, out, source, settings, rows=2)
+    with pytest.raises(ValueError, match=r"has steps 5, this one 6: give the same model, text and settings"):
+        fitting.fit_tuned(nano, out, source, tuned.Settings(steps=6, weight_decay=0.01), rows=2, resume=True)
+    fitting.fit_tuned(nano, out, source, settings, rows=2, resume=True)
+    assert not state.exists()
+    assert out.read_bytes() == (tmp_path / "whole.pt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position": {"turn": 0}}, "the position is of another corpus"),
+        ({"position": "x"}, "cannot be continued"),
+        ({"steps_taken": 10**9}, "steps_taken is 1000000000"),
+        ({"steps_taken": None}, "steps_taken is None"),
+    ],
+)
+def test_a_broken_unfinished_fit_of_a_tuned_lens_is_refused(checkpoint, text, tmp_path, change, message):
+    nano, out = bridge.nanochat.load(checkpoint), tmp_path / "x.pt"
+    source, settings = fitting.Text(str(text), "train", LENGTH), tuned.Settings(steps=5)
+
+    @contextlib.contextmanager
+    def at_once():
+        yield [signal.SIGINT]
+
+    with pytest.raises(fitting.Stopped):
+        fitting.fit_tuned(nano, out, source, settings, stop_requests=at_once)
+    lens, moments = lens_file.load_unfinished(fitting.unfinished(out))
+    changed = dataclasses.replace(lens, provenance={**lens.provenance, **change})
+    lens_file.save(changed, fitting.unfinished(out), torch.float32, moments)
+    with pytest.raises(ValueError, match=message):
+        fitting.fit_tuned(nano, out, source, settings, resume=True)
+    lens_file.save(lens, fitting.unfinished(out))
+    with pytest.raises(ValueError, match="is no unfinished fit of a tuned lens"):
+        fitting.fit_tuned(nano, out, source, settings, resume=True)
 
 
 def test_an_interrupted_command_says_how_to_continue(run, tmp_path):

@@ -50,6 +50,20 @@ def test_hooks_of_a_training_have_lines_of_their_own(sweep):
     assert [panel.get_yscale() for panel in panels] == ["log", "linear", "linear", "linear"]
 
 
+def test_densities_are_drawn_report_by_report_from_the_highest_bin_down(tmp_path):
+    def line(step: int, counts: list, never: int, hook: str = HOOKS[0]) -> str:
+        return json.dumps({"step": step, "hook": hook, "density_histogram": {"counts": counts, "never": never}})
+
+    lines = [line(1, [1, 2, 3, 4], 10), line(2, [5, 5], 10), line(2, [1], 1, HOOKS[1]), line(3, ["x"], 0), "[", "{}"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    densities = plots._densities(tmp_path / "metrics.jsonl")
+    assert densities == {HOOKS[0]: [(1, [1, 2, 3, 4], 10), (2, [5, 5], 10)]}
+    upper, lower, _ = plots._over_training(HOOKS[0], densities[HOOKS[0]]).axes
+    shares = upper.collections[0].get_array().filled(0)
+    np.testing.assert_allclose(np.nan_to_num(shares), [[0.05, 0], [0.1, 0], [0.15, 0.25], [0.2, 0.25]])
+    np.testing.assert_allclose(lower.lines[0].get_ydata(), [0.5, 0.5])
+
+
 def test_pictures_are_written_into_the_run_and_its_sweep(sweep):
     run = Run(sweep / "k8")
     plots.draw(run, run.evaluation)

@@ -55,6 +55,8 @@ MODULES = (
     "test_collect_command",
     "test_explorer_page",
     "test_explorer_share",
+    "test_explorer_two_runs",
+    "test_explorer_lens_page",
     "test_explorer_graphs",
     "test_explorer_tracing",
     "test_explorer_lenses",

@@ -1,7 +1,6 @@
 """Project decoder directions to two dimensions, so that latents that write alike lie close to each other."""
 
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -9,14 +8,6 @@ from jaxtyping import Float, Float32
 MOST = 8192
 """Most latents of a map: t-SNE of more takes minutes."""
 _PERPLEXITY = 20
-
-
-def of_export(folder: Path) -> Float32[np.ndarray, "f 2"] | None:
-    """Return the map of an exported SAE's decoder; None without an export, or where `project` returns None."""
-    from bridge import torch_sae
-    from jsae.saelens.settings import is_complete
-
-    return project(torch_sae.load(folder).W_dec.float().cpu().numpy()) if is_complete(folder) else None
 
 
 def project(W_dec: Float[np.ndarray, "f d"]) -> Float32[np.ndarray, "f 2"] | None:

@@ -8,6 +8,9 @@
                          shard-H-S.js             details of the latents S * 64 to S * 64 + 63 of hook number H
                          texts-N.js               the tokens that the examples of all hooks show
                          timeline-H.js            of a crosscoder over checkpoints: what became of every latent
+                         lens-N.js                lenses on text number N
+                         through-H.js             what latents write through later layers, by the Jacobian lens
+                         across-H.js              of two runs: the latents of the other that write most alike
              graphs/                      attribution graphs (`bridge.explorer.graphs`)
 
 The folder is named by a digest of its content and written atomically; replacing index.html then changes the page in one
@@ -20,8 +23,7 @@ import hashlib
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -29,7 +31,9 @@ from typing import Any
 
 import numpy as np
 
-from bridge.explorer import directions, graphs, timeline
+from bridge.explorer import across, directions, graphs, lens_sample, parts, timeline
+from bridge.explorer.parts import Part
+from bridge.explorer.windows import Shown, is_near, radius_within
 from bridge.run import Run
 from bridge.run.labels import Names
 from jsae import files
@@ -37,10 +41,7 @@ from jsae.records.store import TOP, Store, Texts
 
 BYTES_PER_LATENT = 19_000
 """Limits 500 latents to less than 10 MB; a smaller SAE may take as much as one of 500 latents."""
-RADII = (128, 96, 64, 48, 32, 24, 16, 12, 8)
-"""Tokens to show on either side of an example's strongest one; the first radius that fits is used."""
 SHARD = 64
-_CHUNK = 2**19  # tokens of a file of texts
 _BEFORE, _AFTER = 8, 11  # tokens of a snippet in the list
 _LOGITS = 8  # of a latent in the list
 _PEAKS = 6  # distinct tokens on which a latent is strongest, in the list
@@ -48,7 +49,7 @@ _FORMER = ("manifest.js", "vocabulary.js", "list-*.js", "shard-*.js", "texts-*.j
 """Data files that earlier versions wrote next to index.html."""
 
 
-def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
+def write(run: str | Path, hooks: Sequence[str] | None = None, second: str | Path | None = None) -> Path:
     """Write the page of a run's records; return the path of its `index.html`.
 
     The same records and exports give the same bytes. A run without records gets a page if it has attribution graphs,
@@ -59,20 +60,23 @@ def write(run: str | Path, hooks: Sequence[str] | None = None) -> Path:
     Args:
       run: the run's directory, with its records in explorer/records.
       hooks: which stores to show; None shows all, from the lowest layer up, and () none, but graphs.
+      second: another run on the same model, whose records the page shows beside those of the first.
 
     Raises:
       FileNotFoundError: there are no records and no attribution graphs.
+      ConfigError: the records of the second run do not fit; see `parts.join`.
       StoreError: records are broken, of another version, or of another SAE than the run's export.
       ValueError: the run's labels or notes are broken.
       OSError: the page cannot be written; the former one stays.
     """
     run = Run(run)
-    stores = _stores(run, hooks)
-    names = [Names.read(run.path, store.header.hook) for store in stores]
+    shown = parts.of_run(run, _hooks(run, hooks))
+    if second is not None:
+        shown = parts.join(run, shown, Run(second))
     unnamed = run.explorer_folder / "page"
     with files.replacing_folder(unnamed) as partial:
-        if stores:
-            _write_records(partial, run, stores, names)
+        if shown:
+            _write_records(partial, run, shown)
         else:
             _put(partial, "vocabulary", {"lengths": "", "bytes": ""})
             _put(partial, "manifest", {"run": run.path.resolve().name, "special": [], "hooks": []})
@@ -89,26 +93,57 @@ def is_current(run: Run) -> bool:
     return page.is_file() and _without_folders(page.read_text(encoding="utf-8", errors="replace")) == _index()
 
 
-def _write_records(folder: Path, run: Run, stores: Sequence[Store], names: Sequence[Names]) -> None:
+def _write_records(folder: Path, run: Run, shown: Sequence[Part]) -> None:
     """Write the data files of the records of a page."""
-    texts = stores[0].texts
-    radius = _radius(stores, texts)
-    shown = _Shown.around_examples(stores, texts, radius)
+    rows, texts = parts.tokens(shown), shown[0].store.texts
+    radius = radius_within(shown, rows.shape, _left(shown))
+    cells = Shown.around_examples(shown, rows.shape, radius)
     _put(folder, "vocabulary", _vocabulary(texts))
-    for number, chunk in enumerate(shown.chunks(texts)):
-        _put(folder, f"texts-{number}", chunk)
-    stages = [timeline.of_hook(run, store) for store in stores]
-    for number, (store, named) in enumerate(zip(stores, names, strict=True)):
-        places = directions.of_export(run.sae_folder(store.header.hook))
-        _put(folder, f"list-{number}", _list(store, named, places))
-        if stages[number] is not None:
-            _put(folder, f"timeline-{number}", stages[number])
-        for shard, first in enumerate(range(0, store.header.d_sae, SHARD)):
-            _put(folder, f"shard-{number}-{shard}", _shard(store, first, radius))
-    manifest = _manifest(run.path, stores, names, texts, shown, radius)
-    for info, columns in zip(manifest["hooks"], stages, strict=True):
+    for number, (starts, lengths, tokens) in enumerate(cells.chunks(rows)):
+        columns = {"starts": _b64(starts, "<u4"), "lengths": _b64(lengths, "<u4"), "tokens": _b64(tokens, "<u2")}
+        _put(folder, f"texts-{number}", columns)
+    timelines = [timeline.of_hook(part.run, part.store) for part in shown]
+    for number, (part, stages) in enumerate(zip(shown, timelines, strict=True)):
+        decoder = part.decoder()
+        places = None if decoder is None else directions.project(decoder)
+        _put(folder, f"list-{number}", _list(part.store, part.names, places))
+        if stages is not None:
+            _put(folder, f"timeline-{number}", stages)
+        for shard, first in enumerate(range(0, part.store.header.d_sae, SHARD)):
+            _put(folder, f"shard-{number}-{shard}", _shard(part, first, radius, decoder))
+    manifest = _manifest(run.path, shown, rows, cells, radius)
+    manifest["lenses"] = _lenses(folder, run)
+    for info, columns in zip(manifest["hooks"], timelines, strict=True):
         info["over_checkpoints"] = columns is not None
+    for number, part in enumerate(shown):
+        _, through = lens_sample.read(part.run)
+        manifest["hooks"][number]["through"] = part.hook in through
+        if part.hook in through:
+            _put(folder, f"through-{number}", through[part.hook])
+    for number, alike in _across(folder, shown).items():
+        manifest["hooks"][number]["across"] = alike
     _put(folder, "manifest", manifest)
+
+
+def _lenses(folder: Path, run: Run) -> dict[str, Any]:
+    """Write the tables of lenses; return the names of the lenses, and the text that each table is of."""
+    texts, _ = lens_sample.read(run)
+    for number, text in enumerate(texts):
+        _put(folder, f"lens-{number}", text)
+    return {"names": list(texts[0]["lenses"]) if texts else [], "texts": len(texts)}
+
+
+def _across(folder: Path, shown: Sequence[Part]) -> dict[int, dict[str, int]]:
+    """Write the nearest latents of the other run for every SAE that has such; return how many have one alike."""
+    alike = {}
+    for one, other in across.pairs(shown):
+        rows, others = shown[one].decoder(), shown[other].decoder()
+        assert rows is not None
+        assert others is not None
+        ids, cosines = across.nearest(rows, others)
+        _put(folder, f"across-{one}", {"hook": other, "ids": _b64(ids, "<u4"), "cosines": _b64(cosines, "<f4")})
+        alike[one] = {"hook": other, "alike": int((cosines[:, 0] >= across.ALIKE).sum())}
+    return alike
 
 
 def _put(folder: Path, name: str, data: Any) -> None:
@@ -158,133 +193,59 @@ def _digest(page: Path) -> str:
     return total.hexdigest()[:16]
 
 
-def _stores(run: Run, hooks: Sequence[str] | None) -> list[Store]:
-    """Return the stores of a run, from the lowest layer up, checked against the exports that the run has."""
+def _hooks(run: Run, hooks: Sequence[str] | None) -> Sequence[str]:
+    """Return the hooks to show."""
     if hooks is None and not (hooks := run.recorded_hooks) and not graphs.listed(run):
         raise FileNotFoundError(
             f"no records in {run.records_folder}: `python -m experiments.explore --run_dir={run.path}` gathers them"
         )
-    return sorted(map(run.records, hooks), key=lambda store: (store.header.layer, store.header.hook))
+    return hooks
 
 
-# ---- the visible part of texts -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """The cells (row * T + position) of the texts that the page shows: runs of them, from each start so many."""
-
-    starts: np.ndarray
-    lengths: np.ndarray
-    row_length: int
-
-    @classmethod
-    def around_examples(cls, stores: Sequence[Store], texts: Texts, radius: int) -> "_Shown":
-        """Return all cells within a radius of an example, in its row."""
-        edges = np.zeros(texts.header.rows * texts.header.row_length + 1, np.int64)
-        for store in stores:
-            start, end = _windows(store, radius)
-            edges += np.bincount(start, minlength=len(edges)) - np.bincount(end, minlength=len(edges))
-        kept = np.diff((np.cumsum(edges) > 0).astype(np.int8), prepend=0)
-        starts = np.flatnonzero(kept > 0)
-        return cls(starts, np.flatnonzero(kept < 0) - starts, texts.header.row_length)
-
-    @property
-    def size(self) -> int:
-        return int(self.lengths.sum())
-
-    def cuts(self) -> list[int]:
-        """Return the cells at which a new file of texts begins, each the first of a row."""
-        cuts, size = [0], 0
-        for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True):
-            position = start
-            while position < start + length:  # a run of cells may span many rows
-                end = min(start + length, position - position % self.row_length + self.row_length)
-                row = position - position % self.row_length
-                if size + end - position > _CHUNK and row > cuts[-1]:
-                    cuts.append(row)
-                    size = 0
-                size += end - position
-                position = end
-        return cuts
-
-    def chunks(self, texts: Texts) -> Iterator[dict[str, str]]:
-        """Yield the files of texts: starts and lengths of runs of cells, and their concatenated tokens."""
-        cuts = self.cuts()
-        flat = texts.tokens.reshape(-1)
-        run_ends = self.starts + self.lengths
-        for low, high in zip(cuts, [*cuts[1:], flat.size], strict=True):
-            inside = (run_ends > low) & (self.starts < high)
-            starts, stops = np.maximum(self.starts[inside], low), np.minimum(run_ends[inside], high)
-            tokens = [flat[a:b] for a, b in zip(starts, stops, strict=True)]
-            joined = np.concatenate(tokens) if tokens else flat[:0]
-            yield {"starts": _b64(starts, "<u4"), "lengths": _b64(stops - starts, "<u4"), "tokens": _b64(joined, "<u2")}
-
-
-def _windows(store: Store, radius: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first cell of each example's window, and the cell after its last."""
-    length = store.texts.header.row_length
-    row, position = store["example_row"].astype(np.int64), store["example_position"].astype(np.int64)
-    return row * length + np.maximum(position - radius, 0), row * length + np.minimum(position + radius + 1, length)
-
-
-def _radius(stores: Sequence[Store], texts: Texts) -> int:
-    """Return the largest radius with which the page keeps within `BYTES_PER_LATENT`, else the smallest radius."""
-    latents = sum(store.header.d_sae for store in stores)
-    numbers = 4 * (
-        2 * stores[0]["hist"].shape[1] + 3 * stores[0]["top_logits"].shape[1] + 4 * stores[0]["together"].shape[1]
-    )
-    examples = sum(len(store["example_row"]) for store in stores)
+def _left(shown: Sequence[Part]) -> float:
+    """Return the bytes of a page, within `BYTES_PER_LATENT`, that are left for texts and activations."""
+    first, texts = shown[0].store, shown[0].store.texts
+    latents = sum(part.store.header.d_sae for part in shown)
+    numbers = 4 * (2 * first["hist"].shape[1] + 3 * first["top_logits"].shape[1] + 4 * first["together"].shape[1])
+    decoders = sum(part.store.header.d_sae * part.store.header.d_in for part in shown)
+    examples = sum(len(part.store["example_row"]) for part in shown)
     fixed = 200_000 + 4 / 3 * (len(b"".join(texts.vocabulary)) + 2 * len(texts.vocabulary))
-    fixed += 4 / 3 * (latents * (numbers + 200) + 15 * examples)
-    left = BYTES_PER_LATENT * max(latents, 500) - fixed
-    for radius in RADII:
-        near = sum(int(np.count_nonzero(_near(store, 0, store.header.d_sae, radius))) for store in stores)
-        if 4 / 3 * (2 * _Shown.around_examples(stores, texts, radius).size + 4 * near) <= left:
-            return radius
-    return RADII[-1]
-
-
-def _near(store: Store, first: int, last: int, radius: int) -> np.ndarray:
-    """Return which activations of the latents `first` to `last - 1` lie within a radius of their examples."""
-    low, high = int(store["example_offsets"][first]), int(store["example_offsets"][last])
-    offsets = store["activation_offsets"][low : high + 1]
-    centre = np.repeat(store["example_position"][low:high].astype(np.int64), np.diff(offsets))
-    return np.abs(store["activation_position"][offsets[0] : offsets[-1]] - centre) <= radius
+    fixed += 4 / 3 * (latents * (numbers + 200) + decoders + 15 * examples)
+    return BYTES_PER_LATENT * max(latents, 500) - fixed
 
 
 # ---- the files -----------------------------------------------------------------------------------------------------
 
 
-def _manifest(
-    run: Path, stores: Sequence[Store], names: Sequence[Names], texts: Texts, shown: _Shown, radius: int
-) -> dict[str, Any]:
-    header = texts.header
+def _manifest(run: Path, shown: Sequence[Part], rows: np.ndarray, cells: Shown, radius: int) -> dict[str, Any]:
+    header = shown[0].store.texts.header
     return {
         "run": run.resolve().name,
         "model": header.model,
         "fingerprint": header.fingerprint,
-        "dataset": header.dataset,
-        "split": header.split,
-        "rows": header.rows,
+        "rows": len(rows),
         "row_length": header.row_length,
         "special": list(header.special),
         "radius": radius,
         "shard": SHARD,
-        "texts": shown.cuts(),
+        "texts": cells.cuts(),
         "hooks": [
             {
-                "hook": store.header.hook,
-                "layer": store.header.layer,
-                "d_in": store.header.d_in,
-                "d_sae": store.header.d_sae,
-                "architecture": store.header.architecture,
-                "sae": store.header.sae_sha256,
-                "tokens": store.header.tokens,
-                "direct_path": _number(store.header.direct_path),
-                "other_seeds": 0 if named.recurrence is None else named.recurrence.others,
+                "hook": part.hook,
+                "name": part.name,
+                "run": part.beside,
+                "layer": part.store.header.layer,
+                "d_in": part.store.header.d_in,
+                "d_sae": part.store.header.d_sae,
+                "architecture": part.store.header.architecture,
+                "sae": part.store.header.sae_sha256,
+                "tokens": part.store.header.tokens,
+                "dataset": part.store.texts.header.dataset,
+                "split": part.store.texts.header.split,
+                "direct_path": _number(part.store.header.direct_path),
+                "other_seeds": 0 if part.names.recurrence is None else part.names.recurrence.others,
             }
-            for store, named in zip(stores, names, strict=True)
+            for part in shown
         ],
     }
 
@@ -348,14 +309,18 @@ def _peaks(store: Store, latent: int) -> np.ndarray:
     return np.fromiter(dict.fromkeys(tokens.tolist()), np.uint16)[:_PEAKS]
 
 
-def _shard(store: Store, first: int, radius: int) -> dict[str, Any]:
-    """Return the details of some latents. Activations are in 65535ths of the latent's largest one."""
+def _shard(part: Part, first: int, radius: int, decoder: np.ndarray | None) -> dict[str, Any]:
+    """Return the details of some latents.
+
+    Activations are in 65535ths of the latent's largest one, entries of decoder rows in 127ths of the row's largest one.
+    """
+    store = part.store
     last = min(first + SHARD, store.header.d_sae)
     rows = slice(first, last)
     examples = store["example_offsets"][first : last + 1]
     low, high = int(examples[0]), int(examples[-1])
     offsets = store["activation_offsets"][low : high + 1]
-    near = _near(store, first, last, radius)
+    near = is_near(part, first, last, radius)
     example = np.repeat(np.arange(high - low), np.diff(offsets))
     owner = np.repeat(np.arange(first, last), np.diff(examples))
     largest = np.maximum(store["max"], np.finfo(np.float32).tiny)[owner[example]]
@@ -373,13 +338,20 @@ def _shard(store: Store, first: int, radius: int) -> dict[str, Any]:
         **{name: _b64(store[name][rows], "<f4") for name in ("neighbour_cosines", "together_share")},
         "examples": _b64(examples - low, "<u4"),
         "group": _b64(store["example_group"][low:high], "u1"),
-        "row": _b64(store["example_row"][low:high], "<u4"),
+        "row": _b64(part.first_row + store["example_row"][low:high].astype(np.int64), "<u4"),
         "position": _b64(store["example_position"][low:high], "<u2"),
         "value": _b64(store["example_value"][low:high], "<f4"),
         "activations": _b64(np.concatenate([[0], np.cumsum(np.bincount(example[near], minlength=high - low))]), "<u4"),
         "activation_position": _b64(store["activation_position"][offsets[0] : offsets[-1]][near], "<u2"),
         "activation_share": _b64(np.rint(np.clip(share[near], 0, 1) * 65535), "<u2"),
+        "decoder": "" if decoder is None else _b64(_in_127ths(decoder[rows]), "i1"),
     }
+
+
+def _in_127ths(rows: np.ndarray) -> np.ndarray:
+    """Return rows of whole numbers from -127 to 127, in proportion to each row."""
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    return np.rint(127 * rows / np.where(largest > 0, largest, 1))
 
 
 def _b64(values: Any, dtype: str) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ StopRequests = Callable[[], AbstractContextManager[list[int]]]
 
 
 def unfinished(out: Path) -> Path:
-    """Return the file in which an unfinished fit is kept: the lens of the prompts so far, in float32."""
+    """Return the file in which an unfinished fit is kept: the lens so far, in float32, and what continues it."""
     return out.with_name(f"{out.name}.fit")
 
 
@@ -104,8 +104,7 @@ def fit_jacobian(
             nano.model, fit.counted(ids), settings, mean=mean, report=lambda _: fit.after_prompt(progress, stops)
         )
     lens = fit.lens()
-    lens_file.save(lens, out)
-    unfinished(out).unlink(missing_ok=True)
+    _finish(lens, out)
     return lens
 
 
@@ -145,26 +144,42 @@ def _start(
 ) -> tuple[jacobian.Mean, int]:
     """Return the mean so far, and the number of the next piece of text."""
     state = unfinished(out)
+    _check_state(out, resume)
+    if not resume:
+        return jacobian.Mean(), first_prompt
+    lens = lens_file.load(state, nano.model.lm_head.weight.device)
+    recorded = dict(lens.provenance) | {"first_prompt": span(lens)[0]}
+    _check_recorded(state, recorded, about | {"first_prompt": first_prompt}, "model, text and --first_prompt")
+    moves = lens.provenance.get("moves")
+    assert isinstance(lens, JacobianLens)
+    return jacobian.Mean(lens, moves if isinstance(moves, list) else ()), span(lens)[1]
+
+
+def _finish(lens: JacobianLens | TunedLens, out: Path) -> None:
+    """Write a lens, and remove the unfinished fit that it comes from."""
+    lens_file.save(lens, out)
+    unfinished(out).unlink(missing_ok=True)
+
+
+def _check_state(out: Path, resume: bool) -> None:
+    """Raise ConfigError if the lens exists, or an unfinished fit does where none is continued, or the reverse."""
+    state = unfinished(out)
     require(not out.exists(), f"{out} exists: give another --out, or move it")
     require(
         resume or not state.exists(),
         f"{state} is an unfinished fit: continue it with --resume, or move it to start anew",
     )
-    if not resume:
-        return jacobian.Mean(), first_prompt
-    require(state.exists(), f"there is no unfinished fit at {state}: leave --resume out")
-    lens = lens_file.load(state, nano.model.lm_head.weight.device)
-    expected = about | {"first_prompt": first_prompt}
-    recorded = {name: lens.provenance.get(name) for name in about} | {"first_prompt": span(lens)[0]}
+    require(state.exists() or not resume, f"there is no unfinished fit at {state}: leave --resume out")
+
+
+def _check_recorded(state: Path, recorded: Mapping[str, object], expected: Mapping[str, object], what: str) -> None:
+    """Raise ConfigError if an unfinished fit is of something else."""
     for name, value in expected.items():
         require(
-            recorded[name] == value,
-            f"the unfinished fit {state} has {name} {recorded[name]!r}, this one {value!r}: give the same model, text "
-            "and --first_prompt, or another --out",
+            recorded.get(name) == value,
+            f"the unfinished fit {state} has {name} {recorded.get(name)!r}, this one {value!r}: give the same {what}, "
+            "or another --out",
         )
-    moves = lens.provenance.get("moves")
-    assert isinstance(lens, JacobianLens)
-    return jacobian.Mean(lens, moves if isinstance(moves, list) else ()), span(lens)[1]
 
 
 def span(lens: JacobianLens | TunedLens) -> tuple[int, int]:
@@ -187,9 +202,14 @@ def fit_tuned(
     *,
     rows: int = 4,
     seed: int = 0,
+    resume: bool = False,
+    stop_requests: StopRequests = lambda: nullcontext([]),
     show_progress: bool = False,
 ) -> TunedLens:
-    """Fit a tuned lens and write it to a file. It takes minutes at most, so it is not continued.
+    """Fit a tuned lens and write it to a file.
+
+    Translators, Adam's moments and the place in the text are saved once a minute beside the file (`unfinished`), and
+    when the fit is stopped; they are three times as large as the lens.
 
     Args:
       nano: the model in float32, with its tokenizer.
@@ -198,27 +218,60 @@ def fit_tuned(
       settings: the optimisation.
       rows: rows of text in a batch.
       seed: of the order of the text.
+      resume: continue an unfinished fit, to the same lens.
+      stop_requests: a context in which requests to stop are appended to a list.
       show_progress: whether to show a bar.
 
     Raises:
-      ValueError: the file exists, or a loss is not finite.
+      Stopped: on request; `resume` continues.
+      ValueError: the file exists, a loss is not finite, there is an unfinished fit and `resume` is not given, or none
+        and it is; or it was of another model, text or settings.
       OSError: the file cannot be written.
     """
     settings = settings or tuned.Settings()
-    require(not out.exists(), f"{out} exists: give another --out, or move it")
+    _check_state(out, resume)
     read = {"split": text.split, "row_len": nano.row_length(text.context_length), "seed": seed}
     corpus = Corpus(text.data, nano.tokenizer, **read)
+    about = {"model_fingerprint": nano.fingerprint, "text": corpus.fingerprint}
+    plan = about | dataclasses.asdict(settings) | {"rows": rows}
+    fit = _continued(nano, out, settings, plan, corpus) if resume else tuned.Fit(nano.model, settings)
     device = nano.model.lm_head.weight.device
     batches = (torch.from_numpy(corpus.next_rows(rows)).long().to(device) for _ in range(settings.steps))
-    with Progress("fitting", settings.steps, "steps", console=_console(show_progress)) as progress:
-        lens = tuned.fit(
-            nano.model, batches, settings, report=lambda step, kl: progress.update(step, f"KL {float(kl.mean()):.3f}")
-        )
-    tokens = settings.steps * rows * corpus.row_len
-    about = {"model_fingerprint": nano.fingerprint, "text": corpus.fingerprint, "tokens": tokens}
-    found = dataclasses.replace(lens, provenance=about)
-    lens_file.save(found, out)
+    bar = Progress("fitting", settings.steps, "steps", fit.step, console=_console(show_progress))
+    with bar as progress, stop_requests() as stops:
+        saved = time.monotonic()
+
+        def after_step(step: int, kl: torch.Tensor) -> None:
+            nonlocal saved
+            progress.update(step, f"KL {float(kl.mean()):.3f}")
+            if stops or time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+                place = plan | {"steps_taken": step, "position": corpus.position()}
+                lens_file.save(
+                    dataclasses.replace(fit.lens, provenance=place), unfinished(out), torch.float32, fit.moments()
+                )
+                saved = time.monotonic()
+            if stops:
+                raise Stopped
+
+        lens = tuned.fit(nano.model, batches, begun=fit, report=after_step)
+    found = dataclasses.replace(lens, provenance=about | {"tokens": settings.steps * rows * corpus.row_len})
+    _finish(found, out)
     return found
+
+
+def _continued(nano: Nanochat, out: Path, settings: tuned.Settings, plan: dict[str, Any], corpus: Corpus) -> tuned.Fit:
+    """Return an unfinished fit, and put the corpus where it was."""
+    state = unfinished(out)
+    lens, moments = lens_file.load_unfinished(state, nano.model.lm_head.weight.device)
+    _check_recorded(state, lens.provenance, plan, "model, text and settings")
+    check_fits(lens, nano.model, nano.fingerprint)
+    step = lens.provenance.get("steps_taken")
+    try:
+        require(type(step) is int and 0 < step <= settings.steps, f"steps_taken is {step!r}")
+        corpus.seek(lens.provenance["position"])  # type: ignore[arg-type]  # anything that is no position is refused
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(f"the unfinished fit {state} cannot be continued, move it to start anew: {error}") from error
+    return tuned.Fit(nano.model, settings, lens, moments, step)  # type: ignore[arg-type]
 
 
 def measure(

@@ -10,9 +10,9 @@ without torch's unpickler (`bridge.nanochat.torch_file`), and everything in them
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from bridge.nanochat import torch_file
 from bridge.nanochat.names import shown
 from jsae import files
 
+_Parsed = TypeVar("_Parsed")
+MOMENTS = {"A_mean": 2, "A_square": 2, "b_mean": 1, "b_square": 1}
+"""Adam's moments of the matrices and biases of a tuned lens by name, with their dimensions, in an unfinished fit."""
 _READ_AT = {"capture_point": "block_output", "stream_reduce": "none"}
 """The activation that a lens reads, in the words of Neuronpedia: a block's output, the only stream of a nanochat."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -31,13 +34,19 @@ _MOST_PROMPTS = 2**48
 _LONGEST_TEXT = 1000
 
 
-def save(lens: FittedLens, path: Path, dtype: torch.dtype | None = None) -> None:
+def save(
+    lens: FittedLens,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    moments: Mapping[str, Mapping[int, Tensor]] | None = None,
+) -> None:
     """Write a lens atomically.
 
     Args:
       lens: the lens.
       path: the file; its folder is created if it is missing.
       dtype: of the numbers; None is float16 for a Jacobian lens, as the format says, and float32 for a tuned one.
+      moments: of an unfinished fit of a tuned lens, those of `MOMENTS`.
 
     Raises:
       ValueError: a number is not finite or does not fit the dtype.
@@ -49,6 +58,7 @@ def save(lens: FittedLens, path: Path, dtype: torch.dtype | None = None) -> None
         kind = dtype or torch.float32
         parts = {"A": _stored(lens.matrices, kind), "b": _stored(lens.biases, kind)}
         content = parts | {"signs": {layer: lens.signs[layer] for layer in lens.layers}}
+    content |= {name: _stored(part, torch.float32) for name, part in (moments or {}).items()}
     content |= {
         "source_layers": list(lens.layers),
         "d_model": lens.width,
@@ -68,13 +78,40 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> FittedLens:
       ValueError: it is damaged, contains more than tensors and plain values (it is never executed), or is not a lens;
         names the file and the part.
     """
-    path = Path(path)
+    return _read(Path(path), lambda content: _parse(content, device))
+
+
+def load_unfinished(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[TunedLens, Mapping[str, Mapping[int, Tensor]]]:
+    """Read an unfinished fit of a tuned lens: the lens, and Adam's moments by name and layer.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`; or it is no such fit.
+    """
+
+    def parse(content: Any) -> tuple[TunedLens, Mapping[str, Mapping[int, Tensor]]]:
+        lens = _parse(content, device)
+        if not isinstance(lens, TunedLens) or not set(MOMENTS) <= set(content):
+            raise ValueError(f"a {lens.name} lens without {', '.join(MOMENTS)} is no unfinished fit of a tuned lens")
+        moments = {name: _tensors(content, name, dimensions, device) for name, dimensions in MOMENTS.items()}
+        for name, part in moments.items():
+            sizes = {layer: len(tensor) for layer, tensor in part.items()}
+            if sizes != {layer: len(matrix) for layer, matrix in lens.matrices.items()}:
+                raise ValueError(f"A and {name} have other layers or widths: it is broken")
+        return lens, moments
+
+    return _read(path, parse)
+
+
+def _read(path: Path, parse: Callable[[Any], _Parsed]) -> _Parsed:
+    """Return what `parse` makes of the content of a file."""
     if not path.is_file():
         raise FileNotFoundError(f"no lens at {path}: fit one with `python -m experiments.lens --fit=jacobian`")
     try:
         content = torch_file.read(path)
         _check_size(content, path.stat().st_size)
-        return _parse(content, device)
+        return parse(content)
     except ValueError as error:
         raise ValueError(f"{path} is not a lens that can be read: {error}") from error
 

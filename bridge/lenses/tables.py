@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -110,6 +110,22 @@ def assembled(name: str, rows: Sequence[Row]) -> Table:
     """Return the table of some rows by a lens."""
     layers, *parts = zip(*rows, strict=True)
     return Table(name, tuple(layers), *(torch.stack(part) for part in parts))
+
+
+def as_json(table: Table) -> dict[str, Any]:
+    """Return a table as the explorer's page takes it, with `rounded` numbers."""
+    return {
+        "layers": list(table.layers),
+        "ids": table.tokens.tolist(),
+        "probabilities": rounded(table.probabilities),
+        "ranks": table.ranks.tolist(),
+        "entropy": rounded(table.entropy),
+    }
+
+
+def rounded(numbers: Tensor) -> Any:
+    """Return numbers as nested lists, with four decimals; those that are not finite as 0, which JSON lacks."""
+    return torch.nan_to_num(numbers.double(), 0.0, 0.0, 0.0).mul(1e4).round().div(1e4).tolist()
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ in the mean over positions, the model is frozen, and translators start as the id
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,10 @@ from bridge.circuits.frozen import check_model
 from bridge.lenses.lens import TunedLens
 from bridge.lenses.paths import direct_paths
 from bridge.lenses.streams import read, unembed
+
+Moments = Mapping[str, Mapping[int, Tensor]]
+"""Adam's moments by name, those of `bridge.lenses.lens_file.MOMENTS`, and layer."""
+_ADAM = {"mean": "exp_avg", "square": "exp_avg_sq"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +55,86 @@ def new(model: nn.Module) -> TunedLens:
     )
 
 
+class Fit:
+    """A fit in progress: translators, Adam's moments, and the number of steps that were taken.
+
+    Args:
+      model: a nanochat in float32 or float64.
+      settings: the optimisation.
+      lens: translators to continue with; None starts with those of `new`.
+      moments: Adam's moments of these, from `moments`; None for a new lens.
+      step: steps that were taken.
+
+    Raises:
+      ValueError: the model is another or too coarse.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        lens: TunedLens | None = None,
+        moments: Moments | None = None,
+        step: int = 0,
+    ):
+        check_model(model, "tuned lenses")
+        self._model, self.settings, self.step = model, settings, step
+        with torch.inference_mode(False):
+            self.lens = lens or new(model)
+        self._weights = [*self.lens.matrices.values(), *self.lens.biases.values()]
+        for weight in self._weights:
+            weight.requires_grad_()
+        self._optimizer = torch.optim.AdamW(
+            self._weights, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        if moments is not None:
+            parts = {kind: [*moments[f"A_{kind}"].values(), *moments[f"b_{kind}"].values()] for kind in _ADAM}
+            for number, weight in enumerate(self._weights):
+                own = {name: parts[kind][number].clone() for kind, name in _ADAM.items()}
+                self._optimizer.state[weight] = {"step": torch.tensor(float(step))} | own
+
+    def take_step(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, " L"]:
+        """Take a step on a batch; return the KL divergence by layer in nats, before it.
+
+        Raises:
+          ValueError: a loss is not finite.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            self._optimizer.param_groups[0]["lr"] = self.settings.learning_rate * (1 - self.step / self.settings.steps)
+            self._optimizer.zero_grad()
+            losses = _losses(self._model, self.lens, tokens)
+            self.step += 1
+            if not torch.isfinite(losses).all():
+                raise ValueError(
+                    f"the loss of step {self.step} is not finite: give a lower learning rate, or check the model"
+                )
+            self._optimizer.step()
+        return losses
+
+    def moments(self) -> Moments:
+        """Return Adam's moments by name and layer, after at least one step."""
+        kept: dict[str, dict[int, Tensor]] = {}
+        for part, weights in {"A": self.lens.matrices, "b": self.lens.biases}.items():
+            for kind, name in _ADAM.items():
+                kept[f"{part}_{kind}"] = {
+                    layer: self._optimizer.state[weight][name] for layer, weight in weights.items()
+                }
+        return kept
+
+    def finished(self) -> TunedLens:
+        """Return the lens, whose tensors need no gradient any more."""
+        for weight in self._weights:
+            weight.requires_grad_(False)
+            weight.grad = None
+        return self.lens
+
+
 def fit(
     model: nn.Module,
     batches: Iterable[Int[Tensor, "_ _"]],
     settings: Settings | None = None,
     *,
+    begun: Fit | None = None,
     report: Callable[[int, Float[Tensor, " L"]], None] = lambda step, losses: None,
 ) -> TunedLens:
     """Return a lens that is fitted on batches of rows.
@@ -63,46 +143,20 @@ def fit(
       model: a nanochat in float32 or float64.
       batches: token ids, on the model's device; one per step.
       settings: the optimisation.
+      begun: a fit with these settings, which is continued; the batches are those of its further steps.
       report: called after every step with its number, from 1, and the KL divergence by layer in nats.
 
     Raises:
       ValueError: the model is another or too coarse, there are fewer batches than steps, or a loss is not finite.
     """
-    check_model(model, "tuned lenses")
-    settings = settings or Settings()
-    with torch.inference_mode(False), torch.enable_grad():
-        return _fit(model, batches, settings, report)
-
-
-def _fit(
-    model: nn.Module,
-    batches: Iterable[Int[Tensor, "_ _"]],
-    settings: Settings,
-    report: Callable[[int, Float[Tensor, " L"]], None],
-) -> TunedLens:
-    lens = new(model)
-    weights = [*lens.matrices.values(), *lens.biases.values()]
-    for weight in weights:
-        weight.requires_grad_()
-    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
-    step = 0
-    for step, tokens in enumerate(batches, 1):
-        optimizer.zero_grad()
-        losses = _losses(model, lens, tokens)
-        if not torch.isfinite(losses).all():
-            raise ValueError(f"the loss of step {step} is not finite: give a lower learning rate, or check the model")
-        optimizer.step()
-        schedule.step()
-        report(step, losses)
-        if step == settings.steps:
-            break
-    if step < settings.steps:
-        raise ValueError(f"there are batches for {step} steps of {settings.steps}: give more text, or fewer steps")
-    for weight in weights:
-        weight.requires_grad_(False)
-        weight.grad = None
-    return lens
+    fit = begun or Fit(model, settings or Settings())
+    steps = fit.settings.steps
+    for tokens in itertools.islice(batches, steps - fit.step):
+        losses = fit.take_step(tokens)
+        report(fit.step, losses)
+    if fit.step < steps:
+        raise ValueError(f"there are batches for {fit.step} steps of {steps}: give more text, or fewer steps")
+    return fit.finished()
 
 
 def _losses(model: nn.Module, lens: TunedLens, tokens: Int[Tensor, "B T"]) -> Float[Tensor, " L"]:

@@ -18,6 +18,7 @@
     explorer/graphs/            attribution graphs that the page shows
     explorer/records/HOOK/      records of an SAE (`jsae.records.store`); their texts are in records/texts/; of a
                                 checkpoint's own SAE also losses.json, of every checkpoint where each latent fires
+    explorer/records/lenses.json    lenses on a few of these texts, and what latents write by the Jacobian lens
     explorer/notes.jsonl        labels and notes that people wrote
     neuronpedia/FOLDER/         files in the format of another tool, a folder per format
     neuronpedia/upload/         bodies of requests to Neuronpedia
@@ -134,6 +135,11 @@ class Layout:
     def store_folder(self, hook: str) -> Path:
         """The records of one SAE."""
         return self.records_folder / hook
+
+    @property
+    def lens_tables_file(self) -> Path:
+        """Lenses on a few texts of the records, and on the directions of latents."""
+        return self.records_folder / "lenses.json"
 
     def losses_file(self, hook: str) -> Path:
         """Losses of every checkpoint on the texts of the latents, beside the records of a checkpoint's own SAE."""

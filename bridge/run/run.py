@@ -169,10 +169,25 @@ class Run(Layout):
         from jsae.records.store import Store
 
         hook = exports.choose(self.path, self.recorded_hooks, hook, "records") if hook is None else hook
+        return Store(self.store_folder(hook), exports.known_digest(self._recorded_folder(hook)), hook)
+
+    def recorded_export(self, hook: str) -> Path | None:
+        """Return the folder of the exported SAE whose records a hook has; None if it is not there.
+
+        Raises:
+          StoreError: the records are broken, or of another version.
+        """
+        from jsae.saelens.settings import is_complete
+
+        folder = self._recorded_folder(hook)
+        return folder if is_complete(folder) else None
+
+    def _recorded_folder(self, hook: str) -> Path:
+        from jsae.records.store import Store
+
         stage = Store(self.store_folder(hook), hook=hook).header.settings.get("stage")
         known = stage in exports.stages(self.path, hook)  # the name comes from a file
-        export = self.stage_folder(str(stage), hook) if known else self.sae_folder(hook)
-        return Store(self.store_folder(hook), exports.known_digest(export), hook)
+        return self.stage_folder(str(stage), hook) if known else self.sae_folder(hook)
 
     @property
     def labels(self) -> Mapping[str, Names]:

@@ -31,14 +31,7 @@ async def table(session: Session, ids: Sequence[int], name: str, top: int) -> di
     rows, remaining = [], tables.table_rows(model, session.lenses[name], streams, tokens, top=top)
     while (row := await session.run(next, remaining, None)) is not None:
         rows.append(row)
-    found = tables.assembled(name, rows)
-    return {
-        "layers": list(found.layers),
-        "ids": found.tokens.tolist(),
-        "probabilities": _rounded(found.probabilities),
-        "ranks": found.ranks.tolist(),
-        "entropy": _rounded(found.entropy),
-    }
+    return tables.as_json(tables.assembled(name, rows))
 
 
 def written(session: Session, hook: str, index: int) -> dict[str, Any]:
@@ -63,15 +56,10 @@ def written(session: Session, hook: str, index: int) -> dict[str, Any]:
             {
                 "name": one.lens,
                 "top": one.top.tolist(),
-                "top_values": _rounded(one.top_values),
+                "top_values": tables.rounded(one.top_values),
                 "bottom": one.bottom.tolist(),
-                "bottom_values": _rounded(one.bottom_values),
+                "bottom_values": tables.rounded(one.bottom_values),
             }
             for one in found
         ],
     }
-
-
-def _rounded(numbers: torch.Tensor) -> Any:
-    """Return numbers as nested lists, with four decimals; those that are not finite as 0, which JSON lacks."""
-    return torch.nan_to_num(numbers.double(), 0.0, 0.0, 0.0).mul(1e4).round().div(1e4).tolist()

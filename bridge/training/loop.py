@@ -298,6 +298,15 @@ def find_rates(
 
 
 def _values(members: Sequence[Member], step: int, states: States, window: AllSums) -> list[dict[str, Any]]:
-    """Return the reported metrics of every SAE, from `window`, the sums since the last report."""
+    """Return the reported metrics of every SAE, from `window`, the sums since the last report.
+
+    The steps count on how many tokens each latent fires anyway: its histogram costs no time on the device.
+    """
+    window = processes.fetch(window)
     summaries = loop.summaries(members, step, states, window)
-    return [{name: summary[name] for name in _REPORTED} | {"activations": summary["tokens"]} for summary in summaries]
+    return [
+        {name: summary[name] for name in _REPORTED}
+        | {"density_histogram": metrics.histogram(metrics.density(sums), summary["tokens"])}
+        | {"activations": summary["tokens"]}
+        for summary, sums in zip(summaries, window, strict=True)
+    ]

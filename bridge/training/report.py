@@ -83,7 +83,8 @@ class Reporter:
 
         Args:
           step: steps taken.
-          values: the metrics of every SAE since the last report, and `activations`, the number since then.
+          values: the metrics of every SAE since the last report, and `activations`, the number since then. A metric
+            that is no number, such as a histogram, is only in the line.
           tokens: tokens that the model read since the last report.
         """
         if self._silent:
@@ -98,7 +99,7 @@ class Reporter:
             line = {"step": step, "hook": trainee.name, **metrics}
             self._lines[trainee.folder].append(json.dumps(line))
             prefix = f"{trainee.label}/" if len(self._trainees) > 1 else ""
-            scalars |= {prefix + name: value for name, value in metrics.items()}
+            scalars |= {prefix + name: value for name, value in metrics.items() if not isinstance(value, dict)}
         self._events.add(step, scalars)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)

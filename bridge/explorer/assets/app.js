@@ -4,16 +4,15 @@
 (() => {
   const { el } = jsae;
   const main = document.getElementById("main");
+  const SERVED = ["text", "lens", "steer", "checkpoints"]; // views that need the server
   const at = { hook: 0, latent: null, view: "" };
   let turn = 0;
 
   /* ---- addresses: #latent=3, #hook=blocks.2.hook_resid_post&latent=3, #view=text ---- */
 
-  const hookNumber = (name) => jsae.data.manifest.hooks.findIndex((one) => one.hook === name);
-
   function link(latent, hook = at.hook) {
     const { hooks } = jsae.data.manifest;
-    return hooks.length > 1 ? `#hook=${encodeURIComponent(hooks[hook].hook)}&latent=${latent}` : `#latent=${latent}`;
+    return hooks.length > 1 ? `#hook=${encodeURIComponent(hooks[hook].name)}&latent=${latent}` : `#latent=${latent}`;
   }
 
   function latentLink(list, latent) {
@@ -23,9 +22,11 @@
 
   function read() {
     const asked = new URLSearchParams(location.hash.slice(1));
-    const hook = asked.has("hook") ? hookNumber(asked.get("hook")) : at.hook;
     const latent = /^\d+$/.test(asked.get("latent") ?? "") ? Number(asked.get("latent")) : null;
-    return { hook, latent, view: asked.get("view") ?? "", asked };
+    const view = asked.get("view") ?? "";
+    const hook = asked.has("hook") ? jsae.data.hookNumber(asked.get("hook")) : at.hook;
+    const other = jsae.live && SERVED.includes(view) && jsae.data.manifest.hooks[hook]?.run; // the server has only its own run
+    return { hook: other ? 0 : hook, latent, view, asked };
   }
 
   async function route() {
@@ -57,7 +58,8 @@
       if (latent !== null) await jsae.latent.show(main, hook, latent, still);
       else await (shownWith(view, list) || jsae.overview).show(main, list, asked, still);
       if (still()) jsae.list.keep();
-      if (still() && jsae.live && (latent !== null || ["text", "checkpoints", "lens"].includes(view))) jsae.address.keep({ text: jsae.trace.state.text });
+      if (still() && view && jsae.data.manifest.hooks.length > 1) jsae.address.keep({ hook: jsae.data.manifest.hooks[hook].name });
+      if (still() && jsae.live && (latent !== null || (SERVED.includes(view) && view !== "steer"))) jsae.address.keep({ text: jsae.trace.state.text });
     } catch (error) {
       if (still()) main.replaceChildren(el("p", { class: "pad bad", role: "alert" }, error.message));
     }
@@ -66,7 +68,8 @@
   /* Return what draws a view: some need a server, some a run on several checkpoints. */
   const shownWith = (view, list) => new Map(Object.entries({
     lists: jsae.lists, compare: jsae.compare, film: list.timeline && jsae.film,
-    ...(jsae.live && { text: jsae.trace, lens: jsae.lens, steer: jsae.steer, checkpoints: jsae.live.checkpoints?.length && jsae.checkpoints }),
+    lens: (jsae.live || jsae.data.manifest.lenses.texts > 0) && jsae.lens,
+    ...(jsae.live && { text: jsae.trace, steer: jsae.steer, checkpoints: jsae.live.checkpoints?.length && jsae.checkpoints }),
   })).get(view);
 
   async function showGraph(hook, asked, still) {
@@ -78,7 +81,12 @@
 
   /* Mark the tab of a view. */
   function mark(view) {
-    for (const tab of document.querySelectorAll("#tabs a")) tab.toggleAttribute("aria-current", tab.dataset.view === view);
+    const row = document.getElementById("tabs");
+    for (const tab of row.children) {
+      tab.toggleAttribute("aria-current", tab.dataset.view === view);
+      // scrollIntoView would also move the place from which Tab goes on
+      if (tab.dataset.view === view) row.scrollLeft = tab.offsetLeft - row.offsetLeft - (row.clientWidth - tab.offsetWidth) / 2;
+    }
   }
 
   /* ---- keyboard ---- */
@@ -132,7 +140,8 @@
     const film = hooks.some((one) => one.over_checkpoints);
     const tabs = [...(hooks.length ? [["", "Latents", "#"], ["overview", "Overview", "#view=overview", true]] : []),
       ...(film ? [["film", "Film", "#view=film"]] : []),
-      ...(jsae.live && hooks.length ? [["text", "Your text", "#view=text"], ...(jsae.live.checkpoints?.length ? [["checkpoints", "Checkpoints", "#view=checkpoints"]] : []), ["lens", "Lenses", "#view=lens"]] : []),
+      ...(jsae.live && hooks.length ? [["text", "Your text", "#view=text"], ...(jsae.live.checkpoints?.length ? [["checkpoints", "Checkpoints", "#view=checkpoints"]] : [])] : []),
+      ...(hooks.length && (jsae.live || jsae.data.manifest.lenses.texts) ? [["lens", "Lenses", "#view=lens"]] : []),
       ...(steered ? [["steer", "Steer", "#view=steer"]] : []),
       ...(hooks.length ? [["lists", "Lists", "#view=lists"]] : []),
       ...(graphs ? [["graph", "Graphs", "#view=graph"]] : [])];
@@ -146,9 +155,9 @@
     const manifest = await jsae.data.open();
     document.getElementById("run").textContent = manifest.run;
     const choice = document.getElementById("hook");
-    choice.append(...manifest.hooks.map((one, i) => el("option", { value: i }, one.hook)));
+    choice.append(...manifest.hooks.map((one, i) => el("option", { value: i }, one.name)));
     choice.addEventListener("change", () => {
-      const hook = encodeURIComponent(manifest.hooks[Number(choice.value)].hook);
+      const hook = encodeURIComponent(manifest.hooks[Number(choice.value)].name);
       location.hash = at.view ? `#hook=${hook}&view=${at.view}` : `#hook=${hook}`;
     });
     choice.parentElement.hidden = manifest.hooks.length < 2;

@@ -22,23 +22,28 @@
       el("div", { class: "twins" }, [a, b].map(side))));
   }
 
-  /* Return what the records say of both: only the nearest of one activation know each other. */
+  /* Return what is known of both. Directions are compared where both SAEs write at one hook, firing within one SAE. */
   function relation(a, b) {
-    if (a.list !== b.list) return `${a.list.info.hook} and ${b.list.info.hook}: directions of different activations are not compared.`;
-    const of = (pairs, latent) => pairs.find(({ id }) => id === latent)?.value;
-    const cosine = of(a.neighbours, b.latent) ?? of(b.neighbours, a.latent);
-    const share = of(a.together, b.latent);
-    return [cosine === undefined ? "Neither is among the other's nearest decoder directions." : `Cosine of the decoder directions: ${cosine.toFixed(2)}.`,
+    const { hook: other } = a.list.info.across ?? {};
+    if (a.list !== b.list && other !== b.list.hook) {
+      return `${a.list.info.name} and ${b.list.info.name}: directions of different activations are not compared.`;
+    }
+    const cosine = jsae.data.cosine(a.decoder, b.decoder);
+    const share = a.list === b.list ? a.together.find(({ id }) => id === b.latent)?.value : undefined;
+    return [Number.isNaN(cosine) ? "The decoder directions are not known: an SAE's export is missing." : `Cosine of the decoder directions: ${cosine.toFixed(2)}.`,
       share === undefined ? "" : ` #${b.latent} fires on ${percent(share)} of the tokens of #${a.latent}.`].join("");
   }
+
+  /* Return the address of a comparison of two latents, each [number of the hook, latent]. */
+  const link = (a, b) => `#view=compare&a=${a.join()}&b=${b.join()}`;
 
   function side(details) {
     const { list, latent } = details;
     const { fires, writes, contexts } = jsae.latent.parts;
     return el("section", { "data-latent": latent }, el("h2", {}, jsae.latentLink(list, latent)),
-      el("p", { class: "quiet small" }, `${list.info.hook} · density ${percent(list.density(latent))} · largest ${number(list.max[latent])} · fired ${whole(list.count[latent])} times`),
+      el("p", { class: "quiet small" }, `${list.info.name} · density ${percent(list.density(latent))} · largest ${number(list.max[latent])} · fired ${whole(list.count[latent])} times`),
       fires(details), writes(details), contexts(details, jsae.tokens.walk(el("div", { class: "groups" }), `Texts of #${latent}`)));
   }
 
-  jsae.compare = { show };
+  jsae.compare = { show, link };
 })();

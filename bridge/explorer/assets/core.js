@@ -145,6 +145,23 @@ window.jsae = {};
     toast(`${what} copied`);
   }
 
+  /* Save data as a file with this name, in JSON. */
+  function saveJson(name, data) {
+    const blob = new Blob([JSON.stringify(data, null, 1)], { type: "application/json" });
+    const link = el("a", { href: URL.createObjectURL(blob), download: `${name.replace(/[^\w.-]+/g, "_") || "unnamed"}.json` });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  }
+
+  /* Return a button with which a person chooses a file of JSON. */
+  function fileButton(text, act, props, id) {
+    const file = el("input", { type: "file", id, class: "away", accept: ".json,application/json", tabindex: -1, on: { change: () => {
+      if (file.files.length) act(file.files[0]);
+      file.value = ""; // the same file may be chosen again
+    } } });
+    return [el("button", { type: "button", class: "plain", ...props, on: { click: () => file.click() } }, text), file];
+  }
+
   /* Return a function that runs `act` after it has not been called for some time. */
   function later(act, milliseconds) {
     let timer = 0;
@@ -185,6 +202,6 @@ window.jsae = {};
 
   Object.assign(jsae, {
     el, svg, number, percent, short, whole: (value) => whole.format(value), load, watchTips, toast, copy, later,
-    icon, segmented, remembered,
+    icon, segmented, remembered, saveJson, fileButton,
   });
 })();

@@ -23,6 +23,8 @@
   const data = { manifest: null, notes: [] }; // notes: those of people, from the server
   const lists = new Map();
   const texts = new Map();
+  const nearest = new Map();
+  const written = new Map();
 
   /* Load the manifest and the vocabulary. */
   data.open = async () => {
@@ -34,6 +36,12 @@
 
   data.isTranscoder = ({ architecture }) => architecture.endsWith("transcoder");
 
+  /* Return whether the server, if there is one, has the SAE of a hook: it has those of the page's own run. */
+  data.isServed = (info) => Boolean(jsae.live) && !info.run;
+
+  /* Return the number of the hook of this name; names of a second run begin with the name of the run. */
+  data.hookNumber = (name) => data.manifest.hooks.findIndex((one) => one.name === name);
+
   /* Load the list of latents of hook number `hook`. */
   data.list = (hook) => {
     if (!lists.has(hook)) {
@@ -41,7 +49,7 @@
       lists.set(hook, Promise.all([load(`list-${hook}`), compared && load(`timeline-${hook}`)]).then(([file, timeline]) => {
         const list = new Latents(hook, file);
         if (timeline) list.timeline = new jsae.stages.Timeline(timeline, column);
-        for (const note of data.notes) if (note.hook === list.info.hook) list.name(note);
+        for (const note of data.notes) if (note.hook === list.info.name) list.name(note);
         return list;
       }));
     }
@@ -162,7 +170,41 @@
       logitHist: row("logit_hist"), logitRange: row("logit_range"),
       top: pairs("top_logits", "top_logit_values"), bottom: pairs("bottom_logits", "bottom_logit_values"),
       neighbours: pairs("neighbours", "neighbour_cosines"), together: pairs("together", "together_share"),
+      decoder: row("decoder"), across: await across(hook, latent), through: await through(hook, latent),
     };
+  };
+
+  /* Return the latents of the other run that write most alike, with their cosines; null where none is compared. */
+  async function across(hook, latent) {
+    if (!data.manifest.hooks[hook].across) return null;
+    if (!nearest.has(hook)) {
+      nearest.set(hook, load(`across-${hook}`).then((file) => (
+        { hook: file.hook, ids: column(file.ids, Uint32Array), cosines: column(file.cosines, Float32Array) })));
+    }
+    const [table, list] = [await nearest.get(hook), await data.list(data.manifest.hooks[hook].across.hook)];
+    const each = table.ids.length / data.manifest.hooks[hook].d_sae;
+    const pairs = Array.from(table.ids.subarray(latent * each, (latent + 1) * each), (id, i) => ({ id, value: table.cosines[latent * each + i] }));
+    return { list, pairs };
+  }
+
+  /* Return what a latent writes through later layers, by the Jacobian lens of its run; null where there is none. */
+  async function through(hook, latent) {
+    const { through: has, d_sae: size } = data.manifest.hooks[hook];
+    if (!has) return null;
+    if (!written.has(hook)) written.set(hook, load(`through-${hook}`));
+    const file = await written.get(hook);
+    const pairs = (ids, values) => {
+      const all = [column(file[ids], Uint16Array), column(file[values], Float32Array)];
+      const each = all[0].length / size;
+      return Array.from({ length: each }, (_, i) => ({ id: all[0][latent * each + i], value: all[1][latent * each + i] }));
+    };
+    return { ...file, top: pairs("top", "top_values"), bottom: pairs("bottom", "bottom_values") };
+  }
+
+  /* Return the cosine of two decoder rows of one width; NaN where one is not known. */
+  data.cosine = (a, b) => {
+    const dot = (x, y) => x.reduce((sum, value, i) => sum + value * y[i], 0);
+    return a.length && a.length === b.length ? dot(a, b) / Math.sqrt(dot(a, a) * dot(b, b)) : NaN;
   };
 
   const SHARD_COLUMNS = {
@@ -171,6 +213,7 @@
     bottom_logit_values: Float32Array, neighbours: Uint32Array, together: Uint32Array, neighbour_cosines: Float32Array,
     together_share: Float32Array, examples: Uint32Array, group: Uint8Array, row: Uint32Array, position: Uint16Array,
     value: Float32Array, activations: Uint32Array, activation_position: Uint16Array, activation_share: Uint16Array,
+    decoder: Int8Array,
   };
   const shards = new Map();
 

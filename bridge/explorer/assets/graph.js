@@ -206,7 +206,6 @@
 
   /* Draw the choice of a graph, and what opens and saves one. */
   function drawWhich() {
-    const file = el("input", { type: "file", id: "graphfile", class: "away", accept: ".json,application/json", tabindex: -1, on: { change: () => { if (file.files.length) openFile(file.files[0]); } } });
     const kind = state.key.split(" ")[0];
     const options = state.list.map(({ slug, prompt }) => el("option", { value: slug }, jsae.graphDraw.cut(jsae.tokens.line(prompt), 40) || slug));
     const other = state.key && (kind !== "graph" || !state.list.some(({ slug }) => `graph ${slug}` === state.key));
@@ -214,17 +213,14 @@
       other && el("option", { value: "" }, jsae.graphDraw.cut(jsae.tokens.line(state.key.slice(kind.length + 1)), 40)), options);
     if (!other) choice.value = state.key.slice("graph ".length);
     parts.which.replaceChildren(...[options.length + (other ? 1 : 0) > 1 && choice,
-      el("button", { type: "button", class: "plain", id: "openfile", title: "Open a graph file of circuit-tracer, Neuronpedia or experiments.trace; or drop it here", on: { click: () => file.click() } }, "Open …"), file,
+      ...jsae.fileButton("Open …", openFile, { id: "openfile", title: "Open a graph file of circuit-tracer, Neuronpedia or experiments.trace; or drop it here" }, "graphfile"),
       state.graph && el("button", { type: "button", class: "plain", id: "savegraph", title: "Save the graph with what is pinned and grouped", on: { click: save } }, "Save"),
       state.graph && kind !== "file" && el("button", { type: "button", class: "plain", id: "copylink", on: { click: () => jsae.copy(location.href, "Link") } }, "Copy link")].filter(Boolean));
   }
 
   function save() {
     const { graph, view } = state;
-    const blob = new Blob([JSON.stringify(jsae.graphFile.saved(graph, view))], { type: "application/json" });
-    const link = el("a", { href: URL.createObjectURL(blob), download: `${graph.slug.replace(/[^\w.-]/g, "_") || "graph"}.json` });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    jsae.saveJson(graph.slug, jsae.graphFile.saved(graph, view));
   }
 
   function say(text, bad = false) {

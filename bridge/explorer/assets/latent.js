@@ -32,8 +32,8 @@
     return el("header", { class: "title" },
       el("div", { class: "line" }, el("a", { class: "plain back", href: "#" }, "‹ All"),
         el("span", { class: "id" }, `#${latent}`), step(-1, "Previous (k)", "‹"), step(1, "Next (j)", "›"), el("span", { class: "grow" }),
-        jsae.live && el("button", { type: "button", class: "plain", id: "rename", on: { click: () => jsae.trace.rename(list, latent) } }, "Name it"),
-        jsae.live && !jsae.data.isTranscoder(list.info) && el("button", { type: "button", class: "plain strong", id: "push", on: { click: () => jsae.steer.add(list, latent) } }, "Steer with it"),
+        jsae.data.isServed(list.info) && el("button", { type: "button", class: "plain", id: "rename", on: { click: () => jsae.trace.rename(list, latent) } }, "Name it"),
+        jsae.data.isServed(list.info) && !jsae.data.isTranscoder(list.info) && el("button", { type: "button", class: "plain strong", id: "push", on: { click: () => jsae.steer.add(list, latent) } }, "Steer with it"),
         el("button", { type: "button", class: "plain", id: "shelve", on: { click: () => jsae.lists.add(list, latent) } }, "Add to list"),
         el("button", { type: "button", class: "plain", on: { click: () => jsae.copy(location.href, "Link") } }, "Copy link")),
       title,
@@ -45,7 +45,7 @@
         fact("Mean", number(list.mean[latent]), "where it fires"),
         fact("Fired", jsae.short(list.count[latent]), `times in ${jsae.short(list.info.tokens)} tokens`),
         !Number.isNaN(list.recurrence(latent)) && fact("Seeds", jsae.list.seeds(list, latent), "in which it recurs"),
-        manifest.hooks.length > 1 && fact("Layer", String(list.info.layer), list.info.hook)));
+        manifest.hooks.length > 1 && fact("Layer", String(list.info.layer), list.info.name)));
   }
 
   const fact = (name, value, note) => el("div", {}, el("dt", {}, name), el("dd", {}, el("b", {}, value), el("small", {}, note)));
@@ -104,15 +104,18 @@
   /* Return the rest of a table, folded. */
   const more = (rest, draw) => rest.length > 0 && el("details", { class: "more" }, el("summary", {}, `${rest.length} more`), draw(rest));
 
-  function alike({ list, neighbours, together }) {
-    const rows = (pairs, format) => pairs.map(({ id, value }) =>
-      el("li", {}, jsae.latentLink(list, id), el("span", { class: "number" }, jsae.charts.bar(value, "grey"), format(value))));
+  function alike({ list, latent, neighbours, together, across }) {
+    const rows = (pairs, format, of = list) => pairs.map(({ id, value }) =>
+      el("li", {}, jsae.latentLink(of, id), el("span", { class: "number" }, jsae.charts.bar(value, "grey"), format(value))));
     const table = (some) => el("ol", { class: "picks" }, some);
-    const others = (name, note, pairs, format) => {
-      const all = rows(pairs, format);
+    const others = (name, note, pairs, format, of) => {
+      const all = rows(pairs, format, of);
       return all.length > 0 && card(name, note, table(all.slice(0, FIRST)), more(all.slice(FIRST), table));
     };
     return [
+      across && card(across.list.info.run ? `In ${across.list.info.run}` : `In ${jsae.data.manifest.run}`, "cosine of decoder directions",
+        table(rows(across.pairs, (value) => value.toFixed(2), across.list)),
+        el("p", { class: "small" }, el("a", { href: jsae.compare.link([list.hook, latent], [across.list.hook, across.pairs[0].id]) }, "Side by side with the first"))),
       others("Neighbours", "cosine of decoder directions", neighbours, (value) => value.toFixed(2)),
       others("Fires together with", "share of this latent's tokens", together, percent),
     ];

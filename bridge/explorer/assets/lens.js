@@ -1,4 +1,4 @@
-/* Lenses: what every layer expects after every token of the user's text, and what a latent's direction writes. */
+/* Lenses: what every layer expects after every token of a text, and what a latent's direction writes. */
 "use strict";
 
 (() => {
@@ -12,28 +12,35 @@
     tuned: ["Tuned", "Each layer's output, translated by a fit to the model's own output."],
   };
   const COLOURS = [["probability", "Probability", "How sure the lens is of its token"], ["next", "Next token", "How high the lens ranks the token that follows"]];
-  const state = { lens: "direct", colour: "probability" }; // the text is that of the other view
+  const state = { lens: "direct", colour: "probability", sample: 0 }; // typed text is that of the other view
 
   /* ---- a text ---- */
 
+  const names = () => jsae.live?.lenses ?? jsae.data.manifest.lenses.names;
+
   function show(main, list, asked) {
-    state.lens = jsae.address.oneOf(asked, "lens", jsae.live.lenses) ?? state.lens;
+    state.lens = jsae.address.oneOf(asked, "lens", names()) ?? state.lens;
+    state.sample = jsae.address.within(asked, "sample", 1, jsae.data.manifest.lenses.texts) ?? (state.sample || 1);
     state.colour = jsae.address.oneOf(asked, "colour", COLOURS.map(([name]) => name)) ?? state.colour;
     const result = el("div", { class: "traced" });
     const typed = jsae.trace.state;
     let reply = null;
     const draw = () => reply && result.replaceChildren(...table(reply, list));
-    const ask = jsae.api.latest("lens", (answer) => {
+    const answered = (answer) => {
       reply = answer;
       draw();
-    }, (error) => {
+    };
+    const failed = (error) => {
       reply = null;
       result.replaceChildren(el("p", { class: "bad", role: "alert" }, error.message));
-    });
+    };
+    const ask = jsae.api.latest("lens", answered, failed);
     const about = el("p", { class: "quiet small" });
     const read = () => {
       about.textContent = KINDS[state.lens][1];
-      if (typed.text) ask({ text: typed.text, lens: state.lens, top: TOP });
+      jsae.address.keep({ lens: state.lens, colour: state.colour, sample: jsae.live ? null : state.sample });
+      if (!jsae.live) recorded().then(answered).catch(failed);
+      else if (typed.text) ask({ text: typed.text, lens: state.lens, top: TOP });
       else {
         reply = null;
         result.replaceChildren(el("p", { class: "quiet" }, "A table of layers by tokens appears here as you type."));
@@ -47,14 +54,13 @@
         read();
       }, PAUSE) },
     });
-    const kinds = jsae.live.lenses.map((name) => [name, KINDS[name][0], KINDS[name][1]]);
+    const kinds = names().map((name) => [name, KINDS[name][0], KINDS[name][1]]);
     main.replaceChildren(el("div", { class: "page lens" },
       el("header", { class: "title" }, el("h1", {}, "What every layer expects next"),
         el("p", { class: "quiet" }, "The most likely next token after each layer, from the bottom up to the model's own output. Point at a cell for more.")),
-      box,
-      el("div", { class: "line lensbar" }, segmented("Lens", kinds, state.lens, (name) => {
+      jsae.live && box,
+      el("div", { class: "line lensbar" }, !jsae.live && samples(read), segmented("Lens", kinds, state.lens, (name) => {
         state.lens = name;
-        jsae.address.keep({ lens: name });
         read();
       }), segmented("Colour", COLOURS, state.colour, (name) => {
         state.colour = name;
@@ -63,15 +69,34 @@
       })),
       about, result, missing()));
     read();
-    box.focus();
+    if (jsae.live) box.focus();
+  }
+
+  /* Return the choice of a text of the page. */
+  function samples(read) {
+    const options = Array.from({ length: jsae.data.manifest.lenses.texts }, (_, i) => [String(i + 1), String(i + 1), `Text ${i + 1}`]);
+    return [el("span", { class: "quiet small" }, "Text"), segmented("Text", options, String(state.sample), (number) => {
+      state.sample = Number(number);
+      read();
+    })];
+  }
+
+  const files = new Map();
+
+  /* Return the table of a text that the page holds, as a server answers. */
+  async function recorded() {
+    const name = `lens-${state.sample - 1}`;
+    if (!files.has(name)) files.set(name, jsae.load(name));
+    const { ids, lenses } = await files.get(name);
+    return { tokens: jsae.tokens.spell(ids), ...lenses[state.lens] };
   }
 
   /* Return how to get the lenses that are not there. */
   function missing() {
-    const absent = ["jacobian", "tuned"].filter((name) => !jsae.live.lenses.includes(name));
+    const absent = ["jacobian", "tuned"].filter((name) => !names().includes(name));
     if (!absent.length) return null;
     return el("p", { class: "quiet small absent" }, `No ${absent.join(" and no ")} lens yet: fit one with `,
-      el("code", {}, `python -m experiments.lens --run_dir=… --fit=${absent[0]}`), ", then start the server again.");
+      el("code", {}, `python -m experiments.lens --run_dir=… --fit=${absent[0]}`), `, then ${jsae.live ? "start the server" : "explore the run"} again.`);
   }
 
   function table(reply, list) {
@@ -139,9 +164,15 @@
   /* ---- a latent ---- */
 
   /* Return a card with what the latent's direction writes through later layers; null without a Jacobian lens. */
-  function card({ list, latent }) {
-    if (!jsae.live?.lenses.includes("jacobian")) return null;
-    const box = el("section", { class: "card lenscard", "aria-busy": "true" }, el("h2", {}, "Through later layers", el("small", {}, "Jacobian lens")));
+  function card({ list, latent, top, through }) {
+    const box = el("section", { class: "card lenscard" }, el("h2", {}, "Through later layers", el("small", {}, "Jacobian lens")));
+    if (through) {
+      const direct = new Set(top.slice(0, 10).map(({ id }) => id));
+      draw(box, { ...through, overlap: through.top.filter(({ id }) => direct.has(id)).length, factor: list.info.direct_path });
+      return box;
+    }
+    if (!jsae.data.isServed(list.info) || !jsae.live.lenses.includes("jacobian")) return null;
+    box.setAttribute("aria-busy", "true");
     const failed = (error) => {
       box.removeAttribute("aria-busy");
       box.append(el("p", { class: "quiet small" }, error.message));
@@ -158,10 +189,13 @@
       return;
     }
     const pairs = (ids, values) => ids.map((id, i) => ({ id, value: values[i] }));
-    const far = Math.max(...[...through.top_values, ...through.bottom_values].map(Math.abs)) || 1;
+    draw(box, { ...reply, top: pairs(through.top, through.top_values), bottom: pairs(through.bottom, through.bottom_values) });
+  }
+
+  function draw(box, reply) {
+    const far = Math.max(...[...reply.top, ...reply.bottom].map(({ value }) => Math.abs(value))) || 1;
     box.append(
-      el("div", { class: "logits" }, jsae.latent.logits("Raised", pairs(through.top, through.top_values), far, "warm"),
-        jsae.latent.logits("Lowered", pairs(through.bottom, through.bottom_values), far, "cool")),
+      el("div", { class: "logits" }, jsae.latent.logits("Raised", reply.top, far, "warm"), jsae.latent.logits("Lowered", reply.bottom, far, "cool")),
       el("p", { class: "quiet small" }, `The mean effect of this direction on the output over ${jsae.whole(reply.n_prompts)} prompts, with the layers that react to it. `
         + `${reply.overlap} of its ten most raised tokens are also the direct path's, whose factor is ${number(reply.factor)}.`
         + (reply.skips_mlp ? " The MLP of the same layer is left out." : "")));

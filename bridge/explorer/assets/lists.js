@@ -1,103 +1,164 @@
-/* Lists of latents that a person puts together, with a remark each: kept by the browser, shared by a link or a file. */
+/* The view of named lists of latents: notes and remarks, comparison of two, links and files. */
 "use strict";
 
 (() => {
   const { el } = jsae;
-  const MOST = 200; // latents of a list
-  const LONGEST = 500; // characters of a remark
-  const state = { name: "My latents", items: [] };
+  const LARGEST = 4e6; // bytes of a file
+  const { shelf } = jsae;
+  const button = (text, act, more = {}) => el("button", { type: "button", class: "plain", ...more, on: { click: act } }, text);
 
-  /* Lists of different models have nothing in common. */
-  const key = () => `list.${jsae.data.manifest.fingerprint ?? ""}`;
+  /* ---- from the page of a latent ---- */
 
-  function open() {
-    try {
-      take(JSON.parse(jsae.remembered.get(key()) ?? "{}"));
-    } catch { /* what another version kept is left alone until it is replaced */ }
-  }
-
-  const hooks = () => jsae.data.manifest.hooks;
-
-  /* Take a list from elsewhere; what is not a latent of this run is left out. */
-  function take({ name, items }) {
-    if (typeof name === "string") state.name = name.slice(0, 80);
-    const known = (one) => hooks().some(({ hook, d_sae: size }) => hook === one?.hook && Number.isInteger(one.latent) && one.latent >= 0 && one.latent < size);
-    if (Array.isArray(items)) {
-      state.items = items.filter(known).slice(0, MOST).map(({ hook, latent, remark }) => ({ hook, latent, remark: String(remark ?? "").slice(0, LONGEST) }));
-    }
-  }
-
-  function kept() {
-    jsae.remembered.set(key(), JSON.stringify(state));
-    jsae.address.keep({ name: state.name, item: state.items.map(spell) });
-  }
-
-  const spell = ({ hook, latent, remark }) => `${hook},${latent},${remark}`;
-
-  function read(text) {
-    const [hook, latent, ...remark] = text.split(",");
-    return { hook, latent: Number(latent), remark: remark.join(",") };
-  }
-
+  /* Put a latent into the only list, or into the one that is chosen of several. */
   function add(list, latent) {
-    open();
-    const hook = list.info.hook;
-    if (state.items.some((one) => one.hook === hook && one.latent === latent)) jsae.toast(`#${latent} is in “${state.name}” already`);
-    else if (state.items.length >= MOST) jsae.toast(`a list holds at most ${MOST} latents`, true);
-    else {
-      state.items.push({ hook, latent, remark: "" });
-      jsae.remembered.set(key(), JSON.stringify(state));
-      jsae.toast(`#${latent} is in “${state.name}”`);
+    shelf.open();
+    if (shelf.state.lists.length === 1) {
+      put(0, list, latent);
+      return;
+    }
+    const box = document.getElementById("keys");
+    box.setAttribute("aria-label", `Lists for latent ${latent}`);
+    box.replaceChildren(el("h2", {}, `Add #${latent} to`), el("div", { class: "choices" }, shelf.state.lists.map(({ name, items }, number) =>
+      button([name, el("span", { class: "number" }, String(items.length))], () => {
+        put(number, list, latent);
+        box.close();
+      }))), el("form", { method: "dialog" }, el("button", { class: "plain" }, "Cancel")));
+    box.showModal();
+  }
+
+  function put(number, list, latent) {
+    try {
+      jsae.toast(shelf.add(number, list, latent));
+    } catch (error) {
+      jsae.toast(error.message, true);
     }
   }
+
+  /* ---- the view ---- */
 
   async function show(main, current, asked, still) {
-    if (asked.has("item")) take({ name: asked.get("name") ?? state.name, items: asked.getAll("item").map(read) });
-    else open();
-    const lists = new Map(await Promise.all([...new Set(state.items.map(({ hook }) => hook))].map(async (hook) =>
-      [hook, await jsae.data.list(hooks().findIndex((one) => one.hook === hook))])));
+    shelf.open();
+    if (asked.has("item") || asked.has("note")) shelf.follow(asked);
+    else shelf.leave();
+    const numbers = [...new Set(shelf.current().items.map(shelf.place))].filter((number) => number >= 0);
+    const lists = new Map(await Promise.all(numbers.map(async (number) => [number, await jsae.data.list(number)])));
     if (!still()) return;
+    const again = () => show(main, current, new URLSearchParams(), () => true);
     const rows = el("ol", { class: "shelf" });
     const draw = () => {
-      rows.replaceChildren(...state.items.map((one) => item(one, lists.get(one.hook), draw)));
-      if (!state.items.length) rows.append(el("li", { class: "quiet" }, "Nothing yet: choose “Add to list” on the page of a latent."));
+      const { items } = shelf.current();
+      rows.replaceChildren(...items.map((one) => row(one, lists.get(shelf.place(one)), draw)));
+      if (!items.length) rows.append(el("li", { class: "quiet" }, "Nothing yet: choose “Add to list” on the page of a latent."));
       kept();
     };
-    const title = el("input", { type: "text", id: "listname", maxlength: 80, value: state.name, "aria-label": "Name of the list", on: { input: () => {
-      state.name = title.value;
-      kept();
-    } } });
-    main.replaceChildren(el("div", { class: "page" }, el("header", { class: "title" }, el("h1", {}, "A list of latents"),
-      el("p", { class: "quiet" }, "It stays in this browser. The address of this page holds all of it: send the link, or open one."),
-      el("div", { class: "line" }, title,
-        el("button", { type: "button", class: "plain", on: { click: () => compare() } }, "Compare the ticked"),
-        el("button", { type: "button", class: "plain", on: { click: () => jsae.copy(link(), "Link") } }, "Copy link"),
-        el("button", { type: "button", class: "plain", on: { click: () => jsae.copy(JSON.stringify(state, null, 2), "JSON") } }, "Copy JSON"))), rows));
+    main.replaceChildren(el("div", { class: "page" }, el("header", { class: "title" }, el("h1", {}, "Lists of latents"),
+      el("p", { class: "quiet" }, shelf.state.linked ? "This list comes from the address. Keep it, and this browser has it among its own."
+        : "They stay in this browser. The address of this page holds all of the list that is shown: send the link, or save a file."),
+      el("div", { class: "line" }, choice(again), tools(again)), fields(),
+      el("div", { class: "line" }, button("Compare the ticked", compare), button("Copy link", () => jsae.copy(link(), "Link")),
+        button("Save list", () => jsae.saveJson(shelf.current().name, shelf.current())),
+        !shelf.state.linked && shelf.state.lists.length > 1 && button("Save all lists", () => jsae.saveJson(`lists of ${jsae.data.manifest.model}`, { lists: shelf.state.lists })),
+        opener(again))), rows));
     draw();
   }
 
-  function item(one, list, draw) {
-    const remark = el("input", { type: "text", maxlength: LONGEST, value: one.remark, placeholder: "Remark", "aria-label": `Remark on #${one.latent}`, on: { input: () => {
+  /* Return the choice of a list. */
+  function choice(again) {
+    const { lists, chosen, linked } = shelf.state;
+    const box = el("select", { "aria-label": "List", id: "whichlist", on: { change: () => {
+      if (Number(box.value) >= 0) shelf.choose(Number(box.value));
+      again();
+    } } }, linked && el("option", { value: -1 }, `${linked.name} (from the address)`),
+    lists.map(({ name, items }, number) => el("option", { value: number }, `${name} (${items.length})`)));
+    box.value = String(linked ? -1 : chosen);
+    return box;
+  }
+
+  function tools(again) {
+    const attempt = (act) => () => {
+      try {
+        act();
+        again();
+      } catch (error) {
+        jsae.toast(error.message, true);
+      }
+    };
+    if (shelf.state.linked) return button("Keep this list", attempt(() => shelf.append(shelf.state.linked)), { class: "plain strong", id: "keeplist" });
+    const gone = button("Delete list", () => {
+      if (gone.dataset.sure) attempt(shelf.remove)();
+      else {
+        gone.dataset.sure = "yes";
+        gone.textContent = `Delete “${shelf.current().name}” for good`;
+      }
+    }, { id: "deletelist" });
+    return [button("New list", attempt(() => shelf.append(shelf.fresh("New list"))), { id: "newlist" }), gone];
+  }
+
+  /* Return the fields for the name of the list and the note on it. */
+  function fields() {
+    const one = shelf.current();
+    const field = (tag, name, most, more) => {
+      const box = el(tag, { maxlength: most, value: one[name], ...more, on: { input: () => {
+        one[name] = box.value;
+        const option = document.querySelector("#whichlist option:checked");
+        if (name === "name" && !shelf.state.linked) option.textContent = `${one.name} (${one.items.length})`;
+        kept();
+      } } });
+      return box;
+    };
+    return el("div", { class: "listfields" },
+      field("input", "name", shelf.most.NAME, { type: "text", id: "listname", "aria-label": "Name of the list" }),
+      field("textarea", "note", shelf.most.NOTE, { rows: 2, id: "listnote", "aria-label": "Note on the list", placeholder: "What these latents have in common" }));
+  }
+
+  /* Keep what was changed, also in the address. */
+  function kept() {
+    if (!shelf.state.linked) shelf.keep();
+    jsae.address.keep(shelf.spell(shelf.current()));
+  }
+
+  function row(one, list, draw) {
+    const remark = el("input", { type: "text", maxlength: shelf.most.REMARK, value: one.remark, placeholder: "Remark", "aria-label": `Remark on #${one.latent}`, on: { input: () => {
       one.remark = remark.value;
       kept();
     } } });
-    return el("li", { "data-latent": one.latent }, el("input", { type: "checkbox", "aria-label": `Compare #${one.latent}`, value: `${list.hook},${one.latent}` }),
-      jsae.latentLink(list, one.latent), hooks().length > 1 && el("span", { class: "quiet small" }, one.hook), remark,
+    const name = list ? jsae.latentLink(list, one.latent)
+      : el("span", { class: "quiet" }, el("span", { class: "id" }, `#${one.latent}`), ` of an SAE that is not on this page, ${one.hook}`);
+    return el("li", { "data-latent": one.latent },
+      el("input", { type: "checkbox", "aria-label": `Compare #${one.latent}`, disabled: !list, value: list ? `${list.hook},${one.latent}` : "" }), name,
+      list && jsae.data.manifest.hooks.length > 1 && el("span", { class: "quiet small" }, list.info.name), remark,
       el("button", { type: "button", class: "icon", "aria-label": `Take #${one.latent} out`, on: { click: () => {
-        state.items.splice(state.items.indexOf(one), 1);
+        const { items } = shelf.current();
+        items.splice(items.indexOf(one), 1);
         draw();
       } } }, "×"));
   }
 
+  /* Return the button that reads lists from a file. */
+  function opener(again) {
+    return jsae.fileButton("Open lists", async (file) => {
+      try {
+        if (file.size > LARGEST) throw new Error(`${file.name} has ${jsae.whole(file.size)} bytes: lists have at most ${jsae.whole(LARGEST)}`);
+        const lists = shelf.parse(await file.text());
+        for (const one of lists) shelf.append(one);
+        again();
+        jsae.toast(`${lists.length} list${lists.length === 1 ? "" : "s"} read from ${file.name}`);
+      } catch (error) {
+        jsae.toast(error.message, true);
+      }
+    }, { id: "openlists" }, "listsfile");
+  }
+
   function link() {
-    const values = new URLSearchParams([["view", "lists"], ["name", state.name], ...state.items.map((one) => ["item", spell(one)])]);
+    const { name, note, item } = shelf.spell(shelf.current());
+    const values = new URLSearchParams([["view", "lists"], ["name", name], ...(note ? [["note", note]] : []), ...item.map((one) => ["item", one])]);
     return `${location.href.split("#")[0]}#${values}`;
   }
 
   function compare() {
-    const ticked = [...document.querySelectorAll(".shelf input[type=checkbox]:checked")].map((box) => box.value);
+    const ticked = [...document.querySelectorAll(".shelf input[type=checkbox]:checked")].map((box) => box.value.split(","));
     if (ticked.length !== 2) jsae.toast("tick two latents to compare", true);
-    else location.hash = `#view=compare&a=${ticked[0]}&b=${ticked[1]}`;
+    else location.hash = jsae.compare.link(...ticked);
   }
 
   jsae.lists = { show, add };

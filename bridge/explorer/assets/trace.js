@@ -91,7 +91,7 @@
 
   /* Return a card for a latent's page that shows where it fires on the user's text; null without a server. */
   function card({ list, latent }) {
-    if (!jsae.live) return null;
+    if (!jsae.data.isServed(list.info)) return null;
     const strip = jsae.tokens.walk(el("div", { class: "text strip" }), "Your text");
     const summary = el("p", { class: "quiet small told", role: "status" });
     const ask = jsae.api.latest("latent", ({ tokens, values }) => {

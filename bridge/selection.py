@@ -14,7 +14,7 @@ SINK_NORM_MULTIPLE = 10.0
 few, carry no information about the text, and would dominate the squared error."""
 
 SINK_NORM_QUANTILE = 0.9
-"""High, because an MLP may write nearly nothing on half of the tokens: there the tokens that it writes on are no sinks."""
+"""High, because an MLP may write nearly nothing on half of the tokens: those that it writes on are no sinks."""
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _CHUNK = 8192  # activations per batch of the scoring
 _TRAINED = 65_536  # of the last activations of training, on which dead latents are counted too
 _VARIANTS: Mapping[str, Mapping[str, float]] = {"late": {"target_l0_fraction": 0.7}, "wide": {"bandwidth": 2.0}}
-"""Settings of the words in names of recipes: L0 falls to its target over more of the run; a wider window of JumpReLU."""
+"""Settings of the words in names of recipes: L0 falls to its target over more of the run; a wider window."""
 _TOLERANCE = 1e-4  # mean error over the norm: a latent at its threshold may be active on one side only
 
 

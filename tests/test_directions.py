@@ -17,9 +17,8 @@ def test_latents_that_write_alike_are_neighbours_on_the_map():
     assert (group[distances.argmin(1)] == group).all()
 
 
-def test_what_no_map_is_drawn_of(tmp_path, monkeypatch):
+def test_what_no_map_is_drawn_of(monkeypatch):
     assert directions.project(np.eye(7)) is None
-    assert directions.of_export(tmp_path) is None
     assert np.isfinite(directions.project(np.zeros((9, 4)))).all()
     monkeypatch.setattr(directions, "MOST", 8)
     assert directions.project(np.eye(9)) is None

@@ -85,7 +85,7 @@ def test_lists_from_elsewhere_are_read_as_far_as_they_are_latents(visit, address
     tab.click("#keeplist")
     tab.wait_for_selector("#newlist")
     tab.evaluate("location.hash = '#view=lists'")
-    tab.wait_for_function("document.querySelectorAll('.shelf li').length === 2")
+    tab.wait_for_function("() => document.querySelectorAll('.shelf li').length === 2")
     assert tab.input_value("#listname") == "a"
 
 
@@ -168,7 +168,7 @@ def test_a_file_of_hostile_lists_is_cut_to_what_lists_are(visit, address, tmp_pa
     (tmp_path / "lists.json").write_text(json.dumps({"lists": [many, *[{"items": [], "name": "a"}] * 100]}))
     tab = visit(f"{address}#view=lists", wait=".shelf")
     tab.set_input_files("#listsfile", tmp_path / "lists.json")
-    tab.wait_for_function("document.getElementById('toast').textContent.includes('at most 50 lists')")
+    tab.wait_for_function("() => document.getElementById('toast').textContent.includes('at most 50 lists')")
     tab.reload()
     tab.select_option("#whichlist", "1")
     tab.wait_for_selector(".shelf li[data-latent='1']")

@@ -140,7 +140,7 @@ def test_a_latent_shows_the_nearest_of_the_other_run_and_its_own_texts(visit, ad
     assert card.locator(".picks li").first.inner_text().split()[0] == f"#{cosines.argmax()}"
     assert f"{cosines.max():.2f}" in card.inner_text()
     tab.evaluate(f"location.hash = '#hook=two/{toy.HOOK}&latent={toy.ORDINARY}'")
-    tab.wait_for_function("document.querySelector('#hook').value === '2'")
+    tab.wait_for_function("() => document.querySelector('#hook').value === '2'")
     tab.wait_for_selector(".latent .example mark, .latent .example .hot")
     store = Store(runs[1] / "explorer" / "records" / toy.HOOK)
     row, position = store["example_row"][0], store["example_position"][0]

@@ -33,7 +33,7 @@ from jsae.settings import ConfigError
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 HOOK = "blocks.2.hook_resid_post"
-TRANSCODER = ("blocks.2.ln2.hook_normalized", "blocks.2.hook_mlp_out")
+TRANSCODER = ("blocks.3.ln2.hook_normalized", "blocks.3.hook_mlp_out")
 SMALL = {
     "num_activations": 16_384,
     "batch_size": 512,
@@ -228,7 +228,14 @@ KINDS = {
     "relu": {"activation": "relu", "target_l0": (12.0,)},
     "gated": {"activation": "gated", "target_l0": (12.0,)},
     "jumprelu": {"activation": "jumprelu", "target_l0": (12.0,)},
-    "transcoder": {"activation": "batchtopk", "k": (8,), "hook_type": "mlp_in", "target_hook": "mlp", "skip": True},
+    "transcoder": {
+        "activation": "batchtopk",
+        "k": (8,),
+        "layer": ("3",),
+        "hook_type": "mlp_in",
+        "target_hook": "mlp",
+        "skip": True,
+    },
 }
 
 
@@ -237,7 +244,9 @@ def test_every_kind_of_sae_is_fine_tuned_and_keeps_its_l0(run_of, tmp_path, name
     sae = run_of(name, **KINDS[name])
     found = tuned(sae, tmp_path / "run", learning_rate=5e-4)
     assert found["after"]["kl"] < found["before"]["kl"]
-    assert found["after"]["l0"] == pytest.approx(found["before"]["l0"], rel=0.15)
+    # The threshold of a transcoder of 32 steps is re-estimated on batches of four windows.
+    bound = 0.2 if name == "transcoder" else 0.15
+    assert found["after"]["l0"] == pytest.approx(found["before"]["l0"], rel=bound)
 
 
 @pytest.mark.parametrize("name", ["jumprelu", "transcoder"])

@@ -78,7 +78,7 @@ def test_a_rate_that_is_not_given_depends_on_architecture_and_target():
     assert default_rate(architecture="batchtopk", k=32) == pytest.approx(0.8 * topk)
     assert default_rate(architecture="gated", target_l0=32.0) == pytest.approx(1.75 * topk)
     assert default_rate(architecture="relu", target_l0=4.0) == pytest.approx(3.2 * topk / 2)
-    assert default_rate(architecture="jumprelu") == pytest.approx(1.7 * topk), "without a target as with 32"
+    assert default_rate(architecture="jumprelu") == pytest.approx(1.4 * topk), "without a target as with 32"
     assert default_rate(architecture="jumprelu", jump_recipe="l0") == pytest.approx(topk / 2)
 
 

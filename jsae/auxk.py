@@ -41,8 +41,8 @@ def decode_dead(
 ) -> Float[Array, "n o"]:
     """Return the reconstruction by dead latents without a bias, each active on the tokens where it is largest.
 
-    Negative pre-activations count as they are: otherwise a latent far below zero would never recover. Of more dead
-    latents than there is room for, other ones are used in every step.
+    Negative pre-activations count as they are: otherwise a latent far below zero would never recover. If more latents
+    are dead than there is room for, each step uses the next ones.
 
     A latent with a threshold of its own does not come to life by becoming larger than others. `lifted` gives it the
     values that it would have with a bias that lets it fire on these tokens, p - max(p of the other tokens); encoder and

@@ -140,6 +140,11 @@ def density(sums: Sums) -> np.ndarray:
     return np.asarray(sums.fired, np.float64) / float(np.asarray(sums.tokens))
 
 
+def density_histogram(sums: Sums) -> dict[str, list[float] | list[int] | int]:
+    """Return the `histogram` of the densities of all latents over the tokens of some sums."""
+    return histogram(density(sums), float(np.asarray(sums.tokens)))
+
+
 def histogram(density: np.ndarray, tokens: float) -> dict[str, list[float] | list[int] | int]:
     """Return a histogram of log10 of the density of latents.
 

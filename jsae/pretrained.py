@@ -42,6 +42,8 @@ class Description(Json):
     """Active latents per token, where the file says it."""
     nested_widths: tuple[int, ...] = ()
     """Widths of inner SAEs, where the file says them."""
+    hierarchical_k: tuple[int, ...] = ()
+    """Numbers of largest latents that reconstruct by themselves, where the file says them."""
     threshold_spread: float = 0.0
     """Standard deviation of thresholds over their mean, with unit decoder rows; 0 without thresholds."""
     norm_spread: float = 0.0
@@ -172,7 +174,8 @@ def from_plain(plain: Plain, path: str) -> Pretrained:
         skip="W_skip" in weights,
         layers=plain.layers,
         k=cfg.get("k") or _size(details.get("k"), cfg["d_sae"]),
-        nested_widths=_widths(details.get("nested_widths"), cfg["d_sae"]),
+        nested_widths=_increasing(details.get("nested_widths"), cfg["d_sae"]),
+        hierarchical_k=_increasing(details.get("hierarchical_k"), cfg["d_sae"]),
         threshold_spread=float(np.std(thresholds)) / mean if mean > 0 else 0.0,
         norm_spread=float(np.abs(norms / norms.mean() - 1).max()) if architecture in RANKED else 0.0,
     )
@@ -227,9 +230,9 @@ def _size(value: Any, most: int) -> int | None:
     return int(value) if whole and 1 <= value <= most else None
 
 
-def _widths(value: Any, d_sae: int) -> tuple[int, ...]:
-    """Return nested widths from a file; () if they are none."""
-    sizes = [_size(width, d_sae) for width in value] if isinstance(value, list) and len(value) <= d_sae else []
+def _increasing(value: Any, d_sae: int) -> tuple[int, ...]:
+    """Return increasing numbers of latents from a file; () if they are none."""
+    sizes = [_size(size, d_sae) for size in value] if isinstance(value, list) and len(value) <= d_sae else []
     increasing = None not in sizes and sizes == sorted(set(sizes))
     return tuple(sizes) if increasing else ()
 

@@ -111,32 +111,42 @@ def connected() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def same_everywhere() -> Iterator[None]:
+def same_everywhere(*kinds: type[Exception]) -> Iterator[None]:
     """Leave an error that every process has to the first one.
 
+    Args:
+      kinds: the errors that follow from values all processes have. Any other passes: it may be the loss of another
+        process, which the first one cannot report if it is the one that was lost.
+
     Raises:
-      SharedError: in all others.
+      SharedError: an error of these kinds in any process but the first.
     """
     try:
         yield
-    except Exception as error:
+    except kinds as error:
         if is_first():
             raise
         raise SharedError from error
 
 
-def on_first(function: Callable[[], Tree]) -> Tree:
+def on_first(function: Callable[[], Tree], interrupted: bool = False) -> Tree:
     """Return what a function returns in the first process, JSON values, in all, which wait for it.
+
+    Args:
+      function: called in the first process only.
+      interrupted: this process was interrupted before the call and has not raised it.
 
     Raises:
       KeyboardInterrupt: some process was interrupted; in all.
       Exception: what it raises there; `SharedError` in the others.
     """
-    if count() == 1:
+    if count() == 1 and not interrupted:
         return function()
     result: Any = None
     failure: BaseException | None = None
     try:
+        if interrupted:
+            raise KeyboardInterrupt
         result = function() if is_first() else None
     except (Exception, KeyboardInterrupt) as error:
         failure = error
@@ -163,7 +173,7 @@ def check_same(name: str, value: Any) -> None:
     digests = gather([hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest(), socket.gethostname()])
     others = [f"{number} on {host}" for number, (digest, host) in enumerate(digests) if digest != digests[0][0]]
     if others:
-        with same_everywhere():
+        with same_everywhere(OtherProcessError):
             raise OtherProcessError(
                 f"{name} of process {', '.join(others)} differ from those of process 0: start all of them alike"
             )

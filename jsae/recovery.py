@@ -34,8 +34,8 @@ class Scores(Json):
     mcc: float
     """Mean |cosine| of decoder rows with feature vectors, in the one-to-one assignment with the largest sum."""
     f1: float
-    """Mean over all latents of the F1 of "the latent is not 0" as a classifier of "its match fires"; the mean of
-    `precision` and `recall` of each latent, 0 where both are."""
+    """Mean over all latents of the F1 of "the latent is not 0" as a classifier of "its match fires": the harmonic
+    mean of a latent's precision and recall, 0 where both are 0."""
     precision: float
     """Mean over latents of TP / (TP + FP); 0 for a latent that never fires."""
     recall: float

@@ -81,6 +81,12 @@ def init(
       ConfigError: the widths of the activations are not those of the SAE.
       ActivationsError, DegenerateError: nothing can be learned from the sample; abstract arrays are not checked.
     """
+    sample = _checked(sae_config, sample)
+    return _init(sae_config, config, ops, sample, optimizer, mesh, weights)
+
+
+def _checked(sae_config: SAEConfig, sample: Acts) -> Acts:
+    """Return a sample as arrays of jax, after the checks that `init` documents."""
     sample = jax.tree.map(jnp.asarray, sample)
     input_and_target(sae_config, sample)
     parts = sample if isinstance(sample, tuple) else (sample,)
@@ -88,7 +94,7 @@ def init(
         if not isinstance(part, jax.core.Tracer):
             which = f" (part {number} of {len(parts)})" if len(parts) > 1 else ""
             data.check(part, f"{len(part)} activations{which}")
-    return _init(sae_config, config, ops, sample, optimizer, mesh, weights)
+    return sample
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 4, 5))
@@ -101,9 +107,7 @@ def _init(
     mesh: Mesh | None,
     weights: Mapping[str, Array | np.ndarray] | None,
 ) -> TrainState:
-    x, y = input_and_target(sae_config, sample)
-    scale, scale_out = (data.scale_of(a, sae_config.layers) for a in (x, y))
-    x, y = (a[:_INIT_ROWS].astype(jnp.float32) * s for a, s in ((x, scale), (y, scale_out)))
+    (x, y), (scale, scale_out) = _scaled(sae_config, sample)
     key = jax.random.key(config.seed)
     if weights is not None:
         sae = make(sae_config, key=key)
@@ -129,15 +133,48 @@ def _init(
     return state if mesh is None else jax.lax.with_sharding_constraint(state, shardings(state, mesh))
 
 
+def _scaled(
+    sae_config: SAEConfig, sample: Acts
+) -> tuple[tuple[Float[Array, "m d"], Float[Array, "m o"]], tuple[Array, Array]]:
+    """Return the first inputs and targets of a sample, scaled as in training, and both scales."""
+    x, y = input_and_target(sae_config, sample)
+    scale, scale_out = (data.scale_of(a, sae_config.layers) for a in (x, y))
+    x, y = (a[:_INIT_ROWS].astype(jnp.float32) * s for a, s in ((x, scale), (y, scale_out)))
+    return (x, y), (scale, scale_out)
+
+
+def heaviness(sae_config: SAEConfig, sample: Acts) -> float:
+    """Return the heaviness of the tails of activations, at least 1, on which the default learning rate depends.
+
+    Args:
+      sae_config: the SAE.
+      sample: concrete activations.
+
+    Raises:
+      ConfigError, ActivationsError, DegenerateError: as `init`.
+    """
+    return float(_heaviness_of(sae_config, _checked(sae_config, sample)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _heaviness_of(sae_config: SAEConfig, sample: Acts) -> Float[Array, ""]:
+    (_, y), _ = _scaled(sae_config, sample)
+    return _heaviness(y)
+
+
+def _heaviness(y: Float[Array, "n o"]) -> Float[Array, ""]:
+    return jnp.maximum(data.heaviness(y), 1)
+
+
 def _rate(config: TrainConfig, sae_config: SAEConfig, y: Float[Array, "n o"]) -> Float[Array, ""]:
     """Return the peak learning rate; one that is not given is lower where few tokens have most of the variance.
 
-    Of such activations few tokens of a batch determine its gradient, as if the batch were smaller. `tail_exponent` is
-    larger for architectures with an L1 penalty, many of whose latents died at higher rates in sweeps.
+    Of such activations few tokens of a batch determine its gradient, as if the batch were smaller. The power is larger
+    for architectures with a penalty: at higher rates many of their latents died, or they reconstructed worse.
     """
     if config.learning_rate is not None:
         return jnp.float32(config.learning_rate)
-    return jnp.float32(config.default_rate(sae_config)) / jnp.maximum(data.heaviness(y), 1) ** sae_config.tail_exponent
+    return jnp.float32(config.default_rate(sae_config)) / _heaviness(y) ** config.tail_exponent(sae_config)
 
 
 def _strongly_typed(leaf: Any) -> Any:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from jsae import control
+from jsae.architectures import sae_config
+from jsae.settings import ConfigError
 
 LEAD = 0.3
 
@@ -91,3 +93,9 @@ def test_an_l0_of_zero_or_beyond_all_bounds_moves_the_strength_by_a_bounded_fact
 def test_an_l0_that_starts_below_its_target_is_led_up():
     state = control.update(control.initial(50.0), 50.0, jnp.float32(5.0), jnp.int32(1), 100, LEAD)
     assert float(state.strength) < control.FIRST_STRENGTH
+
+
+def test_a_time_to_reach_a_target_without_a_target_is_refused():
+    with pytest.raises(ConfigError, match=r"target_l0_fraction=0\.7 means nothing without a target_l0"):
+        sae_config("gated", 8, 16, target_l0_fraction=0.7)
+    assert sae_config("gated", 8, 16, target_l0=2.0, target_l0_fraction=0.7).target_l0_fraction == 0.7

@@ -13,9 +13,9 @@ import python_text
 import jsae
 from bridge.training.config import RunConfig
 from bridge.training.pipeline import train
-from jsae import loop, rates
+from jsae import loop, rates, state
 from jsae.config import TrainConfig
-from jsae.health import NotFiniteError
+from jsae.health import ActivationsError, NotFiniteError
 from jsae.rates import RateSweep, Trial
 from jsae.settings import ConfigError
 
@@ -106,23 +106,63 @@ def test_a_best_rate_at_an_end_of_the_grid_asks_for_rates_beyond_it():
 def test_the_parabola_finds_a_minimum_between_rates():
     at = 0.3  # the lowest rate with a score of 1.01 lies sqrt(log(1.01)) octaves below
     curve = [Trial(1e-3 * 2.0**o, 1.0, 3.0, 0.0, math.exp((o - at) ** 2)) for o in (-2, -1, -0.5, 0, 0.5, 1, 2)]
-    sweep = rates._result(member(), curve, 1.0)
+    sweep = rates._result(member(), curve, 1.0, 1.0)
     assert sweep.best == pytest.approx(1e-3 * 2.0 ** (at - math.sqrt(math.log(1.01))), rel=0.01)
     assert sweep.rate == sweep.best  # the short run is as long as the run
 
 
 def test_a_longer_run_gets_a_lower_rate():
     curve = trials(2.0, 1.0, 2.0)
-    short, long = (rates._result(member(steps), curve, 1.0) for steps in (150, 1500))
+    short, long = (rates._result(member(steps), curve, fall, 1.0) for steps, fall in ((150, 1.0), (1500, 0.5)))
     assert short.best == long.best
-    assert long.rate == pytest.approx(long.best * 10.0**-0.5, rel=0.01)
+    assert long.rate == pytest.approx(long.best / 2, rel=0.01)
+
+
+def test_no_rate_below_those_that_were_tried_is_recommended():
+    """Scores still fall slowly towards the lowest rate: a parabola's lowest point lies beyond it."""
+    slow = [
+        Trial(1e-3 * 2.0**octave, 1.0, 3.0, 0.0, math.exp(0.01 * octave**2 + 0.001 * octave)) for octave in range(4)
+    ]
+    assert rates._result(member(), slow, 1.0, 1.0).best == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("tails", [0.0, 1.5])
+def test_the_rate_falls_with_the_length_as_the_default_does(tails):
+    """With the root of the steps; more slowly beyond 2^18 activations where few tokens have most of the variance."""
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((4096, 64))
+    rows *= np.exp(tails * random.standard_normal((4096, 1))) / np.linalg.norm(rows, axis=1, keepdims=True)
+    sae, train = jsae.Gated.Config(64, 256, target_l0=3.0), TrainConfig(2**22, 1024)
+    member, sample = loop.Member(sae, train), rows.astype(np.float32)
+    heaviness = state.heaviness(sae, sample)
+    defaults = [
+        float(first.rate)
+        for config in (rates.short_run(train), train)
+        for first in loop.init([member._replace(train=config)], (sample,))
+    ]
+    assert rates._default(member, heaviness) == pytest.approx(defaults[0])
+    fall = rates._fall(member, heaviness)
+    assert fall == pytest.approx(defaults[1] / defaults[0])
+    root = math.sqrt(rates.short_steps(train) / train.num_steps)
+    assert fall == pytest.approx(root, rel=0.01) if not tails else 1.5 * root < fall < 1
+
+
+def test_activations_that_are_not_finite_are_refused_before_a_run():
+    sample = acts()
+    sample[3] = np.nan
+
+    def open_stream(steps):
+        return iter(()), (sample,)
+
+    with pytest.raises(ActivationsError, match="8 numbers of the 8192 activations are not finite"):
+        rates.sweep([loop.Member(TOPK, RUN)], open_stream)
 
 
 def test_rates_that_diverge_are_never_the_best():
-    sweep = rates._result(member(), trials(2.0, 1.0, math.inf, math.inf), 1.0)
+    sweep = rates._result(member(), trials(2.0, 1.0, math.inf, math.inf), 1.0, 1.0)
     assert sweep.best < 4e-3
     with pytest.raises(NotFiniteError, match=r"no learning rate from 0.001 to 0.002 trains with a finite loss"):
-        rates._result(member(), trials(math.inf, math.inf), 1.0)
+        rates._result(member(), trials(math.inf, math.inf), 1.0, 1.0)
     assert json.loads(json.dumps(sweep.to_json()))["trials"][2]["score"] is None
 
 

@@ -210,6 +210,8 @@ def test_the_new_directory_is_a_run_with_its_own_metrics(topk, tmp_path, text):
     assert (lines[0]["heldout"], lines[-1]["heldout"]) == (found["before"], found["after"])
     assert {"kl", "ce", "fvu", "l0", "learning_rate"} <= lines[1].keys()
     assert lines[2]["learning_rate"] < lines[1]["learning_rate"]
+    histogram = lines[1]["density_histogram"]
+    assert sum(histogram["counts"]) + histogram["never"] == torch_sae.load(out / "sae" / HOOK).d_sae
     (subject,) = find_subjects(Choice((out,)))
     assert (subject.hook, subject.drop_sinks) == (HOOK, True)
     assert directory.enclosing(out / "sae" / HOOK) == out

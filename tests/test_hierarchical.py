@@ -1,6 +1,7 @@
 """HierarchicalTopK: its loss and gradients against the formula, its settings, and what it is for."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import pytest
 
 import jsae
 from bridge.training.config import RunConfig
+from jsae import pretrained
 from jsae.architectures import Context, make, sae_config
+from jsae.config import TrainConfig
 from jsae.ops import Reference, choose
 from jsae.pretrained import details
 from jsae.settings import ConfigError
@@ -102,3 +105,18 @@ def test_a_flag_sets_them_and_the_export_says_so():
     assert details(config) == {"hierarchical_k": [1, 2, 4]}
     with pytest.raises(ConfigError, match="--hierarchical_k means nothing to batchtopk"):
         RunConfig(activation="batchtopk", hierarchical_k=INNER)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, INNER), ({"k": (3,)}, (1, 2)), ({"hierarchical_k": (2,)}, (2,))])
+def test_an_sae_that_is_continued_keeps_them(given, expected, tmp_path):
+    """As far as they fit a smaller k, and where none are given."""
+    config = sae_config("topk", D, F, k=K, hierarchical_k=INNER)
+    acts = np.random.default_rng(0).standard_normal((512, D)).astype(np.float32)
+    jsae.train(acts, config, TrainConfig(512, 128)).save(tmp_path / "sae")
+    cfg = tmp_path / "sae" / "cfg.json"
+    values = json.loads(cfg.read_text())
+    values["metadata"]["training_architecture_details"] = details(config)  # as the export of a run has them
+    cfg.write_text(json.dumps(values))
+    start = pretrained.read(tmp_path / "sae").description
+    assert start.hierarchical_k == INNER
+    assert RunConfig(init_from=str(tmp_path / "sae"), **given).sae_config(D, start=start).hierarchical_k == expected

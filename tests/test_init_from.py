@@ -258,19 +258,19 @@ def test_ranking_that_training_changes_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("details", "k", "widths"),
+    ("details", "k", "widths", "inner"),
     [
-        ({"k": 7, "nested_widths": [4, 8]}, 7, (4, 8)),
-        ({"k": 7.0}, 7, ()),
-        ({"k": -1, "nested_widths": [8, 4]}, None, ()),
-        ({"k": True, "nested_widths": ["x", [1]]}, None, ()),
-        ({"k": float("inf"), "nested_widths": 3}, None, ()),
-        ([], None, ()),
+        ({"k": 7, "nested_widths": [4, 8]}, 7, (4, 8), ()),
+        ({"k": 7.0, "hierarchical_k": [1, 3]}, 7, (), (1, 3)),
+        ({"k": -1, "nested_widths": [8, 4], "hierarchical_k": [2, 2]}, None, (), ()),
+        ({"k": True, "nested_widths": ["x", [1]], "hierarchical_k": "12"}, None, (), ()),
+        ({"k": float("inf"), "nested_widths": 3, "hierarchical_k": [1, 10**9]}, None, (), ()),
+        ([], None, (), ()),
     ],
 )
-def test_what_a_file_says_of_its_training_is_checked(details, k, widths):
+def test_what_a_file_says_of_its_training_is_checked(details, k, widths, inner):
     plain = as_trained(CASES["batchtopk"])
     plain.cfg["metadata"] = {"training_architecture_details": details}
     found = pretrained.from_plain(plain, "the file").description
-    assert (found.k, found.nested_widths) == (k, widths)
+    assert (found.k, found.nested_widths, found.hierarchical_k) == (k, widths, inner)
     assert pretrained.description_from_json(json.loads(json.dumps(found.to_json()))) == found

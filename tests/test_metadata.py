@@ -15,7 +15,7 @@ import torch
 import bridge.activations
 import bridge.evaluate.site
 import bridge.evaluate.splice
-import bridge.explorer.gather
+import bridge.explorer.firings
 import bridge.nanochat
 import bridge.selection
 import bridge.settings
@@ -27,7 +27,7 @@ from bridge.training.config import RunConfig
 from experiments import evaluate, explore, train
 
 HOOK = "blocks.2.hook_resid_post"
-READERS = (bridge.stream, bridge.evaluate.site, bridge.evaluate.splice, bridge.explorer.gather)
+READERS = (bridge.stream, bridge.evaluate.site, bridge.evaluate.splice, bridge.explorer.firings)
 
 
 class Read(NamedTuple):
@@ -172,7 +172,7 @@ def test_records_evaluation_and_neuronpedias_files_say_the_same(run, nano):
     store = source.store()
     assert store.header.settings["excluded"] == ids
     assert store.header.settings["drop_sinks"] == run.config.drop_sinks
-    counted = sum(int(read.mask.sum()) for read in run.reads["bridge.explorer.gather"])
+    counted = sum(int(read.mask.sum()) for read in run.reads["bridge.explorer.firings"])
     assert store.header.tokens == counted
     setting = json.loads((run.folder / "eval.json").read_text())[HOOK]["setting"]
     assert (setting["excluded"], setting["drop_sinks"]) == (ids, run.config.drop_sinks)

@@ -122,6 +122,11 @@ def test_the_histogram_counts_every_latent_once():
     assert found["counts"][12] == 1
 
 
+def test_the_histogram_of_sums_is_that_of_their_densities():
+    sums = sums_of(X, X_HAT, LATENTS)
+    assert metrics.density_histogram(sums) == metrics.histogram(np.array([2 / 3, 0, 2 / 3]), 3.0)
+
+
 @pytest.mark.parametrize("tokens", [1.0, 7.0, 1000.0])
 def test_the_histogram_has_a_bin_for_one_firing_and_for_all(tokens):
     found = metrics.histogram(np.array([1 / tokens, 1.0, 0.0]), tokens)

@@ -91,6 +91,12 @@ def test_a_run_takes_the_given_rate_or_the_default_and_less_of_it_with_heavy_tai
     assert float(begin(SAE, config, heavy).rate) == pytest.approx(config.default_rate(SAE) / 4, rel=1e-2)
 
 
+def test_the_longer_a_run_the_less_heavy_tails_lower_its_rate():
+    lengths = (2**10, 2**18, 2**20, 2**23, 2**28)
+    powers = [TrainConfig(num_activations=n, batch_size=512).tail_exponent(SAE) for n in lengths]
+    assert powers == pytest.approx([1 / 3, 1 / 3, 0.1947, 0, 0], abs=1e-4)
+
+
 def test_the_default_rate_of_a_tiny_run_has_a_bound():
     tiny = TrainConfig(num_activations=4, batch_size=4)
     assert tiny.default_rate(sae_config("relu", 1, 1)) == 0.05, "no rate that would throw a short run off"

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -16,6 +17,8 @@ from several_processes import ROOT, Processes
 import jsae
 from bridge import launch
 from jsae import store
+from jsae.health import ActivationsError, NotFiniteError
+from jsae.processes import SharedError, connected, same_everywhere
 from jsae.settings import ConfigError
 
 HOOK = "blocks.2.hook_resid_post"
@@ -187,6 +190,21 @@ def test_the_others_end_soon_after_one_is_killed_and_the_run_resumes(victim, who
     same(run, whole)
 
 
+def test_only_errors_that_every_process_has_are_left_to_the_first(monkeypatch):
+    """The first read of a device's result may find that another process was lost: perhaps the first one."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(SharedError), same_everywhere(NotFiniteError):
+        raise ActivationsError("a number is not finite")
+    lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer [127.0.0.1]:5000")
+    with (
+        pytest.raises(ConnectionError, match="another process of the run has ended"),
+        connected(),
+        same_everywhere(NotFiniteError),
+    ):
+        raise lost
+
+
 def test_two_processes_train_a_sweep_on_a_store_as_one_does(tmp_path):
     rng = np.random.default_rng(0)
     acts = (rng.standard_normal((16_384, 8)) @ rng.standard_normal((8, 32))).astype(np.float32)
@@ -236,7 +254,7 @@ def test_three_processes_share_six_parts(text, tmp_path):
 @pytest.mark.parametrize("asked", [(0,), (1,), (0, 1)])
 def test_a_request_to_stop_while_the_first_process_measures_ends_all(asked, text, tmp_path):
     run = tmp_path / "run"
-    with Processes(command(run, text, num_activations=4096, heldout_tokens=60_000), 2) as processes:
+    with Processes(command(run, text, num_activations=4096, heldout_tokens=200_000), 2) as processes:
         until = time.monotonic() + 200
         while not (run / "sae" / HOOK / "cfg.json").is_file():
             assert time.monotonic() < until

@@ -91,6 +91,30 @@ def test_a_run_that_is_asked_to_stop_is_saved_and_goes_on_to_the_same_numbers(tr
     assert train(**settings, resume=True).evaluation == trained.evaluation
 
 
+def test_a_request_after_the_last_step_and_before_the_export_stops_the_run_too(trained, text, tmp_path, monkeypatch):
+    from bridge.training import finish
+
+    settings = {"data": text, "k": 8, "output_dir": tmp_path / "run", **SMALL}
+    finished, requests, left = finish.finished, [], []
+
+    @contextlib.contextmanager
+    def stop_requests():
+        yield requests
+        left.append(len(requests))
+
+    def asked_meanwhile(states):
+        requests.append("now")
+        return finished(states)
+
+    monkeypatch.setattr(finish, "finished", asked_meanwhile)
+    with pytest.raises(Stopped) as stopped:
+        train(**settings, stop_requests=stop_requests)
+    assert left == [1]  # nothing interrupts what the processes do together
+    assert not stopped.value.run.exports
+    monkeypatch.setattr(finish, "finished", finished)
+    assert train(**settings, resume=True).evaluation == trained.evaluation
+
+
 def test_of_a_sweep_the_variants_are_runs_of_their_own(text, tmp_path):
     run = train(data=text, k=[4, 8], output_dir=tmp_path / "sweep", **SMALL)
     assert [variant.path.name for variant in run.variants] == ["k4", "k8"]

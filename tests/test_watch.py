@@ -144,6 +144,8 @@ def test_the_result_is_a_run_that_others_read(watched):
     assert (last["step"], last["batches"]) == (STEPS, 2 * STEPS)
     assert last["scale"] > 0
     assert {"watch_share", "watch_seconds", "setup_seconds", "due", "skipped"} <= last.keys()
+    histogram = last["density_histogram"]
+    assert sum(histogram["counts"]) + histogram["never"] == sae.d_sae
 
 
 def test_every_checkpoint_of_the_model_has_its_saes(watched):
@@ -244,6 +246,43 @@ def test_a_replaced_model_is_reported_and_attached(tmp_path, capsys):
     assert "the new model has the width 64, not 32" in capsys.readouterr().err
     assert not watcher.active
     watcher.step(8)
+
+
+def test_a_model_that_was_compiled_before_is_reported_and_heard_when_it_is_compiled_anew(tmp_path, capsys):
+    model = upstream_loop.GPT()
+    compiled = torch.compile(model, backend="eager")
+    compiled(*upstream_loop.batch(0, 0, 0, 4))
+    watcher = Watcher(model, checkpoint="models", **watch(tmp_path))
+    for step in range(5):
+        watcher.step(step)
+        compiled(*upstream_loop.batch(step, 0, 0, 4))
+    assert "was compiled and ran before it was watched" in capsys.readouterr().err
+    assert watcher.batches == 0
+    torch._dynamo.reset()
+    for step in range(5, 8):
+        watcher.step(step)
+        compiled(*upstream_loop.batch(step, 0, 0, 4))
+    assert watcher.active
+    assert watcher.batches == 4  # of two steps
+    watcher.close()
+
+
+def test_a_model_that_is_compiled_anew_under_the_watcher_is_heard_as_before(tmp_path, capsys):
+    torch._dynamo.reset()
+    model = upstream_loop.GPT()
+    watcher = Watcher(model, checkpoint="models", **watch(tmp_path))
+    compiled = torch.compile(model, backend="eager")
+    for step in range(6):
+        if step == 2:  # new code for the same model
+            torch._dynamo.reset()
+            compiled = torch.compile(model, dynamic=False, backend="aot_eager")
+        watcher.step(step)
+        compiled(*upstream_loop.batch(step, 0, 0, 8 if step >= 4 else 4))  # of another shape: compiled once more
+    watcher.step(6)
+    assert watcher.batches == 12  # two of every step
+    assert "nothing was heard" not in capsys.readouterr().err
+    watcher.close()
+    torch._dynamo.reset()
 
 
 def test_activations_that_are_not_finite_are_left_out(tmp_path, capsys):

@@ -75,11 +75,11 @@ class Steps:
             self.state = self.state._replace(rate=share * shorter * self.state.rate)
         self._scale = float(self.state.scale_out)
 
-    def run(self, log_every: int) -> Iterator[tuple[int, dict[str, float] | None]]:
+    def run(self, log_every: int) -> Iterator[tuple[int, dict[str, Any] | None]]:
         """Take all steps; yield the number of each and, every `log_every` steps and after the last, the metrics.
 
         They are those of `jsae.loop.summaries` over the batches since the last ones; with an objective other than "mse"
-        also `kl` and `ce`, nats per token.
+        also `kl` and `ce`, nats per token. `density_histogram` is that of `jsae.metrics.density_histogram`.
 
         Raises:
           NotFiniteError, ActivationsError: a loss or activations that are not finite.
@@ -117,8 +117,9 @@ class Steps:
         parts: Any = tuple(handover.to_jax(part) for part in batch.acts)
         return parts if len(parts) > 1 else parts[0]
 
-    def _values(self, number: int, sums: metrics.Sums, outputs: list[Output]) -> dict[str, float]:
-        (values,) = loop.summaries([self._member], number, (self.state,), (sums,))
+    def _values(self, number: int, sums: metrics.Sums, outputs: list[Output]) -> dict[str, Any]:
+        (summary,) = loop.summaries([self._member], number, (self.state,), (sums,))
+        values: dict[str, Any] = summary | {"density_histogram": metrics.density_histogram(sums)}
         if outputs:
             for name, of in (("kl", "divergence"), ("ce", "cross_entropy")):
                 values[name] = torch.stack([getattr(output, of) for output in outputs]).mean().item()

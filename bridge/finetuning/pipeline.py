@@ -189,7 +189,7 @@ def _train(config: FinetuneConfig, trainee: Trainee, steps: Steps, lines: files.
     """Take all steps, with a line of metrics per report."""
     from jsae.progress import Progress
 
-    names = ("loss", "fvu", "l0", "mse", "cosine", "dead_fraction", "learning_rate", "kl", "ce")
+    names = ("loss", "fvu", "l0", "mse", "cosine", "dead_fraction", "density_histogram", "learning_rate", "kl", "ce")
     shown = {"kl": "KL", "ce": "CE", "fvu": "FVU", "l0": "L0"}
     with Progress("fine-tuning", trainee.member.train.num_steps, "steps") as progress:
         note = ""

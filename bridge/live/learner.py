@@ -165,7 +165,13 @@ class Learner:
             return
         for trainee, state, sums in zip(self._trainees, self._states, self._window, strict=True):
             loop.check_finite(state, sums, trainee.name if len(self._trainees) > 1 else None)
-        values = loop.summaries(self._members, self.batches, self._states, self._window)
+        window = jax.device_get(self._window)
+        values: list[dict[str, Any]] = [
+            summary | {"density_histogram": metrics.density_histogram(sums)}
+            for summary, sums in zip(
+                loop.summaries(self._members, self.batches, self._states, window), window, strict=True
+            )
+        ]
         scales = [float(state.scale) for state in self._states]
         self._results.report(self._step_of_training, self.batches, values, scales, self._watch)
         self._window = None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jsae.loop import AllSums, States
     from jsae.saelens import Plain
 
-_REPORTED = ("loss", "fvu", "l0", "mse", "cosine", "dead_fraction", "learning_rate")
+_REPORTED = ("loss", "fvu", "l0", "mse", "cosine", "dead_fraction", "density_histogram", "learning_rate")
 
 
 class LiveOrigin(Origin):
@@ -101,7 +101,7 @@ class Results:
         self,
         step_of_training: int,
         batches: int,
-        values: Sequence[dict[str, float]],
+        values: Sequence[dict[str, Any]],
         scales: Sequence[float],
         watch: dict[str, float],
     ) -> None:

@@ -187,7 +187,7 @@ def read(run: Path) -> dict[str, Any]:
       ConfigError: the file is missing or broken.
     """
     path = Layout(run).config_file
-    require(path.is_file(), f"{run} is not a run: it has no config.json")
+    require(path.is_file(), f"{run} is not a run: it has no config.json. Give the output_dir of a training")
     try:
         record = jsons.read(path)
     except ValueError as error:

@@ -98,6 +98,9 @@ class RunConfig(RunSettings):
         )
         known: dict[str, Any] = {} if self.k or start.k is None else {"k": start.k}
         known |= {} if self.nested_widths or not start.nested_widths else {"nested_widths": start.nested_widths}
+        most = self.k[0] if self.k else start.k or 0
+        inner = tuple(size for size in start.hierarchical_k if size <= most)
+        known |= {} if self.hierarchical_k or not inner else {"hierarchical_k": inner}
         return self._sae_config(width, d_sae, layers, **known)
 
     def _sae_config(self, width: int, d_sae: int, layers: int, **replaced: Any) -> "SAEConfig":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,9 +65,7 @@ class Starts:
     def facts(self, sites: Iterable[str]) -> dict[str, Any]:
         """Return what a run records, by the names of its sites."""
         starts = {site: self.description(site).to_json() for site in dict.fromkeys(sites)}
-        return {
-            "init_from": {site: start | {"nested_widths": [*start["nested_widths"]]} for site, start in starts.items()}
-        }
+        return {"init_from": json.loads(json.dumps(starts))}  # lists for tuples, as a record gives them back
 
     def _find(self) -> list[str]:
         """Return the paths of the exports."""

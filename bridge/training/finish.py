@@ -120,7 +120,7 @@ def _measure(trainee: "Trainee", folder: Path, origin: "Origin") -> dict[str, An
     sums = origin.measure(trainee, folder)
     export.write_sparsity(folder, metrics.density(sums))
     summary: dict[str, Any] = {name: value for name, value in metrics.summarize(sums).items() if name != "loss"}
-    summary["density_histogram"] = metrics.histogram(metrics.density(sums), summary["tokens"])
+    summary["density_histogram"] = metrics.density_histogram(sums)
     problem = unusable(summary)
     return summary if problem is None else summary | {"problem": problem}
 

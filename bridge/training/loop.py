@@ -19,7 +19,7 @@ from bridge.training.report import Reporter
 from jsae import loop, metrics, processes, rates
 from jsae.checkpoint import Checkpoints
 from jsae.data import Block, Cursor, Shuffled
-from jsae.health import ActivationsError, Watch
+from jsae.health import ActivationsError, DivergedError, NotFiniteError, Watch
 from jsae.loop import AllSums, Member, States
 from jsae.ops import Ops
 from jsae.rates import RateSweep
@@ -114,13 +114,13 @@ def train(
                 due = last or stopped or step % save_every == 0
                 reporter.step(step)
                 if due or step % config.log_every == 0:
-                    with processes.same_everywhere():
+                    with processes.same_everywhere(NotFiniteError):
                         for trainee, state, total in zip(trainees, states, window, strict=True):
                             loop.check_finite(state, total, trainee.label if len(trainees) > 1 else None)
                     values = _values(members, step, states, window)
                     tokens, source.tokens_seen = source.tokens_seen, 0
                     reporter.report(step, values, tokens * processes.count())
-                    with processes.same_everywhere():
+                    with processes.same_everywhere(DivergedError):
                         _watch(watch, trainees, step, values, config.batch_size)
                     last_fvu, window = float(np.mean([v["fvu"] for v in values])), None
                 if due and (last or stopped or not watch.all_suspect):
@@ -209,7 +209,7 @@ def _watch(
     for trainee, value in zip(trainees, values, strict=True):
         steps = round(value["activations"] / batch_size)
         problem = watch.observe(trainee.label if len(trainees) > 1 else "", step - steps + 1, step, value["fvu"])
-        if problem is not None:
+        if problem is not None and processes.is_first():
             print(f"warning: {problem}. The other SAEs continue", file=sys.stderr, flush=True)
 
 
@@ -306,7 +306,7 @@ def _values(members: Sequence[Member], step: int, states: States, window: AllSum
     summaries = loop.summaries(members, step, states, window)
     return [
         {name: summary[name] for name in _REPORTED}
-        | {"density_histogram": metrics.histogram(metrics.density(sums), summary["tokens"])}
+        | {"density_histogram": metrics.density_histogram(sums)}
         | {"activations": summary["tokens"]}
         for summary, sums in zip(summaries, window, strict=True)
     ]

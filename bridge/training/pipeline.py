@@ -5,7 +5,7 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -107,6 +107,30 @@ class _Prepared(NamedTuple):
     starts: "Starts | None"
 
 
+class _Asking(contextlib.ExitStack):
+    """Requests to stop, from the first step of a training until this context is left, so that none interrupts what all
+    processes do together at its end.
+
+    Args:
+      stop_requests: see `loop.StopRequests`; None: requests are not received.
+    """
+
+    def __init__(self, stop_requests: "StopRequests | None"):
+        super().__init__()
+        self._stop_requests = stop_requests
+        self._received: Collection[object] = ()
+
+    def requests(self) -> contextlib.AbstractContextManager[Collection[object]]:
+        """Return a context that yields the requests; they are received beyond it."""
+        if self._stop_requests is not None:
+            self._received = self.enter_context(self._stop_requests())
+        return contextlib.nullcontext(self._received)
+
+    def late(self) -> bool:
+        """Return whether requests were received; after the training: since it has looked for the last time."""
+        return bool(self._received)
+
+
 def _train(
     run: Run, config: RunConfig, own_device: str, locks: contextlib.ExitStack, stop_requests: "StopRequests | None"
 ) -> None:
@@ -132,10 +156,11 @@ def _train(
             parts = parts._replace(trainees=_with_rates(run, config, parts, source, given))
         processes.on_first(lambda: _record(run, config, parts, locks))
         _check_shared(run)
-        states = loop.train(run.path, config, parts.trainees, source, stop_requests, **given)
-        if states is None:
-            raise Stopped(run)
-        saes = finished(states)
+        with _Asking(stop_requests) as asking:
+            states = loop.train(run.path, config, parts.trainees, source, asking.requests, **given)
+            if states is None:
+                raise Stopped(run)
+            saes = finished(states)
 
         def complete() -> None:
             finish(config, parts.trainees, saes, origin)
@@ -144,7 +169,7 @@ def _train(
                     _prepare_neuronpedia(Run(folder), config, torch_device)
 
         try:
-            processes.on_first(complete)
+            processes.on_first(complete, interrupted=asking.late())
         except KeyboardInterrupt as interrupt:  # SIGTERM too; all of the training is saved
             raise Stopped(run) from interrupt
     print(f"took {time.perf_counter() - started:.0f} s in all")

@@ -61,7 +61,7 @@ class SAEConfig:
     rate_scale: ClassVar[float] = 1.0
     """Factor on the default learning rate (`TrainConfig.default_rate`), measured in sweeps."""
     tail_exponent: ClassVar[float] = 1 / 3
-    """Power of the heaviness of the activations' tails by which the default learning rate is divided."""
+    """Power of the heaviness of the activations' tails by which the default rate is divided (`TrainConfig`)."""
     k: ClassVar[int | None] = None
     """Active latents per token, of architectures that select so many."""
     target_l0: ClassVar[float | None] = None

@@ -111,16 +111,16 @@ def _check_fit(model: nn.Module, name: str, sae: TorchSAE, fingerprint: str | No
     """Raise ValueError for an SAE or transcoder of another width, device or model."""
     embedding = unwrapped(model).transformer.wte.weight
     width, device = embedding.size(1), embedding.device
+    named = f"the {'transcoder' if sae.is_transcoder else 'SAE'} of {name}"
     if {sae.d_in, sae.d_out} != {width}:
         channels = f"{sae.d_in}" if sae.d_in == sae.d_out else f"{sae.d_in} and writes {sae.d_out}"
         raise ValueError(
-            f"the SAE of {name} reads {channels} channels, but this model has {width}: "
-            "give the model that it was trained on"
+            f"{named} reads {channels} channels, but this model has {width}: give the model that it was trained on"
         )
     if sae.W_dec.device != device:
-        raise ValueError(f"the SAE of {name} is on {sae.W_dec.device}, the model on {device}: move one of them")
+        raise ValueError(f"{named} is on {sae.W_dec.device}, the model on {device}: move one of them")
     if fingerprint is not None and trained_on(sae) not in (None, fingerprint):
         raise ValueError(
-            f"the SAE of {name} was trained on the checkpoint with sha256 {trained_on(sae)}, "
+            f"{named} was trained on the checkpoint with sha256 {trained_on(sae)!s:.64}, "
             f"but this one has {fingerprint}: give the checkpoint that it was trained on"
         )

@@ -9,7 +9,7 @@ import torch
 
 from bridge.circuits import Graph, Pruned, Traced, graph_file, prune, trace
 from bridge.circuits.graph_file import Naming, default_slug
-from bridge.circuits.tracing import Limits, Measure, check_length
+from bridge.circuits.tracing import Limits, Measure, Node, check_length
 from bridge.compatibility import check_transcoders, known_fingerprint
 from bridge.explorer import graphs as shown
 from bridge.explorer import page
@@ -73,11 +73,13 @@ class Tracer:
         measure: Measure = "logit",
         limits: Limits | None = None,
         between: Callable[[], object] = lambda: None,
+        node: Node | None = None,
     ) -> Traced:
         """Return the graph of a prompt, with BOS before it; see `bridge.circuits.trace`.
 
         Raises:
-          ValueError: the prompt is longer than the model's context, or its graph does not fit into memory.
+          ValueError: the prompt is longer than the model's context, there is no such `node`, or the graph does not fit
+            into memory.
         """
         tokens = self.nano.tokenizer.encode(prompt, prepend_bos=True)
         check_length(len(tokens), self.nano.config.sequence_len)
@@ -89,6 +91,7 @@ class Tracer:
             measure=measure,
             limits=limits,
             between=between,
+            node=node,
         )
 
     def naming(self, prompt: str, slug: str | None = None) -> Naming:

@@ -174,6 +174,51 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
         yield
 
 
+def blocks_before(name: str) -> tuple[str, ...]:
+    """Return the hook names of the outputs of all blocks whose work an edit of this hook does not change.
+
+    They are the blocks before that of the hook; for the output of a block, that block too.
+    """
+    layer, site = parse(name)
+    return tuple(hook_name(i, "resid_post") for i in range(layer + (site == "resid_post")))
+
+
+@contextlib.contextmanager
+def replay(model: nn.Module, outputs: Mapping[str, Acts]) -> Iterator[None]:
+    """Have blocks return given outputs instead of running, in every forward pass within the context.
+
+    This saves their work where a pass over the same tokens has been captured, and an edit changes only what comes after
+    them (`blocks_before`). Hooks on these blocks see the given outputs, as those of `edit` do; those within them do not
+    fire. A cache of keys is not filled by blocks that do not run.
+
+    Args:
+      model: a nanochat, possibly wrapped or compiled.
+      outputs: outputs of blocks, (B, T, C), by hook name, `blocks.{L}.hook_resid_post`.
+
+    Raises:
+      ValueError: the model does not have a hook, or it is not the output of a block.
+    """
+    if other := [name for name in outputs if parse(name)[1] != "resid_post"]:
+        raise ValueError(f"{other[0]} is not the output of a block: only blocks.{{L}}.hook_resid_post are replayed")
+    blocks = {name: find(model, name) for name in outputs}
+    before = {name: vars(block).get("forward") for name, block in blocks.items()}
+    try:
+        for name, block in blocks.items():
+            block.forward = functools.partial(_given, outputs[name])
+        yield
+    finally:
+        for name, block in blocks.items():
+            if before[name] is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = before[name]
+
+
+def _given(output: Acts, *args: object, **kwargs: object) -> Acts:
+    """Return the output that a block is given in place of what it would compute from its arguments."""
+    return output
+
+
 def watch(model: nn.Module, before: Callable[[tuple, dict[str, Any]], None]) -> AbstractContextManager[None]:
     """Call `before` with the arguments (args, kwargs) of every forward pass within the context, before it runs."""
     return open_context(model, Context({}, before))

@@ -57,7 +57,7 @@ def write(
         site = Site(nano.model, hook, plan.excluded, plan.drop_sinks)
         end = None if seconds is None else clock() + seconds / len(missing)
         firings = labels.firings(site, saes[hook], read, lambda end=end: end is not None and clock() >= end)
-        simple, combined = labels.describe(firings, read, nano.tokenizer)
+        simple, combined = labels.describe(firings, labels.Material.of_text(read, nano.tokenizer))
         tables[hook], summaries[hook] = labels.table(combined, simple), labels.summary(combined, simple)
     file = run.table_file("labels")
     earlier = jsons.read(file, LARGEST_TABLE) if file.is_file() else {}

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
+from bridge.topk import largest
 from jsae import saelens
 from jsae.saelens.settings import RANKED, TRANSCODERS, check_pursuit
 
@@ -114,11 +115,12 @@ class TorchSAE(nn.Module):
         return other
 
     def encode_sparse(
-        self, x: Float[torch.Tensor, "*tokens d"], k: int | None = None
+        self, x: Float[torch.Tensor, "*tokens d"], k: int | None = None, *, in_order: bool = True
     ) -> tuple[Float[torch.Tensor, "*tokens k"], Int[torch.Tensor, "*tokens k"]]:
         """Return values and indices of each token's k latents of largest magnitude, (..., k) each, largest first.
 
-        `k` may be None for TopK and AbsTopK, which have their own.
+        `k` may be None for TopK and AbsTopK, which have their own. Without `in_order` a TopK SAE leaves them in any
+        order, which takes less time.
 
         Raises:
           ValueError: k is missing for an architecture without one, or not in [1, d_sae].
@@ -127,7 +129,8 @@ class TorchSAE(nn.Module):
         if k is None or not 1 <= k <= self.d_sae:
             raise ValueError(f"k is {k} for a {self.architecture} SAE: give k from 1 to d_sae, which is {self.d_sae}")
         if self.architecture == "topk" and self.pursued is None and k <= self.cfg["k"]:
-            values, indices = (self._centred(x) @ self.W_enc + self.b_enc).topk(k, dim=-1)
+            pre = self._centred(x) @ self.W_enc + self.b_enc
+            values, indices = pre.topk(k, dim=-1) if in_order else largest(pre, k)
             return values.relu(), indices
         latents = self.encode(x)
         indices = latents.abs().topk(k, dim=-1).indices
@@ -150,7 +153,7 @@ class TorchSAE(nn.Module):
     def forward(self, x: Float[torch.Tensor, "*tokens d"]) -> Float[torch.Tensor, "*tokens o"]:
         """Return the reconstruction of activations, (..., d_in) to (..., d_out)."""
         if self.architecture == "topk" and self.pursued is None and not torch.is_grad_enabled():
-            return self.decode_sparse(*self.encode_sparse(x))
+            return self.decode_sparse(*self.encode_sparse(x, in_order=False))
         return self.reconstruct(self.encode(x), x)
 
     def reconstruct(self, latents: Dense, x: Float[torch.Tensor, "*tokens d"]) -> Float[torch.Tensor, "*tokens o"]:
@@ -191,13 +194,13 @@ def _standard(sae: TorchSAE, u: torch.Tensor) -> torch.Tensor:
 
 
 def _topk(sae: TorchSAE, u: torch.Tensor) -> torch.Tensor:
-    values, indices = (u @ sae.W_enc + sae.b_enc).topk(sae.cfg["k"], dim=-1)
+    values, indices = largest(u @ sae.W_enc + sae.b_enc, sae.cfg["k"])
     return values.new_zeros(*values.shape[:-1], sae.d_sae).scatter(-1, indices, values.relu())
 
 
 def _abstopk(sae: TorchSAE, u: torch.Tensor) -> torch.Tensor:
     pre = u @ sae.W_enc + sae.b_enc
-    indices = pre.abs().topk(sae.cfg["k"], dim=-1).indices
+    _, indices = largest(pre.abs(), sae.cfg["k"])
     return torch.zeros_like(pre).scatter(-1, indices, pre.gather(-1, indices))
 
 

@@ -419,6 +419,15 @@ def test_nodes_that_do_not_exist_are_refused(g7):
         g7.replacement.column(0, 0, 99)
 
 
+def test_a_node_that_is_asked_for_is_missed_before_the_backward_passes():
+    def between() -> None:
+        pytest.fail("a backward pass began")
+
+    for node, problem in (((9, 0, 1), "outside 4 layers"), ((0, 0, 99), "is not active")):
+        with pytest.raises(ValueError, match=problem):
+            traced(between=between, node=node)
+
+
 def test_columns_and_nodes_name_each_other(g7):
     for column in (0, 33, g7.graph.errors.start + 27):
         node = g7.graph.source(column)

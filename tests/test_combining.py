@@ -20,10 +20,7 @@ def described(*columns: np.ndarray, chooses: np.ndarray = CHOOSES) -> tuple[list
     """Return simple and combined labels of latents that fire where the columns hold."""
     token, latent = np.stack(columns, axis=1).nonzero()
     fires = labels.Firings(latent, token, np.ones(len(token), np.float32), np.ones(N, bool), len(columns))
-    exact = {"token": IDS}
-    chosen = labels._choose(fires, TABLE, exact, str, chooses)
-    simple = labels._score(fires, chosen, chooses)
-    return simple, labels._combined(fires, chosen, simple, TABLE, exact, str, chooses)
+    return labels.describe(fires, labels.Material(TABLE, {"token": IDS}, str, chooses))
 
 
 def test_latents_get_the_rules_they_follow():

@@ -169,6 +169,29 @@ def test_sinks_keep_their_activation_in_every_variant_and_enter_the_means_of_the
     assert survey.survey(site, SHRINKING, [rows]).sums.tokens == 4
 
 
+@pytest.mark.parametrize("most", [2**21, 300])
+def test_effects_are_those_of_whole_passes(monkeypatch, most):
+    """With few logits at once, every row is a pass of its own, and its positions are compared one by one."""
+    monkeypatch.setattr(splice, "most_numbers", lambda device: most)
+    model, name = tiny("G7"), "blocks.2.hook_mlp_out"
+    rows = np.random.default_rng(0).integers(1, 50, (3, 12))
+    sae, mean = toy_sae("topk", 32, 64, k=5), np.full(32, 0.1, np.float32)
+    site = Site(model, name, (), drop_sinks=False)
+    found = splice.effects(site, sae, [rows[:2], rows[2:]], mean, np.ones(50, np.int32))
+    tokens = torch.from_numpy(rows)
+    base = model(tokens).double().log_softmax(-1)
+    edits = {"with_sae": sae, "with_ablation": torch.zeros_like, "with_mean_ablation": lambda x: x * 0 + 0.1}
+    for variant, change in edits.items():
+        with edit(model, {name: change}):
+            log_probs = model(tokens).double().log_softmax(-1)
+        nats = -log_probs[:, :-1].gather(-1, tokens[:, 1:, None]).mean().item()
+        divergence = (base.exp() * (base - log_probs)).sum(-1).mean().item()
+        assert found[variant].cross_entropy == pytest.approx(nats, rel=1e-5)
+        assert found[variant].bits_per_byte == pytest.approx(nats / math.log(2), rel=1e-5)
+        assert found[variant].divergence == pytest.approx(divergence, rel=1e-4)
+    assert found["without_sae"].divergence == 0
+
+
 def test_results_do_not_depend_on_the_batches_but_for_the_old_variance():
     model = tiny("G5")
     rows = np.random.default_rng(0).integers(0, 50, (6, 12))

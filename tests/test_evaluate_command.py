@@ -119,7 +119,7 @@ def test_every_latent_is_described_and_labelled(whole, run):
 def test_plots_are_pictures(whole, run):
     for name in (f"density_{HOOKS[1]}.png", "training.png"):
         assert (run / "plots" / name).read_bytes().startswith(b"\x89PNG")
-    curves = plots._curves(run / "metrics.jsonl")
+    curves = plots._curves(plots._reports(run / "metrics.jsonl"))
     assert [(name, list(by_hook.values())) for name, by_hook in curves.items()] == [
         ("loss", [([10, 20, 30], [10.0, 5.0, 100 / 30])]),
         ("l0", [([10, 20, 30], [8.0, 8.0, 8.0])]),

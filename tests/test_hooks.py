@@ -7,7 +7,7 @@ from tiny_nanochat import tiny
 from torch import nn
 
 from bridge import activations, hooks
-from bridge.hooks import capture, edit, hook_name
+from bridge.hooks import blocks_before, capture, edit, hook_name, replay
 from bridge.nanochat.model import GPT
 
 LAYERS = 4
@@ -143,6 +143,42 @@ def test_gradients_flow_through_captured_activations(model, tokens):
     with edit(model, {"blocks.1.hook_mlp_out": lambda x: x * scale}):
         model(tokens).square().mean().backward()
     assert scale.grad.abs() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_replayed_pass_gives_the_same_logits_under_an_edit_without_running_earlier_blocks(model, tokens, name):
+    earlier = blocks_before(name)
+    with capture(model, [*dict.fromkeys([*earlier, name])]) as acts:
+        model(tokens)
+    with edit(model, {name: lambda x: x * 0.5}), capture(model, NAMES) as whole:
+        expected = model(tokens)
+    ran = []
+    handles = [block.attn.register_forward_hook(lambda m, *_: ran.append(m.layer)) for block in model.transformer.h]
+    with replay(model, {one: acts[one] for one in earlier}), edit(model, {name: lambda x: x * 0.5}):
+        assert torch.equal(model(tokens), expected)
+    for handle in handles:
+        handle.remove()
+    assert ran == list(range(len(earlier), LAYERS))
+    assert torch.equal(whole[name], acts[name] * 0.5)
+
+
+def test_replaying_leaves_nothing_behind_and_keeps_a_forward_of_others(model, tokens):
+    logits, name = model(tokens), "blocks.1.hook_resid_post"
+    with pytest.raises(KeyError), replay(model, {name: torch.zeros(2, 12, 32)}):
+        raise KeyError
+    assert traces(model) == []
+    assert torch.equal(model(tokens), logits)
+    other = UpstreamLike()
+    block = other.transformer.h[0]
+    block.forward = own = torch.zeros_like
+    with replay(other, {"blocks.0.hook_resid_post": torch.ones(2, 3, 8)}):
+        assert block(torch.rand(2, 3, 8)).all()
+    assert block.forward is own
+
+
+def test_only_outputs_of_blocks_are_replayed(model):
+    with pytest.raises(ValueError, match=r"blocks\.1\.hook_mlp_out is not the output of a block"):
+        replay(model, {"blocks.1.hook_mlp_out": torch.zeros(2, 12, 32)}).__enter__()
 
 
 def test_another_model_with_the_same_rooms_works_too():

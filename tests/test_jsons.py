@@ -125,7 +125,7 @@ METRICS += ['{"step": 1' + "0" * 400 + ', "loss": 1}', '{"step": 3, "loss": NaN}
 
 def test_lines_of_metrics_that_are_none_are_left_out(run):
     path = spoil(run / "metrics.jsonl", "\n".join(METRICS))
-    assert plots._curves(path) == {"loss": {"": ([1, 2], [2.5, 1.5])}, "l0": {"": ([1], [8])}}
+    assert plots._curves(plots._reports(path)) == {"loss": {"": ([1, 2], [2.5, 1.5])}, "l0": {"": ([1], [8])}}
     assert hub._last_line(path) == {"step": 2, "loss": 1.5}
     report.keep_until(path, 1)
     assert path.read_text() == METRICS[0] + "\n"

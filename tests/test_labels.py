@@ -161,7 +161,7 @@ def test_predicates_hold_where_they_should(corpus):
         assert truth[name].any()
         for i in np.flatnonzero(truth[name])[:50]:
             assert text.sources[document[i]][: place[i]].endswith(before), name
-    marks, known = predicates.bits(text)
+    marks, known = text.syntax
     assert known[document >= 0].all()
     bit = np.uint64(1 << syntax.CONTEXTS.index("in a docstring"))
     np.testing.assert_array_equal(truth["in a docstring"], (marks & bit) > 0)
@@ -202,7 +202,7 @@ def test_latents_are_labelled_by_the_tokens_they_fire_on(corpus):
     (equals,) = tokenizer.encode("=")
     rng = np.random.default_rng(0)
     noise = rng.random(len(ids))
-    named = labels.label(
+    named = labels.search(
         firings(
             [
                 (ids == digit) * 1.0,
@@ -213,8 +213,7 @@ def test_latents_are_labelled_by_the_tokens_they_fire_on(corpus):
                 np.zeros(len(ids)),
             ]
         ),
-        text,
-        tokenizer,
+        labels.Material.of_text(text, tokenizer),
     )
     assert [label.label for label in named[:4]] == ["token '3'", "in a comment", "after '='", "in a docstring"]
     assert named[0].f1 == named[0].precision == named[0].recall == 1
@@ -242,7 +241,7 @@ def test_one_half_chooses_and_the_other_gives_the_numbers():
     # Eight tokens: in the first half the latent fires with the predicate, in the second never where it holds.
     found = firings([np.array([1, 1, 1, 0, 1, 1, 1, 0])])
     holds = predicates.Predicates(["it"], np.array([1, 1, 1, 0, 0, 0, 0, 1], bool)[:, None])
-    (label,) = labels.search(found, holds, {}, str, FIRST[4])
+    (label,) = labels.search(found, labels.Material(holds, {}, str, FIRST[4]))
     assert label == labels.Label("it", 0.0, 0.0, 0.0, 3, 0.0, 0.0)  # the one other token is named, too
 
 
@@ -250,7 +249,7 @@ def test_f1_is_as_worked_out_by_hand():
     # Second half: fires on tokens 5, 6, 7; the predicate holds on 6, 7, 8, 9.
     found = firings([np.array([1, 1, 0, 0, 0, 1, 1, 1, 0, 0])])
     holds = predicates.Predicates(["it"], np.array([1, 1, 0, 0, 0, 0, 1, 1, 1, 1], bool)[:, None])
-    (label,) = labels.search(found, holds, {}, str, FIRST[5])
+    (label,) = labels.search(found, labels.Material(holds, {}, str, FIRST[5]))
     assert (label.precision, label.recall, label.n) == (2 / 3, 2 / 4, 3)
     assert label.f1 == pytest.approx(4 / 7)
     assert label.balanced_accuracy == pytest.approx((2 / 3 + 0 / 2) / 2)
@@ -278,7 +277,7 @@ def test_a_predicate_that_fits_few_tokens_by_chance_is_not_chosen():
     for i in np.flatnonzero(holds[:200])[:2]:
         fires[i], ids["token"][i] = 3, 7
     table = predicates.Predicates(["it"], holds[:, None])
-    (label,) = labels.search(firings([fires]), table, ids, str, np.arange(400) < 200)
+    (label,) = labels.search(firings([fires]), labels.Material(table, ids, str, np.arange(400) < 200))
     assert label == labels.Label("it", 1.0, 1.0, 1.0, int(holds[200:].sum()), 0.0, 1.0)
 
 
@@ -286,7 +285,7 @@ def test_tokens_that_do_not_count_are_in_no_number():
     found = firings([np.array([1, 1, 1, 0, 1, 1, 0, 0])])
     found = dataclasses.replace(found, counts=np.array([1, 1, 1, 1, 1, 1, 1, 0], bool))
     holds = predicates.Predicates(["it"], np.array([1, 1, 1, 0, 1, 1, 0, 1], bool)[:, None])
-    (label,) = labels.search(found, holds, {}, str, FIRST[4])
+    (label,) = labels.search(found, labels.Material(holds, {}, str, FIRST[4]))
     assert label.recall == 1  # the last token, where it holds and nothing fires, does not count
 
 
@@ -314,7 +313,7 @@ def test_a_model_and_its_sae_are_read_as_they_run(corpus):
     assert set(found.value.tolist()) == {2.0, 3.0}
     assert set(text.tokens.reshape(-1)[found.token[found.latent == 0]].tolist()) == {comma}
     assert found.counts.sum() == (text.document >= 0).sum()
-    named = labels.label(found, text, tokenizer)
+    named = labels.search(found, labels.Material.of_text(text, tokenizer))
     assert [label.label for label in named] == ["token ','", "token '3'", None]
     assert named[0].f1 == named[1].f1 == 1
 
@@ -329,7 +328,7 @@ def test_of_a_latent_that_may_be_negative_the_positive_side_is_named(corpus):
     site = Site(Spelled(len(W_enc)), "blocks.0.hook_resid_post", (tokenizer.bos_token_id,), tokens_per_forward=640)
     found = labels.firings(site, sae, text)
     assert set(found.value.tolist()) == {2.0}
-    (named,) = labels.label(found, text, tokenizer)
+    (named,) = labels.search(found, labels.Material.of_text(text, tokenizer))
     assert (named.label, named.f1) == ("token ','", 1)
 
 
@@ -344,4 +343,4 @@ def test_the_text_is_cut_where_an_sae_fires_too_often(corpus, monkeypatch):
     assert 700 < len(found.token) < 1000
     assert found.counts.reshape(-1, 64)[:3].any()
     assert not found.counts.reshape(-1, 64)[4:].any()
-    assert all(label.n > 0 for label in labels.label(found, text, tokenizer))
+    assert all(label.n > 0 for label in labels.search(found, labels.Material.of_text(text, tokenizer)))

@@ -59,7 +59,8 @@ def test_every_sae_without_labels_gets_those_that_an_evaluation_of_that_text_fin
     table = json.loads((tmp_path / "labels.json").read_text())
     for hook, sae in saes.items():
         simple, combined = labels.describe(
-            labels.firings(Site(nano.model, hook, plan.excluded, True), sae, read), read, nano.tokenizer
+            labels.firings(Site(nano.model, hook, plan.excluded, True), sae, read),
+            labels.Material.of_text(read, nano.tokenizer),
         )
         assert table[hook] == labels.table(combined, simple)
         assert summaries[hook] == labels.summary(combined, simple)

@@ -250,5 +250,5 @@ def test_every_label_that_the_evaluation_finds_is_known(corpus, planted):
     model, sae = planted
     fires = labels.firings(Site(model, LAST, (tokenizer.bos_token_id,)), sae, text)
     named = Concepts(text, tokenizer)
-    for label in labels.label(fires, text, tokenizer):
+    for label in labels.search(fires, labels.Material.of_text(text, tokenizer)):
         assert label.label is None or "\ufffd" in label.label or named.holds(label.label) is not None, label.label

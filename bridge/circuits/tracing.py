@@ -19,6 +19,8 @@ from bridge.compatibility import check_transcoders
 from bridge.torch_sae import TorchSAE
 
 Measure = Literal["logit", "logprob"]
+Node = tuple[int, int, int | None]
+"""Layer, position and latent of a feature; None for the latent is an error."""
 _BATCH_BYTES = 2**28
 """Gradients of one backward pass on a CPU, unless a batch size is given; more would leave its caches."""
 _LARGEST_BATCH = 512
@@ -73,6 +75,7 @@ def trace(
     measure: Measure = "logit",
     limits: Limits | None = None,
     between: Callable[[], object] = lambda: None,
+    node: Node | None = None,
 ) -> Traced:
     """Return the attribution graph of a prompt: why the model predicts what it predicts after its last token.
 
@@ -86,16 +89,19 @@ def trace(
         "logprob" is the linear part of its log-probability, sum_v (δ_tv - p_v) (1 - tanh²(z_v / c)) z_v.
       limits: of the graph.
       between: called before every backward pass; what it raises ends the computation.
+      node: a feature or error that the caller asks for, as of `Replacement.column`; checked before the backward passes.
 
     Raises:
       ValueError: the transcoders or the model do not fit (`bridge.compatibility.check_transcoders`, `Frozen`), there
-        are fewer than two tokens or more than the model's context, or the graph does not fit into memory; says how
-        large it is.
+        are fewer than two tokens or more than the model's context, there is no such `node`, or the graph does not fit
+        into memory; says how large it is.
     """
     limits = limits or Limits()
     check_transcoders(model, transcoders)
     check_length(len(tokens), check_model(model).config.sequence_len)
     replacement = Replacement(model, transcoders, tokens, untrained)
+    if node is not None:
+        replacement.column(*node)
     with torch.inference_mode(False), torch.no_grad():
         logits, probabilities = _likely(replacement, limits)
         targets = _target_vectors(replacement, logits, measure)

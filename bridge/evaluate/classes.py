@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float32, Int, Int32
 from bridge.evaluate import predicates, random_sae, syntax
 from bridge.evaluate import text as texts
 from bridge.evaluate.probing import Examples
-from bridge.evaluate.site import Site
+from bridge.evaluate.site import Site, most_numbers, parts
 from bridge.evaluate.text import Text
 from bridge.nanochat.tokenizer import Tokenizer
 from bridge.nanochat.units import Unit, find_units
@@ -131,8 +131,10 @@ def passage_examples(site: Site, sae: TorchSAE, passages: Passages) -> Examples:
         baseline = random_sae.like(sae, counted) if baseline is None else baseline
         acts.append((x.float() * weight[..., None]).sum(1).cpu().numpy())
         for encoder, pooled in ((sae, latents), (baseline, random)):
-            values = encoder.encode(counted) * weight[mask][:, None]
-            sums = values.new_zeros(len(ids), sae.d_sae).index_add_(0, mask.nonzero()[:, 0], values)
+            sums = counted.new_zeros(len(ids), sae.d_sae)
+            for part in parts(len(counted), most_numbers(counted.device) // sae.d_sae):
+                values = encoder.encode(counted[part]) * weight[mask][part, None]
+                sums.index_add_(0, mask.nonzero()[part, 0], values)
             pooled.append(sums.cpu().numpy())
     member = kind[:, None] == np.arange(len(passages.classes))
     document = None if passages.document is None else passages.document[sample]
@@ -163,7 +165,7 @@ def token_examples(site: Site, sae: TorchSAE, text: Text) -> Examples | None:
 
     Every fifth document is for testing.
     """
-    marks, known = predicates.bits(text)
+    marks, known = text.syntax
     class_bits = [np.uint64(1 << syntax.CONTEXTS.index(name)) for name in TOKEN_CLASSES]
     member = np.stack([(marks & bit) > 0 for bit in class_bits], axis=1)
     known &= text.document.reshape(-1) >= 0

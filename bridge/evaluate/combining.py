@@ -47,7 +47,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a rule fits a latent on tokens that did not choose it: counts of tokens."""
+    """Counts of tokens, of those that did not choose a rule, on which it holds and its latent fires."""
 
     rule: Rule
     hits: int

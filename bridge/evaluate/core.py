@@ -30,7 +30,7 @@ from bridge.torch_sae import TorchSAE
 from jsae import metrics
 
 PASSES = 5
-"""Passes of `measure` over the text; one of them runs the model only up to the hook."""
+"""Passes of `measure` over the text; one of them runs the model only up to the hook, three only the blocks after it."""
 
 
 def measure(

@@ -13,7 +13,7 @@ from bridge import steering
 from bridge.evaluate import absorption, capability, classes, eval_bundle, labels, probing, steering_score, text
 from bridge.evaluate.core import PASSES, finite, measure
 from bridge.evaluate.eval_bundle import Task
-from bridge.evaluate.site import Site
+from bridge.evaluate.site import Site, remembering
 from bridge.evaluate.text import Text
 from bridge.nanochat import Nanochat
 from bridge.nanochat.units import Split
@@ -100,7 +100,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Return the results of one SAE; they contain numpy numbers and arrays."""
     nano, sae = subject.nano, subject.sae
-    site = Site(nano.model, subject.hook, subject.excluded, subject.drop_sinks)
+    site = remembering(Site(nano.model, subject.hook, subject.excluded, subject.drop_sinks), rows.tokens)
     progress.phase(f"measuring {subject.hook}", PASSES * rows.tokens.size, "tokens")
     summary, columns = measure(site, sae, rows.tokens, nano.tokenizer.token_bytes)
     if problem := unusable(summary):
@@ -123,8 +123,10 @@ def _measure(
         summary |= _probes(extent, subject, site, rows, data, progress)
     labelled = None
     if extent.labels:
-        progress.phase("labelling latents", rows.tokens.size, "tokens")
-        labelled, combined = labels.describe(labels.firings(site, sae, rows), rows, nano.tokenizer)
+        progress.phase("labelling latents", site.unread(rows.tokens) or None, "tokens")
+        labelled, combined = labels.describe(
+            labels.firings(site, sae, rows), labels.Material.of_text(rows, nano.tokenizer)
+        )
         summary["labels"] = labels.summary(combined, labelled)
         results["labels"] = labels.table(combined, labelled)
     if extent.steering:
@@ -167,8 +169,8 @@ def _probes(extent: Extent, subject: Subject, site: Site, rows: Text, data: str,
     """Return the metrics of sparse probing and TPP, by kind of class; None for a kind that the text lacks."""
     progress.phase("reading text for probes", None)
     passages = classes.packages(data, subject.nano.tokenizer, extent.probe_tokens)
-    tokens = rows.tokens.size + (0 if passages is None else passages.tokens.size)
-    progress.phase("reading activations for probes", tokens, "tokens")
+    tokens = site.unread(rows.tokens) + (0 if passages is None else passages.tokens.size)
+    progress.phase("reading activations for probes", tokens or None, "tokens")
     examples = {
         "package": None if passages is None else classes.passage_examples(site, subject.sae, passages),
         "syntax": classes.token_examples(site, subject.sae, rows),

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float32, Int
 
 from bridge.evaluate import bootstrap, combining
 from bridge.evaluate.predicates import Predicates, build
-from bridge.evaluate.site import Site
+from bridge.evaluate.site import Site, most_numbers, parts
 from bridge.evaluate.text import Text
 from bridge.nanochat.tokenizer import Tokenizer
 from bridge.torch_sae import TorchSAE
@@ -88,17 +88,40 @@ def firings(site: Site, sae: TorchSAE, text: Text, enough: Callable[[], bool] = 
     batches: list[tuple[np.ndarray, ...]] = []
     total = 0
     for start, tokens, acts, _, mask in site.read(site.batches(text.tokens, sae.d_sae)):
-        latents = sae.encode(acts[mask].float())
-        row, latent = (latents > 0).nonzero(as_tuple=True)
-        token = mask.flatten().nonzero()[:, 0][row] + start * length
-        columns = (latent.int(), token.int(), latents[row, latent])
-        batches.append(tuple(column.cpu().numpy() for column in columns))
+        x, place = acts[mask].float(), mask.flatten().nonzero()[:, 0] + start * length
+        for part in parts(len(x), most_numbers(x.device) // sae.d_sae):
+            latents = sae.encode(x[part])
+            row, latent = (latents > 0).nonzero(as_tuple=True)
+            columns = (latent.int(), place[part][row].int(), latents[row, latent])
+            batches.append(tuple(column.cpu().numpy() for column in columns))
+            total += len(row)
         counts[start : start + len(tokens)] = mask.cpu().numpy()
-        total += len(token)
         if total > MOST_FIRINGS or enough():
             break
     latent, token, value = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     return Firings(latent, token, value, counts.reshape(-1), sae.d_sae)
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """Candidates for labels at every token of a text, and which of its tokens choose among them."""
+
+    predicates: Predicates
+    exact: dict[str, Int[np.ndarray, " N"]]
+    """Arrays of token ids by name; each adds one candidate per id: that the array holds it (-1: no id)."""
+    spell: Callable[[int], str]
+    """Return the text of a token id."""
+    chooses: Bool[np.ndarray, " N"]
+    """The tokens that choose labels; the others score them."""
+
+    @classmethod
+    def of_text(cls, text: Text, tokenizer: Tokenizer) -> "Material":
+        """Return all predicates of `predicates.build`, and "the token is X", "after the token X" and "before the token
+        X" for every token of the vocabulary. Even rows choose, or the first half of a single row.
+        """
+        rows, length = text.tokens.shape
+        chooses = np.arange(rows * length) // length % 2 == 0 if rows > 1 else np.arange(length) < length // 2
+        return cls(build(text, tokenizer), _neighbours(text), tokenizer.token_text, chooses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,63 +135,29 @@ class _Chosen:
     alive: np.ndarray
 
 
-def describe(firings: Firings, text: Text, tokenizer: Tokenizer) -> tuple[list[Label], list[Label]]:
-    """Return the labels of `label`, and labels of up to three predicates that are joined (`combining`).
+def describe(firings: Firings, material: Material) -> tuple[list[Label], list[Label]]:
+    """Return the labels of `search`, and labels of up to three predicates that are joined (`combining`).
 
     The second list has the same thresholds. It describes latents better; the first compares SAEs, whose labels are all
     of one predicate.
     """
-    predicates, exact, chooses = build(text, tokenizer), _neighbours(text), _halves(text)
-    chosen = _choose(firings, predicates, exact, tokenizer.token_text, chooses)
-    simple = _score(firings, chosen, chooses)
-    return simple, _combined(firings, chosen, simple, predicates, exact, tokenizer.token_text, chooses)
+    chosen = _choose(firings, material)
+    simple = _score(firings, chosen, material.chooses)
+    return simple, _combined(firings, chosen, simple, material)
 
 
-def label(firings: Firings, text: Text, tokenizer: Tokenizer) -> list[Label]:
+def search(firings: Firings, material: Material) -> list[Label]:
     """Return the best label of one predicate of every latent.
 
-    Candidates are all predicates of `predicates.build`, and "the token is X", "after the token X" and "before the token
-    X" for every token of the vocabulary. Even rows choose predicate and level (`LEVELS`) by F1, odd rows score the
-    choice; a single row is halved.
+    The tokens that choose do so by F1, of predicate and level (`LEVELS`); the others score the choice.
     """
-    return search(firings, build(text, tokenizer), _neighbours(text), tokenizer.token_text, _halves(text))
+    return _score(firings, _choose(firings, material), material.chooses)
 
 
-def _halves(text: Text) -> Bool[np.ndarray, " N"]:
-    """Return which tokens choose labels: those of even rows, or of the first half of a single row."""
-    rows, length = text.tokens.shape
-    return np.arange(rows * length) // length % 2 == 0 if rows > 1 else np.arange(length) < length // 2
-
-
-def search(
-    firings: Firings,
-    predicates: Predicates,
-    exact: dict[str, Int[np.ndarray, " N"]],
-    spell: Callable[[int], str],
-    chooses: Bool[np.ndarray, " N"],
-) -> list[Label]:
-    """Return the best label of every latent among given candidates.
-
-    Args:
-      firings: all firings of the latents.
-      predicates: predicates of the same tokens.
-      exact: arrays of token ids by name, (N,); each adds one candidate per id: that the array holds it (-1: no id).
-      spell: returns the text of a token id.
-      chooses: which tokens choose labels; the others score them.
-    """
-    return _score(firings, _choose(firings, predicates, exact, spell, chooses), chooses)
-
-
-def _choose(
-    firings: Firings,
-    predicates: Predicates,
-    exact: dict[str, Int[np.ndarray, " N"]],
-    spell: Callable[[int], str],
-    chooses: Bool[np.ndarray, " N"],
-) -> _Chosen:
+def _choose(firings: Firings, material: Material) -> _Chosen:
     """Return the best predicate and level of every latent on the tokens that choose."""
-    first = firings.where(chooses[firings.token])
-    halves = firings.counts & chooses, firings.counts & ~chooses
+    first = firings.where(material.chooses[firings.token])
+    halves = _halves(firings, material)
     top = np.zeros(firings.d_sae, np.float32)
     np.maximum.at(top, first.latent, first.value)
     level, fires = _levels(first, top)
@@ -176,8 +165,10 @@ def _choose(
     size = len(LEVELS) * firings.d_sae
     fired = np.bincount(row, minlength=size)
 
-    families = [_exact(kind, ids, row, fires.token, fired, halves, spell) for kind, ids in exact.items()]
-    families.append(_general(predicates, row, fires.token, fired, halves))
+    families = [
+        _exact(kind, ids, row, fires.token, fired, halves, material.spell) for kind, ids in material.exact.items()
+    ]
+    families.append(_general(material.predicates, row, fires.token, fired, halves))
     f1 = np.stack([family.best[0] for family in families]).reshape(len(families), len(LEVELS), firings.d_sae)
     flat = f1.reshape(-1, firings.d_sae)  # argmax takes the first of equals: an exact token, no threshold
     winner = flat.argmax(0)
@@ -187,25 +178,24 @@ def _choose(
     return _Chosen(families, family, number, threshold, top > 0)
 
 
-def _combined(
-    firings: Firings,
-    chosen: _Chosen,
-    simple: list[Label],
-    predicates: Predicates,
-    exact: dict[str, Int[np.ndarray, " N"]],
-    spell: Callable[[int], str],
-    chooses: Bool[np.ndarray, " N"],
-) -> list[Label]:
+def _halves(firings: Firings, material: Material) -> tuple[Bool[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
+    """Return the tokens that choose labels and those that score them, of those that count."""
+    return firings.counts & material.chooses, firings.counts & ~material.chooses
+
+
+def _combined(firings: Firings, chosen: _Chosen, simple: list[Label], material: Material) -> list[Label]:
     """Return the labels with joined predicates; a latent whose predicate gains nothing by that keeps its label."""
-    halves = firings.counts & chooses, firings.counts & ~chooses
-    candidates, columns = combining.candidates(predicates.truth, predicates.names, exact, spell, halves[0])
+    halves, predicates = _halves(firings, material), material.predicates
+    candidates, columns = combining.candidates(
+        predicates.truth, predicates.names, material.exact, material.spell, halves[0]
+    )
     start = np.select(
         [chosen.family == i for i in range(len(columns))],
         [np.pad(column, (0, 1), constant_values=-1)[np.minimum(chosen.number, len(column))] for column in columns],
     )
     start = np.where(chosen.alive, start, -1)
     above = firings.where(firings.value > chosen.threshold[firings.latent])
-    shape = (firings.d_sae, len(chooses))
+    shape = (firings.d_sae, len(material.chooses))
     fires = scipy.sparse.csr_array((np.ones(len(above.latent), np.float32), (above.latent, above.token)), shape=shape)
     places = [np.flatnonzero(half) for half in halves]
     fits = combining.combine(

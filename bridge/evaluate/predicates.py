@@ -116,7 +116,7 @@ def _by_place(text: Text) -> Iterator[tuple[str, np.ndarray]]:
 def _lines(text: Text) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return for each token its line, its column and the line's indentation in bytes, and whether it ends the line."""
     line, column, indent = (np.full(text.tokens.size, -1) for _ in range(3))
-    for indices, source in _tokens_of_documents(text):
+    for indices, source in text.by_document():
         lines, offset = source.split(b"\n"), text.place.reshape(-1)[indices]
         starts = np.cumsum([0, *(len(raw) + 1 for raw in lines)])
         indents = np.array([len(raw) - len(raw.lstrip(b" \t")) for raw in lines])
@@ -145,39 +145,19 @@ def _by_left(text: Text) -> Iterator[tuple[str, np.ndarray]]:
     for name, pattern in patterns.LEFT.items():
         compiled = re.compile(pattern.encode())
         truth = np.zeros(text.tokens.shape, bool)
-        for indices, source in _tokens_of_documents(text):
+        for indices, source in text.by_document():
             match_ends = np.zeros(len(source) + 1, bool)
             match_ends[[match.end() for match in compiled.finditer(source)]] = True
             truth.reshape(-1)[indices] = match_ends[text.place.reshape(-1)[indices]]
         yield name, truth
 
 
-def _tokens_of_documents(text: Text) -> Iterator[tuple[np.ndarray, bytes]]:
-    """Yield the flat indices of every document's tokens, with the document's bytes."""
-    order = np.argsort(text.document, axis=None, kind="stable")
-    bounds = np.searchsorted(text.document.reshape(-1)[order], np.arange(len(text.sources) + 1))
-    for index, source in enumerate(text.sources):
-        yield order[bounds[index] : bounds[index + 1]], source
-
-
 # ---- its syntax and speaker ----------------------------------------------------------------------------------------
-
-
-def bits(text: Text) -> tuple[np.ndarray, np.ndarray]:
-    """Return for every token, flattened, the bits of `syntax.contexts`, and whether its document parses as Python."""
-    marks = np.zeros(text.tokens.size, np.uint64)
-    known = np.zeros(text.tokens.size, bool)
-    for indices, source in _tokens_of_documents(text):
-        contexts = syntax.contexts(source)
-        if contexts is not None:
-            marks[indices] = contexts[text.place.reshape(-1)[indices]]
-            known[indices] = True
-    return marks, known
 
 
 def _by_syntax(text: Text) -> Iterator[tuple[str, np.ndarray]]:
     """Yield predicates of Python's syntax, if enough of the text parses as Python."""
-    marks, known = bits(text)
+    marks, known = text.syntax
     if known.mean() < _PYTHON_SHARE:
         return
     for i, name in enumerate(syntax.CONTEXTS):

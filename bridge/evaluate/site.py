@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from bridge import activations
-from bridge.hooks import parse
+from bridge.evaluate.memory import Memory
+from bridge.hooks import blocks_before, parse, replay
 from bridge.passes import unwrapped
 
 
@@ -46,13 +47,40 @@ class Site:
     """The checkpoints that a crosscoder over checkpoints reads, `model` among them, on one device; () is `model`
     alone. Unless they are a tuple, each is of use until the next one is asked for (`bridge.stages.loading.models`)."""
 
+    memory: Memory | None = None
+    """The results for a text that are kept (`remembering`), or None to run the model for all."""
+
     @property
     def device(self) -> torch.device:
         """The model's device."""
         return next(self.model.parameters()).device
 
     def read(self, batches: Iterable[np.ndarray]) -> Iterator[Batch]:
-        """Run batches of token ids, (rows, row_len) each, up to the hook; yield the activations."""
+        """Run batches of token ids, (rows, row_len) each, up to the hook; yield the activations.
+
+        With a memory the model does not run where it knows all rows of a batch.
+        """
+        if self.memory is None:
+            yield from self._read(batches)
+            return
+        start = 0
+        for ids in batches:
+            known = self.memory.recall(ids)
+            if known is None:
+                (batch,) = self._read([ids])
+                self.memory.keep(ids, *batch[2:])
+                yield batch._replace(start=start)
+            else:
+                target = known.target if self.transcodes else known.acts
+                yield Batch(start, activations.upload(ids, self.device), known.acts, target, known.mask)
+            start += len(ids)
+
+    def unread(self, rows: Int[np.ndarray, "R T"]) -> int:
+        """Return the number of tokens of the rows that the model has to read."""
+        return rows.size if self.memory is None else self.memory.unread(rows)
+
+    def _read(self, batches: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """As `read`, but with the model."""
         names = (self.hook_name, *self.other_hooks)
         for done in self.passes_of_all(names, batches):
             acts = [one.acts[name] for one in done for name in names]
@@ -104,11 +132,27 @@ class Site:
     def passes(
         self, hooks: Sequence[str], batches: Iterable[np.ndarray], stop: bool = True, first_row: int = 0
     ) -> Iterator[activations.ForwardPass]:
-        """Yield the forward pass of every batch of token ids, (rows, row_len) each; `first_row` precede them."""
-        excluded, drop_sinks = self.excluded, self.drop_sinks
-        return activations.read(
-            self.model, hooks, batches, excluded=excluded, drop_sinks=drop_sinks, stop=stop, first_row=first_row
-        )
+        """Yield the forward pass of every batch of token ids, (rows, row_len) each; `first_row` precede them.
+
+        With a memory a pass begins after the blocks whose outputs it knows.
+        """
+        memory = self.memory
+        names = hooks if memory is None else tuple(dict.fromkeys((*hooks, *memory.blocks)))
+        for ids in batches:
+            with replay(self.model, {} if memory is None else memory.recall_blocks(ids)):
+                done = activations.forward(
+                    self.model,
+                    names,
+                    ids,
+                    excluded=self.excluded,
+                    drop_sinks=self.drop_sinks,
+                    stop=stop,
+                    first_row=first_row,
+                )
+            if memory is not None:
+                memory.keep_blocks(ids, done.acts)
+            yield done
+            first_row += len(ids)
 
     @property
     def transcodes(self) -> bool:
@@ -126,4 +170,31 @@ class Site:
         return max(tokens // max(length, 1), 1)
 
 
+def remembering(site: Site, rows: Int[np.ndarray, "R T"]) -> Site:
+    """Return the site with a memory of these rows, so that several metrics share what the model computes for them.
+
+    Raises:
+      ValueError: the site is of several models, which are not all in memory at once.
+    """
+    if site.models:
+        raise ValueError(f"activations of {len(site.models)} models are not kept: give a site of one model")
+    width = unwrapped(site.model).config.n_embd
+    return dataclasses.replace(site, memory=Memory.of_text(rows, blocks_before(site.hook_name), width))
+
+
 _MOST_NUMBERS = 2**27  # in a batch of latents or logits: half a GiB
+
+
+def most_numbers(device: torch.device) -> int:
+    """Return the most numbers, such as latents or logits, to compute at once without need for more.
+
+    A processor computes 8 MiB of float32 several times as fast as half a GiB: they stay in its caches and in the memory
+    that the process keeps. A GPU needs large arrays.
+    """
+    return 2**21 if device.type == "cpu" else _MOST_NUMBERS
+
+
+def parts(count: int, most: int) -> Iterator[slice]:
+    """Yield slices that split `count` things in order, `most` in each, at least one; one empty slice for none."""
+    step = max(most, 1)
+    yield from (slice(start, start + step) for start in range(0, max(count, 1), step))

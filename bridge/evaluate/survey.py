@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
-from bridge.evaluate.site import Site
+from bridge.evaluate.site import Site, most_numbers, parts
 from bridge.torch_sae import TorchSAE
 from jsae import metrics
 
@@ -102,24 +102,38 @@ def _survey(
     rows: int,
     sae: TorchSAE,
 ) -> Survey:
-    """Return the sums of one batch over the tokens that count; `row` holds the row of each."""
-    latents = sae.encode(x)
-    target, y_hat = y.double(), sae.reconstruct(latents, x).double()
-    error, fired = y_hat - target, latents != 0
-    loss = error.square().sum() / max(len(x), 1)
-    sums = metrics.batch_sums(
-        target,
-        error,
-        l0=fired.sum(),
-        l1=latents.abs().sum(),
-        fired=fired.sum(0),
-        loss=loss,
-        nonfinite=(~x.isfinite()).sum(),
-    )
-    in_row = torch.zeros(rows, sae.d_sae, device=x.device).index_add_(0, row, fired.float())
+    """Return the sums of one batch over the tokens that count; `row` holds the row of each.
+
+    Tokens are taken in parts that stay in the caches of a processor (`site.most_numbers`).
+    """
+    mean = y.double().sum(0) / max(len(y), 1)
+    in_row = torch.zeros(rows, sae.d_sae, dtype=torch.float64, device=x.device)
+    total: metrics.Sums | None = None
+    norm, norm_hat = 0.0, 0.0
+    for part in parts(len(x), most_numbers(x.device) // sae.d_sae):
+        latents = sae.encode(x[part])
+        target, y_hat = y[part].double(), sae.reconstruct(latents, x[part]).double()
+        error = y_hat - target
+        counts = torch.zeros(rows, sae.d_sae, device=x.device).index_add_(0, row[part], (latents != 0).float())
+        in_row += counts
+        sums = metrics.batch_sums(
+            target,
+            error,
+            l0=counts.sum(dtype=torch.float64),
+            l1=latents.abs().sum(),
+            fired=counts.sum(0, dtype=torch.float64),
+            loss=error.square().sum() / max(len(target), 1),
+            nonfinite=(~x[part].isfinite()).sum(),
+            mean=mean,
+        )
+        sums = metrics.Sums(*(value.double() for value in sums))
+        total = sums if total is None else metrics.add(total, sums)
+        norm += target.norm(dim=-1).sum().item()
+        norm_hat += y_hat.norm(dim=-1).sum().item()
+    assert total is not None
     return Survey(
-        metrics.Sums(*(value.double().cpu().numpy() for value in sums)),
-        norm=target.norm(dim=-1).sum().item(),
-        norm_hat=y_hat.norm(dim=-1).sum().item(),
+        metrics.Sums(*(value.cpu().numpy() for value in total)),
+        norm=norm,
+        norm_hat=norm_hat,
         rows_fired=(in_row > 0).sum(0).double().cpu().numpy(),
     )

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int, Int32, UInt64
 
 from bridge import stored_text
+from bridge.evaluate import syntax
 from bridge.nanochat import units
 from bridge.nanochat.corpus import token_ids
 from bridge.nanochat.tokenizer import Tokenizer
@@ -37,6 +38,25 @@ class Text:
     """Byte offset in the document at which the token's text begins, after its leading blanks; 0 for BOS."""
     sources: list[bytes]
     """The documents as bytes, without special tokens."""
+
+    def by_document(self) -> Iterator[tuple[Int[np.ndarray, " n"], bytes]]:
+        """Yield the flat indices of every document's tokens, with the document's bytes."""
+        order = np.argsort(self.document, axis=None, kind="stable")
+        bounds = np.searchsorted(self.document.reshape(-1)[order], np.arange(len(self.sources) + 1))
+        for index, source in enumerate(self.sources):
+            yield order[bounds[index] : bounds[index + 1]], source
+
+    @functools.cached_property
+    def syntax(self) -> tuple[UInt64[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
+        """For every token, flattened, the bits of `syntax.contexts`, and whether its document parses as Python."""
+        marks = np.zeros(self.tokens.size, np.uint64)
+        known = np.zeros(self.tokens.size, bool)
+        for indices, source in self.by_document():
+            contexts = syntax.contexts(source)
+            if contexts is not None:
+                marks[indices] = contexts[self.place.reshape(-1)[indices]]
+                known[indices] = True
+        return marks, known
 
 
 def documents(spec: str, split: Split, tokenizer: Tokenizer) -> Iterator[Document]:

@@ -328,7 +328,9 @@ class GPT(nn.Module):
     def unembed(self, x: Float[Tensor, "*axes C"]) -> Float[Tensor, "*axes V"]:
         """Return float32 logits, softcapped, of the residual stream before the final norm."""
         logits = self.lm_head(norm(x, self.eps))[..., : self.config.vocab_size].float()
-        return self.config.softcap * torch.tanh(logits / self.config.softcap)
+        if torch.is_grad_enabled():
+            return self.config.softcap * torch.tanh(logits / self.config.softcap)
+        return logits.div_(self.config.softcap).tanh_().mul_(self.config.softcap)  # without three more arrays
 
     def rope(self, rows: slice | Tensor, dtype: torch.dtype) -> Rope:
         """Return cos and sin of these positions."""

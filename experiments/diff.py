@@ -7,6 +7,8 @@
 --run_dir is a run that was trained with --checkpoints: its crosscoder is compared on held-out text, checkpoint by
 checkpoint, and stages.json is written into the run. --saes are SAEs of successive checkpoints, each trained from the
 one before (`train --init_from`): their latents are matched one to one.
+
+Printed are also the latents that each checkpoint gained and lost most, with the text on which each is strongest.
 """
 
 from __future__ import annotations
@@ -40,7 +42,11 @@ class DiffConfig:
     weak: float = flag(0.5, "Strength up to which it is weak.", _SHARE)
     turned: float = flag(0.95, "Cosine of directions below which it has turned.", _SHARE)
     same: float = flag(0.7, "Cosine of decoder rows from which latents of two of --saes are the same.", _SHARE)
-    show: int = flag(10, "Latents of every kind to print.", Range(0, 10_000, "lie between 0 and 10,000"))
+    show: int = flag(
+        10,
+        "Latents of every kind, and of every checkpoint's gains and losses, to print.",
+        Range(0, 10_000, "lie between 0 and 10,000"),
+    )
     output_file: FilePath | None = flag(None, "File for the survival of --saes, JSON; none prints it only.")
     film: FilePath | None = flag(
         None, "File for an animated picture of the latents of --run_dir, SVG; none draws none."

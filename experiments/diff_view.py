@@ -1,13 +1,18 @@
 """Print a comparison of checkpoints: a table of checkpoints, counts of changes, and the clearest latents."""
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-EVENTS = {"appears": "appear", "grows": "grow", "rotates": "rotate", "shrinks": "shrink", "dies": "die"}
+from bridge.run.timelines import counted, gained_and_lost, levels
+from experiments.excerpts import excerpt
+
+_CLEAR = 0.1  # a gain or loss from which a latent is listed
+_LEAST_FIRED = 20  # tokens
+_MOST_TEXT = 20  # characters on either side of a token
 _LISTED = ("exclusive", "weakened", "rotated")
 
 
@@ -32,6 +37,13 @@ def show(name: str, table: Mapping[str, Any], most: int) -> None:
     for kind in _LISTED:
         if rows := _clearest(table, kind, most):
             console.print(_latents(kind, table, rows))
+    gains = _gains(table)
+    for stage in range(1, len(table["checkpoints"])):
+        for verb, sign in {"gained": 1, "lost": -1}.items():
+            values = sign * gains[:, stage]
+            order = [int(latent) for latent in np.argsort(-values, kind="stable")[:most]]
+            if rows := [latent for latent in order if values[latent] > _CLEAR]:
+                console.print(_differences(table, verb, values, stage, rows))
 
 
 def show_survival(report: Mapping[str, Any]) -> None:
@@ -68,13 +80,10 @@ def _checkpoints(name: str, table: Mapping[str, Any]) -> Table:
 
 def _changes(table: Mapping[str, Any]) -> list[str]:
     """Return a line for every checkpoint in which latents change."""
-    counts = Counter((event["stage"], event["kind"]) for event in table["events"])
     lines = []
     for stage in table["checkpoints"]:
-        kinds = [
-            f"{counts[stage['name'], kind]} {verb}" for kind, verb in EVENTS.items() if counts[stage["name"], kind]
-        ]
-        lines += [f"at {stage['name']}: {', '.join(kinds)}"] if kinds else []
+        changes = counted(event["kind"] for event in table["events"] if event["stage"] == stage["name"])
+        lines += [f"at {stage['name']}: {changes}"] if changes else []
     return lines
 
 
@@ -101,4 +110,25 @@ def _latents(kind: str, table: Mapping[str, Any], rows: list[int]) -> Table:
     for latent in rows:
         values = [f"{value:.2f}" for value in latents[measure][latent]]
         found.add_row(str(latent), f"{latents['density'][latent]:.3%}", *values)
+    return found
+
+
+def _gains(table: Mapping[str, Any]) -> np.ndarray:
+    """Return what every latent gained in every checkpoint, less what it lost, (f, m); 0 for those that fire rarely."""
+    latents = {name: np.array(table["latents"][name], float) for name in ("strength", "present", "corrected_norm")}
+    gained, lost = gained_and_lost(levels(latents["strength"], latents["present"]), latents["corrected_norm"])
+    often = np.array(table["latents"]["density"]) * table["tokens"] >= _LEAST_FIRED
+    return np.where(often[:, None], gained - lost, 0)
+
+
+def _differences(table: Mapping[str, Any], verb: str, values: np.ndarray, stage: int, rows: list[int]) -> Table:
+    """Return a table of latents that a checkpoint gained or lost, with the text on which each is strongest."""
+    found = Table(title=f"{verb} most in {table['checkpoints'][stage]['name']}, and where each is strongest")
+    for column in ("latent", "density", verb):
+        found.add_column(column, justify="right", no_wrap=True)
+    found.add_column("text")
+    for latent in rows:
+        text, density = table["texts"][latent], table["latents"]["density"][latent]
+        shown = "" if text is None else excerpt(text, _MOST_TEXT)
+        found.add_row(str(latent), f"{density:.3%}", f"{values[latent]:.2f}", shown)
     return found

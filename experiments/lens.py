@@ -232,11 +232,10 @@ def _prompt(config: LensConfig, nano: Nanochat) -> int:
     import torch
 
     from bridge import lenses
-    from bridge.circuits.tracing import check_length
     from experiments import lens_view
 
-    ids = nano.tokenizer.encode(config.prompt, prepend_bos=True)
-    check_length(len(ids), nano.config.sequence_len)
+    ids, context = nano.tokenizer.encode(config.prompt, prepend_bos=True), nano.config.sequence_len
+    require(len(ids) <= context, f"the prompt has {len(ids)} tokens, BOS included: the model's context is {context}")
     deepest = nano.config.n_layer - 1
     require(
         max(config.layers, default=0) <= deepest, f"layers has {max(config.layers, default=0)}: the last is {deepest}"

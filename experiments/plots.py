@@ -1,5 +1,6 @@
 """Plots of an evaluation, as PNG files: densities, curves of the training, layers, a sweep. Need no display."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +40,10 @@ def draw(run: Run, entries: dict[str, dict[str, Any]]) -> None:
         figure = _figure(_SIZE)
         _density(figure.subplots(), hook, entry)
         _save(figure, plots / f"density_{hook}.png")
-    if curves := _curves(run.metrics_file):
+    reports = _reports(run.metrics_file)
+    if curves := _curves(reports):
         _save(_training(curves), plots / "training.png")
-    for hook, densities in _densities(run.metrics_file).items():
+    for hook, densities in _densities(reports).items():
         _save(_over_training(hook, densities), plots / f"densities_{hook}.png")
     if len(entries) > 1:
         _save(_layers(entries), plots / "layers.png")
@@ -81,13 +83,18 @@ def _density(axes: "Axes", hook: str, entry: dict[str, Any]) -> None:
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-def _curves(path: Path) -> Curves:
-    """Return steps and values by metric and hook from a run's metrics; {} if there are none."""
+def _reports(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics, without those that are broken."""
+    return [line for _, line in jsons.objects(path) if line]
+
+
+def _curves(reports: Sequence[dict[str, Any]]) -> Curves:
+    """Return steps and values by metric and hook from a run's reports; {} if there are none."""
     curves: Curves = {}
-    for _, line in jsons.objects(path):
-        hook = (line or {}).get("hook")
+    for report in reports:
+        hook = report.get("hook")
         for name in _CURVES:
-            point = [(line or {}).get("step"), (line or {}).get(name)]
+            point = [report.get("step"), report.get(name)]
             if all(map(jsons.is_finite, point)):
                 by_hook = curves.setdefault(name, {})
                 series = by_hook.setdefault(hook if isinstance(hook, str) else "", ([], []))
@@ -123,16 +130,16 @@ def _training(curves: Curves) -> "Figure":
     return figure
 
 
-def _densities(path: Path) -> dict[str, Densities]:
+def _densities(reports: Sequence[dict[str, Any]]) -> dict[str, Densities]:
     """Return the histograms of density by hook that a run's reports hold, where there are at least two."""
     found: dict[str, Densities] = {}
-    for _, line in jsons.objects(path):
-        histogram = (line or {}).get("density_histogram")
-        if not (line and isinstance(histogram, dict) and isinstance(line.get("hook"), str)):
+    for report in reports:
+        histogram = report.get("density_histogram")
+        if not (isinstance(histogram, dict) and isinstance(report.get("hook"), str)):
             continue
-        numbers = [line.get("step"), histogram.get("never"), *(histogram.get("counts") or [])]
+        numbers = [report.get("step"), histogram.get("never"), *(histogram.get("counts") or [])]
         if len(numbers) > 2 and all(map(jsons.is_finite, numbers)):
-            found.setdefault(line["hook"], []).append((numbers[0], numbers[2:], numbers[1]))
+            found.setdefault(report["hook"], []).append((numbers[0], numbers[2:], numbers[1]))
     return {hook: some for hook, some in found.items() if len(some) > 1}
 
 

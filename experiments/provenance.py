@@ -4,8 +4,8 @@
     python -m experiments.provenance --run_dir=runs/growth --latent=17,402
 
 --run_dir is a run with a crosscoder over checkpoints that was compared by `diff`. Printed, and written as JSON into
-the run: documents, files and row groups on which the latent fires most, among those that were read between the two
-checkpoints where it grew most; and the tokens whose loss fell most there, where it fires.
+the run, where `explore` finds it: documents, files and row groups on which the latent fires most, among those that
+were read between the two checkpoints where it grew most; and the tokens whose loss fell most there, where it fires.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.excerpts import excerpt, start
+
 _MOST_TEXT = 60  # characters on either side of a token
 
 
@@ -54,7 +56,9 @@ def _table(title: str, *columns: str) -> Table:
 def _documents(rows: list[dict[str, Any]]) -> Table:
     table = _table("documents on which it fires most", "document", "sum", "fired", "tokens", "text")
     for row in rows:
-        table.add_row(_place(row), f"{row['total']:.1f}", f"{row['fired']:,}", f"{row['tokens']:,}", _context(row))
+        table.add_row(
+            _place(row), f"{row['total']:.1f}", f"{row['fired']:,}", f"{row['tokens']:,}", excerpt(row, _MOST_TEXT)
+        )
     return table
 
 
@@ -79,7 +83,7 @@ def _tokens(rows: list[dict[str, Any]]) -> Table:
 def _occurrences(rows: list[dict[str, Any]]) -> Table:
     table = _table("single ones", "before", "after", "token", "text", "document")
     for row in rows:
-        context = Text.assemble(_shortened(row["text_before"], tail=True), (_plain(row["at"]), "bold"))
+        context = start(row, _MOST_TEXT)
         predicted = Text(repr(row["predicted"]))
         table.add_row(f"{row['before']:.2f}", f"{row['after']:.2f}", predicted, context, _place(row))
     return table
@@ -87,18 +91,3 @@ def _occurrences(rows: list[dict[str, Any]]) -> Table:
 
 def _place(row: Mapping[str, Any]) -> Text:
     return Text(" ".join(filter(None, (row["file"], row["part"]))) + f" [{row['document']}]")
-
-
-def _context(row: Mapping[str, Any]) -> Text:
-    before, after = _shortened(row["text_before"], tail=True), _shortened(row["text_after"])
-    return Text.assemble(before, (_plain(row["at"]), "bold"), after)
-
-
-def _shortened(text: str, *, tail: bool = False) -> str:
-    text = _plain(text)
-    return text[-_MOST_TEXT:] if tail else text[:_MOST_TEXT]
-
-
-def _plain(text: str) -> str:
-    """Return a text of others on one line, with control characters shown."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

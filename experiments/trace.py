@@ -24,7 +24,6 @@ from experiments import flags
 from jsae.settings import COUNT, Range, at_least, require
 
 if TYPE_CHECKING:
-    from bridge.circuits import Traced
     from bridge.circuits.tracing import Limits
     from bridge.graphs import Tracer
     from bridge.nanochat import Nanochat
@@ -99,8 +98,9 @@ def main(config: TraceConfig) -> int:
     run = Run(config.run_dir)
     nano = _model(config, run)
     tracer = _tracer(config, run, nano)
-    traced = tracer.trace(config.prompt, config.measure, _limits(config))
-    column = _column(config, traced)
+    node = None if config.intervene is None else graph_names.parse_writer(config.intervene)
+    traced = tracer.trace(config.prompt, config.measure, _limits(config), node=node)
+    column = None if node is None else traced.replacement.column(*node)
     from bridge import graphs
     from bridge.circuits import prune
     from experiments import trace_view
@@ -150,13 +150,6 @@ def _limits(config: TraceConfig) -> Limits:
     from bridge.circuits.tracing import Limits
 
     return Limits(**flags.shared(Limits, config))
-
-
-def _column(config: TraceConfig, traced: Traced) -> int | None:
-    """Return the column of the node of --intervene; ValueError if it is not in the graph."""
-    if config.intervene is None:
-        return None
-    return traced.replacement.column(*graph_names.parse_writer(config.intervene))
 
 
 def next_commands(config: TraceConfig) -> list[str]:

@@ -95,6 +95,15 @@ def open_latent(tab: Any, latent: int) -> None:
     tab.wait_for_selector(f".latent[data-latent='{latent}']")
 
 
+def push(tab: Any, latent: int, other: int) -> None:
+    """Push the latent that is open on a live page, and another that is found by its number."""
+    open_latent(tab, latent)
+    tab.click("#push")
+    tab.wait_for_selector(f".push[data-latent='{latent}']")
+    tab.fill("#find", f"#{other}")
+    tab.click(".found button >> nth=0")
+
+
 def wait_for_address(tab: Any, *parts: str) -> None:
     """Wait until the address of a page holds some parts."""
     tab.wait_for_function("parts => parts.every(part => location.hash.includes(part))", arg=list(parts))

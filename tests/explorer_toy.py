@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bridge.run.timelines import REVISION
 from jsae import export
 from jsae.architectures import sae_config
 from jsae.records.store import (
@@ -164,6 +165,7 @@ def write_stages(folder: Path, hook: str = HOOK) -> dict[str, Any]:
     events = [(HOSTILE, "appears", 1), (BLANKS, "appears", 2), (SPLIT, "dies", 2), (EMPTY, "appears", 2)]
     events.append((ONCE, "rotates", 2))
     table = {
+        "revision": REVISION,
         "crosscoder": "not exported",
         "checkpoints": [{"name": name, "path": "somewhere", "step": None} for name in STAGES],
         "kinds": KINDS,
@@ -176,6 +178,40 @@ def write_stages(folder: Path, hook: str = HOOK) -> dict[str, Any]:
     file = folder / "explorer" / "records" / hook / "losses.json"
     file.write_text(json.dumps({"everywhere": [6.0, 5.0, 4.5], "latents": losses}))
     return table
+
+
+def write_origin(folder: Path, latent: int, hook: str = HOOK, sha256: str = "not exported") -> dict[str, Any]:
+    """Write where a latent comes from, as `experiments.provenance` does; return the content of the file.
+
+    Args:
+      folder: the run directory.
+      latent: its number.
+      hook: of the crosscoder.
+      sha256: of its export.
+    """
+    text = {"text_before": "<script>alert(1)</script> sat\n", "at": " cat", "text_after": " on"}
+    source = {"file": "<b>shard.parquet", "part": "row group 3", "document": 7}
+    sums = {"total": 12.5, "fired": 5, "tokens": 100}
+    origin = {
+        "latent": latent,
+        "crosscoder": hook,
+        "sha256": sha256,
+        "grew": {"from": STAGES[0], "to": STAGES[1]},
+        "text": {"note": "row group 3 of <b>shard.parquet", "documents": 40, "tokens": 4000},
+        "fired": 5,
+        "documents": [source | sums | text | {"document": number} for number in range(12)],
+        "files": [{"file": "<b>shard.parquet row group 3", "density": 0.05} | sums],
+        "loss": {
+            "where_it_fires": {"tokens": 5, "before": 6.5, "after": 2.25},
+            "elsewhere": {"tokens": 95, "before": 5.0, "after": 4.5},
+        },
+        "tokens": [{"token": "<i> on", "id": 3, "occurrences": 3, "mean_fall": 4.25, "total_fall": 12.75}],
+        "occurrences": [{"predicted": " on", "before": 7.5, "after": 0.5, "value": 2.0} | source | text],
+    }
+    file = folder / "provenance" / hook / f"{latent}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(origin))
+    return origin
 
 
 def columns(text: np.ndarray, acts: np.ndarray) -> dict[str, np.ndarray]:

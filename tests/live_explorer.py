@@ -2,13 +2,18 @@
 
 import contextlib
 import json
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 from toy_saes import export, toy_sae
 
@@ -20,6 +25,7 @@ from bridge.server.bodies import Limits
 
 RESID, MLP = "blocks.2.hook_resid_post", "blocks.4.hook_mlp_out"
 C = 128
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_run(run: Path) -> Path:
@@ -67,6 +73,28 @@ def listening(app: Any, limits: Limits | None = None) -> Iterator[int]:
         finally:
             running.should_exit = True
             thread.join()
+
+
+@contextlib.contextmanager
+def serving(run: Path, *arguments: str) -> Iterator[str]:
+    """Yield the address that `experiments.explore --serve` prints, in a process that ends with the context."""
+    command = [sys.executable, "-m", "experiments.explore", f"--run_dir={run}", *arguments, "--serve", "--port=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            told = []
+            for line in process.stdout:
+                told.append(line)
+                if found := re.search(r"explorer at (http://\S+)", line):
+                    break
+            else:
+                pytest.fail("the server did not start: " + "".join(told))
+            yield found[1]
+        finally:
+            process.terminate()
+            process.communicate(timeout=20)
 
 
 def lines(client: httpx.Client, **body: Any) -> list[dict[str, Any]]:

@@ -143,9 +143,9 @@ def test_evaluating(trained, run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     done = command("evaluate", run_dir=copy, heldout_tokens=4000, probe_tokens=20_000, plots=False)
     assert_progress(done, f"measuring {HOOK}")
-    assert_progress(done, "reading activations for probes")
+    assert progress(done, "reading activations for probes")
     assert progress(done, "fitting probes")
-    assert_progress(done, "labelling latents")
+    assert progress(done, "labelling latents")
     shares = [int(share) for share in re.findall(r"(\d+) %", "\n".join(progress(done, f"measuring {HOOK}")))]
     assert shares == sorted(shares)
     assert max(shares) == 100

@@ -2,18 +2,18 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import explorer_toy
 import httpx
 import numpy as np
 import pytest
 import stage_files
 import torch
 from chromium import PHONE, assert_fits, wait_for_address
-from test_explorer_live import server
+from live_explorer import serving
 
 import bridge.nanochat
 from bridge.exploration import Extent, explore, of_run
@@ -23,9 +23,11 @@ from bridge.run import Run, timelines
 from bridge.runtime import InterpretableModel, Steer
 from bridge.torch_sae import load
 from bridge.training import train
+from jsae.records.store import digest
 from jsae.settings import ConfigError
 
 HOOK = hook_name(1, "resid_post")
+TRACED = 40
 STAGES = ["d4-100", "d4-200", "sft"]
 TEXT = "def read(self):\n    return self"
 SETTINGS: dict[str, Any] = {
@@ -54,9 +56,9 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def live(run) -> Iterator[str]:
-    """The address of a real `experiments.explore --serve` on the run."""
-    command = [sys.executable, "-m", "experiments.explore", f"--run_dir={run.path}", "--num_tokens=4000"]
-    with server([*command, "--serve", "--port=0"]) as url:
+    """The address of a real `experiments.explore --serve` on the run, one of whose latents was traced."""
+    explorer_toy.write_origin(run.path, TRACED, HOOK, digest(run.sae_folder(HOOK)))
+    with serving(run.path, "--num_tokens=4000") as url:
         yield url
 
 
@@ -86,6 +88,11 @@ def test_losses_are_those_of_every_checkpoint_where_latents_fire(live, run):
         assert table["everywhere"][number] == pytest.approx(losses[inside].mean(), abs=1e-3)
         padded = np.pad(np.where(inside, losses, np.nan), ((0, 0), (0, 1)), constant_values=np.nan)
         assert table["latents"][latent][number] == pytest.approx(np.nanmean(padded.reshape(-1)[cells]), abs=1e-3)
+
+
+def test_a_latent_that_was_traced_says_where_it_comes_from(visit, live):
+    tab = visit(f"{live}#latent={TRACED}", wait=".origins")
+    assert "row group 3 · document 0" in tab.locator(".origins").inner_text()
 
 
 def test_a_text_is_read_by_two_checkpoints(live, run):

@@ -259,6 +259,8 @@ def test_a_chat_is_rendered_as_nanochat_does_with_the_message_of_every_token(mod
             content = im.tokenizer.decode(s["tokenId"] for s in own if s["section"] == "content")
             assert content.strip() == message["content"]
         assert (answer["spans"][-1]["messageIndex"], answer["spans"][-1]["section"]) == (None, "header")
+        assert "messages is empty" in ask(client, 400, path="apply-chat-template", messages=[])["error"]
+        assert "messages is empty" in ask(client, 400, path="apply-chat-template")["error"]
         closed = ask(client, path="apply-chat-template", messages=CHAT, addGenerationPrompt=False)
         assert closed["tokens"] == ids[:-1]
 

@@ -1,7 +1,6 @@
 """The explorer's page with the running model behind it: a real server in a process of its own, a real Chromium."""
 
 import contextlib
-import os
 import re
 import shutil
 import subprocess
@@ -14,7 +13,8 @@ import explorer_toy as toy
 import numpy as np
 import pytest
 import torch
-from chromium import ENOUGH, PHONE, assert_fits, contrasts, open_latent
+from chromium import ENOUGH, PHONE, assert_fits, contrasts, open_latent, push
+from live_explorer import serving
 from toy_saes import export, toy_sae
 
 import bridge.nanochat
@@ -46,38 +46,8 @@ def live(browser, tmp_path_factory) -> Iterator[tuple[str, Path]]:
     text = folder / "text.txt"
     text.write_text("\n".join(path.read_text() for path in sorted((ROOT / "jsae").glob("*.py"))[:4]))
     rundir.record(run, RunConfig(checkpoint=str(checkpoint), data=str(text)), {"model": fingerprint})
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.explore",
-        f"--run_dir={run}",
-        "--num_tokens=6000",
-        "--serve",
-        "--port=0",
-    ]
-    with server(command) as url:
+    with serving(run, "--num_tokens=6000") as url:
         yield url, run
-
-
-@contextlib.contextmanager
-def server(command: list[str]) -> Iterator[str]:
-    """The address that a serving process prints; the process ends with the context."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        try:
-            told = []
-            for line in process.stdout:
-                told.append(line)
-                if found := re.search(r"explorer at (http://\S+)", line):
-                    break
-            else:
-                pytest.fail("the server did not start: " + "".join(told))
-            yield found[1]
-        finally:
-            process.terminate()
-            process.communicate(timeout=20)
 
 
 def test_a_page_on_a_server_of_plain_files_is_the_static_one(visit, tmp_path):
@@ -196,11 +166,7 @@ def test_a_latent_shows_what_it_writes_through_later_layers(visit, live):
 
 def test_steering_writes_both_continuations_side_by_side(visit, live):
     tab = visit(f"{live[0]}#hook={toy.HOOK}&latent=3")
-    open_latent(tab, 3)
-    tab.click("#push")
-    tab.wait_for_selector(".push[data-latent='3']")
-    tab.fill("#find", "#7")
-    tab.click(".found button >> nth=0")
+    push(tab, 3, 7)
     tab.wait_for_selector(".push[data-latent='7']")
     tab.click("text=Continue")
     tab.fill("#prompt", "def read(self):")

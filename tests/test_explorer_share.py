@@ -7,7 +7,7 @@ from urllib.parse import quote
 import explorer_toy as toy
 import numpy as np
 import pytest
-from chromium import ENOUGH, PHONE, assert_fits, contrasts, open_latent, wait_for, wait_for_address
+from chromium import ENOUGH, PHONE, assert_fits, contrasts, open_latent, push, wait_for, wait_for_address
 from test_explorer_live import live  # noqa: F401
 
 from bridge.explorer import page
@@ -216,11 +216,7 @@ def test_counts_of_activations_are_drawn_on_a_logarithmic_scale_and_on_a_linear_
 
 def test_steering_survives_a_reload_and_a_link_starts_nothing(visit, live):  # noqa: F811
     tab = visit(f"{live[0]}#hook={toy.HOOK}&latent=3")
-    open_latent(tab, 3)
-    tab.click("#push")
-    tab.wait_for_selector(".push[data-latent='3']")
-    tab.fill("#find", "#7")
-    tab.click(".found button >> nth=0")
+    push(tab, 3, 7)
     tab.select_option("[aria-label='Mode of #7']", "ablate")
     tab.fill("#prompt", "def f(a, b=1):\n    # 100% & more")
     tab.fill("#set-seed", "5")

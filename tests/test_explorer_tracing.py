@@ -1,11 +1,10 @@
 """The live explorer of a run of transcoders, which traces prompts, reads latents and does not steer."""
 
-import sys
 from collections.abc import Iterator
 
 import httpx
 import pytest
-from test_explorer_live import ROOT, C, server
+from live_explorer import ROOT, C, serving
 from toy_saes import export, toy_transcoder
 
 import bridge.nanochat
@@ -30,8 +29,7 @@ def live(browser, tmp_path_factory) -> Iterator[str]:
     text.write_text("\n".join(path.read_text() for path in sorted((ROOT / "jsae").glob("*.py"))[:4]))
     settings = {"layer": ("all",), "hook_type": "mlp_in", "target_hook": "mlp", "skip": True}
     rundir.record(run, RunConfig(checkpoint="demo", data=str(text), **settings), {"model": fingerprint})
-    command = [sys.executable, "-m", "experiments.explore", f"--run_dir={run}", "--num_tokens=4000"]
-    with server([*command, "--serve", "--port=0"]) as url:
+    with serving(run, "--num_tokens=4000") as url:
         yield url
 
 

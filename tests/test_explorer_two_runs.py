@@ -1,15 +1,22 @@
 """Two runs on one page of the explorer: what is checked, how their records are joined, and what the page shows."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import explorer_toy as toy
 import numpy as np
 import pytest
 from chromium import ENOUGH, PHONE, assert_fits, contrasts, open_latent
+from live_explorer import MLP, RESID, C, serving
+from toy_saes import export, toy_sae
 
+import bridge.nanochat
+from bridge import exploration
 from bridge.explorer import across, page, parts
 from bridge.run import Run
+from bridge.run import directory as rundir
+from experiments.train import RunConfig
 from jsae.records.store import Store
 from jsae.saelens.settings import WEIGHTS
 from jsae.settings import ConfigError
@@ -172,3 +179,56 @@ def test_the_overview_counts_latents_that_are_alike(visit, address, runs):
     alike = int((decoder(runs[0]) @ decoder(runs[1]).T).max(axis=1).__ge__(across.ALIKE).sum())
     tile = tab.locator(".tile", has_text="alike in two")
     assert tile.locator("b").inner_text() == str(alike)
+
+
+# ---- live ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def live(browser, tmp_path_factory) -> Iterator[str]:
+    """The address of `explore --with_run --serve`, with two runs on the demo."""
+    folder = tmp_path_factory.mktemp("live")
+    text = folder / "text.txt"
+    text.write_text("\n".join(file.read_text() for file in sorted(Path(parts.__file__).parent.glob("*.py"))))
+    fingerprint = bridge.nanochat.load("demo").fingerprint
+    one, two = folder / "one", folder / "two"
+    for run, hook, seed in ((one, RESID, 0), (two, RESID, 1), (two, MLP, 2)):
+        sae = toy_sae("topk", C, 192, seed=seed, k=8, hook_name=hook, model_fingerprint=fingerprint)
+        export(sae, run / "sae" / hook)
+    for run in (one, two):
+        rundir.record(run, RunConfig(checkpoint="demo", data=str(text)), {"model": fingerprint})
+    exploration.explore(exploration.of_run(Run(two)), exploration.Extent(num_tokens=3000))
+    with serving(one, f"--with_run={two}", "--num_tokens=3000") as url:
+        yield url
+
+
+def test_a_server_tries_and_steers_only_its_own_run(visit, live):
+    tab = visit(f"{live}#hook={RESID}&latent=5")
+    open_latent(tab, 5)
+    assert tab.locator("#push, #rename, .try").count() == 3
+    assert tab.locator(".card", has_text="In two").count() == 1
+    tab.select_option("#hook", label=f"two/{RESID}")
+    tab.evaluate(f"location.hash = '#hook=two/{RESID}&latent=5'")
+    tab.wait_for_selector(".card:has-text('In one')")
+    assert tab.locator("#push, #rename, .try").count() == 0
+    assert tab.locator("#tabs a:visible").all_inner_texts() == ["Latents", "Your text", "Lenses", "Steer", "Lists"]
+
+
+def test_views_of_the_server_show_its_own_run_until_another_is_chosen(visit, live):
+    tab = visit(f"{live}#hook=two/{RESID}&view=text", wait="#typed")
+    assert tab.input_value("#hook") == "0"
+    tab.fill("#typed", "def mean(values):")
+    tab.wait_for_selector(".perToken .feature")
+    tab.select_option("#hook", label=f"two/{RESID}")
+    tab.wait_for_selector(".overview")
+    assert f"two/{RESID}" in tab.inner_text(".overview header")
+    assert tab.input_value("#hook") == "1"
+
+
+def test_a_link_pushes_only_what_the_server_has(visit, live):
+    pushes = "&".join(f"push={hook},5,clamp,20,all" for hook in (f"two/{RESID}", RESID, MLP))
+    tab = visit(f"{live}#view=steer&prompt=return&max_tokens=4&{pushes}", wait=".push")
+    assert tab.locator(".push").count() == 1
+    tab.click("#go")
+    tab.wait_for_selector(".sheet[data-which=steered] small:not(.writing)")
+    assert tab.locator(".sheet[data-which=steered] .bad").count() == 0

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import re
 import time
+from pathlib import Path
 
 import httpx
 import jsonschema
@@ -14,6 +16,7 @@ from toy_saes import toy_sae
 from bridge.hooks import capture
 from bridge.nanochat.engine import chat_prompt
 from bridge.runtime import InterpretableModel, Steer
+from bridge.server import wire
 from bridge.server.bodies import Limits, Refusal
 from bridge.server.session import Session
 from bridge.server.source_ids import Sources
@@ -254,6 +257,20 @@ def test_capabilities_and_health(client):
         assert answer["endpoints"]["steer_completion"] is True
         assert answer["endpoints"]["steer_completion_chat"] is False
     assert client.get("/health").json() == {"status": "healthy"}
+
+
+def test_the_guide_lists_the_endpoints_that_are_served(client, model):
+    _, im, nano = model
+    guide = (Path(__file__).resolve().parents[1] / "docs" / "guides" / "explore.md").read_text(encoding="utf-8")
+    table = guide.partition("| endpoint | here |")[2].partition("\n\n")[0]
+    listed, absent = set(), set()
+    for row in table.splitlines():
+        names, _, told = row.strip("|").partition("|")
+        (absent if told.strip().startswith("not served") else listed).update(re.findall("`(/[^`]+)`", names))
+    assert listed == {route.path for route in wire.routes(Session(im, nano, Limits()))}
+    assert {client.post(path, json={}).status_code for path in absent} == {405}
+    served = client.get("/v1/capabilities").json()["endpoints"]
+    assert {served[path.removeprefix("/v1/").replace("/", "_")] for path in absent} == {False}
 
 
 # ---- steering ------------------------------------------------------------------------------------------------------

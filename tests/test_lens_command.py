@@ -277,7 +277,7 @@ def test_what_is_not_there_is_refused_in_one_line(run, tmp_path, capfd):
     assert "no lens at" in refused(capfd, at, "--prompt=a", f"--lens={tmp_path}/none.pt")
     assert "the SAE has latents 0 to 63" in refused(capfd, at, "--latent=64")
     assert "layers has 2: the last is 1" in refused(capfd, at, "--prompt=a", "--layers=2")
-    assert "41 tokens" in refused(capfd, at, f"--prompt={'a' * 40}")
+    assert "has 41 tokens, BOS included: the model's context is 40" in refused(capfd, at, f"--prompt={'a' * 40}")
     (tmp_path / "bad.pt").write_bytes(b"x" * 100)
     assert "is not a lens that can be read" in refused(capfd, at, "--prompt=a", f"--lens={tmp_path}/bad.pt")
     lenses.save(lenses.JacobianLens({0: torch.eye(8)}, 1), tmp_path / "narrow.pt")

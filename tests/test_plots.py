@@ -40,7 +40,7 @@ def sweep(tmp_path) -> Path:
 
 
 def test_hooks_of_a_training_have_lines_of_their_own(sweep):
-    curves = plots._curves(sweep / "k8" / "metrics.jsonl")
+    curves = plots._curves(plots._reports(sweep / "k8" / "metrics.jsonl"))
     assert list(curves) == ["fvu", "l0", "dead_fraction", "learning_rate"]
     assert curves["fvu"] == {HOOKS[0]: ([1, 2], [1.0, 0.5]), HOOKS[1]: ([1, 2], [2.0, 1.5])}
     panels = plots._training(curves).axes
@@ -56,7 +56,7 @@ def test_densities_are_drawn_report_by_report_from_the_highest_bin_down(tmp_path
 
     lines = [line(1, [1, 2, 3, 4], 10), line(2, [5, 5], 10), line(2, [1], 1, HOOKS[1]), line(3, ["x"], 0), "[", "{}"]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    densities = plots._densities(tmp_path / "metrics.jsonl")
+    densities = plots._densities(plots._reports(tmp_path / "metrics.jsonl"))
     assert densities == {HOOKS[0]: [(1, [1, 2, 3, 4], 10), (2, [5, 5], 10)]}
     upper, lower, _ = plots._over_training(HOOKS[0], densities[HOOKS[0]]).axes
     shares = upper.collections[0].get_array().filled(0)

@@ -15,7 +15,7 @@ from tiny_nanochat import tiny, tokens
 from toy_saes import FORMS, export, toy_sae
 
 import bridge.nanochat
-from bridge.explorer import gather, weights
+from bridge.explorer import firings, gather, weights
 from bridge.hooks import capture, edit, hook_name
 from bridge.nanochat.config import GENERATIONS
 from jsae.records import recorder as records
@@ -329,7 +329,7 @@ def test_logits_neighbours_and_channels_are_those_of_the_weights(d_sae, monkeypa
     np.testing.assert_allclose(found["channel_shares"], abs(entries) / abs(W_dec).sum(1)[:, None], rtol=1e-5)
 
 
-@pytest.mark.parametrize("sums", [gather._sparse_sums, gather._dense_sums])
+@pytest.mark.parametrize("sums", [firings._sparse_sums, firings._dense_sums])
 def test_the_sum_over_the_firings_of_a_latent_is_the_same_on_a_processor_and_a_gpu(sums):
     random = torch.Generator().manual_seed(0)
     latents, x = torch.randn(60, 40, generator=random).relu(), torch.randn(60, 16, generator=random)
@@ -344,14 +344,14 @@ def test_the_sum_over_the_firings_of_a_latent_is_the_same_on_a_processor_and_a_g
 def test_recorded_codes_are_those_of_the_sae(form):
     sae = toy_sae(form, 16, 40, k=5)
     x = torch.from_numpy(np.random.default_rng(3).standard_normal((50, 16))).float()
-    token, latent, value = gather.codes(sae, x)
+    token, latent, value = firings.codes(sae, x)
     dense = torch.zeros(50, 40)
     dense[token, latent] = value
     assert torch.equal(dense, sae.encode(x).clamp(min=0))  # of AbsTopK the positive side
     assert (value > 0).all()
     assert (token.diff() >= 0).all()
     wide = toy_sae("topk", 16, 8, k=8)
-    assert len(gather.codes(wide, x)[0]) == int((wide.encode(x) > 0).sum())
+    assert len(firings.codes(wide, x)[0]) == int((wide.encode(x) > 0).sum())
 
 
 # ---- the whole, on the demo ----------------------------------------------------------------------------------------

@@ -34,9 +34,9 @@ def test_every_living_latent_is_a_dot_that_moves_appears_and_dies(timeline):
     latents = [latent for latent in range(toy.D_SAE) if latent != toy.DEAD]
     by_latent = dict(zip(latents, dots, strict=True))
     assert animations(by_latent[toy.ORDINARY]) == {}
-    assert animations(by_latent[toy.HOSTILE])["opacity"] == ["0", "0", "0.85", "0.85", "0.85", "0.85"]
+    assert animations(by_latent[toy.HOSTILE])["opacity"] == ["0", "0", "0.9", "0.9", "0.9", "0.9"]
     assert animations(by_latent[toy.SPLIT])["opacity"][-1] == "0"
-    assert animations(by_latent[toy.EMPTY])["opacity"][:4] == ["0.16"] * 4
+    assert animations(by_latent[toy.EMPTY])["opacity"][:4] == ["0.25"] * 4
     assert len(set(animations(by_latent[toy.ONCE])["fill"])) == 2  # it turns
     times = [float(time) for time in next(by_latent[toy.SPLIT].iter(f"{SVG}animate")).get("keyTimes").split(";")]
     assert times[0] == 0
@@ -50,6 +50,17 @@ def test_names_are_text_and_every_one_is_shown(timeline):
     )
     words = [text.text for text in ElementTree.fromstring(film.svg(hostile, "t")).iter(f"{SVG}text")]
     assert {"<script>", "b", "c"} <= set(words)
+
+
+def test_what_happens_is_said_in_every_checkpoint(timeline):
+    words = [text.text for text in ElementTree.fromstring(film.svg(timeline, "t")).iter(f"{SVG}text")]
+    assert words[-4:] == ["step-100", "1 appear", "sft", "2 appear, 1 rotate, 1 die"]
+
+
+def test_a_contribution_is_the_norm_of_what_is_written_where_a_latent_fires(timeline):
+    timeline.measures["own_mean"] = np.full_like(timeline.measures["own_mean"], 3)
+    timeline.measures["corrected_norm"][toy.ORDINARY] = [0.1, 0.2, 0.3]
+    np.testing.assert_allclose(timeline.contribution[toy.ORDINARY], [0.3, 0.6, 0.9])
 
 
 def test_the_same_timeline_gives_the_same_bytes(timeline):

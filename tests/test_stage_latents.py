@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from bridge.run import timelines
 from bridge.stages import latents, own_encoders, sums, survival, validation
 from bridge.stages.latents import Latents, Thresholds
 from bridge.torch_sae import TorchSAE
@@ -156,6 +157,7 @@ def test_the_sums_of_two_batches_are_those_of_their_tokens():
     assert total.tokens == 500
     np.testing.assert_array_equal(total.fired, (code != 0).sum(0))
     np.testing.assert_allclose(total.largest, code.max(0), rtol=1e-5)
+    np.testing.assert_array_equal(total.largest_at[total.fired > 0], code.argmax(0)[total.fired > 0])
     error, parts = (x - x_hat).reshape(-1, L, D), x.reshape(-1, L, D)
     expected = np.square(error).sum((0, 2)) / np.square(parts - parts.mean(0)).sum((0, 2))
     np.testing.assert_allclose(total.fvu, expected, rtol=1e-4)
@@ -170,9 +172,9 @@ def test_a_norm_that_is_shrunk_does_not_look_like_a_difference():
     x_hat = code @ rows.reshape(1, -1)
     zero = np.zeros((2, 1))
     total = sums.StageSums(
-        *(4000, np.array([1]), (code > 0).sum(0).astype(float), code.sum(0), np.square(code).sum(0), code.max(0)),
+        *(4000, (code > 0).sum(0).astype(float), code.sum(0), np.square(code).sum(0), code.max(0), code.argmax(0)),
         residual=(code.T @ (x - x_hat)).reshape(1, 2, 3),
-        explained=np.stack([(code * (x_hat.reshape(-1, 2, 3)[:, m] @ direction[:, None])).sum(0) for m in (0, 1)], 1),
+        together=(code.T @ x_hat).reshape(1, 2, 3),
         acts=x.sum(0).reshape(2, 3),
         reconstructions=x_hat.sum(0).reshape(2, 3),
         acts_square=np.square(x).reshape(-1, 2, 3).sum((0, 2)),
@@ -185,6 +187,53 @@ def test_a_norm_that_is_shrunk_does_not_look_like_a_difference():
     assert found.norm[0, 0] / found.norm[0, 1] == pytest.approx(0.2, rel=0.02)
     assert found.corrected_norm[0, 0] / found.corrected_norm[0, 1] == pytest.approx(1, rel=0.02)
     assert latents.kinds(found) == ["shared"]
+
+
+@pytest.mark.parametrize("scale", [19.0, 0.01])
+def test_the_unit_of_a_checkpoint_changes_nothing(scale):
+    """The norm of activations grows in training many times over; no latent is weaker before because of that."""
+    plain, x, code, total = measured()
+    larger = {name: weight.copy() for name, weight in plain.weights.items()}
+    for name, factor in (("W_enc", 1 / scale), ("W_dec", scale), ("b_dec", scale)):
+        array = larger[name].T if name == "W_enc" else larger[name]  # a view: its last axis are the channels
+        array[..., D : 2 * D] *= factor
+    changed = Plain(plain.cfg, larger, L)
+    x = x * np.repeat([1, scale, 1], D)
+    own = [module(layers.single(changed, layer)) for layer in range(L)]
+    sae = module(changed)
+    np.testing.assert_allclose(sae.encode(torch.from_numpy(x)), code, atol=1e-4)
+    scaled = sums.add_up(sae, own, [torch.from_numpy(x)])
+    before, after = (
+        latents.measure(one.weights["W_dec"].reshape(F, L, D), of) for one, of in ((plain, total), (changed, scaled))
+    )
+    for name, values in before._asdict().items():
+        np.testing.assert_allclose(getattr(after, name), values, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_what_others_express_is_its_covariance_with_the_latent():
+    plain, x, code, total = measured()
+    rows = plain.weights["W_dec"].reshape(F, L, D)
+    found = latents.measure(rows, total)
+    size = np.sqrt(x.reshape(-1, L, D).var(0).sum(1))
+    made = (code @ plain.weights["W_dec"]).reshape(-1, L, D) / size[:, None]
+    for latent in range(F):
+        stage = int(np.argmax(np.linalg.norm(rows[latent], axis=1) / size))
+        assert found.strongest[latent] == stage
+        along = made @ (rows[latent, stage] / size[stage])
+        covariance = np.cov(code[:, latent], along.T)[0, 1:]
+        np.testing.assert_allclose(found.present[latent], covariance / covariance[stage], rtol=1e-4, atol=1e-5)
+
+
+def test_every_latent_is_absent_from_a_checkpoint_whose_activations_are_constant():
+    """As those of an MLP before the first step, whose output projection is zero."""
+    plain, x, _, _ = measured()
+    x[:, :D] = 0
+    own = [module(layers.single(plain, layer)) for layer in range(L)]
+    total = sums.add_up(module(plain), own, [torch.from_numpy(x)])
+    found = latents.measure(plain.weights["W_dec"].reshape(F, L, D), total)
+    assert not found.level[:, 0].any()
+    assert (found.strongest > 0).all()
+    assert all(np.isfinite(values).all() for values in found)
 
 
 def described(strength: list[list[float]], turn: list[list[float]] | None = None, density: float = 0.1) -> Latents:
@@ -229,6 +278,17 @@ def test_events_tell_a_life_in_its_order():
 def test_bounds_that_contradict_each_other_are_refused():
     with pytest.raises(ConfigError, match=r"absent=0.6 is above weak=0.5"):
         Thresholds(absent=0.6)
+
+
+def test_what_is_gained_or_lost_changes_in_level_and_in_norm():
+    level = np.array([[1.0, 0.4, 0.4], [1.0, 0.4, 0.4], [1.0, 1.0, 0.1], [0.1, 1.0, 0.7], [0.0, 0.0, 0.0]])
+    norm = np.array([[2.0, 2.0, 2.0], [2.0, 0.6, 0.6], [3.0, 0.3, 0.3], [0.5, 5.0, 2.0], [0.0, 0.0, 0.0]])
+    # turned, weakened, taken over, risen, empty
+    expected_gains = [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0.9, 0], [0, 0, 0]]
+    expected_losses = [[0, 0, 0], [0, 0.6, 0], [0, 0, 0], [0, 0, 0.3], [0, 0, 0]]
+    gained, lost = timelines.gained_and_lost(level, norm)
+    np.testing.assert_allclose(gained, expected_gains, atol=1e-12)
+    np.testing.assert_allclose(lost, expected_losses, atol=1e-12)
 
 
 # ---- survival -------------------------------------------------------------------------------------------------------
@@ -318,6 +378,27 @@ def test_the_true_crosscoder_finds_everything_and_raises_no_alarm():
     finding = validation.score(world, truth(world), 20_000)
     assert finding.found == finding.features
     assert (finding.recall, finding.false_alarms, finding.exclusive) == (1, [], 6)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_what_is_new_or_stronger_is_gained_what_is_removed_or_weaker_is_lost_and_what_turns_is_neither(backwards):
+    """Features of the world are ten times stronger in its second stage; with 60 degrees a level falls by half."""
+    world = StageWorld(StagesConfig(**SMALL, angle=60.0))
+    plain = truth(world)
+    order = slice(None, None, -1 if backwards else 1)
+    for name, axis in (("W_enc", 0), ("W_dec", 1)):
+        plain.weights[name] = np.concatenate(np.split(plain.weights[name], 2, axis)[order], axis)
+    x = np.concatenate(world.sample(20_000, seed=1)[order], axis=1)
+    own = [module(layers.single(plain, stage)) for stage in range(2)]
+    total = sums.add_up(module(plain), own, [torch.from_numpy(x)])
+    found = latents.measure(plain.weights["W_dec"].reshape(len(world.kinds), 2, -1), total)
+    gained, lost = (part[:, 1] for part in timelines.gained_and_lost(found.level, found.corrected_norm)[order])
+    assert gained[world.kinds == "new"].min() > 0.95
+    assert lost[world.kinds == "removed"].min() > 0.95
+    assert gained[world.kinds == "weakened"] == pytest.approx(np.full(2, 0.9), abs=0.05)
+    assert gained[np.isin(world.kinds, ("rotated", "shared", "removed"))].max() < 0.1  # stages differ in unit
+    assert lost[np.isin(world.kinds, ("rotated", "shared", "new", "weakened"))].max() < 0.1
+    assert found.level[world.kinds == "rotated"].min() < 0.6
 
 
 def test_a_new_feature_whose_latent_points_elsewhere_is_not_found():

@@ -124,12 +124,19 @@ def test_one_checkpoint_under_two_names_is_refused_and_so_is_a_copy(copy):
     refused(f"a={base}", f"b={copy}/base_checkpoints/again", match="are the same checkpoint, copies of one file")
 
 
-@pytest.mark.parametrize(("size", "called"), [({"n_embd": 64}, "width"), ({"n_layer": 3}, "layers")])
+@pytest.mark.parametrize(
+    ("size", "called"),
+    [
+        ({"n_embd": 64}, "width"),
+        ({"n_layer": 3}, "number of layers"),
+        ({"vocab_size": 4160}, "size of the vocabulary"),
+    ],
+)
 def test_models_of_other_sizes_are_refused_before_their_weights_are_read(size, called, copy):
     write(copy / "base_checkpoints" / "other", stage_files.model(0.0, 0, **size), "G7", 5)
     (copy / "base_checkpoints" / "other" / "model_000005.pt").write_bytes(b"not read")
     items = (f"{copy}/base_checkpoints/d4", f"{copy}/base_checkpoints/other")
-    refused(*items, match=rf"d4 has \d+ {called}, other has {next(iter(size.values()))}: a crosscoder reads")
+    refused(*items, match=rf"the {called} of d4 is \d+, that of other {next(iter(size.values()))}: give")
 
 
 def test_another_tokenizer_is_refused_and_a_missing_one_is_that_of_the_others(copy, tmp_path, monkeypatch):

@@ -263,11 +263,11 @@ def test_runs_that_are_no_replacement_model_are_refused(checkpoint, fingerprint,
     lacking = make_run(checkpoint, tmp_path / "lacking", *replacement(fingerprint, 1, 3))
     refused(capfd, lacking, "layers 0 to 3 and lacks those of 0, 2: train them with --layer=all")
     other = make_run(checkpoint, tmp_path / "other", *replacement("0" * 64))
-    refused(capfd, other, "was trained on the checkpoint with sha256 000")
+    refused(capfd, other, "the transcoder of blocks.0.ln2.hook_normalized was trained on the checkpoint with", "000")
     sae = toy_sae("topk", 32, 64, hook_name="blocks.0.ln2.hook_normalized", model_fingerprint=fingerprint)
     plain = make_run(checkpoint, tmp_path / "plain", sae)
     refused(capfd, plain, "is a topk SAE, which reconstructs its input", "need transcoders of all layers")
-    refused(capfd, tmp_path / "none", "none")
+    refused(capfd, tmp_path / "none", "none is not a run", "Give the output_dir of a training")
 
 
 def test_nodes_and_names_that_cannot_be_are_refused(run, capfd):

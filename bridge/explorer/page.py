@@ -8,6 +8,7 @@
                          shard-H-S.js             details of the latents S * 64 to S * 64 + 63 of hook number H
                          texts-N.js               the tokens that the examples of all hooks show
                          timeline-H.js            of a crosscoder over checkpoints: what became of every latent
+             origins-H.js             of such: where those latents come from that were traced
                          lens-N.js                lenses on text number N
                          through-H.js             what latents write through later layers, by the Jacobian lens
                          across-H.js              of two runs: the latents of the other that write most alike
@@ -31,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge.explorer import across, directions, graphs, lens_sample, parts, timeline
+from bridge.explorer import across, directions, graphs, lens_sample, origins, parts, timeline
 from bridge.explorer.parts import Part
 from bridge.explorer.windows import Shown, is_near, radius_within
 from bridge.run import Run
@@ -112,11 +113,16 @@ def _write_records(folder: Path, run: Run, shown: Sequence[Part]) -> None:
         for shard, first in enumerate(range(0, part.store.header.d_sae, SHARD)):
             _put(folder, f"shard-{number}-{shard}", _shard(part, first, radius, decoder))
     manifest = _manifest(run.path, shown, rows, cells, radius)
-    manifest["lenses"] = _lenses(folder, run)
+    of_lenses = {path: lens_sample.read(one) for path, one in {part.run.path: part.run for part in shown}.items()}
+    manifest["lenses"] = _lenses(folder, of_lenses[run.path][0])
     for info, columns in zip(manifest["hooks"], timelines, strict=True):
         info["over_checkpoints"] = columns is not None
     for number, part in enumerate(shown):
-        _, through = lens_sample.read(part.run)
+        of_latents = origins.of_hook(part.run, part.store)
+        manifest["hooks"][number]["origins"] = list(of_latents)
+        if of_latents:
+            _put(folder, f"origins-{number}", of_latents)
+        _, through = of_lenses[part.run.path]
         manifest["hooks"][number]["through"] = part.hook in through
         if part.hook in through:
             _put(folder, f"through-{number}", through[part.hook])
@@ -125,9 +131,8 @@ def _write_records(folder: Path, run: Run, shown: Sequence[Part]) -> None:
     _put(folder, "manifest", manifest)
 
 
-def _lenses(folder: Path, run: Run) -> dict[str, Any]:
-    """Write the tables of lenses; return the names of the lenses, and the text that each table is of."""
-    texts, _ = lens_sample.read(run)
+def _lenses(folder: Path, texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write the tables of lenses by text; return the names of the lenses, and how many texts there are."""
     for number, text in enumerate(texts):
         _put(folder, f"lens-{number}", text)
     return {"names": list(texts[0]["lenses"]) if texts else [], "texts": len(texts)}

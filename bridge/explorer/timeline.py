@@ -37,8 +37,10 @@ def of_hook(run: Run, store: Store) -> dict[str, Any] | None:
         "norm": _b64(timeline.measures["corrected_norm"]),
         "density": _b64(timeline.measures["own_density"]),
         "final": _b64(timeline.measures["final"]),
-        "level": _b64(timeline.level),
+        "contribution": _b64(timeline.contribution),
         "change": _b64(timeline.change),
+        "gained": _b64(timeline.gained),
+        "lost": _b64(timeline.lost),
         "loss": _b64(losses),
     }
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from bridge.run.layout import Layout
 
 MEASURES = ("norm", "corrected_norm", "strength", "present", "turn", "final", "own_density", "own_mean")
 """Measures of `bridge.stages.latents.Latents` that a timeline has, (f, m) each."""
+REVISION = 2
+"""Of the measures. 1, which files do not name, compared norms without regard to the unit of each checkpoint."""
+_VERBS = {"appears": "appear", "grows": "grow", "rotates": "rotate", "shrinks": "shrink", "dies": "die"}
 _COMMAND = "python -m experiments.diff --run_dir="
 
 
@@ -53,6 +57,25 @@ class Timeline:
         square = before**2 + now**2 - 2 * before * now * self.measures["turn"][:, 1:]
         return np.pad(np.sqrt(np.maximum(square, 0)), ((0, 0), (1, 0)))
 
+    @property
+    def gained(self) -> Float[np.ndarray, "f m"]:
+        """The gain of every latent since the checkpoint before (`gained_and_lost`)."""
+        return gained_and_lost(self.level, self.measures["corrected_norm"])[0]
+
+    @property
+    def lost(self) -> Float[np.ndarray, "f m"]:
+        """The loss of every latent since the checkpoint before (`gained_and_lost`)."""
+        return gained_and_lost(self.level, self.measures["corrected_norm"])[1]
+
+    @property
+    def contribution(self) -> Float[np.ndarray, "f m"]:
+        """Norm of what a latent writes where it fires, over the norm of typical activations of the checkpoint.
+
+        The mean value in the checkpoint's own SAE times `corrected_norm`. Unlike a norm alone it does not depend on the
+        scale of the latent's values.
+        """
+        return self.measures["own_mean"] * self.measures["corrected_norm"]
+
 
 def levels(strength: Float[np.ndarray, "*f m"], present: Float[np.ndarray, "*f m"]) -> Float[np.ndarray, "*f m"]:
     """Return how much of latents is in every checkpoint: the larger magnitude of `strength` and `present`.
@@ -62,6 +85,32 @@ def levels(strength: Float[np.ndarray, "*f m"], present: Float[np.ndarray, "*f m
       present: likewise.
     """
     return np.maximum(np.abs(strength), np.abs(present))
+
+
+def gained_and_lost(
+    level: Float[np.ndarray, "f m"], corrected_norm: Float[np.ndarray, "f m"]
+) -> tuple[Float[np.ndarray, "f m"], Float[np.ndarray, "f m"]]:
+    """Return how much latents gained, and how much they lost, since the checkpoint before: 0 to about 1, 0 at first.
+
+    A gain is the lesser of two rises, and 0 where one of them falls: that of the level, and that of the corrected norm
+    over its largest. A loss is the lesser of the two falls. A latent that turns keeps its norm, and only its level
+    changes. One whose direction another latent takes over keeps its level, and only its norm falls.
+
+    Args:
+      level: of `levels`.
+      corrected_norm: as in `bridge.stages.latents.Latents`.
+    """
+    longest = corrected_norm.max(1, keepdims=True)
+    norm = np.divide(corrected_norm, longest, out=np.zeros_like(corrected_norm), where=longest > 0)
+    changes = np.stack([np.diff(level), np.diff(norm)])
+    gained, lost = (np.pad(np.maximum(part.min(0), 0), ((0, 0), (1, 0))) for part in (changes, -changes))
+    return gained, lost
+
+
+def counted(events: Iterable[str]) -> str:
+    """Return how many events there are of every kind, in words: "27 appear, 66 rotate"."""
+    counts = Counter(events)
+    return ", ".join(f"{counts[kind]:,} {verb}" for kind, verb in _VERBS.items() if counts[kind])
 
 
 def read(run: str | Path, name: str) -> Timeline | None:
@@ -75,7 +124,7 @@ def read(run: str | Path, name: str) -> Timeline | None:
     if table is None:
         return None
     try:
-        if "crosscoder" not in table or "final" not in table["latents"]:
+        if table.get("revision") != REVISION:
             return None  # an earlier version wrote it
         found = _parsed(table)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -77,8 +77,10 @@ class Utilities:
     async def apply_chat_template(self, request: Request) -> Response:
         """Return a chat as nanochat renders it, with the message of every token."""
         fields = Fields(camel(await self._session.body(request)))
-        answers = fields.flag("addGenerationPrompt", True)
-        chat = await spans(self._session, fields.objects("messages", MESSAGES), answers, continues=False)
+        messages = fields.objects("messages", MESSAGES)
+        if not messages:
+            raise fields.refusal("messages", "is empty: expected a list of objects with role and content")
+        chat = await spans(self._session, messages, fields.flag("addGenerationPrompt", True), continues=False)
         tokenizer = self._session.im.tokenizer
         return JSONResponse(
             {

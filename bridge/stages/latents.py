@@ -51,13 +51,13 @@ class Latents(NamedTuple):
     density: Float[np.ndarray, " f"]
     """Share of tokens on which the crosscoder's latent fires."""
     strongest: Int[np.ndarray, " f"]
-    """The checkpoint in which the decoder row is longest."""
+    """The checkpoint in which the decoder row is longest, in the unit of `norm`."""
     norm: Float[np.ndarray, "f m"]
     """Norm of the decoder row over the root mean square norm of the checkpoint's centred activations."""
     corrected_norm: Float[np.ndarray, "f m"]
     """The same of the row that fits best to what all other latents leave over."""
     strength: Float[np.ndarray, "f m"]
-    """Projection of that row on the decoder row of the strongest checkpoint, over the strongest's."""
+    """Projection of that row on the decoder row of the strongest checkpoint, over the strongest's, in the same unit."""
     present: Float[np.ndarray, "f m"]
     """The same with what all latents together reconstruct, as far as it varies with the latent: what others express."""
     cosine: Float[np.ndarray, "f m"]
@@ -92,24 +92,30 @@ def measure(decoder: Float[np.ndarray, "f m d"], sums: StageSums) -> Latents:
     row r_j: nu_epsilon of arXiv 2504.02922, with the latent's part put back in every checkpoint. `present` is
     cov(f_j, <x_hat_m, r_j>) over the same, nu_r with centred sums: independent latents then add nothing.
 
+    Activations, and what is of their unit, are divided by the root mean square norm of the checkpoint's centred
+    activations. Norms change in training many times over: a latent that keeps its share of the variance has grown with
+    everything else, and is as strong as before. In a checkpoint whose activations are constant, every latent is absent.
+
     Args:
       decoder: rows in the units of each checkpoint.
       sums: over text.
     """
     every = np.arange(len(decoder))
-    rows = decoder.astype(np.float64)
-    strongest = sums.strongest
+    unit = np.divide(1, sums.size, out=np.zeros_like(sums.size), where=sums.size > 0)[:, None]
+    rows = decoder.astype(np.float64) * unit
+    norm = np.linalg.norm(rows, axis=2)
+    strongest = norm.argmax(1)
     longest = rows[every, strongest]
-    fitted = rows + sums.residual / np.maximum(sums.square, 1e-30)[:, None, None]
+    fitted = rows + sums.residual * unit / np.maximum(sums.square, 1e-30)[:, None, None]
     along = np.einsum("fmd,fd->fm", fitted, longest)
-    together = sums.explained - sums.total[:, None] * (longest @ sums.reconstructions.T) / sums.tokens
-    size = np.sqrt((sums.acts_square - np.square(sums.acts).sum(1) / sums.tokens) / sums.tokens)
+    covariance = (sums.together - sums.total[:, None, None] * sums.reconstructions / sums.tokens) * unit
+    together = np.einsum("fmd,fd->fm", covariance, longest)
     own_fired = sums.own_fired.T
     return Latents(
         density=sums.fired / sums.tokens,
         strongest=strongest,
-        norm=np.linalg.norm(rows, axis=2) / size,
-        corrected_norm=np.linalg.norm(fitted, axis=2) / size,
+        norm=norm,
+        corrected_norm=np.linalg.norm(fitted, axis=2),
         strength=_over(along, along[every, strongest][:, None]),
         present=_over(together, together[every, strongest][:, None]),
         cosine=_cosines(fitted, fitted[every, strongest][:, None]),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _STRANGE = 0.02
 """Cosine of the blocks' matrices below which two checkpoints seem to be of different trainings."""
-_ALIKE = {"n_embd": "width", "n_layer": "layers", "vocab_size": "tokens in the vocabulary"}
+_ALIKE = {"n_embd": "width", "n_layer": "number of layers", "vocab_size": "size of the vocabulary"}
 
 
 def load(
@@ -218,7 +218,7 @@ def _require_alike(stages: Sequence[Stage], sizes: Sequence[Mapping[str, Any]]) 
             first, expected = known[0]
             require(
                 size == expected,
-                f"--checkpoints: {first.name} has {expected} {called}, {stage.name} has {size}: a crosscoder reads "
+                f"--checkpoints: the {called} of {first.name} is {expected}, that of {stage.name} {size}: give "
                 "checkpoints of one model",
             )
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from jaxtyping import Int
 from rich.console import Console
 
 from bridge.evaluate import text
@@ -15,9 +18,11 @@ from bridge.evaluate.site import Site
 from bridge.nanochat import Nanochat
 from bridge.nanochat.units import Split
 from bridge.run import Run, tables
+from bridge.run.timelines import REVISION
 from bridge.selection import recorded_ids
 from bridge.settings import InMemory
 from bridge.stages import latents, loading, sums
+from bridge.stages.contexts import context
 from bridge.stages.latents import Thresholds
 from bridge.stages.names import Stage
 from bridge.torch_sae import TorchSAE
@@ -48,6 +53,8 @@ class Comparison:
     stages: tuple[Stage, ...]
     sae: TorchSAE
     sums: sums.StageSums
+    contexts: list[dict[str, str] | None]
+    """The text on which each latent is strongest (`bridge.stages.contexts`); None if it never fires."""
 
     def latents(self) -> latents.Latents:
         """Return the measures of all latents."""
@@ -58,6 +65,7 @@ class Comparison:
         bounds, found = thresholds or Thresholds(), self.latents()
         names = [stage.name for stage in self.stages]
         return {
+            "revision": REVISION,
             "crosscoder": self.digest,
             "checkpoints": [
                 {
@@ -78,6 +86,7 @@ class Comparison:
             "kinds": latents.kinds(found, bounds),
             "events": [event._asdict() | {"stage": names[event.stage]} for event in latents.events(found, bounds)],
             "latents": found.table(),
+            "texts": self.contexts,
         }
 
 
@@ -126,6 +135,8 @@ def table_of(run: Run, name: str) -> Mapping[str, Any]:
     if table is None:
         raise FileNotFoundError(f"{file} says nothing of {name}: {command} writes it anew")
     lists = isinstance(table, dict) and all(isinstance(table.get(key), list) for key in ("kinds", "checkpoints"))
+    if lists and table.get("revision") != REVISION:
+        raise FileNotFoundError(f"{file} is of an earlier version: {command} writes it anew")
     if not lists or not {"strength", "present"} <= set(table.get("latents", ())):
         raise ValueError(f"{file} is broken at {name}: {command} writes it anew")
     return table
@@ -162,11 +173,17 @@ def compare(
         if rows is None:
             tokenizer = subject.nanos[0].tokenizer
             documents = text.documents(extent.data or flags["data"], extent.split, tokenizer)
-            rows = text.read(documents, tokenizer, subject.row_len, extent.heldout_tokens).tokens
-        progress = Progress(f"comparing {subject.name}", rows.size, "tokens", console=console)
+            rows = text.read(documents, tokenizer, subject.row_len, extent.heldout_tokens)
+        progress = Progress(f"comparing {subject.name}", rows.tokens.size, "tokens", console=console)
         with progress, progress.tokens_of(subject.site.model):
-            total = add_up(run, subject, rows)
-        comparisons.append(Comparison(subject.name, digest(exports[subject.name]), subject.stages, subject.sae, total))
+            total, cells = _add_up(run, subject, rows.tokens)
+        where = np.unravel_index(cells[total.largest_at], rows.tokens.shape)
+        contexts = [
+            context(rows, int(row), int(position), subject.nanos[0].tokenizer) if largest > 0 else None
+            for row, position, largest in zip(*where, total.largest, strict=True)
+        ]
+        sha256 = digest(exports[subject.name])
+        comparisons.append(Comparison(subject.name, sha256, subject.stages, subject.sae, total, contexts))
     return comparisons
 
 
@@ -201,17 +218,20 @@ def _subjects(run: Run, exports: Mapping[str, Path], device: str, in_memory: InM
         yield Subject(name, stages, nanos, sae, site, row_len)
 
 
-def add_up(run: Run, subject: Subject, rows: Any) -> sums.StageSums:
-    """Return the sums of a crosscoder, and of its checkpoints' own SAEs, over rows of text."""
+def _add_up(
+    run: Run, subject: Subject, rows: Int[np.ndarray, "R T"]
+) -> tuple[sums.StageSums, Int[np.ndarray, " tokens"]]:
+    """Return the sums of a crosscoder, and of its checkpoints' own SAEs, over text; and the cells that count in it."""
     folders = [run.stage_folder(stage.name, subject.name) for stage in subject.stages]
     own = [load_sae(folder, subject.site.device) for folder in folders]
-    site = subject.site
+    site, cells = subject.site, []
 
-    def chunks() -> Any:
+    def chunks() -> Iterator[torch.Tensor]:
         for batch in site.read(site.batches(rows)):
+            cells.append(batch.start * rows.shape[1] + np.flatnonzero(batch.mask.cpu().numpy()))
             yield from batch.acts[batch.mask].split(sums.CHUNK)
 
-    return sums.add_up(subject.sae, own, chunks())
+    return sums.add_up(subject.sae, own, chunks()), np.concatenate(cells)
 
 
 def _site(sae: TorchSAE, nanos: Sequence[Nanochat], drop_sinks: bool, tokens_per_forward: int) -> Site:

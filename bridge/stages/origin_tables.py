@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float, Int
 
 from bridge.evaluate.text import Text
 from bridge.nanochat.tokenizer import Tokenizer
+from bridge.stages.contexts import context, spelt
 
 LEAST = 3
 """Occurrences of a token from which a mean over them is given."""
-_BEFORE, _AFTER = 24, 8  # tokens around one that is shown
 
 
 class Firings(NamedTuple):
@@ -80,7 +80,7 @@ def _documents(
                 "tokens": int(tokens[number]),
                 "largest": float(values[row, position]),
                 "byte": int(firings.rows.place[row, position]),
-                **_context(firings, int(row), int(position), tokenizer),
+                **context(firings.rows, int(row), int(position), tokenizer),
             }
         )
     return found
@@ -130,7 +130,7 @@ def _tokens(
     ranked = np.argsort(np.where(count >= LEAST, -total, np.inf), kind="stable")[:most]
     return [
         {
-            "token": _spelt([token], tokenizer),
+            "token": spelt([token], tokenizer),
             "id": int(token),
             "occurrences": int(count[token]),
             "mean_fall": float(total[token] / count[token]),
@@ -159,11 +159,11 @@ def _occurrences(
         found.append(
             _source(firings, int(firings.rows.document[row, position]))
             | {
-                "predicted": _spelt([targets[row, position]], tokenizer),
+                "predicted": spelt([targets[row, position]], tokenizer),
                 "before": float(firings.before[row, position]),
                 "after": float(firings.after[row, position]),
                 "value": float(values[row, position]),
-                **_context(firings, row, position, tokenizer),
+                **context(firings.rows, row, position, tokenizer),
             }
         )
     return found
@@ -177,22 +177,6 @@ def _targets(firings: Firings) -> Int[np.ndarray, "R T"]:
 def _source(firings: Firings, document: int) -> dict[str, Any]:
     file, part, number = firings.sources[document]
     return {"file": file, "part": part, "document": number}
-
-
-def _context(firings: Firings, row: int, position: int, tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the text around a token, within its document."""
-    tokens, document = firings.rows.tokens[row], firings.rows.document[row]
-    same = document == document[position]
-    before, after = slice(max(position - _BEFORE, 0), position), slice(position + 1, position + 1 + _AFTER)
-    return {
-        "text_before": _spelt(tokens[before][same[before]], tokenizer),
-        "at": _spelt([tokens[position]], tokenizer),
-        "text_after": _spelt(tokens[after][same[after]], tokenizer),
-    }
-
-
-def _spelt(ids: Any, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode([int(i) for i in ids])
 
 
 def _mean(values: Float[np.ndarray, " n"]) -> float | None:

@@ -127,6 +127,7 @@ def trace(
             found[latent] = {
                 "latent": latent,
                 "crosscoder": name,
+                "sha256": table["crosscoder"],
                 "kind": table["kinds"][latent],
                 "grew": {"from": names[interval[0]], "to": names[interval[1]]},
                 "levels": dict(zip(names, grown[latent].levels, strict=True)),

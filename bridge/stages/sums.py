@@ -11,18 +11,17 @@ from bridge.torch_sae import TorchSAE
 
 CHUNK = 2048
 """Tokens whose latents are in memory at once."""
+_LARGE = ("residual", "together")  # sums of the size of the decoder
 
 
 @dataclasses.dataclass
 class StageSums:
     """Sums over tokens. f are the code of the crosscoder, x_m its inputs, x_hat_m its reconstructions.
 
-    m: checkpoints. r_j: the decoder row of latent j in the checkpoint where it is longest.
+    m: checkpoints.
     """
 
     tokens: int
-    strongest: Int[np.ndarray, " f"]
-    """The checkpoint in which the decoder row of each latent is longest."""
     fired: Float[np.ndarray, " f"]
     """Tokens on which each latent is not 0."""
     total: Float[np.ndarray, " f"]
@@ -31,10 +30,12 @@ class StageSums:
     """sum f^2"""
     largest: Float[np.ndarray, " f"]
     """max f"""
+    largest_at: Int[np.ndarray, " f"]
+    """Number of a token on which f is that large."""
     residual: Float[np.ndarray, "f m d"]
     """sum f (x_m - x_hat_m)"""
-    explained: Float[np.ndarray, "f m"]
-    """sum f <x_hat_m, r>"""
+    together: Float[np.ndarray, "f m d"]
+    """sum f x_hat_m"""
     acts: Float[np.ndarray, "m d"]
     """sum x_m"""
     reconstructions: Float[np.ndarray, "m d"]
@@ -61,6 +62,11 @@ class StageSums:
         return self.own_error_square / self._variance
 
     @property
+    def size(self) -> Float[np.ndarray, " m"]:
+        """Root mean square norm of the centred activations of every checkpoint."""
+        return np.sqrt(np.maximum(self._variance, 0) / self.tokens)
+
+    @property
     def _variance(self) -> Float[np.ndarray, " m"]:
         return self.acts_square - np.square(self.acts).sum(1) / self.tokens
 
@@ -77,52 +83,55 @@ def add_up(sae: TorchSAE, singles: Sequence[TorchSAE], batches: Iterable[Float[t
     Raises:
       ValueError: activations of another width, or none.
     """
-    every = sae.W_dec.reshape(sae.d_sae, sae.layers, -1)
-    strongest = every.norm(dim=2).argmax(1)
-    rows, tokens = every[torch.arange(sae.d_sae, device=every.device), strongest], 0
+    tokens = 0
     totals: dict[str, torch.Tensor] = {}
     for x in batches:
         if x.shape[1] != sae.d_in:
             raise ValueError(f"a crosscoder of width {sae.d_in} cannot read activations of width {x.shape[1]}")
         if len(x):
+            _add(totals, _of_batch(sae, singles, x.to(sae.W_dec.dtype)), tokens)
             tokens += len(x)
-            _add(totals, _of_batch(sae, singles, rows, x.to(sae.W_dec.dtype)))
     if not tokens:
         raise ValueError("there are no tokens to compare the checkpoints on: give more text")
+    at = totals.pop("largest_at").cpu().numpy()
     sums = {name: value.double().cpu().numpy() for name, value in totals.items()}
-    residual = sums.pop("residual").reshape(sae.d_sae, sae.layers, -1)
-    return StageSums(tokens=tokens, strongest=strongest.cpu().numpy(), residual=residual, **sums)
+    for name in _LARGE:
+        sums[name] = sums[name].reshape(sae.d_sae, sae.layers, -1)
+    return StageSums(tokens=tokens, largest_at=at, **sums)
 
 
-def _add(totals: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> None:
-    """Add the sums of a batch. All are in float64 but the residuals, which are as large as the decoder."""
+def _add(totals: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], before: int) -> None:
+    """Add the sums of a batch, which `before` tokens precede. All are in float64 but those as large as the decoder."""
+    largest, at = batch.pop("largest").double(), batch.pop("largest_at") + before
+    if "largest" in totals:
+        more = largest > totals["largest"]
+        largest, at = torch.where(more, largest, totals["largest"]), torch.where(more, at, totals["largest_at"])
+    totals |= {"largest": largest, "largest_at": at}
     for name, value in batch.items():
-        value = value if name == "residual" else value.double()
+        value = value if name in _LARGE else value.double()
         if name not in totals:
             totals[name] = value
-        elif name == "largest":
-            totals[name] = torch.maximum(totals[name], value)
         else:
             totals[name] += value
 
 
-def _of_batch(
-    sae: TorchSAE, singles: Sequence[TorchSAE], rows: Float[torch.Tensor, "f d"], x: Float[torch.Tensor, "n all"]
-) -> dict[str, torch.Tensor]:
+def _of_batch(sae: TorchSAE, singles: Sequence[TorchSAE], x: Float[torch.Tensor, "n all"]) -> dict[str, torch.Tensor]:
     """Return the sums over some tokens, by the names of `StageSums`."""
     latents = sae.encode(x)
     x_hat = sae.reconstruct(latents, x)
     parts, made = x.chunk(sae.layers, dim=1), x_hat.chunk(sae.layers, dim=1)
     own = [single.encode(part) for single, part in zip(singles, parts, strict=True)]
     errors = [part - other for part, other in zip(parts, made, strict=True)]
+    largest, largest_at = latents.max(0)
     own_errors = [part - single.reconstruct(f, part) for single, f, part in zip(singles, own, parts, strict=True)]
     return {
         "fired": (latents != 0).sum(0),
         "total": latents.sum(0),
         "square": latents.square().sum(0),
-        "largest": latents.amax(0),
+        "largest": largest,
+        "largest_at": largest_at,
         "residual": latents.T @ (x - x_hat),
-        "explained": torch.stack([(latents * (part @ rows.T)).sum(0) for part in made], dim=1),
+        "together": latents.T @ x_hat,
         "acts": torch.stack([part.double().sum(0) for part in parts]),
         "reconstructions": torch.stack([part.double().sum(0) for part in made]),
         "acts_square": _squares(parts),

@@ -25,9 +25,11 @@
     const latent = /^\d+$/.test(asked.get("latent") ?? "") ? Number(asked.get("latent")) : null;
     const view = asked.get("view") ?? "";
     const hook = asked.has("hook") ? jsae.data.hookNumber(asked.get("hook")) : at.hook;
-    const other = jsae.live && SERVED.includes(view) && jsae.data.manifest.hooks[hook]?.run; // the server has only its own run
-    return { hook: other ? 0 : hook, latent, view, asked };
+    return { hook: needsOwn(view) && jsae.data.manifest.hooks[hook]?.run ? 0 : hook, latent, view, asked };
   }
+
+  /* Return whether a view shows only SAEs of the page's own run, the only ones that the server has. */
+  const needsOwn = (view) => Boolean(jsae.live) && SERVED.includes(view);
 
   async function route() {
     const mine = ++turn;
@@ -157,8 +159,9 @@
     const choice = document.getElementById("hook");
     choice.append(...manifest.hooks.map((one, i) => el("option", { value: i }, one.name)));
     choice.addEventListener("change", () => {
-      const hook = encodeURIComponent(manifest.hooks[Number(choice.value)].name);
-      location.hash = at.view ? `#hook=${hook}&view=${at.view}` : `#hook=${hook}`;
+      const { name, run } = manifest.hooks[Number(choice.value)];
+      const view = run && needsOwn(at.view) ? "" : at.view; // such a view would not change
+      location.hash = `#hook=${encodeURIComponent(name)}${view && `&view=${view}`}`;
     });
     choice.parentElement.hidden = manifest.hooks.length < 2;
     jsae.list.build();

@@ -25,6 +25,7 @@
   const texts = new Map();
   const nearest = new Map();
   const written = new Map();
+  const traced = new Map();
 
   /* Load the manifest and the vocabulary. */
   data.open = async () => {
@@ -170,7 +171,7 @@
       logitHist: row("logit_hist"), logitRange: row("logit_range"),
       top: pairs("top_logits", "top_logit_values"), bottom: pairs("bottom_logits", "bottom_logit_values"),
       neighbours: pairs("neighbours", "neighbour_cosines"), together: pairs("together", "together_share"),
-      decoder: row("decoder"), across: await across(hook, latent), through: await through(hook, latent),
+      decoder: row("decoder"), across: await across(hook, latent), through: await through(hook, latent), origin: await origin(hook, latent),
     };
   };
 
@@ -199,6 +200,13 @@
       return Array.from({ length: each }, (_, i) => ({ id: all[0][latent * each + i], value: all[1][latent * each + i] }));
     };
     return { ...file, top: pairs("top", "top_values"), bottom: pairs("bottom", "bottom_values") };
+  }
+
+  /* Return where a latent comes from; null where it was not traced. */
+  async function origin(hook, latent) {
+    if (!data.manifest.hooks[hook].origins.includes(latent)) return null;
+    if (!traced.has(hook)) traced.set(hook, load(`origins-${hook}`));
+    return (await traced.get(hook))[latent];
   }
 
   /* Return the cosine of two decoder rows of one width; NaN where one is not known. */

@@ -1,8 +1,8 @@
-/* The film of the map: how often and how strongly every latent fires, and which way it points, checkpoint by checkpoint. */
+/* The film of the map: how often every latent fires, how much it writes, and which way, checkpoint by checkpoint. */
 "use strict";
 
 (() => {
-  const { el, number, percent, whole } = jsae;
+  const { el, percent, whole } = jsae;
   const SPEED = 1.3; // checkpoints per second
   const PAUSE = 900; // milliseconds per checkpoint where motion is not wanted
   const film = { at: Infinity, target: Infinity, playing: false, last: 0 };
@@ -41,7 +41,7 @@
     const run = stepper(node, end, draw, update);
     main.replaceChildren(el("div", { class: "page film" },
       el("header", { class: "title" }, el("h1", {}, "How the latents came to be"),
-        el("p", { class: "quiet" }, "Every dot is a latent: to the right how often it fires in the checkpoint's own SAE, upwards the norm of its direction. The colour says how near the direction is to that in ", el("b", {}, timeline.names[end]), ": ", el("span", { class: "scale" }, "far"), " to ", el("span", { class: "scale near" }, "there"), ". Latents that have not appeared yet, or have died, are pale. Click on one to open it.")),
+        el("p", { class: "quiet" }, "Every dot is a latent: to the right how often it fires in the checkpoint's own SAE, upwards how much it writes there, in percent of the norm of typical activations. The colour says where it points: ", el("span", { class: "scale" }, "at a right angle"), " to its direction in ", el("b", {}, timeline.names[end]), " up to the same. Latents that have not appeared yet, or have died, are pale. Click on one to open it.")),
       el("section", { class: "card" }, node, el("div", { class: "line reel" }, play, slider, name)), side));
     update();
     run();
@@ -82,12 +82,12 @@
   function map(list) {
     const { timeline } = list;
     const alive = Array.from({ length: list.size }, (_, i) => i).filter((i) => !timeline.dead(i));
-    const canvas = el("canvas", { role: "img", "aria-label": "Latents by density and norm in the checkpoint", tip: () => content() });
-    const bounds = { x: logs(alive, timeline, "density"), y: logs(alive, timeline, "norm") };
+    const canvas = el("canvas", { role: "img", "aria-label": "Latents by density and contribution in the checkpoint", tip: () => content() });
+    const bounds = { x: logs(alive, timeline, "density"), y: logs(alive, timeline, "contribution") };
     const dots = [];
     let near = null;
     const content = () => (near === null ? [["", "one dot per latent"]] : [["", `#${near} ${jsae.tokens.shown(list.title(near))}`],
-      ["density", percent(timeline.at("density", near, film.target))], ["norm", number(timeline.at("norm", near, film.target))],
+      ["density", percent(timeline.at("density", near, film.target))], ["writes", percent(timeline.at("contribution", near, film.target))],
       ["cosine", timeline.at("final", near, film.target).toFixed(2)]]);
     const draw = (at = film.at) => paint(canvas, timeline, alive, bounds, dots, at);
     canvas.addEventListener("pointermove", (event) => {
@@ -110,8 +110,8 @@
     const pen = jsae.charts.pen(canvas, wide, high);
     const style = getComputedStyle(canvas);
     const [x, y] = [jsae.overview.axis(bounds.x, 44, wide - 14), jsae.overview.axis(bounds.y, high - 26, 12)];
-    jsae.overview.grid(pen, style, x, y, wide, high);
-    const colours = ["--cold", "--heat"].map((name) => style.getPropertyValue(name).trim().split(/\s+/).map(Number));
+    jsae.overview.grid(pen, style, x, y, wide, high, percent);
+    const colours = ["--far", "--between", "--near"].map((name) => style.getPropertyValue(name).trim().split(/\s+/).map(Number));
     const [before, after] = [Math.floor(at), Math.ceil(at)];
     const mix = (value) => value(before) + (value(after) - value(before)) * (at - before);
     const place = (axis, values, name, latent) => {
@@ -121,16 +121,17 @@
     };
     dots.length = 0;
     for (const latent of alive) {
-      const shown = mix((stage) => (timeline.at("density", latent, stage) > 0 ? timeline.there(latent, stage) ? 1 : 0.2 : 0));
-      const dot = { latent, x: place(x, bounds.x, "density", latent), y: place(y, bounds.y, "norm", latent) };
+      const shown = mix((stage) => (timeline.at("density", latent, stage) > 0 ? timeline.there(latent, stage) ? 1 : 0.28 : 0));
+      const dot = { latent, x: place(x, bounds.x, "density", latent), y: place(y, bounds.y, "contribution", latent) };
       if (shown === 0 || !Number.isFinite(dot.x) || !Number.isFinite(dot.y)) continue;
       dots.push(dot);
       const near = Math.max(0, Math.min(1, mix((stage) => timeline.at("final", latent, stage))));
-      const [red, green, blue] = colours[0].map((value, i) => value + (colours[1][i] - value) * near);
+      const [from, to] = near < 0.5 ? [0, 1] : [1, 2];
+      const [red, green, blue] = colours[from].map((value, i) => value + (colours[to][i] - value) * (2 * near - from));
       pen.globalAlpha = 0.8 * shown;
       pen.fillStyle = `rgb(${red} ${green} ${blue})`;
       pen.beginPath();
-      pen.arc(dot.x, dot.y, alive.length > 5000 ? 1.6 : 3, 0, 7);
+      pen.arc(dot.x, dot.y, alive.length > 5000 ? 1.6 : alive.length > 500 ? 3 : 4, 0, 7);
       pen.fill();
     }
   }
@@ -145,7 +146,6 @@
     const loss = timeline.everywhere[stage];
     const { picks, tile } = jsae.overview;
     const name = timeline.names[stage];
-    const level = (i) => timeline.at("level", i, stage);
     const tiles = el("div", { class: "tiles" },
       tile(whole(all.filter((i) => timeline.there(i, stage)).length), "there", `of ${whole(all.length)} living latents`),
       tile(whole(stage ? appear.length : 0), "appear", stage ? `since ${timeline.names[stage - 1]}` : "in the first checkpoint nothing is new"),
@@ -153,7 +153,7 @@
       tile(Number.isFinite(loss) ? loss.toFixed(2) : "–", "nats of loss", "of the model, everywhere in the text"));
     if (!stage) return [tiles];
     return [tiles, el("div", { class: "three" },
-      picks(list, `Appear in ${name}`, appear, level, (i) => percent(timeline.at("density", i, stage))),
+      picks(list, `Appear in ${name}`, appear, (i) => timeline.gained(i, stage), (i) => `+${timeline.gained(i, stage).toFixed(2)}`),
       picks(list, `Change most in ${name}`, all, (i) => timeline.changed(i, stage), (i) => timeline.changed(i, stage).toFixed(2)),
       picks(list, die.length ? `Die in ${name}` : `Lost most in ${name}`, die.length ? die : all.filter((i) => timeline.lost(i, stage) > 0.05), (i) => timeline.lost(i, stage), (i) => `−${timeline.lost(i, stage).toFixed(2)}`))];
   }

@@ -113,7 +113,9 @@
           const x = (starts[i] + starts[i + 1]) / 2;
           return svg("text", { class: "word", "text-anchor": "end", transform: `translate(${x + 4} ${y(0) + 20}) rotate(-38)` }, cut(nameOf(token), 14) || "∅");
         }));
-      this.names.replaceChildren(svg("rect", { class: "behind", x: 0, y: y(rows.length - 1) - step / 2, width: 46, height: step * rows.length }), ...rows.map((row) => svg("text", { class: "rowname", x: 8, y: y(row) + 4 }, name(row))));
+      const top = y(rows.length - 1) - step / 2;
+      const height = y(0) + 12 - top; // down to the words of the tokens
+      this.names.replaceChildren(svg("rect", { class: "behind", x: 0, y: top, width: 46, height }), ...rows.map((row) => svg("text", { class: "rowname", x: 8, y: y(row) + 4 }, name(row))));
     }
 
     shape(node) {

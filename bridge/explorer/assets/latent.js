@@ -15,7 +15,7 @@
     main.replaceChildren(el("article", { class: "page latent", "data-latent": latent },
       head(details),
       el("div", { class: "columns" },
-        el("div", { class: "texts" }, jsae.stages.card(details), jsae.trace?.card(details), contexts(details, texts)),
+        el("div", { class: "texts" }, jsae.stages.card(details), jsae.trace?.card(details), contexts(details, texts), jsae.origin.card(details)),
         el("aside", { class: "side", "aria-label": "Numbers" }, fires(details), writes(details), jsae.lens?.card(details), alike(details)))));
     main.scrollTop = 0;
   }

@@ -127,7 +127,7 @@
     return { at: (value) => start + ((value - low) / (high - low)) * (end - start), marks };
   }
 
-  function grid(pen, style, x, y, wide, high) {
+  function grid(pen, style, x, y, wide, high, format = number) {
     pen.strokeStyle = style.getPropertyValue("--line");
     pen.fillStyle = style.getPropertyValue("--soft");
     pen.font = `11px ${style.fontFamily}`;
@@ -143,7 +143,7 @@
       pen.moveTo(40, y.at(mark));
       pen.lineTo(wide - 6, y.at(mark));
       pen.textAlign = "right";
-      pen.fillText(number(10 ** mark), 34, y.at(mark) + 4);
+      pen.fillText(format(10 ** mark), 34, y.at(mark) + 4);
     }
     pen.stroke();
   }

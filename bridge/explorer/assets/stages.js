@@ -2,8 +2,8 @@
 "use strict";
 
 (() => {
-  const { el, number, percent } = jsae;
-  const COLUMNS = ["norm", "density", "final", "level", "change", "loss"];
+  const { el, percent } = jsae;
+  const COLUMNS = ["norm", "density", "final", "contribution", "change", "gained", "lost", "loss"];
   const EVENTS = { appears: "appears", grows: "grows", rotates: "rotates", shrinks: "shrinks", dies: "dies" };
   const KINDS = {
     exclusive: ["Exclusive", "absent in some checkpoint: new, or removed"],
@@ -56,9 +56,14 @@
       return this.dead(latent) ? -1 : this.at("change", latent, stage);
     }
 
-    /* Return how much of a latent is lost from the checkpoint before. */
+    /* Return how much a latent gained since the checkpoint before. */
+    gained(latent, stage) {
+      return this.dead(latent) ? -1 : this.at("gained", latent, stage);
+    }
+
+    /* Return how much of a latent was lost since the checkpoint before. */
     lost(latent, stage) {
-      return this.dead(latent) ? -Infinity : this.at("level", latent, stage - 1) - this.at("level", latent, stage);
+      return this.dead(latent) ? -1 : this.at("lost", latent, stage);
     }
   }
 
@@ -66,10 +71,10 @@
   function sorts({ timeline }) {
     if (!timeline) return {};
     const later = timeline.names.map((name, stage) => [name, stage]).slice(1);
+    const each = (key, title) => later.map(([name, stage]) => [`${key}-${stage}`, [`${title} in ${name}`, (list, i) => timeline[key](i, stage), -1]]);
     return {
       appeared: ["Appeared at", (list, i) => timeline.appeared(i), 1],
-      ...Object.fromEntries(later.map(([name, stage]) => [`changed-${stage}`, [`Changed most in ${name}`, (list, i) => timeline.changed(i, stage), -1]])),
-      ...Object.fromEntries(later.map(([name, stage]) => [`lost-${stage}`, [`Lost in ${name}`, (list, i) => timeline.lost(i, stage), -1]])),
+      ...Object.fromEntries([...each("changed", "Changed most"), ...each("gained", "Gained"), ...each("lost", "Lost")]),
     };
   }
 
@@ -94,10 +99,12 @@
     const chart = (name, note, values, format, more = {}) => el("div", {}, el("h3", {}, name, el("small", {}, note)),
       jsae.charts.course(values, { names, format, label: name, chosen: names.indexOf(timeline.stage), ...more }));
     const loss = timeline.course("loss", latent);
+    const norm = timeline.course("norm", latent);
+    const longest = Math.max(...norm) || 1;
     return el("section", { class: "card timeline" },
       el("h2", {}, "Over training", el("small", {}, history(timeline, latent))),
       el("div", { class: "courses" },
-        chart("Norm", "of its direction", timeline.course("norm", latent), number, { low: 0 }),
+        chart("Norm", "of its direction, over its largest", norm.map((x) => x / longest), percent, { low: 0, high: 1 }),
         chart("Density", "in each checkpoint's own SAE", timeline.course("density", latent), percent, { low: 0 }),
         chart("Cosine", `to its direction in ${names.at(-1)}`, timeline.course("final", latent), (x) => x.toFixed(2), { low: 0, high: 1 }),
         loss.some(Number.isFinite) && chart("Loss", "where it fires; grey: everywhere", loss, (x) => `${x.toFixed(2)} nats`, { low: 0, other: timeline.everywhere.map((x) => x ?? NaN) })));

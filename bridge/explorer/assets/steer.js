@@ -105,7 +105,7 @@
   function directions() {
     const { checkpoints, checkpoint } = jsae.live;
     if (!checkpoints?.length) return null;
-    return el("label", { class: "field", title: "The features' directions and encoders as they are in this checkpoint" }, "As in checkpoint", el("select", {
+    return el("label", { class: "field directions", title: "The features' directions and encoders as they are in this checkpoint" }, "As in checkpoint", el("select", {
       id: "directions", on: { change: (event) => {
         state.directionsOf = event.target.value;
         keep();

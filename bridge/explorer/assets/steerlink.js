@@ -36,8 +36,9 @@
   async function feature(text) {
     const parts = text.split(",");
     const [hook, latent, mode, strength, positions] = parts;
-    const number = jsae.data.manifest.hooks.findIndex((one) => one.hook === hook);
-    const known = parts.length === 5 && number >= 0 && /^\d{1,9}$/.test(latent) && jsae.live.modes.some(({ name }) => name === mode)
+    const number = jsae.data.hookNumber(hook);
+    const served = number >= 0 && jsae.data.isServed(jsae.data.manifest.hooks[number]);
+    const known = served && parts.length === 5 && /^\d{1,9}$/.test(latent) && jsae.live.modes.some(({ name }) => name === mode)
       && jsae.live.positions.includes(positions) && strength.trim() !== "" && Number.isFinite(Number(strength));
     if (!known) return null;
     const list = await jsae.data.list(number);

@@ -34,6 +34,8 @@ def test_every_noise_and_number_of_dedicated_latents_is_counted(tmp_path, capsys
     assert [(row["noise"], row["dedicated"]) for row in results] == [(0.01, 0), (0.01, 8)]
     for row in results:
         assert row["alarms"] == row["exclusive"] + row["weakened"] + row["rotated"] <= row["living"] <= 128
+        assert row["dedicated_alarms"] + row["rare_alarms"] <= row["alarms"]
+        assert row["dedicated_alarms"] <= 2 * row["dedicated"]
         assert all(0 < value < 1 for value in row["fvu"] + row["own_sae_fvu"])
     assert "false alarms" in capsys.readouterr().out
 

@@ -119,16 +119,28 @@ def test_a_circle_is_seen():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_quick_and_names_the_flags(command):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_help_is_quick_and_names_the_flags(command, seconds_of_the_libraries):
     done = run(sys.executable, "-m", f"experiments.{command}", "--help")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # whatever else the machine does
     assert done.returncode == 0, done.stderr
     assert "--flagfile" in done.stdout
     imported = run(sys.executable, "-X", "importtime", "-m", f"experiments.{command}", "--help").stderr
     assert not re.search(r"\| +torch$", imported, re.MULTILINE)
-    assert seconds < 2
+    spent = (timed("-m", f"experiments.{command}", "--help") for _ in range(3))  # a core is slower while its twin works
+    assert any(seconds < 1.6 * seconds_of_the_libraries for seconds in spent)
+
+
+@pytest.fixture(scope="module")
+def seconds_of_the_libraries() -> float:
+    """CPU seconds of importing the libraries of SAEs."""
+    return min(timed("-c", "import jax, flax.nnx, optax") for _ in range(3))
+
+
+def timed(*arguments: str) -> float:
+    """Run Python; return its CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run(sys.executable, *arguments)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_the_torch_runtime_loads_no_jax():

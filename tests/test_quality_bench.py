@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from experiments.benches import (
     peers,
@@ -27,6 +28,7 @@ from experiments.benches import (
 )
 from experiments.benches.quality_config import OURS, RECIPES, Recipe
 from experiments.benches.quality_contest import BEST, NOTHING, OWN, Contest, Trained
+from jsae import rates
 from jsae.architectures import find
 
 PEER = """
@@ -231,6 +233,25 @@ def test_dead_latents_are_counted_on_held_out_text_and_on_that_of_the_training(t
     assert scores["dead_in_training"] == 0.25  # the last one
 
 
+def test_an_export_is_checked_where_some_activations_are_zero(tmp_path):
+    from bridge import torch_sae
+    from jsae import export
+    from jsae.architectures import sae_config
+
+    identity = np.eye(3, dtype=np.float32)
+    weights = {"W_enc": identity, "W_dec": identity, "b_dec": np.zeros(3, np.float32), "b_enc": np.zeros(3, np.float32)}
+    export.write(tmp_path, sae_config("relu", 3, 3), weights, 1.0, 1.0, {})
+    x = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
+    x[7] = 0
+    np.save(tmp_path / "train.npy", x)
+    made = torch_sae.load(tmp_path)(torch.from_numpy(x)).numpy()
+    np.save(tmp_path / "made.npy", made)
+    quality_sides.check(tmp_path, tmp_path)
+    np.save(tmp_path / "made.npy", made + 1)
+    with pytest.raises(ValueError, match=r"they differ by 1\.\d+ \|x\|"):
+        quality_sides.check(tmp_path, tmp_path)
+
+
 def test_an_export_that_computes_something_else_than_its_library_is_refused(contest):
     with pytest.raises(ValueError, match="does not reconstruct as its library does"):
         contest(trainers=("dictionary_learning",)).rows("topk")
@@ -350,6 +371,53 @@ def test_the_search_of_a_second_recipe_starts_where_that_of_the_first_one_ended(
         contest._search_rate(recipe)
     first = {name: next(rate for one, rate in asked if one == name) for name in ("relu", "relu late", "gated")}
     assert first == {"relu": 0.02, "relu late": 0.08, "gated": 0.02}
+
+
+def made(scores):
+    """Return a stand-in of `Contest._train`; `scores(rate, k, dead)` are those of an SAE."""
+
+    def trained(recipe, rate, seed, coefficient, *, k=4, dead=0.1, nothing_given=False):
+        return Trained(recipe, rate, seed, coefficient, Path(), k, nothing_given, 1.0, scores(rate, k, dead), dead)
+
+    return trained
+
+
+@pytest.mark.parametrize(("better", "chosen"), [(0.015, 0.015), (0.1, 0.1)])
+def test_another_trainers_dead_latents_are_those_of_the_better_of_two_silences(
+    config, subject, tmp_path, monkeypatch, better, chosen
+):
+    contest = Contest(config.plan(trainers=("SAELens",)), subject, tmp_path, lambda _: {}, print)
+    fvu = {better: 0.2}
+    monkeypatch.setattr(
+        contest, "_train", made(lambda rate, k, dead: {"fvu": fvu.get(dead, 0.3), "l0": 4.0, "dead_fraction": 0.0})
+    )
+    monkeypatch.setattr(contest, "_final", lambda trained: trained.scores)
+    (row,) = contest.rows("batchtopk")
+    assert row["dead_after"] == chosen
+    assert row["scores"]["fvu"]["mean"] == 0.2
+
+
+def test_rates_of_a_recipe_with_a_k_are_compared_at_the_target_l0(config, subject, tmp_path, monkeypatch):
+    """The higher rate has the lower FVU only because more latents are active on held-out text."""
+    plan = config.plan(trainers=("SAELens",), rate=0.02, rate_range=(0.02, 0.04))
+    contest = Contest(plan, subject, tmp_path, lambda _: {}, print)
+
+    def scores(rate, k, dead):
+        low = rate == 0.02
+        l0 = k * (1.0 if low else 1.035)
+        return {"fvu": (0.200 if low else 0.202) * (l0 / 4) ** -0.5, "l0": l0, "dead_fraction": 0.0}
+
+    assert scores(0.04, 4, 0.1)["fvu"] < scores(0.02, 4, 0.1)["fvu"]
+    monkeypatch.setattr(contest, "_train", made(scores))
+    monkeypatch.setattr(contest, "_final", lambda trained: trained.scores)
+    (row,) = contest.rows("topk")
+    assert row["rate"] == 0.02
+
+
+@pytest.mark.parametrize(("ratio", "factor"), [(1.0, 1.0), (1.21, 1.1), (0.81, 0.9), (2.0, 2.0), (0.25, 4.0)])
+def test_an_fvu_is_moved_to_the_target_l0_and_one_far_from_it_is_not_the_best(ratio, factor):
+    assert rates.to_target(ratio, 1.0) == pytest.approx(factor)
+    assert rates.to_target(0.0, 1.0) == 1000
 
 
 def test_the_recipes_are_of_architectures_of_the_package():

@@ -1,9 +1,11 @@
-"""Ablations of the training recipes: each part is undone alone, on several kinds of data.
+"""Ablations of the training recipes: each part is undone alone, and each option added, on several kinds of data.
 
 Every architecture is trained with nothing given but sizes and L0, then with one default after the other set to what it
 was before: Adam's memory, the learning rate, the weight of AuxK, the time until a latent counts as dead, the window of
-JumpReLU's thresholds. Scores are those of the exported SAE on held-out activations. Penalised architectures aim at an
-L0 of k; where one misses it, FVU is moved to that L0 by the slope of -0.5 of log FVU in log L0.
+JumpReLU's thresholds. The options are aligned training (arXiv 2605.18629), HierarchicalTopK (arXiv 2505.24473), and
+activations whitened by their covariance (arXiv 2511.13981). Scores are those of the exported SAE on held-out
+activations. Penalised architectures aim at an L0 of k; where one misses it, FVU is moved to that L0 by the slope of
+-0.5 of log FVU in log L0.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.locations import FilePath
 from bridge.settings import flag
-from experiments.benches import quality_runs
+from experiments.benches import quality_runs, whitening
 
 if TYPE_CHECKING:
     from experiments.benches.quality_config import Plan
@@ -26,16 +28,18 @@ if TYPE_CHECKING:
 
 RECIPES = ("topk", "batchtopk", "matryoshka", "relu", "gated", "jumprelu tanh", "jumprelu l0")
 AS_IT_IS = "nothing"
-_COLUMNS = ("recipe", "undone", "FVU", "F1", "dead", "FVU over the default's")
+WHITENED = "with whitened activations"
+_COLUMNS = ("recipe", "changed", "FVU", "F1", "dead", "FVU over the default's")
 _PATIENCE = 10_000_000  # activations until a latent was dead
 
 
 @dataclass(frozen=True)
 class Config(quality_runs.Sizes):
-    """Data, SAEs and recipes of the measurement."""
+    """Data, SAEs, recipes and changes of the measurement."""
 
     subjects: tuple[str, ...] = flag(("nanochat_mid", "synthetic"), "Data to train on, as for `bench quality`.")
     recipes: tuple[str, ...] = flag(RECIPES, "Recipes to train.")
+    changes: tuple[str, ...] = flag((), "Beginnings of the names of the changes to make; none makes all.")
     out: FilePath = flag("experiments/results/ablations_cpu.json", "File for the results.")
 
     def __post_init__(self) -> None:
@@ -46,18 +50,21 @@ class Config(quality_runs.Sizes):
 
 
 def main(config: Config) -> int:
-    """Train with and without every part, print a table per kind of data, write the results."""
+    """Train with and without every part and option, print a table per kind of data, write the results."""
     rows = functools.partial(_rows, config)
     return quality_runs.on_every_subject(config, config.recipes, "recipes", rows, _COLUMNS, _cells)
 
 
-def undone(recipe: str, d_in: int, d_sae: int) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Yield names of parts of a recipe, and the settings of the SAE and of its training without them.
+def changes(recipe: str, d_in: int, d_sae: int, k: int) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Yield names of changes to a recipe, and their settings of the SAE and of its training.
+
+    `WHITENED` has no settings: it changes the activations.
 
     Args:
       recipe: one of `RECIPES`.
       d_in: width of the activations.
       d_sae: latents.
+      k: active latents per token, or the target L0.
     """
     from jsae.architectures import find
 
@@ -74,24 +81,31 @@ def undone(recipe: str, d_in: int, d_sae: int) -> Iterator[tuple[str, dict[str, 
         yield "dead after 10 million activations", {}, {"dead_after": _PATIENCE}
     if kind.sae.name == "jumprelu":
         yield "bandwidth: 2", {"bandwidth": 2.0}, {}
+    yield "with aligned training", {"aligned": True}, {}
+    if kind.sae.name == "topk":
+        yield "with hierarchical_k of a quarter and a half", {"hierarchical_k": (max(k // 4, 1), k // 2)}, {}
+    yield WHITENED, {}, {}
 
 
 def _rows(config: Config, recipe: str, subject: Subject, plan: Plan, scratch: Path) -> list[dict[str, Any]]:
-    """Return the scores of a recipe as it is, and without each of its parts."""
+    """Return the scores of a recipe as it is, and with each of the changes."""
     rows: list[dict[str, Any]] = []
-    for name, sae, train in undone(recipe, subject.d_in, plan.d_sae):
+    for name, sae, train in changes(recipe, subject.d_in, plan.d_sae, plan.k):
+        if rows and config.changes and not name.startswith(config.changes):
+            continue
         job = quality_runs.job_of(recipe, plan, subject.d_in) | {"sae": sae, "train": train}
-        trial = quality_runs.trained(job, config.seeds, subject, scratch)
+        data = whitening.whitened(subject, scratch / "whitened") if name == WHITENED else subject
+        trial = quality_runs.trained(job, config.seeds, data, scratch)
         first = rows[0]["scores"]["fvu"] if rows else trial["fvu"]
-        rows.append({"recipe": recipe, "undone": name, "scores": trial, "fvu_over_default": trial["fvu"] / first})
+        rows.append({"recipe": recipe, "changed": name, "scores": trial, "fvu_over_default": trial["fvu"] / first})
     return rows
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     scores = row["scores"]
     return (
-        row["recipe"] if row["undone"] == AS_IT_IS else "",
-        row["undone"],
+        row["recipe"] if row["changed"] == AS_IT_IS else "",
+        row["changed"],
         f"{scores['fvu']:.4f}",
         f"{scores['f1']:.3f}" if "f1" in scores else "",
         f"{scores['dead_in_training']:.1%}" if "dead_in_training" in scores else f"{scores['dead_fraction']:.1%}",

@@ -20,8 +20,13 @@ from bridge.settings import flag, settle
 from experiments.benches import tables, timing
 from jsae.settings import COUNT, TOKENS, Range, at_least, require
 
-_COLUMNS = ("noise", "dedicated", "FVU", "own SAEs' FVU", "living", "exclusive", "weakened", "rotated", "alarms")
 _ALARMS = ("exclusive", "weakened", "rotated")
+_COLUMNS = (
+    *("noise", "dedicated", "FVU", "own SAEs' FVU", "living", *_ALARMS, "alarms"),
+    *("of dedicated latents", "of other rare latents"),
+)
+_RARE = 100
+"""Tokens: a latent that fires on fewer is rare."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def main(config: Config) -> int:
             checkpoints = _checkpoints(config, noise, root / f"noise-{noise:g}")
             for exclusive in config.exclusive:
                 table = _compared(config, checkpoints, exclusive, root / f"run-{noise:g}-{exclusive}")
-                results.append({"noise": noise, "dedicated": exclusive} | _counts(table))
+                results.append({"noise": noise, "dedicated": exclusive} | _counts(table, exclusive))
                 described = {"machine": machine, "settings": timing.settings(config, "runs", "markdown")}
                 timing.write(
                     config.out, described | {"seconds": time.perf_counter() - started, "results": results}
@@ -121,17 +126,27 @@ def _compared(config: Config, checkpoints: tuple[str, str], exclusive: int, fold
     return comparison.table()
 
 
-def _counts(table: Mapping[str, Any]) -> dict[str, Any]:
+def _counts(table: Mapping[str, Any], exclusive: int) -> dict[str, Any]:
+    """Return the numbers of alarms and what they are of; the first `exclusive` latents per checkpoint are dedicated."""
     summary = table["summary"]
     living = len(table["kinds"]) - summary["dead"]
     counts = {kind: summary[kind] for kind in _ALARMS}
     stages = table["checkpoints"]
     fvu = {name: [stage[name] for stage in stages] for name in ("fvu", "own_sae_fvu", "own_sae_l0")}
-    return {"living": living, **counts, "alarms": sum(counts.values()), **fvu}
+    own = len(stages) * exclusive
+    alarms = [latent for latent, kind in enumerate(table["kinds"]) if kind in _ALARMS]
+    fires = [table["latents"]["density"][latent] * table["tokens"] for latent in alarms if latent >= own]
+    parts = {
+        "alarms": len(alarms),
+        "dedicated_alarms": len(alarms) - len(fires),
+        "rare_alarms": sum(tokens < _RARE for tokens in fires),
+    }
+    return {"living": living, **counts, **parts, **fvu}
 
 
 def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
     fvus = (" ".join(f"{value:.3f}" for value in result[name]) for name in ("fvu", "own_sae_fvu"))
     counts = (str(result[name]) for name in ("living", *_ALARMS))
     share = result["alarms"] / max(result["living"], 1)
-    return (f"{result['noise']:g}", str(result["dedicated"]), *fvus, *counts, f"{share:.1%}")
+    parts = (str(result[name]) for name in ("dedicated_alarms", "rare_alarms"))
+    return (f"{result['noise']:g}", str(result["dedicated"]), *fvus, *counts, f"{share:.1%}", *parts)

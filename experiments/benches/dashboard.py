@@ -160,7 +160,8 @@ def _ours(config: Config, folder: Path) -> float:
     """Compute all latents, write records and batch-N.json; return the seconds until the records are written."""
     import torch
 
-    from bridge.explorer import gather, weights
+    from bridge.explorer import weights
+    from bridge.explorer.firings import Gatherer
     from bridge.neuronpedia import dashboard
     from bridge.neuronpedia.about import About
     from bridge.neuronpedia.ids import Ids
@@ -170,7 +171,7 @@ def _ours(config: Config, folder: Path) -> float:
     settings = Settings()
     start = time.perf_counter()
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder) as scratch:
-        gatherer = gather.Gatherer(sae, Recorder(Path(scratch), tokens, config.d_sae, settings))
+        gatherer = Gatherer(sae, Recorder(Path(scratch), tokens, config.d_sae, settings))
         first = 0
         for file in _in_order(folder / "activations"):
             acts = torch.load(file, weights_only=True)[config.hook]

@@ -3,10 +3,11 @@
 Every trainer reads the same activations in the same order, in batches of the same size, and has the same width. Its
 learning rate is searched from --rate in factors of sqrt(2), beside the trainer's own default; the rate with the best
 score at the target L0 is trained with every seed and reported. Activations are scaled, or not, as each trainer's recipe
-has it; all lengths of schedules are the same fractions of the run. TopK, BatchTopK and Matryoshka have the same k, the
-target L0. The peers' penalties of ReLU, Gated and JumpReLU are searched until L0 is close to it; jsae is asked for it.
-Another SAE of a neighbouring L0 shows how the scores depend on L0, and all are interpolated to the target: log FVU
-linearly in log L0. jsae is also trained with nothing given but sizes and L0.
+has it; warm-up and decay are the same fractions of the run. A silent latent is dead after a tenth of the run for the
+peers, and at their best rate also after jsae's 1.5 %, whichever is better. TopK, BatchTopK and Matryoshka have the same
+k, the target L0. The peers' penalties of ReLU, Gated and JumpReLU are searched until L0 is close to it; jsae is asked
+for it. Another SAE of a neighbouring L0 shows how the scores depend on L0, and all are interpolated to the target: log
+FVU linearly in log L0. jsae is also trained with nothing given but sizes and L0.
 
 All SAEs are scored as SAELens files by the same code, on held-out activations and, of a nanochat, in the model. The
 peers have their own environment, --peer_env, which is created if it does not exist (pip, about 2 GB).

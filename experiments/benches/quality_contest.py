@@ -18,13 +18,18 @@ if TYPE_CHECKING:
     from experiments.benches.peers import Ask
     from experiments.benches.quality_subjects import Subject
 
-_PARTS = {"warmup": 0.02, "decay": 0.2, "sparsity_warmup": 0.05, "dead": 0.1}
-"""Fractions of a run: warm-up and decay of the learning rate, warm-up of penalties, silence of a dead latent."""
+_PARTS = {"warmup": 0.02, "decay": 0.2, "sparsity_warmup": 0.05}
+"""Fractions of a run: warm-up and decay of the learning rate, warm-up of penalties."""
+_DEAD = (0.1, 0.015)
+"""Fractions of a run after which a silent latent is dead for the other trainers: in the search of the rate, and the one
+that is tried at the best rate too. The latter is jsae's default. Their own defaults are longer than such a run."""
 
 _NEAR, _FAR = math.log(1.06), math.log(1.7)
 """Distances in log L0 between which a second SAE shows how the scores depend on L0."""
 _SAME = 0.005
 """Distance in log L0 from the target up to which scores are as at the target."""
+_OFF = 0.02
+"""The same where the k of a recipe should give the target: rates are then compared with the scores' slope in L0."""
 _APART = 1.25
 """Factor on k, or on the strength, of a second SAE that is trained for that."""
 
@@ -51,6 +56,13 @@ class Trained:
     seconds: float = math.nan
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
     """Empty if training diverged."""
+    dead: float = _DEAD[0]
+    """Fraction of the run after which a silent latent is dead; jsae has its own."""
+
+    @property
+    def dead_after(self) -> float | None:
+        """`dead`; None of jsae."""
+        return None if self.recipe.trainer == OURS else self.dead
 
     @property
     def l0(self) -> float:
@@ -75,10 +87,12 @@ class Contest:
         self._first_k = plan.k
         self._places: dict[Recipe, int] = {}
         self._strengths: dict[Recipe, float] = {}
+        self._slopes: dict[Recipe, dict[str, float]] = {}
 
     def at(self, k: int) -> None:
         """Compare at another L0 from now on; searches start from the rates that were best before."""
         self._plan = dataclasses.replace(self._plan, k=k)
+        self._slopes.clear()
 
     def rows(self, architecture: str) -> list[dict[str, Any]]:
         """Return the figures of every trainer that has the architecture; jsae's last, also with nothing given."""
@@ -102,7 +116,11 @@ class Contest:
         if not finite:
             return {"trainer": recipes[0].trainer, "recipe": recipes[0].name, "failed": "every run diverged"}
         close = [t for t in finite if self._is_comparable(t)] or finite
-        best = min(close, key=lambda t: self._cost(t, [s for s in finite if _same_setting(s, t)]))
+        best = min(close, key=lambda t: self._cost(t, self._slopes_at(t, finite)))
+        if best.recipe.trainer != OURS and self._plan.search:
+            other, slopes = self._again(best, 0, dead=_DEAD[1]), self._slopes_at(best, finite)
+            tried.append(other)
+            best = min(best, other, key=lambda t: self._cost(t, slopes))
         return self._figures(best, tried, OWN if best.rate is None else BEST)
 
     def _with_nothing_given(self, recipe: Recipe) -> dict[str, Any]:
@@ -134,12 +152,19 @@ class Contest:
             "missed": any(self._is_far(f["l0"]) for f in finals),
             "rate": best.rate,
             "coefficient": best.coefficient,
+            "dead_after": best.dead_after,
             "diverged_seeds": len(seeds) - len(finals),
             "slopes": {name: slope for name, slope in slopes.items() if name in names},
             "scores": {name: _spread([scores[name] for scores in at_target]) for name in finals[0]},
             "as_measured": {name: _spread([scores[name] for scores in finals]) for name in sorted(names)},
             "tried": [
-                {"recipe": t.recipe.name, "rate": t.rate, "coefficient": t.coefficient, **t.scores}
+                {
+                    "recipe": t.recipe.name,
+                    "rate": t.rate,
+                    "coefficient": t.coefficient,
+                    "dead_after": t.dead_after,
+                    **t.scores,
+                }
                 for t in tried
                 if t.scores
             ],
@@ -159,7 +184,7 @@ class Contest:
             tries = self._near_target(recipe, rate)
             runs.extend(tries)
             closest = min(tries, key=lambda t: quality_search.distance(t.l0, self._plan.k))
-            return self._cost(closest, tries)
+            return self._cost(closest, self._slopes_at(closest, tries))
 
         start, low, high = self._plan.places
         known = recipe in self._places
@@ -199,8 +224,14 @@ class Contest:
         """Return an SAE trained with k or a target L0, and a second one if L0 on held-out text misses the target."""
         target = self._first_coefficient(recipe)
         runs = [self._train(recipe, rate, 0, target)]
-        if target is not None and runs[0].scores and not self._is_close(runs[0].l0):
+        if not runs[0].scores:
+            return runs
+        if target is not None and not self._is_close(runs[0].l0):
             runs.append(self._train(recipe, rate, 0, target * target / runs[0].l0))
+        off = quality_search.distance(runs[0].l0, self._plan.k) > _OFF
+        if target is None and off and recipe not in self._slopes:  # the same for all rates of a recipe with a k
+            second = self._apart(runs[0])
+            self._slopes[recipe] = quality_search.slopes(runs[0].scores, second.scores) if second.scores else {}
         return runs
 
     def _apart(self, trained: Trained) -> Trained:
@@ -210,25 +241,32 @@ class Contest:
             k = min(math.ceil(k * _APART), self._plan.d_sae)
         else:
             coefficient *= _APART if trained.recipe.trainer == OURS else 1 / _APART
-        return self._train(trained.recipe, trained.rate, 0, coefficient, k=k, nothing_given=trained.nothing_given)
+        how = {"nothing_given": trained.nothing_given, "dead": trained.dead}
+        return self._train(trained.recipe, trained.rate, 0, coefficient, k=k, **how)
 
-    def _again(self, trained: Trained, seed: int) -> Trained:
-        return self._train(trained.recipe, trained.rate, seed, trained.coefficient, nothing_given=trained.nothing_given)
+    def _again(self, trained: Trained, seed: int, dead: float | None = None) -> Trained:
+        how = {"nothing_given": trained.nothing_given, "dead": dead or trained.dead}
+        return self._train(trained.recipe, trained.rate, seed, trained.coefficient, **how)
 
     def _first_coefficient(self, recipe: Recipe) -> float | None:
         """Return jsae's target L0; None for an architecture with a k, and for peers with a k."""
         return float(self._plan.k) if recipe.is_penalised and recipe.trainer == OURS else None
 
-    def _cost(self, trained: Trained, tries: Sequence[Trained]) -> float:
-        """Return the cost of an SAE at the target L0, from how the scores of tries at its setting depend on L0.
+    def _slopes_at(self, trained: Trained, tries: Sequence[Trained]) -> dict[str, float]:
+        """Return how scores depend on L0: from the other one of its setting, or as found for its recipe with a k."""
+        others = [t for t in tries if t.scores and t is not trained and _same_setting(t, trained)]
+        other = min(others, key=lambda t: quality_search.distance(t.l0, self._plan.k), default=None)
+        if not trained.scores or other is None:
+            return self._slopes.get(trained.recipe, {})
+        return quality_search.slopes(trained.scores, other.scores)
+
+    def _cost(self, trained: Trained, slopes: dict[str, float]) -> float:
+        """Return the cost of an SAE at the target L0, along the slopes of its scores.
 
         An SAE whose L0 is not close costs its distance from the target more: it shows little of the scores there.
         """
         if not trained.scores:
             return math.inf
-        others = [t for t in tries if t.scores and t is not trained]
-        other = min(others, key=lambda t: quality_search.distance(t.l0, self._plan.k), default=None)
-        slopes = quality_search.slopes(trained.scores, other.scores) if other else {}
         moved = quality_search.at_l0(trained.scores, slopes, float(self._plan.k), {self._subject.chosen_by})
         away = 0 if self._is_comparable(trained) else quality_search.distance(trained.l0, self._plan.k)
         return self._subject.cost(moved) + away
@@ -255,6 +293,7 @@ class Contest:
         *,
         k: int | None = None,
         nothing_given: bool = False,
+        dead: float = _DEAD[0],
     ) -> Trained:
         """Return one SAE, trained and scored."""
         self._count += 1
@@ -274,10 +313,13 @@ class Contest:
             "d_sae": plan.d_sae,
             "widths": [*plan.nested_widths, plan.d_sae],
             "threads": plan.threads,
+            "dead": dead,
             **_PARTS,
         }
         answer = self._train_here(job) if recipe.trainer == OURS else self._ask(job)
-        trained = Trained(recipe, rate, seed, coefficient, folder, job["k"], nothing_given, answer["seconds"])
+        trained = Trained(
+            recipe, rate, seed, coefficient, folder, job["k"], nothing_given, answer["seconds"], dead=dead
+        )
         if answer["finite"]:
             scores = self._subject.scores(folder) | {"seconds": trained.seconds}
             trained = dataclasses.replace(trained, scores=scores)
@@ -311,7 +353,7 @@ def _points(tries: Sequence[Trained]) -> list[tuple[float, float]]:
 
 
 def _same_setting(a: Trained, b: Trained) -> bool:
-    return (a.recipe, a.rate, a.seed, a.nothing_given) == (b.recipe, b.rate, b.seed, b.nothing_given)
+    return all(getattr(a, n) == getattr(b, n) for n in ("recipe", "rate", "seed", "nothing_given", "dead"))
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

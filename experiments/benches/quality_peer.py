@@ -2,7 +2,7 @@
 
 Reads one JSON job per line from stdin, trains with the library's own trainer on the rows of `train.npy`, first to last,
 writes the SAE as a SAELens directory, and answers with a line of JSON. Lengths that a library counts in steps of its
-much longer runs (warm-up, decay, when a latent is dead) are the same fractions of the run for all.
+much longer runs (warm-up, decay, when a latent is dead) are fractions of the run that the job gives.
 """
 
 import json

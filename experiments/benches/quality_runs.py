@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from experiments.benches.quality_config import Plan
     from experiments.benches.quality_subjects import Subject
 
-_SLOPE = -0.5
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -113,6 +111,8 @@ def job_of(recipe: str, plan: Plan, d_in: int) -> dict[str, Any]:
 
 def trained(job: dict[str, Any], seeds: int, subject: Subject, scratch: Path) -> dict[str, float]:
     """Return the rate and the mean scores over seeds, FVU at the target L0; it is infinite where a run diverged."""
+    from jsae.rates import to_target
+
     scores, rate = [], math.nan
     for seed in range(seeds):
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -123,5 +123,5 @@ def trained(job: dict[str, Any], seeds: int, subject: Subject, scratch: Path) ->
                 return {"rate": rate, "fvu": math.inf, "l0": math.nan, "dead_fraction": math.nan}
             scores.append(subject.scores(path))
     for score in scores:
-        score["fvu"] *= 1.0 if job["coefficient"] is None else (score["l0"] / job["k"]) ** -_SLOPE
+        score["fvu"] *= to_target(score["l0"], float(job["k"]))
     return {"rate": rate} | {name: statistics.fmean(score[name] for score in scores) for name in scores[0]}

@@ -1,8 +1,8 @@
 """The default learning rate beside the best one of a sweep, for every architecture on several kinds of data.
 
 Every SAE is trained with nothing given, and at rates of the same run that lie factors of sqrt(2) around that default.
-Scores are those of the exported SAE on held-out activations. Penalised architectures aim at an L0 of k; where a rate
-misses it, FVU is moved to that L0 by the slope of -0.5 of log FVU in log L0.
+Scores are those of the exported SAE on held-out activations. Where its L0 there is not k, FVU is moved to an L0 of k by
+the slope of -0.5 of log FVU in log L0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from experiments.benches.quality_config import Plan
     from experiments.benches.quality_subjects import Subject
 
-_COLUMNS = ("architecture", "default rate", "FVU", "dead", "best rate", "FVU", "dead", "default over best")
+_COLUMNS = (
+    *("architecture", "default rate", "FVU", "dead held-out", "dead in training"),
+    *("best rate", "FVU", "dead held-out", "default over best"),
+)
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,9 @@ def _row(config: Config, architecture: str, subject: Subject, plan: Plan, scratc
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     default, best = row["default"], row["best"]
-    return (
-        row["architecture"],
-        *(
-            text
-            for trial in (default, best)
-            for text in (f"{trial['rate']:.2g}", f"{trial['fvu']:.4f}", f"{trial['dead_fraction']:.1%}")
-        ),
-        f"{row['default_over_best']:.3f}",
-    )
+    in_training = f"{default['dead_in_training']:.1%}" if "dead_in_training" in default else ""
+    return (row["architecture"], *_scores(default), in_training, *_scores(best), f"{row['default_over_best']:.3f}")
+
+
+def _scores(trial: dict[str, float]) -> tuple[str, str, str]:
+    return f"{trial['rate']:.2g}", f"{trial['fvu']:.4f}", f"{trial['dead_fraction']:.1%}"

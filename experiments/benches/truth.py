@@ -81,7 +81,7 @@ class Config:
     preset: Literal["small", "published"] = flag("small", "World and sizes: for two cores, or for a GPU.")
     architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures to compare.")
     trainers: tuple[str, ...] = flag(TRAINERS, "Trainers to compare; of the published world jsae alone.")
-    l0s: tuple[int, ...] | None = flag(None, "L0s to compare at; the first one is where learning rates are searched.")
+    l0s: tuple[int, ...] | None = flag(None, "L0s to compare at; the search for a rate begins with the one before.")
     d_sae: int | None = flag(None, "Latents.")
     num_activations: int | None = flag(None, "Samples that every SAE is trained on.")
     batch_size: int | None = flag(None, "Samples per step.")
@@ -150,7 +150,7 @@ def main(config: Config) -> int:
         quality.shared_out(contests, config.architectures, functools.partial(_at_every_l0, l0s=sizes.l0s), write)
     for l0, rows in sorted(tables.items(), key=lambda item: int(item[0])):
         shown = rows + _published(config.preset, rows, int(l0))
-        title = f"recovery of known features at L0 {l0}; learning rates with the highest F1 at L0 {sizes.l0s[0]}"
+        title = f"recovery of known features at L0 {l0}; learning rates with the highest F1 there"
         quality_tables.show(console, title, shown, config.markdown)
     console.print(f"figures: {config.out}", soft_wrap=True)
     return 0

@@ -41,6 +41,7 @@ def at_least(low: int, high: int = 2**31 - 1) -> Range:
 COUNT = at_least(1)
 TOKENS = at_least(1, 2**50)
 SEED = Range(0, 2**31 - 1, "lie in [0, 2**31)")
+FACTOR = Range(1e-6, 1e6, "be finite and positive, from 1e-6 to 1e6")
 FRACTION = Range(0, 1, "lie between 0 and 1")
 RATE = Range(1e-12, 1e6, "be positive, from 1e-12 to 1e6")
 WEIGHT = Range(1e-30, 1e30, "be finite and not negative: 0, or from 1e-30 to 1e30", also=(0,))

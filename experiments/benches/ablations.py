@@ -1,11 +1,11 @@
 """Ablations of the training recipes: each part is undone alone, and each option added, on several kinds of data.
 
 Every architecture is trained with nothing given but sizes and L0, then with one default after the other set to what it
-was before: Adam's memory, the learning rate, the weight of AuxK, the time until a latent counts as dead, the window of
-JumpReLU's thresholds. The options are aligned training (arXiv 2605.18629), HierarchicalTopK (arXiv 2505.24473), and
-activations whitened by their covariance (arXiv 2511.13981). Scores are those of the exported SAE on held-out
-activations. Penalised architectures aim at an L0 of k; where one misses it, FVU is moved to that L0 by the slope of
--0.5 of log FVU in log L0.
+was before: Adam's memory, the learning rate, that of the decoder, the scale of the encoder at the start, the weight of
+AuxK, the time until a latent counts as dead, the window of JumpReLU's thresholds, the controller of L0. The options are
+aligned training (arXiv 2605.18629), HierarchicalTopK (arXiv 2505.24473), and activations whitened by their covariance
+(arXiv 2511.13981). Scores are those of the exported SAE on held-out activations. Penalised architectures aim at an L0
+of k; where one misses it, FVU is moved to that L0 by the slope of -0.5 of log FVU in log L0.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 RECIPES = ("topk", "batchtopk", "matryoshka", "relu", "gated", "jumprelu tanh", "jumprelu l0")
 AS_IT_IS = "nothing"
+FIXED = "a fixed penalty, of the last strength of the controller's"
 WHITENED = "with whitened activations"
 _COLUMNS = ("recipe", "changed", "FVU", "F1", "dead", "FVU over the default's")
 _PATIENCE = 10_000_000  # activations until a latent was dead
@@ -58,7 +59,7 @@ def main(config: Config) -> int:
 def changes(recipe: str, d_in: int, d_sae: int, k: int) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Yield names of changes to a recipe, and their settings of the SAE and of its training.
 
-    `WHITENED` has no settings: it changes the activations.
+    `WHITENED` has no settings: it changes the activations. `FIXED` has none: they follow from the default's run.
 
     Args:
       recipe: one of `RECIPES`.
@@ -73,7 +74,13 @@ def changes(recipe: str, d_in: int, d_sae: int, k: int) -> Iterator[tuple[str, d
     yield AS_IT_IS, {}, {}
     yield "memory of second moments: 0.999", {}, {"beta2": 0.999}
     yield "learning rate: 2e-4 / sqrt(d_sae / 16384)", {}, {"learning_rate": 2e-4 / math.sqrt(d_sae / 16384)}
+    if defaults["decoder_rate"] != 1:
+        yield "decoder_rate: 1", {"decoder_rate": 1.0}, {}
+    if defaults["encoder_start"] != 1:
+        yield "encoder_start: 1", {"encoder_start": 1.0}, {}
     if not kind.sae.sparse:
+        yield "L0 falls over 70 % of the run", {"target_l0_fraction": 0.7}, {}
+        yield FIXED, {}, {}
         yield "AuxK and revival: none", {"aux_coefficient": 0.0, "revival_coefficient": 0.0}, {}
         yield "AuxK: none", {"aux_coefficient": 0.0}, {}
     else:
@@ -93,12 +100,24 @@ def _rows(config: Config, recipe: str, subject: Subject, plan: Plan, scratch: Pa
     for name, sae, train in changes(recipe, subject.d_in, plan.d_sae, plan.k):
         if rows and config.changes and not name.startswith(config.changes):
             continue
+        if name == FIXED:
+            sae, train = _fixed(recipe, rows[0]["scores"])
         job = quality_runs.job_of(recipe, plan, subject.d_in) | {"sae": sae, "train": train}
         data = whitening.whitened(subject, scratch / "whitened") if name == WHITENED else subject
         trial = quality_runs.trained(job, config.seeds, data, scratch)
         first = rows[0]["scores"]["fvu"] if rows else trial["fvu"]
         rows.append({"recipe": recipe, "changed": name, "scores": trial, "fvu_over_default": trial["fvu"] / first})
     return rows
+
+
+def _fixed(recipe: str, scores: dict[str, float]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of a penalty that keeps the last strength and the rate of a controlled run."""
+    from jsae.architectures import find
+
+    coefficients = {field.name: field.default for field in dataclasses.fields(find(recipe.split()[0]).Config)}
+    name = next(name for name in ("l1_coefficient", "l0_coefficient") if name in coefficients)
+    penalty = {"target_l0": None, name: scores["strength"] * coefficients[name]}
+    return penalty, {"learning_rate": scores["rate"]}
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -110,18 +110,24 @@ def job_of(recipe: str, plan: Plan, d_in: int) -> dict[str, Any]:
 
 
 def trained(job: dict[str, Any], seeds: int, subject: Subject, scratch: Path) -> dict[str, float]:
-    """Return the rate and the mean scores over seeds, FVU at the target L0; it is infinite where a run diverged."""
+    """Return rate, strength of the penalty and mean scores over seeds, FVU at the target L0.
+
+    FVU is infinite where a run diverged.
+    """
     from jsae.rates import to_target
 
-    scores, rate = [], math.nan
+    scores, strengths, rate = [], [], math.nan
     for seed in range(seeds):
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             path = Path(folder) / "sae"
             answer = quality_sides.train_here(job | {"seed": seed, "folder": str(path)}, subject.folder)
             rate = answer["rate"]
+            strengths.append(answer["strength"])
             if not answer["finite"]:
-                return {"rate": rate, "fvu": math.inf, "l0": math.nan, "dead_fraction": math.nan}
+                failed = {"fvu": math.inf, "l0": math.nan, "dead_fraction": math.nan}
+                return {"rate": rate, "strength": answer["strength"]} | failed
             scores.append(subject.scores(path))
     for score in scores:
         score["fvu"] *= to_target(score["l0"], float(job["k"]))
-    return {"rate": rate} | {name: statistics.fmean(score[name] for score in scores) for name in scores[0]}
+    known = {"rate": rate, "strength": statistics.fmean(strengths)}
+    return known | {name: statistics.fmean(score[name] for score in scores) for name in scores[0]}

@@ -58,7 +58,8 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
       folder: of `train.npy`.
 
     Returns:
-      `seconds` of training without the first step, which compiles; whether all values stayed `finite`; the peak `rate`.
+      `seconds` of training without the first step, which compiles; whether all values stayed `finite`; the peak `rate`;
+      and the last `strength` of the penalty, 1 where L0 has no target.
     """
     import jax
     import jax.numpy as jnp
@@ -80,7 +81,7 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     if finite:
         weights = state.exported.arrays()
         export.write(Path(job["folder"]), sae, weights, np.asarray(state.scale), np.asarray(state.scale_out), {})
-    return {"seconds": end - start, "finite": finite, "rate": rate}
+    return {"seconds": end - start, "finite": finite, "rate": rate, "strength": float(state.control.strength)}
 
 
 def train_on_world(job: dict[str, Any], world: SyntheticWorld) -> dict[str, Any]:

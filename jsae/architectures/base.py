@@ -20,7 +20,7 @@ from jsae.architectures.forward import Context, Forward
 from jsae.ops import Codes, Input, Latents, Ops, Reference
 from jsae.ops.formulas import Formula, Maps, PerLatent
 from jsae.saelens.settings import ENCODERS
-from jsae.settings import at_least, check_fields, number, read_fields, require
+from jsae.settings import FACTOR, at_least, check_fields, number, read_fields, require
 
 Arrays = dict[str, Array | np.ndarray]
 """Arrays by name."""
@@ -55,6 +55,11 @@ class SAEConfig:
     exclusive: int = number(0, at_least(0, 2**28))
     """Latents of every layer of a crosscoder that read and write this layer alone (arXiv 2602.11729): latent j is of
     layer j // exclusive while there is such a layer, and of all layers otherwise."""
+    decoder_rate: float = number(1.0, FACTOR)
+    """Factor on the learning rate of decoder rows, which keep unit norm and so turn by little more than the rate."""
+    encoder_start: float = number(1.0, FACTOR)
+    """Factor on the scale at which the encoder starts; at 1 the first reconstruction fits best. Adam moves weights by
+    the rate, so that the rows of a smaller encoder turn faster."""
 
     sae: ClassVar[type["SAE"]]
     """The architecture that the settings are of."""
@@ -290,7 +295,7 @@ class SAE(nnx.Module):
         square = jnp.square(made).sum()
         # Where no latent is active on these rows there is nothing to scale by.
         factor = (made * wanted).sum() / jnp.where(square > 0, square, 1)
-        self._scale_encoder(jnp.where(square > 0, factor, 1))
+        self._scale_encoder(jnp.where(square > 0, self.config.encoder_start * factor, 1))
         self.initialize_latents(few, ops)
 
     def arrays(self) -> dict[str, np.ndarray]:

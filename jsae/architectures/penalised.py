@@ -15,10 +15,9 @@ from jsae.architectures.base import Arrays, Context, Forward, SAEConfig
 from jsae.architectures.reviving import Reviving
 from jsae.ops import Ops, selection
 from jsae.ops.formulas import PerLatent
-from jsae.settings import FRACTION, WEIGHT, Range, number, require
+from jsae.settings import FACTOR, FRACTION, WEIGHT, Range, number, require
 
 _TARGET = Range(1e-6, 2**28, "lie between 0 and d_sae, and be at least 1e-6")
-_BANDWIDTH = Range(1e-6, 1e6, "be finite and positive, from 1e-6 to 1e6")
 _LEAST_THRESHOLD = 1e-6  # of an SAE that training continues, in units where inputs have a mean square of 1
 _USUAL_L0 = 32  # assumed where L0 has no target
 _THRESHOLD = Range(1e-30, 1e30, "be finite and positive, from 1e-30 to 1e30")
@@ -136,9 +135,10 @@ class Gated(Penalised):
     class Config(PenalisedConfig):
         """Settings of Gated."""
 
-        rate_scale = 1.75
-        tail_exponent = 0.6
+        rate_scale = 1.5
+        tail_exponent = 0.65
 
+        decoder_rate: float = number(3.0, FACTOR)
         aux_coefficient: float = number(0.3, WEIGHT)
         """Weight of AuxK: with 1/8, as of the others, 4 % of latents died on a synthetic world in a million samples."""
         l1_coefficient: float = number(5.0, WEIGHT)
@@ -196,10 +196,11 @@ class JumpReLU(Penalised):
 
         tail_exponent = 0.5
 
+        decoder_rate: float = number(3.0, FACTOR)
         l0_coefficient: float = number(5.0, WEIGHT)
         """Weight of the sparsity penalty."""
         jump_recipe: Literal["tanh", "l0"] = "tanh"
-        bandwidth: float | None = number(None, _BANDWIDTH)
+        bandwidth: float | None = number(None, FACTOR)
         """Width of the window around a threshold through which gradients reach it; None is 1 for tanh, 0.5 for l0.
 
         Anthropic has 2, at which a nanochat's activations are reconstructed worse (`bench ablations`).
@@ -212,7 +213,7 @@ class JumpReLU(Penalised):
         @property
         def rate_scale(self) -> float:  # type: ignore[override]
             """Factor on the default learning rate: thresholds of the l0 recipe kill latents at higher rates."""
-            return 0.5 if self.jump_recipe == "l0" else 1.4
+            return 0.7 if self.jump_recipe == "l0" else 1.1
 
         @property
         def width(self) -> float:

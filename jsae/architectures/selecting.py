@@ -15,7 +15,7 @@ from jsae import losses
 from jsae.architectures.base import Arrays, Context, Forward, SAEConfig, Statistic
 from jsae.architectures.reviving import Reviving
 from jsae.ops import Codes, Latents, Select
-from jsae.settings import WEIGHT, number, require
+from jsae.settings import FACTOR, WEIGHT, number, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class SelectingConfig(SAEConfig):
 
     k: int = 32  # type: ignore[misc]  # a class variable where no architecture has a k
     """Active latents per token, or on average per token of a batch."""
+    decoder_rate: float = number(3.0, FACTOR)
     aux_coefficient: float = number(1 / 8, WEIGHT)
     """Weight of AuxK (`jsae.auxk`); Gao et al. 2024 (arXiv 2406.04093), section A.2, have 1/32."""
 
@@ -92,6 +93,10 @@ class TopK(Selecting):
           ConfigError: numbers of `hierarchical_k` that do not increase up to k.
         """
 
+        tail_exponent = 0.42
+
+        decoder_rate: float = number(2.0, FACTOR)
+        encoder_start: float = number(0.3, FACTOR)
         hierarchical_k: tuple[int, ...] = ()
         """Numbers of largest latents that must reconstruct by themselves; k is added. () is plain TopK."""
 
@@ -150,6 +155,11 @@ class AbsTopK(Selecting):
     @dataclasses.dataclass(frozen=True)
     class Config(SelectingConfig):
         """Settings of AbsTopK."""
+
+        rate_scale = 0.7
+
+        decoder_rate: float = number(2.0, FACTOR)
+        encoder_start: float = number(0.3, FACTOR)
 
     def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Codes, None]:
         """Return exactly k codes per token, of either sign."""
@@ -211,6 +221,7 @@ class BatchTopK(BatchSelecting):
         """Settings of BatchTopK."""
 
         rate_scale = 0.8
+        tail_exponent = 0.5
 
     def penalty(self, forward: Forward) -> Float[Array, ""]:
         """Return AuxK."""
@@ -234,8 +245,7 @@ class Matryoshka(BatchSelecting):
           ConfigError: nested widths that do not increase up to d_sae.
         """
 
-        rate_scale = 0.8
-        tail_exponent = 0.25
+        rate_scale = 0.57
         nested_widths: tuple[int, ...] = ()
         """How many of the first latents must reconstruct by themselves; d_sae is added."""
 

@@ -194,8 +194,6 @@ class JumpReLU(Penalised):
     class Config(PenalisedConfig):
         """Settings of JumpReLU."""
 
-        tail_exponent = 0.5
-
         decoder_rate: float = number(3.0, FACTOR)
         l0_coefficient: float = number(5.0, WEIGHT)
         """Weight of the sparsity penalty."""
@@ -214,6 +212,11 @@ class JumpReLU(Penalised):
         def rate_scale(self) -> float:  # type: ignore[override]
             """Factor on the default learning rate: thresholds of the l0 recipe kill latents at higher rates."""
             return 0.7 if self.jump_recipe == "l0" else 1.1
+
+        @property
+        def tail_exponent(self) -> float:  # type: ignore[override]
+            """Power of the heaviness of tails by which the default learning rate is divided."""
+            return 0.4 if self.jump_recipe == "l0" else 0.5
 
         @property
         def width(self) -> float:

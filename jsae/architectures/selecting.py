@@ -93,10 +93,12 @@ class TopK(Selecting):
           ConfigError: numbers of `hierarchical_k` that do not increase up to k.
         """
 
-        tail_exponent = 0.42
+        rate_scale = 0.9
+        tail_exponent = 0.4
 
-        decoder_rate: float = number(2.0, FACTOR)
-        encoder_start: float = number(0.3, FACTOR)
+        encoder_start: float = number(0.6, FACTOR)
+        aux_coefficient: float = number(1 / 4, WEIGHT)
+        """Weight of AuxK: with 1/8, as of the others, twice as many latents died at an MLP in a million samples."""
         hierarchical_k: tuple[int, ...] = ()
         """Numbers of largest latents that must reconstruct by themselves; k is added. () is plain TopK."""
 
@@ -158,8 +160,7 @@ class AbsTopK(Selecting):
 
         rate_scale = 0.7
 
-        decoder_rate: float = number(2.0, FACTOR)
-        encoder_start: float = number(0.3, FACTOR)
+        encoder_start: float = number(0.6, FACTOR)
 
     def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Codes, None]:
         """Return exactly k codes per token, of either sign."""

@@ -79,7 +79,7 @@ class UnitRowAdam:
             rate * schedule(config)(state.count) / (1 - config.beta1**count),
             1 / (1 - config.beta2**count),
         )
-        factors = {"W_dec": self.sae.decoder_rate} | self.sae.sae.rate_factors
+        factors = {"W_dec": self.sae.decoder_rate, **self.sae.sae.rate_factors}
 
         def update(path: tuple[Any, ...], g: Array, *arrays: Array) -> Moments:
             names = names_of(path)

@@ -114,7 +114,9 @@ def _fixed(recipe: str, scores: dict[str, float]) -> tuple[dict[str, Any], dict[
     """Return the settings of a penalty that keeps the last strength and the rate of a controlled run."""
     from jsae.architectures import find
 
-    coefficients = {field.name: field.default for field in dataclasses.fields(find(recipe.split()[0]).Config)}
+    coefficients: dict[str, Any] = {
+        field.name: field.default for field in dataclasses.fields(find(recipe.split()[0]).Config)
+    }
     name = next(name for name in ("l1_coefficient", "l0_coefficient") if name in coefficients)
     penalty = {"target_l0": None, name: scores["strength"] * coefficients[name]}
     return penalty, {"learning_rate": scores["rate"]}

@@ -87,7 +87,7 @@ class ReLU(Penalised):
         """Settings of ReLU."""
 
         rate_scale = 3.2
-        tail_exponent = 0.65
+        tail_exponent = 0.74
 
         l1_coefficient: float = number(5.0, WEIGHT)
         """Weight of the L1 penalty."""

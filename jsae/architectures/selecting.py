@@ -158,9 +158,11 @@ class AbsTopK(Selecting):
     class Config(SelectingConfig):
         """Settings of AbsTopK."""
 
-        rate_scale = 0.7
+        rate_scale = 0.6
 
         encoder_start: float = number(0.6, FACTOR)
+        aux_coefficient: float = number(1 / 4, WEIGHT)
+        """Weight of AuxK; as of TopK."""
 
     def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Codes, None]:
         """Return exactly k codes per token, of either sign."""

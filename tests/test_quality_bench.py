@@ -20,6 +20,7 @@ import torch
 from experiments.benches import (
     peers,
     quality,
+    quality_contest,
     quality_search,
     quality_sides,
     quality_subjects,
@@ -28,8 +29,8 @@ from experiments.benches import (
 )
 from experiments.benches.quality_config import OURS, RECIPES, Recipe
 from experiments.benches.quality_contest import BEST, NOTHING, OWN, Contest, Trained
-from jsae import rates
-from jsae.architectures import find
+from jsae import export, rates
+from jsae.architectures import find, sae_config
 
 PEER = """
 import json, sys
@@ -182,6 +183,36 @@ def test_contests_side_by_side_take_turns_at_the_model(subject, tmp_path, monkey
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         assert list(pool.map(subject.final_scores, [tmp_path] * 3)) == [{"loss_recovered": 0.5}] * 3
     assert most == [1, 1, 1]
+
+
+def test_latents_recur_that_another_seed_has_too(tmp_path):
+    """The first two of three SAEs share half of their directions, in another order; the rest are their opposites."""
+    rng = np.random.default_rng(0)
+    first, other = (np.linalg.qr(rng.standard_normal((32, 32)))[0][:16].astype(np.float32) for _ in range(2))
+    for name, rows in {"first": first, "second": np.concatenate([first[8:], -first[:8]]), "other": other}.items():
+        weights = {"W_enc": rows, "W_dec": rows, "b_dec": np.zeros(32), "b_enc": np.zeros(16)}
+        export.write(tmp_path / name, sae_config("relu", 32, 16), weights, 1.0, 1.0, {})
+    found = quality_contest.recurring([tmp_path / name for name in ("first", "second", "other")])
+    assert found["recurring"] == {"mean": pytest.approx(0.5 / 3), "min": 0.0, "max": 0.5}
+    assert quality_contest.recurring([tmp_path / "first"]) == {}
+
+
+def test_saes_of_any_trainer_get_the_same_scores_of_interpretability(tmp_path):
+    """An SAE trained on the activations does better than one of random directions."""
+    sizes = {"train": 16384, "heldout": 16384, "loss": 128}
+    place = {"checkpoint": "demo", "data": "stdlib", "layer": "middle", "site": "resid_post"}
+    subject = quality_subjects.nanochat(tmp_path, **place, **sizes, interpretability=True)
+    job = {"recipe": "topk", "rate": 1e-2, "seed": 0, "coefficient": None, "nothing_given": False, "steps": 128}
+    job |= {"batch_size": 128, "k": 8, "d_in": 128, "d_sae": 128, "widths": [], "folder": str(tmp_path / "trained")}
+    assert quality_sides.train_here(job, tmp_path)["finite"]
+    rows = np.random.default_rng(0).standard_normal((128, 128)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    weights = {"W_enc": rows, "W_dec": rows, "b_dec": np.load(tmp_path / "train.npy").mean(0), "b_enc": np.zeros(128)}
+    export.write(tmp_path / "random", sae_config("topk", 128, 128, k=8), weights, 1.0, 1.0, {})
+    trained, random = (subject.final_scores(tmp_path / name) for name in ("trained", "random"))
+    assert trained.keys() == {"loss_recovered", "detection", "probing", "absorption"}
+    assert 0 < random["detection"] < trained["detection"] < 1
+    assert all(0.3 < scores["probing"] <= 1 and 0 <= scores["absorption"] <= 1 for scores in (trained, random))
 
 
 def test_without_a_search_every_trainer_has_its_default_and_no_second_sae_where_l0_is_met(contest, capsys):

@@ -199,6 +199,9 @@ class Config:
     tolerance: float = flag(0.04, "Largest deviation of L0 from the target, as a fraction of the target.")
     heldout_activations: int = flag(65536, "Held-out activations to score on.")
     loss_tokens: int = flag(16384, "Held-out tokens to measure the model's loss on.")
+    interpretability: bool = flag(
+        False, "Of a nanochat's SAEs that are reported, measure detection by labels, sparse probing and absorption too."
+    )
     threads: int | None = flag(None, "Threads of torch on both sides; none shares the cores among the jobs.")
     jobs: int = flag(1, "Architectures that are compared side by side; seconds are then those of a busy machine.")
     quick: bool = flag(False, "Few activations, one rate, one seed: only to check that everything runs.")

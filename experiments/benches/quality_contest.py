@@ -155,7 +155,8 @@ class Contest:
             "dead_after": best.dead_after,
             "diverged_seeds": len(seeds) - len(finals),
             "slopes": {name: slope for name, slope in slopes.items() if name in names},
-            "scores": {name: _spread([scores[name] for scores in at_target]) for name in finals[0]},
+            "scores": {name: _spread([scores[name] for scores in at_target]) for name in finals[0]}
+            | recurring([t.folder for t in seeds if t.scores]),
             "as_measured": {name: _spread([scores[name] for scores in finals]) for name in sorted(names)},
             "tried": [
                 {
@@ -354,6 +355,17 @@ def _points(tries: Sequence[Trained]) -> list[tuple[float, float]]:
 
 def _same_setting(a: Trained, b: Trained) -> bool:
     return all(getattr(a, n) == getattr(b, n) for n in ("recipe", "rate", "seed", "nothing_given", "dead"))
+
+
+def recurring(folders: Sequence[Path]) -> dict[str, dict[str, float]]:
+    """Return the share of latents that recur in another seed, over pairs of SAEs; {} of a single one."""
+    from bridge import torch_sae
+    from jsae import stability
+
+    if len(folders) < 2:
+        return {}
+    pairs = stability.stability([torch_sae.load(folder).W_dec.numpy() for folder in folders])["pairs"]
+    return {"recurring": _spread([pair[f"share_over_{stability.SAME}"] for pair in pairs])}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import subprocess
 import threading
 from collections.abc import Callable
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from bridge.evaluate import Site
+    from bridge.evaluate.labels import Material
+    from bridge.evaluate.text import Text
+    from bridge.nanochat import Nanochat
+    from bridge.nanochat.tokenizer import Tokenizer
     from jsae.synthetic import SyntheticWorld
 
 SMOLLM2_CACHE = "~/.cache/jsae/smollm2-1"
@@ -48,7 +53,16 @@ class Subject:
 
 
 def nanochat(
-    folder: Path, *, checkpoint: str, data: str, layer: str, site: str, train: int, heldout: int, loss: int
+    folder: Path,
+    *,
+    checkpoint: str,
+    data: str,
+    layer: str,
+    site: str,
+    train: int,
+    heldout: int,
+    loss: int,
+    interpretability: bool = False,
 ) -> Subject:
     """Write shuffled activations of a nanochat.
 
@@ -61,6 +75,7 @@ def nanochat(
       train: number of activations to train on.
       heldout: number of held-out activations to score on, or fewer if the text is short.
       loss: number of held-out tokens to measure the loss on.
+      interpretability: whether to score detection by labels, probes of single latents and absorption too.
     """
     import numpy as np
 
@@ -80,20 +95,23 @@ def nanochat(
     np.save(folder / "train.npy", acts[np.random.default_rng(0).permutation(len(acts))])
     rows = np.stack(list(heldout_corpus.one_pass(-(-heldout // row_len))))
     held = _gathered(reader, reader.batches(rows), heldout)
-    token_bytes = np.asarray(nano.tokenizer.token_bytes)
+    turn = threading.Lock()
+    final: Callable[[Path], Scores] = functools.partial(
+        _loss_recovered,
+        site=reader,
+        rows=rows[: max(loss // row_len, 1)],
+        mean=held.mean(0),
+        token_bytes=np.asarray(nano.tokenizer.token_bytes),
+        turn=turn,
+    )
+    if interpretability:
+        final = functools.partial(_both, final, _Reading.of(nano, reader, data, heldout, turn).scores)
     return Subject(
         f"nanochat {checkpoint}, {name}",
         folder,
         held.shape[1],
         functools.partial(quality_sides.score, activations=folder, heldout=held),
-        final_scores=functools.partial(
-            _loss_recovered,
-            site=reader,
-            rows=rows[: max(loss // row_len, 1)],
-            mean=held.mean(0),
-            token_bytes=token_bytes,
-            turn=threading.Lock(),
-        ),
+        final_scores=final,
     )
 
 
@@ -203,6 +221,55 @@ def _loss_recovered(
     ablated = losses["with_ablation"].cross_entropy
     recovered = ablated - losses["with_sae"].cross_entropy
     return {"loss_recovered": recovered / (ablated - losses["without_sae"].cross_entropy)}
+
+
+def _both(first: Callable[[Path], Scores], second: Callable[[Path], Scores], folder: Path) -> Scores:
+    return first(folder) | second(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """Held-out text that the latents of SAEs are read on, and what may describe them: the same for all SAEs."""
+
+    site: Site
+    text: Text
+    material: Material
+    tokenizer: Tokenizer
+    turn: AbstractContextManager[object]
+    """Held while the model runs, as in `_loss_recovered`."""
+
+    @classmethod
+    def of(cls, nano: Nanochat, site: Site, data: str, heldout: int, turn: AbstractContextManager[object]) -> _Reading:
+        """Return about as many held-out tokens as SAEs are scored on."""
+        from bridge.evaluate import labels, text
+        from bridge.evaluate.site import remembering
+
+        documents = text.documents(data, "heldout", nano.tokenizer)
+        rows = text.read(documents, nano.tokenizer, nano.config.sequence_len, heldout)
+        material = labels.Material.of_text(rows, nano.tokenizer)
+        return cls(remembering(site, rows.tokens), rows, material, nano.tokenizer, turn)
+
+    def scores(self, folder: Path) -> Scores:
+        """Return the mean F1 of detection by labels, the accuracy of probes of one latent, and the absorbed fraction.
+
+        One that the text is too short for is NaN.
+        """
+        from bridge import torch_sae
+        from bridge.evaluate import absorption, classes, labels, probing
+
+        sae = torch_sae.load(folder)
+        with self.turn:
+            fired = labels.firings(self.site, sae, self.text)
+            places = classes.token_examples(self.site, sae, self.text)
+            letters = classes.letter_examples(self.site, sae, self.text, self.tokenizer)
+        probes = probing.sparse_probing(places, (1,)) if places else {}
+        W_dec, b_dec = sae.W_dec.numpy(), sae.b_dec.numpy()
+        found = {
+            "detection": labels.detection(labels.search(fired, self.material))["f1"],
+            "probing": probes.get("sae_top_1_test_accuracy"),
+            "absorption": absorption.absorption(letters, W_dec, b_dec)["fraction"] if letters else None,
+        }
+        return {name: math.nan if value is None else value for name, value in found.items()}
 
 
 def _recovery(folder: Path, world: SyntheticWorld, num_samples: int, activations: Path) -> Scores:

@@ -26,6 +26,10 @@ COLUMNS: Mapping[str, tuple[str, str, bool]] = {
     "l0": ("L0", ".1f", False),
     "dead_fraction": ("dead held-out", ".1%", False),
     "dead_in_training": ("dead in training", ".1%", False),
+    "recurring": ("recurring", ".0%", False),
+    "detection": ("detection F1", ".3f", True),
+    "probing": ("probing, 1 latent", ".3f", True),
+    "absorption": ("absorption", ".3f", True),
     "seconds": ("seconds", ".1f", True),
 }
 """By score: its heading, its format, and whether the range is shown."""

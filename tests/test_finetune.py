@@ -247,7 +247,7 @@ def test_every_kind_of_sae_is_fine_tuned_and_keeps_its_l0(run_of, tmp_path, name
     found = tuned(sae, tmp_path / "run", learning_rate=5e-4)
     assert found["after"]["kl"] < found["before"]["kl"]
     # The threshold of a transcoder of 32 steps is re-estimated on batches of four windows.
-    bound = 0.2 if name == "transcoder" else 0.15
+    bound = 0.25 if name == "transcoder" else 0.15
     assert found["after"]["l0"] == pytest.approx(found["before"]["l0"], rel=bound)
 
 

@@ -12,7 +12,7 @@ from experiments.benches.quality_contest import NOTHING, OWN
 if TYPE_CHECKING:
     from rich.console import Console
 
-_WIDTH = 200
+_WIDTH = 280
 """Characters that a line of the tables needs."""
 
 COLUMNS: Mapping[str, tuple[str, str, bool]] = {

@@ -25,6 +25,7 @@ from experiments.benches import quality_runs, whitening
 if TYPE_CHECKING:
     from experiments.benches.quality_config import Plan
     from experiments.benches.quality_subjects import Subject
+    from jsae.architectures import SAEConfig
 
 RECIPES = ("topk", "batchtopk", "matryoshka", "relu", "gated", "jumprelu tanh", "jumprelu l0")
 AS_IT_IS = "nothing"
@@ -67,10 +68,7 @@ def changes(recipe: str, d_in: int, d_sae: int, k: int) -> Iterator[tuple[str, d
       d_sae: latents.
       k: active latents per token, or the target L0.
     """
-    from jsae.architectures import find
-
-    kind = find(recipe.split()[0]).Config
-    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(kind)}
+    kind, defaults = _defaults(recipe)
     yield AS_IT_IS, {}, {}
     yield "memory of second moments: 0.999", {}, {"beta2": 0.999}
     yield "learning rate: 2e-4 / sqrt(d_sae / 16384)", {}, {"learning_rate": 2e-4 / math.sqrt(d_sae / 16384)}
@@ -112,14 +110,18 @@ def _rows(config: Config, recipe: str, subject: Subject, plan: Plan, scratch: Pa
 
 def _fixed(recipe: str, scores: dict[str, float]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of a penalty that keeps the last strength and the rate of a controlled run."""
+    _, defaults = _defaults(recipe)
+    name = next(name for name in ("l1_coefficient", "l0_coefficient") if name in defaults)
+    penalty = {"target_l0": None, name: scores["strength"] * defaults[name]}
+    return penalty, {"learning_rate": scores["rate"]}
+
+
+def _defaults(recipe: str) -> tuple[type[SAEConfig], dict[str, Any]]:
+    """Return the class of a recipe's settings, and their defaults by name."""
     from jsae.architectures import find
 
-    coefficients: dict[str, Any] = {
-        field.name: field.default for field in dataclasses.fields(find(recipe.split()[0]).Config)
-    }
-    name = next(name for name in ("l1_coefficient", "l0_coefficient") if name in coefficients)
-    penalty = {"target_l0": None, name: scores["strength"] * coefficients[name]}
-    return penalty, {"learning_rate": scores["rate"]}
+    kind = find(recipe.split()[0]).Config
+    return kind, {field.name: field.default for field in dataclasses.fields(kind)}
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -116,18 +116,15 @@ def trained(job: dict[str, Any], seeds: int, subject: Subject, scratch: Path) ->
     """
     from jsae.rates import to_target
 
-    scores, strengths, rate = [], [], math.nan
+    answers, scores = [], []
     for seed in range(seeds):
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             path = Path(folder) / "sae"
-            answer = quality_sides.train_here(job | {"seed": seed, "folder": str(path)}, subject.folder)
-            rate = answer["rate"]
-            strengths.append(answer["strength"])
-            if not answer["finite"]:
-                failed = {"fvu": math.inf, "l0": math.nan, "dead_fraction": math.nan}
-                return {"rate": rate, "strength": answer["strength"]} | failed
+            answers.append(quality_sides.train_here(job | {"seed": seed, "folder": str(path)}, subject.folder))
+            if not answers[-1]["finite"]:
+                scores = [{"fvu": math.inf, "l0": math.nan, "dead_fraction": math.nan}]
+                break
             scores.append(subject.scores(path))
-    for score in scores:
-        score["fvu"] *= to_target(score["l0"], float(job["k"]))
-    known = {"rate": rate, "strength": statistics.fmean(strengths)}
+            scores[-1]["fvu"] *= to_target(scores[-1]["l0"], float(job["k"]))
+    known = {"rate": answers[-1]["rate"], "strength": statistics.fmean(answer["strength"] for answer in answers)}
     return known | {name: statistics.fmean(score[name] for score in scores) for name in scores[0]}

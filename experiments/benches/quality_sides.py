@@ -85,7 +85,7 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def train_on_world(job: dict[str, Any], world: SyntheticWorld) -> dict[str, Any]:
-    """Train with jsae on samples that are made on its device, and export; the answer is that of `train_here`."""
+    """Train with jsae on samples that are made on its device, and export; answer with `seconds` and `finite`."""
     import jsae
 
     sae, config = _configs(job)

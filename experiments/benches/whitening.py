@@ -8,22 +8,20 @@ the weights where it is read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.benches.quality_subjects import Subject
+from experiments.benches.quality_subjects import Scores, Subject
 from jsae.saelens.settings import CFG, SCALER, WHITENING
-
-if TYPE_CHECKING:
-    from experiments.benches.quality_sides import Scores
 
 _LEAST = 1e-3  # added to the eigenvalues, as SAELens does
 _ROWS = 65536  # transformed at once
 
 
+@functools.lru_cache(maxsize=1)  # one recipe after the other is trained on the same data
 def whitened(subject: Subject, folder: Path) -> Subject:
     """Write the whitened training data of a subject; return the subject of SAEs that are trained on them.
 

@@ -41,6 +41,15 @@ class SelectingConfig(SAEConfig):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenSelectingConfig(SelectingConfig):
+    """Settings of architectures that select k latents of every token."""
+
+    encoder_start: float = number(0.6, FACTOR)
+    aux_coefficient: float = number(1 / 4, WEIGHT)
+    """Weight of AuxK: where few tokens have most of the variance, more latents die than if a batch selects."""
+
+
 class Selecting(Reviving):
     """Sparse codes and AuxK, shared by the architectures that select latents. Abstract."""
 
@@ -86,7 +95,7 @@ class TopK(Selecting):
     form = "topk"
 
     @dataclasses.dataclass(frozen=True)
-    class Config(SelectingConfig):
+    class Config(TokenSelectingConfig):
         """Settings of TopK.
 
         Raises:
@@ -96,9 +105,6 @@ class TopK(Selecting):
         rate_scale = 0.9
         tail_exponent = 0.4
 
-        encoder_start: float = number(0.6, FACTOR)
-        aux_coefficient: float = number(1 / 4, WEIGHT)
-        """Weight of AuxK: with 1/8, as of the others, twice as many latents died at an MLP in a million samples."""
         hierarchical_k: tuple[int, ...] = ()
         """Numbers of largest latents that must reconstruct by themselves; k is added. () is plain TopK."""
 
@@ -155,14 +161,10 @@ class AbsTopK(Selecting):
     form = "abstopk"
 
     @dataclasses.dataclass(frozen=True)
-    class Config(SelectingConfig):
+    class Config(TokenSelectingConfig):
         """Settings of AbsTopK."""
 
         rate_scale = 0.6
-
-        encoder_start: float = number(0.6, FACTOR)
-        aux_coefficient: float = number(1 / 4, WEIGHT)
-        """Weight of AuxK; as of TopK."""
 
     def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Codes, None]:
         """Return exactly k codes per token, of either sign."""

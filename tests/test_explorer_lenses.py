@@ -1,7 +1,7 @@
 """Lenses over real HTTP, on Neuronpedia's wire and below /api: names, formats, the model's own numbers, refusals."""
 
 import json
-import time
+import threading
 from collections.abc import Iterator
 
 import httpx
@@ -331,17 +331,24 @@ def test_the_server_reports_its_state(client):
 
 
 def test_a_busy_server_says_so_at_once_if_asked(model):
-    handle = model[1].model.transformer.wte.register_forward_hook(lambda *_: time.sleep(2))
-    with (
-        served(*model, model_id=MODEL, limits=Limits(generations=1)) as client,
-        client.stream("POST", "/v1/lens/prompt", json=BASE | {"stream": True}) as response,
-    ):
-        next(response.iter_lines())
-        busy = ask(client, 429, failIfBusy=True)
+    asked = threading.Event()
+    handle = model[1].model.transformer.wte.register_forward_hook(lambda *_: asked.wait(60) and None)
+    try:
+        with (
+            served(*model, model_id=MODEL, limits=Limits(generations=1)) as client,
+            client.stream("POST", "/v1/lens/prompt", json=BASE | {"stream": True}) as response,
+        ):
+            lines = response.iter_lines()
+            next(lines)
+            busy = ask(client, 429, failIfBusy=True)
+            assert busy["busy"] is True
+            assert set(busy) == {"error", "busy"}
+            assert "try again" in ask(client, 429)["error"]
+            asked.set()
+            assert list(lines)
+    finally:
+        asked.set()
         handle.remove()
-        assert busy["busy"] is True
-        assert set(busy) == {"error", "busy"}
-        assert "try again" in ask(client, 429)["error"]
 
 
 @pytest.mark.parametrize(

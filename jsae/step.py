@@ -80,7 +80,7 @@ def update(
             since_fired=since_fired,
             scale=state.scale,
             scale_out=state.scale_out,
-            control=control.update(state.control, target, sums.l0 / n, number, steps, _lead(sae)),
+            control=control.update(state.control, target, _law(sae), sums.l0 / n, number, steps),
             rate=state.rate,
             step=number,
             bad_step=jnp.where(is_bad & (state.bad_step < 0), number, state.bad_step),
@@ -160,16 +160,17 @@ def loss_of(
     return loss, Outputs(loss, latents, error, sae.batch_statistics(forward))
 
 
-def _lead(sae: SAE) -> float:
-    """Return the fraction of the run over which L0 falls to its target."""
+def _law(sae: SAE) -> control.Law:
+    """Return how L0 is led to its target."""
     given = sae.config.target_l0_fraction
-    return sae.control_lead if given is None else given
+    fraction = sae.control_fraction if given is None else given
+    return control.Law(sae.control_gain, sae.control_exponent, fraction)
 
 
 def _context(config: TrainConfig, ops: Ops, state: TrainState, number: Int[Array, ""], room: int | None) -> Context:
     sae = state.sae
     target, steps = sae.config.target_l0, config.num_steps
-    strength = control.strength(state.control, target, sae.control_gain, number, steps, _lead(sae))
+    strength = control.strength(state.control, target, _law(sae), number, steps)
     return Context(
         ops=ops,
         training=True,

@@ -397,11 +397,11 @@ def test_the_search_of_a_second_recipe_starts_where_that_of_the_first_one_ended(
         return Trained(recipe, rate, seed, coefficient, tmp_path, 4, False, 1.0, scores)
 
     monkeypatch.setattr(contest, "_train", trained)
-    relu, late, gated = (Recipe(OURS, name) for name in ("relu", "relu late", "gated"))
-    for recipe in (relu, late, gated):
-        contest._search_rate(recipe)
-    first = {name: next(rate for one, rate in asked if one == name) for name in ("relu", "relu late", "gated")}
-    assert first == {"relu": 0.02, "relu late": 0.08, "gated": 0.02}
+    names = ("jumprelu tanh", "jumprelu l0", "gated")
+    for name in names:
+        contest._search_rate(Recipe(OURS, name))
+    first = {name: next(rate for one, rate in asked if one == name) for name in names}
+    assert first == {"jumprelu tanh": 0.02, "jumprelu l0": 0.08, "gated": 0.02}
 
 
 def made(scores):

@@ -77,7 +77,7 @@ def changes(recipe: str, d_in: int, d_sae: int, k: int) -> Iterator[tuple[str, d
     if defaults["encoder_start"] != 1:
         yield "encoder_start: 1", {"encoder_start": 1.0}, {}
     if not kind.sae.sparse:
-        yield "L0 falls over 70 % of the run", {"target_l0_fraction": 0.7}, {}
+        yield "L0 at its target after 30 % of the run", {"target_l0_fraction": 0.3}, {}
         yield FIXED, {}, {}
         yield "AuxK and revival: none", {"aux_coefficient": 0.0, "revival_coefficient": 0.0}, {}
         yield "AuxK: none", {"aux_coefficient": 0.0}, {}

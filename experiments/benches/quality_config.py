@@ -22,8 +22,6 @@ class Recipe:
     """The architecture, and the variant if the trainer has several."""
     coefficient: float | None = None
     """Start of the search for the strength of a peer's penalty; None where a number sets L0 directly."""
-    recovers: bool = False
-    """True if it is for the recovery of features, and no candidate where the lowest FVU chooses."""
 
     @property
     def architecture(self) -> str:
@@ -61,20 +59,17 @@ RECIPES: Mapping[str, tuple[Recipe, ...]] = {
         Recipe("dictionary_learning", "relu", 0.1),
         Recipe("dictionary_learning", "relu april", 0.15),
         Recipe(OURS, "relu"),
-        Recipe(OURS, "relu late", recovers=True),
     ),
     "gated": (
         Recipe("SAELens", "gated", 2.0),
         Recipe("dictionary_learning", "gated", 0.2),
         Recipe(OURS, "gated"),
-        Recipe(OURS, "gated late", recovers=True),
     ),
     "jumprelu": (
         Recipe("SAELens", "jumprelu step", 5.0),
         Recipe("SAELens", "jumprelu tanh", 10.0),
         Recipe("dictionary_learning", "jumprelu", 1.0),
         Recipe(OURS, "jumprelu tanh"),
-        Recipe(OURS, "jumprelu tanh late wide", recovers=True),
         Recipe(OURS, "jumprelu l0"),
     ),
 }

@@ -100,7 +100,6 @@ class Contest:
         trainers = [t for t in TRAINERS if t in self._plan.trainers and t != OURS]
         for trainer in (*trainers, *({OURS} & set(self._plan.trainers))):
             recipes = [recipe for recipe in RECIPES[architecture] if recipe.trainer == trainer]
-            recipes = [recipe for recipe in recipes if self._subject.chosen_by != "fvu" or not recipe.recovers]
             if recipes and (self._plan.search or trainer != OURS):
                 rows.append({"architecture": architecture} | self._best(recipes))
             if trainer == OURS:

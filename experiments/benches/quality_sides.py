@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 _CHUNK = 8192  # activations per batch of the scoring
 _TRAINED = 65_536  # of the last activations of training, on which dead latents are counted too
-_VARIANTS: Mapping[str, Mapping[str, float]] = {"late": {"target_l0_fraction": 0.7}, "wide": {"bandwidth": 2.0}}
-"""Settings of the words in names of recipes: L0 falls to its target over more of the run; a wider window."""
 _TOLERANCE = 1e-4  # mean error over the norm: a latent at its threshold may be active on one side only
 
 
@@ -108,8 +106,7 @@ def _configs(job: dict[str, Any]) -> tuple[SAEConfig, TrainConfig]:
 
     name, _, variant = job["recipe"].partition(" ")
     settings = {"k": job["k"]} if job["coefficient"] is None else {"target_l0": job["coefficient"]}
-    for word in () if job["nothing_given"] else variant.split():
-        settings |= _VARIANTS.get(word, {"jump_recipe": word})
+    settings |= {"jump_recipe": variant} if variant and not job["nothing_given"] else {}
     nested = any(field.name == "nested_widths" for field in dataclasses.fields(find(name).Config))
     settings |= {"nested_widths": tuple(job["widths"])} if nested else {}
     schedule: dict[str, Any] = {}

@@ -3,9 +3,8 @@
 The world is that of SynthSAEBench (arXiv 2602.14687), `jsae.synthetic`; the scores are `jsae.recovery`'s, which are
 SAELens's too. --preset=small fits two cores: every trainer reads the same samples in the same order, at several L0s.
 Its learning rate is the one with the highest F1, searched in factors of 2 from --rate beside the trainer's own; all
-scores are interpolated to the L0, as in `bench quality`. ReLU and Gated are also trained with an L0 that falls over
-70 % of the run (`target_l0_fraction`), and all of jsae's with nothing given but sizes and L0. Three seeds; means, with
-half of the range.
+scores are interpolated to the L0, as in `bench quality`. jsae is also trained with nothing given but sizes and L0.
+Three seeds; means, with half of the range.
 
 --preset=published is SynthSAEBench-16k, for a GPU: jsae alone, on samples that are made on the device, beside the
 values that were published for SAELens.

@@ -34,11 +34,7 @@ class PenalisedConfig(SAEConfig):
     target_l0: float | None = number(None, _TARGET)  # type: ignore[misc]  # a class variable of other architectures
     """A controller moves the sparsity penalty until this many latents are active per token."""
     target_l0_fraction: float | None = number(None, FRACTION)  # type: ignore[misc]
-    """Fraction of the run over which the controller lets L0 fall to `target_l0`; None is 0.3, of JumpReLU 0.5.
-
-    With 0.7 SAEs recover more of the features of a synthetic world; of a language model's activations ReLU and Gated
-    then explain less (docs/performance.md).
-    """
+    """Fraction of the run after which L0 is to be at `target_l0` (`jsae.control`); None is 0.85, of JumpReLU 0.6."""
     revival_coefficient: float = number(2e-2, WEIGHT)
     """Weight of the loss that pulls the pre-activations of dead latents up to their thresholds."""
     aux_coefficient: float = number(1 / 8, WEIGHT)
@@ -86,8 +82,8 @@ class ReLU(Penalised):
     class Config(PenalisedConfig):
         """Settings of ReLU."""
 
-        rate_scale = 3.2
-        tail_exponent = 0.74
+        rate_scale = 3.8
+        tail_exponent = 0.8
 
         l1_coefficient: float = number(5.0, WEIGHT)
         """Weight of the L1 penalty."""
@@ -183,7 +179,8 @@ class JumpReLU(Penalised):
     form = "jumprelu"
     maps = 1
     control_gain = 2.0
-    control_lead = 0.5
+    control_exponent = 1.0
+    control_fraction = 0.6
     # Adam moves the logarithm of a threshold by at most the learning rate a step, far less than a direction turns.
     rate_factors: ClassVar = {"log_threshold": 10.0}
 

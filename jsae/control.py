@@ -15,12 +15,14 @@ _MEMORY = 0.8  # decay of the running mean of L0, to which the proportional part
 class Law(NamedTuple):
     """How an architecture's L0 is led to its target."""
 
-    proportional: float
+    proportional: float = 1.0
     """Gain of the proportional part; higher where the penalty acts more quickly."""
-    exponent: float
+    exponent: float = 0.2
     """The desired L0 falls as this power of the share of the run that has passed."""
-    fraction: float
+    fraction: float = 0.85
     """Share of the run after which the desired L0 is the target."""
+    growth: float = 1.0
+    """The gain of the integral part grows as this power of the share of the run."""
 
 
 class Control(NamedTuple):
@@ -65,7 +67,7 @@ def update(
     Under a constant penalty L0 falls as an SAE learns, first quickly and then ever more slowly. A controller that aimed
     at the target at once would have to raise the penalty far above the strength that it needs in the end, which kills
     latents and leaves worse ones. So the desired L0 falls as it would under a nearly constant penalty, as a power of
-    the share of the run, and the gain of the integral part grows in proportion to that share.
+    the share of the run, and the gain of the integral part grows with that share.
 
     Args:
       control: the state before the step.
@@ -80,7 +82,7 @@ def update(
     first_l0, share = jnp.where(number == 1, l0, control.first_l0), number / num_steps
     error = _error(l0, first_l0, target, law, share)
     return Control(
-        strength=control.strength * jnp.exp(_GAIN * share / num_steps * error),
+        strength=control.strength * jnp.exp(_GAIN * share**law.growth / num_steps * error),
         first_l0=first_l0,
         l0=jnp.where(number == 1, l0, _MEMORY * control.l0 + (1 - _MEMORY) * l0),
     )

@@ -162,9 +162,8 @@ def loss_of(
 
 def _law(sae: SAE) -> control.Law:
     """Return how L0 is led to its target."""
-    given = sae.config.target_l0_fraction
-    fraction = sae.control_fraction if given is None else given
-    return control.Law(sae.control_gain, sae.control_exponent, fraction)
+    fraction = sae.config.target_l0_fraction
+    return sae.control_law if fraction is None else sae.control_law._replace(fraction=fraction)
 
 
 def _context(config: TrainConfig, ops: Ops, state: TrainState, number: Int[Array, ""], room: int | None) -> Context:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from jsae import control
-from jsae.architectures import sae_config
+from jsae.architectures import JumpReLU, ReLU, sae_config
 from jsae.settings import ConfigError
 
-RELU = control.Law(proportional=1.0, exponent=0.2, fraction=0.85)
-JUMPRELU = control.Law(proportional=2.0, exponent=1.0, fraction=0.6)
+RELU = ReLU.control_law
+JUMPRELU = JumpReLU.control_law
 
 
 def plant(strength: float, share: float, gain: float) -> float:
@@ -86,7 +86,7 @@ def test_the_first_steps_are_what_the_formulas_say():
     state = control.update(state, 10.0, JUMPRELU, jnp.float32(20.5), jnp.int32(30), 100)
     error = math.log(20.5 / (10 * 60 / 30))
     assert [float(x) for x in state] == pytest.approx(
-        [0.1 * math.exp(30 * 0.3 / 100 * error), 40, 0.8 * 40 + 0.2 * 20.5]
+        [0.1 * math.exp(30 * 0.3**0.5 / 100 * error), 40, 0.8 * 40 + 0.2 * 20.5]
     )
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jsae import jsons
 from jsae.architectures.forward import Context, Forward
+from jsae.control import Law
 from jsae.ops import Codes, Input, Latents, Ops, Reference
 from jsae.ops.formulas import Formula, Maps, PerLatent
 from jsae.saelens.settings import ENCODERS
@@ -72,7 +73,7 @@ class SAEConfig:
     target_l0: ClassVar[float | None] = None
     """Active latents per token that a controller of the penalty aims at, of architectures that have one."""
     target_l0_fraction: ClassVar[float | None] = None
-    """Fraction of the run over which it lets L0 fall to the target; None is the architecture's `control_fraction`."""
+    """Fraction of the run over which it lets L0 fall to the target; None is that of the architecture's `control_law`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -149,9 +150,8 @@ class SAE(nnx.Module):
     - `sparse`: whether `activate` returns `Codes`;
     - `initial_latents`, `activate`, `penalty`, `inference_arrays`: what these methods say;
 
-    and where they differ from the defaults `biases`, `maps`, `rate_factors`, `control_gain`, `control_exponent`,
-    `control_fraction`, `initialize_latents`, `own_arrays`, `initial_statistics` and `batch_statistics`. No other
-    method is overridden.
+    and where they differ from the defaults `biases`, `maps`, `rate_factors`, `control_law`, `initialize_latents`,
+    `own_arrays`, `initial_statistics` and `batch_statistics`. No other method is overridden.
 
     Raises:
       TypeError: at the definition of a subclass with a `Config` that lacks one of these, that shares its `Config`,
@@ -169,12 +169,8 @@ class SAE(nnx.Module):
     """Arrays of latents that are added to x W_enc^T."""
     rate_factors: ClassVar[Mapping[str, float]] = {}
     """Factors on the learning rate by the name of the array."""
-    control_gain: ClassVar[float] = 1.0
-    """Proportional gain of the controller of L0 (`jsae.control`); higher where the penalty acts more quickly."""
-    control_exponent: ClassVar[float] = 0.2
-    """Power of the share of a run that has passed with which the controller lets L0 fall to its target."""
-    control_fraction: ClassVar[float] = 0.85
-    """Fraction of a run after which L0 is to be at its target, where `target_l0_fraction` is None."""
+    control_law: ClassVar[Law] = Law()
+    """How the controller of the penalty leads L0 to its target."""
 
     W_enc: nnx.Param[Float[Array, "f d"]]
     W_dec: nnx.Param[Float[Array, "f o"]]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jsae import formulas, losses
 from jsae.architectures.base import Arrays, Context, Forward, SAEConfig
 from jsae.architectures.reviving import Reviving
+from jsae.control import Law
 from jsae.ops import Ops, selection
 from jsae.ops.formulas import PerLatent
 from jsae.settings import FACTOR, FRACTION, WEIGHT, Range, number, require
@@ -180,9 +181,7 @@ class JumpReLU(Penalised):
     name = "jumprelu"
     form = "jumprelu"
     maps = 1
-    control_gain = 2.0
-    control_exponent = 1.0
-    control_fraction = 0.6
+    control_law = Law(proportional=2.0, exponent=1.0, fraction=0.6, growth=0.5)
     # Adam moves the logarithm of a threshold by at most the learning rate a step, far less than a direction turns.
     rate_factors: ClassVar = {"log_threshold": 10.0}
 

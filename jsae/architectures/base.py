@@ -73,7 +73,7 @@ class SAEConfig:
     target_l0: ClassVar[float | None] = None
     """Active latents per token that a controller of the penalty aims at, of architectures that have one."""
     target_l0_fraction: ClassVar[float | None] = None
-    """Fraction of the run over which it lets L0 fall to the target; None is that of the architecture's `control_law`."""
+    """Fraction of the run over which it lets L0 fall to the target; None is that of `SAE.control_law`."""
 
     def __post_init__(self) -> None:
         check_fields(self)

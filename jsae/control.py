@@ -13,7 +13,7 @@ _MEMORY = 0.8  # decay of the running mean of L0, to which the proportional part
 
 
 class Law(NamedTuple):
-    """How an architecture's L0 is led to its target."""
+    """Law by which the controller leads an architecture's L0 to its target."""
 
     proportional: float = 1.0
     """Gain of the proportional part; higher where the penalty acts more quickly."""
@@ -49,7 +49,7 @@ def strength(
     Args:
       control: the state before the step.
       target: the target L0, or None.
-      law: how L0 is led to the target.
+      law: that of the architecture.
       number: number of the step, from 1.
       num_steps: number of steps of the run.
     """
@@ -72,7 +72,7 @@ def update(
     Args:
       control: the state before the step.
       target: the target L0, or None.
-      law: how L0 is led to the target.
+      law: that of the architecture.
       l0: L0 of the step's batch.
       number: number of the step, from 1.
       num_steps: number of steps of the run.

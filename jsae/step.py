@@ -161,7 +161,7 @@ def loss_of(
 
 
 def _law(sae: SAE) -> control.Law:
-    """Return how L0 is led to its target."""
+    """Return the law by which L0 is led to its target: the architecture's, with the fraction that is given."""
     fraction = sae.config.target_l0_fraction
     return sae.control_law if fraction is None else sae.control_law._replace(fraction=fraction)
 

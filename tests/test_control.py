@@ -41,7 +41,7 @@ def led(
 @pytest.mark.parametrize("target", [16.0, 64.0])
 def test_l0_arrives_at_its_target_and_stays(target, gain, law):
     l0, _ = led(target, law, gain)
-    np.testing.assert_allclose(l0[-100:], target, rtol=0.05)
+    np.testing.assert_allclose(l0[-200:], target, rtol=0.05)
 
 
 def test_the_penalty_hardly_exceeds_the_strength_that_it_needs_in_the_end():
@@ -49,14 +49,15 @@ def test_the_penalty_hardly_exceeds_the_strength_that_it_needs_in_the_end():
     l0, strength = led(32.0, RELU, 1.0)
     assert strength.max() < 2 * strength[-1]
     assert l0.min() > 0.9 * 32
+    assert l0[100] > 2 * 32
 
 
-@pytest.mark.parametrize("fraction", [0.2, 0.8])
+@pytest.mark.parametrize("fraction", [0.0, 0.7])
 def test_l0_is_at_its_target_after_the_given_fraction_of_the_run(fraction):
     l0, _ = led(16.0, JUMPRELU._replace(fraction=fraction), 1.0)
-    np.testing.assert_allclose(l0[-100:], 16, rtol=0.05)
+    np.testing.assert_allclose(l0[-200:], 16, rtol=0.05)
     reached = int(np.argmax(l0 < 1.2 * 16))
-    assert 0.75 * fraction * 1000 <= reached <= (fraction + 0.25) * 1000
+    assert 0.75 * fraction * 1000 <= reached <= max(fraction * 1000, 300)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])

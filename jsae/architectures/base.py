@@ -170,7 +170,7 @@ class SAE(nnx.Module):
     rate_factors: ClassVar[Mapping[str, float]] = {}
     """Factors on the learning rate by the name of the array."""
     control_law: ClassVar[Law] = Law()
-    """How the controller of the penalty leads L0 to its target."""
+    """Law by which the controller of the penalty leads L0 to its target (`jsae.control`)."""
 
     W_enc: nnx.Param[Float[Array, "f d"]]
     W_dec: nnx.Param[Float[Array, "f o"]]

@@ -127,14 +127,14 @@ def test_both_sides_are_trained_and_scored_alike(contest):
     peer, ours, default = contest().rows("topk")
     assert [(row["trainer"], row["chosen"]) for row in (peer, ours, default)] == [
         ("SAELens", OWN),
-        (OURS, BEST),
+        (OURS, OWN),  # its default is better than the only place of the search
         (OURS, NOTHING),
     ]
     assert peer["scores"]["l0"]["mean"] == pytest.approx(4, abs=0.01)
     assert ours["scores"]["fvu"]["mean"] < peer["scores"]["fvu"]["mean"]  # whose rows are random
     assert ours["scores"]["loss_recovered"]["mean"] > peer["scores"]["loss_recovered"]["mean"]
     assert ours["scores"]["seconds"]["mean"] > 0
-    assert ours["rate"] == 0.02
+    assert [tried["rate"] for tried in ours["tried"]] == [None, 0.02]
     assert default["rate"] is None
     text = quality.markdown([peer, ours, default])
     assert "| topk | SAELens | " in text
@@ -150,9 +150,15 @@ def test_architectures_are_shared_out_among_contests_that_work_side_by_side():
         return f"{architecture} done"
 
     done = quality.shared_out(["one", "other"], ("topk", "relu"), work, told.append)
+    assert list(done) == ["topk", "relu"]
     assert done == {"topk": "topk done", "relu": "relu done"}
     assert sorted(given) == ["one", "other"]
     assert told[-1] == done
+
+    begun: list[str] = []
+    quality.shared_out(["one"], ("topk", "relu", "jumprelu"), lambda _, name: begun.append(name), told.append)
+    assert begun == ["jumprelu", "relu", "topk"]  # the longest first
+    assert list(told[-1]) == ["topk", "relu", "jumprelu"]
 
     def failing(contest, architecture):
         if architecture == "relu":
@@ -296,18 +302,17 @@ def test_on_a_synthetic_world_the_recovery_chooses(contest, folder, tmp_path):
     world = SyntheticWorld(dataclasses.replace(TINY, d_in=128))  # the width of the stand-in's rows
     on = quality_subjects.synthetic(tmp_path, world, train=3200, heldout=2000, chosen_by="f1")
     assert np.load(tmp_path / "train.npy").shape == (3200, 128)
-    rates = {"rate": 0.02, "rate_range": (0.01, 0.04), "steps": (2,), "next_steps": ()}
+    rates = {"rate": 0.02, "rate_range": (0.01, 0.01), "steps": (2,), "next_steps": (2,)}
     both = contest(on=on, trainers=(OURS,), tolerance=0.5, **rates)  # of L0, which so short runs miss
     ours, default = both.rows("batchtopk")
     assert (ours["chosen_by"], default["chosen_by"]) == ("f1 at L0 4", None)
     tried = {t["rate"]: t["f1"] for t in ours["tried"]}
-    assert list(tried) == [0.02, 0.01, 0.04]
+    assert tried.keys() == {None, 0.01, 0.02}
     assert tried[ours["rate"]] >= max(tried.values()) - 0.05
     both.at(6)
     again, _ = both.rows("batchtopk")
-    assert again["target_l0"] == 6
-    assert again["chosen_by"] == "f1 at L0 4"
-    assert [t["rate"] for t in again["tried"]] == [ours["rate"]]
+    assert (again["target_l0"], again["chosen_by"]) == (6, "f1 at L0 6")
+    assert {t["rate"] for t in again["tried"]} == {None, 0.01, 0.02}
 
 
 def test_an_environment_without_the_second_model_says_so(tmp_path, monkeypatch, capfd):
@@ -385,6 +390,7 @@ def test_places_of_rates_are_factors_of_the_root_of_two():
     plan = quality.Config(rate=6e-3, rate_range=(1.5e-3, 1.2e-2)).plan()
     assert plan.places == (0, -4, 2)
     assert [plan.rate_at(place) for place in (-4, -1, 2)] == [1.5e-3, 4.243e-3, 1.2e-2]
+    assert [plan.place_of(rate) for rate in (1.5e-3, 4e-3, 6e-3, 1.9e-2)] == [-4, -1, 0, 3]
 
 
 def test_the_search_of_a_second_recipe_starts_where_that_of_the_first_one_ended(config, subject, tmp_path, monkeypatch):
@@ -402,6 +408,39 @@ def test_the_search_of_a_second_recipe_starts_where_that_of_the_first_one_ended(
         contest._search_rate(Recipe(OURS, name))
     first = {name: next(rate for one, rate in asked if one == name) for name in names}
     assert first == {"jumprelu tanh": 0.02, "jumprelu l0": 0.08, "gated": 0.02}
+
+
+def test_the_search_of_this_project_begins_at_its_default_rate_which_is_one_to_choose(
+    config, subject, tmp_path, monkeypatch
+):
+    """The first place of the plan is in another valley, where the cost is higher."""
+    plan = config.plan(trainers=(OURS,), rate_range=(0.0025, 0.64))
+    contest = Contest(plan, subject, tmp_path, lambda _: {}, print)
+    asked: list[float | None] = []
+    fvu = {None: 0.1, 0.01: 0.3, 0.02: 0.4, 0.04: 0.9, 0.16: 0.11, 0.32: 0.2}
+
+    def trained(recipe, rate, seed, coefficient, *, nothing_given=False, **_):
+        asked.append(rate)
+        scores = {"fvu": fvu.get(rate, 1.0), "l0": 4.0, "dead_fraction": 0.0}
+        return Trained(recipe, rate, seed, coefficient, tmp_path, 4, nothing_given, 1.0, scores, peak=0.17)
+
+    monkeypatch.setattr(contest, "_train", trained)
+    monkeypatch.setattr(contest, "_final", lambda one: one.scores)
+    ours, default = contest.rows("relu")
+    assert asked[:2] == [None, 0.16]
+    assert 0.02 not in asked
+    assert (ours["chosen"], default["chosen"]) == (OWN, NOTHING)
+    assert ours["scores"] == default["scores"]
+
+
+def test_no_sae_is_trained_twice(config, subject, tmp_path):
+    lines: list[str] = []
+    contest = Contest(config.plan(seeds=2, rate_range=(0.02, 0.02)), subject, tmp_path, lambda _: {}, lines.append)
+    recipe = Recipe(OURS, "topk")
+    first, again, other = (contest._train(recipe, 0.02, seed, None) for seed in (0, 0, 1))
+    assert first is again
+    assert first.folder != other.folder
+    assert len(lines) == 2
 
 
 def made(scores):

@@ -173,6 +173,7 @@ def main() -> None:
     print("result " + json.dumps({"losses": result["losses"]}), flush=True)
     if arguments.get("ddp"):
         torch.distributed.destroy_process_group()
+        os._exit(0)  # gloo's threads may still hold tensors, and abort the process when Python takes itself down
 
 
 if __name__ == "__main__":

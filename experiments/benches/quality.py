@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.benches import peers, quality_sides, quality_subjects, quality_tables, timing
-from experiments.benches.quality_config import SUBJECTS, Config, Plan
+from experiments.benches.quality_config import RECIPES, SUBJECTS, Config, Plan
 from experiments.benches.quality_contest import Contest
 from experiments.benches.quality_subjects import Subject
 from jsae.progress import Progress
@@ -118,6 +118,8 @@ def shared_out(
 ) -> dict[str, Result]:
     """Do some work for every architecture; contests do theirs side by side.
 
+    Those with the most searches begin, so that all contests end at about the same time.
+
     Args:
       contests: at least one.
       architectures: their names.
@@ -142,15 +144,20 @@ def shared_out(
         concurrent.futures.ThreadPoolExecutor(len(contests)) as pool,
         Progress("training and scoring", len(architectures), "architectures") as progress,
     ):
-        works = {architecture: pool.submit(one, architecture) for architecture in architectures}
+        works = {name: pool.submit(one, name) for name in sorted(architectures, key=_searches, reverse=True)}
         try:
             for _ in concurrent.futures.as_completed(works.values()):
-                after({name: its.result() for name, its in works.items() if its.done()})
+                after({name: works[name].result() for name in architectures if works[name].done()})
                 progress.advance()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return {name: its.result() for name, its in works.items()}
+    return {name: works[name].result() for name in architectures}
+
+
+def _searches(architecture: str) -> int:
+    """Return about how many SAEs the searches of an architecture train, in units of one search for a rate."""
+    return sum(1 + 2 * recipe.is_penalised for recipe in RECIPES[architecture])
 
 
 def threads(given: int | None, jobs: int) -> int | None:

@@ -118,6 +118,10 @@ class Plan:
         """Return the learning rate of a place."""
         return float(f"{self.rate * 2 ** (place / 2):.4g}")
 
+    def place_of(self, rate: float) -> int:
+        """Return the place that is nearest to a learning rate."""
+        return round(2 * math.log2(rate / self.rate))
+
 
 def check_trainers(architectures: tuple[str, ...], trainers: tuple[str, ...]) -> None:
     """Check names of architectures and trainers.

@@ -58,6 +58,8 @@ class Trained:
     """Empty if training diverged."""
     dead: float = _DEAD[0]
     """Fraction of the run after which a silent latent is dead; jsae has its own."""
+    peak: float | None = None
+    """Peak of the learning rate, where the training tells it."""
 
     @property
     def dead_after(self) -> float | None:
@@ -84,7 +86,7 @@ class Contest:
     def __init__(self, plan: Plan, subject: Subject, scratch: Path, ask: Ask, report: Callable[[str], None]):
         self._plan, self._subject, self._ask, self._report = plan, subject, ask, report
         self._saes, self._count = Path(tempfile.mkdtemp(dir=scratch)), 0
-        self._first_k = plan.k
+        self._done: dict[tuple[Any, ...], Trained] = {}
         self._places: dict[Recipe, int] = {}
         self._strengths: dict[Recipe, float] = {}
         self._slopes: dict[Recipe, dict[str, float]] = {}
@@ -100,17 +102,25 @@ class Contest:
         trainers = [t for t in TRAINERS if t in self._plan.trainers and t != OURS]
         for trainer in (*trainers, *({OURS} & set(self._plan.trainers))):
             recipes = [recipe for recipe in RECIPES[architecture] if recipe.trainer == trainer]
-            if recipes and (self._plan.search or trainer != OURS):
-                rows.append({"architecture": architecture} | self._best(recipes))
-            if trainer == OURS:
-                rows.append({"architecture": architecture} | self._with_nothing_given(recipes[0]))
+            default = self._with_nothing_given(recipes[0]) if trainer == OURS else None
+            if recipes and (self._plan.search or default is None):
+                rows.append({"architecture": architecture} | self._best(recipes, default))
+            if default is not None:
+                rows.append({"architecture": architecture} | self._figures_of_default(default))
         return rows
 
     # ---- one trainer ----------------------------------------------------------------------------------------------
 
-    def _best(self, recipes: Sequence[Recipe]) -> dict[str, Any]:
-        """Choose a trainer's best recipe and rate with seed 0, train it with every seed; return the figures."""
-        tried = [trained for recipe in recipes for trained in self._search_rate(recipe)]
+    def _best(self, recipes: Sequence[Recipe], default: Trained | None = None) -> dict[str, Any]:
+        """Choose a trainer's best recipe and rate with seed 0, train it with every seed; return the figures.
+
+        Args:
+          recipes: of the trainer, at least one.
+          default: jsae's SAE with nothing given: one of those to choose from, and the search begins at its rate.
+        """
+        tried = [] if default is None else [default]
+        for recipe in recipes:
+            tried += self._search_rate(recipe, None if default is None else default.peak)
         finite = [t for t in tried if t.scores]
         if not finite:
             return {"trainer": recipes[0].trainer, "recipe": recipes[0].name, "failed": "every run diverged"}
@@ -122,12 +132,16 @@ class Contest:
             best = min(best, other, key=lambda t: self._cost(t, slopes))
         return self._figures(best, tried, OWN if best.rate is None else BEST)
 
-    def _with_nothing_given(self, recipe: Recipe) -> dict[str, Any]:
-        """Return the figures of jsae with L0 and sizes only: rate, schedules and dead latents at their defaults."""
-        first = self._train(recipe, None, 0, self._first_coefficient(recipe), nothing_given=True)
-        if not first.scores:
+    def _with_nothing_given(self, recipe: Recipe) -> Trained:
+        """Return an SAE of jsae with L0 and sizes only: rate, schedules and dead latents at their defaults."""
+        return self._train(recipe, None, 0, self._first_coefficient(recipe), nothing_given=True)
+
+    def _figures_of_default(self, default: Trained) -> dict[str, Any]:
+        """Return the figures of jsae with nothing given."""
+        if not default.scores:
+            recipe = default.recipe
             return {"trainer": recipe.trainer, "recipe": recipe.name, "chosen": NOTHING, "failed": "it diverged"}
-        return self._figures(first, [first], NOTHING)
+        return self._figures(default, [default], NOTHING)
 
     def _figures(self, best: Trained, tried: Sequence[Trained], chosen: str) -> dict[str, Any]:
         """Train the remaining seeds and an SAE of another L0; return the scores of all seeds at the target L0."""
@@ -139,14 +153,14 @@ class Contest:
             near = (t for t in same if _NEAR <= abs(math.log(t.l0 / best.l0)) <= _FAR)
             second = next(near, None) or self._apart(best)
             slopes = quality_search.slopes(finals[0], self._final(second)) if second.scores else {}
-        target, searched_at = float(self._plan.k), self._plan.k if self._plan.next_steps else self._first_k
+        target = float(self._plan.k)
         names = set(finals[0]) - set(_MEASURED)
         at_target = [quality_search.at_l0(scores, slopes, target, names) for scores in finals]
         return {
             "trainer": best.recipe.trainer,
             "recipe": best.recipe.name,
             "chosen": chosen,
-            "chosen_by": None if chosen == NOTHING else f"{self._subject.chosen_by} at L0 {searched_at}",
+            "chosen_by": None if chosen == NOTHING else f"{self._subject.chosen_by} at L0 {self._plan.k}",
             "target_l0": self._plan.k,
             "missed": any(self._is_far(f["l0"]) for f in finals),
             "rate": best.rate,
@@ -172,11 +186,12 @@ class Contest:
 
     # ---- searches -------------------------------------------------------------------------------------------------
 
-    def _search_rate(self, recipe: Recipe) -> list[Trained]:
-        """Return the SAEs of a search for the rate with the lowest cost, which begins with the trainer's own rate.
+    def _search_rate(self, recipe: Recipe, default: float | None = None) -> list[Trained]:
+        """Return the SAEs of a search for the rate with the lowest cost.
 
-        At another L0 it begins with the rate that was best before, and with another recipe of the trainer for the same
-        architecture with that recipe's best rate.
+        It begins with the rate that was best at the L0 before; else with the best rate of another recipe of the trainer
+        for the same architecture; else with the trainer's default rate, where it is given; else with the plan's.
+        Another trainer's default is tried first: its number is not known, and it is made for far longer runs.
         """
         runs: list[Trained] = []
 
@@ -187,6 +202,7 @@ class Contest:
             return self._cost(closest, self._slopes_at(closest, tries))
 
         start, low, high = self._plan.places
+        start = start if default is None else self._plan.place_of(default)
         known = recipe in self._places
         if not self._plan.search or (not known and recipe.trainer != OURS):
             cost(None)
@@ -295,9 +311,14 @@ class Contest:
         nothing_given: bool = False,
         dead: float = _DEAD[0],
     ) -> Trained:
-        """Return one SAE, trained and scored."""
+        """Return one SAE, trained and scored; the same one for the same arguments."""
+        plan = self._plan
+        k = plan.k if k is None else k
+        key = (recipe, rate, seed, coefficient, k, nothing_given, dead)
+        if key in self._done:
+            return self._done[key]
         self._count += 1
-        plan, folder = self._plan, self._saes / str(self._count)
+        folder = self._saes / str(self._count)
         job = {
             "library": recipe.trainer,
             "recipe": recipe.name,
@@ -308,7 +329,7 @@ class Contest:
             "folder": str(folder),
             "steps": plan.num_activations // plan.batch_size,
             "batch_size": plan.batch_size,
-            "k": plan.k if k is None else k,
+            "k": k,
             "d_in": self._subject.d_in,
             "d_sae": plan.d_sae,
             "widths": [*plan.nested_widths, plan.d_sae],
@@ -318,12 +339,15 @@ class Contest:
         }
         answer = self._train_here(job) if recipe.trainer == OURS else self._ask(job)
         trained = Trained(
-            recipe, rate, seed, coefficient, folder, job["k"], nothing_given, answer["seconds"], dead=dead
+            *(recipe, rate, seed, coefficient, folder, k, nothing_given, answer["seconds"]),
+            dead=dead,
+            peak=answer.get("rate"),
         )
         if answer["finite"]:
             scores = self._subject.scores(folder) | {"seconds": trained.seconds}
             trained = dataclasses.replace(trained, scores=scores)
         self._report(_line(trained, self._subject.chosen_by))
+        self._done[key] = trained
         return trained
 
     def _train_here(self, job: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from jsae.settings import (
 if TYPE_CHECKING:
     from jsae.architectures import SAEConfig
 
-RECIPE = 9
+RECIPE = 10
 """Raised whenever a run with the same settings trains differently. A run is resumed by its own recipe only."""
 
 _DIFFUSION = 2.3

@@ -25,9 +25,11 @@ def weights(seed: int, f: int, d: int) -> tuple[jax.Array, ...]:
 def by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, tokens, lifted):
     e = np.asarray(residual, np.float64)
     pre = np.asarray((x - b_dec) @ W_enc.T + b_enc, np.float64)
+    root = np.linalg.norm(np.asarray(x - b_dec, np.float64), axis=1, keepdims=True) ** 0.5
+    rank = pre if lifted else (pre - np.maximum(b_enc, 0)) / root
     e_hat = np.zeros_like(e)
     for i in np.nonzero(dead)[0]:
-        order = np.argsort(-pre[:, i])
+        order = np.argsort(-rank[:, i])
         floor = pre[order[tokens], i] if lifted else 0
         for n in order[:tokens]:
             e_hat[n] += (pre[n, i] - floor) * np.asarray(W_dec[i], np.float64)
@@ -66,6 +68,16 @@ def test_the_gradient_of_auxk_reaches_encoder_and_decoder_of_the_dead_only_and_n
         assert np.isfinite(gradient).all()
         assert np.asarray(gradient[:n_dead]).any(1).all()  # every dead latent has tokens
         assert not np.asarray(gradient[n_dead:]).any()
+
+
+def test_dead_latents_select_tokens_by_direction_more_than_by_norm_and_never_a_token_that_is_zero(ops):
+    """By pre-activation the token of great norm would be the largest, and with a positive bias the zero one too."""
+    along = jnp.array([3.0, 0.0])
+    x = jnp.stack([along, jnp.array([4.0, 12.0]), -along, 0 * along, 1e-12 * along])
+    W, b_enc, b_dec = jnp.array([[1.0, 0.0]]), jnp.array([0.5]), jnp.array([0.3, -0.7])
+    inputs = Input((x + b_dec) / 0.7, jnp.float32(0.7), b_dec)
+    e_hat = auxk.decode_dead(ops, inputs, W, b_enc, W, jnp.ones(1, bool), 1, 0)
+    np.testing.assert_array_equal(np.asarray(e_hat[:, 0]) != 0, [True, False, False, False, False])
 
 
 def test_auxk_and_the_squared_error_keep_their_ratio_where_activations_are_scaled(ops):

@@ -1,13 +1,13 @@
 """SAEs at equal L0 on several kinds of data: jsae, SAELens, dictionary_learning and sparsify, on the same batches.
 
 Every trainer reads the same activations in the same order, in batches of the same size, and has the same width. Its
-learning rate is searched from --rate in factors of sqrt(2), beside the trainer's own default; the rate with the best
-score at the target L0 is trained with every seed and reported. Activations are scaled, or not, as each trainer's recipe
-has it; warm-up and decay are the same fractions of the run. A silent latent is dead after a tenth of the run for the
-peers, and at their best rate also after jsae's 1.5 %, whichever is better. TopK, BatchTopK and Matryoshka have the same
-k, the target L0. The peers' penalties of ReLU, Gated and JumpReLU are searched until L0 is close to it; jsae is asked
-for it. Another SAE of a neighbouring L0 shows how the scores depend on L0, and all are interpolated to the target: log
-FVU linearly in log L0. jsae is also trained with nothing given but sizes and L0.
+learning rate is searched in factors of sqrt(2), from --rate or jsae's default, beside the trainer's own default; the
+rate with the best score at the target L0 is trained with every seed and reported. Activations are scaled, or not, as
+each trainer's recipe has it; warm-up and decay are the same fractions of the run. A silent latent is dead after a tenth
+of the run for the peers, and at their best rate also after jsae's 1.5 %, whichever is better. TopK, BatchTopK and
+Matryoshka have the same k, the target L0. The peers' penalties of ReLU, Gated and JumpReLU are searched until L0 is
+close to it; jsae is asked for it. Another SAE of a neighbouring L0 shows how the scores depend on L0, and all are
+interpolated to the target: log FVU linearly in log L0. jsae is also trained with nothing given but sizes and L0.
 
 All SAEs are scored as SAELens files by the same code, on held-out activations and, of a nanochat, in the model. Of the
 seeds of a row, the share of latents is given that recur in another seed: their decoder rows, matched one to one, have a

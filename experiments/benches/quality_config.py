@@ -95,7 +95,7 @@ class Plan:
     num_activations: int
     batch_size: int
     rate: float
-    """Learning rate at which the search starts."""
+    """Learning rate at which the search starts; jsae's starts at its default."""
     rate_range: tuple[float, float]
     seeds: int
     tries: int
@@ -191,7 +191,9 @@ class Config:
     nested_widths: tuple[int, ...] = flag((64, 256), "Matryoshka's inner widths.")
     num_activations: int = flag(2**18, "Activations that every SAE is trained on.")
     batch_size: int = flag(512, "Activations per step.")
-    rate: float = flag(6e-3, "Learning rate at which the search for the best one starts, in factors of sqrt(2).")
+    rate: float = flag(
+        6e-3, "Learning rate at which the search for the others' best one starts; jsae's starts at its default."
+    )
     rate_range: tuple[float, ...] = flag((3.75e-4, 4.8e-2), "Lowest and highest learning rate of the search.")
     seeds: int = flag(3, "Number of seeds for the weights.")
     tries: int = flag(4, "Largest number of runs to find the strength of a penalty that gives the target L0.")

@@ -2,8 +2,9 @@
 
 The world is that of SynthSAEBench (arXiv 2602.14687), `jsae.synthetic`; the scores are `jsae.recovery`'s, which are
 SAELens's too. --preset=small fits two cores: every trainer reads the same samples in the same order, at several L0s.
-Its learning rate is the one with the highest F1, searched in factors of 2 from --rate beside the trainer's own; all
-scores are interpolated to the L0, as in `bench quality`. jsae is also trained with nothing given but sizes and L0.
+Its learning rate is the one with the highest F1, searched in factors of 2 from --rate, or from jsae's default, beside
+the trainer's own; all scores are interpolated to the L0, as in `bench quality`. jsae is also trained with nothing given
+but sizes and L0.
 Three seeds; means, with half of the range.
 
 --preset=published is SynthSAEBench-16k, for a GPU: jsae alone, on samples that are made on the device, beside the
@@ -85,7 +86,7 @@ class Config:
     num_activations: int | None = flag(None, "Samples that every SAE is trained on.")
     batch_size: int | None = flag(None, "Samples per step.")
     seeds: int | None = flag(None, "Number of seeds for the weights.")
-    rate: float | None = flag(None, "Learning rate at which the search starts.")
+    rate: float | None = flag(None, "Learning rate at which the search starts; jsae's starts at its default.")
     rate_range: tuple[float, ...] = flag((9e-5, 4.8e-2), "Lowest and highest learning rate of the search.")
     samples: int | None = flag(None, "Held-out samples to score on.")
     search: bool = flag(True, "Search the best learning rate; if not, every trainer has its default.")

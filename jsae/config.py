@@ -30,6 +30,7 @@ _DIFFUSION = 2.3
 _TYPICAL_L0 = 32.0
 _HIGHEST_RATE = 0.05
 _SWEPT = 2**18
+_LONGEST_SWEPT = 2**20
 _TAIL_FADES = 0.1
 _DEAD_FRACTION = 0.015
 _LONGEST_SILENCE = 10_000_000
@@ -143,12 +144,19 @@ class TrainConfig(Json):
         row of d_in weights can diffuse in a run the same for all widths and lengths. The other factor stands for the
         noise of gradients: a latent is active on batch_size k / d_sae tokens of a batch on average. It and the constant
         were fitted to sweeps on activations of two language models and of a synthetic world (docs/performance.md).
-        `rate_scale` is the architecture's; k is its target L0, or 32, where it has no k.
+        `rate_scale` is the architecture's; k is its target L0, or 32, where it has no k. Where an architecture has a
+        `length_exponent`, the rate is higher for longer runs: times (num_activations / 2^18)^length_exponent between
+        2^18 and 2^20 activations, and by the same factor as there beyond.
         """
         k = sae.k or sae.target_l0 or _TYPICAL_L0
         noise = (min(k / sae.d_sae, 1) * math.sqrt(self.batch_size)) ** (1 / 3)
         rate = sae.rate_scale * _DIFFUSION * noise / math.sqrt(sae.d_in * max(self.num_steps, 1))
-        return min(rate, _HIGHEST_RATE)
+        return min(rate * self.length_gain(sae), _HIGHEST_RATE)
+
+    def length_gain(self, sae: "SAEConfig") -> float:
+        """Return the factor on the default rate of a run that is longer than 2^18 activations, at least 1."""
+        longer = max(min(self.num_activations, _LONGEST_SWEPT) / _SWEPT, 1)
+        return float(longer**sae.length_exponent)
 
     def tail_exponent(self, sae: "SAEConfig") -> float:
         """Return the power of the heaviness of activations by which the default rate is divided.

@@ -164,7 +164,8 @@ def _fall(member: Member, heaviness: float) -> float:
     """Return the factor from the best rate of a short run to that of the whole one."""
     short, whole = short_run(member.train), member.train
     power = short.tail_exponent(member.sae) - whole.tail_exponent(member.sae)
-    return math.sqrt(short.num_steps / whole.num_steps) * heaviness**power
+    gain = whole.length_gain(member.sae) / short.length_gain(member.sae)
+    return math.sqrt(short.num_steps / whole.num_steps) * gain * heaviness**power
 
 
 class _Search:

@@ -68,6 +68,8 @@ class SAEConfig:
     """Factor on the default learning rate (`TrainConfig.default_rate`), measured in sweeps."""
     tail_exponent: ClassVar[float] = 1 / 3
     """Power of the heaviness of the activations' tails by which the default rate is divided (`TrainConfig`)."""
+    length_exponent: ClassVar[float] = 0.0
+    """Power of a run's length by which the default rate falls less than with the root of the steps (`TrainConfig`)."""
     k: ClassVar[int | None] = None
     """Active latents per token, of architectures that select so many."""
     target_l0: ClassVar[float | None] = None

@@ -85,6 +85,7 @@ class ReLU(Penalised):
 
         rate_scale = 3.8
         tail_exponent = 0.8
+        length_exponent = 0.25
 
         l1_coefficient: float = number(5.0, WEIGHT)
         """Weight of the L1 penalty."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from jsae.settings import (
     AVERAGED,
@@ -21,7 +21,13 @@ from jsae.settings import (
 )
 
 if TYPE_CHECKING:
+    from jax import Array
+
     from jsae.architectures import SAEConfig
+
+    Scalar = TypeVar("Scalar", float, Array)
+else:
+    Scalar = TypeVar("Scalar")  # no jax is imported for its sake
 
 RECIPE = 10
 """Raised whenever a run with the same settings trains differently. A run is resumed by its own recipe only."""
@@ -152,6 +158,19 @@ class TrainConfig(Json):
         noise = (min(k / sae.d_sae, 1) * math.sqrt(self.batch_size)) ** (1 / 3)
         rate = sae.rate_scale * _DIFFUSION * noise / math.sqrt(sae.d_in * max(self.num_steps, 1))
         return min(rate * self.length_gain(sae), _HIGHEST_RATE)
+
+    def rate_for(self, sae: "SAEConfig", heaviness: Scalar) -> Scalar:
+        """Return the peak learning rate where none is given, for activations of a heaviness.
+
+        Of activations with heavy tails few tokens of a batch determine its gradient, as if the batch were smaller. The
+        power is larger for architectures with a penalty: at higher rates many of their latents died, or they
+        reconstructed worse.
+
+        Args:
+          sae: settings of the SAE.
+          heaviness: E|c|^4 / (E|c|^2)^2 of the centred activations, at least 1.
+        """
+        return self.default_rate(sae) / heaviness ** self.tail_exponent(sae)
 
     def length_gain(self, sae: "SAEConfig") -> float:
         """Return the factor on the default rate of a run that is longer than 2^18 activations, at least 1."""

@@ -156,8 +156,7 @@ def sweep(
 
 def _default(member: Member, heaviness: float) -> float:
     """Return the default rate of a short run."""
-    short = short_run(member.train)
-    return short.default_rate(member.sae) / heaviness ** short.tail_exponent(member.sae)
+    return short_run(member.train).rate_for(member.sae, heaviness)
 
 
 def _fall(member: Member, heaviness: float) -> float:

@@ -167,14 +167,10 @@ def _heaviness(y: Float[Array, "n o"]) -> Float[Array, ""]:
 
 
 def _rate(config: TrainConfig, sae_config: SAEConfig, y: Float[Array, "n o"]) -> Float[Array, ""]:
-    """Return the peak learning rate; one that is not given is lower where few tokens have most of the variance.
-
-    Of such activations few tokens of a batch determine its gradient, as if the batch were smaller. The power is larger
-    for architectures with a penalty: at higher rates many of their latents died, or they reconstructed worse.
-    """
+    """Return the peak learning rate; one that is not given is lower where few tokens have most of the variance."""
     if config.learning_rate is not None:
         return jnp.float32(config.learning_rate)
-    return jnp.float32(config.default_rate(sae_config)) / _heaviness(y) ** config.tail_exponent(sae_config)
+    return config.rate_for(sae_config, _heaviness(y))
 
 
 def _strongly_typed(leaf: Any) -> Any:

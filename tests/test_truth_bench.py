@@ -4,7 +4,7 @@ import pytest
 from test_synthetic import TINY
 
 from experiments.benches import quality, quality_subjects, truth
-from experiments.benches.quality_config import OURS
+from experiments.benches.quality_config import OURS, Recipe
 from experiments.benches.quality_contest import Contest
 from jsae.synthetic import SyntheticWorld
 
@@ -29,6 +29,9 @@ def test_a_world_without_a_file_is_trained_on_its_device(tmp_path):
     ours, _ = alone.rows("matryoshka")
     assert 0.05 < ours["scores"]["f1"]["mean"] < 1
     assert not (tmp_path / "train.npy").exists()
+    recipe = Recipe(OURS, "matryoshka")
+    assert alone._train(recipe, 0.013, 0, None).peak == pytest.approx(0.013)
+    assert alone._with_nothing_given(recipe).peak > 0  # where the search begins
     with pytest.raises(ValueError, match="SAELens is not trained on this world"):
         Contest(plan(("SAELens",)), on, tmp_path, truth._no_peers, print).rows("topk")
 

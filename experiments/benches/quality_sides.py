@@ -83,17 +83,22 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def train_on_world(job: dict[str, Any], world: SyntheticWorld) -> dict[str, Any]:
-    """Train with jsae on samples that are made on its device, and export; answer with `seconds` and `finite`."""
+    """Train with jsae on samples that are made on its device, and export; answer as `train_here`, but for `strength`.
+
+    The peak `rate` is that of the progress reports, and missing where the training fails.
+    """
     import jsae
 
     sae, config = _configs(job)
-    start = time.perf_counter()
+    start, rates = time.perf_counter(), []
     try:
-        trained = jsae.train(world.with_samples(0), sae, config)
+        trained = jsae.train(
+            world.with_samples(0), sae, config, progress=lambda report: rates.append(report.metrics["learning_rate"])
+        )
     except FloatingPointError:
         return {"seconds": time.perf_counter() - start, "finite": False}
     trained.save(Path(job["folder"]))
-    return {"seconds": time.perf_counter() - start, "finite": True}
+    return {"seconds": time.perf_counter() - start, "finite": True, "rate": max(rates)}
 
 
 def _configs(job: dict[str, Any]) -> tuple[SAEConfig, TrainConfig]:

@@ -84,6 +84,7 @@ def changes(recipe: str, d_in: int, d_sae: int, k: int) -> Iterator[tuple[str, d
     else:
         yield "AuxK: 1 / d_in of its weight", {"aux_coefficient": defaults["aux_coefficient"] / d_in}, {}
         yield "dead after 10 million activations", {}, {"dead_after": _PATIENCE}
+        yield "k_start: 2 k, lowered over half of the run", {}, {"k_start": 2 * k, "k_anneal_fraction": 0.5}
     if kind.sae.name == "jumprelu":
         yield "bandwidth: 2", {"bandwidth": 2.0}, {}
     yield "with aligned training", {"aligned": True}, {}

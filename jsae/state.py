@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from jsae import axes, control, data, optim, pretrained
 from jsae.architectures import SAE, SAEConfig, make
@@ -81,8 +81,9 @@ def init(
       ConfigError: the widths of the activations are not those of the SAE.
       ActivationsError, DegenerateError: nothing can be learned from the sample; abstract arrays are not checked.
     """
-    sample = _checked(sae_config, sample)
-    return _init(sae_config, config, ops, sample, optimizer, mesh, weights)
+    sample, key = _checked(sae_config, sample), jax.random.key(config.seed)
+    rate = None if config.learning_rate is None else jnp.float32(config.learning_rate)
+    return _init(sae_config, config, ops, sample, optimizer, mesh, weights, key, rate)
 
 
 def _checked(sae_config: SAEConfig, sample: Acts) -> Acts:
@@ -106,9 +107,11 @@ def _init(
     optimizer: optim.Optimizer | None,
     mesh: Mesh | None,
     weights: Mapping[str, Array | np.ndarray] | None,
+    key: Key[Array, ""],
+    rate: Float[Array, ""] | None,
 ) -> TrainState:
+    """Return the initial state. Key and given rate are arguments, so that other seeds and rates compile no program."""
     (x, y), (scale, scale_out) = _scaled(sae_config, sample)
-    key = jax.random.key(config.seed)
     if weights is not None:
         sae = make(sae_config, key=key)
         pretrained.place(sae, weights, scale, scale_out)
@@ -125,7 +128,7 @@ def _init(
         scale=scale,
         scale_out=scale_out,
         control=control.initial(sae_config.target_l0),
-        rate=_rate(config, sae_config, y),
+        rate=config.rate_for(sae_config, _heaviness(y)) if rate is None else rate,
         step=jnp.int32(0),
         bad_step=jnp.int32(-1),
     )
@@ -164,13 +167,6 @@ def _heaviness_of(sae_config: SAEConfig, sample: Acts) -> Float[Array, ""]:
 
 def _heaviness(y: Float[Array, "n o"]) -> Float[Array, ""]:
     return jnp.maximum(data.heaviness(y), 1)
-
-
-def _rate(config: TrainConfig, sae_config: SAEConfig, y: Float[Array, "n o"]) -> Float[Array, ""]:
-    """Return the peak learning rate; one that is not given is lower where few tokens have most of the variance."""
-    if config.learning_rate is not None:
-        return jnp.float32(config.learning_rate)
-    return config.rate_for(sae_config, _heaviness(y))
 
 
 def _strongly_typed(leaf: Any) -> Any:

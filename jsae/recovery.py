@@ -7,6 +7,7 @@ so that figures can be compared with published ones.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jsae.settings import Json, require
-from jsae.synthetic import SyntheticWorld
+from jsae.synthetic import Samples, SyntheticWorld
 from jsae.trained import TrainedSAE, load
 
 BATCH = 4096
@@ -80,7 +81,13 @@ class Counts(NamedTuple):
     with_norm: Any
 
 
-def scores(sae: TrainedSAE | str | Path, world: SyntheticWorld, num_samples: int = 100_000, seed: int = 1) -> Scores:
+def scores(
+    sae: TrainedSAE | str | Path,
+    world: SyntheticWorld,
+    num_samples: int = 100_000,
+    seed: int = 1,
+    samples: Iterable[Samples] | None = None,
+) -> Scores:
     """Return the scores of an SAE on samples of a world.
 
     Args:
@@ -88,6 +95,7 @@ def scores(sae: TrainedSAE | str | Path, world: SyntheticWorld, num_samples: int
       world: the world, with the true features.
       num_samples: number of samples.
       seed: of the samples. It must differ from the world's `sample_seed`, on which the SAE may have been trained.
+      samples: `heldout(world, num_samples, seed)`, to score several SAEs on the same; None samples them.
 
     Raises:
       ConfigError: an SAE of another width, a transcoder, a seed of training, or no samples.
@@ -98,21 +106,40 @@ def scores(sae: TrainedSAE | str | Path, world: SyntheticWorld, num_samples: int
         not sae.is_transcoder and sae.d_in == world.d_in,
         f"this SAE reads activations of width {sae.d_in} and returns {sae.d_out}: the world has {world.d_in}",
     )
+    cosines = cosine_similarities(np.asarray(sae.W_dec), np.asarray(world.features))
+    matches, total, n = cosines.argmax(1), None, 0
+    for acts, values in heldout(world, num_samples, seed) if samples is None else samples:
+        n += len(acts)
+        latents = sae.encode(acts)
+        counts = jax.device_get(_counts(acts, values, latents, sae.decode(latents), jnp.asarray(matches)))
+        exact = [np.asarray(x, np.float64 if np.issubdtype(x.dtype, np.floating) else np.int64) for x in counts]
+        total = Counts(*exact) if total is None else Counts(*(a + b for a, b in zip(total, exact, strict=True)))
+    require(n > 0, "samples is empty: give at least one batch")
+    return _summary(total, n, mcc(cosines), len(np.unique(matches)) / len(matches))
+
+
+def heldout(world: SyntheticWorld, num_samples: int = 100_000, seed: int = 1) -> Iterator[Samples]:
+    """Yield batches of samples of a world that an SAE was not trained on.
+
+    Args:
+      world: the world.
+      num_samples: number of samples.
+      seed: of the samples. It must differ from the world's `sample_seed`.
+
+    Raises:
+      ConfigError: a seed of training, or no samples.
+    """
     require(num_samples >= 1, f"num_samples is {num_samples}: it must be at least 1")
     require(
         seed != world.sample_seed,
         f"seed={seed} is that of the world's own samples, which the SAE may have been trained on: give another one",
     )
-    cosines = cosine_similarities(np.asarray(sae.W_dec), np.asarray(world.features))
-    matches = cosines.argmax(1)
-    heldout, total = world.with_samples(seed), None
+    return _batches(world.with_samples(seed), num_samples)
+
+
+def _batches(world: SyntheticWorld, num_samples: int) -> Iterator[Samples]:
     for start in range(0, num_samples, BATCH):
-        acts, values = heldout.sample(start, min(BATCH, num_samples - start))
-        latents = sae.encode(acts)
-        counts = jax.device_get(_counts(acts, values, latents, sae.decode(latents), jnp.asarray(matches)))
-        exact = [np.asarray(x, np.float64 if np.issubdtype(x.dtype, np.floating) else np.int64) for x in counts]
-        total = Counts(*exact) if total is None else Counts(*(a + b for a, b in zip(total, exact, strict=True)))
-    return _summary(total, num_samples, mcc(cosines), len(np.unique(matches)) / len(matches))
+        yield world.sample(start, min(BATCH, num_samples - start))
 
 
 def cosine_similarities(a: Float[np.ndarray, "f d"], b: Float[np.ndarray, "F d"]) -> Float[np.ndarray, "f F"]:

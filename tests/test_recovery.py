@@ -13,6 +13,7 @@ from test_synthetic import TINY
 import jsae
 from jsae import recovery
 from jsae.saelens import Plain
+from jsae.settings import ConfigError
 from jsae.synthetic import SyntheticWorld, features
 
 SAMPLES = 9_000
@@ -64,6 +65,16 @@ def test_a_latent_that_is_dead_or_a_copy_costs_what_the_definitions_say(world):
     alive = recovery.scores(sae_of(doubled[:50], world.bias), world, SAMPLES)
     assert found.precision == pytest.approx(alive.precision * 50 / 60)
     assert found.recall == pytest.approx(alive.recall * 50 / 60)
+
+
+def test_several_saes_are_scored_on_the_same_samples(world):
+    samples = list(recovery.heldout(world, 5_000, seed=3))
+    assert [len(batch.activations) for batch in samples] == [4_096, 904]
+    for scale in (1, 2):
+        sae = sae_of(scale * np.array(world.features), world.bias)
+        assert recovery.scores(sae, world, samples=samples) == recovery.scores(sae, world, 5_000, seed=3)
+    with pytest.raises(ConfigError, match="samples is empty"):
+        recovery.scores(sae, world, samples=[])
 
 
 def test_the_assignment_is_one_to_one_and_the_best():

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import jsae
 from experiments.benches import (
     peers,
     quality,
@@ -121,6 +122,25 @@ def test_programs_are_compiled_once_and_the_cache_is_left_as_it_was():
         assert jax.config.jax_compilation_cache_dir is None
         assert not folder.exists()
         program(4)
+
+
+def test_another_seed_or_rate_compiles_nothing(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((4_096, 16), np.float32)
+    np.save(tmp_path / "train.npy", rows)
+    job = {"recipe": "gated", "coefficient": 4.0, "nothing_given": False, "k": 4, "widths": [8, 32]}
+    job |= {"steps": 8, "batch_size": 256, "d_in": 16, "d_sae": 32}
+    made, programs = [], []
+    with quality_sides.compiled_once():
+        for seed, rate in enumerate((1e-3, 3e-3)):
+            folder = tmp_path / str(seed)
+            assert quality_sides.train_here(job | {"seed": seed, "rate": rate, "folder": str(folder)}, tmp_path)[
+                "finite"
+            ]
+            made.append(jsae.load(folder).W_dec)
+            programs.append({path.name for path in Path(jax.config.jax_compilation_cache_dir).glob("*-cache")})
+    assert programs[0]
+    assert programs[1] == programs[0]
+    assert np.abs(made[1] - made[0]).max() > 0.01  # the seed and the rate have their effect
 
 
 def test_both_sides_are_trained_and_scored_alike(contest):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from bridge import TorchSAE
     from jsae import TrainConfig
     from jsae.architectures import SAEConfig
+    from jsae.loop import Programs
     from jsae.synthetic import SyntheticWorld
 
 _CHUNK = 8192  # activations per batch of the scoring
@@ -70,7 +72,9 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     members = [loop.Member(sae, config)]
     initial = loop.init(members, (jnp.asarray(acts[: 16 * job["batch_size"]]),))
     start, rate = 0.0, float(initial[0].rate)
-    for step, (state,), _ in loop.fit(members, initial, ((batch,) for batch in _batches(job, acts))):
+    for step, (state,), _ in loop.fit(
+        members, initial, ((batch,) for batch in _batches(job, acts)), _programs(sae, config)
+    ):
         if step == 1:
             jax.block_until_ready(state.step)
             start = time.perf_counter()
@@ -80,6 +84,20 @@ def train_here(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         weights = state.exported.arrays()
         export.write(Path(job["folder"]), sae, weights, np.asarray(state.scale), np.asarray(state.scale_out), {})
     return {"seconds": end - start, "finite": finite, "rate": rate, "strength": float(state.control.strength)}
+
+
+def _programs(sae: SAEConfig, config: TrainConfig) -> Programs:
+    """Return the compiled steps of a training; other seeds and rates have the same, unless latents are resampled."""
+    if config.resample_every is None:
+        config = dataclasses.replace(config, seed=0, learning_rate=None)
+    return _compiled(sae, config)
+
+
+@functools.lru_cache(16)
+def _compiled(sae: SAEConfig, config: TrainConfig) -> Programs:
+    from jsae import loop
+
+    return loop.Programs([loop.Member(sae, config)])
 
 
 def train_on_world(job: dict[str, Any], world: SyntheticWorld) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import functools
 import math
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bridge.evaluate.text import Text
     from bridge.nanochat import Nanochat
     from bridge.nanochat.tokenizer import Tokenizer
-    from jsae.synthetic import SyntheticWorld
+    from jsae.synthetic import Samples, SyntheticWorld
 
 SMOLLM2_CACHE = "~/.cache/jsae/smollm2-1"
 """Activations of SmolLM2, by their number."""
@@ -159,12 +159,15 @@ def synthetic(folder: Path, world: SyntheticWorld, train: int, heldout: int, cho
     """
     import numpy as np
 
+    from jsae import recovery
+
     np.save(folder / "train.npy", np.asarray(world.sample(0, train).activations))
+    samples = list(recovery.heldout(world, heldout))
     return Subject(
         _title(world),
         folder,
         world.d_in,
-        functools.partial(_recovery, world=world, num_samples=heldout, activations=folder),
+        functools.partial(_recovery, world=world, num_samples=heldout, activations=folder, samples=samples),
         chosen_by,
     )
 
@@ -272,10 +275,17 @@ class _Reading:
         return {name: math.nan if value is None else value for name, value in found.items()}
 
 
-def _recovery(folder: Path, world: SyntheticWorld, num_samples: int, activations: Path) -> Scores:
-    """Return all scores of recovery of an exported SAE."""
+def _recovery(
+    folder: Path,
+    world: SyntheticWorld,
+    num_samples: int,
+    activations: Path,
+    samples: Sequence[Samples] | None = None,
+) -> Scores:
+    """Return all scores of recovery of an exported SAE; `samples` are the held-out ones, None makes them."""
     import jsae
     from jsae import recovery
 
     quality_sides.check(folder, activations)
-    return {name: float(v) for name, v in recovery.scores(jsae.load(folder), world, num_samples).to_json().items()}
+    found = recovery.scores(jsae.load(folder), world, num_samples, samples=samples)
+    return {name: float(value) for name, value in found.to_json().items()}

@@ -504,6 +504,22 @@ def test_rates_of_a_recipe_with_a_k_are_compared_at_the_target_l0(config, subjec
     assert row["rate"] == 0.02
 
 
+def test_an_l0_that_k_misses_at_every_rate_decides_nothing(config, subject, tmp_path, monkeypatch):
+    """On held-out text a fifth more latents are active than k; where the rate is too high, fewer."""
+    plan = config.plan(trainers=("SAELens",), rate=0.08, rate_range=(0.02, 0.08))
+    contest = Contest(plan, subject, tmp_path, lambda _: {}, print)
+
+    def scores(rate, k, dead):
+        l0 = k * (0.9 if rate == 0.08 else 1.2)
+        return {"fvu": {0.02: 0.21, 0.04: 0.25}.get(rate, 0.34) * (l0 / 4) ** -0.5, "l0": l0, "dead_fraction": 0.0}
+
+    monkeypatch.setattr(contest, "_train", made(scores))
+    monkeypatch.setattr(contest, "_final", lambda trained: trained.scores)
+    (row,) = contest.rows("batchtopk")
+    assert row["rate"] == 0.02
+    assert row["scores"]["fvu"]["mean"] == pytest.approx(0.21)
+
+
 @pytest.mark.parametrize(("ratio", "factor"), [(1.0, 1.0), (1.21, 1.1), (0.81, 0.9), (2.0, 2.0), (0.25, 4.0)])
 def test_an_fvu_is_moved_to_the_target_l0_and_one_far_from_it_is_not_the_best(ratio, factor):
     assert rates.to_target(ratio, 1.0) == pytest.approx(factor)

@@ -288,9 +288,8 @@ class Contest:
         return self._subject.cost(moved) + away
 
     def _is_comparable(self, trained: Trained) -> bool:
-        """Return whether L0 is close to the target, or below it where k leaves it there: few scores gain by that."""
-        below = not trained.recipe.is_penalised and trained.l0 < self._plan.k
-        return self._is_close(trained.l0) or (below and not self._is_far(trained.l0))
+        """Return whether L0 is close to the target, or where k leaves it: every rate misses it alike on some text."""
+        return self._is_close(trained.l0) or (not trained.recipe.is_penalised and not self._is_far(trained.l0))
 
     def _is_close(self, l0: float) -> bool:
         return abs(l0 / self._plan.k - 1) <= self._plan.tolerance

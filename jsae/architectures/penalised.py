@@ -138,8 +138,7 @@ class Gated(Penalised):
 
         decoder_rate: float = number(3.0, FACTOR)
         aux_coefficient: float = number(0.3, WEIGHT)
-        """Weight of AuxK: with 1/8 more latents died on a synthetic world; with 1 most died at 1.5 times the default rate at a
-        nanochat's last layer, and a tenth with a larger L0."""
+        """Weight of AuxK: with 1/8 more latents died on a synthetic world, with 1 on a nanochat's last layer."""
         revival_coefficient: float = number(6e-2, WEIGHT)
         """Weight of the pull on dead latents: with 0.02 most latents died at rates 1.5 to 2 times the default."""
         l1_coefficient: float = number(5.0, WEIGHT)

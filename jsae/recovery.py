@@ -106,9 +106,10 @@ def scores(
         not sae.is_transcoder and sae.d_in == world.d_in,
         f"this SAE reads activations of width {sae.d_in} and returns {sae.d_out}: the world has {world.d_in}",
     )
+    batches = heldout(world, num_samples, seed) if samples is None else samples
     cosines = cosine_similarities(np.asarray(sae.W_dec), np.asarray(world.features))
     matches, total, n = cosines.argmax(1), None, 0
-    for acts, values in heldout(world, num_samples, seed) if samples is None else samples:
+    for acts, values in batches:
         n += len(acts)
         latents = sae.encode(acts)
         counts = jax.device_get(_counts(acts, values, latents, sae.decode(latents), jnp.asarray(matches)))

@@ -132,11 +132,9 @@ def test_another_seed_or_rate_compiles_nothing(tmp_path):
     made, programs = [], []
     with quality_sides.compiled_once():
         for seed, rate in enumerate((1e-3, 3e-3)):
-            folder = tmp_path / str(seed)
-            assert quality_sides.train_here(job | {"seed": seed, "rate": rate, "folder": str(folder)}, tmp_path)[
-                "finite"
-            ]
-            made.append(jsae.load(folder).W_dec)
+            job |= {"seed": seed, "rate": rate, "folder": str(tmp_path / str(seed))}
+            assert quality_sides.train_here(job, tmp_path)["finite"]
+            made.append(jsae.load(job["folder"]).W_dec)
             programs.append({path.name for path in Path(jax.config.jax_compilation_cache_dir).glob("*-cache")})
     assert programs[0]
     assert programs[1] == programs[0]

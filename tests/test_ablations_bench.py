@@ -81,6 +81,8 @@ def test_parts_are_settings_that_differ_from_the_defaults(recipe):
 def test_unknown_recipes_and_sizes_that_cannot_be_measured_are_refused():
     with pytest.raises(ValueError, match=r"recipes must be some of topk, .*, got l0"):
         ablations.Config(recipes=("l0",))
+    with pytest.raises(ValueError, match=r"no change of topk begins with 'AuxK: none': choose of .*encoder_start: 1"):
+        ablations.Config(recipes=("topk",), changes=("with hier", "AuxK: none"))
     with pytest.raises(ValueError, match="seeds must be at least 1"):
         ablations.Config(seeds=0)
     with pytest.raises(ValueError, match="less than 100 batches"):

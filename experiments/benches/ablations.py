@@ -48,6 +48,12 @@ class Config(quality_runs.Sizes):
         if not self.recipes or not set(self.recipes) <= set(RECIPES):
             given = ", ".join(self.recipes) or "none"
             raise ValueError(f"recipes must be some of {', '.join(RECIPES)}, got {given}")
+        if self.changes:
+            names = tuple(dict.fromkeys(name for recipe in self.recipes for name, _, _ in changes(recipe, 64, 256, 4)))
+            unknown = [start for start in self.changes if not any(name.startswith(start) for name in names)]
+            if unknown:
+                given = f"{', '.join(self.recipes)} begins with {', '.join(map(repr, unknown))}"
+                raise ValueError(f"no change of {given}: choose of {', '.join(names)}")
         super().__post_init__()
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from jsae import control
-from jsae.architectures import JumpReLU, ReLU, sae_config
+from jsae.architectures import Gated, JumpReLU, ReLU, sae_config
 from jsae.settings import ConfigError
 
 RELU = ReLU.control_law
+GATED = Gated.control_law
 JUMPRELU = JumpReLU.control_law
 
 
@@ -36,12 +37,12 @@ def led(
     return l0s, strengths
 
 
-@pytest.mark.parametrize("law", [RELU, JUMPRELU])
+@pytest.mark.parametrize(("law", "last"), [(RELU, 100), (GATED, 200), (JUMPRELU, 200)])
 @pytest.mark.parametrize("gain", [0.5, 1.0])
 @pytest.mark.parametrize("target", [16.0, 64.0])
-def test_l0_arrives_at_its_target_and_stays(target, gain, law):
+def test_l0_arrives_at_its_target_and_stays(target, gain, law, last):
     l0, _ = led(target, law, gain)
-    np.testing.assert_allclose(l0[-200:], target, rtol=0.05)
+    np.testing.assert_allclose(l0[-last:], target, rtol=0.05)
 
 
 def test_the_penalty_hardly_exceeds_the_strength_that_it_needs_in_the_end():

@@ -21,12 +21,12 @@ ARCHITECTURES = {
 RUN = TrainConfig(num_activations=200 * N, batch_size=N, learning_rate=0.03, dead_after=N)
 
 
-def sae_of(name: str, **settings) -> SAE:
-    config = sae_config(name.replace("counted", "jumprelu"), D, F, **ARCHITECTURES[name], **settings)
+def sae_of(name: str, d_sae: int = F, **settings) -> SAE:
+    config = sae_config(name.replace("counted", "jumprelu"), D, d_sae, **ARCHITECTURES[name], **settings)
     sae = make(config, key=jax.random.key(0))
     sae.W_enc[...] *= 0.3
     if name == "gated":
-        sae.b_gate[...] = jax.random.normal(jax.random.key(2), (F,)) / 9
+        sae.b_gate[...] = jax.random.normal(jax.random.key(2), (d_sae,)) / 9
     return sae
 
 
@@ -59,6 +59,16 @@ def test_the_loss_of_dead_latents_is_how_far_they_are_below_their_thresholds(nam
     added = loss(sae, dead) - loss(sae, np.zeros(F, bool))
     np.testing.assert_allclose(added, expected, rtol=2e-4)
     assert loss(sae, None) == loss(sae, np.zeros(F, bool))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("d_sae", "gated_share"), [(60, 1 / 3), (240, 0.3)], ids=["a_sixtieth", "a_240th"])
+def test_few_dead_latents_of_gated_are_pulled_less(name, d_sae, gated_share):
+    sae, dead = sae_of(name, d_sae=d_sae, revival_coefficient=5.0), np.arange(d_sae) == 7
+    expected = 5 * below_thresholds(sae)[7] * (gated_share if name == "gated" else 1)
+    assert expected > 0.01
+    added = loss(sae, dead) - loss(sae, np.zeros(d_sae, bool))
+    np.testing.assert_allclose(added, expected, rtol=1e-2)  # a difference of sums in float32
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -20,6 +20,8 @@ from jsae.settings import FACTOR, FRACTION, WEIGHT, Range, number, require
 
 _TARGET = Range(1e-6, 2**28, "lie between 0 and d_sae, and be at least 1e-6")
 _LEAST_THRESHOLD = 1e-6  # of an SAE that training continues, in units where inputs have a mean square of 1
+_MANY_DEAD = 0.05  # share of dead latents from which on the pull of Gated is whole
+_LEAST_PULL = 0.3  # of Gated, as a fraction of the whole
 _USUAL_L0 = 32  # assumed where L0 has no target
 _THRESHOLD = Range(1e-30, 1e30, "be finite and positive, from 1e-30 to 1e30")
 
@@ -35,7 +37,7 @@ class PenalisedConfig(SAEConfig):
     target_l0: float | None = number(None, _TARGET)  # type: ignore[misc]  # a class variable of other architectures
     """A controller moves the sparsity penalty until this many latents are active per token."""
     target_l0_fraction: float | None = number(None, FRACTION)  # type: ignore[misc]
-    """Fraction of the run after which L0 is to be at `target_l0` (`jsae.control`); None is 0.85, of JumpReLU 0.6."""
+    """Fraction of the run after which L0 is `target_l0`; None is 1 for ReLU, 0.85 for Gated, 0.6 for JumpReLU."""
     revival_coefficient: float = number(2e-2, WEIGHT)
     """Weight of the loss that pulls the pre-activations of dead latents up to their thresholds."""
     aux_coefficient: float = number(1 / 8, WEIGHT)
@@ -76,6 +78,7 @@ class ReLU(Penalised):
     name = "relu"
     form = "standard"
     maps = 1
+    control_law = Law(fraction=1.0)
 
     b_enc: nnx.Param[Float[Array, " f"]]
 
@@ -140,7 +143,11 @@ class Gated(Penalised):
         aux_coefficient: float = number(0.3, WEIGHT)
         """Weight of AuxK: with 1/8 more latents died on a synthetic world, with 1 on a nanochat's last layer."""
         revival_coefficient: float = number(6e-2, WEIGHT)
-        """Weight of the pull on dead latents: with 0.02 most latents died at rates 1.5 to 2 times the default."""
+        """Weight of the pull on dead latents where at least 5 % are dead; down to 0.3 of it where fewer are.
+
+        With 0.02 most latents died at rates 1.5 to 2 times the default. A weaker pull leaves AuxK time to find
+        directions that are worth firing for, and fewer latents die again.
+        """
         l1_coefficient: float = number(5.0, WEIGHT)
         """Weight of the L1 penalty."""
 
@@ -163,7 +170,7 @@ class Gated(Penalised):
         opened, below = (total / len(gate) for total in sums)
         W_dec, b_dec = jax.lax.stop_gradient((self.W_dec[...], self.b_dec[...]))
         sparsity = context.strength * self.config.l1_coefficient * losses.l1(opened, W_dec)
-        sparsity += revival(self.config, context, below)
+        sparsity += _share_of_pull(context) * revival(self.config, context, below)
         return sparsity + losses.squared_error(forward.y, context.ops.matmul(gate, W_dec) + b_dec)
 
     def inference_arrays(self) -> Arrays:
@@ -277,6 +284,13 @@ class JumpReLU(Penalised):
         """Return the encoder bias and the log of thresholds of at least 1e-6: smaller ones might have no logarithm."""
         thresholds = jnp.maximum(arrays["threshold"], _LEAST_THRESHOLD)
         return {"b_enc": arrays["b_enc"], "log_threshold": jnp.log(thresholds)}
+
+
+def _share_of_pull(context: Context) -> Float[Array, ""] | float:
+    """Return a factor on the revival of dead latents: min(share / 0.05, 1), but at least 0.3; 1 where none is dead."""
+    if context.dead is None:
+        return 1.0
+    return jnp.clip(context.dead.mean() / _MANY_DEAD, _LEAST_PULL, 1)
 
 
 def revival(config: PenalisedConfig, context: Context, below: Float[Array, " f"]) -> Float[Array, ""]:

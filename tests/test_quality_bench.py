@@ -325,7 +325,7 @@ def test_on_a_synthetic_world_the_recovery_chooses(contest, folder, tmp_path):
     ours, default = both.rows("batchtopk")
     assert (ours["chosen_by"], default["chosen_by"]) == ("f1 at L0 4", None)
     tried = {t["rate"]: t["f1"] for t in ours["tried"]}
-    assert list(tried) == [None, 0.01, 0.02]
+    assert list(tried) == [None, 0.02], "the default stands for 0.01"
     assert tried[ours["rate"]] >= max(tried.values()) - 0.05
     both.at(6)
     again, _ = both.rows("batchtopk")
@@ -435,7 +435,7 @@ def test_the_search_of_this_project_begins_at_its_default_rate_which_is_one_to_c
     plan = config.plan(trainers=(OURS,), rate_range=(0.0025, 0.64))
     contest = Contest(plan, subject, tmp_path, lambda _: {}, print)
     asked: list[float | None] = []
-    fvu = {None: 0.1, 0.01: 0.3, 0.02: 0.4, 0.04: 0.9, 0.16: 0.11, 0.32: 0.2}
+    fvu = {None: 0.1, 0.01: 0.3, 0.02: 0.4, 0.04: 0.9, 0.08: 0.11, 0.16: 0.0, 0.32: 0.2}
 
     def trained(recipe, rate, seed, coefficient, *, nothing_given=False, **_):
         asked.append(rate)
@@ -445,8 +445,8 @@ def test_the_search_of_this_project_begins_at_its_default_rate_which_is_one_to_c
     monkeypatch.setattr(contest, "_train", trained)
     monkeypatch.setattr(contest, "_final", lambda one: one.scores)
     ours, default = contest.rows("relu")
-    assert asked[:2] == [None, 0.16]
-    assert 0.02 not in asked
+    assert asked[:2] == [None, 0.08], "the default stands for its place, 0.16"
+    assert not {0.02, 0.16} & set(asked)
     assert (ours["chosen"], default["chosen"]) == (OWN, NOTHING)
     assert ours["scores"] == default["scores"]
 
@@ -541,6 +541,56 @@ def test_secants_find_the_strength():
 
 def test_a_strength_with_which_training_diverges_is_halved():
     assert quality_search.next_strength([(4.0, math.nan)], 32) == 2
+
+
+@pytest.mark.parametrize(
+    ("l0s", "given_up"),
+    [
+        ([500.0], False),
+        ([500.0, 100.0], True),
+        ([500.0, 60.0], False),
+        ([1.0, 2.0], True),
+        ([24.0, 48.0], False),
+        ([40.0, 44.0], True),
+        ([40.0, 41.0], False),
+        ([20.0, 28.0, 44.0], True),
+        ([20.0, 44.0, 35.0], False),
+        ([math.nan, 30.0], False),
+        ([math.nan, math.nan], True),
+        ([40.0, math.nan], True),
+    ],
+)
+def test_a_search_that_leads_nowhere_is_given_up(l0s, given_up):
+    assert quality_search.is_hopeless(l0s, 32) == given_up
+
+
+def test_a_search_at_another_l0_starts_from_what_the_rate_gave_before(config, subject, tmp_path, monkeypatch):
+    """L0 is 40 / strength**0.8: two strengths at one L0 tell that of the next."""
+    contest = Contest(config.plan(trainers=("SAELens",), tries=6), subject, tmp_path, lambda _: {}, print)
+    asked: list[float] = []
+
+    def trained(recipe, rate, seed, coefficient, **_):
+        asked.append(coefficient)
+        scores = {"fvu": 0.1, "l0": 40 / coefficient**0.8, "dead_fraction": 0.0}
+        return Trained(recipe, rate, seed, coefficient, tmp_path, 4, False, 1.0, scores)
+
+    monkeypatch.setattr(contest, "_train", trained)
+    recipe = Recipe("SAELens", "relu", 2.0)
+    *_, found = contest._near_target(recipe, 0.02)
+    assert found.l0 == pytest.approx(4, rel=0.04)
+    contest.at(8)
+    asked.clear()
+    (only,) = contest._near_target(recipe, 0.02)
+    assert only.l0 == pytest.approx(8, rel=0.04)
+    other = contest._near_target(recipe, 0.04)
+    assert other[0].coefficient == only.coefficient, "another rate starts from the strength of the one before"
+    contest.at(4)
+    aiming = dataclasses.replace(recipe, aims=True)
+    contest._near_target(aiming, 0.02)
+    contest.at(8)
+    asked.clear()
+    contest._near_target(aiming, 0.02)
+    assert asked[0] == pytest.approx(found.coefficient), "this strength gives another L0 where another one is asked for"
 
 
 def test_a_peer_that_ends_says_why(tmp_path):

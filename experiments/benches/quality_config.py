@@ -22,6 +22,8 @@ class Recipe:
     """The architecture, and the variant if the trainer has several."""
     coefficient: float | None = None
     """Start of the search for the strength of a peer's penalty; None where a number sets L0 directly."""
+    aims: bool = False
+    """True if a peer is given the L0 too, so that the same strength gives another L0 where another one is asked for."""
 
     @property
     def architecture(self) -> str:
@@ -68,7 +70,7 @@ RECIPES: Mapping[str, tuple[Recipe, ...]] = {
     "jumprelu": (
         Recipe("SAELens", "jumprelu step", 5.0),
         Recipe("SAELens", "jumprelu tanh", 10.0),
-        Recipe("dictionary_learning", "jumprelu", 1.0),
+        Recipe("dictionary_learning", "jumprelu", 1.0, aims=True),
         Recipe(OURS, "jumprelu tanh"),
         Recipe(OURS, "jumprelu l0"),
     ),

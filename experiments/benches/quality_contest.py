@@ -32,6 +32,8 @@ _OFF = 0.02
 """The same where the k of a recipe should give the target: rates are then compared with the scores' slope in L0."""
 _APART = 1.25
 """Factor on k, or on the strength, of a second SAE that is trained for that."""
+_GRID = 0.03
+"""Distance in log L0 of the targets that jsae is asked for where L0 misses the first: rates share compiled programs."""
 
 _MEASURED = ("l0", "dead_fraction", "dead_in_training", "dead_latents", "true_l0", "seconds")
 """Scores that are reported as they were measured; the others are interpolated to the target L0."""
@@ -89,6 +91,7 @@ class Contest:
         self._done: dict[tuple[Any, ...], Trained] = {}
         self._places: dict[Recipe, int] = {}
         self._strengths: dict[Recipe, float] = {}
+        self._seen: dict[tuple[Recipe, float | None], list[tuple[float, float]]] = {}
         self._slopes: dict[Recipe, dict[str, float]] = {}
 
     def at(self, k: int) -> None:
@@ -120,7 +123,8 @@ class Contest:
         """
         tried = [] if default is None else [default]
         for recipe in recipes:
-            tried += self._search_rate(recipe, None if default is None else default.peak)
+            is_its = default is not None and default.recipe == recipe
+            tried += self._search_rate(recipe, default if is_its else None)
         finite = [t for t in tried if t.scores]
         if not finite:
             return {"trainer": recipes[0].trainer, "recipe": recipes[0].name, "failed": "every run diverged"}
@@ -186,31 +190,38 @@ class Contest:
 
     # ---- searches -------------------------------------------------------------------------------------------------
 
-    def _search_rate(self, recipe: Recipe, default: float | None = None) -> list[Trained]:
-        """Return the SAEs of a search for the rate with the lowest cost.
+    def _search_rate(self, recipe: Recipe, default: Trained | None = None) -> list[Trained]:
+        """Return the SAEs of a search for the rate with the lowest cost, but `default`.
 
         It begins with the rate that was best at the L0 before; else with the best rate of another recipe of the trainer
         for the same architecture; else with the trainer's default rate, where it is given; else with the plan's.
         Another trainer's default is tried first: its number is not known, and it is made for far longer runs.
+
+        Args:
+          recipe: the recipe.
+          default: jsae's SAE with nothing given, which stands for the place that is nearest to its rate.
         """
         runs: list[Trained] = []
 
-        def cost(rate: float | None) -> float:
-            tries = self._near_target(recipe, rate)
-            runs.extend(tries)
+        def cost(rate: float | None, first: Trained | None = None) -> float:
+            tries = self._near_target(recipe, rate, first)
+            runs.extend(t for t in tries if t is not default)
             closest = min(tries, key=lambda t: quality_search.distance(t.l0, self._plan.k))
             return self._cost(closest, self._slopes_at(closest, tries))
 
         start, low, high = self._plan.places
-        start = start if default is None else self._plan.place_of(default)
+        own = None if default is None or default.peak is None else self._plan.place_of(default.peak)
+        start = start if own is None else own
         known = recipe in self._places
         if not self._plan.search or (not known and recipe.trainer != OURS):
             cost(None)
         if not self._plan.search:
             return runs
-        climb = functools.partial(
-            quality_search.climb, lambda place: cost(self._plan.rate_at(place)), low=low, high=high
-        )
+
+        def at(place: int) -> float:
+            return cost(None, default) if place == own else cost(self._plan.rate_at(place))
+
+        climb = functools.partial(quality_search.climb, at, low=low, high=high)
         steps = self._plan.next_steps if known else self._plan.steps
         self._places[recipe] = climb(start=self._places.get(recipe, self._of_sibling(recipe, start)), steps=steps)
         return runs
@@ -222,28 +233,44 @@ class Contest:
         ]
         return self._places[alike[-1]] if alike else otherwise
 
-    def _near_target(self, recipe: Recipe, rate: float | None) -> list[Trained]:
-        """Return SAEs of one rate, the last or an earlier one of which is near the target L0 if that was found."""
-        first = self._strengths.get(recipe, recipe.coefficient)
+    def _near_target(self, recipe: Recipe, rate: float | None, first: Trained | None = None) -> list[Trained]:
+        """Return SAEs of one rate, the last or an earlier one of which is near the target L0 if that was found.
+
+        The search for a peer's strength starts from what the same rate gave when another L0 was the target; else from
+        the strength that was found for the rate before. `first` is the first SAE, where it is trained already.
+        """
         if recipe.coefficient is None:
-            return self._direct(recipe, rate)
+            return self._direct(recipe, rate, first)
+        seen = self._seen.setdefault((recipe, rate), [])
+        if recipe.aims:
+            seen.clear()
         tries: list[Trained] = []
         for _ in range(self._plan.tries):
-            strength = quality_search.next_strength(_points(tries), self._plan.k) if tries else first
+            known = any(math.isfinite(l0) for _, l0 in seen)
+            strength = (
+                quality_search.next_strength(seen, self._plan.k)
+                if tries or known
+                else self._strengths.get(recipe, recipe.coefficient)
+            )
             tries.append(self._train(recipe, rate, 0, strength))
+            seen.append((tries[-1].coefficient, tries[-1].l0))
             if self._is_close(tries[-1].l0):
                 self._strengths[recipe] = tries[-1].coefficient
                 break
+            if quality_search.is_hopeless([t.l0 for t in tries], self._plan.k):
+                break
         return tries
 
-    def _direct(self, recipe: Recipe, rate: float | None) -> list[Trained]:
+    def _direct(self, recipe: Recipe, rate: float | None, first: Trained | None = None) -> list[Trained]:
         """Return an SAE trained with k or a target L0, and a second one if L0 on held-out text misses the target."""
         target = self._first_coefficient(recipe)
-        runs = [self._train(recipe, rate, 0, target)]
+        runs = [first or self._train(recipe, rate, 0, target)]
         if not runs[0].scores:
             return runs
         if target is not None and not self._is_close(runs[0].l0):
-            runs.append(self._train(recipe, rate, 0, target * target / runs[0].l0))
+            off = round(math.log(target / runs[0].l0) / _GRID) * _GRID if runs[0].l0 > 0 else 0.0
+            how = {"nothing_given": runs[0].nothing_given}
+            runs.append(self._train(recipe, rate, 0, target * math.exp(off), **how))
         off = quality_search.distance(runs[0].l0, self._plan.k) > _OFF
         if target is None and off and recipe not in self._slopes:  # the same for all rates of a recipe with a k
             second = self._apart(runs[0])
@@ -369,10 +396,6 @@ def _line(trained: Trained, chosen_by: str) -> str:
     shown = " ".join(f"{'FVU' if name == 'fvu' else name} {trained.scores[name]:.4f}" for name in names)
     dead = trained.scores["dead_fraction"]
     return f"{line} {shown} L0 {trained.l0:.1f} dead {dead:.1%} {trained.seconds:.1f} s"
-
-
-def _points(tries: Sequence[Trained]) -> list[tuple[float, float]]:
-    return [(t.coefficient, t.l0) for t in tries]
 
 
 def _same_setting(a: Trained, b: Trained) -> bool:

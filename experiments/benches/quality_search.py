@@ -11,6 +11,11 @@ LONGEST_STEP = math.log(8)
 LOGARITHMIC = frozenset({"fvu"})
 """Scores that are interpolated by their logarithm."""
 
+_HOPELESS = math.log(3)
+"""Distance in log L0 of the better of two tries from which on a search for a strength is given up."""
+_AWAY = 0.05
+"""The same of how much farther away a try is than the one before."""
+
 _STEEPEST = 3.0
 """Largest |slope| that is believed: noise can make it any."""
 
@@ -70,6 +75,22 @@ def next_strength(tries: Sequence[tuple[float, float]], target: float) -> float:
     slope = (y[1] - y[0]) / (x[1] - x[0]) if len(points) > 1 and x[0] != x[1] else -1.0
     step = -y[0] / min(max(slope, -3.0), -0.3)
     return math.exp(x[0] + min(max(step, -LONGEST_STEP), LONGEST_STEP))
+
+
+def is_hopeless(l0s: Sequence[float], target: float) -> bool:
+    """Return whether a search for a strength is given up: after two tries L0 is still far away, or a try leads away.
+
+    A second try that is farther away on the other side of the target does not: the next one lies between the two.
+
+    Args:
+      l0s: what the tries gave, in their order; NaN where training diverged.
+      target: the L0.
+    """
+    if len(l0s) < 2:
+        return False
+    distances = [distance(l0, target) for l0 in l0s]
+    is_between = len(l0s) == 2 and min(l0s) < target < max(l0s)
+    return min(distances) > _HOPELESS or (distances[-1] > distances[-2] + _AWAY and not is_between)
 
 
 def slopes(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:

@@ -21,7 +21,6 @@ from jsae.settings import FACTOR, FRACTION, WEIGHT, Range, number, require
 _TARGET = Range(1e-6, 2**28, "lie between 0 and d_sae, and be at least 1e-6")
 _LEAST_THRESHOLD = 1e-6  # of an SAE that training continues, in units where inputs have a mean square of 1
 _MANY_DEAD = 0.05  # share of dead latents from which on the pull of Gated is whole
-_LEAST_PULL = 0.3  # of Gated, as a fraction of the whole
 _USUAL_L0 = 32  # assumed where L0 has no target
 _THRESHOLD = Range(1e-30, 1e30, "be finite and positive, from 1e-30 to 1e30")
 
@@ -143,10 +142,11 @@ class Gated(Penalised):
         aux_coefficient: float = number(0.3, WEIGHT)
         """Weight of AuxK: with 1/8 more latents died on a synthetic world, with 1 on a nanochat's last layer."""
         revival_coefficient: float = number(6e-2, WEIGHT)
-        """Weight of the pull on dead latents where at least 5 % are dead; down to 0.3 of it where fewer are.
+        """Weight of the pull on dead latents: with 0.02 most latents died at rates 1.5 to 2 times the default."""
+        revival_floor: float = number(0.3, FRACTION)
+        """Fraction of the pull that is left where few are dead: below a share of 5 % it falls with the share.
 
-        With 0.02 most latents died at rates 1.5 to 2 times the default. A weaker pull leaves AuxK time to find
-        directions that are worth firing for, and fewer latents die again.
+        A weaker pull leaves AuxK time to find a direction that is worth firing for, so fewer latents die again.
         """
         l1_coefficient: float = number(5.0, WEIGHT)
         """Weight of the L1 penalty."""
@@ -170,7 +170,7 @@ class Gated(Penalised):
         opened, below = (total / len(gate) for total in sums)
         W_dec, b_dec = jax.lax.stop_gradient((self.W_dec[...], self.b_dec[...]))
         sparsity = context.strength * self.config.l1_coefficient * losses.l1(opened, W_dec)
-        sparsity += _share_of_pull(context) * revival(self.config, context, below)
+        sparsity += _share_of_pull(self.config, context) * revival(self.config, context, below)
         return sparsity + losses.squared_error(forward.y, context.ops.matmul(gate, W_dec) + b_dec)
 
     def inference_arrays(self) -> Arrays:
@@ -286,11 +286,11 @@ class JumpReLU(Penalised):
         return {"b_enc": arrays["b_enc"], "log_threshold": jnp.log(thresholds)}
 
 
-def _share_of_pull(context: Context) -> Float[Array, ""] | float:
-    """Return a factor on the revival of dead latents: min(share / 0.05, 1), but at least 0.3; 1 where none is dead."""
+def _share_of_pull(config: Gated.Config, context: Context) -> Float[Array, ""] | float:
+    """Return min(share of dead latents / 0.05, 1), but at least `revival_floor`; 1 where none is dead."""
     if context.dead is None:
         return 1.0
-    return jnp.clip(context.dead.mean() / _MANY_DEAD, _LEAST_PULL, 1)
+    return jnp.clip(context.dead.mean() / _MANY_DEAD, config.revival_floor, 1)
 
 
 def revival(config: PenalisedConfig, context: Context, below: Float[Array, " f"]) -> Float[Array, ""]:

@@ -470,6 +470,16 @@ def made(scores):
     return trained
 
 
+@pytest.mark.parametrize(("l0", "corrected"), [(5.0, 4 * math.exp(-0.21)), (0.0, 48), (0.01, 48)])
+def test_a_target_is_corrected_in_steps_of_three_percent_up_to_all_latents(
+    config, subject, tmp_path, monkeypatch, l0, corrected
+):
+    contest = Contest(config.plan(trainers=(OURS,)), subject, tmp_path, lambda _: {}, print)
+    monkeypatch.setattr(contest, "_train", made(lambda rate, k, dead: {"fvu": 0.1, "l0": l0, "dead_fraction": 0.0}))
+    first, second = contest._near_target(Recipe(OURS, "relu"), 0.02)
+    assert (first.coefficient, second.coefficient) == (4, pytest.approx(corrected))
+
+
 @pytest.mark.parametrize(("better", "chosen"), [(0.015, 0.015), (0.1, 0.1)])
 def test_another_trainers_dead_latents_are_those_of_the_better_of_two_silences(
     config, subject, tmp_path, monkeypatch, better, chosen

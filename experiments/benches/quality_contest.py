@@ -91,7 +91,7 @@ class Contest:
         self._done: dict[tuple[Any, ...], Trained] = {}
         self._places: dict[Recipe, int] = {}
         self._strengths: dict[Recipe, float] = {}
-        self._seen: dict[tuple[Recipe, float | None], list[tuple[float, float]]] = {}
+        self._seen: dict[tuple[Recipe, float | None, int | None], list[tuple[float, float]]] = {}
         self._slopes: dict[Recipe, dict[str, float]] = {}
 
     def at(self, k: int) -> None:
@@ -123,8 +123,7 @@ class Contest:
         """
         tried = [] if default is None else [default]
         for recipe in recipes:
-            is_its = default is not None and default.recipe == recipe
-            tried += self._search_rate(recipe, default if is_its else None)
+            tried += self._search_rate(recipe, default if recipe == recipes[0] else None)
         finite = [t for t in tried if t.scores]
         if not finite:
             return {"trainer": recipes[0].trainer, "recipe": recipes[0].name, "failed": "every run diverged"}
@@ -241,17 +240,11 @@ class Contest:
         """
         if recipe.coefficient is None:
             return self._direct(recipe, rate, first)
-        seen = self._seen.setdefault((recipe, rate), [])
-        if recipe.aims:
-            seen.clear()
+        seen = self._seen.setdefault((recipe, rate, self._plan.k if recipe.aims else None), [])
         tries: list[Trained] = []
         for _ in range(self._plan.tries):
-            known = any(math.isfinite(l0) for _, l0 in seen)
-            strength = (
-                quality_search.next_strength(seen, self._plan.k)
-                if tries or known
-                else self._strengths.get(recipe, recipe.coefficient)
-            )
+            first_of_rate = self._strengths.get(recipe, recipe.coefficient)
+            strength = quality_search.next_strength(seen, self._plan.k) if seen else first_of_rate
             tries.append(self._train(recipe, rate, 0, strength))
             seen.append((tries[-1].coefficient, tries[-1].l0))
             if self._is_close(tries[-1].l0):
@@ -268,9 +261,9 @@ class Contest:
         if not runs[0].scores:
             return runs
         if target is not None and not self._is_close(runs[0].l0):
-            off = round(math.log(target / runs[0].l0) / _GRID) * _GRID if runs[0].l0 > 0 else 0.0
-            how = {"nothing_given": runs[0].nothing_given}
-            runs.append(self._train(recipe, rate, 0, target * math.exp(off), **how))
+            steps = round(math.log(target / max(runs[0].l0, 0.1)) / _GRID)
+            corrected = min(target * math.exp(steps * _GRID), self._plan.d_sae)
+            runs.append(self._train(recipe, rate, 0, corrected, nothing_given=runs[0].nothing_given))
         off = quality_search.distance(runs[0].l0, self._plan.k) > _OFF
         if target is None and off and recipe not in self._slopes:  # the same for all rates of a recipe with a k
             second = self._apart(runs[0])

@@ -37,6 +37,7 @@ _TYPICAL_L0 = 32.0
 _HIGHEST_RATE = 0.05
 _SWEPT = 2**18
 _LONGEST_SWEPT = 2**20
+_SWEPT_WIDTH = 128
 _TAIL_FADES = 0.1
 _DEAD_FRACTION = 0.015
 _LONGEST_SILENCE = 10_000_000
@@ -152,12 +153,15 @@ class TrainConfig(Json):
         were fitted to sweeps on activations of two language models and of a synthetic world (docs/performance.md).
         `rate_scale` is the architecture's; k is its target L0, or 32, where it has no k. Where an architecture has a
         `length_exponent`, the rate is higher for longer runs: times (num_activations / 2^18)^length_exponent between
-        2^18 and 2^20 activations, and by the same factor as there beyond.
+        2^18 and 2^20 activations, and by the same factor as there beyond. Where it has a `width_exponent`, the rate is
+        lower for wider activations: times (128 / d_in)^width_exponent. ReLU's falls about as 1 / d_in, as Adam's rate
+        does in muP (Yang et al. 2022, arXiv 2203.03466): a step moves a pre-activation by up to d_in times the rate,
+        and ReLU compares it with zero, where TopK compares it with others that have moved too.
         """
         k = sae.k or sae.target_l0 or _TYPICAL_L0
         noise = (min(k / sae.d_sae, 1) * math.sqrt(self.batch_size)) ** (1 / 3)
         rate = sae.rate_scale * _DIFFUSION * noise / math.sqrt(sae.d_in * max(self.num_steps, 1))
-        return min(rate * self.length_gain(sae), _HIGHEST_RATE)
+        return min(rate * self.length_gain(sae) * (_SWEPT_WIDTH / sae.d_in) ** sae.width_exponent, _HIGHEST_RATE)
 
     def rate_for(self, sae: "SAEConfig", heaviness: Scalar) -> Scalar:
         """Return the peak learning rate where none is given, for activations of a heaviness.

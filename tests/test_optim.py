@@ -82,6 +82,10 @@ def test_a_rate_that_is_not_given_depends_on_architecture_and_target():
     assert default_rate(num_activations=2**17, architecture="relu") == pytest.approx(relu * 2**0.5)
     assert default_rate(num_activations=2**20, architecture="relu") == pytest.approx(relu / 2 * 4**0.25)
     assert default_rate(num_activations=2**22, architecture="relu") == pytest.approx(relu / 4 * 4**0.25)
+    assert default_rate(architecture="relu", d_in=512) == pytest.approx(relu / 2 / 4**0.6), "faster with width"
+    assert default_rate(architecture="jumprelu", d_in=512) == pytest.approx(1.1 * once / 2 / 4**0.25)
+    longer = default_rate(num_activations=2**20, architecture="jumprelu")
+    assert longer == pytest.approx(1.1 * once / 2 * 4**0.2)
     assert default_rate(architecture="jumprelu") == pytest.approx(1.1 * once), "without a target as with 32"
     assert default_rate(architecture="jumprelu", jump_recipe="l0") == pytest.approx(0.7 * once)
 

@@ -70,6 +70,8 @@ class SAEConfig:
     """Power of the heaviness of the activations' tails by which the default rate is divided (`TrainConfig`)."""
     length_exponent: ClassVar[float] = 0.0
     """Power of a run's length by which the default rate falls less than with the root of the steps (`TrainConfig`)."""
+    width_exponent: ClassVar[float] = 0.0
+    """Power of d_in by which the default rate falls faster than with the root of d_in (`TrainConfig`)."""
     k: ClassVar[int | None] = None
     """Active latents per token, of architectures that select so many."""
     target_l0: ClassVar[float | None] = None

@@ -88,6 +88,7 @@ class ReLU(Penalised):
         rate_scale = 3.8
         tail_exponent = 0.8
         length_exponent = 0.25
+        width_exponent = 0.6
 
         l1_coefficient: float = number(5.0, WEIGHT)
         """Weight of the L1 penalty."""
@@ -200,6 +201,8 @@ class JumpReLU(Penalised):
     class Config(PenalisedConfig):
         """Settings of JumpReLU."""
 
+        width_exponent = 0.25
+
         decoder_rate: float = number(3.0, FACTOR)
         l0_coefficient: float = number(5.0, WEIGHT)
         """Weight of the sparsity penalty."""
@@ -223,6 +226,11 @@ class JumpReLU(Penalised):
         def tail_exponent(self) -> float:  # type: ignore[override]
             """Power of the heaviness of tails by which the default learning rate is divided."""
             return 0.4 if self.jump_recipe == "l0" else 0.5
+
+        @property
+        def length_exponent(self) -> float:  # type: ignore[override]
+            """Power of a run's length by which the default rate falls less than with the root of the steps."""
+            return 0.0 if self.jump_recipe == "l0" else 0.2
 
         @property
         def width(self) -> float:

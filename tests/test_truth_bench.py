@@ -5,7 +5,7 @@ from test_synthetic import TINY
 
 from experiments.benches import quality, quality_subjects, truth
 from experiments.benches.quality_config import OURS, Recipe
-from experiments.benches.quality_contest import Contest
+from experiments.benches.quality_contest import Contest, Trained
 from jsae.synthetic import SyntheticWorld
 
 
@@ -55,6 +55,23 @@ def test_the_preset_decides_what_is_not_given():
     assert truth.Config().sizes().d_sae == 256
     published = truth.Config(preset="published", d_sae=64, l0s=(5,)).sizes()
     assert (published.d_sae, published.l0s, published.num_activations) == (64, (5,), 200_000_000)
+
+
+@pytest.mark.parametrize(("every", "rates"), [(False, {None}), (True, {None, 0.02})])
+def test_the_rate_of_the_first_l0_stays_unless_it_is_searched_at_every_one(every, rates, tmp_path, monkeypatch):
+    config = truth.Config(rate=0.01, rate_range=(0.01, 0.02), trainers=(OURS,), l0s=(4, 6), search_every_l0=every)
+    on = quality_subjects.endless(tmp_path, SyntheticWorld(TINY), 100, "f1")
+    contest = Contest(truth._plan(config.sizes()), on, tmp_path, truth._no_peers, lambda line: None)
+
+    def trained(self, recipe, rate, seed, coefficient, **how):
+        scores = {"f1": 1 - (rate or 0.01), "l0": float(self._plan.k), "fvu": 0.1}  # the lowest rate is the best
+        return Trained(recipe, rate, seed, coefficient, scores=scores, folder=tmp_path, peak=0.01)
+
+    monkeypatch.setattr(Contest, "_train", trained)
+    monkeypatch.setattr("experiments.benches.quality_contest.recurring", lambda folders: {})
+    found = truth._at_every_l0(contest, "topk", config.l0s)
+    assert {t["rate"] for t in found[4][0]["tried"]} == {None, 0.02}, "jsae's default stands for 0.01"
+    assert {t["rate"] for t in found[6][0]["tried"]} == rates
 
 
 def test_published_scores_stand_beside_those_of_the_published_world():

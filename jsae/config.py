@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 else:
     Scalar = TypeVar("Scalar")  # no jax is imported for its sake
 
-RECIPE = 10
+RECIPE = 11
 """Raised whenever a run with the same settings trains differently. A run is resumed by its own recipe only."""
 
 _DIFFUSION = 2.3
@@ -38,6 +38,7 @@ _HIGHEST_RATE = 0.05
 _SWEPT = 2**18
 _LONGEST_SWEPT = 2**20
 _SWEPT_WIDTH = 128
+_SWEPT_DENSITY = 1 / 32
 _TAIL_FADES = 0.1
 _DEAD_FRACTION = 0.015
 _LONGEST_SILENCE = 10_000_000
@@ -156,12 +157,16 @@ class TrainConfig(Json):
         2^18 and 2^20 activations, and by the same factor as there beyond. Where it has a `width_exponent`, the rate is
         lower for wider activations: times (128 / d_in)^width_exponent. ReLU's falls about as 1 / d_in, as Adam's rate
         does in muP (Yang et al. 2022, arXiv 2203.03466): a step moves a pre-activation by up to d_in times the rate,
-        and ReLU compares it with zero, where TopK compares it with others that have moved too.
+        and ReLU compares it with zero, where TopK compares it with others that have moved too. A `density_exponent`
+        makes the rate depend less on the share of active latents: times (d_sae / 32 k)^density_exponent.
         """
         k = sae.k or sae.target_l0 or _TYPICAL_L0
-        noise = (min(k / sae.d_sae, 1) * math.sqrt(self.batch_size)) ** (1 / 3)
+        density = min(k / sae.d_sae, 1)
+        noise = (density * math.sqrt(self.batch_size)) ** (1 / 3)
         rate = sae.rate_scale * _DIFFUSION * noise / math.sqrt(sae.d_in * max(self.num_steps, 1))
-        return min(rate * self.length_gain(sae) * (_SWEPT_WIDTH / sae.d_in) ** sae.width_exponent, _HIGHEST_RATE)
+        rate *= self.length_gain(sae) * (_SWEPT_WIDTH / sae.d_in) ** sae.width_exponent
+        rate *= (_SWEPT_DENSITY / density) ** sae.density_exponent
+        return min(rate, _HIGHEST_RATE)
 
     def rate_for(self, sae: "SAEConfig", heaviness: Scalar) -> Scalar:
         """Return the peak learning rate where none is given, for activations of a heaviness.

@@ -129,6 +129,13 @@ def test_an_average_latent_fires_on_its_share_of_the_tokens():
     assert auxk.tokens_of(8, 64.0, 64) == 8
 
 
+def test_a_lifted_latent_learns_from_few_tokens_where_many_are_active():
+    assert auxk.lifted_tokens_of(512, 5.0, 256) == 10, "an average latent's"
+    assert auxk.lifted_tokens_of(512, 80.0, 1024) == 5, "as with an L0 of 10"
+    assert auxk.lifted_tokens_of(512, 128.0, 4096) == 4, "at least 4 ..."
+    assert auxk.lifted_tokens_of(512, 16.0, 4096) == 2, "... but not more than an average latent"
+
+
 def test_l1_weighs_latents_by_their_decoder_norm():
     latents, W_dec = jnp.array([[1.0, 2.0], [0.0, 4.0]]), jnp.array([[3.0, 4.0], [0.0, 1.0]])
     assert float(losses.l1(latents.mean(0), W_dec)) == pytest.approx((1 * 5 + 2 * 1 + 0 + 4 * 1) / 2)

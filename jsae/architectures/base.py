@@ -72,6 +72,8 @@ class SAEConfig:
     """Power of a run's length by which the default rate falls less than with the root of the steps (`TrainConfig`)."""
     width_exponent: ClassVar[float] = 0.0
     """Power of d_in by which the default rate falls faster than with the root of d_in (`TrainConfig`)."""
+    density_exponent: ClassVar[float] = 0.0
+    """Power of k / d_sae by which the default rate rises less than with its cube root (`TrainConfig`)."""
     k: ClassVar[int | None] = None
     """Active latents per token, of architectures that select so many."""
     target_l0: ClassVar[float | None] = None

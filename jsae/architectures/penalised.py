@@ -21,7 +21,7 @@ from jsae.settings import FACTOR, FRACTION, WEIGHT, Range, number, require
 _TARGET = Range(1e-6, 2**28, "lie between 0 and d_sae, and be at least 1e-6")
 _LEAST_THRESHOLD = 1e-6  # of an SAE that training continues, in units where inputs have a mean square of 1
 _MANY_DEAD = 0.05  # share of dead latents from which on the pull of Gated is whole
-_USUAL_L0 = 32  # assumed where L0 has no target
+_USUAL_L0 = 32.0  # assumed where L0 has no target
 _THRESHOLD = Range(1e-30, 1e30, "be finite and positive, from 1e-30 to 1e30")
 
 
@@ -64,7 +64,7 @@ class Penalised(Reviving):
     def loss_of_dead(self, forward: Forward) -> Float[Array, ""]:
         """Return AuxK of values without a gradient to the bias, which the pull up to thresholds moves."""
         bias = jax.lax.stop_gradient(getattr(self, self.gate_bias)[...])
-        return self.auxk(forward, bias, float(self.config.target_l0 or _USUAL_L0), lifted=True)
+        return self.auxk(forward, bias, self.config.target_l0 or _USUAL_L0, lifted=True)
 
 
 class ReLU(Penalised):
@@ -89,6 +89,7 @@ class ReLU(Penalised):
         tail_exponent = 0.8
         length_exponent = 0.25
         width_exponent = 0.6
+        density_exponent = 1 / 6
 
         l1_coefficient: float = number(5.0, WEIGHT)
         """Weight of the L1 penalty."""

@@ -83,11 +83,11 @@ def test_its_gradient_reaches_the_encoder_of_the_dead_alone_and_no_decoder(name)
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_latents_that_never_fire_come_back(name):
-    """Latents whose bias is far too low fire again after a short run, and do not without the loss."""
+    """Latents whose bias is far too low fire again after a short run by the pull alone, and do not without it."""
     dead = np.arange(F) < 6
     fired = {}
     for coefficient in (0.0, 0.5):
-        config = sae_of(name, revival_coefficient=coefficient).config
+        config = sae_of(name, revival_coefficient=coefficient, aux_coefficient=0.0).config
         state = begin(config, RUN, x())
         bias = "b_gate" if name == "gated" else "b_enc"
         array = getattr(state.sae, bias)

@@ -28,9 +28,9 @@ def tokens_of(n: int, l0: float, d_sae: int) -> int:
 def lifted_tokens_of(n: int, l0: float, d_sae: int) -> int:
     """Return `tokens_of`, but for an L0 of at most 10 where that leaves at least 4 tokens.
 
-    Lifted latents of many tokens each, all at once, grow by overshooting, and kill others where they come to life: of a
-    ReLU SAE on a nanochat's middle layer with an L0 of 80, 78 % died, and without AuxK none. Where few tokens of a
-    batch are left to a latent, fewer than 4 teach it too little: more died.
+    Lifted latents that learn on many tokens each, all at once, kill others where they come to life: of a ReLU SAE on a
+    nanochat's middle layer with an L0 of 80, 78 % died, and without AuxK none. Where a batch has few tokens for a
+    latent, fewer than 4 teach it too little: more died.
     """
     average = tokens_of(n, l0, d_sae)
     return min(average, max(tokens_of(n, min(l0, _LARGEST_L0), d_sae), _FEWEST_TOKENS))

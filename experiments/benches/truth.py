@@ -2,9 +2,10 @@
 
 The world is that of SynthSAEBench (arXiv 2602.14687), `jsae.synthetic`; the scores are `jsae.recovery`'s, which are
 SAELens's too. --preset=small fits two cores: every trainer reads the same samples in the same order, at several L0s.
-Its learning rate is the one with the highest F1 at the first L0, searched in factors of 2 from --rate, or from jsae's
-default, beside the trainer's own; with --search_every_l0 the search goes on at the others. All scores are interpolated
-to the L0, as in `bench quality`. jsae is also trained with nothing given but sizes and L0.
+Its learning rate is the one with the highest F1, searched in factors of 2 from --rate, or from jsae's default, beside
+the trainer's own. With --nosearch_every_l0 the first L0 decides, which takes less time, but another rate may be the best
+at the others. All scores are interpolated to the L0, as in `bench quality`. jsae is also trained with nothing given but
+sizes and L0.
 Three seeds; means, with half of the range.
 
 --preset=published is SynthSAEBench-16k, for a GPU: jsae alone, on samples that are made on the device, beside the
@@ -81,7 +82,7 @@ class Config:
     preset: Literal["small", "published"] = flag("small", "World and sizes: for two cores, or for a GPU.")
     architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures to compare.")
     trainers: tuple[str, ...] = flag(TRAINERS, "Trainers to compare; of the published world jsae alone.")
-    l0s: tuple[int, ...] | None = flag(None, "L0s to compare at; the first one decides the learning rate.")
+    l0s: tuple[int, ...] | None = flag(None, "L0s to compare at; the search for a rate begins with the one before.")
     d_sae: int | None = flag(None, "Latents.")
     num_activations: int | None = flag(None, "Samples that every SAE is trained on.")
     batch_size: int | None = flag(None, "Samples per step.")
@@ -90,7 +91,7 @@ class Config:
     rate_range: tuple[float, ...] = flag((9e-5, 4.8e-2), "Lowest and highest learning rate of the search.")
     samples: int | None = flag(None, "Held-out samples to score on.")
     search: bool = flag(True, "Search the best learning rate; if not, every trainer has its default.")
-    search_every_l0: bool = flag(False, "Search it again at every further L0, from the one before.")
+    search_every_l0: bool = flag(True, "Search it again at every further L0, from the one before.")
     tries: int = flag(4, "Largest number of runs to find the strength of a penalty that gives the target L0.")
     tolerance: float = flag(0.06, "Largest deviation of L0 from the target, as a fraction of the target.")
     threads: int | None = flag(None, "Threads of torch on both sides; none shares the cores among the jobs.")

@@ -3,8 +3,8 @@
 The world is that of SynthSAEBench (arXiv 2602.14687), `jsae.synthetic`; the scores are `jsae.recovery`'s, which are
 SAELens's too. --preset=small fits two cores: every trainer reads the same samples in the same order, at several L0s.
 Its learning rate is the one with the highest F1, searched in factors of 2 from --rate, or from jsae's default, beside
-the trainer's own. With --nosearch_every_l0 the first L0 decides, which takes less time, but another rate may be the best
-at the others. All scores are interpolated to the L0, as in `bench quality`. jsae is also trained with nothing given but
+the trainer's own. With --nosearch_every_l0 the first L0 decides, which takes less time; at the others another rate may
+be better. All scores are interpolated to the L0, as in `bench quality`. jsae is also trained with nothing given but
 sizes and L0.
 Three seeds; means, with half of the range.
 

@@ -20,20 +20,18 @@ _LARGEST_L0 = 10.0  # of lifted latents, if all were dead
 _FEWEST_TOKENS = 4  # that one of them learns from, where an average latent fires on as many
 
 
-def tokens_of(n: int, l0: float, d_sae: int) -> int:
-    """Return on how many of n tokens an average latent fires, at least 1."""
-    return min(max(round(n * l0 / d_sae), 1), n)
+def tokens_of(n: int, l0: float, d_sae: int, *, lifted: bool = False) -> int:
+    """Return on how many of n tokens a dead latent learns: as many as an average latent fires on, at least 1.
 
-
-def lifted_tokens_of(n: int, l0: float, d_sae: int) -> int:
-    """Return `tokens_of`, but for an L0 of at most 10 where that leaves at least 4 tokens.
-
-    Lifted latents that learn on many tokens each, all at once, kill others where they come to life: of a ReLU SAE on a
-    nanochat's middle layer with an L0 of 80, 78 % died, and without AuxK none. Where a batch has few tokens for a
-    latent, fewer than 4 teach it too little: more died.
+    For `lifted` latents (`decode_dead`) L0 counts as 10 at most, where that leaves at least 4 tokens. Those that learn
+    on many tokens each, all at once, kill others where they come to life: of a ReLU SAE on a nanochat's middle layer
+    with an L0 of 80, 78 % died, and without AuxK none. Where a batch has few tokens for a latent, fewer than 4 teach it
+    too little: more died.
     """
-    average = tokens_of(n, l0, d_sae)
-    return min(average, max(tokens_of(n, min(l0, _LARGEST_L0), d_sae), _FEWEST_TOKENS))
+    average = min(max(round(n * l0 / d_sae), 1), n)
+    if not lifted or l0 <= _LARGEST_L0:
+        return average
+    return min(average, max(round(n * _LARGEST_L0 / d_sae), _FEWEST_TOKENS))
 
 
 def room(d_sae: int) -> int:

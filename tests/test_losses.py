@@ -130,10 +130,10 @@ def test_an_average_latent_fires_on_its_share_of_the_tokens():
 
 
 def test_a_lifted_latent_learns_from_few_tokens_where_many_are_active():
-    assert auxk.lifted_tokens_of(512, 5.0, 256) == 10, "an average latent's"
-    assert auxk.lifted_tokens_of(512, 80.0, 1024) == 5, "as with an L0 of 10"
-    assert auxk.lifted_tokens_of(512, 128.0, 4096) == 4, "at least 4 ..."
-    assert auxk.lifted_tokens_of(512, 16.0, 4096) == 2, "... but not more than an average latent"
+    assert auxk.tokens_of(512, 5.0, 256, lifted=True) == 10, "an average latent's"
+    assert auxk.tokens_of(512, 80.0, 1024, lifted=True) == 5, "as with an L0 of 10"
+    assert auxk.tokens_of(512, 128.0, 4096, lifted=True) == 4, "at least 4 ..."
+    assert auxk.tokens_of(512, 16.0, 4096, lifted=True) == 2, "... but not more than an average latent"
 
 
 def test_l1_weighs_latents_by_their_decoder_norm():

@@ -26,7 +26,7 @@ class Reviving(SAE):
             b_enc,
             self.W_dec[...],
             context.dead,
-            (auxk.lifted_tokens_of if lifted else auxk.tokens_of)(len(forward.y), l0, self.config.d_sae),
+            auxk.tokens_of(len(forward.y), l0, self.config.d_sae, lifted=lifted),
             context.step,
             lifted=lifted,
         )

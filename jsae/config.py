@@ -29,11 +29,10 @@ if TYPE_CHECKING:
 else:
     Scalar = TypeVar("Scalar")  # no jax is imported for its sake
 
-RECIPE = 11
+RECIPE = 12
 """Raised whenever a run with the same settings trains differently. A run is resumed by its own recipe only."""
 
 _DIFFUSION = 2.3
-_TYPICAL_L0 = 32.0
 _HIGHEST_RATE = 0.05
 _SWEPT = 2**18
 _LONGEST_SWEPT = 2**20
@@ -160,8 +159,7 @@ class TrainConfig(Json):
         and ReLU compares it with zero, where TopK compares it with others that have moved too. A `density_exponent`
         makes the rate depend less on the share of active latents: times (d_sae / 32 k)^density_exponent.
         """
-        k = sae.k or sae.target_l0 or _TYPICAL_L0
-        density = min(k / sae.d_sae, 1)
+        density = sae.expected_l0 / sae.d_sae
         noise = (density * math.sqrt(self.batch_size)) ** (1 / 3)
         rate = sae.rate_scale * _DIFFUSION * noise / math.sqrt(sae.d_in * max(self.num_steps, 1))
         rate *= self.length_gain(sae) * (_SWEPT_WIDTH / sae.d_in) ** sae.width_exponent

@@ -52,7 +52,7 @@ _SIZES: Mapping[str, dict[str, Any]] = {
         "d_sae": 256,
         "l0s": (5, 8),
         "nested_widths": (16, 64),
-        "num_activations": 2**18,
+        "num_activations": 2**17,
         "batch_size": 512,
         "rate": 6e-3,
         "samples": 50_000,

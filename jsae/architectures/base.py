@@ -30,6 +30,7 @@ MOST_WEIGHTS = 2**41
 """Of encoder and decoder together: 8 TiB."""
 INIT_ROWS = 2048
 """Tokens of the sample that the encoder's factor is fitted on."""
+_USUAL_L0 = 32  # where an SAE has neither k nor a target
 _RIDGE = 1e-3  # relative to the mean variance of a channel
 
 
@@ -103,6 +104,11 @@ class SAEConfig:
     def architecture(self) -> str:
         """Name of the architecture: that of the registry, or `module:Class`."""
         return self.sae.name
+
+    @property
+    def expected_l0(self) -> float:
+        """The active latents per token: k, or the target L0; 32, but at most d_sae, where neither is given."""
+        return float(self.k or self.target_l0 or min(_USUAL_L0, self.d_sae))
 
     @property
     def is_transcoder(self) -> bool:

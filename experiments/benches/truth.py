@@ -54,8 +54,8 @@ _SIZES: Mapping[str, dict[str, Any]] = {
         "nested_widths": (16, 64),
         "num_activations": 2**17,
         "batch_size": 512,
-        "rate": 6e-3,
-        "samples": 50_000,
+        "rate": 1.2e-2,
+        "samples": 25_000,
         "seeds": 3,
     },
     "published": {

@@ -574,6 +574,30 @@ def test_a_search_that_leads_nowhere_is_given_up(l0s, given_up):
     assert quality_search.is_hopeless(l0s, 32) == given_up
 
 
+def test_the_first_strength_at_a_rate_follows_those_of_other_rates():
+    def first(found, rate):
+        return quality_search.first_strength(found, rate, 5.0)
+
+    assert first({}, 0.01) == 5
+    assert first({0.01: 3.0}, 0.04) == 3
+    assert first({0.01: 4.0, 0.02: 2.0}, 0.04) == pytest.approx(1)
+    assert first({0.001: 100.0, 0.01: 4.0, 0.02: 2.0}, 0.04) == pytest.approx(1), "the two nearest count"
+    assert first({0.01: 4.0, 0.02: 0.5}, 0.04) == 0.5, "a slope of -3 is noise"
+    assert first({0.01: 4.0, 0.02: 16.0}, 0.005) == 4
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_others_defaults_are_tried_where_the_plan_says_so(own, config, subject, tmp_path, monkeypatch):
+    contest = Contest(config.plan(trainers=("SAELens",), try_own=own), subject, tmp_path, lambda _: {}, print)
+
+    def trained(recipe, rate, seed, coefficient, **_):
+        return Trained(recipe, rate, seed, coefficient, tmp_path, 4, False, 1.0, {"fvu": 0.1, "l0": 4.0})
+
+    monkeypatch.setattr(contest, "_train", trained)
+    rates = {sae.rate for sae in contest._search_rate(Recipe("SAELens", "topk"))}
+    assert rates == ({None, 0.02} if own else {0.02})
+
+
 def test_a_search_at_another_l0_starts_from_what_the_rate_gave_before(config, subject, tmp_path, monkeypatch):
     """L0 is 40 / strength**0.8: two strengths at one L0 tell that of the next."""
     contest = Contest(config.plan(trainers=("SAELens",), tries=6), subject, tmp_path, lambda _: {}, print)

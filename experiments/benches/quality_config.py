@@ -107,6 +107,8 @@ class Plan:
     """Steps of the search for a rate, in factors of sqrt(2)."""
     next_steps: tuple[int, ...] = (1,)
     """The same at another L0, from the rate that was best before; none keeps that rate."""
+    try_own: bool = True
+    """True if another trainer's default rate is tried beside those that are searched."""
     search: bool = True
     """True if rates are searched; if not, every trainer has its default, and jsae nothing but sizes and L0."""
 

@@ -90,7 +90,7 @@ class Contest:
         self._saes, self._count = Path(tempfile.mkdtemp(dir=scratch)), 0
         self._done: dict[tuple[Any, ...], Trained] = {}
         self._places: dict[Recipe, int] = {}
-        self._strengths: dict[Recipe, float] = {}
+        self._strengths: dict[Recipe, dict[float, float]] = {}
         self._seen: dict[tuple[Recipe, float | None, int | None], list[tuple[float, float]]] = {}
         self._slopes: dict[Recipe, dict[str, float]] = {}
 
@@ -194,7 +194,7 @@ class Contest:
 
         It begins with the rate that was best at the L0 before; else with the best rate of another recipe of the trainer
         for the same architecture; else with the trainer's default rate, where it is given; else with the plan's.
-        Another trainer's default is tried first: its number is not known, and it is made for far longer runs.
+        Another trainer's default is tried first, if it is: its number is not known, and it is made for far longer runs.
 
         Args:
           recipe: the recipe.
@@ -212,7 +212,7 @@ class Contest:
         own = None if default is None or default.peak is None else self._plan.place_of(default.peak)
         start = start if own is None else own
         known = recipe in self._places
-        if not self._plan.search or (not known and recipe.trainer != OURS):
+        if not self._plan.search or (self._plan.try_own and not known and recipe.trainer != OURS):
             cost(None)
         if not self._plan.search:
             return runs
@@ -236,19 +236,23 @@ class Contest:
         """Return SAEs of one rate, the last or an earlier one of which is near the target L0 if that was found.
 
         The search for a peer's strength starts from what the same rate gave when another L0 was the target; else from
-        the strength that was found for the rate before. `first` is the first SAE, where it is trained already.
+        the strengths that were found for other rates. `first` is the first SAE, where it is trained already.
         """
         if recipe.coefficient is None:
             return self._direct(recipe, rate, first)
         seen = self._seen.setdefault((recipe, rate, self._plan.k if recipe.aims else None), [])
         tries: list[Trained] = []
+        found = self._strengths.setdefault(recipe, {})
         for _ in range(self._plan.tries):
-            first_of_rate = self._strengths.get(recipe, recipe.coefficient)
-            strength = quality_search.next_strength(seen, self._plan.k) if seen else first_of_rate
+            if seen:
+                strength = quality_search.next_strength(seen, self._plan.k)
+            else:
+                strength = quality_search.first_strength(found, rate or self._plan.rate, recipe.coefficient)
             tries.append(self._train(recipe, rate, 0, strength))
             seen.append((tries[-1].coefficient, tries[-1].l0))
             if self._is_close(tries[-1].l0):
-                self._strengths[recipe] = tries[-1].coefficient
+                if rate is not None:
+                    found[rate] = tries[-1].coefficient
                 break
             if quality_search.is_hopeless([t.l0 for t in tries], self._plan.k):
                 break

@@ -77,6 +77,26 @@ def next_strength(tries: Sequence[tuple[float, float]], target: float) -> float:
     return math.exp(x[0] + min(max(step, -LONGEST_STEP), LONGEST_STEP))
 
 
+def first_strength(found: Mapping[float, float], rate: float, otherwise: float) -> float:
+    """Return the strength to try first at a learning rate: on the line through those of the two nearest rates, in logs.
+
+    With the rate of a single one, or of two on a line whose slope is not between -2 and 1, it is that of the nearest.
+
+    Args:
+      found: strengths that gave the target L0, by rate.
+      rate: the rate.
+      otherwise: the strength where none is found yet.
+    """
+    nearest = sorted(found, key=lambda other: abs(math.log(other / rate)))[:2]
+    if not nearest:
+        return otherwise
+    known = found[nearest[0]]
+    if len(nearest) == 1:
+        return known
+    slope = math.log(found[nearest[1]] / known) / math.log(nearest[1] / nearest[0])
+    return known * (rate / nearest[0]) ** slope if -2 <= slope <= 1 else known
+
+
 def is_hopeless(l0s: Sequence[float], target: float) -> bool:
     """Return whether a search for a strength is given up: after two tries L0 is still far away, or a try leads away.
 

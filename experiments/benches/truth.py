@@ -2,11 +2,10 @@
 
 The world is that of SynthSAEBench (arXiv 2602.14687), `jsae.synthetic`; the scores are `jsae.recovery`'s, which are
 SAELens's too. --preset=small fits two cores: every trainer reads the same samples in the same order, at several L0s.
-Its learning rate is the one with the highest F1, searched in factors of 2 from --rate, or from jsae's default, beside
-the trainer's own. With --nosearch_every_l0 the first L0 decides, which takes less time; at the others another rate may
-be better. All scores are interpolated to the L0, as in `bench quality`. jsae is also trained with nothing given but
-sizes and L0.
-Three seeds; means, with half of the range.
+Its learning rate is the one with the highest F1, searched in factors of 2 from --rate, or from jsae's default. The
+others' defaults are for far longer runs and are not tried. With --nosearch_every_l0 the first L0 decides, which takes
+less time; at the others another rate may be better. All scores are interpolated to the L0, as in `bench quality`. jsae
+is also trained with nothing given but sizes and L0. Three seeds; means, with half of the range.
 
 --preset=published is SynthSAEBench-16k, for a GPU: jsae alone, on samples that are made on the device, beside the
 values that were published for SAELens.
@@ -223,6 +222,7 @@ def _plan(sizes: Config) -> Plan:
         steps=(2,),
         next_steps=(2,) if sizes.search_every_l0 else (),
         search=sizes.search,
+        try_own=False,
     )
 
 

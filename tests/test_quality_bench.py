@@ -586,6 +586,25 @@ def test_the_first_strength_at_a_rate_follows_those_of_other_rates():
     assert first({0.01: 4.0, 0.02: 16.0}, 0.005) == 4
 
 
+@pytest.mark.parametrize(
+    ("l0", "slopes", "comparable"),
+    [
+        (4.1, {}, True),
+        (4.4, {"fvu": -0.5}, True),
+        (4.4, {}, False),
+        (3.6, {"fvu": -0.5}, True),
+        (4.7, {"fvu": 0}, False),
+    ],
+)
+def test_a_penalised_sae_is_compared_where_its_scores_can_be_moved(l0, slopes, comparable, config, subject, tmp_path):
+    contest = Contest(config.plan(tolerance=0.06), subject, tmp_path, lambda _: {}, print)
+    recipe = Recipe("SAELens", "relu", 2.0)
+    sae = Trained(recipe, 0.02, 0, 1.0, tmp_path, 4, False, 1.0, {"fvu": 0.1, "l0": l0, "dead_fraction": 0.0})
+    assert contest._is_comparable(sae, slopes) == comparable
+    extra = contest._cost(sae, slopes) - 0.1 * (4 / l0) ** slopes.get("fvu", 0)
+    assert extra == pytest.approx(0 if comparable else abs(math.log(l0 / 4)))
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_the_others_defaults_are_tried_where_the_plan_says_so(own, config, subject, tmp_path, monkeypatch):
     contest = Contest(config.plan(trainers=("SAELens",), try_own=own), subject, tmp_path, lambda _: {}, print)

@@ -30,6 +30,8 @@ _SAME = 0.005
 """Distance in log L0 from the target up to which scores are as at the target."""
 _OFF = 0.02
 """The same where the k of a recipe should give the target: rates are then compared with the scores' slope in L0."""
+_MOVABLE = math.log(1.15)
+"""Distance in log L0 over which the scores of a penalised SAE are moved along their slopes to choose a rate."""
 _APART = 1.25
 """Factor on k, or on the strength, of a second SAE that is trained for that."""
 _GRID = 0.03
@@ -127,7 +129,7 @@ class Contest:
         finite = [t for t in tried if t.scores]
         if not finite:
             return {"trainer": recipes[0].trainer, "recipe": recipes[0].name, "failed": "every run diverged"}
-        close = [t for t in finite if self._is_comparable(t)] or finite
+        close = [t for t in finite if self._is_comparable(t, self._slopes_at(t, finite))] or finite
         best = min(close, key=lambda t: self._cost(t, self._slopes_at(t, finite)))
         if best.recipe.trainer != OURS and self._plan.search:
             other, slopes = self._again(best, 0, dead=_DEAD[1]), self._slopes_at(best, finite)
@@ -303,17 +305,24 @@ class Contest:
     def _cost(self, trained: Trained, slopes: dict[str, float]) -> float:
         """Return the cost of an SAE at the target L0, along the slopes of its scores.
 
-        An SAE whose L0 is not close costs its distance from the target more: it shows little of the scores there.
+        An SAE whose L0 is not comparable costs its distance from the target more: it shows little of the scores there.
         """
         if not trained.scores:
             return math.inf
         moved = quality_search.at_l0(trained.scores, slopes, float(self._plan.k), {self._subject.chosen_by})
-        away = 0 if self._is_comparable(trained) else quality_search.distance(trained.l0, self._plan.k)
+        comparable = self._is_comparable(trained, slopes)
+        away = 0 if comparable else quality_search.distance(trained.l0, self._plan.k)
         return self._subject.cost(moved) + away
 
-    def _is_comparable(self, trained: Trained) -> bool:
-        """Return whether L0 is close to the target, or where k leaves it: every rate misses it alike on some text."""
-        return self._is_close(trained.l0) or (not trained.recipe.is_penalised and not self._is_far(trained.l0))
+    def _is_comparable(self, trained: Trained, slopes: dict[str, float]) -> bool:
+        """Return whether L0 is close to the target, near enough to move scores along slopes, or where k leaves it.
+
+        Every rate of a recipe with a k misses the target alike on some text.
+        """
+        if not trained.recipe.is_penalised:
+            return not self._is_far(trained.l0)
+        near = bool(slopes) and quality_search.distance(trained.l0, self._plan.k) <= _MOVABLE
+        return near or self._is_close(trained.l0)
 
     def _is_close(self, l0: float) -> bool:
         return abs(l0 / self._plan.k - 1) <= self._plan.tolerance

@@ -21,7 +21,7 @@ from jsae.settings import FACTOR, FRACTION, WEIGHT, Range, number, require
 _TARGET = Range(1e-6, 2**28, "lie between 0 and d_sae, and be at least 1e-6")
 _LEAST_THRESHOLD = 1e-6  # of an SAE that training continues, in units where inputs have a mean square of 1
 _MANY_DEAD = 0.05  # share of dead latents from which on the pull of Gated is whole
-_RARE, _HEAVIEST = 32.0, 4.0  # tokens per firing above which AuxK of JumpReLU is heavier, and by how much at most
+_RARE = 32.0  # tokens per firing of an average latent above which AuxK may be heavier
 _THRESHOLD = Range(1e-30, 1e30, "be finite and positive, from 1e-30 to 1e30")
 
 
@@ -60,11 +60,14 @@ class Penalised(Reviving):
     sparse = False
     gate_bias: ClassVar[str] = "b_enc"
     """The bias of the pre-activations that decide whether a latent fires."""
+    heaviest_auxk: ClassVar[float] = 1.0
+    """Largest factor on AuxK, which grows where an average latent fires on less than 1/32 of all tokens."""
 
     def loss_of_dead(self, forward: Forward) -> Float[Array, ""]:
         """Return AuxK of values without a gradient to the bias, which the pull up to thresholds moves."""
-        bias = jax.lax.stop_gradient(getattr(self, self.gate_bias)[...])
-        return self.auxk(forward, bias, self.config.expected_l0, lifted=True)
+        bias, l0 = jax.lax.stop_gradient(getattr(self, self.gate_bias)[...]), self.config.expected_l0
+        weight = min(max(self.config.d_sae / (_RARE * l0), 1.0), self.heaviest_auxk)
+        return weight * self.auxk(forward, bias, l0, lifted=True)
 
 
 class ReLU(Penalised):
@@ -194,6 +197,9 @@ class JumpReLU(Penalised):
     control_law = Law(proportional=2.0, exponent=1.0, fraction=0.6, growth=0.5)
     # Adam moves the logarithm of a threshold by at most the learning rate a step, far less than a direction turns.
     rate_factors: ClassVar = {"log_threshold": 10.0}
+    # Of 4,096 latents with an L0 of 32 more than a third died on a nanochat's middle layer at the weight that leaves
+    # none of 1,024 dead. With an L0 of 80 of 1,024, a larger weight killed half of them.
+    heaviest_auxk = 4.0
 
     b_enc: nnx.Param[Float[Array, " f"]]
     log_threshold: nnx.Param[Float[Array, " f"]]
@@ -261,15 +267,6 @@ class JumpReLU(Penalised):
         if self.config.jump_recipe == "l0":
             return sparsity
         return sparsity + self.config.pre_act_coefficient * (below @ self._norms)
-
-    def loss_of_dead(self, forward: Forward) -> Float[Array, ""]:
-        """Return AuxK, up to four times as heavy where an average latent fires on less than 1/32 of all tokens.
-
-        Of 4,096 latents with an L0 of 32 more than a third died on a nanochat's middle layer at the weight that leaves
-        none of 1,024 dead. With an L0 of 80 of 1,024, a larger weight killed half of them.
-        """
-        rarity = self.config.d_sae / (_RARE * self.config.expected_l0)
-        return min(max(rarity, 1.0), _HEAVIEST) * super().loss_of_dead(forward)
 
     def initialize_latents(self, x: Float[Array, "n d"], ops: Ops) -> None:
         """Start thresholds where L0 is four times its target, if it has one.

@@ -310,8 +310,7 @@ class Contest:
         if not trained.scores:
             return math.inf
         moved = quality_search.at_l0(trained.scores, slopes, float(self._plan.k), {self._subject.chosen_by})
-        comparable = self._is_comparable(trained, slopes)
-        away = 0 if comparable else quality_search.distance(trained.l0, self._plan.k)
+        away = 0.0 if self._is_comparable(trained, slopes) else quality_search.distance(trained.l0, self._plan.k)
         return self._subject.cost(moved) + away
 
     def _is_comparable(self, trained: Trained, slopes: dict[str, float]) -> bool:
@@ -319,10 +318,11 @@ class Contest:
 
         Every rate of a recipe with a k misses the target alike on some text.
         """
+        if self._is_close(trained.l0):
+            return True
         if not trained.recipe.is_penalised:
             return not self._is_far(trained.l0)
-        near = bool(slopes) and quality_search.distance(trained.l0, self._plan.k) <= _MOVABLE
-        return near or self._is_close(trained.l0)
+        return bool(slopes) and quality_search.distance(trained.l0, self._plan.k) <= _MOVABLE
 
     def _is_close(self, l0: float) -> bool:
         return abs(l0 / self._plan.k - 1) <= self._plan.tolerance

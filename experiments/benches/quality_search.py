@@ -80,7 +80,7 @@ def next_strength(tries: Sequence[tuple[float, float]], target: float) -> float:
 def first_strength(found: Mapping[float, float], rate: float, otherwise: float) -> float:
     """Return the strength to try first at a learning rate: on the line through those of the two nearest rates, in logs.
 
-    With the rate of a single one, or of two on a line whose slope is not between -2 and 1, it is that of the nearest.
+    Where one rate alone is known, or the slope of the line is not between -2 and 1, it is the strength of the nearest.
 
     Args:
       found: strengths that gave the target L0, by rate.

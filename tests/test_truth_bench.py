@@ -1,12 +1,14 @@
 """The measurement of recovery: presets, and training on samples that are made on the device."""
 
+import dataclasses
+
 import pytest
 from test_synthetic import TINY
 
 from experiments.benches import quality, quality_subjects, truth
 from experiments.benches.quality_config import OURS, Recipe
 from experiments.benches.quality_contest import Contest, Trained
-from jsae.synthetic import SyntheticWorld
+from jsae.synthetic import PRESETS, SyntheticWorld
 
 
 def plan(trainers):
@@ -44,6 +46,10 @@ def test_a_world_without_a_file_is_trained_on_its_device(tmp_path):
         ({"preset": "big"}, "choose one of small, published"),
         ({"num_activations": 1000}, "less than 100 batches"),
         ({"samples": 0}, "samples must be at least 1"),
+        ({"world": ("seed",)}, "world: 'seed' is not name=value"),
+        ({"world": ("seed=seven",)}, "world: 'seed=seven' is not name=value"),
+        ({"world": ("colour=1",)}, "WorldConfig has no field colour"),
+        ({"world": ("d_in=0",)}, "d_in"),
     ],
 )
 def test_sizes_of_worlds_that_cannot_be_measured_are_refused(wrong, message):
@@ -55,6 +61,12 @@ def test_the_preset_decides_what_is_not_given():
     assert truth.Config().sizes().d_sae == 256
     published = truth.Config(preset="published", d_sae=64, l0s=(5,)).sizes()
     assert (published.d_sae, published.l0s, published.num_activations) == (64, (5,), 200_000_000)
+
+
+def test_settings_of_the_world_replace_the_presets():
+    world = truth.Config(world=("seed=7", "d_in=64", "max_probability=0.2", "compensate=false")).world_config()
+    assert world == dataclasses.replace(PRESETS["small"], seed=7, d_in=64, max_probability=0.2, compensate=False)
+    assert truth.Config(preset="published").world_config() == PRESETS["published"]
 
 
 @pytest.mark.parametrize(("every", "rates"), [(False, {None}), (True, {None, 0.02})])
@@ -76,7 +88,8 @@ def test_the_rate_of_the_first_l0_stays_unless_it_is_searched_at_every_one(every
 
 def test_published_scores_stand_beside_those_of_the_published_world():
     rows = [{"architecture": "batchtopk"}, {"architecture": "relu"}]
-    (published,) = truth._published("published", rows, 25)
+    (published,) = truth._published(PRESETS["published"], rows, 25)
     assert published["scores"]["f1"]["mean"] == 0.73
-    assert truth._published("small", rows, 25) == []
+    assert truth._published(PRESETS["small"], rows, 25) == []
+    assert truth._published(dataclasses.replace(PRESETS["published"], seed=7), rows, 25) == [], "another world"
     assert "SAELens, published" in quality.markdown([published])

@@ -9,12 +9,16 @@ is also trained with nothing given but sizes and L0. Three seeds; means, with ha
 
 --preset=published is SynthSAEBench-16k, for a GPU: jsae alone, on samples that are made on the device, beside the
 values that were published for SAELens.
+
+--world changes the world: --world=seed=7,num_features=1024,d_in=192 --d_sae=512 --l0s=6 is one of other features, and
+--world=seed=7 draws the same kind anew. The recipes were not tuned on it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +42,7 @@ from experiments.benches.quality_config import (
 from experiments.benches.quality_contest import Contest
 
 if TYPE_CHECKING:
-    from jsae.synthetic import SyntheticWorld
+    from jsae.synthetic import SyntheticWorld, WorldConfig
 
 PUBLISHED: Mapping[tuple[str, int], dict[str, float]] = {
     ("batchtopk", 25): {"f1": 0.73},
@@ -79,6 +83,9 @@ class Config:
     """World, SAEs, trainers and search of the measurement. Where none is given, the preset decides."""
 
     preset: Literal["small", "published"] = flag("small", "World and sizes: for two cores, or for a GPU.")
+    world: tuple[str, ...] | None = flag(
+        None, "Settings of jsae.synthetic.WorldConfig as name=value, where they differ from the preset's."
+    )
     architectures: tuple[str, ...] = flag(ARCHITECTURES, "Architectures to compare.")
     trainers: tuple[str, ...] = flag(TRAINERS, "Trainers to compare; of the published world jsae alone.")
     l0s: tuple[int, ...] | None = flag(None, "L0s to compare at; the search for a rate begins with the one before.")
@@ -104,6 +111,7 @@ class Config:
         check_trainers(self.architectures, self.trainers)
         if self.preset not in _SIZES:
             raise ValueError(f"preset is {self.preset!r}: choose one of {', '.join(_SIZES)}")
+        self.world_config()
         if any(getattr(self, name) is None for name in _OPEN):
             self.sizes()  # checks itself
             return
@@ -121,6 +129,26 @@ class Config:
             self, **{name: _SIZES[self.preset][name] for name in _OPEN if getattr(self, name) is None}
         )
 
+    def world_config(self) -> WorldConfig:
+        """Return the preset's world, with the settings that `world` changes.
+
+        Raises:
+          ValueError: `world` has an entry that is not name=value.
+          ConfigError: a name is not one of `WorldConfig`, or a value does not fit.
+        """
+        from jsae.synthetic import PRESETS, WorldConfig
+
+        changed = {}
+        for entry in self.world or ():
+            name, _, value = entry.partition("=")
+            try:
+                changed[name] = json.loads(value)
+            except ValueError:
+                raise ValueError(
+                    f"world: {entry!r} is not name=value with a number, true or false, like seed=7"
+                ) from None
+        return WorldConfig.from_json(PRESETS[self.preset].to_json() | changed)
+
 
 def main(config: Config) -> int:
     """Train and score all SAEs, print a table per L0, write the results."""
@@ -135,7 +163,7 @@ def main(config: Config) -> int:
         torch.set_num_threads(sizes.threads)
     console, started = quality_tables.console(), time.perf_counter()
     report = functools.partial(console.print, soft_wrap=True, highlight=False)
-    world = SyntheticWorld(config.preset)
+    world = SyntheticWorld(config.world_config())
     tables: dict[str, list[dict[str, Any]]] = {}
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -150,7 +178,7 @@ def main(config: Config) -> int:
 
         quality.shared_out(contests, config.architectures, functools.partial(_at_every_l0, l0s=sizes.l0s), write)
     for l0, rows in sorted(tables.items(), key=lambda item: int(item[0])):
-        shown = rows + _published(config.preset, rows, int(l0))
+        shown = rows + _published(world.config, rows, int(l0))
         title = f"recovery of known features at L0 {l0}; learning rates with the highest F1 there"
         quality_tables.show(console, title, shown, config.markdown)
     console.print(f"figures: {config.out}", soft_wrap=True)
@@ -226,9 +254,11 @@ def _plan(sizes: Config) -> Plan:
     )
 
 
-def _published(preset: str, rows: list[dict[str, Any]], l0: int) -> list[dict[str, Any]]:
+def _published(world: WorldConfig, rows: list[dict[str, Any]], l0: int) -> list[dict[str, Any]]:
     """Return rows with the published scores of the architectures at an L0; of the published world only."""
-    if preset != "published":
+    from jsae.synthetic import PRESETS
+
+    if world != PRESETS["published"]:
         return []
     architectures = dict.fromkeys(row["architecture"] for row in rows)
     return [

@@ -93,6 +93,8 @@ def lay_out(name: str, config: Config, folder: Path, python: Path) -> tuple[Subj
         "nanochat_mid": ("middle", "resid_post"),
         "nanochat_late": ("last", "resid_post"),
         "nanochat_mlp": ("middle", "mlp"),
+        "nanochat_attn": ("middle", "attn"),
+        "nanochat_first": ("first", "resid_post"),
     }[name]
     model = {"checkpoint": config.checkpoint, "data": config.data, "layer": layer, "site": site}
     extent = {"loss": config.loss_tokens, "interpretability": config.interpretability}

@@ -173,10 +173,17 @@ SUBJECTS: Mapping[str, str] = {
     "nanochat_mid": "residual stream after half of the nanochat's layers",
     "nanochat_late": "residual stream after its last layer",
     "nanochat_mlp": "output of the MLP half way through the nanochat",
+    "nanochat_attn": "output of the attention half way through the nanochat",
+    "nanochat_first": "residual stream after the first layer",
     "smollm2": "residual stream of SmolLM2-135M-Instruct after half of its layers",
     "synthetic": "synthetic world with known features",
 }
 """Data that `bench quality` can train on."""
+
+UNTUNED = ("nanochat_attn", "nanochat_first")
+"""Those on which no recipe was tuned. They are trained on when asked for."""
+
+TUNED = tuple(name for name in SUBJECTS if name not in UNTUNED)
 
 
 @dataclass(frozen=True)
@@ -184,7 +191,7 @@ class Config:
     """Data, SAEs, trainers and search of the measurement."""
 
     subjects: tuple[str, ...] = flag(
-        tuple(SUBJECTS), f"Data to train on: {'; '.join(f'{name}, the {text}' for name, text in SUBJECTS.items())}."
+        TUNED, f"Data to train on: {'; '.join(f'{name}, the {text}' for name, text in SUBJECTS.items())}."
     )
     checkpoint: Checkpoint = flag("demo", "nanochat checkpoint whose activations are learned.")
     data: Data = flag("stdlib", "Text for the checkpoint.")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Sizes:
     """Data, sizes and output of such a measurement."""
 
-    subjects: tuple[str, ...] = flag(tuple(quality_settings.SUBJECTS), "Data to train on, as for `bench quality`.")
+    subjects: tuple[str, ...] = flag(quality_settings.TUNED, "Data to train on, as for `bench quality`.")
     checkpoint: Checkpoint = flag("demo", "nanochat checkpoint whose activations are learned.")
     data: Data = flag("stdlib", "Text for the checkpoint.")
     d_sae: int = flag(1024, "Latents. The synthetic world has SAEs of its own size.")

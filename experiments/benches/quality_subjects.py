@@ -70,7 +70,7 @@ def nanochat(
       folder: to write to.
       checkpoint: of the nanochat.
       data: text for the checkpoint.
-      layer: "middle" or "last".
+      layer: "first", "middle" or "last".
       site: short name of the hook, such as "resid_post".
       train: number of activations to train on.
       heldout: number of held-out activations to score on, or fewer if the text is short.
@@ -86,7 +86,8 @@ def nanochat(
 
     nano = bridge.nanochat.load(checkpoint)
     excluded, row_len = (nano.tokenizer.bos_token_id,), nano.config.sequence_len
-    number = {"middle": (nano.config.n_layer - 1) // 2, "last": nano.config.n_layer - 1}[layer]
+    last = nano.config.n_layer - 1
+    number = {"first": 0, "middle": last // 2, "last": last}[layer]
     name = hook_name(number, site)
     reader = Site(nano.model, name, excluded)
     corpus, heldout_corpus = (Corpus(data, nano.tokenizer, split=s, row_len=row_len) for s in ("train", "heldout"))

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import jsae
+from bridge.hooks import hook_name
 from experiments.benches import (
     peers,
     quality,
@@ -105,6 +106,24 @@ def test_activations_are_written_once_and_scored_on_others(subject, folder):
     assert heldout.shape == (600, 128)
     assert not np.isin(heldout[:, 0], acts[:, 0]).all()
     assert 0 < rows.size <= 600
+
+
+@pytest.mark.parametrize(
+    ("name", "hook"),
+    [
+        ("nanochat_late", hook_name(5, "resid_post")),
+        ("nanochat_mlp", hook_name(2, "mlp")),
+        ("nanochat_attn", hook_name(2, "attn")),
+        ("nanochat_first", hook_name(0, "resid_post")),
+    ],
+)
+def test_the_subjects_of_a_nanochat_are_its_hooks(name, hook, tmp_path):
+    config = quality.Config(
+        subjects=(name,), num_activations=3200, batch_size=32, heldout_activations=600, loss_tokens=600
+    )
+    found, _ = quality.lay_out(name, config, tmp_path, Path("python"))
+    assert found.title == f"nanochat demo, {hook}"
+    assert np.load(tmp_path / "train.npy").shape == (3200, 128)
 
 
 def test_programs_are_compiled_once_and_the_cache_is_left_as_it_was():

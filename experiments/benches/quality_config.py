@@ -181,9 +181,10 @@ SUBJECTS: Mapping[str, str] = {
 """Data that `bench quality` can train on."""
 
 UNTUNED = ("nanochat_attn", "nanochat_first")
-"""Those on which no recipe was tuned. They are trained on when asked for."""
+"""Subjects on which no recipe was tuned. They are measured only when they are named."""
 
 TUNED = tuple(name for name in SUBJECTS if name not in UNTUNED)
+"""The other subjects, which are measured by default."""
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ class Config:
         check_trainers(self.architectures, self.trainers)
         if self.preset not in _SIZES:
             raise ValueError(f"preset is {self.preset!r}: choose one of {', '.join(_SIZES)}")
-        self.world_config()
+        if self.world:  # the preset's is valid, and reading it would import jax
+            self.world_config()
         if any(getattr(self, name) is None for name in _OPEN):
             self.sizes()  # checks itself
             return

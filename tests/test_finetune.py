@@ -364,3 +364,16 @@ def test_a_run_that_is_tuned_gives_its_settings_and_flags_change_them(topk):
     assert settings.batch_size % 32 == 0
     assert (settings.warmup_fraction, settings.decay_fraction) == (0.0, 1.0)
     assert dataclasses.asdict(settings)["init_from"] == str(topk / "sae" / HOOK)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "penalty"), [({}, "l1"), ({"sparsity_penalty": "log"}, "log")], ids=["old", "new"]
+)
+def test_a_relu_run_that_is_older_than_the_choice_of_a_penalty_goes_on_with_l1(topk, recorded, penalty):
+    config = FinetuneConfig(sae=str(topk), out="run")
+    subject = subjects.find(config)
+    flags = {name: value for name, value in subject.recorded.items() if name != "sparsity_penalty"}
+    subject = dataclasses.replace(subject, recorded=flags | {"activation": "relu", "l1_coefficient": [2.0]} | recorded)
+    found = dataclasses.replace(subjects.resolved(config, subject), activation="relu")
+    settings = subjects.run_config(found, subject, bridge.nanochat.load("demo"))
+    assert (settings.l1_coefficient, settings.sparsity_penalty) == ((2.0,), penalty)

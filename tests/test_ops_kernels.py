@@ -232,11 +232,17 @@ def test_adam_of_unit_rows_equals_the_reference(d):
 
 # ---- elementwise parts of dense architectures ----------------------------------------------------------------------
 
-FORMULAS = (formulas.Rectified(), formulas.GatedMagnitude(), formulas.TanhJump(0.8), formulas.CountedJump(0.8))
+FORMULAS = (
+    formulas.Rectified(),
+    formulas.GatedMagnitude(),
+    formulas.TanhJump(0.8),
+    formulas.CountedJump(0.8),
+    formulas.LogRectified(),
+)
 
 
 def test_every_formula_has_a_kernel():
-    assert [latents.FORMULAS[formula.name].number for formula in FORMULAS] == [0, 1, 2, 3]
+    assert [latents.FORMULAS[formula.name].number for formula in FORMULAS] == [0, 1, 2, 3, 4]
     assert len(latents.FORMULAS) == len(FORMULAS)
 
 
@@ -332,6 +338,7 @@ STEPPED = {
     "matryoshka": sae_config("matryoshka", 12, 40, k=4, nested_widths=(5, 20)),
     "abstopk": sae_config("abstopk", 12, 40, k=4),
     "relu": sae_config("relu", 12, 40, l1_coefficient=0.1),
+    "relu with L1": sae_config("relu", 12, 40, l1_coefficient=0.1, sparsity_penalty="l1"),
     "gated": sae_config("gated", 12, 40, l1_coefficient=0.1),
     "jumprelu": sae_config("jumprelu", 12, 40),
     "jumprelu by its count": sae_config("jumprelu", 12, 40, jump_recipe="l0"),

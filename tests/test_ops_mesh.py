@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jsae import auxk, axes
-from jsae.formulas import GatedMagnitude, Rectified, TanhJump
+from jsae.formulas import GatedMagnitude, LogRectified, Rectified, TanhJump
 from jsae.ops import AdamScalars, AdamSettings, Codes, Cpu, Input, Moments, Reference, Sharded, Xla
 from jsae.settings import ConfigError
 
@@ -95,10 +95,12 @@ def test_dead_latents_decode_as_on_one_device_whether_few_or_many(ops, mesh, n_d
     close(run(ops), run(Reference()), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("formula", [Rectified(), GatedMagnitude(), TanhJump(0.5)], ids=lambda formula: formula.name)
+@pytest.mark.parametrize(
+    "formula", [Rectified(), LogRectified(), GatedMagnitude(), TanhJump(0.5)], ids=lambda formula: formula.name
+)
 def test_maps_of_all_latents_and_their_gradients_equal_those_of_one_device(ops, mesh, formula):
     x, W_enc, b_enc, _ = weights(mesh)
-    count = {"rectified": 0, "gated": 3, "tanh jump": 2}[formula.name]
+    count = {"rectified": 0, "log rectified": 1, "gated": 3, "tanh jump": 2}[formula.name]
     arrays = tuple(on(mesh, jnp.abs(normal(10 + i, F)), "f") for i in range(count))
 
     def run(ops):

@@ -77,12 +77,12 @@ def test_a_rate_that_is_not_given_depends_on_architecture_and_target():
     once = default_rate(k=32) / 0.9
     assert default_rate(architecture="batchtopk", k=32) == pytest.approx(0.8 * once)
     assert default_rate(architecture="gated", target_l0=32.0) == pytest.approx(1.5 * once)
-    assert default_rate(architecture="relu", target_l0=4.0) == pytest.approx(3.8 * once / 2 * 8 ** (1 / 6))
+    assert default_rate(architecture="relu", target_l0=4.0) == pytest.approx(1.3 * once / 2 * 8 ** (1 / 6))
     relu = default_rate(architecture="relu")
     assert default_rate(num_activations=2**17, architecture="relu") == pytest.approx(relu * 2**0.5)
-    assert default_rate(num_activations=2**20, architecture="relu") == pytest.approx(relu / 2 * 4**0.25)
-    assert default_rate(num_activations=2**22, architecture="relu") == pytest.approx(relu / 4 * 4**0.25)
-    assert default_rate(architecture="relu", d_in=512) == pytest.approx(relu / 2 / 4**0.6), "faster with width"
+    assert default_rate(num_activations=2**20, architecture="relu") == pytest.approx(relu / 2 * 4**0.1)
+    assert default_rate(num_activations=2**22, architecture="relu") == pytest.approx(relu / 4 * 4**0.1)
+    assert default_rate(architecture="relu", d_in=512) == pytest.approx(relu / 2 / 4**0.25), "faster with width"
     assert default_rate(architecture="jumprelu", d_in=512) == pytest.approx(1.1 * once / 2 / 4**0.25)
     longer = default_rate(num_activations=2**20, architecture="jumprelu")
     assert longer == pytest.approx(1.1 * once / 2 * 4**0.2)

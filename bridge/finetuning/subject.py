@@ -28,8 +28,18 @@ _DEAD_AFTER = 10_000_000  # of an SAE whose run is not known, as in Gao et al. 2
 _SILENT_WINDOWS = 64
 """Windows at least on which a dead latent did not fire. Tokens of a window are alike, so that a latent may be silent on
 several windows; revival losses would turn it to something else."""
-_RECORDED = ("l1_coefficient", "l0_coefficient", "jump_recipe", "bandwidth", "hierarchical_k", "nested_widths")
+_RECORDED = (
+    "l1_coefficient",
+    "sparsity_penalty",
+    "l0_coefficient",
+    "jump_recipe",
+    "bandwidth",
+    "hierarchical_k",
+    "nested_widths",
+)
 """Settings of architectures that a run records and an export does not."""
+_FORMER: Mapping[str, Any] = {"sparsity_penalty": "l1"}
+"""Settings of runs that do not record them, because they are older than the setting."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,9 +230,10 @@ def _own_settings(config: FinetuneConfig, subject: Subject) -> dict[str, Any]:
     own: dict[str, Any] = {} if "k" in names else {"sparsity_warmup_fraction": 0.0}
     if subject.recorded.get("activation") != config.activation:
         return own
+    recorded = {**_FORMER, **subject.recorded}
     for name in _RECORDED:
-        if name in names and subject.recorded.get(name) is not None:
-            value = subject.recorded[name]
+        if name in names and recorded.get(name) is not None:
+            value = recorded[name]
             own[name] = tuple(value) if isinstance(value, list) else value
     return own
 

@@ -32,6 +32,7 @@ _OWN = (
     "hierarchical_k",
     "nested_widths",
     "l1_coefficient",
+    "sparsity_penalty",
     "l0_coefficient",
     "jump_recipe",
     "bandwidth",

@@ -109,6 +109,7 @@ class RunConfig(RunSettings):
             "hierarchical_k": self.hierarchical_k,
             "nested_widths": self.nested_widths or self._default_widths(d_sae),
             "l1_coefficient": self.l1_coefficient[0],
+            "sparsity_penalty": self.sparsity_penalty,
             "l0_coefficient": self.l0_coefficient[0],
             "jump_recipe": self.jump_recipe,
             "bandwidth": self.bandwidth,

@@ -116,7 +116,10 @@ class RunSettings(Json):
     nested_widths: tuple[int, ...] = flag(
         (), _of("nested_widths", "Widths of the inner SAEs; none is 1/16, 1/8, 1/4 and 1/2"), COUNT
     )
-    l1_coefficient: tuple[float, ...] = flag((5.0,), _of("l1_coefficient", "Weight of the L1 penalty"), WEIGHT)
+    l1_coefficient: tuple[float, ...] = flag((5.0,), _of("l1_coefficient", "Weight of the sparsity penalty"), WEIGHT)
+    sparsity_penalty: Literal["log", "l1"] = flag(
+        "log", _of("sparsity_penalty", "Logarithm of the latents, which hardly shrinks large ones, or L1")
+    )
     l0_coefficient: tuple[float, ...] = flag((5.0,), _of("l0_coefficient", "Weight of the sparsity penalty"), WEIGHT)
     jump_recipe: Literal["tanh", "l0"] = flag(
         "tanh", _of("jump_recipe", "Anthropic's recipe of January 2025, or Gemma Scope's")

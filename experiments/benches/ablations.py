@@ -2,11 +2,11 @@
 
 Every architecture is trained with nothing given but sizes and L0, then with one default after the other set to what it
 was before: Adam's memory, the learning rate, that of the decoder, the scale of the encoder at the start, the weight of
-AuxK, the time until a latent counts as dead, the pull on Gated's few dead, the window of JumpReLU's thresholds, the
-controller of L0. The options are aligned training (arXiv 2605.18629), HierarchicalTopK (arXiv 2505.24473), and
-activations whitened by their covariance (arXiv 2511.13981). Scores are those of the exported SAE on held-out
-activations. Penalised architectures aim at an L0 of k; where one misses it, FVU is moved to that L0 by the slope of
--0.5 of log FVU in log L0.
+AuxK, the time until a latent counts as dead, the penalty of ReLU, the pull on Gated's few dead, the window of
+JumpReLU's thresholds, the controller of L0. The options are aligned training (arXiv 2605.18629), HierarchicalTopK
+(arXiv 2505.24473), and activations whitened by their covariance (arXiv 2511.13981). Scores are those of the exported
+SAE on held-out activations. Penalised architectures aim at an L0 of k; where one misses it, FVU is moved to that L0 by
+the slope of -0.5 of log FVU in log L0.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def changes(recipe: str, d_in: int, d_sae: int, k: int) -> Iterator[tuple[str, d
         yield "AuxK and revival: none", {"aux_coefficient": 0.0, "revival_coefficient": 0.0}, {}
         yield "AuxK: none", {"aux_coefficient": 0.0}, {}
         if kind.sae.name == "relu":
-            yield "L0 at its target after 85 % of the run", {"target_l0_fraction": 0.85}, {}
+            yield "sparsity_penalty: l1", {"sparsity_penalty": "l1"}, {}
         if "revival_floor" in defaults:
             yield "revival_floor: 1", {"revival_floor": 1.0}, {}
     else:

@@ -36,7 +36,8 @@ class PenalisedConfig(SAEConfig):
     target_l0: float | None = number(None, _TARGET)  # type: ignore[misc]  # a class variable of other architectures
     """A controller moves the sparsity penalty until this many latents are active per token."""
     target_l0_fraction: float | None = number(None, FRACTION)  # type: ignore[misc]
-    """Fraction of the run after which L0 is `target_l0`; None is 1 for ReLU, 0.85 for Gated, 0.6 for JumpReLU."""
+    """Fraction of the run after which L0 is `target_l0`; None is 0.85, 0.6 for JumpReLU."""
+    decoder_rate: float = number(3.0, FACTOR)
     revival_coefficient: float = number(2e-2, WEIGHT)
     """Weight of the loss that pulls the pre-activations of dead latents up to their thresholds."""
     aux_coefficient: float = number(1 / 8, WEIGHT)
@@ -63,6 +64,11 @@ class Penalised(Reviving):
     heaviest_auxk: ClassVar[float] = 1.0
     """Largest factor on AuxK, which grows where an average latent fires on less than 1/32 of all tokens."""
 
+    @property
+    def norms(self) -> Float[Array, " f"]:
+        """The norms of the decoder rows."""
+        return jnp.linalg.norm(self.W_dec[...], axis=1)
+
     def loss_of_dead(self, forward: Forward) -> Float[Array, ""]:
         """Return AuxK of values without a gradient to the bias, which the pull up to thresholds moves."""
         bias, l0 = jax.lax.stop_gradient(getattr(self, self.gate_bias)[...]), self.config.expected_l0
@@ -71,16 +77,20 @@ class Penalised(Reviving):
 
 
 class ReLU(Penalised):
-    """f = ReLU((x - b_dec) W_enc^T + b_enc), penalty  l1 * sum_i f_i |W_dec,i|.
+    """f = ReLU((x - b_dec) W_enc^T + b_enc), penalty  l1 * sum_i phi(f_i |W_dec,i|).
 
     Bricken et al. 2023, "Towards monosemanticity"; the weighting by decoder norms from Conerly et al. 2024 (Anthropic,
     April update), where it makes the penalty blind to how a latent's size is shared between encoder and decoder.
+
+    phi(a) is a for `sparsity_penalty` `l1`, and s log(1 + a / s) for `log`: the log-sum penalty of Candès, Wakin and
+    Boyd 2008, "Enhancing sparsity by reweighted l1 minimization". Both have a slope of 1 at 0. Under L1 an active
+    latent costs in proportion to its size, so that latents shrink and many small ones take the place of a large one;
+    the logarithm hardly charges what exceeds s.
     """
 
     name = "relu"
     form = "standard"
     maps = 1
-    control_law = Law(fraction=1.0)
 
     b_enc: nnx.Param[Float[Array, " f"]]
 
@@ -88,14 +98,22 @@ class ReLU(Penalised):
     class Config(PenalisedConfig):
         """Settings of ReLU."""
 
-        rate_scale = 3.8
-        tail_exponent = 0.8
-        length_exponent = 0.25
-        width_exponent = 0.6
+        rate_scale = 1.3
+        tail_exponent = 0.62
+        length_exponent = 0.1
+        width_exponent = 0.25
         density_exponent = 1 / 6
 
         l1_coefficient: float = number(5.0, WEIGHT)
-        """Weight of the L1 penalty."""
+        """Weight of the sparsity penalty."""
+        sparsity_penalty: Literal["log", "l1"] = "log"
+        log_scale: float = number(0.01, FACTOR)
+        """The scale s of `log`, as a fraction of the root mean square norm of the targets."""
+
+        @property
+        def scale(self) -> float:
+            """The scale s, in units in which a target has a mean squared norm of its width."""
+            return self.log_scale * math.sqrt(self.width_out)
 
     @classmethod
     def initial_latents(cls, config: SAEConfig) -> dict[str, float]:
@@ -103,14 +121,22 @@ class ReLU(Penalised):
         return {"b_enc": 0.0}
 
     def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Float[Array, "n f"], PerLatent]:
-        """Return every latent that is above zero, and the sums over tokens of ReLU(p) and ReLU(-p)."""
-        (latents,), sums = self.map_latents(x, context, formulas.Rectified())
+        """Return every latent that is above zero, and the sums over tokens that the penalty needs."""
+        if self.config.sparsity_penalty == "l1":
+            (latents,), sums = self.map_latents(x, context, formulas.Rectified())
+        else:
+            weights = self.norms / self.config.scale
+            (latents,), sums = self.map_latents(x, context, formulas.LogRectified(), weights)
         return latents, sums
 
     def penalty(self, forward: Forward) -> Float[Array, ""]:
-        """Return the L1 of the latents, each weighted by its decoder norm, and the revival of the dead."""
+        """Return the penalty on the latents, each weighted by its decoder norm, and the revival of the dead."""
         active, below = (sums / len(forward.x) for sums in forward.extra)
-        sparsity = forward.context.strength * self.config.l1_coefficient * losses.l1(active, self.W_dec[...])
+        if self.config.sparsity_penalty == "l1":
+            total = losses.l1(active, self.W_dec[...])
+        else:
+            total = self.config.scale * active.sum()
+        sparsity = forward.context.strength * self.config.l1_coefficient * total
         return sparsity + revival(self.config, forward.context, below)
 
     def inference_arrays(self) -> Arrays:
@@ -143,7 +169,6 @@ class Gated(Penalised):
         rate_scale = 1.5
         tail_exponent = 0.65
 
-        decoder_rate: float = number(3.0, FACTOR)
         aux_coefficient: float = number(0.3, WEIGHT)
         """Weight of AuxK: with 1/8 more latents died on a synthetic world, with 1 on a nanochat's last layer."""
         revival_coefficient: float = number(6e-2, WEIGHT)
@@ -210,7 +235,6 @@ class JumpReLU(Penalised):
 
         width_exponent = 0.25
 
-        decoder_rate: float = number(3.0, FACTOR)
         l0_coefficient: float = number(5.0, WEIGHT)
         """Weight of the sparsity penalty."""
         jump_recipe: Literal["tanh", "l0"] = "tanh"
@@ -255,7 +279,7 @@ class JumpReLU(Penalised):
             (latents,), sums = self.map_latents(x, context, formulas.CountedJump(self.config.width), self.threshold)
         else:
             (latents,), sums = self.map_latents(
-                x, context, formulas.TanhJump(self.config.width), self.threshold, self._norms
+                x, context, formulas.TanhJump(self.config.width), self.threshold, self.norms
             )
         return latents, sums
 
@@ -266,7 +290,7 @@ class JumpReLU(Penalised):
         sparsity += revival(self.config, forward.context, below)
         if self.config.jump_recipe == "l0":
             return sparsity
-        return sparsity + self.config.pre_act_coefficient * (below @ self._norms)
+        return sparsity + self.config.pre_act_coefficient * (below @ self.norms)
 
     def initialize_latents(self, x: Float[Array, "n d"], ops: Ops) -> None:
         """Start thresholds where L0 is four times its target, if it has one.
@@ -280,11 +304,6 @@ class JumpReLU(Penalised):
             start = selection.kth_largest(self.pre_activations(x, Context(ops)), count)
             start = jnp.where(start > 0, start, self.config.initial_threshold)  # where fewer than that are positive
             self.log_threshold[...] = jnp.full(self.config.d_sae, jnp.log(start))
-
-    @property
-    def _norms(self) -> Float[Array, " f"]:
-        """The norms of the decoder rows."""
-        return jnp.linalg.norm(self.W_dec[...], axis=1)
 
     @property
     def threshold(self) -> Float[Array, " f"]:

@@ -245,6 +245,7 @@ FORMULAS = {
     "gated": (formulas.GatedMagnitude(), 3),
     "tanh jump": (formulas.TanhJump(0.8), 2),
     "counted jump": (formulas.CountedJump(0.8), 1),
+    "log rectified": (formulas.LogRectified(), 1),
 }
 
 

@@ -30,6 +30,11 @@ def evaluated(p, a, b, c, FORMULA: tl.constexpr):
         two = rectified(gate)
         first = two
         second = rectified(-gate)
+    elif FORMULA == 4:
+        one = rectified(p)
+        two = one
+        first = tl.log(1.0 + one * a[None, :])
+        second = rectified(-p)
     else:
         one = tl.where(p > a[None, :], p, 0.0)
         two = one
@@ -57,6 +62,13 @@ def differentiated(p, a, b, c, g, h, s, t, FORMULA: tl.constexpr, WIDTH: tl.cons
         db = tl.where(opened & (p * factor + b[None, :] > 0.0), g, 0.0)
         dc = db * p * factor
         dp = da + db * factor
+    elif FORMULA == 4:
+        latent = rectified(p)
+        slope = s[None, :] / (1.0 + latent * a[None, :])
+        dp = tl.where(p > 0.0, g + slope * a[None, :], 0.0) - tl.where(p < 0.0, t[None, :], 0.0)
+        da = slope * latent
+        db = dp
+        dc = dp
     else:
         above = p > a[None, :]
         window = tl.where(tl.abs(p - a[None, :]) < WIDTH / 2, 1.0 / WIDTH, 0.0)

@@ -30,6 +30,7 @@ FORMULAS = {
     "gated": _Form(1, 2, 2, 3),
     "tanh jump": _Form(2, 1, 2, 2),
     "counted jump": _Form(3, 1, 2, 1),
+    "log rectified": _Form(4, 1, 2, 1),
 }
 """The formulas that have kernels, by name."""
 

@@ -75,7 +75,7 @@ def test_few_dead_latents_of_gated_are_pulled_less(name, d_sae, gated_share):
     ("d_sae", "l0", "weight"), [(24, 0.5, 1.5), (24, 0.25, 3), (24, 0.125, 4), (24, 0.0625, 4), (12, 0.5, 1)]
 )
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_auxk_of_jumprelu_is_heavier_where_latents_fire_rarely(name, d_sae, l0, weight):
+def test_auxk_of_relu_and_jumprelu_is_heavier_where_latents_fire_rarely(name, d_sae, l0, weight):
     def auxk(target_l0: float) -> float:
         sae = sae_of(name, d_sae=d_sae, target_l0=target_l0)
         context = Context(choose(), training=True, dead=jnp.arange(d_sae) % 3 == 0, step=1)
@@ -84,7 +84,7 @@ def test_auxk_of_jumprelu_is_heavier_where_latents_fire_rarely(name, d_sae, l0, 
         return float(sae.loss_of_dead(Forward(x(), x(), error, latents, extra, context)))
 
     assert auxk(l0) > 0.01
-    expected = weight / max(d_sae / 32 / 0.5, 1) if name in ("jumprelu", "counted") else 1
+    expected = weight / max(d_sae / 32 / 0.5, 1) if name != "gated" else 1
     np.testing.assert_allclose(auxk(l0) / auxk(0.5), expected, rtol=1e-3)  # both L0s are one token per dead latent
 
 

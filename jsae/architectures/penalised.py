@@ -91,6 +91,8 @@ class ReLU(Penalised):
     name = "relu"
     form = "standard"
     maps = 1
+    # Of 4,096 latents with an L0 of 32, 1.5 % died on a nanochat's middle layer at the weight that suffices for 1,024.
+    heaviest_auxk = 4.0
 
     b_enc: nnx.Param[Float[Array, " f"]]
 

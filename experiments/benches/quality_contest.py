@@ -376,8 +376,7 @@ class Contest:
             peak=answer.get("rate"),
         )
         if answer["finite"]:
-            scores = self._subject.scores(folder) | {"seconds": trained.seconds}
-            trained = dataclasses.replace(trained, scores=scores)
+            trained = dataclasses.replace(trained, scores=self._scores(trained))
         self._report(_line(trained, self._subject.chosen_by))
         self._done[key] = trained
         return trained
@@ -386,6 +385,13 @@ class Contest:
         if self._subject.train is not None:
             return self._subject.train(job)
         return quality_sides.train_here(job, self._subject.folder)
+
+    def _scores(self, trained: Trained) -> dict[str, float]:
+        try:
+            return self._subject.scores(trained.folder) | {"seconds": trained.seconds}
+        except ValueError as error:
+            what = f"{trained.recipe.trainer} {trained.recipe.name} at rate {trained.rate}, seed {trained.seed}"
+            raise ValueError(f"{what}: {error}") from error
 
     def _final(self, trained: Trained) -> dict[str, float]:
         return trained.scores | self._subject.final_scores(trained.folder)

@@ -109,6 +109,7 @@ class ReLU(Penalised):
         l1_coefficient: float = number(5.0, WEIGHT)
         """Weight of the sparsity penalty."""
         sparsity_penalty: Literal["log", "l1"] = "log"
+        """The function phi of the penalty."""
         log_scale: float = number(0.01, FACTOR)
         """The scale s of `log`, as a fraction of the root mean square norm of the targets."""
 

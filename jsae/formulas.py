@@ -24,19 +24,6 @@ class Rectified(Formula):
 
 
 @dataclasses.dataclass(frozen=True)
-class LogRectified(Formula):
-    """Map: ReLU(p). Sums: log(1 + ReLU(p) w), and ReLU(-p)."""
-
-    name: ClassVar[str] = "log rectified"
-
-    def __call__(self, pre: Float[Array, "n f"], *arrays: Float[Array, " f"]) -> tuple[Maps, Maps]:
-        """Return latents and terms; the array is the weights w."""
-        (weights,) = arrays
-        latents = jax.nn.relu(pre)
-        return (latents,), (jnp.log1p(latents * weights), jax.nn.relu(-pre))
-
-
-@dataclasses.dataclass(frozen=True)
 class GatedMagnitude(Formula):
     """Maps: 1[pi > 0] ReLU(h exp(r_mag) + b_mag), and ReLU(pi) with pi = h + b_gate. Sums: ReLU(pi), ReLU(-pi)."""
 
@@ -81,3 +68,16 @@ class CountedJump(Formula):
         (threshold,) = arrays
         latents = jump.jump_relu(pre, threshold, self.width, False)
         return (latents,), (jump.step(pre, threshold, self.width), jax.nn.relu(threshold - pre))
+
+
+@dataclasses.dataclass(frozen=True)
+class LogRectified(Formula):
+    """Map: ReLU(p). Sums: log(1 + ReLU(p) w), and ReLU(-p)."""
+
+    name: ClassVar[str] = "log rectified"
+
+    def __call__(self, pre: Float[Array, "n f"], *arrays: Float[Array, " f"]) -> tuple[Maps, Maps]:
+        """Return latents and terms; the array is the weights w."""
+        (weights,) = arrays
+        latents = jax.nn.relu(pre)
+        return (latents,), (jnp.log1p(latents * weights), jax.nn.relu(-pre))

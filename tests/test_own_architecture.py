@@ -370,7 +370,8 @@ def test_the_flags_and_the_help_know_every_architecture(monkeypatch):
     helps = {name: help_text(field) for name, field in fields.items()}
     defaults = {n: value[0] if isinstance(value, tuple) and value else value for n, value in vars(RunConfig()).items()}
     assert f": {', '.join(ARCHITECTURES)}, amplified, or your own class" in helps["activation"]
-    for name in ("k", "nested_widths", "l1_coefficient", "l0_coefficient", "jump_recipe", "bandwidth", "target_l0"):
+    of_some = ("k", "nested_widths", "l1_coefficient", "sparsity_penalty", "l0_coefficient", "jump_recipe", "bandwidth")
+    for name in (*of_some, "target_l0"):
         having = [n for n, sae in ARCHITECTURES.items() if name in {f.name for f in dataclasses.fields(sae.Config)}]
         assert having
         assert helps[name].endswith(f" ({', '.join(having)}).")

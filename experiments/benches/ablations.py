@@ -88,7 +88,7 @@ def changes(recipe: str, d_in: int, d_sae: int, k: int) -> Iterator[tuple[str, d
         yield FIXED, {}, {}
         yield "AuxK and revival: none", {"aux_coefficient": 0.0, "revival_coefficient": 0.0}, {}
         yield "AuxK: none", {"aux_coefficient": 0.0}, {}
-        if kind.sae.name == "relu":
+        if "sparsity_penalty" in defaults:
             yield "sparsity_penalty: l1", {"sparsity_penalty": "l1"}, {}
         if "revival_floor" in defaults:
             yield "revival_floor: 1", {"revival_floor": 1.0}, {}

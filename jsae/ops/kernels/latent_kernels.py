@@ -18,10 +18,12 @@ def rectified(x):
 @triton.jit
 def evaluated(p, a, b, c, FORMULA: tl.constexpr):
     """Return two maps and two terms of a tile; those that a formula does not have may be anything."""
-    if FORMULA == 0:
+    if FORMULA == 0 or FORMULA == 4:
         one = rectified(p)
         two = one
         first = one
+        if FORMULA == 4:
+            first = tl.log(1.0 + one * a[None, :])
         second = rectified(-p)
     elif FORMULA == 1:
         gate = p + a[None, :]
@@ -30,11 +32,6 @@ def evaluated(p, a, b, c, FORMULA: tl.constexpr):
         two = rectified(gate)
         first = two
         second = rectified(-gate)
-    elif FORMULA == 4:
-        one = rectified(p)
-        two = one
-        first = tl.log(1.0 + one * a[None, :])
-        second = rectified(-p)
     else:
         one = tl.where(p > a[None, :], p, 0.0)
         two = one

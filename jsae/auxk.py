@@ -4,7 +4,7 @@ Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093)
 every token selects its k_aux largest dead latents, here every dead latent selects its largest tokens, as many as an
 average latent fires on. With k_aux = d_in / 2 a few hundred dead latents would each be used on most tokens. They then
 learn what all tokens have in common, and once they are alive they fire where they do not belong. Largest is meant
-relative to the root of the token's norm: else a few tokens of great norm are the largest for all dead latents.
+relative to the token's norm or its root: else a few tokens of great norm are the largest for all dead latents.
 """
 
 import jax
@@ -49,14 +49,15 @@ def decode_dead(
     tokens: int,
     step: Int[Array, ""] | int,
     *,
+    norm_power: float = 1.0,
     lifted: bool = False,
 ) -> Float[Array, "n o"]:
     """Return the reconstruction by dead latents without a bias, each active on the tokens where it is largest.
 
-    These are the tokens with the largest (x . w + min(b, 0)) / sqrt(|x|), for inputs x, and a row w and bias b of the
-    encoder: a positive bias would make a token of no norm the largest. Negative pre-activations count as they are:
-    otherwise a latent far below zero would never recover. If more latents are dead than there is room for, each step
-    uses the next ones.
+    These are the tokens with the largest (x . w + min(b, 0)) / |x|^p, for inputs x, a row w and bias b of the encoder,
+    and p the `norm_power`: a positive bias would make a token of no norm the largest. Negative pre-activations count as
+    they are: otherwise a latent far below zero would never recover. If more latents are dead than there is room for,
+    each step uses the next ones.
 
     A latent with a threshold of its own does not come to life by becoming larger than others. `lifted` gives it the
     values that it would have with a bias that lets it fire on these tokens, p - max(p of the other tokens); encoder and
@@ -72,6 +73,7 @@ def decode_dead(
       dead: mask of the dead latents, (f,).
       tokens: number of tokens on which each is active.
       step: number of the training step.
+      norm_power: the power of a token's norm that its pre-activations are relative to.
       lifted: whether values count from the largest of the tokens on which the latent is not active.
     """
     f, most = len(dead), room(len(dead))
@@ -82,7 +84,7 @@ def decode_dead(
         is_dead, rows = rows < f, (rows + first) % f
         pre = ops.pre_activations(inputs, W_enc[rows], b_enc[rows])
         count = min(tokens + lifted, len(pre))
-        rank = lax.stop_gradient(pre if lifted else (pre - jax.nn.relu(b_enc[rows])) / _root_of_norm(inputs))
+        rank = lax.stop_gradient(pre if lifted else (pre - jax.nn.relu(b_enc[rows])) / _norm(inputs) ** norm_power)
         least = ops.top_k(rank.T, count).values.min(axis=1)
         values = jax.nn.relu(pre - least) if lifted else jnp.where(rank >= least, pre, 0)
         return ops.matmul(jnp.where(is_dead, values, 0), W_dec[rows])
@@ -92,11 +94,11 @@ def decode_dead(
     return lax.cond(dead.sum() > _FEW, lambda: decoded(most), lambda: decoded(_FEW))
 
 
-def _root_of_norm(inputs: Input) -> Float[Array, "n 1"]:
-    """Return sqrt(|x|) of every token; of one that is nearly 0, what exceeds the rounding of its pre-activations."""
+def _norm(inputs: Input) -> Float[Array, "n 1"]:
+    """Return |x| of every token; of one that is nearly 0, what exceeds the rounding of its pre-activations."""
     norm = jnp.linalg.norm(inputs.read().astype(jnp.float32), axis=1, keepdims=True)
     least = jnp.finfo(jnp.float32)
-    return jnp.sqrt(jnp.maximum(norm, jnp.maximum(least.eps * norm.mean(), least.tiny)))
+    return jnp.maximum(norm, jnp.maximum(least.eps * norm.mean(), least.tiny))
 
 
 def loss(

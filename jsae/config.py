@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 else:
     Scalar = TypeVar("Scalar")  # no jax is imported for its sake
 
-RECIPE = 13
+RECIPE = 14
 """Raised whenever a run with the same settings trains differently. A run is resumed by its own recipe only."""
 
 _DIFFUSION = 2.3

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jsae import auxk, losses
-from jsae.ops import Cpu, Input, Ops, Reference, Xla
+from jsae.architectures import Context, Forward, make, sae_config
+from jsae.ops import Cpu, Input, Ops, Reference, Xla, choose
 
 OPS: dict[str, Ops] = {"cpu": Cpu(), "xla": Xla(), "reference": Reference()}
 
@@ -22,11 +23,11 @@ def weights(seed: int, f: int, d: int) -> tuple[jax.Array, ...]:
     return tuple(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
 
 
-def by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, tokens, lifted):
+def by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, tokens, lifted, power=1.0):
     e = np.asarray(residual, np.float64)
     pre = np.asarray((x - b_dec) @ W_enc.T + b_enc, np.float64)
-    root = np.linalg.norm(np.asarray(x - b_dec, np.float64), axis=1, keepdims=True) ** 0.5
-    rank = pre if lifted else (pre - np.maximum(b_enc, 0)) / root
+    norm = np.linalg.norm(np.asarray(x - b_dec, np.float64), axis=1, keepdims=True)
+    rank = pre if lifted else (pre - np.maximum(b_enc, 0)) / norm**power
     e_hat = np.zeros_like(e)
     for i in np.nonzero(dead)[0]:
         order = np.argsort(-rank[:, i])
@@ -37,19 +38,20 @@ def by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, tokens, lifted)
     return np.square(np.asarray(x) - np.asarray(x).mean(0)).sum(1).mean() * share if dead.any() else 0
 
 
-def aux(ops, inputs, residual, W_enc, b_enc, W_dec, dead, tokens=2, step=0, lifted=False) -> jax.Array:
+def aux(ops, inputs, residual, W_enc, b_enc, W_dec, dead, tokens=2, step=0, **given) -> jax.Array:
     """The term as an SAE computes it, which reconstructs its input."""
-    e_hat = auxk.decode_dead(ops, inputs, W_enc, b_enc, W_dec, dead, tokens, step, lifted=lifted)
+    e_hat = auxk.decode_dead(ops, inputs, W_enc, b_enc, W_dec, dead, tokens, step, **given)
     return auxk.loss(inputs.x, residual, e_hat, dead)
 
 
-@pytest.mark.parametrize("lifted", [False, True])
+@pytest.mark.parametrize(("lifted", "power"), [(False, 1.0), (False, 0.5), (True, 1.0)])
 @pytest.mark.parametrize("n_dead", [0, 2, 5, 16])
-def test_auxk_equals_its_definition_for_no_few_and_many_dead_latents(ops, n_dead, lifted):
+def test_auxk_equals_its_definition_for_no_few_and_many_dead_latents(ops, n_dead, lifted, power):
     W_enc, b_enc, W_dec, b_dec, x, residual = weights(1, 16, 5)
     dead = np.arange(16) >= 16 - n_dead
-    ours = aux(ops, Input(x, None, b_dec), residual, W_enc, b_enc, W_dec, jnp.asarray(dead), lifted=lifted)
-    wanted = by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, 2, lifted)
+    given = {"lifted": lifted, "norm_power": power}
+    ours = aux(ops, Input(x, None, b_dec), residual, W_enc, b_enc, W_dec, jnp.asarray(dead), **given)
+    wanted = by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, 2, lifted, power)
     np.testing.assert_allclose(ours, wanted, rtol=1e-4)
 
 
@@ -70,7 +72,7 @@ def test_the_gradient_of_auxk_reaches_encoder_and_decoder_of_the_dead_only_and_n
         assert not np.asarray(gradient[n_dead:]).any()
 
 
-def test_dead_latents_select_tokens_by_direction_more_than_by_norm_and_never_a_token_that_is_zero(ops):
+def test_dead_latents_select_tokens_by_direction_not_by_norm_and_never_a_token_that_is_zero(ops):
     """By pre-activation the token of great norm would be the largest, and with a positive bias the zero one too."""
     along = jnp.array([3.0, 0.0])
     x = jnp.stack([along, jnp.array([4.0, 12.0]), -along, 0 * along, 1e-12 * along])
@@ -78,6 +80,26 @@ def test_dead_latents_select_tokens_by_direction_more_than_by_norm_and_never_a_t
     inputs = Input((x + b_dec) / 0.7, jnp.float32(0.7), b_dec)
     e_hat = auxk.decode_dead(ops, inputs, W, b_enc, W, jnp.ones(1, bool), 1, 0)
     np.testing.assert_array_equal(np.asarray(e_hat[:, 0]) != 0, [True, False, False, False, False])
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("topk", 0), ("abstopk", 0), ("batchtopk", 1), ("matryoshka", 1)])
+def test_a_token_of_great_norm_teaches_dead_latents_only_where_tokens_compete(name, chosen):
+    """The first token has the dead latent's direction; the second is ten times as long and 60 degrees off."""
+    x = jnp.array([[1.0, 0.0], [5.0, 75**0.5]])
+    config = sae_config(name, 2, 4, k=1, **({"nested_widths": (2,)} if name == "matryoshka" else {}))
+    sae = make(config, key=jax.random.key(0))
+    sae.W_enc[...] = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    context = Context(choose(), training=True, dead=jnp.arange(4) == 0, step=1)
+    latents, extra = sae.activate(x, context)
+    error = sae.decode(latents, x, context.ops) - x
+
+    def term(sae):
+        return sae.of_dead(Forward(x, x, error, latents, extra, context))
+
+    gradient = np.asarray(jax.grad(term)(sae).W_enc[...][0])
+    direction = np.asarray(x[chosen] / jnp.linalg.norm(x[chosen]))
+    assert np.linalg.norm(gradient) > 0
+    np.testing.assert_allclose(abs(gradient @ direction), np.linalg.norm(gradient), rtol=1e-5)
 
 
 def test_auxk_and_the_squared_error_keep_their_ratio_where_activations_are_scaled(ops):

@@ -1,5 +1,7 @@
 """AuxK for the latents of an SAE, shared by all architectures."""
 
+from typing import ClassVar
+
 from jaxtyping import Array, Float
 
 from jsae import auxk
@@ -8,6 +10,9 @@ from jsae.architectures.base import SAE, Forward
 
 class Reviving(SAE):
     """An SAE whose `Config` has an `aux_coefficient`. Abstract."""
+
+    norm_power: ClassVar[float] = 1.0
+    """As of `jsae.auxk.decode_dead`: 1 where a token's latents compete with each other alone."""
 
     def auxk(self, forward: Forward, b_enc: Float[Array, " f"], l0: float, *, lifted: bool = False) -> Float[Array, ""]:
         """Return AuxK (`jsae.auxk`) times its coefficient: dead latents learn what the living left over.
@@ -28,6 +33,7 @@ class Reviving(SAE):
             context.dead,
             auxk.tokens_of(len(forward.y), l0, self.config.d_sae, lifted=lifted),
             context.step,
+            norm_power=self.norm_power,
             lifted=lifted,
         )
         return self.config.aux_coefficient * auxk.loss(forward.y, -forward.error, e_hat, context.dead)

@@ -46,8 +46,6 @@ class TokenSelectingConfig(SelectingConfig):
     """Settings of architectures that select k latents of every token."""
 
     encoder_start: float = number(0.6, FACTOR)
-    aux_coefficient: float = number(1 / 4, WEIGHT)
-    """Weight of AuxK: where few tokens have most of the variance, more latents die than if a batch selects."""
 
 
 class Selecting(Reviving):
@@ -105,6 +103,8 @@ class TopK(Selecting):
         rate_scale = 0.9
         tail_exponent = 0.4
 
+        aux_coefficient: float = number(1 / 32, WEIGHT)
+        """Weight of AuxK (`jsae.auxk`), that of Gao et al. 2024 (arXiv 2406.04093), section A.2."""
         hierarchical_k: tuple[int, ...] = ()
         """Numbers of largest latents that must reconstruct by themselves; k is added. () is plain TopK."""
 
@@ -165,6 +165,8 @@ class AbsTopK(Selecting):
         """Settings of AbsTopK."""
 
         rate_scale = 0.6
+        aux_coefficient: float = number(1 / 4, WEIGHT)
+        """Weight of AuxK: with a smaller one up to a sixth of the latents die in a short run."""
 
     def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Codes, None]:
         """Return exactly k codes per token, of either sign."""
@@ -183,6 +185,7 @@ class BatchSelecting(Selecting):
     """Selection from a whole batch in training and a threshold afterwards: BatchTopK and Matryoshka. Abstract."""
 
     form = "jumprelu"
+    norm_power = 0.5  # tokens compete too, and those of great norm win
 
     threshold: Statistic
 

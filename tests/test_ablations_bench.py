@@ -59,6 +59,7 @@ def test_only_the_changes_that_are_named_are_made(tmp_path):
     rows = json.loads(out.read_text())["subjects"]["synthetic"]["results"]
     assert [row["changed"] for row in rows] == [
         "nothing",
+        "AuxK: 8 times its weight",
         "AuxK: 1 / d_in of its weight",
         "with hierarchical_k of a quarter and a half",
     ]

@@ -83,6 +83,7 @@ def changes(recipe: str, d_in: int, d_sae: int, k: int) -> Iterator[tuple[str, d
         yield "decoder_rate: 1", {"decoder_rate": 1.0}, {}
     if defaults["encoder_start"] != 1:
         yield "encoder_start: 1", {"encoder_start": 1.0}, {}
+    yield "AuxK: 8 times its weight", {"aux_coefficient": 8 * defaults["aux_coefficient"]}, {}
     if not kind.sae.sparse:
         yield "L0 at its target after 30 % of the run", {"target_l0_fraction": 0.3}, {}
         yield FIXED, {}, {}

@@ -54,10 +54,10 @@ def decode_dead(
 ) -> Float[Array, "n o"]:
     """Return the reconstruction by dead latents without a bias, each active on the tokens where it is largest.
 
-    These are the tokens with the largest (x . w + min(b, 0)) / |x|^p, for inputs x, a row w and bias b of the encoder,
-    and p the `norm_power`: a positive bias would make a token of no norm the largest. Negative pre-activations count as
-    they are: otherwise a latent far below zero would never recover. If more latents are dead than there is room for,
-    each step uses the next ones.
+    These are the tokens with the largest (x . w + min(b, 0)) / |x|^norm_power, for inputs x, and a row w and bias b of
+    the encoder: a positive bias would make a token of no norm the largest. Negative pre-activations count as they are:
+    otherwise a latent far below zero would never recover. If more latents are dead than there is room for, each step
+    uses the next ones.
 
     A latent with a threshold of its own does not come to life by becoming larger than others. `lifted` gives it the
     values that it would have with a bias that lets it fire on these tokens, p - max(p of the other tokens); encoder and
@@ -73,7 +73,7 @@ def decode_dead(
       dead: mask of the dead latents, (f,).
       tokens: number of tokens on which each is active.
       step: number of the training step.
-      norm_power: the power of a token's norm that its pre-activations are relative to.
+      norm_power: the power of a token's norm that its pre-activations are relative to; `lifted` ones are not.
       lifted: whether values count from the largest of the tokens on which the latent is not active.
     """
     f, most = len(dead), room(len(dead))

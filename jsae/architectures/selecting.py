@@ -166,7 +166,7 @@ class AbsTopK(Selecting):
 
         rate_scale = 0.6
         aux_coefficient: float = number(1 / 4, WEIGHT)
-        """Weight of AuxK: with a smaller one up to a sixth of the latents die in a short run."""
+        """Weight of AuxK: with that of TopK more latents die."""
 
     def activate(self, x: Float[Array, "n d"], context: Context) -> tuple[Codes, None]:
         """Return exactly k codes per token, of either sign."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 else:
     Scalar = TypeVar("Scalar")  # no jax is imported for its sake
 
-RECIPE = 14
+RECIPE = 15
 """Raised whenever a run with the same settings trains differently. A run is resumed by its own recipe only."""
 
 _DIFFUSION = 2.3
@@ -166,18 +166,23 @@ class TrainConfig(Json):
         rate *= (_SWEPT_DENSITY / density) ** sae.density_exponent
         return min(rate, _HIGHEST_RATE)
 
-    def rate_for(self, sae: "SAEConfig", heaviness: Scalar) -> Scalar:
-        """Return the peak learning rate where none is given, for activations of a heaviness.
+    def rate_for(self, sae: "SAEConfig", heaviness: Scalar, remainder: Scalar) -> Scalar:
+        """Return the peak learning rate where none is given, for activations of a heaviness and a remainder.
 
         Of activations with heavy tails few tokens of a batch determine its gradient, as if the batch were smaller. The
         power is larger for architectures with a penalty: at higher rates many of their latents died, or they
         reconstructed worse.
 
+        Where k directions already span nearly all the variance, little error is left, and more of it is the noise of
+        the steps. The best rates of TopK and BatchTopK are lower there: at the output of the demo's attention with an
+        L0 of 32, and elsewhere in it with one of 80.
+
         Args:
           sae: settings of the SAE.
           heaviness: E|c|^4 / (E|c|^2)^2 of the centred activations, at least 1.
+          remainder: share of their variance outside the k leading principal components, relative to 0.2, at most 1.
         """
-        return self.default_rate(sae) / heaviness ** self.tail_exponent(sae)
+        return self.default_rate(sae) * remainder**sae.remainder_exponent / heaviness ** self.tail_exponent(sae)
 
     def length_gain(self, sae: "SAEConfig") -> float:
         """Return the factor on the default rate of a run that is longer than 2^18 activations, at least 1."""

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key, UInt
 from jsae.health import ActivationsError, DegenerateError, Extent, degenerate
 from jsae.settings import require
 
+_ITERATIONS = 4  # of the subspace iteration in `remainder`
 Block = Array | tuple[Any, ...]
 """Activations, (rows, d), or nested tuples of them for the same tokens: the inputs of each SAE."""
 
@@ -242,6 +243,25 @@ def heaviness(x: Float[Array, "n d"]) -> Float[Array, ""]:
     """
     squares = jnp.square(x - x.mean(0)).mean(1)
     return jnp.square(squares).mean() / jnp.maximum(jnp.square(squares.mean()), 1e-30)
+
+
+def remainder(x: Float[Array, "n d"], k: int) -> Float[Array, ""]:
+    """Return the share of the variance of x that lies outside its k leading principal components, from 0 to 1.
+
+    The components are found by subspace iteration (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4).
+
+    Args:
+      x: activations, scaled to a mean squared norm of about d, (n, d).
+      k: number of components.
+    """
+    if k >= x.shape[1]:
+        return jnp.float32(0)
+    centred = x - x.mean(0)
+    basis = jax.random.normal(jax.random.key(0), (x.shape[1], k))
+    for _ in range(_ITERATIONS):
+        basis = jnp.linalg.qr(centred.T @ (centred @ basis))[0]
+    variance = jnp.maximum(jnp.square(centred).sum(), 1e-30)
+    return jnp.clip(1 - jnp.square(centred @ basis).sum() / variance, 0, 1)
 
 
 def check(acts: Float[Array, "n d"], where: str = "activations") -> None:

@@ -141,22 +141,22 @@ def sweep(
     started = time.perf_counter()
     search = _Search(members, open_stream, ops, mesh, starts or [None] * len(members))
     _, sample = open_stream(short_steps(members[0].train))
-    tails = [state.heaviness(member.sae, sample[member.site]) for member in members]
-    defaults = [_default(member, heaviness) for member, heaviness in zip(members, tails, strict=True)]
+    statistics = [state.rate_statistics(member.sae, sample[member.site]) for member in members]
+    defaults = [_default(member, of_member) for member, of_member in zip(members, statistics, strict=True)]
     search.run([[default * 2.0**octave for octave in AROUND] for default in defaults])
     for _ in range(_EXTENSIONS):
         search.run([_beyond(trials) for trials in search.trials])
     search.run([_between(trials) for trials in search.trials])
     seconds = time.perf_counter() - started
     return [
-        _result(member, trials, _fall(member, heaviness), seconds)
-        for member, trials, heaviness in zip(members, search.trials, tails, strict=True)
+        _result(member, trials, _fall(member, of_member.heaviness), seconds)
+        for member, trials, of_member in zip(members, search.trials, statistics, strict=True)
     ]
 
 
-def _default(member: Member, heaviness: float) -> float:
+def _default(member: Member, statistics: state.RateStatistics) -> float:
     """Return the default rate of a short run."""
-    return short_run(member.train).rate_for(member.sae, heaviness)
+    return short_run(member.train).rate_for(member.sae, *statistics)
 
 
 def _fall(member: Member, heaviness: float) -> float:

@@ -21,6 +21,8 @@ Acts = Float[Array | np.ndarray, "n d"] | tuple[Float[Array | np.ndarray, "n _"]
 """Activations of n tokens: of one hook, of a transcoder's input and target, or of every layer of a crosscoder."""
 
 _INIT_ROWS = 16384  # rows of the sample that initialise the weights
+_SPANNED = 0.2  # share of the variance outside k principal components below which the default rate is lower
+_LEAST_REMAINDER = 0.005  # smallest such share at which the rate was swept
 
 
 class TrainState(NamedTuple):
@@ -128,7 +130,7 @@ def _init(
         scale=scale,
         scale_out=scale_out,
         control=control.initial(sae_config.target_l0),
-        rate=config.rate_for(sae_config, _heaviness(y)) if rate is None else rate,
+        rate=config.rate_for(sae_config, *_rate_statistics(sae_config, y)) if rate is None else rate,
         step=jnp.int32(0),
         bad_step=jnp.int32(-1),
     )
@@ -146,8 +148,15 @@ def _scaled(
     return (x, y), (scale, scale_out)
 
 
-def heaviness(sae_config: SAEConfig, sample: Acts) -> float:
-    """Return the heaviness of the tails of activations, at least 1, on which the default learning rate depends.
+class RateStatistics(NamedTuple):
+    """What the default learning rate depends on of activations (`TrainConfig.rate_for`)."""
+
+    heaviness: float
+    remainder: float
+
+
+def rate_statistics(sae_config: SAEConfig, sample: Acts) -> RateStatistics:
+    """Return what the default learning rate depends on of a sample of activations.
 
     Args:
       sae_config: the SAE.
@@ -156,17 +165,22 @@ def heaviness(sae_config: SAEConfig, sample: Acts) -> float:
     Raises:
       ConfigError, ActivationsError, DegenerateError: as `init`.
     """
-    return float(_heaviness_of(sae_config, _checked(sae_config, sample)))
+    return RateStatistics(*(float(value) for value in _statistics_of(sae_config, _checked(sae_config, sample))))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _heaviness_of(sae_config: SAEConfig, sample: Acts) -> Float[Array, ""]:
+def _statistics_of(sae_config: SAEConfig, sample: Acts) -> tuple[Float[Array, ""], Float[Array, ""]]:
     (_, y), _ = _scaled(sae_config, sample)
-    return _heaviness(y)
+    return _rate_statistics(sae_config, y)
 
 
-def _heaviness(y: Float[Array, "n o"]) -> Float[Array, ""]:
-    return jnp.maximum(data.heaviness(y), 1)
+def _rate_statistics(sae_config: SAEConfig, y: Float[Array, "n o"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return the heaviness, at least 1, and the remainder, relative to `_SPANNED` and at most 1."""
+    heaviness = jnp.maximum(data.heaviness(y), 1)
+    if sae_config.remainder_exponent == 0:
+        return heaviness, jnp.float32(1)
+    remainder = data.remainder(y, max(round(sae_config.expected_l0), 1))
+    return heaviness, jnp.clip(remainder, _LEAST_REMAINDER, _SPANNED) / _SPANNED
 
 
 def _strongly_typed(leaf: Any) -> Any:

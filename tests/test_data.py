@@ -116,6 +116,17 @@ def test_the_scale_brings_the_mean_squared_norm_to_the_width():
     assert float(jnp.square(scaled).sum(-1).mean()) == pytest.approx(8, rel=1e-5)
 
 
+@pytest.mark.parametrize("k", [1, 5, 11])
+def test_the_remainder_is_the_variance_outside_the_leading_principal_components(k):
+    acts = np.random.default_rng(0).standard_normal((500, 12)) @ np.diag(0.7 ** np.arange(12)) + 3
+    values = np.linalg.svd(acts - acts.mean(0), compute_uv=False) ** 2
+    assert float(data.remainder(jnp.asarray(acts), k)) == pytest.approx(values[k:].sum() / values.sum(), rel=0.02)
+
+
+def test_all_dimensions_leave_no_remainder():
+    assert float(data.remainder(jnp.eye(12), 12)) == 0
+
+
 def test_the_geometric_median_withstands_outliers_that_move_the_mean():
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.normal(0, 1, (400, 3)), np.full((40, 3), 1000.0)]).astype(np.float32)

@@ -134,14 +134,14 @@ def test_the_rate_falls_with_the_length_as_the_default_does(tails):
     rows *= np.exp(tails * random.standard_normal((4096, 1))) / np.linalg.norm(rows, axis=1, keepdims=True)
     sae, train = jsae.Gated.Config(64, 256, target_l0=3.0), TrainConfig(2**22, 1024)
     member, sample = loop.Member(sae, train), rows.astype(np.float32)
-    heaviness = state.heaviness(sae, sample)
+    statistics = state.rate_statistics(sae, sample)
     defaults = [
         float(first.rate)
         for config in (rates.short_run(train), train)
         for first in loop.init([member._replace(train=config)], (sample,))
     ]
-    assert rates._default(member, heaviness) == pytest.approx(defaults[0])
-    fall = rates._fall(member, heaviness)
+    assert rates._default(member, statistics) == pytest.approx(defaults[0])
+    fall = rates._fall(member, statistics.heaviness)
     assert fall == pytest.approx(defaults[1] / defaults[0])
     root = math.sqrt(rates.short_steps(train) / train.num_steps)
     assert fall == pytest.approx(root, rel=0.01) if not tails else 1.5 * root < fall < 1

@@ -99,6 +99,29 @@ def test_a_run_takes_the_given_rate_or_the_default_and_less_of_it_with_heavy_tai
     assert float(begin(SAE, config, heavy).rate) == pytest.approx(config.default_rate(SAE) / 64**0.4, rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("name", "share", "factor"),
+    [
+        ("topk", 0.5, 1),
+        ("topk", 0.05, 0.25**0.2),
+        ("topk", 0, 0.025**0.2),
+        ("batchtopk", 0.05, 0.25**0.3),
+        ("relu", 0, 1),
+    ],
+)
+def test_the_rate_is_lower_where_k_directions_span_nearly_all_the_variance(name, share, factor):
+    """As many dimensions as latents are active have all of the variance but a share."""
+    few, others = SAE.k, D - SAE.k
+    acts = np.sign(np.random.default_rng(0).standard_normal((4096, D)))
+    acts[:, :few] *= ((1 - share) / few) ** 0.5
+    acts[:, few:] *= (share / others) ** 0.5
+    sae = sae_config(name, D, SAE.d_sae, **({"k": few} if name != "relu" else {"target_l0": float(few)}))
+    config = dataclasses.replace(RUN, learning_rate=None)
+    assert float(begin(sae, config, jnp.asarray(acts)).rate) == pytest.approx(
+        factor * config.default_rate(sae), rel=0.02
+    )
+
+
 def test_the_longer_a_run_the_less_heavy_tails_lower_its_rate():
     lengths = (2**10, 2**18, 2**20, 2**23, 2**28)
     powers = [TrainConfig(num_activations=n, batch_size=512).tail_exponent(SAE) for n in lengths]

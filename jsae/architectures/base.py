@@ -75,6 +75,8 @@ class SAEConfig:
     """Power of d_in by which the default rate falls faster than with the root of d_in (`TrainConfig`)."""
     density_exponent: ClassVar[float] = 0.0
     """Power of k / d_sae by which the default rate rises less than with its cube root (`TrainConfig`)."""
+    remainder_exponent: ClassVar[float] = 0.0
+    """Power of the share of variance outside k principal components by which the default rate falls (`TrainConfig`)."""
     k: ClassVar[int | None] = None
     """Active latents per token, of architectures that select so many."""
     target_l0: ClassVar[float | None] = None

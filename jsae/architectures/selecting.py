@@ -102,6 +102,7 @@ class TopK(Selecting):
 
         rate_scale = 0.9
         tail_exponent = 0.4
+        remainder_exponent = 0.2
 
         aux_coefficient: float = number(1 / 32, WEIGHT)
         """Weight of AuxK (`jsae.auxk`), that of Gao et al. 2024 (arXiv 2406.04093), section A.2."""
@@ -230,6 +231,7 @@ class BatchTopK(BatchSelecting):
 
         rate_scale = 0.8
         tail_exponent = 0.5
+        remainder_exponent = 0.3
 
     def penalty(self, forward: Forward) -> Float[Array, ""]:
         """Return AuxK."""

@@ -40,8 +40,8 @@ def by_definition(x, residual, W_enc, b_enc, W_dec, b_dec, dead, tokens, lifted,
 
 def aux(ops, inputs, residual, W_enc, b_enc, W_dec, dead, tokens=2, step=0, **given) -> jax.Array:
     """The term as an SAE computes it, which reconstructs its input."""
-    e_hat = auxk.decode_dead(ops, inputs, W_enc, b_enc, W_dec, dead, tokens, step, **given)
-    return auxk.loss(inputs.x, residual, e_hat, dead)
+    parts = auxk.decode_dead(ops, inputs, W_enc, b_enc, W_dec, dead, tokens, step, **given)
+    return auxk.loss(inputs.x, residual, parts, dead)
 
 
 @pytest.mark.parametrize(("lifted", "power"), [(False, 1.0), (False, 0.5), (True, 1.0)])
@@ -78,8 +78,9 @@ def test_dead_latents_select_tokens_by_direction_not_by_norm_and_never_a_token_t
     x = jnp.stack([along, jnp.array([4.0, 12.0]), -along, 0 * along, 1e-12 * along])
     W, b_enc, b_dec = jnp.array([[1.0, 0.0]]), jnp.array([0.5]), jnp.array([0.3, -0.7])
     inputs = Input((x + b_dec) / 0.7, jnp.float32(0.7), b_dec)
-    e_hat = auxk.decode_dead(ops, inputs, W, b_enc, W, jnp.ones(1, bool), 1, 0)
-    np.testing.assert_array_equal(np.asarray(e_hat[:, 0]) != 0, [True, False, False, False, False])
+    largest, others = auxk.decode_dead(ops, inputs, W, b_enc, W, jnp.ones(1, bool), 1, 0)
+    np.testing.assert_array_equal(np.asarray(largest[:, 0]) != 0, [True, False, False, False, False])
+    assert not np.asarray(others).any()
 
 
 @pytest.mark.parametrize(("name", "chosen"), [("topk", 0), ("abstopk", 0), ("batchtopk", 1), ("matryoshka", 1)])
@@ -123,6 +124,28 @@ def test_auxk_of_a_residual_that_is_zero_is_zero_with_a_finite_gradient(ops):
     value, gradient = jax.value_and_grad(term)(W_dec)
     assert float(value) == 0
     assert np.isfinite(gradient).all()
+
+
+def test_the_largest_dead_latent_of_a_token_learns_its_residual_alone_and_the_others_what_it_leaves(ops):
+    x, residual = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.5], [0.0, 0.0]])
+    W_enc = jnp.array([[0.5, 0.1], [0.7, 0.0], [0.6, -0.2], [0.0, 1.0]])  # the first three choose the first token
+    W_dec = jnp.array([[0.6, 0.8], [1.0, 0.0], [0.8, -0.6], [0.0, 1.0]])
+
+    def gradient(dead, **given):
+        def term(W_enc):
+            return aux(ops, Input(x), residual, W_enc, jnp.zeros(4), W_dec, jnp.asarray(dead), tokens=1, **given)
+
+        return np.asarray(jax.grad(term)(W_enc))
+
+    def together(W_enc):
+        return jnp.square(residual[0] - (W_enc[:3] @ x[0]) @ W_dec[:3]).sum()
+
+    alone, three = gradient([False, True, False, False]), gradient([True, True, True, False])
+    np.testing.assert_allclose(three[1], alone[1], rtol=1e-5)
+    shared = np.asarray(jax.grad(together)(W_enc))
+    unit = alone[1, 0] / (-2 * 2 * float(residual[0, 0] - W_enc[1] @ x[0]))  # what both are multiplied by
+    np.testing.assert_allclose(three[[0, 2]], unit * shared[[0, 2]], rtol=1e-4, atol=1e-6)
+    assert abs(three[1, 0] - unit * shared[1, 0]) > 0.1
 
 
 @pytest.mark.parametrize("n_dead", [3, 130, 700, 1200])

@@ -24,7 +24,7 @@ class Reviving(SAE):
           lifted: as of `jsae.auxk.decode_dead`.
         """
         context = forward.context
-        e_hat = auxk.decode_dead(
+        parts = auxk.decode_dead(
             context.ops,
             self.inputs(forward.x, context),
             self.W_enc[...],
@@ -36,4 +36,4 @@ class Reviving(SAE):
             norm_power=self.norm_power,
             lifted=lifted,
         )
-        return self.config.aux_coefficient * auxk.loss(forward.y, -forward.error, e_hat, context.dead)
+        return self.config.aux_coefficient * auxk.loss(forward.y, -forward.error, parts, context.dead)

@@ -181,7 +181,7 @@ SUBJECTS: Mapping[str, str] = {
 """Data that `bench quality` can train on."""
 
 UNTUNED = ("nanochat_attn", "nanochat_first")
-"""Subjects to which no learning rate was fitted. They are measured only when they are named."""
+"""Subjects to which few or no learning rates were fitted. They are measured only when they are named."""
 
 TUNED = tuple(name for name in SUBJECTS if name not in UNTUNED)
 """The other subjects, which are measured by default."""

@@ -22,7 +22,7 @@ Acts = Float[Array | np.ndarray, "n d"] | tuple[Float[Array | np.ndarray, "n _"]
 
 _INIT_ROWS = 16384  # rows of the sample that initialise the weights
 _SPANNED = 0.2  # share of the variance outside k principal components below which the default rate is lower
-_LEAST_REMAINDER = 0.005  # smallest such share at which the rate was swept
+_LEAST_REMAINDER = 0.005  # such a share below which it is not lowered further
 
 
 class TrainState(NamedTuple):

@@ -185,8 +185,8 @@ def test_dead_latents_decode_as_in_the_reference_whether_none_few_or_many_are_de
     dead = jnp.zeros(f, bool).at[jnp.arange(n_dead) * 2].set(True)
 
     def made(ops, W_enc, b_enc, W_dec):
-        e_hat = auxk.decode_dead(ops, inputs, W_enc, b_enc, W_dec, dead, k, 3, lifted=lifted)
-        return (e_hat * g).sum(), e_hat
+        parts = auxk.decode_dead(ops, inputs, W_enc, b_enc, W_dec, dead, k, 3, lifted=lifted)
+        return sum((weight * part * g).sum() for weight, part in enumerate(parts, 1)), sum(parts)
 
     def gradients(ops):
         return jax.jit(jax.grad(functools.partial(made, ops), (0, 1, 2), has_aux=True))(W_enc, b_enc, W_dec)

@@ -87,8 +87,8 @@ def test_dead_latents_decode_as_on_one_device_whether_few_or_many(ops, mesh, n_d
 
     def run(ops):
         def loss(W_enc, b_enc, W_dec):
-            decoded = auxk.decode_dead(ops, Input(x), W_enc, b_enc, W_dec, dead, 3, 2, lifted=lifted)
-            return jnp.square(decoded).sum(), decoded
+            parts = auxk.decode_dead(ops, Input(x), W_enc, b_enc, W_dec, dead, 3, 2, lifted=lifted)
+            return sum(weight * jnp.square(part).sum() for weight, part in enumerate(parts, 1)), parts
 
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(W_enc, b_enc, W_dec)
 

@@ -212,7 +212,7 @@ def test_auxk_of_dead_latents_is_the_references(pair, dead_of):
     dead = jnp.arange(size.f) < dead_of * size.f
 
     def results(ops: Ops, x: jax.Array, W_enc: jax.Array, W_dec: jax.Array, dead: jax.Array) -> jax.Array:
-        return auxk.decode_dead(ops, Input(x), W_enc, jnp.zeros(size.f), W_dec, dead, 8, 5)
+        return jnp.stack(auxk.decode_dead(ops, Input(x), W_enc, jnp.zeros(size.f), W_dec, dead, 8, 5)).sum(0)
 
     ours_out, reference_out = both(pair, results, x, W_enc, W_dec, dead)
     far = distance(ours_out, reference_out) if dead_of else float(jnp.abs(ours_out).max())

@@ -149,14 +149,14 @@ def _scaled(
 
 
 class RateStatistics(NamedTuple):
-    """What the default learning rate depends on of activations (`TrainConfig.rate_for`)."""
+    """Statistics of activations on which the default learning rate depends (`TrainConfig.rate_for`)."""
 
     heaviness: float
     remainder: float
 
 
 def rate_statistics(sae_config: SAEConfig, sample: Acts) -> RateStatistics:
-    """Return what the default learning rate depends on of a sample of activations.
+    """Return the statistics of a sample of activations on which the default learning rate depends.
 
     Args:
       sae_config: the SAE.
